@@ -1,0 +1,204 @@
+"""HieraTok as a diffusers autoencoder: configuration, outputs and flags around `HieraTokCore`."""
+
+import os
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from .checkpoint import share_between_libraries, staged
+from .configuration_hieratok import HieraTokConfig
+from .tokenizer import HieraTokCore
+
+__all__ = ["AutoencoderHieraTok"]
+
+# Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
+
+
+class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    """
+    The multi-scale visual tokenizer HieraTok (after arXiv 2509.23736) as the VAE of diffusers pipelines.
+
+    Its weights are those of `HieraTokModel`: one folder loads in both. The latents of a trained checkpoint are
+    normalised, so `scaling_factor` is 1 and `shift_factor` 0.
+
+    Args:
+        kwargs: As those of `HieraTokConfig`, with the same defaults.
+
+    Raises:
+        ValueError: A value is out of its range; the message names it.
+
+    Example:
+
+    ```python
+    >>> import torch, hieratok_hf
+    >>> vae = hieratok_hf.AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+    >>> latents = vae.encode(torch.zeros(1, 3, 64, 96)).latent_dist.mode()
+    >>> latents.shape, vae.decode(latents).sample.shape, vae.decode(latents, num_scales=2).sample.shape
+    (torch.Size([1, 16, 8, 12]), torch.Size([1, 3, 64, 96]), torch.Size([1, 3, 16, 24]))
+
+    ```
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["HieraTokBlock"]
+    _repeated_blocks = ["HieraTokBlock"]
+    _group_offload_block_modules = ["core", "encoder", "decoder"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        patch_size: int = 16,
+        latent_channels: int = 16,
+        scale_factors: tuple[int, ...] = (8, 4, 2, 1),
+        encoder_hidden_size: int = 768,
+        encoder_num_layers: int = 12,
+        encoder_num_heads: int = 12,
+        decoder_hidden_size: int = 768,
+        decoder_num_layers: int = 12,
+        decoder_num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        qk_norm: bool = False,
+        norm_before_blocks: bool = False,
+        norm_after_blocks: bool = True,
+        learned_positions: int = 0,
+        rotary_coordinates: str = "cells",
+        rotary_scale: float = 1.0,
+        rotary_base: float = 100.0,
+        rotary_pairing: str = "proper",
+        output_conv: bool = False,
+        linear_path: bool = False,
+        kl_weight: float = 1e-6,
+        sample_size: int = 256,
+        initializer_range: float = 0.02,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        force_upcast: bool = False,
+    ):
+        super().__init__()
+        config = HieraTokConfig(**{name: self.config[name] for name in HieraTokConfig.__annotations__})
+        # JSON turns the tuple into a list.
+        self.register_to_config(scale_factors=config.scale_factors, **config.pipeline_facts)
+        self.core = HieraTokCore(config).init_weights()
+        self.use_slicing = False
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> "AutoencoderHieraTok":
+        """A model of a named size with random weights; arguments as those of `HieraTokConfig.from_size`."""
+        return cls(**HieraTokConfig.from_size(size, **overrides).model_fields).eval()
+
+    @classmethod
+    def from_core(cls, core: HieraTokCore) -> "AutoencoderHieraTok":
+        """A model around a core that exists; the weights are shared, not copied."""
+        with torch.device("meta"):
+            model = cls(**core.config.model_fields)
+        model.core = core
+        return model
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As diffusers' own, but the keys that transformers keeps in the same `config.json` cause no warning."""
+        known = cls._get_init_keys(cls) | {"quantization_config"}
+        own = {key: value for key, value in config_dict.items() if key in known or key.startswith("_")}
+        return super().extract_init_dict(own, **kwargs)
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels of a picture's side a cell of the latent's."""
+        return self.core.config.patch_size
+
+    @apply_forward_hook
+    def encode(
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """
+        Args:
+            x (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; sides are multiples of the patch size.
+            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderKLOutput` rather than a tuple.
+
+        Returns:
+            The distribution of the latent `(B, C, h, w)`, as `latent_dist`.
+
+        Raises:
+            ValueError: As `HieraTokCore.encode_moments`.
+        """
+        slices = x.split(1) if self.use_slicing and x.shape[0] > 1 else [x]
+        moments = [self.core.encode_moments(part)[0] for part in slices]
+        posterior = DiagonalGaussianDistribution(torch.cat(moments) if len(moments) > 1 else moments[0])
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        num_scales: int | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """
+        Args:
+            z (`torch.Tensor` of shape `(B, C, h, w)`): The latent.
+            return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput` rather than a tuple.
+            generator (`torch.Generator`, *optional*): Ignored; pipelines pass it.
+            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
+                picture of the last of them, for the cost of its tokens and the coarser ones.
+
+        Returns:
+            `sample` of shape `(B, 3, H, W)`, smaller for fewer scales; about [-1, 1], not clamped.
+
+        Raises:
+            ValueError: As `HieraTokCore.decode`.
+        """
+        slices = z.split(1) if self.use_slicing and z.shape[0] > 1 else [z]
+        pictures = [self.core.decode(part, num_scales) for part in slices]
+        sample = torch.cat(pictures) if len(pictures) > 1 else pictures[0]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """
+        Encode and decode.
+
+        Args:
+            sample (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; sides are multiples of the patch.
+            sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
+            return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput` rather than a tuple.
+            generator (`torch.Generator`, *optional*): Source of the sample's noise.
+        """
+        posterior = self.encode(sample).latent_dist
+        latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        return self.decode(latents, return_dict=return_dict)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """
+        Save to a folder that this class and `HieraTokModel` both load; files appear whole or not at all.
+
+        Arguments are those of `ModelMixin.save_pretrained`.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        upload_keys = ("repo_id", "commit_message", "private", "create_pr", "token")
+        upload = {key: kwargs.pop(key) for key in upload_keys if key in kwargs}
+        with staged(save_directory) as stage:
+            super().save_pretrained(stage, *args, **kwargs)
+            share_between_libraries(stage, self.core.config)
+        if push_to_hub:
+            repo_id = upload.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, **upload)

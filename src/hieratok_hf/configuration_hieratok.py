@@ -1,0 +1,219 @@
+"""Configuration of HieraTok: every size of the model, checked once, and the sizes that have names."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+__all__ = ["SIZES", "HieraTokConfig"]
+
+# The latent shapes and the depths are this project's choice; the paper publishes none.
+SIZES: dict[str, dict[str, Any]] = {
+    "hieratok-tiny": {
+        "patch_size": 8,
+        "latent_channels": 16,
+        "encoder_hidden_size": 192,
+        "encoder_num_layers": 3,
+        "encoder_num_heads": 6,
+        "decoder_hidden_size": 192,
+        "decoder_num_layers": 5,
+        "decoder_num_heads": 6,
+        "output_conv": True,
+        "linear_path": True,
+        "sample_size": 128,
+    },
+    "hieratok-s": {
+        "encoder_hidden_size": 512,
+        "encoder_num_layers": 8,
+        "encoder_num_heads": 8,
+        "decoder_hidden_size": 512,
+        "decoder_num_layers": 8,
+        "decoder_num_heads": 8,
+    },
+    "hieratok-b": {},
+    "hieratok-l": {
+        "latent_channels": 32,
+        "decoder_hidden_size": 1024,
+        "decoder_num_layers": 24,
+        "decoder_num_heads": 16,
+    },
+}
+
+_POSITIVE = (
+    "in_channels",
+    "patch_size",
+    "latent_channels",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_num_heads",
+    "decoder_hidden_size",
+    "decoder_num_layers",
+    "decoder_num_heads",
+    "mlp_ratio",
+    "norm_eps",
+    "rotary_base",
+    "rotary_scale",
+    "sample_size",
+    "initializer_range",
+    "scaling_factor",
+)
+_CHOICES = {"rotary_coordinates": ("cells", "fraction"), "rotary_pairing": ("proper", "detok")}
+
+
+@strict
+class HieraTokConfig(PreTrainedConfig):
+    r"""
+    Sizes and options of a HieraTok tokenizer. The defaults are `hieratok-b`.
+
+    Args:
+        in_channels (`int`, defaults to 3): Colour channels of a picture.
+        patch_size (`int`, defaults to 16): Side of a patch in pixels; a power of two. The latent is `patch_size`
+            times smaller than the picture on each side.
+        latent_channels (`int`, defaults to 16): Channels of the latent.
+        scale_factors (`tuple[int, ...]`, defaults to `(8, 4, 2, 1)`): How many cells of the finest grid one cell of
+            each scale covers on a side, coarse to fine, ending in 1. `(1,)` is the single-scale twin.
+        encoder_hidden_size, encoder_num_layers, encoder_num_heads (`int`): Width, depth and heads of the encoder.
+        decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`): The same of the decoder.
+        mlp_ratio (`float`, defaults to 4.0): Width of a SwiGLU is `int(2 / 3 * mlp_ratio * hidden_size)`.
+        norm_eps (`float`, defaults to 1e-6): Epsilon of every RMSNorm.
+        qk_norm (`bool`, defaults to `False`): RMSNorm on queries and keys, per head.
+        norm_before_blocks, norm_after_blocks (`bool`, default to `False` and `True`): RMSNorm between the embedding
+            and the first block, and between the last block and the head, on both sides.
+        learned_positions (`int`, defaults to 0): Side of a learned grid of absolute positions, resampled to the grid
+            of each picture; 0 for none.
+        rotary_coordinates (`str`, defaults to `"cells"`): Unit of a rotary position: `"cells"` of the finest grid, or
+            `"fraction"` of the picture's side.
+        rotary_scale, rotary_base (`float`, default to 1.0 and 100.0): A unit of position turns channel pair `t`, with
+            `t` evenly spaced over [0, 1], by `rotary_scale * rotary_base ** -t` radians.
+        rotary_pairing (`str`, defaults to `"proper"`): `"proper"` turns both channels of a pair alike; `"detok"` is
+            the table of l-DeTok, which its published weights need.
+        output_conv (`bool`, defaults to `False`): A 3x3 convolution on the picture after the patches.
+        linear_path (`bool`, defaults to `False`): Linear maps from patch to latent mean and from latent to patch
+            beside the transformers, so that training can start from a principal component analysis.
+        kl_weight (`float`, defaults to 1e-6): Weight of the KL divergence, summed over a picture's latent, in the
+            loss that `HieraTokModel` returns.
+        sample_size (`int`, defaults to 256): Side of the training pictures in pixels. Any other size works.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of random weights.
+        scaling_factor, shift_factor (`float`, default to 1.0 and 0.0): What diffusers pipelines apply to latents.
+            Latents of a trained checkpoint are normalised, so there is nothing to apply.
+        force_upcast (`bool`, defaults to `False`): Whether diffusers pipelines must run the model in float32.
+
+    Raises:
+        ValueError: A value is out of its range; the message names it.
+
+    Example:
+
+    ```python
+    >>> from hieratok_hf import HieraTokConfig
+    >>> HieraTokConfig.from_size("hieratok-b").decoder_hidden_size
+    768
+
+    ```
+    """
+
+    model_type = "hieratok"
+    attribute_map = {
+        "num_channels": "in_channels",
+        "image_size": "sample_size",
+        "hidden_size": "encoder_hidden_size",
+        "num_attention_heads": "encoder_num_heads",
+    }
+
+    in_channels: int = 3
+    patch_size: int = 16
+    latent_channels: int = 16
+    scale_factors: list[int] | tuple[int, ...] = (8, 4, 2, 1)
+    encoder_hidden_size: int = 768
+    encoder_num_layers: int = 12
+    encoder_num_heads: int = 12
+    decoder_hidden_size: int = 768
+    decoder_num_layers: int = 12
+    decoder_num_heads: int = 12
+    mlp_ratio: float | int = 4.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = False
+    norm_before_blocks: bool = False
+    norm_after_blocks: bool = True
+    learned_positions: int = 0
+    rotary_coordinates: str = "cells"
+    rotary_scale: float | int = 1.0
+    rotary_base: float | int = 100.0
+    rotary_pairing: str = "proper"
+    output_conv: bool = False
+    linear_path: bool = False
+    kl_weight: float | int = 1e-6
+    sample_size: int = 256
+    initializer_range: float = 0.02
+    scaling_factor: float | int = 1.0
+    shift_factor: float | int = 0.0
+    force_upcast: bool = False
+
+    def __post_init__(self, **kwargs: Any):
+        self.scale_factors = tuple(self.scale_factors)
+        super().__post_init__(**kwargs)
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)!r}.")
+        for name in ("learned_positions", "kl_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)!r}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"`patch_size` must be a power of two, got {self.patch_size}.")
+        check_scale_factors(self.scale_factors)
+        for side in ("encoder", "decoder"):
+            hidden_size, num_heads = getattr(self, f"{side}_hidden_size"), getattr(self, f"{side}_num_heads")
+            if hidden_size % (4 * num_heads):
+                raise ValueError(
+                    f"`{side}_hidden_size` must be a multiple of 4 * `{side}_num_heads` (two rotary axes of channel "
+                    f"pairs a head), got {hidden_size} and {num_heads}."
+                )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Blocks of the encoder and the decoder together."""
+        return self.encoder_num_layers + self.decoder_num_layers
+
+    @property
+    def model_fields(self) -> dict[str, Any]:
+        """The values that describe the model, by name: what `AutoencoderHieraTok` takes."""
+        return {name: getattr(self, name) for name in type(self).__annotations__}
+
+    @property
+    def pipeline_facts(self) -> dict[str, Any]:
+        """
+        What diffusers pipelines read of a VAE's configuration and this model has no use for: they take the length of
+        `block_out_channels` for the downsampling, and want `latents_mean` and `latents_std` to be there.
+        """
+        block_out_channels = [self.encoder_hidden_size] * self.patch_size.bit_length()
+        return {
+            "block_out_channels": block_out_channels,
+            "encoder_block_out_channels": block_out_channels,
+            "latents_mean": None,
+            "latents_std": None,
+        }
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> "HieraTokConfig":
+        """
+        The configuration of a named size, with single values replaced.
+
+        Args:
+            size (`str`): One of `SIZES`.
+            overrides: Arguments of `HieraTokConfig` that replace those of the named size.
+
+        Raises:
+            ValueError: `size` is not one of `SIZES`.
+        """
+        if size not in SIZES:
+            raise ValueError(f"`size` must be one of {list(SIZES)}, got {size!r}.")
+        return cls(**{**SIZES[size], **overrides})
+
+
+def check_scale_factors(scale_factors: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless `scale_factors` are positive, strictly decreasing integers that end in 1."""
+    decreasing = all(coarse > fine for coarse, fine in zip(scale_factors, scale_factors[1:]))
+    if not scale_factors or not decreasing or scale_factors[-1] != 1:
+        raise ValueError(f"`scale_factors` must decrease strictly and end in 1, got {tuple(scale_factors)}.")

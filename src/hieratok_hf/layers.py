@@ -1,0 +1,205 @@
+"""Layers of both sides: rotary positions on two axes, attention, SwiGLU and the pre-norm block (a superset of l-DeTok)."""
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import scale_causal_attention
+from .configuration_hieratok import HieraTokConfig
+from .pyramid import PyramidLayout
+
+__all__ = [
+    "HieraTokAttention",
+    "HieraTokAttnProcessor",
+    "HieraTokBlock",
+    "HieraTokPositions",
+    "HieraTokSwiGLU",
+    "apply_rotary",
+    "init_weights",
+    "rotary_tables",
+]
+
+# Shape letters: B batch, N tokens, D hidden size, A heads, d channels of a head, h w finest grid.
+
+
+def rotary_tables(
+    config: HieraTokConfig, layout: PyramidLayout, grid: tuple[int, int], head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """
+    Cosines and sines of the rotary angle of every token and channel.
+
+    A token sits at the mean of the finest cells that it covers. The first half of a head's channels turns with the
+    row, the second half with the column; neighbouring channels make a pair.
+
+    Args:
+        config (`HieraTokConfig`): Its `rotary_*` values say how far a position turns each pair.
+        layout (`PyramidLayout`): The scales of the sequence.
+        grid (`tuple[int, int]`): Height and width of the finest grid, which gives positions their unit.
+        head_dim (`int`): Channels of a head, `d`.
+
+    Returns:
+        Two `torch.Tensor` of shape `(N, 1, d)` in float32; the sines are negative in the first channel of a pair.
+    """
+    num_pairs = head_dim // 4
+    exponents = torch.linspace(0, 1, num_pairs, device=device, dtype=torch.float32)
+    frequencies = config.rotary_scale * config.rotary_base**-exponents  # (d / 4,)
+    if config.rotary_pairing == "detok":
+        frequencies = torch.cat([frequencies, frequencies])  # (d / 2,)
+    else:
+        frequencies = frequencies.repeat_interleave(2)  # (d / 2,)
+
+    angles = []
+    for factor, cells in zip(layout.scale_factors, layout.grids):
+        axes = []
+        for num_fine, num_cells in zip(grid, cells):
+            first = torch.arange(num_cells, device=device) * factor
+            last = (first + factor).clamp(max=num_fine) - 1
+            centre = (first + last) / 2
+            if config.rotary_coordinates == "fraction":
+                centre = centre / max(num_fine - 1, 1)
+            axes.append(centre[:, None] * frequencies)  # (n, d / 2)
+        rows = axes[0][:, None].expand(cells[0], cells[1], -1)
+        columns = axes[1][None, :].expand(cells[0], cells[1], -1)
+        angles.append(torch.cat([rows, columns], dim=-1).flatten(0, 1))  # (n_h * n_w, d)
+    table = torch.cat(angles)[:, None]  # (N, 1, d)
+    signs = torch.tensor([-1.0, 1.0], device=device).repeat(head_dim // 2)
+    return table.cos(), table.sin() * signs
+
+
+def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn `(B, N, A, d)` by the tables `(N, 1, d)`, in float32, and return it in its own dtype."""
+    cos, signed_sin = rotary
+    values = hidden_states.float()
+    partners = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (B, N, A, d)
+    return torch.addcmul(values * cos, partners, signed_sin).to(hidden_states.dtype)
+
+
+class HieraTokAttnProcessor:
+    """
+    What `HieraTokAttention` computes: projections, rotary positions, and the one attention function.
+
+    Args:
+        backend (`str`, *optional*): A backend of `scale_causal_attention`. Unless given, the model's
+            `attn_implementation` decides (`"eager"` is the reference, anything else `"auto"`).
+    """
+
+    # The library sets both; a named backend of its own that is not PyTorch's is refused, not ignored.
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, backend: str | None = None):
+        self.backend = backend
+
+    def __call__(
+        self, attn: "HieraTokAttention", hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._attention_backend is not None and self._attention_backend != "native":
+            raise ValueError(
+                f"HieraTok attends by its own function; the attention backend {str(self._attention_backend)!r} is not "
+                "supported. Use 'native', or `set_attn_processor(HieraTokAttnProcessor(backend=...))`."
+            )
+        if attn.fused_projections:
+            projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)  # (B, N, A, d)
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, A, N, d)
+
+        eager = attn.config._attn_implementation == "eager"
+        backend = self.backend or ("reference" if eager else "auto")
+        if eager and backend == "reference":
+            attended, weights = scale_causal_attention(query, key, value, layout, backend=backend, return_weights=True)
+        else:
+            attended, weights = scale_causal_attention(query, key, value, layout, backend=backend), None
+        return attn.to_out[0](attended.transpose(1, 2).flatten(2)), weights
+
+
+class HieraTokAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention over a pyramid of tokens; with a layout of one scale, full attention."""
+
+    _default_processor_cls = HieraTokAttnProcessor
+    _available_processors = [HieraTokAttnProcessor]
+
+    def __init__(self, config: HieraTokConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.use_bias = True
+        self.is_cross_attention = False
+        self.to_q = nn.Linear(hidden_size, hidden_size)
+        self.to_k = nn.Linear(hidden_size, hidden_size)
+        self.to_v = nn.Linear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
+        self.norm_q = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.norm_k = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.set_processor(self._default_processor_cls())
+
+    def forward(
+        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(B, N, D)` to `(B, N, D)`, and the weights `(B, A, N, N)` where the eager implementation is in use."""
+        return self.processor(self, hidden_states, rotary, layout)
+
+
+class HieraTokSwiGLU(nn.Module):
+    """Gated feed-forward layer of width `int(2 / 3 * mlp_ratio * D)` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: HieraTokConfig, hidden_size: int):
+        super().__init__()
+        width = int(2 / 3 * config.mlp_ratio * hidden_size)
+        self.linear_in = nn.Linear(hidden_size, 2 * width)
+        self.linear_out = nn.Linear(width, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(B, N, D)` to `(B, N, D)`."""
+        gate, value = self.linear_in(hidden_states).chunk(2, dim=-1)  # (B, N, width)
+        return self.linear_out(F.silu(gate) * value)
+
+
+class HieraTokBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: HieraTokConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(hidden_size, config.norm_eps)
+        self.attn = HieraTokAttention(config, hidden_size, num_heads)
+        self.norm2 = nn.RMSNorm(hidden_size, config.norm_eps)
+        self.mlp = HieraTokSwiGLU(config, hidden_size)
+
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
+        """`(B, N, D)` to `(B, N, D)`."""
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary, layout)[0]
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class HieraTokPositions(nn.Module):
+    """A learned grid of absolute positions, resampled to the grid of each picture."""
+
+    def __init__(self, config: HieraTokConfig, hidden_size: int):
+        super().__init__()
+        self.grid = nn.Parameter(torch.zeros(1, hidden_size, config.learned_positions, config.learned_positions))
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """The positions of a `height x width` grid, `(1, D, height, width)`."""
+        # Half-pixel linear resampling returns the grid itself at its own size, so no size is a special case.
+        return F.interpolate(self.grid, (height, width), mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, initializer_range: float) -> None:
+    """Give one module its random weights; weights that were loaded already are left alone by `init`."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        init.normal_(module.weight, std=initializer_range)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.RMSNorm):
+        init.ones_(module.weight)
+    elif isinstance(module, HieraTokPositions):
+        init.normal_(module.grid, std=initializer_range)

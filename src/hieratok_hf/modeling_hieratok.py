@@ -1,0 +1,229 @@
+"""HieraTok as a transformers model: configuration, outputs and flags around `HieraTokCore`."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .checkpoint import share_between_libraries, staged
+from .configuration_hieratok import HieraTokConfig
+from .decoder import HieraTokDecoder
+from .layers import HieraTokAttention, HieraTokBlock, init_weights
+from .tokenizer import HieraTokCore
+
+__all__ = ["HieraTokDecoderOutput", "HieraTokEncoderOutput", "HieraTokModel", "HieraTokOutput"]
+
+# Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
+
+
+@dataclass
+class HieraTokEncoderOutput(ModelOutput):
+    """
+    What `HieraTokModel.encode` returns.
+
+    Attributes:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Mode of the posterior.
+        moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
+    """
+
+    latents: Tensor | None = None
+    moments: Tensor | None = None
+
+    @property
+    def posterior(self) -> DiagonalGaussianDistribution:
+        """The distribution of the latent: `mode()`, `sample(generator)`, `kl()`."""
+        return DiagonalGaussianDistribution(self.moments)
+
+
+@dataclass
+class HieraTokDecoderOutput(ModelOutput):
+    """
+    What `HieraTokModel.decode` returns.
+
+    Attributes:
+        reconstruction (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The picture of the last scale that ran,
+            about [-1, 1], not clamped.
+    """
+
+    reconstruction: Tensor | None = None
+
+
+@dataclass
+class HieraTokOutput(HieraTokEncoderOutput):
+    """
+    What `HieraTokModel` returns.
+
+    Attributes:
+        loss (`torch.Tensor` of shape `()`): Mean squared error of the reconstruction, plus `config.kl_weight` times
+            the KL divergence of a picture's latent. `None` when only the coarse scales were decoded.
+        reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded picture, about [-1, 1], not clamped.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): What was decoded: the posterior's mode, or a sample of it.
+        moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
+        hidden_states (`tuple`, with `output_hidden_states=True`): Input of the first block of the encoder, then the
+            output of each of its blocks `(B, h * w, D)` and of each block of the decoder `(B, N, D)`.
+        attentions (`tuple`, with `output_attentions=True` and the eager attention): Weights of each block.
+    """
+
+    loss: Tensor | None = None
+    reconstruction: Tensor | None = None
+    latents: Tensor | None = None
+    moments: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class HieraTokPreTrainedModel(PreTrainedModel):
+    config_class = HieraTokConfig
+    base_model_prefix = "hieratok"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HieraTokBlock"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config.initializer_range)
+        if isinstance(module, HieraTokDecoder):
+            module.init_weights(self.config.initializer_range)
+
+
+class HieraTokModel(HieraTokPreTrainedModel):
+    """
+    The multi-scale visual tokenizer HieraTok (after arXiv 2509.23736) as a transformers model.
+
+    Its weights are those of `AutoencoderHieraTok`: one folder loads in both.
+
+    Args:
+        config (`HieraTokConfig`): Sizes and options.
+
+    Example:
+
+    ```python
+    >>> import torch, hieratok_hf
+    >>> from transformers import AutoModel
+    >>> model = AutoModel.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+    >>> output = model(torch.zeros(1, 3, 64, 96))
+    >>> output.latents.shape, output.reconstruction.shape
+    (torch.Size([1, 16, 8, 12]), torch.Size([1, 3, 64, 96]))
+
+    ```
+    """
+
+    def __init__(self, config: HieraTokConfig):
+        super().__init__(config)
+        self.core = HieraTokCore(config)
+        self.post_init()
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> "HieraTokModel":
+        """A model of a named size with random weights; arguments as those of `HieraTokConfig.from_size`."""
+        return cls(HieraTokConfig.from_size(size, **overrides)).eval()
+
+    @classmethod
+    def from_core(cls, core: HieraTokCore) -> "HieraTokModel":
+        """A model around a core that exists; the weights are shared, not copied."""
+        with torch.device("meta"):
+            model = cls(core.config)
+        model.core = core
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.core.encoder.patch_embed
+
+    @can_return_tuple
+    def encode(self, pixel_values: Tensor) -> HieraTokEncoderOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1], sides multiples of the patch.
+            return_dict (`bool`, *optional*): Whether to return a `HieraTokEncoderOutput` rather than a tuple.
+
+        Raises:
+            ValueError: As `HieraTokCore.encode_moments`.
+        """
+        moments, _ = self.core.encode_moments(self._to_own_dtype(pixel_values))
+        return HieraTokEncoderOutput(latents=DiagonalGaussianDistribution(moments).mode(), moments=moments)
+
+    @can_return_tuple
+    def decode(self, latents: Tensor, num_scales: int | None = None) -> HieraTokDecoderOutput:
+        """
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
+            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
+                picture of the last of them, for the cost of its tokens and the coarser ones.
+            return_dict (`bool`, *optional*): Whether to return a `HieraTokDecoderOutput` rather than a tuple.
+
+        Raises:
+            ValueError: As `HieraTokCore.decode`.
+        """
+        return HieraTokDecoderOutput(reconstruction=self.core.decode(self._to_own_dtype(latents), num_scales))
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """The encoder's features `(B, h * w, D)` for understanding tasks, and their mean `(B, D)`."""
+        _, features = self.core.encode_moments(self._to_own_dtype(pixel_values))
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
+
+    @capture_outputs
+    def forward(
+        self,
+        pixel_values: Tensor,
+        sample_posterior: bool = False,
+        generator: torch.Generator | None = None,
+        num_scales: int | None = None,
+        **kwargs: Any,
+    ) -> HieraTokOutput:
+        """
+        Encode and decode.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1], sides multiples of the patch.
+            sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
+            generator (`torch.Generator`, *optional*): Source of the sample's noise.
+            num_scales (`int`, *optional*): As in `decode`.
+
+        Raises:
+            ValueError: As `HieraTokCore.encode_moments` and `HieraTokCore.decode`.
+        """
+        pixel_values = self._to_own_dtype(pixel_values)
+        moments, _ = self.core.encode_moments(pixel_values)
+        posterior = DiagonalGaussianDistribution(moments)
+        latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        reconstruction = self.core.decode(latents, num_scales)
+        loss = None
+        if reconstruction.shape == pixel_values.shape:
+            mse = F.mse_loss(reconstruction.float(), pixel_values.float())
+            loss = mse + self.config.kl_weight * DiagonalGaussianDistribution(moments.float()).kl().mean()
+        return HieraTokOutput(loss=loss, reconstruction=reconstruction, latents=latents, moments=moments)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """
+        Save to a folder that this class and `AutoencoderHieraTok` both load; files appear whole or not at all.
+
+        Arguments are those of `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        upload = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
+        with staged(save_directory) as stage:
+            super().save_pretrained(stage, *args, **kwargs)
+            share_between_libraries(stage, self.config)
+        if push_to_hub:
+            repo_id = upload.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **upload)
+
+    def _to_own_dtype(self, tensor: Tensor) -> Tensor:
+        """A floating-point tensor in the dtype of the weights; anything else is left for the core to refuse."""
+        return tensor.to(self.dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor

@@ -1,0 +1,36 @@
+"""The trained weights that are part of the package."""
+
+from pathlib import Path
+
+__all__ = ["SHIPPED", "pretrained"]
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+SHIPPED: tuple[str, ...] = ("hieratok-tiny",)
+
+
+def pretrained(name: str) -> str:
+    """
+    The folder of weights that ship with the package, for `from_pretrained` of either library.
+
+    Args:
+        name (`str`): One of `SHIPPED`.
+
+    Raises:
+        ValueError: `name` is not one of `SHIPPED`.
+        FileNotFoundError: The installation lacks the folder.
+
+    Example:
+
+    ```python
+    >>> import hieratok_hf
+    >>> vae = hieratok_hf.AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+
+    ```
+    """
+    if name not in SHIPPED:
+        raise ValueError(f"`name` must be one of {list(SHIPPED)}, which ship with the package, got {name!r}.")
+    folder = _WEIGHTS / name
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"The installed package lacks the weights of {name!r}: {str(folder)!r} is not there.")
+    return str(folder)

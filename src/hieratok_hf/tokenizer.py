@@ -1,0 +1,193 @@
+"""HieraTok itself: the one file that composes encoder, latent, pyramid and decoder (after arXiv 2509.23736)."""
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from .configuration_hieratok import HieraTokConfig
+from .decoder import HieraTokDecoder
+from .encoder import HieraTokEncoder
+from .layers import init_weights
+from .pyramid import PyramidLayout, flatten_pyramid
+
+__all__ = ["HieraTokCore"]
+
+# Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
+
+# Pictures lie in [-1, 1]; noise and resampling overshoot that a little, pictures in [0, 255] by far.
+_PIXEL_LIMIT = 16.0
+_INITIAL_LOGVAR = -6.0
+
+
+class HieraTokCore(nn.Module):
+    """
+    The tokenizer without a library around it: `pixel_values -> moments -> latents -> pyramid -> pictures`.
+
+    Args:
+        config (`HieraTokConfig`): Sizes and options.
+    """
+
+    def __init__(self, config: HieraTokConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = HieraTokEncoder(config)
+        self.decoder = HieraTokDecoder(config)
+
+    def init_weights(self) -> "HieraTokCore":
+        """Give every module its random weights, and return the core."""
+        for module in self.modules():
+            init_weights(module, self.config.initializer_range)
+        self.decoder.init_weights(self.config.initializer_range)
+        return self
+
+    def encode_moments(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; `H` and `W` are multiples of
+                the patch size. Values are checked on a CPU only, where looking at them stalls nothing.
+
+        Returns:
+            The moments `(B, 2C, h, w)`, mean first, and the encoder's features `(B, h * w, D)`.
+
+        Raises:
+            ValueError: Rank, batch, channels, size, dtype or values are not those above.
+        """
+        check_pixel_values(pixel_values, self.config)
+        return self.encoder(pixel_values)
+
+    def encode(self, pixel_values: Tensor) -> DiagonalGaussianDistribution:
+        """The distribution of the latent `(B, C, h, w)` of pictures as `encode_moments` takes them."""
+        return DiagonalGaussianDistribution(self.encode_moments(pixel_values)[0])
+
+    def decode(self, latents: Tensor, num_scales: int | None = None) -> Tensor:
+        """
+        The picture of one scale, for the cost of its tokens and the coarser ones only.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
+            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)` with the grid of the last scale run; `(B, 3, H, W)` for
+            all of them. Values lie about [-1, 1] and are not clamped.
+
+        Raises:
+            ValueError: Rank, batch, channels, dtype or values of `latents`, or `num_scales`, are not those above.
+        """
+        return self._decode(latents, num_scales, all_scales=False)[-1]
+
+    def decode_scales(self, latents: Tensor, num_scales: int | None = None) -> list[Tensor]:
+        """The pictures of every scale up to `num_scales`, coarse to fine; arguments as those of `decode`."""
+        return self._decode(latents, num_scales, all_scales=True)
+
+    def _decode(self, latents: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
+        check_latents(latents, self.config)
+        grid = (latents.shape[-2], latents.shape[-1])
+        layout = PyramidLayout.from_grid(*grid, self.config.scale_factors)
+        if num_scales is not None:
+            layout = layout.truncate(num_scales)
+        return self.decoder(flatten_pyramid(latents, layout), layout, grid, all_scales)
+
+    @torch.no_grad()
+    def set_linear_path(self, components: Tensor, mean: Tensor, scale: Tensor) -> None:
+        """
+        Start the linear path as a principal component analysis of patches, and the transformers at zero beside it.
+
+        Args:
+            components (`torch.Tensor` of shape `(C, 3 * p * p)`): Orthonormal directions of patches in the order
+                (colour, row, column).
+            mean (`torch.Tensor` of shape `(3 * p * p,)`): Mean patch.
+            scale (`torch.Tensor` of shape `(C,)`): Standard deviation along each direction.
+
+        Raises:
+            ValueError: The model was configured without a linear path.
+        """
+        encoder_path, decoder_path = self._linear_paths()
+        size, channels = self.config.patch_size, self.config.latent_channels
+        to_latent = components / scale[:, None]
+        encoder_path.weight.copy_(to_latent.view_as(encoder_path.weight))
+        self.encoder.head.weight[:channels].zero_()
+        self.encoder.head.bias[:channels].copy_(-(to_latent @ mean))
+        # A posterior as wide as the latents would drown them before training has begun.
+        self.encoder.head.bias[channels:].fill_(_INITIAL_LOGVAR)
+        # A decoded patch has its colours last.
+        directions = (components * scale[:, None]).view(channels, -1, size, size).permute(0, 2, 3, 1).flatten(1)
+        decoder_path.weight.copy_(directions.T)
+        self.decoder.head.weight.zero_()
+        self.decoder.head.bias.copy_(mean.view(-1, size, size).permute(1, 2, 0).flatten())
+
+    @torch.no_grad()
+    def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """
+        Fold a normalisation of the latent into the weights: afterwards `encode` gives `(latent - mean) / std`, and
+        `decode` of that gives the same picture as before, because the layers on both sides are linear and pooling
+        commutes with them.
+
+        Args:
+            mean, std (`torch.Tensor` of shape `(C,)`): Statistics of each latent channel over the training pictures.
+
+        Raises:
+            ValueError: A shape is not `(C,)`, or a standard deviation is not positive.
+        """
+        channels = self.config.latent_channels
+        if mean.shape != (channels,) or std.shape != (channels,):
+            raise ValueError(f"`mean` and `std` must have shape ({channels},), got {mean.shape} and {std.shape}.")
+        if not (std > 0).all():
+            raise ValueError(f"`std` must be positive in every channel, got {std.tolist()}.")
+        encoder, decoder = self.encoder, self.decoder
+        encoder.head.weight[:channels] /= std[:, None]
+        encoder.head.bias[:channels] = (encoder.head.bias[:channels] - mean) / std
+        encoder.head.bias[channels:] -= 2 * std.log()
+        decoder.embed.bias += decoder.embed.weight @ mean
+        decoder.embed.weight *= std
+        if self.config.linear_path:
+            encoder_path, decoder_path = self._linear_paths()
+            encoder_path.weight /= std[:, None, None, None]
+            decoder.head.bias += decoder_path.weight @ mean
+            decoder_path.weight *= std
+
+    def _linear_paths(self) -> tuple[nn.Conv2d, nn.Linear]:
+        encoder_path, decoder_path = self.encoder.linear_path, self.decoder.linear_path
+        if encoder_path is None or decoder_path is None:
+            raise ValueError("The model has no linear path: configure it with `linear_path=True`.")
+        return encoder_path, decoder_path
+
+
+def check_pixel_values(pixel_values: Tensor, config: HieraTokConfig) -> None:
+    """Raise `ValueError` unless `pixel_values` are pictures that a model of this configuration can encode."""
+    _check_map(pixel_values, "pixel_values", config.in_channels)
+    height, width = pixel_values.shape[-2:]
+    if height % config.patch_size or width % config.patch_size:
+        raise ValueError(
+            f"Height and width of `pixel_values` must be multiples of the patch size {config.patch_size}, "
+            f"got {height}x{width}."
+        )
+    if _may_look_at(pixel_values):
+        low, high = (float(x) for x in torch.aminmax(pixel_values.detach()))
+        if low < -_PIXEL_LIMIT or high > _PIXEL_LIMIT:
+            raise ValueError(f"`pixel_values` must lie in [-1, 1], got values from {low:g} to {high:g}.")
+
+
+def check_latents(latents: Tensor, config: HieraTokConfig) -> None:
+    """Raise `ValueError` unless `latents` are a latent that a model of this configuration can decode."""
+    _check_map(latents, "latents", config.latent_channels)
+
+
+def _check_map(tensor: Tensor, name: str, channels: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.ndim != 4:
+        raise ValueError(f"`{name}` must have shape (batch, channels, height, width), got {tuple(tensor.shape)}.")
+    if tensor.shape[1] != channels:
+        raise ValueError(f"`{name}` must have {channels} channels, got {tensor.shape[1]}.")
+    if 0 in tensor.shape:
+        raise ValueError(f"`{name}` must not be empty, got shape {tuple(tensor.shape)}.")
+    if not tensor.is_floating_point():
+        raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}.")
+    if _may_look_at(tensor) and not torch.isfinite(tensor.detach()).all():
+        raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+
+
+def _may_look_at(tensor: Tensor) -> bool:
+    """Whether reading values costs no synchronisation with a device and breaks no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
