@@ -18,7 +18,6 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProces
 from hieratok_hf.image_processing_hieratok import convert_to_rgb
 from hieratok_hf.tokenizer import HieraTokCore
 
-SLOW_PARAMETERS = ("linear_path.weight", "head.bias", "output_conv.weight", "output_conv.bias")
 PICTURE_SUFFIXES = {".webp", ".png", ".jpg", ".jpeg", ".bmp"}
 
 
@@ -75,20 +74,13 @@ def losses_of(core: HieraTokCore, pixel_values: torch.Tensor, args: argparse.Nam
 def start_from_principal_components(core: HieraTokCore, encoded: list[bytes], args: argparse.Namespace) -> None:
     """Fit a principal component analysis to patches of training pictures and start the linear path there."""
     size = core.config.patch_size
-    pictures = torch.cat([make_batch(encoded, args, -1 - i) for i in range(args.pca_batches)])
-    patches = F.unfold(pictures, size, stride=size).transpose(1, 2).flatten(0, 1).double()  # (n, 3 * p * p)
+    batches = [make_batch(encoded, args, -1 - i) for i in range(args.pca_batches)]
+    unfolded = [F.unfold(batch, size, stride=size).transpose(1, 2).flatten(0, 1) for batch in batches]
+    patches = torch.cat(unfolded).double()  # (n, 3 * p * p)
     mean = patches.mean(0)
     variances, directions = torch.linalg.eigh(torch.cov((patches - mean).T))
     order = torch.arange(len(variances) - 1, len(variances) - 1 - core.config.latent_channels, -1)
     core.set_linear_path(directions.T[order].float(), mean.float(), variances[order].sqrt().float())
-
-
-def make_optimizer(core: HieraTokCore, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW; what starts as principal components moves slower, or the start would be lost in the first steps."""
-    fast = [p for name, p in core.named_parameters() if not name.endswith(SLOW_PARAMETERS)]
-    slow = [p for name, p in core.named_parameters() if name.endswith(SLOW_PARAMETERS)]
-    groups = [{"params": fast, "factor": 1.0}, {"params": slow, "factor": args.slow_factor, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -123,7 +115,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="pictures of the first crop size a step")
     parser.add_argument("--crop_sizes", type=int, nargs="+", default=[128], help="a step draws one; same pixels a step")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--slow_factor", type=float, default=0.1, help="learning rate of the linear path, relative")
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, which are exported")
@@ -153,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         start_from_principal_components(core, encoded, args)
     average = torch.optim.swa_utils.AveragedModel(core, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema))
     core.to(device), average.to(device)
-    optimizer = make_optimizer(core, args)
+    optimizer = torch.optim.AdamW(core.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     first_step = 0
     if args.resume:
         first_step = state["step"]
@@ -167,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         losses["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(core.parameters(), args.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args) * group["factor"]
+            group["lr"] = learning_rate(step, args)
         optimizer.step()
         optimizer.zero_grad()
         average.update_parameters(core)

@@ -77,7 +77,7 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         rotary_base: float = 100.0,
         rotary_pairing: str = "proper",
         output_conv: bool = False,
-        linear_path: bool = False,
+        linear_path: int = 0,
         kl_weight: float = 1e-6,
         sample_size: int = 256,
         initializer_range: float = 0.02,

@@ -12,14 +12,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "hieratok-tiny": {
         "patch_size": 8,
         "latent_channels": 16,
-        "encoder_hidden_size": 192,
-        "encoder_num_layers": 3,
-        "encoder_num_heads": 6,
-        "decoder_hidden_size": 192,
-        "decoder_num_layers": 5,
-        "decoder_num_heads": 6,
+        "encoder_hidden_size": 128,
+        "encoder_num_layers": 2,
+        "encoder_num_heads": 4,
+        "decoder_hidden_size": 128,
+        "decoder_num_layers": 4,
+        "decoder_num_heads": 4,
+        "rotary_scale": 2.0,
+        "rotary_base": 50.0,
         "output_conv": True,
-        "linear_path": True,
+        "linear_path": 3,
         "sample_size": 128,
     },
     "hieratok-s": {
@@ -88,8 +90,9 @@ class HieraTokConfig(PreTrainedConfig):
         rotary_pairing (`str`, defaults to `"proper"`): `"proper"` turns both channels of a pair alike; `"detok"` is
             the table of l-DeTok, which its published weights need.
         output_conv (`bool`, defaults to `False`): A 3x3 convolution on the picture after the patches.
-        linear_path (`bool`, defaults to `False`): Linear maps from patch to latent mean and from latent to patch
-            beside the transformers, so that training can start from a principal component analysis.
+        linear_path (`int`, defaults to 0): Side, in patches, of convolutions from picture to latent mean and from
+            latent to picture beside the transformers, so that training can start from a principal component analysis.
+            An odd number, or 0 for none.
         kl_weight (`float`, defaults to 1e-6): Weight of the KL divergence, summed over a picture's latent, in the
             loss that `HieraTokModel` returns.
         sample_size (`int`, defaults to 256): Side of the training pictures in pixels. Any other size works.
@@ -140,7 +143,7 @@ class HieraTokConfig(PreTrainedConfig):
     rotary_base: float | int = 100.0
     rotary_pairing: str = "proper"
     output_conv: bool = False
-    linear_path: bool = False
+    linear_path: int = 0
     kl_weight: float | int = 1e-6
     sample_size: int = 256
     initializer_range: float = 0.02
@@ -154,7 +157,7 @@ class HieraTokConfig(PreTrainedConfig):
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)!r}.")
-        for name in ("learned_positions", "kl_weight"):
+        for name in ("learned_positions", "linear_path", "kl_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)!r}.")
         for name, choices in _CHOICES.items():
@@ -162,6 +165,8 @@ class HieraTokConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
         if self.patch_size & (self.patch_size - 1):
             raise ValueError(f"`patch_size` must be a power of two, got {self.patch_size}.")
+        if self.linear_path and self.linear_path % 2 == 0:
+            raise ValueError(f"`linear_path` must be odd or 0, got {self.linear_path}.")
         check_scale_factors(self.scale_factors)
         for side in ("encoder", "decoder"):
             hidden_size, num_heads = getattr(self, f"{side}_hidden_size"), getattr(self, f"{side}_num_heads")

@@ -31,7 +31,17 @@ class HieraTokDecoder(nn.Module):
         )
         self.norm_after = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_after_blocks else nn.Identity()
         self.head = nn.Linear(hidden_size, patch_channels)
-        self.linear_path = nn.Linear(config.latent_channels, patch_channels, bias=False) if config.linear_path else None
+        # One a scale, because a pooled latent is not the latent of the smaller picture.
+        self.linear_path = nn.ModuleList(
+            nn.Conv2d(
+                config.latent_channels,
+                patch_channels,
+                config.linear_path,
+                padding=config.linear_path // 2,
+                padding_mode="replicate",
+            )
+            for _ in (config.scale_factors if config.linear_path else ())
+        )
         self.output_conv = (
             nn.Conv2d(config.in_channels, config.in_channels, 3, padding=1) if config.output_conv else None
         )
@@ -69,10 +79,12 @@ class HieraTokDecoder(nn.Module):
             hidden_states = block(hidden_states, rotary, layout)
 
         pictures = []
-        for (height, width), rows in list(zip(layout.grids, layout.slices))[0 if all_scales else -1 :]:
+        for i in range(0 if all_scales else layout.num_scales - 1, layout.num_scales):
+            rows, (height, width) = layout.slices[i], layout.grids[i]
             patches = self.head(self.norm_after(hidden_states[:, rows]))  # (B, n, p * p * 3)
-            if self.linear_path is not None:
-                patches = patches + self.linear_path(tokens[:, rows])
+            if self.config.linear_path:
+                latents = tokens[:, rows].transpose(1, 2).unflatten(2, (height, width))  # (B, C, n_h, n_w)
+                patches = patches + self.linear_path[i](latents).flatten(2).transpose(1, 2)
             pictures.append(self.unpatchify(patches, height, width))
         return pictures if self.output_conv is None else [self.output_conv(picture) for picture in pictures]
 

@@ -28,7 +28,15 @@ class HieraTokEncoder(nn.Module):
         self.norm_after = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_after_blocks else nn.Identity()
         self.head = nn.Linear(hidden_size, 2 * config.latent_channels)
         self.linear_path = (
-            nn.Conv2d(config.in_channels, config.latent_channels, patch_size, stride=patch_size, bias=False)
+            nn.Conv2d(
+                config.in_channels,
+                config.latent_channels,
+                config.linear_path * patch_size,
+                stride=patch_size,
+                padding=config.linear_path // 2 * patch_size,
+                padding_mode="replicate",
+                bias=False,
+            )
             if config.linear_path
             else None
         )

@@ -2,10 +2,9 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -17,7 +16,10 @@ from .checkpoint import share_between_libraries, staged
 from .configuration_hieratok import HieraTokConfig
 from .decoder import HieraTokDecoder
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
-from .tokenizer import HieraTokCore
+from .tokenizer import HieraTokCore, posterior_of
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 __all__ = ["HieraTokDecoderOutput", "HieraTokEncoderOutput", "HieraTokModel", "HieraTokOutput"]
 
@@ -38,9 +40,9 @@ class HieraTokEncoderOutput(ModelOutput):
     moments: Tensor | None = None
 
     @property
-    def posterior(self) -> DiagonalGaussianDistribution:
+    def posterior(self) -> "DiagonalGaussianDistribution":
         """The distribution of the latent: `mode()`, `sample(generator)`, `kl()`."""
-        return DiagonalGaussianDistribution(self.moments)
+        return posterior_of(self.moments)
 
 
 @dataclass
@@ -152,7 +154,7 @@ class HieraTokModel(HieraTokPreTrainedModel):
             ValueError: As `HieraTokCore.encode_moments`.
         """
         moments, _ = self.core.encode_moments(self._to_own_dtype(pixel_values))
-        return HieraTokEncoderOutput(latents=DiagonalGaussianDistribution(moments).mode(), moments=moments)
+        return HieraTokEncoderOutput(latents=posterior_of(moments).mode(), moments=moments)
 
     @can_return_tuple
     def decode(self, latents: Tensor, num_scales: int | None = None) -> HieraTokDecoderOutput:
@@ -197,13 +199,13 @@ class HieraTokModel(HieraTokPreTrainedModel):
         """
         pixel_values = self._to_own_dtype(pixel_values)
         moments, _ = self.core.encode_moments(pixel_values)
-        posterior = DiagonalGaussianDistribution(moments)
+        posterior = posterior_of(moments)
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         reconstruction = self.core.decode(latents, num_scales)
         loss = None
         if reconstruction.shape == pixel_values.shape:
             mse = F.mse_loss(reconstruction.float(), pixel_values.float())
-            loss = mse + self.config.kl_weight * DiagonalGaussianDistribution(moments.float()).kl().mean()
+            loss = mse + self.config.kl_weight * posterior_of(moments.float()).kl().mean()
         return HieraTokOutput(loss=loss, reconstruction=reconstruction, latents=latents, moments=moments)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,8 @@
 """HieraTok itself: the one file that composes encoder, latent, pyramid and decoder (after arXiv 2509.23736)."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from .configuration_hieratok import HieraTokConfig
@@ -10,7 +11,10 @@ from .encoder import HieraTokEncoder
 from .layers import init_weights
 from .pyramid import PyramidLayout, flatten_pyramid
 
-__all__ = ["HieraTokCore"]
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+__all__ = ["HieraTokCore", "posterior_of"]
 
 # Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
 
@@ -55,9 +59,9 @@ class HieraTokCore(nn.Module):
         check_pixel_values(pixel_values, self.config)
         return self.encoder(pixel_values)
 
-    def encode(self, pixel_values: Tensor) -> DiagonalGaussianDistribution:
+    def encode(self, pixel_values: Tensor) -> "DiagonalGaussianDistribution":
         """The distribution of the latent `(B, C, h, w)` of pictures as `encode_moments` takes them."""
-        return DiagonalGaussianDistribution(self.encode_moments(pixel_values)[0])
+        return posterior_of(self.encode_moments(pixel_values)[0])
 
     def decode(self, latents: Tensor, num_scales: int | None = None) -> Tensor:
         """
@@ -102,19 +106,25 @@ class HieraTokCore(nn.Module):
         Raises:
             ValueError: The model was configured without a linear path.
         """
-        encoder_path, decoder_path = self._linear_paths()
-        size, channels = self.config.patch_size, self.config.latent_channels
+        if not self.config.linear_path:
+            raise ValueError("The model has no linear path: configure it with `linear_path`.")
+        size, channels, middle = self.config.patch_size, self.config.latent_channels, self.config.linear_path // 2
         to_latent = components / scale[:, None]
-        encoder_path.weight.copy_(to_latent.view_as(encoder_path.weight))
+        cells = slice(middle * size, (middle + 1) * size)
+        self.encoder.linear_path.weight.zero_()
+        self.encoder.linear_path.weight[:, :, cells, cells] = to_latent.view(channels, -1, size, size)
         self.encoder.head.weight[:channels].zero_()
         self.encoder.head.bias[:channels].copy_(-(to_latent @ mean))
         # A posterior as wide as the latents would drown them before training has begun.
         self.encoder.head.bias[channels:].fill_(_INITIAL_LOGVAR)
         # A decoded patch has its colours last.
-        directions = (components * scale[:, None]).view(channels, -1, size, size).permute(0, 2, 3, 1).flatten(1)
-        decoder_path.weight.copy_(directions.T)
+        to_patch = (components * scale[:, None]).view(channels, -1, size, size).permute(2, 3, 1, 0).flatten(0, 2)
         self.decoder.head.weight.zero_()
         self.decoder.head.bias.copy_(mean.view(-1, size, size).permute(1, 2, 0).flatten())
+        for path in self.decoder.linear_path:
+            path.weight.zero_()
+            path.weight[:, :, middle, middle] = to_patch
+            path.bias.zero_()
 
     @torch.no_grad()
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -141,16 +151,19 @@ class HieraTokCore(nn.Module):
         decoder.embed.bias += decoder.embed.weight @ mean
         decoder.embed.weight *= std
         if self.config.linear_path:
-            encoder_path, decoder_path = self._linear_paths()
-            encoder_path.weight /= std[:, None, None, None]
-            decoder.head.bias += decoder_path.weight @ mean
-            decoder_path.weight *= std
+            encoder.linear_path.weight /= std[:, None, None, None]
+        # Replicated borders keep a constant constant, so a shift of the latent is one of the bias.
+        for path in decoder.linear_path:
+            path.bias += path.weight.sum((2, 3)) @ mean
+            path.weight *= std[:, None, None]
 
-    def _linear_paths(self) -> tuple[nn.Conv2d, nn.Linear]:
-        encoder_path, decoder_path = self.encoder.linear_path, self.decoder.linear_path
-        if encoder_path is None or decoder_path is None:
-            raise ValueError("The model has no linear path: configure it with `linear_path=True`.")
-        return encoder_path, decoder_path
+
+def posterior_of(moments: Tensor) -> "DiagonalGaussianDistribution":
+    """The distribution of the latent `(B, C, h, w)` from its moments `(B, 2C, h, w)`, mean first."""
+    # Importing it loads every autoencoder of diffusers, which `import hieratok_hf` should not wait for.
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    return DiagonalGaussianDistribution(moments)
 
 
 def check_pixel_values(pixel_values: Tensor, config: HieraTokConfig) -> None:
