@@ -255,7 +255,7 @@ def test_missing_folder_empty_and_foreign_files(tmp_path):
     refused(tmp_path / "empty.png", r"is empty \(0 bytes\)")
     (tmp_path / "text.png").write_text("not a picture")
     refused(tmp_path / "text.png", "is no picture in a format that Pillow reads")
-    with pytest.raises(TypeError, match="expected str, bytes or os.PathLike object, not int"):
+    with pytest.raises(TypeError, match=r"expected str, bytes or os\.PathLike object, not int"):
         open_picture(3)
 
 
@@ -316,7 +316,7 @@ def test_no_open_file_and_no_changed_pillow_setting(tmp_path):
             open_picture(path)
         kept.append(caught)
     assert len(os.listdir("/proc/self/fd")) == before
-    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == settings
+    assert settings == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
 
 
 @both_backends

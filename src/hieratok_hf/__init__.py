@@ -42,7 +42,13 @@ __all__ = [
     "PictureError",
     "convert_to_rgb",
     "open_picture",
-    *_LAZY,
+    "AutoencoderHieraTok",
+    "HieraTokAttnProcessor",
+    "HieraTokCore",
+    "PyramidLayout",
+    "SHIPPED",
+    "pretrained",
+    "scale_causal_attention",
 ]
 
 if TYPE_CHECKING:

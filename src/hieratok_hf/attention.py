@@ -63,8 +63,10 @@ def scale_causal_attention(
         return (attended, weights) if return_weights else attended
 
     # What a scale sees is a prefix of the sequence, so no mask is needed, only shorter keys.
-    attended_scales = [
-        F.scaled_dot_product_attention(query[:, :, rows], key[:, :, : rows.stop], value[:, :, : rows.stop], scale=scale)
-        for rows in layout.slices
-    ]
+    attended_scales = []
+    for rows in layout.slices:
+        prefix = slice(0, rows.stop)
+        attended_scales.append(
+            F.scaled_dot_product_attention(query[:, :, rows], key[:, :, prefix], value[:, :, prefix], scale=scale)
+        )
     return attended_scales[0] if len(attended_scales) == 1 else torch.cat(attended_scales, dim=2)

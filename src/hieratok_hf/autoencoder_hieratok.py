@@ -118,9 +118,7 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         return self.core.config.patch_size
 
     @apply_forward_hook
-    def encode(
-        self, x: Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """
         Args:
             x (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; sides are multiples of the patch size.

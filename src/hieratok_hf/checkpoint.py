@@ -1,4 +1,4 @@
-"""One folder for both libraries: the weights' one name, one `config.json`, and files that appear whole or not at all."""
+"""One folder for both libraries: one name for the weights, one `config.json`, files written whole or not at all."""
 
 import json
 import os
@@ -18,7 +18,9 @@ __all__ = ["WEIGHTS_STEM", "share_between_libraries", "staged"]
 # diffusers looks for this name only; transformers for any that `transformers_weights` gives it.
 WEIGHTS_STEM = "diffusion_pytorch_model"
 _TRANSFORMERS_STEM = "model"
-_WEIGHTS = re.compile(rf"({_TRANSFORMERS_STEM}|{WEIGHTS_STEM})(\.safetensors|[.-].*\.safetensors)(\.index(\..*)?\.json)?")
+_WEIGHTS = re.compile(
+    rf"({_TRANSFORMERS_STEM}|{WEIGHTS_STEM})(\.safetensors|[.-].*\.safetensors)(\.index(\..*)?\.json)?"
+)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Configuration of HieraTok: every size of the model, checked once, and the sizes that have names."""
 
+from itertools import pairwise
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -219,6 +220,6 @@ class HieraTokConfig(PreTrainedConfig):
 
 def check_scale_factors(scale_factors: tuple[int, ...]) -> None:
     """Raise `ValueError` unless `scale_factors` are positive, strictly decreasing integers that end in 1."""
-    decreasing = all(coarse > fine for coarse, fine in zip(scale_factors, scale_factors[1:]))
+    decreasing = all(coarse > fine for coarse, fine in pairwise(scale_factors))
     if not scale_factors or not decreasing or scale_factors[-1] != 1:
         raise ValueError(f"`scale_factors` must decrease strictly and end in 1, got {tuple(scale_factors)}.")

@@ -22,6 +22,7 @@ class HieraTokDecoder(nn.Module):
         hidden_size = config.decoder_hidden_size
         patch_channels = config.patch_size**2 * config.in_channels
         self.config = config
+        self.head_dim = hidden_size // config.decoder_num_heads
         self.embed = nn.Linear(config.latent_channels, hidden_size)
         self.scale_embedding = nn.Parameter(torch.zeros(len(config.scale_factors), hidden_size))
         self.positions = HieraTokPositions(config, hidden_size) if config.learned_positions else None
@@ -72,7 +73,7 @@ class HieraTokDecoder(nn.Module):
         hidden_states = hidden_states + torch.cat([scale[i].expand(n, -1) for i, n in enumerate(layout.lengths)])
         if self.positions is not None:
             hidden_states = hidden_states + flatten_pyramid(self.positions(*grid), layout)
-        rotary = rotary_tables(self.config, layout, grid, self.blocks[0].attn.head_dim, tokens.device)
+        rotary = rotary_tables(self.config, layout, grid, self.head_dim, tokens.device)
 
         hidden_states = self.norm_before(hidden_states)
         for block in self.blocks:

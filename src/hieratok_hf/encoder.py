@@ -19,6 +19,7 @@ class HieraTokEncoder(nn.Module):
         super().__init__()
         hidden_size, patch_size = config.encoder_hidden_size, config.patch_size
         self.config = config
+        self.head_dim = hidden_size // config.encoder_num_heads
         self.patch_embed = nn.Conv2d(config.in_channels, hidden_size, patch_size, stride=patch_size)
         self.positions = HieraTokPositions(config, hidden_size) if config.learned_positions else None
         self.norm_before = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_before_blocks else nn.Identity()
@@ -54,7 +55,7 @@ class HieraTokEncoder(nn.Module):
         if self.positions is not None:
             embedded = embedded + self.positions(*grid)
         layout = PyramidLayout.from_grid(*grid, (1,))
-        rotary = rotary_tables(self.config, layout, grid, self.blocks[0].attn.head_dim, embedded.device)
+        rotary = rotary_tables(self.config, layout, grid, self.head_dim, embedded.device)
 
         hidden_states = self.norm_before(embedded.flatten(2).transpose(1, 2))  # (B, h * w, D)
         for block in self.blocks:

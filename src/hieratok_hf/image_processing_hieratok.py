@@ -72,7 +72,7 @@ def open_picture(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) 
             raise PictureError(f"{name}: is a {'folder' if stat.S_ISDIR(info.st_mode) else 'device'}, not a file")
         if info.st_size == 0:
             raise PictureError(f"{name}: is empty (0 bytes)")
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115 (closed by the block below, whose errors are others)
     except OSError as error:
         raise PictureError(f"{name}: cannot be read ({error.strerror})") from error
     with file:
@@ -90,7 +90,7 @@ def open_picture(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) 
             raise PictureError(f"{name}: cannot be decoded ({reason})") from error
 
 
-class HieraTokImageProcessorKwargs(ImagesKwargs, total=False):
+class HieraTokImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """transformers' own image arguments and `size_divisor`."""
 
     size_divisor: int
@@ -249,7 +249,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         divisor, cropped = kwargs.pop("size_divisor"), []
         for image in images:
             if kwargs["do_resize"]:
-                resized = self.resize(image, kwargs["size"], kwargs["resample"])  # type: ignore[attr-defined]
+                resized = self.resize(image, kwargs["size"], kwargs["resample"])
                 # bicubic overshoots, and the libraries clip whole numbers alone
                 image = resized if image.dtype in (np.uint8, torch.uint8) else resized.clip(image.min(), image.max())
             if kwargs["do_center_crop"]:

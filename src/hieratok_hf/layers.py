@@ -1,4 +1,4 @@
-"""Layers of both sides: rotary positions on two axes, attention, SwiGLU and the pre-norm block (a superset of l-DeTok)."""
+"""Layers of both sides, a superset of l-DeTok's: rotary positions on two axes, attention, SwiGLU, pre-norm block."""
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -106,7 +106,7 @@ class HieraTokAttnProcessor:
         else:
             projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)  # (B, N, A, d)
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, A, N, d)

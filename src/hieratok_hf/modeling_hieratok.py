@@ -42,7 +42,7 @@ class HieraTokEncoderOutput(ModelOutput):
     @property
     def posterior(self) -> "DiagonalGaussianDistribution":
         """The distribution of the latent: `mode()`, `sample(generator)`, `kl()`."""
-        return posterior_of(self.moments)
+        return posterior_of(self.moments)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -218,7 +218,8 @@ class HieraTokModel(HieraTokPreTrainedModel):
             ValueError: `save_directory` is a file.
         """
         push_to_hub = kwargs.pop("push_to_hub", False)
-        upload = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
+        upload_keys = ("repo_id", "commit_message", "private", "create_pr")
+        upload = {key: kwargs.pop(key) for key in upload_keys if key in kwargs}
         with staged(save_directory) as stage:
             super().save_pretrained(stage, *args, **kwargs)
             share_between_libraries(stage, self.config)

@@ -1,4 +1,4 @@
-"""The pyramid of token grids: where each scale lies in the decoder's sequence, and the latent pooled to every scale."""
+"""The pyramid of token grids: where each scale lies in the decoder's sequence, and the latent pooled to each scale."""
 
 from dataclasses import dataclass
 

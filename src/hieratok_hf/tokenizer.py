@@ -87,7 +87,7 @@ class HieraTokCore(nn.Module):
     def _decode(self, latents: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
         check_latents(latents, self.config)
         grid = (latents.shape[-2], latents.shape[-1])
-        layout = PyramidLayout.from_grid(*grid, self.config.scale_factors)
+        layout = PyramidLayout.from_grid(*grid, tuple(self.config.scale_factors))
         if num_scales is not None:
             layout = layout.truncate(num_scales)
         return self.decoder(flatten_pyramid(latents, layout), layout, grid, all_scales)
@@ -148,14 +148,14 @@ class HieraTokCore(nn.Module):
         encoder.head.weight[:channels] /= std[:, None]
         encoder.head.bias[:channels] = (encoder.head.bias[:channels] - mean) / std
         encoder.head.bias[channels:] -= 2 * std.log()
-        decoder.embed.bias += decoder.embed.weight @ mean
-        decoder.embed.weight *= std
+        decoder.embed.bias.add_(decoder.embed.weight @ mean)
+        decoder.embed.weight.mul_(std)
         if self.config.linear_path:
-            encoder.linear_path.weight /= std[:, None, None, None]
+            encoder.linear_path.weight.div_(std[:, None, None, None])
         # Replicated borders keep a constant constant, so a shift of the latent is one of the bias.
         for path in decoder.linear_path:
-            path.bias += path.weight.sum((2, 3)) @ mean
-            path.weight *= std[:, None, None]
+            path.bias.add_(path.weight.sum((2, 3)) @ mean)
+            path.weight.mul_(std[:, None, None])
 
 
 def posterior_of(moments: Tensor) -> "DiagonalGaussianDistribution":

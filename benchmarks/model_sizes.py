@@ -1,0 +1,55 @@
+"""Parameters and FLOPs of every named size at one picture size, counted by PyTorch without computing anything."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hieratok_hf import SIZES, HieraTokConfig, HieraTokCore
+
+
+def count(size: str, height: int, width: int) -> dict[str, int | str]:
+    """Parameters, and FLOPs (two a multiply-add) to encode and to decode one picture, of a named size."""
+    with torch.device("meta"):
+        core = HieraTokCore(HieraTokConfig.from_size(size)).eval()
+        pixel_values = torch.empty(1, 3, height, width)
+    with torch.no_grad(), FlopCounterMode(display=False) as encoding:
+        latents = core.encode(pixel_values).mode()
+    row: dict[str, int | str] = {
+        "size": size,
+        "encoder_parameters": sum(p.numel() for p in core.encoder.parameters()),
+        "decoder_parameters": sum(p.numel() for p in core.decoder.parameters()),
+        "latent": "x".join(map(str, latents.shape[1:])),
+        "encode_flops": encoding.get_total_flops(),
+    }
+    for num_scales in range(1, len(core.config.scale_factors) + 1):
+        with torch.no_grad(), FlopCounterMode(display=False) as decoding:
+            core.decode(latents, num_scales)
+        row[f"decode_flops_{num_scales}"] = decoding.get_total_flops()
+    return row
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--height", type=int, default=256)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    args = parser.parse_args(argv)
+    rows = [count(size, args.height, args.width) for size in SIZES]
+
+    print(f"{args.height}x{args.width} pixels, one picture; decoding up to scale k of 4")
+    print(f"{'size':14}{'parameters, M':>24}{'latent':>12}{'GFLOP: encode':>15}{'decode k=1':>12}{'k=2':>8}{'k=3':>8}{'k=4':>8}")
+    for row in rows:
+        encoder, decoder = int(row["encoder_parameters"]) / 1e6, int(row["decoder_parameters"]) / 1e6
+        parameters = f"{encoder:.1f} + {decoder:.1f} = {encoder + decoder:.1f}"
+        decode = [int(row[f"decode_flops_{k}"]) / 1e9 for k in range(1, 5)]
+        flops = f"{int(row['encode_flops']) / 1e9:15.1f}{decode[0]:12.2f}" + "".join(f"{x:8.1f}" for x in decode[1:])
+        print(f"{row['size']:14}{parameters:>24}{row['latent']:>12}{flops}")
+    if args.json:
+        args.json.write_text(json.dumps({"height": args.height, "width": args.width, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Encode pictures and decode them again: one sheet a picture with every scale, and a table of the figures."""
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from hieratok_hf import SHIPPED, AutoencoderHieraTok, HieraTokImageProcessorPil, open_picture, pretrained
+from hieratok_hf.metrics import SSIM_WINDOW, psnr, ssim
+
+PICTURE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+BUNDLED = Path(__file__).parent / "pictures"
+SHEET = "_reconstruction"
+COLUMNS, MARGIN = 3, 8
+LARGEST_PANEL, SMALLEST_PANEL = 512, 256
+AMPLIFY = 4
+HEADER = ("picture", "size", "PSNR dB", "SSIM", "latent", "compression (numbers)", "encode s", "decode s")
+
+
+def find_pictures(sources: list[Path]) -> list[Path]:
+    """Files as they are, and folders' pictures in a fixed order, without hidden files and sheets made earlier."""
+    paths: list[Path] = []
+    for source in sources:
+        if not source.is_dir():
+            paths.append(source)
+            continue
+        for path in sorted(source.rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+            if path.suffix.lower() in PICTURE_SUFFIXES and not (hidden or path.is_dir() or path.stem.endswith(SHEET)):
+                paths.append(path)
+    return list(dict.fromkeys(paths))
+
+
+def load_model(name: str, device: str, dtype: str) -> AutoencoderHieraTok:
+    """The model of a folder, of a name that ships with the package, or of the Hub, in this order."""
+    if Path(name).is_file():
+        raise ValueError("it is a file, not a folder")
+    folder = pretrained(name) if name in SHIPPED and not Path(name).is_dir() else name
+    vae, info = AutoencoderHieraTok.from_pretrained(
+        folder, torch_dtype=getattr(torch, dtype), output_loading_info=True, use_safetensors=True
+    )
+    if missing := info["missing_keys"]:  # diffusers only warns and leaves them random
+        raise ValueError(f"its weights lack {len(missing)} of the model's tensors, such as {sorted(missing)[0]!r}")
+    return vae.to(device)
+
+
+def timed(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> tuple[Any, float]:
+    """The result of `function(tensor)` and the seconds that it took, to the end of the device's work."""
+    start = time.perf_counter()
+    result = function(tensor)
+    torch.get_device_module(tensor.device).synchronize()
+    return result, time.perf_counter() - start
+
+
+@torch.inference_mode()
+def reconstruct(path: Path, vae: AutoencoderHieraTok, args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
+    """The sheet and the figures of one picture."""
+    picture = open_picture(path)
+    processor = HieraTokImageProcessorPil(size_divisor=vae.spatial_compression_ratio)
+    if args.size:
+        crop_size = {"height": min(args.size, picture.height), "width": min(args.size, picture.width)}
+        original = processor(picture, do_center_crop=True, crop_size=crop_size, return_tensors="pt").pixel_values
+    else:
+        original = processor(picture, return_tensors="pt").pixel_values  # (1, 3, H, W)
+
+    latents, encode_seconds = timed(lambda x: vae.encode(x).latent_dist.mode(), original.to(vae.device, vae.dtype))
+    scales, decode_seconds = timed(vae.core.decode_scales, latents)  # coarse to fine
+    scales = [scale.float().cpu() for scale in scales]
+
+    height, width = original.shape[2:]
+    figures = {
+        "picture": str(path),
+        "width": width,
+        "height": height,
+        "psnr_db": psnr(scales[-1], original).item(),
+        "ssim": ssim(scales[-1], original).item() if min(height, width) >= SSIM_WINDOW else None,
+        "latent_shape": list(latents.shape[1:]),
+        "compression": original.numel() / latents.numel(),
+        "encode_seconds": encode_seconds,
+        "decode_seconds": decode_seconds,
+    }
+    images = [processor.postprocess(pixels)[0] for pixels in (original, *scales)]
+    difference = ImageChops.difference(images[0], images[-1]).point(lambda level: min(255, AMPLIFY * level))
+    coarse = [f"scale {i} of {len(scales)}: {x.width} x {x.height}" for i, x in enumerate(images[1:-1], start=1)]
+    labels = [f"original: {width} x {height}", *coarse, f"reconstruction: {figures['psnr_db']:.2f} dB"]
+    sheet = make_sheet([*images, difference], [*labels, f"difference x{AMPLIFY}"], args.full)
+    return sheet, figures
+
+
+def make_sheet(images: list[Image.Image], labels: list[str], full: bool) -> Image.Image:
+    """Labelled panels of one size, row by row; the first picture gives their size."""
+    width, height = images[0].size
+    factor = max(1.0, SMALLEST_PANEL // max(width, height))
+    if not full:
+        factor = min(factor, LARGEST_PANEL / max(width, height))
+    panel_size = (max(1, round(width * factor)), max(1, round(height * factor)))
+
+    font = ImageFont.load_default(size=max(16, max(panel_size) // 28))
+    boxes = [font.getbbox(label) for label in labels]  # left, top, right, bottom
+    cell_width = max(panel_size[0], *(math.ceil(box[2]) for box in boxes)) + MARGIN
+    label_height = max(math.ceil(box[3]) for box in boxes) + MARGIN // 2
+    cell_height = label_height + panel_size[1] + MARGIN
+    rows = math.ceil(len(images) / COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, label) in enumerate(zip(images, labels)):
+        left, top = MARGIN + i % COLUMNS * cell_width, MARGIN + i // COLUMNS * cell_height
+        shrinks = image.width > panel_size[0] or image.height > panel_size[1]
+        panel = image.resize(panel_size, Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST)
+        draw.text((left, top), label, fill="black", font=font)
+        sheet.paste(panel, (left, top + label_height))
+    return sheet
+
+
+def unused_name(stem: str, used: set[str]) -> str:
+    """The file name of a sheet, unlike those in `used`, to which it is added."""
+    names = (f"{stem}{'' if i == 1 else f'-{i}'}{SHEET}.png" for i in range(1, len(used) + 2))
+    name = next(name for name in names if name.casefold() not in used)  # some file systems ignore case
+    used.add(name.casefold())
+    return name
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder, and raise `OSError` unless files can be made in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, or its type's name, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The figures in aligned columns, a line a picture."""
+    lines = [HEADER]
+    for figures in results:
+        lines.append(
+            (
+                repr(figures["picture"])[1:-1],  # line breaks in a name would break the table
+                f"{figures['width']} x {figures['height']}",
+                f"{figures['psnr_db']:.2f}",
+                f"{figures['ssim']:.4f}" if figures["ssim"] is not None else "-",
+                " x ".join(map(str, figures["latent_shape"])),
+                f"{figures['compression']:.1f}x",
+                f"{figures['encode_seconds']:.3f}",
+                f"{figures['decode_seconds']:.3f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+
+
+def mean_of(results: list[dict[str, Any]], key: str) -> float | None:
+    """The mean of a figure over the pictures that have it, if any has."""
+    values = [figures[key] for figures in results if figures[key] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def as_json(args: argparse.Namespace, results: list[dict], mean: dict[str, Any], failures: dict[str, str]) -> bytes:
+    """The figures as JSON; it knows no infinity, so the PSNR of an exact reconstruction becomes null."""
+
+    def finite(figures: dict[str, Any]) -> dict[str, Any]:
+        return {key: None if value == math.inf else value for key, value in figures.items()}
+
+    settings = {"model": args.model, "device": args.device, "dtype": args.dtype, "size": args.size}
+    report = {**settings, "pictures": [finite(figures) for figures in results], "mean": finite(mean)}
+    return json.dumps({**report, "failures": failures}, indent=2, allow_nan=False).encode()
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help="files, or folders to search")
+    parser.add_argument("--model", default="hieratok-tiny", help="a folder, a name that ships, or a Hub repository")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the sheets")
+    parser.add_argument("--size", type=positive, help="cut at most SIZE x SIZE pixels out of the centre")
+    parser.add_argument(
+        "--device", default="auto", help="a device of torch; auto takes an accelerator if there is one"
+    )
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--full", action="store_true", help=f"panels at full size, not at most {LARGEST_PANEL} pixels")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        args.device = next((name for name, backend in backends.items() if backend.is_available()), "cpu")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+
+    def stop(message: str) -> int:
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+    sources = args.pictures or [BUNDLED]
+    if not (paths := find_pictures(sources)):
+        return stop(f"no pictures found in {', '.join(repr(str(source)) for source in sources)}")
+    try:
+        prepare_folder(args.output)
+    except OSError as error:
+        return stop(f"--output {str(args.output)!r} is no folder that can be written to: {one_line(error)}")
+    if args.json:
+        try:
+            prepare_folder(args.json.parent)
+            if args.json.is_dir():
+                raise IsADirectoryError("it is a folder")
+        except OSError as error:
+            return stop(f"--json {str(args.json)!r} cannot be written: {one_line(error)}")
+    try:
+        ssim(torch.zeros(1, 3, SSIM_WINDOW, SSIM_WINDOW), torch.zeros(1, 3, SSIM_WINDOW, SSIM_WINDOW))
+    except ImportError as error:
+        return stop(one_line(error))
+    try:
+        vae = load_model(args.model, args.device, args.dtype)
+    except Exception as error:  # diffusers, safetensors, the Hub and torch raise many types
+        return stop(f"--model {args.model!r} cannot be loaded on {args.device!r}: {one_line(error)}")
+    if args.size and args.size < vae.spatial_compression_ratio:
+        return stop(f"--size must be at least the model's patch size {vae.spatial_compression_ratio}, got {args.size}")
+
+    results: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    used: set[str] = set()
+    for path in tqdm(paths, unit="picture", disable=len(paths) < 2):
+        try:
+            sheet, figures = reconstruct(path, vae, args)
+            encoded = io.BytesIO()
+            sheet.save(encoded, format="PNG")
+            output = args.output / unused_name(path.stem, used)
+            write_whole(output, encoded.getvalue())
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
+            failures[str(path)] = one_line(error).removeprefix(f"{str(path)!r}: ")
+        else:
+            results.append({**figures, "output": str(output)})
+
+    mean = {key: mean_of(results, key) for key in ("psnr_db", "ssim")}
+    if results:
+        print(table(results))
+        means = f"PSNR {mean['psnr_db']:.2f} dB" + ("" if mean["ssim"] is None else f", SSIM {mean['ssim']:.4f}")
+        print(f"mean of {len(results)}: {means}; sheets in {str(args.output)!r}")
+    for name, reason in failures.items():
+        print(f"failed: {name!r}: {reason}", file=sys.stderr)
+    if args.json:
+        try:
+            write_whole(args.json, as_json(args, results, mean, failures))
+        except OSError as error:
+            return stop(f"--json {str(args.json)!r} cannot be written: {one_line(error)}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Tiny configurations and models with weights that are random everywhere, shared by the tests."""
+
+from typing import Any
+
+import torch
+
+from hieratok_hf import HieraTokConfig, HieraTokCore
+
+LINEAR_PATH = 3
+TINY: dict[str, Any] = {
+    "patch_size": 4,
+    "latent_channels": 4,
+    "encoder_hidden_size": 32,
+    "encoder_num_layers": 2,
+    "encoder_num_heads": 2,
+    "decoder_hidden_size": 32,
+    "decoder_num_layers": 2,
+    "decoder_num_heads": 2,
+    "qk_norm": True,
+    "output_conv": True,
+    "linear_path": LINEAR_PATH,
+    "sample_size": 32,
+}
+DETOK = {
+    "rotary_coordinates": "fraction",
+    "rotary_pairing": "detok",
+    "rotary_scale": 7 * 2 * torch.pi,
+    "rotary_base": 10000.0,
+    "learned_positions": 5,
+    "norm_before_blocks": True,
+    "qk_norm": False,
+    "linear_path": 0,
+}
+
+
+def tiny(**overrides: Any) -> HieraTokConfig:
+    return HieraTokConfig(**{**TINY, **overrides})
+
+
+def random_core(seed: int = 0, std: float = 0.15, **overrides: Any) -> HieraTokCore:
+    """A tiny core whose biases, norms and embeddings are random too, so that no term can go missing unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    core = HieraTokCore(tiny(**overrides)).init_weights().eval()
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=generator)
+    return core
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1

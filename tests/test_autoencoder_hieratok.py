@@ -1,0 +1,173 @@
+"""AutoencoderHieraTok: equality with HieraTokModel, what pipelines read, and what diffusers expects of a model."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.training_utils import EMAModel
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor, HieraTokModel
+
+
+@pytest.fixture
+def vae(tiny_config):
+    torch.manual_seed(0)
+    return AutoencoderHieraTok(**tiny_config.model_fields).eval()
+
+
+@pytest.fixture
+def sample():
+    return torch.rand(3, 3, 28, 20, generator=torch.Generator().manual_seed(0)) * 2 - 1  # 7x5 tokens
+
+
+def test_both_classes_give_the_same_bits(vae, tiny_config, sample):
+    model = HieraTokModel(tiny_config).eval()
+    assert list(model.state_dict()) == list(vae.state_dict())
+    model.load_state_dict(vae.state_dict())
+    output, posterior = model(sample), vae.encode(sample).latent_dist
+    assert torch.equal(output.moments, posterior.parameters)
+    assert torch.equal(output.reconstruction, vae(sample).sample)
+    for num_scales in (1, 2, 3, 4):
+        ours = vae.decode(output.latents, num_scales=num_scales).sample
+        assert torch.equal(ours, model.decode(output.latents, num_scales=num_scales).reconstruction)
+
+
+def test_encode_and_decode_speak_diffusers(vae, sample):
+    posterior = vae.encode(sample).latent_dist
+    assert type(posterior) is DiagonalGaussianDistribution
+    assert torch.equal(vae.encode(sample, return_dict=False)[0].mode(), posterior.mode())
+    latents = posterior.sample(torch.Generator().manual_seed(0))
+    assert latents.shape == (3, 4, 7, 5)
+    decoded = vae.decode(latents, return_dict=False, generator=torch.Generator())[0]
+    assert decoded.shape == sample.shape and torch.equal(decoded, vae.decode(latents).sample)
+
+
+def test_forward_samples_only_when_asked(vae, sample):
+    mode = vae(sample).sample
+    assert torch.equal(mode, vae(sample, return_dict=False)[0])
+    noisy = [vae(sample, sample_posterior=True, generator=torch.Generator().manual_seed(1)).sample for _ in range(2)]
+    assert torch.equal(*noisy) and not torch.equal(noisy[0], mode)
+
+
+def test_what_pipelines_read(vae):
+    assert (vae.config.scaling_factor, vae.config.shift_factor, vae.config.force_upcast) == (1.0, 0.0, False)
+    assert vae.config.latents_mean is None and vae.config.latents_std is None
+    assert 2 ** (len(vae.config.block_out_channels) - 1) == vae.spatial_compression_ratio == vae.config.patch_size == 4
+    assert len(vae.config.encoder_block_out_channels) == len(vae.config.block_out_channels)
+    assert vae.config.latent_channels == 4
+
+
+def test_slicing_changes_nothing(vae, sample):
+    expected, latents = vae(sample).sample, vae.encode(sample).latent_dist.mode()
+    vae.enable_slicing()
+    torch.testing.assert_close(vae(sample).sample, expected, rtol=0, atol=1e-5)
+    assert vae.decode(latents, num_scales=2).sample.shape == (3, 3, 8, 8)
+    vae.disable_slicing()
+    assert torch.equal(vae(sample).sample, expected)
+
+
+def test_fused_projections_give_the_same_picture(vae, sample):
+    expected, keys = vae(sample).sample, list(vae.state_dict())
+    vae.fuse_qkv_projections()
+    assert any("to_qkv" in name for name, _ in vae.named_parameters())
+    torch.testing.assert_close(vae(sample).sample, expected, rtol=0, atol=1e-5)
+    vae.unfuse_qkv_projections()
+    assert list(vae.state_dict()) == keys and torch.equal(vae(sample).sample, expected)
+
+
+def test_attention_processors_are_set_and_used(vae, sample):
+    expected = vae(sample).sample
+    assert len(vae.attn_processors) == 4
+    calls = []
+
+    class Counting(HieraTokAttnProcessor):
+        def __call__(self, *args, **kwargs):
+            calls.append(self)
+            return super().__call__(*args, **kwargs)
+
+    vae.set_attn_processor(Counting(backend="reference"))
+    torch.testing.assert_close(vae(sample).sample, expected, rtol=0, atol=1e-5)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "auto"])
+def test_the_scale_causal_property_holds_through_every_processor(vae, backend):
+    vae.set_attn_processor(HieraTokAttnProcessor(backend=backend))
+    latents = torch.randn(1, 4, 8, 8)
+    changed = latents.clone()
+    changed[..., :2, :2] += torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # means of 2x2 cells stay, so only one scale moves
+    before, after = vae.core.decode_scales(latents), vae.core.decode_scales(changed)
+    for coarse_before, coarse_after in zip(before[:-1], after[:-1]):
+        torch.testing.assert_close(coarse_before, coarse_after, rtol=0, atol=1e-5)
+    assert (before[-1] - after[-1]).abs().max() > 1e-3
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_config, sample):
+    gradients = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        vae = AutoencoderHieraTok(**tiny_config.model_fields).train()
+        if enable:
+            vae.enable_gradient_checkpointing()
+            assert vae.is_gradient_checkpointing
+        vae(sample).sample.square().mean().backward()
+        gradients.append([p.grad for p in vae.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert (plain is None) == (checkpointed is None)
+        if plain is not None:
+            torch.testing.assert_close(plain, checkpointed)
+
+
+def test_training_with_an_average_of_the_weights(vae, sample):
+    average = EMAModel(vae.parameters())
+    optimizer = torch.optim.SGD(vae.parameters(), lr=0.1)
+    before = copy.deepcopy(vae.state_dict())
+    (vae.train()(sample).sample - sample).square().mean().backward()
+    optimizer.step()
+    average.step(vae.parameters())
+    assert any(not torch.equal(before[name], weight) for name, weight in vae.state_dict().items())
+
+
+def test_layerwise_casting_stores_eight_bits(vae, sample):
+    expected = vae(sample).sample
+    vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert vae.core.decoder.blocks[0].mlp.linear_in.weight.dtype == torch.float8_e4m3fn
+    result = vae(sample).sample
+    assert result.dtype == torch.float32 and (result - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_close_and_finite(vae, sample, dtype):
+    expected = vae(sample).sample
+    result = vae.to(dtype)(sample.to(dtype)).sample
+    assert result.dtype == dtype and torch.isfinite(result).all()
+    assert (result.float() - expected).abs().max() < 0.05
+
+
+def test_compile_of_repeated_blocks(vae, sample):
+    expected = vae(sample).sample
+    vae.compile_repeated_blocks(backend="eager", fullgraph=True)
+    torch.testing.assert_close(vae(sample).sample, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_loading_warns_of_nothing(vae, sample, tmp_path, caplog, low_cpu_mem_usage):
+    vae.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("diffusers").addHandler(caplog.handler)
+        loaded = AutoencoderHieraTok.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert not caplog.records
+    assert torch.equal(loaded(sample).sample, vae(sample).sample)
+    assert dict(loaded.config) | {"_name_or_path": None} == dict(vae.config) | {"_name_or_path": None}
+
+
+def test_lora_adapters_train_and_merge(vae, sample):
+    peft = pytest.importorskip("peft")
+    expected = vae(sample).sample
+    vae.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    assert not torch.allclose(vae(sample).sample, expected)
+    vae.disable_adapters()
+    torch.testing.assert_close(vae(sample).sample, expected)

@@ -1,0 +1,128 @@
+"""Tests of `pyramid`: where scales lie, and that the pooled latent is the mean of the covered cells."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import noise
+
+from hieratok_hf import PyramidLayout
+from hieratok_hf.pyramid import flatten_pyramid
+
+FACTORS = (8, 4, 2, 1)
+GRIDS = [(7, 5), (1, 1), (16, 16), (4, 6), (1, 3), (9, 2), (8, 17)]
+
+
+def covered_means(latents, factors):
+    """The pyramid as a plain loop: the mean over the cells that each token covers."""
+    height, width = latents.shape[-2:]
+    tokens = []
+    for factor in factors:
+        for top in range(0, height, factor):
+            for left in range(0, width, factor):
+                tokens.append(latents[:, :, top : top + factor, left : left + factor].mean(dim=(2, 3)))
+    return torch.stack(tokens, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("grid", "grids"),
+    [
+        ((7, 5), ((1, 1), (2, 2), (4, 3), (7, 5))),
+        ((1, 1), ((1, 1), (1, 1), (1, 1), (1, 1))),
+        ((16, 16), ((2, 2), (4, 4), (8, 8), (16, 16))),
+        ((17, 8), ((3, 1), (5, 2), (9, 4), (17, 8))),
+    ],
+)
+def test_grids_are_rounded_up(grid, grids):
+    assert PyramidLayout.from_grid(*grid, FACTORS).grids == grids
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("factors", [FACTORS, (1,), (3, 1), (5, 2, 1)])
+def test_slices_cover_the_sequence_once_in_order(grid, factors):
+    layout = PyramidLayout.from_grid(*grid, factors)
+    positions = list(range(layout.num_tokens))
+    assert [i for rows in layout.slices for i in positions[rows]] == positions
+    assert [rows.stop - rows.start for rows in layout.slices] == [h * w for h, w in layout.grids]
+    assert [rows.stop for rows in layout.slices] == list(layout.ends)
+    assert sum(layout.lengths) == layout.ends[-1] == layout.num_tokens
+    assert layout.num_scales == len(factors) and layout.grids[-1] == grid
+
+
+def test_16x16_has_340_tokens():
+    layout = PyramidLayout.from_grid(16, 16, FACTORS)
+    assert layout.num_tokens == 340
+    assert layout.ends == (4, 20, 84, 340)
+
+
+def test_grids_of_2_4_8_16_see_80_2_percent_of_the_score_matrix():
+    layout = PyramidLayout.from_grid(16, 16, FACTORS)
+    assert round(100 * float(layout.visible_ends().sum()) / layout.num_tokens**2, 1) == 80.2
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_visible_prefix_of_a_token_ends_with_its_own_scale(grid):
+    layout = PyramidLayout.from_grid(*grid, FACTORS)
+    expected = [end for end, (height, width) in zip(layout.ends, layout.grids) for _ in range(height * width)]
+    ends = layout.visible_ends()
+    assert ends.dtype == torch.int64 and ends.tolist() == expected
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("factors", [FACTORS, (1,), (3, 1), (7, 3, 1)])
+def test_tokens_are_means_over_the_covered_cells(grid, factors):
+    latents = noise(2, 3, *grid)
+    layout = PyramidLayout.from_grid(*grid, factors)
+    tokens = flatten_pyramid(latents, layout)
+    torch.testing.assert_close(tokens, covered_means(latents, factors), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finest_tokens_are_the_latent_bit_for_bit(grid, dtype):
+    latents = noise(2, 3, *grid).to(dtype)
+    layout = PyramidLayout.from_grid(*grid, FACTORS)
+    finest = flatten_pyramid(latents, layout)[:, layout.slices[-1]]
+    assert torch.equal(finest, latents.flatten(2).transpose(1, 2))
+
+
+def test_a_single_coarse_token_is_the_mean_of_an_odd_map():
+    latents = noise(1, 2, 7, 5)
+    tokens = flatten_pyramid(latents, PyramidLayout.from_grid(7, 5, (8, 1)))
+    torch.testing.assert_close(tokens[:, 0], latents.mean((2, 3)))
+
+
+@pytest.mark.parametrize("grid", [(7, 5), (16, 16), (1, 3)])
+def test_pooling_commutes_with_an_affine_map_of_each_channel(grid):
+    latents, gain, offset = noise(2, 3, *grid), noise(3, seed=1), noise(3, seed=2)
+    layout = PyramidLayout.from_grid(*grid, FACTORS)
+    mapped_first = flatten_pyramid(latents * gain[:, None, None] + offset[:, None, None], layout)
+    mapped_last = flatten_pyramid(latents, layout) * gain + offset
+    torch.testing.assert_close(mapped_first, mapped_last, atol=1e-6, rtol=1e-5)
+
+
+def test_gradient_of_a_coarse_token_is_spread_evenly_over_its_cells():
+    latents = noise(1, 1, 3, 3).requires_grad_()
+    layout = PyramidLayout.from_grid(3, 3, (2, 1))
+    flatten_pyramid(latents, layout)[0, 1, 0].backward()
+    expected = torch.tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
+    assert torch.equal(latents.grad[0, 0], expected)
+
+
+@pytest.mark.parametrize("num_scales", [1, 2, 3, 4])
+def test_truncated_layout_is_the_prefix(num_scales):
+    layout = PyramidLayout.from_grid(7, 5, FACTORS)
+    short = layout.truncate(num_scales)
+    assert short.grids == layout.grids[:num_scales] and short.scale_factors == FACTORS[:num_scales]
+    assert short.slices == layout.slices[:num_scales] and short.ends == layout.ends[:num_scales]
+    latents = noise(1, 2, 7, 5)
+    full = flatten_pyramid(latents, layout)
+    assert torch.equal(flatten_pyramid(latents, short), full[:, : short.num_tokens])
+
+
+def test_layout_is_frozen_hashable_and_compares_by_value():
+    layout = PyramidLayout.from_grid(7, 5, FACTORS)
+    assert layout == PyramidLayout.from_grid(7, 5, FACTORS) and layout != PyramidLayout.from_grid(5, 7, FACTORS)
+    assert len({layout, PyramidLayout.from_grid(7, 5, FACTORS)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.grids = ()
