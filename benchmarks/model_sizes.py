@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = [count(size, args.height, args.width) for size in SIZES]
 
     print(f"{args.height}x{args.width} pixels, one picture; decoding up to scale k of 4")
-    print(f"{'size':14}{'parameters, M':>24}{'latent':>12}{'GFLOP: encode':>15}{'decode k=1':>12}{'k=2':>8}{'k=3':>8}{'k=4':>8}")
+    print(
+        f"{'size':14}{'parameters, M':>24}{'latent':>12}{'GFLOP: encode':>15}"
+        f"{'decode k=1':>12}{'k=2':>8}{'k=3':>8}{'k=4':>8}"
+    )
     for row in rows:
         encoder, decoder = int(row["encoder_parameters"]) / 1e6, int(row["decoder_parameters"]) / 1e6
         parameters = f"{encoder:.1f} + {decoder:.1f} = {encoder + decoder:.1f}"

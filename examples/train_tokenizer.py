@@ -16,6 +16,7 @@ from PIL import Image
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProcessorPil
 from hieratok_hf.image_processing_hieratok import convert_to_rgb
+from hieratok_hf.pyramid import picture_pyramid
 from hieratok_hf.tokenizer import HieraTokCore
 
 PICTURE_SUFFIXES = {".webp", ".png", ".jpg", ".jpeg", ".bmp"}
@@ -61,11 +62,11 @@ def make_batch(encoded: list[bytes], args: argparse.Namespace, step: int) -> tor
 def losses_of(core: HieraTokCore, pixel_values: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Squared error of the finest and of the coarser scales, and the KL divergence, each a mean per element."""
     posterior = core.encode(pixel_values)
-    *coarse, finest = core.decode_scales(posterior.sample())
-    targets = [F.interpolate(pixel_values, picture.shape[-2:], mode="area") for picture in coarse]
-    losses = {"mse": F.mse_loss(finest, pixel_values), "kl": posterior.kl().mean() / posterior.mean[0].numel()}
+    pairs = zip(core.decode_scales(posterior.sample()), picture_pyramid(pixel_values, core.config))
+    *coarse, finest = [F.mse_loss(picture, target) for picture, target in pairs]
+    losses = {"mse": finest, "kl": posterior.kl().mean() / posterior.mean[0].numel()}
     if coarse:
-        losses["coarse"] = torch.stack([F.mse_loss(*pair) for pair in zip(coarse, targets)]).mean()
+        losses["coarse"] = torch.stack(coarse).mean()
     losses["loss"] = losses["mse"] + args.kl_weight * losses["kl"] + args.coarse_weight * losses.get("coarse", 0.0)
     return losses
 

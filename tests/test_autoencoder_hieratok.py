@@ -97,7 +97,7 @@ def test_the_scale_causal_property_holds_through_every_processor(vae, backend):
     vae.set_attn_processor(HieraTokAttnProcessor(backend=backend))
     latents = torch.randn(1, 4, 8, 8)
     changed = latents.clone()
-    changed[..., :2, :2] += torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # means of 2x2 cells stay, so only one scale moves
+    changed[..., :2, :2] += torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # means of 2x2 cells stay: only one scale moves
     before, after = vae.core.decode_scales(latents), vae.core.decode_scales(changed)
     for coarse_before, coarse_after in zip(before[:-1], after[:-1]):
         torch.testing.assert_close(coarse_before, coarse_after, rtol=0, atol=1e-5)

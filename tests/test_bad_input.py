@@ -173,13 +173,17 @@ POSITIVE = {
     "initializer_range": -0.02,
     "scaling_factor": 0.0,
 }
+TYPOS = {"patchsize": 4, "num_layers": 2}
 HEADS = "(two rotary axes of channel pairs a head)"
 BROKEN_VALUES = [
-    *(({name: value}, f"`{name}` must be greater than 0, got {value!r}.") for name, value in POSITIVE.items()),
-    ({"learned_positions": -1}, "`learned_positions` must not be negative, got -1."),
-    ({"linear_path": -1}, "`linear_path` must not be negative, got -1."),
-    ({"kl_weight": -1e-6}, "`kl_weight` must not be negative, got -1e-06."),
-    ({"kl_weight": NAN}, "`kl_weight` must not be negative, got nan."),
+    *(
+        ({name: value}, f"`{name}` must be greater than 0 and finite, got {value!r}.")
+        for name, value in POSITIVE.items()
+    ),
+    ({"learned_positions": -1}, "`learned_positions` must be finite and not negative, got -1."),
+    ({"linear_path": -1}, "`linear_path` must be finite and not negative, got -1."),
+    ({"kl_weight": -1e-6}, "`kl_weight` must be finite and not negative, got -1e-06."),
+    ({"kl_weight": NAN}, "`kl_weight` must be finite and not negative, got nan."),
     ({"rotary_coordinates": "pixels"}, "`rotary_coordinates` must be one of ['cells', 'fraction'], got 'pixels'."),
     ({"rotary_pairing": "Proper"}, "`rotary_pairing` must be one of ['proper', 'detok'], got 'Proper'."),
     ({"patch_size": 12}, "`patch_size` must be a power of two, got 12."),
@@ -187,7 +191,7 @@ BROKEN_VALUES = [
     *(
         (
             {"scale_factors": factors},
-            f"`scale_factors` must decrease strictly and end in 1, got {tuple(factors)}.",
+            f"`scale_factors` must be integers that decrease strictly and end in 1, got {tuple(factors)}.",
         )
         for factors in [(8, 4, 2), (1, 2), (2, 2, 1), (), (2, 1, 0), (0,), (2, 1, -1), (4, 1, 1), [2, 4, 1]]
     ),
@@ -295,8 +299,8 @@ def test_an_installation_without_its_weights_says_so(monkeypatch, tmp_path):
     [
         (0, 4, (1,), "`height` and `width` must be at least 1 token, got 0 and 4."),
         (4, -1, (1,), "`height` and `width` must be at least 1 token, got 4 and -1."),
-        (4, 4, (), "`scale_factors` must decrease strictly and end in 1, got ()."),
-        (4, 4, (2, 4, 1), "`scale_factors` must decrease strictly and end in 1, got (2, 4, 1)."),
+        (4, 4, (), "`scale_factors` must be integers that decrease strictly and end in 1, got ()."),
+        (4, 4, (2, 4, 1), "`scale_factors` must be integers that decrease strictly and end in 1, got (2, 4, 1)."),
     ],
 )
 def test_bad_layouts_are_refused(height, width, factors, message):
@@ -406,21 +410,54 @@ def test_an_attention_of_transformers_that_is_not_supported_is_refused(implement
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [
-        (torch.zeros(3), torch.ones(4), "must have shape (4,), got torch.Size([3]) and torch.Size([4])."),
-        (torch.zeros(4), torch.ones(4, 1), "must have shape (4,), got torch.Size([4]) and torch.Size([4, 1])."),
-        (torch.tensor(0.0), torch.tensor(1.0), "must have shape (4,), got torch.Size([]) and torch.Size([])."),
+        (torch.zeros(3), torch.ones(4), "`mean` must be a tensor of shape (4,), got (3,)."),
+        (torch.zeros(4), torch.ones(4, 1), "`std` must be a tensor of shape (4,), got (4, 1)."),
+        (torch.tensor(0.0), torch.ones(4), "`mean` must be a tensor of shape (4,), got ()."),
+        (0.0, torch.ones(4), "`mean` must be a tensor of shape (4,), got float."),
+        (torch.full((4,), NAN), torch.ones(4), "`mean` must be finite, got [nan, nan, nan, nan]."),
     ],
 )
-def test_statistics_of_a_wrong_shape_are_refused(mean, std, message, core):
-    with refuses(f"`mean` and `std` {message}"):
+def test_broken_statistics_are_refused(mean, std, message, core):
+    with refuses(message):
         core.fold_latent_statistics(mean, std)
+
+
+@pytest.mark.parametrize("name", TYPOS)
+@pytest.mark.parametrize("cls", [HieraTokConfig, HieraTokModel, AutoencoderHieraTok])
+def test_a_size_has_no_unknown_override(cls, name):
+    with refuses(f"HieraTokConfig has no argument {name!r}; it has {list(HieraTokConfig.__annotations__)}."):
+        cls.from_size("hieratok-tiny", **{name: TYPOS[name]})
+
+
+@pytest.mark.parametrize("slicing", [False, True])
+@pytest.mark.parametrize(("value", "kind"), [(None, "NoneType"), ([1.0], "list")])
+def test_what_is_no_tensor_is_refused_with_slicing_too(vae, slicing, value, kind, monkeypatch):
+    monkeypatch.setattr(vae, "use_slicing", slicing)
+    with refuses(f"`pixel_values` must be a torch.Tensor, got {kind}."):
+        vae.encode(value)
+    with refuses(f"`latents` must be a torch.Tensor, got {kind}."):
+        vae.decode(value)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"components": torch.eye(4, 47)}, "`components` must be a tensor of shape (4, 48), got (4, 47)."),
+        ({"mean": torch.zeros(4)}, "`mean` must be a tensor of shape (48,), got (4,)."),
+        ({"scale": torch.zeros(4)}, "`scale` must be finite and positive, got [0.0, 0.0, 0.0, 0.0]."),
+    ],
+)
+def test_a_broken_linear_path_is_refused(broken, message, core):
+    good = {"components": torch.eye(4, 48), "mean": torch.zeros(48), "scale": torch.ones(4)}
+    with refuses(message):
+        core.set_linear_path(**{**good, **broken})
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, NAN])
 def test_statistics_that_are_not_positive_are_refused_and_change_nothing(value):
     core = random_core()
     before = {name: weight.clone() for name, weight in core.state_dict().items()}
-    with refuses(f"`std` must be positive in every channel, got [1.0, {value}, 1.0, 1.0]."):
+    with refuses(f"`std` must be finite and positive, got [1.0, {value}, 1.0, 1.0]."):
         core.fold_latent_statistics(torch.ones(4), torch.tensor([1.0, value, 1.0, 1.0]))
     assert all(torch.equal(weight, before[name]) for name, weight in core.state_dict().items())
 
@@ -536,9 +573,12 @@ def test_sizes_that_disagree_with_the_weights_are_refused(loader, values, folder
     ("values", "message"),
     [
         ({"patch_size": 3}, "`patch_size` must be a power of two, got 3."),
-        ({"scale_factors": [4, 2]}, "`scale_factors` must decrease strictly and end in 1, got (4, 2)."),
+        (
+            {"scale_factors": [4, 2]},
+            "`scale_factors` must be integers that decrease strictly and end in 1, got (4, 2).",
+        ),
         ({"rotary_pairing": "none"}, "`rotary_pairing` must be one of ['proper', 'detok'], got 'none'."),
-        ({"norm_eps": 0.0}, "`norm_eps` must be greater than 0, got 0.0."),
+        ({"norm_eps": 0.0}, "`norm_eps` must be greater than 0 and finite, got 0.0."),
     ],
     ids=case_id,
 )

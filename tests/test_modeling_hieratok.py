@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel
 import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokModel
 from hieratok_hf.layers import HieraTokAttnProcessor
+from hieratok_hf.pyramid import picture_pyramid
 
 
 @pytest.fixture
@@ -32,12 +33,23 @@ def test_output_holds_everything(model, pixel_values):
     assert output.attentions is None
 
 
-def test_loss_is_squared_error_and_weighted_divergence(model, pixel_values):
+def test_loss_weighs_squared_errors_and_divergence(model, pixel_values):
     output = model(pixel_values)
     mse = (output.reconstruction - pixel_values).square().mean()
     kl = output.posterior.kl().mean()
-    assert kl > 0
-    torch.testing.assert_close(output.loss, mse + model.config.kl_weight * kl)
+    pictures = model.core.decode_scales(output.latents)[:-1]
+    targets = picture_pyramid(pixel_values, model.config)[:-1]
+    coarse = sum((a - b).square().mean() for a, b in zip(pictures, targets, strict=True)) / 3
+    assert kl > 0 and coarse > 0
+    expected = mse + model.config.kl_weight * kl + model.config.coarse_weight * coarse
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_the_loss_trains_every_parameter(model, pixel_values):
+    model.train()(pixel_values, sample_posterior=True).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_tuple_output_has_the_same_values(model, pixel_values):

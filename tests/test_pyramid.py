@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import noise
 
-from hieratok_hf import PyramidLayout
-from hieratok_hf.pyramid import flatten_pyramid
+from hieratok_hf import HieraTokConfig, PyramidLayout
+from hieratok_hf.pyramid import flatten_pyramid, picture_pyramid
 
 FACTORS = (8, 4, 2, 1)
 GRIDS = [(7, 5), (1, 1), (16, 16), (4, 6), (1, 3), (9, 2), (8, 17)]
@@ -126,3 +126,17 @@ def test_layout_is_frozen_hashable_and_compares_by_value():
     assert len({layout, PyramidLayout.from_grid(7, 5, FACTORS)}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         layout.grids = ()
+
+
+def test_picture_pyramid_averages_and_repeats_the_edge():
+    config = HieraTokConfig(patch_size=2, scale_factors=(4, 2, 1))
+    picture = torch.arange(3 * 10 * 6, dtype=torch.float32).view(1, 3, 10, 6)  # 5x3 tokens
+    coarse, middle, fine = picture_pyramid(picture, config)
+    assert fine is picture
+    assert coarse.shape == (1, 3, 4, 2) and middle.shape == (1, 3, 6, 4)
+    for pooled, factor in ((coarse, 4), (middle, 2)):
+        for row in range(pooled.shape[2]):
+            for column in range(pooled.shape[3]):
+                rows = [min(factor * row + i, 9) for i in range(factor)]
+                columns = [min(factor * column + i, 5) for i in range(factor)]
+                torch.testing.assert_close(pooled[..., row, column], picture[:, :, rows][..., columns].mean((2, 3)))

@@ -297,7 +297,7 @@ def test_unknown_and_broken_models(run, model, tmp_path, capsys):
         ("hieratok-huge", "hieratok-huge"),
         (tmp_path / "hollow", "config.json"),
         (picture, "is a file"),
-        (partial, "lack 1 of the model's tensors"),
+        (partial, "lack 1 of the tensors"),
     ]:
         assert run(picture, model=name) == 2
         line = error_of(capsys)

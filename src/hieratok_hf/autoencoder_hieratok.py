@@ -1,6 +1,7 @@
 """HieraTok as a diffusers autoencoder: configuration, outputs and flags around `HieraTokCore`."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         output_conv: bool = False,
         linear_path: int = 0,
         kl_weight: float = 1e-6,
+        coarse_weight: float = 0.02,
         sample_size: int = 256,
         initializer_range: float = 0.02,
         scaling_factor: float = 1.0,
@@ -130,8 +132,7 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         Raises:
             ValueError: As `HieraTokCore.encode_moments`.
         """
-        slices = x.split(1) if self.use_slicing and x.shape[0] > 1 else [x]
-        moments = [self.core.encode_moments(part)[0] for part in slices]
+        moments = [self.core.encode_moments(part)[0] for part in self._slices(x)]
         posterior = DiagonalGaussianDistribution(torch.cat(moments) if len(moments) > 1 else moments[0])
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -157,8 +158,7 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         Raises:
             ValueError: As `HieraTokCore.decode`.
         """
-        slices = z.split(1) if self.use_slicing and z.shape[0] > 1 else [z]
-        pictures = [self.core.decode(part, num_scales) for part in slices]
+        pictures = [self.core.decode(part, num_scales) for part in self._slices(z)]
         sample = torch.cat(pictures) if len(pictures) > 1 else pictures[0]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -181,6 +181,31 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         posterior = self.encode(sample).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(latents, return_dict=return_dict)
+
+    def _slices(self, batch: Tensor) -> Sequence[Tensor]:
+        """A batch one by one where slicing is on; what is no batch is left for the core to refuse."""
+        is_batch = isinstance(batch, Tensor) and batch.ndim == 4 and batch.shape[0] > 1
+        return batch.split(1) if self.use_slicing and is_batch else [batch]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """
+        As `ModelMixin.from_pretrained`, but weights that lack a tensor are refused, where diffusers would leave it
+        without storage.
+
+        Raises:
+            ValueError: The weights lack a tensor of the model that the configuration describes.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if kwargs.get("device_map") is None:  # with one, weights may rest on a disk
+            lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+            if lacking:
+                raise ValueError(
+                    f"The weights in {str(pretrained_model_name_or_path)!r} lack {len(lacking)} of the tensors that "
+                    f"`config.json` asks for, such as {lacking[0]!r}."
+                )
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """

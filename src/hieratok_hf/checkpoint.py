@@ -86,8 +86,6 @@ def share_between_libraries(stage: Path, config: HieraTokConfig) -> None:
     config_path = stage / "config.json"
     if not config_path.exists():
         return
-    # The unnamed variant comes first: a folder may hold several, and transformers reads the one named here.
-    weights = sorted(stage.glob(f"{WEIGHTS_STEM}*.index*.json")) or sorted(stage.glob(f"{WEIGHTS_STEM}*.safetensors"))
     plain = config.to_dict()
     merged = {
         **json.loads(config_path.read_text()),
@@ -97,9 +95,18 @@ def share_between_libraries(stage: Path, config: HieraTokConfig) -> None:
         "_class_name": "AutoencoderHieraTok",
         "_diffusers_version": diffusers_version,
     }
-    if weights:
-        merged["transformers_weights"] = weights[0].name
+    if weights := _weights_for_transformers(stage):
+        merged["transformers_weights"] = weights
     # The weights say their own dtype; a second place could only disagree.
     merged.pop("dtype", None)
     merged.pop("_name_or_path", None)
     config_path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+
+
+def _weights_for_transformers(stage: Path) -> str | None:
+    """The one file that transformers reads: the plain variant, also where it was saved earlier, or else any."""
+    index, single = f"{WEIGHTS_STEM}.safetensors.index.json", f"{WEIGHTS_STEM}.safetensors"
+    folders = (stage, stage.parent)
+    plain = [name for folder in folders for name in (index, single) if (folder / name).exists()]
+    variants = [path.name for path in (*stage.glob("*.index.*.json"), *sorted(stage.glob("*.safetensors")))]
+    return next(iter([*plain, *variants]), None)

@@ -1,5 +1,6 @@
 """Configuration of HieraTok: every size of the model, checked once, and the sizes that have names."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -19,11 +20,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "decoder_hidden_size": 128,
         "decoder_num_layers": 4,
         "decoder_num_heads": 4,
+        "qk_norm": True,
         "rotary_scale": 2.0,
         "rotary_base": 50.0,
         "output_conv": True,
         "linear_path": 3,
         "sample_size": 128,
+        # About the inverse root of the width: at the usual 0.02 its attention stays uniform for thousands of steps.
+        "initializer_range": 0.08,
     },
     "hieratok-s": {
         "encoder_hidden_size": 512,
@@ -96,6 +100,8 @@ class HieraTokConfig(PreTrainedConfig):
             An odd number, or 0 for none.
         kl_weight (`float`, defaults to 1e-6): Weight of the KL divergence, summed over a picture's latent, in the
             loss that `HieraTokModel` returns.
+        coarse_weight (`float`, defaults to 0.02): Weight of the mean squared error of the coarser scales' pictures in
+            that loss.
         sample_size (`int`, defaults to 256): Side of the training pictures in pixels. Any other size works.
         initializer_range (`float`, defaults to 0.02): Standard deviation of random weights.
         scaling_factor, shift_factor (`float`, default to 1.0 and 0.0): What diffusers pipelines apply to latents.
@@ -146,6 +152,7 @@ class HieraTokConfig(PreTrainedConfig):
     output_conv: bool = False
     linear_path: int = 0
     kl_weight: float | int = 1e-6
+    coarse_weight: float | int = 0.02
     sample_size: int = 256
     initializer_range: float = 0.02
     scaling_factor: float | int = 1.0
@@ -156,11 +163,13 @@ class HieraTokConfig(PreTrainedConfig):
         self.scale_factors = tuple(self.scale_factors)
         super().__post_init__(**kwargs)
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)!r}.")
-        for name in ("learned_positions", "linear_path", "kl_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)!r}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be greater than 0 and finite, got {getattr(self, name)!r}.")
+        for name in ("learned_positions", "linear_path", "kl_weight", "coarse_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)!r}.")
+        if not math.isfinite(self.shift_factor):
+            raise ValueError(f"`shift_factor` must be finite, got {self.shift_factor!r}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
@@ -176,6 +185,8 @@ class HieraTokConfig(PreTrainedConfig):
                     f"`{side}_hidden_size` must be a multiple of 4 * `{side}_num_heads` (two rotary axes of channel "
                     f"pairs a head), got {hidden_size} and {num_heads}."
                 )
+            if int(2 / 3 * self.mlp_ratio * hidden_size) < 1:
+                raise ValueError(f"`mlp_ratio` must leave a width of at least 1, got {self.mlp_ratio!r}.")
 
     @property
     def num_hidden_layers(self) -> int:
@@ -211,15 +222,20 @@ class HieraTokConfig(PreTrainedConfig):
             overrides: Arguments of `HieraTokConfig` that replace those of the named size.
 
         Raises:
-            ValueError: `size` is not one of `SIZES`.
+            ValueError: `size` is not one of `SIZES`, or an override is no argument of the configuration.
         """
-        if size not in SIZES:
+        if not isinstance(size, str) or size not in SIZES:
             raise ValueError(f"`size` must be one of {list(SIZES)}, got {size!r}.")
+        if unknown := sorted(set(overrides) - set(cls.__annotations__)):
+            raise ValueError(f"HieraTokConfig has no argument {unknown[0]!r}; it has {list(cls.__annotations__)}.")
         return cls(**{**SIZES[size], **overrides})
 
 
 def check_scale_factors(scale_factors: tuple[int, ...]) -> None:
     """Raise `ValueError` unless `scale_factors` are positive, strictly decreasing integers that end in 1."""
+    integers = all(isinstance(factor, int) for factor in scale_factors)
     decreasing = all(coarse > fine for coarse, fine in pairwise(scale_factors))
-    if not scale_factors or not decreasing or scale_factors[-1] != 1:
-        raise ValueError(f"`scale_factors` must decrease strictly and end in 1, got {tuple(scale_factors)}.")
+    if not scale_factors or not integers or not decreasing or scale_factors[-1] != 1:
+        raise ValueError(
+            f"`scale_factors` must be integers that decrease strictly and end in 1, got {tuple(scale_factors)}."
+        )

@@ -16,6 +16,7 @@ from .checkpoint import share_between_libraries, staged
 from .configuration_hieratok import HieraTokConfig
 from .decoder import HieraTokDecoder
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
+from .pyramid import picture_pyramid
 from .tokenizer import HieraTokCore, posterior_of
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class HieraTokOutput(HieraTokEncoderOutput):
 
     Attributes:
         loss (`torch.Tensor` of shape `()`): Mean squared error of the reconstruction, plus `config.kl_weight` times
-            the KL divergence of a picture's latent. `None` when only the coarse scales were decoded.
+            the KL divergence of a picture's latent, plus `config.coarse_weight` times the mean squared error of the
+            coarser scales. `None` when only coarser scales were decoded.
         reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded picture, about [-1, 1], not clamped.
         latents (`torch.Tensor` of shape `(B, C, h, w)`): What was decoded: the posterior's mode, or a sample of it.
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
@@ -201,12 +203,15 @@ class HieraTokModel(HieraTokPreTrainedModel):
         moments, _ = self.core.encode_moments(pixel_values)
         posterior = posterior_of(moments)
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
-        reconstruction = self.core.decode(latents, num_scales)
+        pictures = self.core.decode_scales(latents, num_scales)
         loss = None
-        if reconstruction.shape == pixel_values.shape:
-            mse = F.mse_loss(reconstruction.float(), pixel_values.float())
-            loss = mse + self.config.kl_weight * posterior_of(moments.float()).kl().mean()
-        return HieraTokOutput(loss=loss, reconstruction=reconstruction, latents=latents, moments=moments)
+        if len(pictures) == len(self.config.scale_factors):
+            targets = picture_pyramid(pixel_values.float(), self.config)
+            *coarse, finest = [F.mse_loss(*pair) for pair in zip((picture.float() for picture in pictures), targets)]
+            loss = finest + self.config.kl_weight * posterior_of(moments.float()).kl().mean()
+            if coarse:
+                loss = loss + self.config.coarse_weight * torch.stack(coarse).mean()
+        return HieraTokOutput(loss=loss, reconstruction=pictures[-1], latents=latents, moments=moments)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configuration_hieratok import check_scale_factors
+from .configuration_hieratok import HieraTokConfig, check_scale_factors
 
-__all__ = ["PyramidLayout", "flatten_pyramid"]
+__all__ = ["PyramidLayout", "flatten_pyramid", "picture_pyramid"]
 
-# Shape letters: B batch, C latent channels, h w finest grid, N tokens of all scales, n tokens of one scale.
+# Shape letters: B batch, H W pixels, p patch size, C latent channels, h w finest grid, N tokens of all scales.
 
 
 @dataclass(frozen=True)
@@ -103,3 +103,25 @@ def flatten_pyramid(latents: Tensor, layout: PyramidLayout) -> Tensor:
         for factor in layout.scale_factors
     ]  # each (B, C, n_h, n_w)
     return torch.cat([pooled.flatten(2) for pooled in maps], dim=2).transpose(1, 2)  # (B, N, C)
+
+
+def picture_pyramid(pixel_values: Tensor, config: HieraTokConfig) -> list[Tensor]:
+    """
+    What each scale's picture should be: the picture at `1 / factor` of its size, by averages.
+
+    Where a coarse cell reaches beyond the picture, its edge is repeated, so that all scales show a thing in one place.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures; sides are multiples of the patch size.
+        config (`HieraTokConfig`): The patch size and the scales.
+
+    Returns:
+        A list of `(B, 3, n_h * p, n_w * p)`, coarse to fine; the last is `pixel_values`.
+    """
+    height, width = pixel_values.shape[-2:]
+    pictures = []
+    for factor in config.scale_factors:
+        cell = factor * config.patch_size
+        padded = F.pad(pixel_values, (0, -width % cell, 0, -height % cell), mode="replicate")
+        pictures.append(F.avg_pool2d(padded, factor) if factor > 1 else pixel_values)
+    return pictures

@@ -104,11 +104,16 @@ class HieraTokCore(nn.Module):
             scale (`torch.Tensor` of shape `(C,)`): Standard deviation along each direction.
 
         Raises:
-            ValueError: The model was configured without a linear path.
+            ValueError: The model was configured without a linear path, a shape is not that above, or a scale is not
+                positive and finite.
         """
         if not self.config.linear_path:
             raise ValueError("The model has no linear path: configure it with `linear_path`.")
         size, channels, middle = self.config.patch_size, self.config.latent_channels, self.config.linear_path // 2
+        numbers = size**2 * self.config.in_channels
+        _check_statistics("components", components, (channels, numbers))
+        _check_statistics("mean", mean, (numbers,))
+        _check_statistics("scale", scale, (channels,), positive=True)
         to_latent = components / scale[:, None]
         cells = slice(middle * size, (middle + 1) * size)
         self.encoder.linear_path.weight.zero_()
@@ -137,13 +142,11 @@ class HieraTokCore(nn.Module):
             mean, std (`torch.Tensor` of shape `(C,)`): Statistics of each latent channel over the training pictures.
 
         Raises:
-            ValueError: A shape is not `(C,)`, or a standard deviation is not positive.
+            ValueError: A shape is not `(C,)`, a value is not finite, or a standard deviation is not positive.
         """
         channels = self.config.latent_channels
-        if mean.shape != (channels,) or std.shape != (channels,):
-            raise ValueError(f"`mean` and `std` must have shape ({channels},), got {mean.shape} and {std.shape}.")
-        if not (std > 0).all():
-            raise ValueError(f"`std` must be positive in every channel, got {std.tolist()}.")
+        _check_statistics("mean", mean, (channels,))
+        _check_statistics("std", std, (channels,), positive=True)
         encoder, decoder = self.encoder, self.decoder
         encoder.head.weight[:channels] /= std[:, None]
         encoder.head.bias[:channels] = (encoder.head.bias[:channels] - mean) / std
@@ -199,6 +202,14 @@ def _check_map(tensor: Tensor, name: str, channels: int) -> None:
         raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}.")
     if _may_look_at(tensor) and not torch.isfinite(tensor.detach()).all():
         raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+
+
+def _check_statistics(name: str, values: Tensor, shape: tuple[int, ...], positive: bool = False) -> None:
+    got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if got != shape:
+        raise ValueError(f"`{name}` must be a tensor of shape {shape}, got {got}.")
+    if not torch.isfinite(values).all() or (positive and not (values > 0).all()):
+        raise ValueError(f"`{name}` must be finite{' and positive' if positive else ''}, got {values.tolist()}.")
 
 
 def _may_look_at(tensor: Tensor) -> bool:

@@ -1,0 +1,146 @@
+"""One folder for both libraries: loading, re-saving by either class, shards, variants, dtypes, interrupted saves."""
+
+import json
+import os
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+from helpers import pictures, random_core
+from safetensors import safe_open
+from transformers import AutoModel
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokModel
+from hieratok_hf.checkpoint import WEIGHTS_STEM, staged
+
+CLASSES = {"transformers": HieraTokModel, "diffusers": AutoencoderHieraTok}
+
+
+def from_pretrained(library, folder, **kwargs):
+    return (AutoModel if library == "transformers" else AutoencoderHieraTok).from_pretrained(folder, **kwargs)
+
+
+def assert_same_weights(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "40KB"])
+@pytest.mark.parametrize("route", ["td", "dt", "tdt", "dtd"])
+def test_a_folder_survives_both_libraries(route, max_shard_size, tmp_path):
+    core, sample = random_core(), pictures(2, 3, 28, 20)
+    libraries = [{"t": "transformers", "d": "diffusers"}[letter] for letter in route]
+    model = CLASSES[libraries[0]].from_core(core)
+    for i, library in enumerate(libraries):
+        folder = tmp_path / str(i)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        for reader in CLASSES:
+            loaded = from_pretrained(reader, folder)
+            assert_same_weights(loaded.core, core)
+            assert (
+                loaded.core.decode(loaded.core.encode(sample).mode()) - core.decode(core.encode(sample).mode())
+            ).abs().max() == 0
+        model = from_pretrained(libraries[(i + 1) % len(libraries)], folder)
+        assert type(model) is CLASSES[libraries[(i + 1) % len(libraries)]]
+        num_files = len(list(folder.glob(f"{WEIGHTS_STEM}*.safetensors")))
+        assert num_files == 1 if max_shard_size == "1GB" else num_files > 1
+        assert not list(folder.glob("model*")) and library in CLASSES
+
+
+def test_both_classes_write_the_same_files(tmp_path):
+    core = random_core()
+    for library, cls in CLASSES.items():
+        cls.from_core(core).save_pretrained(tmp_path / library)
+    ours, theirs = (sorted((tmp_path / library).iterdir()) for library in CLASSES)
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    assert json.loads(ours[0].read_text()) == json.loads(theirs[0].read_text())
+    with safe_open(ours[1], "pt") as a, safe_open(theirs[1], "pt") as b:
+        assert set(a.keys()) == set(b.keys())
+
+
+def test_the_configuration_has_the_keys_of_both(tmp_path):
+    HieraTokModel.from_core(random_core()).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["model_type"] == "hieratok" and values["architectures"] == ["HieraTokModel"]
+    assert values["_class_name"] == "AutoencoderHieraTok" and values["_diffusers_version"] == diffusers.__version__
+    assert values["transformers_weights"] == "diffusion_pytorch_model.safetensors"
+    assert values["latents_std"] is None and len(values["block_out_channels"]) == 3
+
+
+@pytest.mark.parametrize("first", CLASSES)
+def test_saving_again_with_fewer_shards_leaves_none_behind(first, tmp_path):
+    model = CLASSES[first].from_core(random_core())
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / f"{WEIGHTS_STEM}.safetensors.index.json").exists()
+    (tmp_path / "notes.txt").write_text("mine")
+    for library in CLASSES:
+        CLASSES[library].from_core(model.core).save_pretrained(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "config.json",
+            f"{WEIGHTS_STEM}.safetensors",
+            "notes.txt",
+        ]
+
+
+def test_variants_live_beside_each_other(tmp_path):
+    core = random_core()
+    vae = AutoencoderHieraTok.from_core(core)
+    vae.save_pretrained(tmp_path)
+    half = AutoencoderHieraTok.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    half.save_pretrained(tmp_path, variant="fp16")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.fp16.safetensors"}
+    assert_same_weights(AutoencoderHieraTok.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16), half)
+    assert_same_weights(AutoencoderHieraTok.from_pretrained(tmp_path), vae)
+    assert_same_weights(HieraTokModel.from_pretrained(tmp_path).core, core)
+
+
+@pytest.mark.parametrize("library", CLASSES)
+def test_weights_load_in_a_dtype(library, tmp_path):
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path)
+    loaded = from_pretrained(library, tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.core.decode(torch.randn(1, 4, 3, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_an_interrupted_save_changes_nothing(tmp_path, monkeypatch):
+    model = HieraTokModel.from_core(random_core())
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("hieratok_hf.modeling_hieratok.share_between_libraries", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        HieraTokModel.from_core(random_core(seed=1)).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_stage_replaces_files_only_at_its_end(tmp_path):
+    (tmp_path / "config.json").write_text("old")
+    with staged(tmp_path) as stage:
+        (stage / "config.json").write_text("new")
+        (stage / "part").mkdir()
+        (stage / "part" / "a.txt").write_text("a")
+        assert (tmp_path / "config.json").read_text() == "old"
+    assert (tmp_path / "config.json").read_text() == "new" and (tmp_path / "part" / "a.txt").read_text() == "a"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "part"]
+
+
+def test_a_filled_hub_cache_serves_offline(tmp_path):
+    snapshot = tmp_path / "hub" / "models--someone--hieratok" / "snapshots" / ("0" * 40)
+    HieraTokModel.from_core(random_core()).save_pretrained(snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    code = (
+        "import hieratok_hf, torch\n"
+        "from transformers import AutoModel\n"
+        "a = AutoModel.from_pretrained('someone/hieratok')\n"
+        "b = hieratok_hf.AutoencoderHieraTok.from_pretrained('someone/hieratok')\n"
+        "x = torch.zeros(1, 3, 8, 8)\n"
+        "assert torch.equal(a(x).reconstruction, b(x).sample)\n"
+    )
+    environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()

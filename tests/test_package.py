@@ -1,0 +1,101 @@
+"""What a user gets: a light import, registered Auto classes, and a wheel with the weights that works elsewhere."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = (
+    "torchvision",
+    "triton",
+    "datasets",
+    "matplotlib",
+    "torchmetrics",
+    "hieratok_hf.autoencoder_hieratok",
+)
+
+
+def run(code, cwd=None, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()
+
+
+def test_import_is_light_and_registers():
+    bases = "import torch; import transformers.modeling_utils; import diffusers.models.modeling_utils"
+    code = f"""
+import sys, time
+{bases}
+before, start = set(sys.modules), time.perf_counter()
+import hieratok_hf
+print(time.perf_counter() - start)
+print(*[name for name in {FORBIDDEN!r} if name in set(sys.modules) - before])
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+print(AutoConfig.for_model("hieratok").model_type, hieratok_hf.HieraTokConfig in AutoModel._model_mapping.keys())
+print(hieratok_hf.HieraTokConfig in IMAGE_PROCESSOR_MAPPING.keys())
+"""
+    # The least of three: another process on the machine only ever adds time.
+    outputs = [run(code) for _ in range(3)]
+    assert min(float(output[0]) for output in outputs) < 0.3
+    assert outputs[0][1:] == ["", "hieratok True", "True"]
+
+
+def test_a_wheel_carries_the_weights_and_works_alone(tmp_path):
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert "hieratok_hf/py.typed" in names
+    assert "hieratok_hf/weights/hieratok-tiny/diffusion_pytorch_model.safetensors" in names
+    code = """
+import hieratok_hf, torch
+from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+processor = AutoImageProcessor.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+print(hieratok_hf.__file__, processor.size_divisor)
+print(tuple(model(torch.zeros(1, 3, 16, 24)).reconstruction.shape))
+"""
+    output = run(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"), HF_HUB_OFFLINE="1")
+    assert output == [f"{tmp_path}/site/hieratok_hf/__init__.py 8", "(1, 3, 16, 24)"]
+
+
+def test_modules_import_each_other_flatly():
+    # Code loaded from the Hub follows only `from .name import x`, in one folder.
+    for path in (ROOT / "src" / "hieratok_hf").glob("*.py"):
+        for line in path.read_text().splitlines():
+            assert not line.strip().startswith(
+                ("from . import", "from ..", "import hieratok_hf", "from hieratok_hf")
+            ), path
+    assert not [path for path in (ROOT / "src" / "hieratok_hf").rglob("*.py") if path.parent.name != "hieratok_hf"]
+
+
+def test_every_module_has_its_tests():
+    for path in (ROOT / "src" / "hieratok_hf").glob("*.py"):
+        assert path.stem == "__init__" or (ROOT / "tests" / f"test_{path.stem}.py").exists(), path.name
+
+
+def test_examples_in_docstrings_run():
+    import doctest
+
+    import hieratok_hf.autoencoder_hieratok
+    import hieratok_hf.configuration_hieratok
+    import hieratok_hf.modeling_hieratok
+    import hieratok_hf.shipped
+
+    for module in (
+        hieratok_hf.autoencoder_hieratok,
+        hieratok_hf.configuration_hieratok,
+        hieratok_hf.modeling_hieratok,
+        hieratok_hf.shipped,
+    ):
+        result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+        assert result.attempted > 0 and result.failed == 0, module.__name__

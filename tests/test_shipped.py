@@ -1,0 +1,92 @@
+"""The weights in the package: both libraries load them, they are small and normalised, and they reconstruct."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+import hieratok_hf
+from hieratok_hf import AutoencoderHieraTok, HieraTokModel, open_picture
+from hieratok_hf.metrics import psnr
+
+ROOT = Path(__file__).parents[1]
+PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.webp"))
+KODAK = ROOT.parent / "shared" / "data" / "kodak"
+IMAGENETTE = ROOT.parent / "shared" / "data" / "imagenette_128" / "val-0000.tar"
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+
+
+def load(path, vae, size=None):
+    processor = AutoImageProcessor.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+    crop = {"do_center_crop": True, "crop_size": {"height": size, "width": size}} if size else {}
+    return processor(open_picture(path), return_tensors="pt", **crop).pixel_values
+
+
+def test_both_libraries_load_the_shipped_weights(vae):
+    model = AutoModel.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+    assert type(model) is HieraTokModel
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), vae.state_dict().values(), strict=True))
+
+
+def test_the_files_are_small():
+    for name in hieratok_hf.SHIPPED:
+        assert sum(path.stat().st_size for path in Path(hieratok_hf.pretrained(name)).iterdir()) < 16e6
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"`name` must be one of \['hieratok-tiny'\], .* got 'hieratok-b'\."):
+        hieratok_hf.pretrained("hieratok-b")
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
+@torch.no_grad()
+def test_bundled_photographs_come_back(path, vae):
+    pixel_values = load(path, vae)
+    pictures = vae.core.decode_scales(vae.encode(pixel_values).latent_dist.mode())
+    assert psnr(pictures[-1], pixel_values).item() > 28
+    from hieratok_hf.pyramid import picture_pyramid
+
+    targets = picture_pyramid(pixel_values, vae.core.config)
+    for picture, target in zip(pictures, targets, strict=True):
+        assert (picture.mean((2, 3)) - target.mean((2, 3))).abs().max() < 0.05  # no shift of colour
+        assert psnr(picture, target).item() > 18
+
+
+@torch.no_grad()
+def test_no_seams_between_patches(vae):
+    pixel_values = load(PICTURES[0], vae)
+    error = vae(pixel_values).sample - pixel_values
+    steps = (error[..., 1:] - error[..., :-1]).abs().mean((0, 1, 2))
+    across = steps[vae.spatial_compression_ratio - 1 :: vae.spatial_compression_ratio].mean()
+    assert across < 1.25 * steps.mean()
+
+
+@pytest.mark.skipif(not IMAGENETTE.exists(), reason="needs ../shared/data/imagenette_128")
+@torch.no_grad()
+def test_latents_arrive_normalised(vae):
+    import io
+    import tarfile
+
+    from PIL import Image
+
+    with tarfile.open(IMAGENETTE) as shard:
+        members = [member for member in shard if member.name.endswith(".webp")][:64]
+        processor = AutoImageProcessor.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+        images = [Image.open(io.BytesIO(shard.extractfile(member).read())) for member in members]
+    latents = vae.encode(processor(images, return_tensors="pt").pixel_values).latent_dist.mode()
+    assert vae.config.scaling_factor == 1.0 and vae.config.shift_factor == 0.0
+    assert latents.mean((0, 2, 3)).abs().max() < 0.25
+    assert ((latents.std((0, 2, 3)) > 0.7) & (latents.std((0, 2, 3)) < 1.4)).all()
+
+
+@pytest.mark.skipif(not KODAK.exists(), reason="needs ../shared/data/kodak")
+@torch.no_grad()
+def test_kodak_beats_principal_components(vae):
+    names = ("kodim05", "kodim14", "kodim23")
+    values = [psnr(vae(x).sample, x).item() for x in (load(KODAK / f"{name}.png", vae, size=512) for name in names)]
+    assert sum(values) / len(values) > 27  # 25.9 for principal components of 8x8 patches, 16 of them
