@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProcessorPil
-from hieratok_hf.image_processing_hieratok import convert_to_rgb
+from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProcessorPil, convert_to_rgb
 from hieratok_hf.pyramid import picture_pyramid
 from hieratok_hf.tokenizer import HieraTokCore
 

@@ -1,31 +1,22 @@
-"""Tests of `image_processing_hieratok`: every picture mode, broken files, both directions, and the Auto classes."""
+"""Tests of `image_processing_hieratok`: both backends, both directions, and the Auto classes."""
 
-import io
 import json
-import os
 import re
 import shutil
-import struct
-import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile, ImageOps
+from picture_files import noise, opened, pixels, saved
+from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig, dynamic_module_utils
 from transformers.models.auto import image_processing_auto
 from transformers.utils import is_torchvision_available
 
 from hieratok_hf import image_processing_hieratok as module
-from hieratok_hf.image_processing_hieratok import (
-    HieraTokImageProcessor,
-    HieraTokImageProcessorPil,
-    PictureError,
-    convert_to_rgb,
-    open_picture,
-)
+from hieratok_hf.image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
+from hieratok_hf.pictures import PictureError
 
 KODAK = Path(__file__).resolve().parents[2] / "shared" / "data" / "kodak"
 needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
@@ -36,179 +27,6 @@ BACKENDS = [
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def noise(height=32, width=48, channels=3, seed=0):
-    shape = (height, width, channels) if channels else (height, width)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def png(width, height, bits, colour, rows=b"", transparency=None):
-    """A PNG file's bytes written by hand, for what Pillow itself cannot write."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    key = b"" if transparency is None else chunk(b"tRNS", transparency)
-    signature = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    return signature + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def saved(tmp_path, image, name, **options):
-    image.save(tmp_path / name, **options)
-    return tmp_path / name
-
-
-def opened(path):
-    return Image.open(io.BytesIO(path.read_bytes()))  # leaves no file open where Pillow loads lazily
-
-
-def pixels(image):
-    assert type(image) is Image.Image and image.mode == "RGB"
-    return np.array(image)
-
-
-def test_grey_bilevel_and_rgb_files(tmp_path):
-    grey, rgb = noise(channels=0), noise()
-    assert (pixels(open_picture(saved(tmp_path, Image.fromarray(rgb), "rgb.png"))) == rgb).all()
-    assert (pixels(open_picture(saved(tmp_path, Image.fromarray(grey), "l.png"))) == grey[..., None]).all()
-    bilevel = Image.fromarray(grey > 127)
-    assert bilevel.mode == "1"
-    expected = np.where(grey > 127, 255, 0)[..., None]
-    assert (pixels(open_picture(saved(tmp_path, bilevel, "1.png"))) == expected).all()
-
-
-@pytest.mark.parametrize("suffix", ["png", "tiff", "webp"])
-def test_alpha_is_laid_on_white(tmp_path, suffix):
-    colour, alpha = noise(), noise(channels=1, seed=1)
-    path = saved(
-        tmp_path, Image.fromarray(np.concatenate([colour, alpha], -1)), f"rgba.{suffix}", lossless=True, exact=True
-    )
-    weight = alpha / 255
-    assert (pixels(open_picture(path)) == np.rint(colour * weight + 255 * (1 - weight))).all()
-
-
-def test_grey_with_alpha(tmp_path):
-    path = saved(tmp_path, Image.merge("LA", [Image.new("L", (4, 4), 100), Image.new("L", (4, 4), 51)]), "la.png")
-    assert (pixels(open_picture(path)) == round(100 * 0.2 + 255 * 0.8)).all()
-
-
-def test_palette_with_and_without_transparency(tmp_path):
-    picture = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), "L")
-    picture.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 250])
-    assert picture.mode == "P"
-    expected = np.array([[[10, 20, 30], [200, 0, 0]], [[0, 0, 250], [200, 0, 0]]])
-    assert (pixels(open_picture(saved(tmp_path, picture, "p.png"))) == expected).all()
-    expected[0, 1] = expected[1, 1] = 255
-    assert (pixels(open_picture(saved(tmp_path, picture, "key.png", transparency=1))) == expected).all()
-    assert (pixels(open_picture(saved(tmp_path, picture, "key.gif", transparency=1))) == expected).all()
-    half = open_picture(saved(tmp_path, picture, "half.png", transparency=bytes([255, 51, 255])))
-    assert pixels(half)[0, 1].tolist() == [244, 204, 204]
-
-
-def test_colour_spaces(tmp_path):
-    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
-    assert (pixels(open_picture(saved(tmp_path, cyan, "cmyk.tiff"))) == [0, 255, 255]).all()
-    jpeg = saved(tmp_path, cyan, "adobe.jpg")  # Pillow writes and reads Adobe's inverted values
-    assert b"Adobe" in jpeg.read_bytes() and opened(jpeg).mode == "CMYK"
-    assert np.abs(pixels(open_picture(jpeg)).astype(int) - [0, 255, 255]).max() <= 3
-    red = Image.new("RGB", (16, 16), (255, 0, 0))
-    for image in (
-        red.convert("HSV"),
-        red.convert("YCbCr"),
-        opened(saved(tmp_path, red.convert("YCbCr"), "y.tiff")),
-    ):
-        assert np.abs(pixels(convert_to_rgb(image)).astype(int) - [255, 0, 0]).max() <= 2
-    lab = opened(saved(tmp_path, Image.new("LAB", (4, 4), (136, 128, 128)), "lab.tiff"))
-    assert lab.mode == "LAB"
-    assert np.ptp(pixels(convert_to_rgb(lab)).astype(int)) <= 2  # a neutral colour stays grey
-    assert np.abs(pixels(convert_to_rgb(lab)).astype(int) - 127).max() <= 3
-
-
-@pytest.mark.parametrize("mode", ["RGBa", "PA"])
-def test_fully_transparent_pictures_become_white(mode):
-    assert (pixels(convert_to_rgb(Image.new(mode, (2, 2)))) == 255).all()
-
-
-def test_padding_channel_is_dropped():
-    image = Image.new("RGB", (2, 2), (9, 8, 7)).convert("RGBX")
-    assert (pixels(convert_to_rgb(image)) == [9, 8, 7]).all()
-
-
-def sixteen_bit(tmp_path, mode):
-    values = np.array([[0, 128, 129, 257], [32767, 32768, 65407, 65535]])
-    if mode == "I;16":
-        return values, saved(tmp_path, Image.fromarray(values.astype(np.uint16)), "a.png")
-    if mode == "I;16B":
-        return values, saved(tmp_path, Image.fromarray(values.astype(">u2")), "a.tiff")
-    return values, saved(tmp_path, Image.fromarray(values.astype(np.int32)), "a.tiff")
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, mode):
-    values, path = sixteen_bit(tmp_path, mode)
-    assert opened(path).mode == mode
-    assert pixels(open_picture(path))[..., 0].tolist() == [[0, 0, 1, 1], [127, 128, 255, 255]]
-    assert (np.rint(values / 257) == pixels(open_picture(path))[..., 1]).all()
-
-
-def test_sixteen_bit_png_with_colour_key_and_in_colour(tmp_path):
-    path = tmp_path / "key.png"
-    path.write_bytes(png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 1000, 25700), transparency=struct.pack(">H", 1000)))
-    assert pixels(open_picture(path))[0].tolist() == [[255] * 3, [100] * 3]
-    path.write_bytes(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 0x1280, 0x34FF, 0xFFFF)))
-    assert pixels(open_picture(path))[0, 0].tolist() == [0x12, 0x34, 0xFF]  # Pillow keeps the high byte
-
-
-def test_float_pictures(tmp_path):
-    path = saved(tmp_path, Image.fromarray(np.array([[0, 0.5, 1]], np.float32)), "f.tiff")
-    assert pixels(open_picture(path))[0, :, 0].tolist() == [0, 128, 255]
-
-
-@pytest.mark.parametrize(
-    ("array", "text"),
-    [
-        (np.array([[0, 200]], np.float32), "image of mode 'F' must hold values in [0, 1], got [0.0, 200.0]"),
-        (np.array([[0, np.nan]], np.float32), "image of mode 'F' must hold values in [0, 1], got [nan, nan]"),
-        (np.array([[-1, 70000]], np.int32), "image of mode 'I' must hold values in [0, 65535], got [-1, 70000]"),
-    ],
-)
-def test_values_out_of_range_are_refused(tmp_path, array, text):
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        convert_to_rgb(Image.fromarray(array))
-    path = saved(tmp_path, Image.fromarray(array), "x.tiff")
-    with pytest.raises(PictureError, match=f"^{re.escape(f'{str(path)!r}: cannot be decoded ({text})')}$"):
-        open_picture(path)
-
-
-UPRIGHT = {
-    1: "123/456",
-    2: "321/654",
-    3: "654/321",
-    4: "456/123",
-    5: "14/25/36",
-    6: "41/52/63",
-    7: "63/52/41",
-    8: "36/25/14",
-}
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation, mode):
-    values = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image = (
-        Image.fromarray(values.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(values).convert(mode)
-    )
-    path = saved(tmp_path, image, "turned.png", exif=exif)
-    got = open_picture(path)
-    assert ["".join(map(str, row)) for row in pixels(got)[..., 0]] == UPRIGHT[orientation].split("/")
-    assert (pixels(got) == pixels(convert_to_rgb(ImageOps.exif_transpose(opened(path))))).all()
-    assert got.getexif().get(0x0112, 1) == 1  # a second conversion must not turn it again
-    assert (pixels(convert_to_rgb(got)) == pixels(got)).all()
-
-
 @both_backends
 def test_processors_follow_orientation(tmp_path, backend):
     exif = Image.Exif()
@@ -216,107 +34,6 @@ def test_processors_follow_orientation(tmp_path, backend):
     path = saved(tmp_path, Image.fromarray(noise()), "turned.png", exif=exif)
     for given in (opened(path), path, str(path)):
         assert backend()(given, return_tensors="pt").pixel_values.shape == (1, 3, 48, 32)
-
-
-def test_broken_exif_leaves_the_picture(tmp_path):
-    path = saved(tmp_path, Image.fromarray(noise()), "broken.png", exif=b"no exif at all")
-    with pytest.raises(SyntaxError):
-        ImageOps.exif_transpose(opened(path))
-    assert (pixels(open_picture(path)) == noise()).all()
-
-
-@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
-def test_first_frame(tmp_path, suffix):
-    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
-    path = saved(tmp_path, red, f"frames.{suffix}", save_all=True, append_images=[blue], lossless=True)
-    assert opened(path).n_frames == 2
-    assert (pixels(open_picture(path)) == [255, 0, 0]).all()
-
-
-def test_input_is_not_changed():
-    image = Image.fromarray(noise())
-    copy = convert_to_rgb(image)
-    copy.putpixel((0, 0), (1, 2, 3))
-    assert copy is not image and (np.array(image) == noise()).all()
-
-
-def refused(path, pattern, **options):
-    with pytest.raises(PictureError) as caught:
-        open_picture(path, **options)
-    text = str(caught.value)
-    assert "\n" not in text and re.fullmatch(re.escape(f"{str(path)!r}: ") + pattern, text), text
-
-
-def test_missing_folder_empty_and_foreign_files(tmp_path):
-    refused(tmp_path / "none.png", r"cannot be read \(No such file or directory\)")
-    refused(tmp_path / "two\nlines.png", r"cannot be read \(No such file or directory\)")
-    refused(tmp_path, "is a folder, not a file")
-    (tmp_path / "empty.png").touch()
-    refused(tmp_path / "empty.png", r"is empty \(0 bytes\)")
-    (tmp_path / "text.png").write_text("not a picture")
-    refused(tmp_path / "text.png", "is no picture in a format that Pillow reads")
-    with pytest.raises(TypeError, match=r"expected str, bytes or os\.PathLike object, not int"):
-        open_picture(3)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_pipe_does_not_block(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    refused(tmp_path / "pipe.png", "is a device, not a file")
-
-
-def test_unreadable_file(tmp_path, monkeypatch):
-    path = saved(tmp_path, Image.fromarray(noise()), "a.png")
-
-    def denied(*args):  # a test run as root can read every file
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(module, "open", denied, raising=False)
-    refused(path, r"cannot be read \(Permission denied\)")
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp", "tiff"])
-def test_truncated_files(tmp_path, suffix):
-    path = saved(tmp_path, Image.fromarray(noise(64, 64)), f"whole.{suffix}")
-    data = path.read_bytes()
-    for share in (0.02, 0.5, 0.9):
-        path.write_bytes(data[: int(len(data) * share)])
-        refused(path, r"(cannot be decoded \(.+\)|is no picture in a format that Pillow reads)")
-    if suffix in ("png", "jpg"):
-        refused(path, r"cannot be decoded \(image file is truncated.*\)")
-
-
-def test_gigantic_headers_are_refused_before_decoding(tmp_path):
-    path = tmp_path / "bomb.png"
-    path.write_bytes(png(10_000, 8_000, 8, 2))
-    refused(path, r"is too large for max_pixels=50000000 \(10000 x 8000 pixels\)")
-    path.write_bytes(png(10_000, 10_000, 8, 2))
-    with pytest.warns(Image.DecompressionBombWarning):
-        refused(path, r"is too large for max_pixels=50000000 \(10000 x 10000 pixels\)")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        refused(path, r"is too large for max_pixels=50000000 \(Image size \(100000000 pixels\) exceeds limit .*\)")
-    path.write_bytes(png(100_000, 100_000, 8, 2))
-    refused(path, r"is too large for max_pixels=50000000 \(Image size \(10000000000 pixels\) exceeds limit .*\)")
-    small = saved(tmp_path, Image.fromarray(noise(4, 5)), "small.png")
-    refused(small, r"is too large for max_pixels=19 \(5 x 4 pixels\)", max_pixels=19)
-    assert open_picture(small, max_pixels=20).size == (5, 4)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted in /proc")
-def test_no_open_file_and_no_changed_pillow_setting(tmp_path):
-    settings = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-    before = len(os.listdir("/proc/self/fd"))
-    kept = []
-    for suffix in ("png", "jpg", "gif", "tiff", "bmp", "webp"):
-        path = saved(tmp_path, Image.fromarray(noise()), f"a.{suffix}")
-        kept.append(open_picture(path))
-        path.write_bytes(path.read_bytes()[:200])
-        with pytest.raises(PictureError) as caught:
-            open_picture(path)
-        kept.append(caught)
-    assert len(os.listdir("/proc/self/fd")) == before
-    assert settings == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
 
 
 @both_backends

@@ -8,14 +8,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from .configuration_hieratok import SIZES, HieraTokConfig
-from .image_processing_hieratok import (
-    HieraTokImageProcessor,
-    HieraTokImageProcessorPil,
-    PictureError,
-    convert_to_rgb,
-    open_picture,
-)
+from .image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
 from .modeling_hieratok import HieraTokDecoderOutput, HieraTokEncoderOutput, HieraTokModel, HieraTokOutput
+from .pictures import PictureError, convert_to_rgb, open_picture
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,39 @@
+"""Pictures and picture files that tests make."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+
+def noise(height=32, width=48, channels=3, seed=0):
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(width, height, bits, colour, rows=b"", transparency=None):
+    """A PNG file's bytes written by hand, for what Pillow itself cannot write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    key = b"" if transparency is None else chunk(b"tRNS", transparency)
+    signature = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return signature + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def saved(tmp_path, image, name, **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def opened(path):
+    return Image.open(io.BytesIO(path.read_bytes()))  # leaves no file open where Pillow loads lazily
+
+
+def pixels(image):
+    assert type(image) is Image.Image and image.mode == "RGB"
+    return np.array(image)
