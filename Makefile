@@ -3,7 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint gpu clean
+DATA ?= ../shared/data
+SHARDS := $(wildcard $(DATA)/imagenette_128/train-*.tar) $(wildcard $(DATA)/clothing_256/train-*.tar)
+
+.PHONY: demo test lint gpu train clean
 
 demo: $(READY)
 	$(BIN)/python examples/reconstruct.py --output outputs
@@ -17,8 +20,15 @@ lint: $(READY)
 	$(BIN)/mypy
 
 gpu: $(READY)
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python benchmarks/model_sizes.py
+	$(BIN)/python benchmarks/bench_reconstruction.py --json benchmarks/results/reconstruction.json
+
+# What made the weights of hieratok-tiny; `RESUME=--resume` goes on after an interruption.
+train: $(READY)
+	$(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --output runs/hieratok-tiny $(RESUME) \
+		--steps 5500 --decay_steps 2000 --lr 1.5e-3 --batch_size 16 --crop_sizes 64 64 64 128 256 \
+		--linear_steps 600 --log_every 50
 
 # torch comes first and by its exact version, so that a machine with a build of its own keeps that build.
 $(READY): pyproject.toml constraints.txt

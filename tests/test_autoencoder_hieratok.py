@@ -171,3 +171,22 @@ def test_lora_adapters_train_and_merge(vae, sample):
     assert not torch.allclose(vae(sample).sample, expected)
     vae.disable_adapters()
     torch.testing.assert_close(vae(sample).sample, expected)
+
+
+def test_a_pipeline_takes_it_for_its_vae(vae, tmp_path):
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        patch_size=1, num_embeds_ada_norm=1000,  # the pipeline takes 1000 for the null class
+    )  # fmt: skip
+    pipe = DiTPipeline(transformer=transformer.eval(), vae=vae, scheduler=DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe([1, 2], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    assert made.shape == (2, 32, 32, 3)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiTPipeline.from_pretrained(tmp_path)
+    assert type(loaded.vae) is AutoencoderHieraTok
+    loaded.set_progress_bar_config(disable=True)
+    again = loaded([1, 2], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    assert (made == again).all()
