@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--model", default="hieratok-tiny", help="a folder, a name that ships, or a Hub repository")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=512, help="side of the square cut from the middle")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here as well")
     args = parser.parse_args(argv)
@@ -73,9 +74,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: --data {str(args.data)!r} lacks kodak/*.png or imagenette_128/train-*.tar", file=sys.stderr)
         return 2
     shipped = args.model in hieratok_hf.SHIPPED and not Path(args.model).is_dir()
-    vae = AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained(args.model) if shipped else args.model)
+    folder = hieratok_hf.pretrained(args.model) if shipped else args.model
+    vae = AutoencoderHieraTok.from_pretrained(folder).to(args.device)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     coders = {
-        args.model: lambda x: vae(x).sample,
+        args.model: lambda x: vae(x.to(args.device)).sample.cpu(),
         "principal components, 8x8 to 16": PrincipalComponents(shards, 8, 16),
         "principal components, 16x16 to 16": PrincipalComponents(shards, 16, 16),
     }
@@ -87,17 +91,19 @@ def main(argv: list[str] | None = None) -> int:
         for name, coder in coders.items():
             decoded = coder(pixel_values)
             figures[name].append((psnr(decoded, pixel_values).item(), ssim(decoded, pixel_values).item()))
-        latents = vae.encode(pixel_values).latent_dist.mode()
+        latents = vae.encode(pixel_values.to(args.device)).latent_dist.mode()
         pictures = zip(vae.core.decode_scales(latents), picture_pyramid(pixel_values, vae.core.config))
         for values, (picture, target) in zip(scales, pictures):
-            values.append(psnr(picture, target).item())
+            values.append(psnr(picture.cpu(), target).item())
 
     means = {
         name: dict(zip(("psnr_db", "ssim"), np.mean(rows, 0).round(4).tolist())) for name, rows in figures.items()
     }
     of_scales = [round(float(np.mean(values)), 4) for values in scales]
+    on_gpu = args.device.startswith("cuda")
+    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     report = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
+        "machine": f"{platform.machine()}, {device}, torch {torch.__version__}",
         "pictures": f"{len(paths)} of Kodak, centre {args.size}x{args.size}, posterior mode, float32",
         "mean": means,
         "psnr_db_of_each_scale": of_scales,

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProcessorPil, convert_to_rgb
-from hieratok_hf.pyramid import picture_pyramid
-from hieratok_hf.tokenizer import HieraTokCore
+from hieratok_hf.losses import tokenizer_losses
+from hieratok_hf.tokenizer import HieraTokCore, posterior_of
 
 PICTURE_SUFFIXES = {".webp", ".png", ".jpg", ".jpeg", ".bmp"}
 
@@ -58,16 +58,10 @@ def make_batch(encoded: list[bytes], args: argparse.Namespace, step: int) -> tor
     return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def losses_of(core: HieraTokCore, pixel_values: torch.Tensor, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Squared error of the finest and of the coarser scales, and the KL divergence, each a mean per element."""
-    posterior = core.encode(pixel_values)
-    pairs = zip(core.decode_scales(posterior.sample()), picture_pyramid(pixel_values, core.config))
-    *coarse, finest = [F.mse_loss(picture, target) for picture, target in pairs]
-    losses = {"mse": finest, "kl": posterior.kl().mean() / posterior.mean[0].numel()}
-    if coarse:
-        losses["coarse"] = torch.stack(coarse).mean()
-    losses["loss"] = losses["mse"] + args.kl_weight * losses["kl"] + args.coarse_weight * losses.get("coarse", 0.0)
-    return losses
+def losses_of(core: HieraTokCore, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The losses of a batch, decoded from a sample of the posterior."""
+    moments, _ = core.encode_moments(pixel_values)
+    return tokenizer_losses(core.decode_scales(posterior_of(moments).sample()), pixel_values, moments, core.config)
 
 
 @torch.no_grad()
@@ -91,7 +85,7 @@ def fit_linear_path(core: HieraTokCore, encoded: list[bytes], args: argparse.Nam
     optimizer = torch.optim.Adam(parameters, args.lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, args.linear_steps)
     for step in range(args.linear_steps):
-        losses = losses_of(core, make_batch(encoded, args, step), args)
+        losses = losses_of(core, make_batch(encoded, args, step))
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -135,7 +129,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", required=True, help="tar shards and folders of pictures")
     parser.add_argument("--output", type=Path, required=True, help="folder for the training state and the model")
     parser.add_argument("--size", default="hieratok-tiny", help="a named size")
-    parser.add_argument("--config", type=json.loads, default={}, help="JSON of configuration values to replace")
+    parser.add_argument("--config", type=json.loads, default={}, help="JSON of configuration values, loss weights too")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--warmup_steps", type=int, default=100)
     parser.add_argument("--decay_steps", type=int, default=2_000)
@@ -149,8 +143,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights, which are exported")
-    parser.add_argument("--kl_weight", type=float, default=1e-4, help="of the KL divergence a latent number")
-    parser.add_argument("--coarse_weight", type=float, default=0.02, help="of the mean error of the coarser scales")
     parser.add_argument("--pca_batches", type=int, default=64, help="batches for the start and the latent statistics")
     parser.add_argument("--log_every", type=int, default=50)
     parser.add_argument("--save_every", type=int, default=250)
@@ -188,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     for step in range(first_step, args.steps):
         torch.manual_seed(args.seed * 1_000_003 + step)
-        losses = losses_of(core, make_batch(encoded, args, step).to(device), args)
+        losses = losses_of(core, make_batch(encoded, args, step).to(device))
         losses["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(core.parameters(), args.clip)
         for group in optimizer.param_groups:

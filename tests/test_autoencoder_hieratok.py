@@ -2,6 +2,10 @@
 
 import copy
 import logging
+import os
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -185,8 +189,27 @@ def test_a_pipeline_takes_it_for_its_vae(vae, tmp_path):
     made = pipe([1, 2], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
     assert made.shape == (2, 32, 32, 3)
     pipe.save_pretrained(tmp_path)
+    # Another process has imported no more of the package than its name.
+    load = f"DiTPipeline.from_pretrained({str(tmp_path)!r})"
+    code = f"import hieratok_hf; from diffusers import DiTPipeline; print({load}.vae.config.patch_size)"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "4", result.stderr
     loaded = DiTPipeline.from_pretrained(tmp_path)
     assert type(loaded.vae) is AutoencoderHieraTok
     loaded.set_progress_bar_config(disable=True)
     again = loaded([1, 2], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
     assert (made == again).all()
+
+
+def test_an_unknown_key_is_warned_of(vae, caplog):
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    AutoencoderHieraTok.from_config({**vae.config, "latent_chanels": 9})
+    logger.removeHandler(caplog.handler)
+    assert "latent_chanels" in caplog.text and "not expected" in caplog.text
+
+
+def test_copies_and_pickles(vae, sample):
+    for other in (copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))):
+        assert torch.equal(other(sample).sample, vae(sample).sample)

@@ -34,7 +34,7 @@ def test_a_folder_survives_both_libraries(route, max_shard_size, tmp_path):
     core, sample = random_core(), pictures(2, 3, 28, 20)
     libraries = [{"t": "transformers", "d": "diffusers"}[letter] for letter in route]
     model = CLASSES[libraries[0]].from_core(core)
-    for i, library in enumerate(libraries):
+    for i in range(len(libraries)):
         folder = tmp_path / str(i)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         for reader in CLASSES:
@@ -47,7 +47,7 @@ def test_a_folder_survives_both_libraries(route, max_shard_size, tmp_path):
         assert type(model) is CLASSES[libraries[(i + 1) % len(libraries)]]
         num_files = len(list(folder.glob(f"{WEIGHTS_STEM}*.safetensors")))
         assert num_files == 1 if max_shard_size == "1GB" else num_files > 1
-        assert not list(folder.glob("model*")) and library in CLASSES
+        assert [path.name for path in folder.glob("model*")] == ["model.safetensors.index.json"]
 
 
 def test_both_classes_write_the_same_files(tmp_path):
@@ -56,7 +56,8 @@ def test_both_classes_write_the_same_files(tmp_path):
         cls.from_core(core).save_pretrained(tmp_path / library)
     ours, theirs = (sorted((tmp_path / library).iterdir()) for library in CLASSES)
     assert [path.name for path in ours] == [path.name for path in theirs]
-    assert json.loads(ours[0].read_text()) == json.loads(theirs[0].read_text())
+    for i in (0, 2):  # config.json and the index around the weights
+        assert json.loads(ours[i].read_text()) == json.loads(theirs[i].read_text())
     with safe_open(ours[1], "pt") as a, safe_open(theirs[1], "pt") as b:
         assert set(a.keys()) == set(b.keys())
 
@@ -66,7 +67,6 @@ def test_the_configuration_has_the_keys_of_both(tmp_path):
     values = json.loads((tmp_path / "config.json").read_text())
     assert values["model_type"] == "hieratok" and values["architectures"] == ["HieraTokModel"]
     assert values["_class_name"] == "AutoencoderHieraTok" and values["_diffusers_version"] == diffusers.__version__
-    assert values["transformers_weights"] == "diffusion_pytorch_model.safetensors"
     assert values["latents_std"] is None and len(values["block_out_channels"]) == 3
 
 
@@ -81,21 +81,41 @@ def test_saving_again_with_fewer_shards_leaves_none_behind(first, tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "config.json",
             f"{WEIGHTS_STEM}.safetensors",
+            "model.safetensors.index.json",
             "notes.txt",
         ]
 
 
-def test_variants_live_beside_each_other(tmp_path):
-    core = random_core()
-    vae = AutoencoderHieraTok.from_core(core)
-    vae.save_pretrained(tmp_path)
-    half = AutoencoderHieraTok.from_pretrained(tmp_path, torch_dtype=torch.float16)
-    half.save_pretrained(tmp_path, variant="fp16")
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"config.json", f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.fp16.safetensors"}
-    assert_same_weights(AutoencoderHieraTok.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16), half)
-    assert_same_weights(AutoencoderHieraTok.from_pretrained(tmp_path), vae)
-    assert_same_weights(HieraTokModel.from_pretrained(tmp_path).core, core)
+@pytest.mark.parametrize("max_shard_size", ["1GB", "40KB"])
+@pytest.mark.parametrize("saver", CLASSES)
+def test_variants_live_beside_each_other(saver, max_shard_size, tmp_path):
+    plain, averaged = random_core(), random_core(seed=1)
+    CLASSES[saver].from_core(plain).save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    CLASSES[saver].from_core(averaged).save_pretrained(tmp_path, variant="ema", max_shard_size=max_shard_size)
+    for cls in CLASSES.values():
+        assert_same_weights(cls.from_pretrained(tmp_path).core, plain)
+        assert_same_weights(cls.from_pretrained(tmp_path, variant="ema").core, averaged)
+
+
+def test_a_trainer_resumes(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    def trainer(steps):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=2, report_to=[], disable_tqdm=True, use_cpu=True, seed=0,
+            per_device_train_batch_size=2, logging_strategy="no",
+        )  # fmt: skip
+        torch.manual_seed(0)
+        data = [{"pixel_values": picture} for picture in pictures(8, 3, 8, 8)]
+        return Trainer(HieraTokModel.from_core(random_core()), arguments, train_dataset=data, eval_dataset=data)
+
+    whole = trainer(4)
+    whole.train()
+    assert "eval_loss" in whole.evaluate()
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    assert_same_weights(resumed.model, whole.model)
 
 
 @pytest.mark.parametrize("library", CLASSES)

@@ -35,8 +35,9 @@ def test_output_holds_everything(model, pixel_values):
 
 def test_loss_weighs_squared_errors_and_divergence(model, pixel_values):
     output = model(pixel_values)
+    assert list(output)[:3] == ["loss", "reconstruction", "latents"]
     mse = (output.reconstruction - pixel_values).square().mean()
-    kl = output.posterior.kl().mean()
+    kl = output.posterior.kl().sum() / output.latents.numel()
     pictures = model.core.decode_scales(output.latents)[:-1]
     targets = picture_pyramid(pixel_values, model.config)[:-1]
     coarse = sum((a - b).square().mean() for a, b in zip(pictures, targets, strict=True)) / 3
@@ -82,8 +83,20 @@ def test_progressive_decode_returns_the_smaller_picture(model, pixel_values):
     assert coarse.loss is None and coarse.reconstruction.shape[-2:] == (8, 8)
 
 
+def test_without_a_loss_only_the_picture_is_made(model, pixel_values):
+    expected, output = model(pixel_values), model(pixel_values, return_loss=False)
+    assert output.loss is None and torch.equal(output.reconstruction, expected.reconstruction)
+
+
+def test_input_embeddings_can_be_replaced(model):
+    replacement = torch.nn.Conv2d(3, 32, 4, stride=4)
+    model.set_input_embeddings(replacement)
+    assert model.get_input_embeddings() is replacement
+
+
 def test_image_features(model, pixel_values):
-    features = model.get_image_features(pixel_values)
+    features = model.get_image_features(pixel_values, output_hidden_states=True)
+    assert len(features.hidden_states) == model.config.encoder_num_layers + 1
     assert features.last_hidden_state.shape == (2, 35, model.config.hidden_size)
     assert torch.equal(features.pooler_output, features.last_hidden_state.mean(1))
 

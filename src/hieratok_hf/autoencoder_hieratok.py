@@ -13,8 +13,9 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
 
-from .checkpoint import share_between_libraries, staged
+from .checkpoint import pop_hub_arguments, share_between_libraries, staged
 from .configuration_hieratok import HieraTokConfig
 from .tokenizer import HieraTokCore
 
@@ -48,6 +49,9 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
     ```
     """
 
+    # diffusers writes a component's module into a saved pipeline, and finds it there only if it has been imported.
+    __module__ = "hieratok_hf"
+
     _supports_gradient_checkpointing = True
     _no_split_modules = ["HieraTokBlock"]
     _repeated_blocks = ["HieraTokBlock"]
@@ -79,7 +83,7 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         rotary_pairing: str = "proper",
         output_conv: bool = False,
         linear_path: int = 0,
-        kl_weight: float = 1e-6,
+        kl_weight: float = 1e-4,
         coarse_weight: float = 0.02,
         sample_size: int = 256,
         initializer_range: float = 0.02,
@@ -105,13 +109,14 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         with torch.device("meta"):
             model = cls(**core.config.model_fields)
         model.core = core
-        return model
+        return model.train(core.training)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """As diffusers' own, but the keys that transformers keeps in the same `config.json` cause no warning."""
-        known = cls._get_init_keys(cls) | {"quantization_config"}
-        own = {key: value for key, value in config_dict.items() if key in known or key.startswith("_")}
+        own_keys = cls._get_init_keys(cls)
+        foreign = {*PreTrainedConfig().to_dict(), *HieraTokConfig().pipeline_facts, "auto_map"}
+        own = {key: value for key, value in config_dict.items() if key in own_keys or key not in foreign}
         return super().extract_init_dict(own, **kwargs)
 
     @property
@@ -191,37 +196,43 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """
         As `ModelMixin.from_pretrained`, but weights that lack a tensor are refused, where diffusers would leave it
-        without storage.
+        random or without storage.
 
         Raises:
-            ValueError: The weights lack a tensor of the model that the configuration describes.
+            ValueError: The weights lack a tensor of the model that the configuration describes, or one of another
+                shape was ignored and has no storage.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if kwargs.get("device_map") is None:  # with one, weights may rest on a disk
-            lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-            if lacking:
-                raise ValueError(
-                    f"The weights in {str(pretrained_model_name_or_path)!r} lack {len(lacking)} of the tensors that "
-                    f"`config.json` asks for, such as {lacking[0]!r}."
-                )
-        return loaded
+        return_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        folder = repr(str(pretrained_model_name_or_path))
+        if missing := sorted(info.get("missing_keys", ())):
+            raise ValueError(
+                f"The weights in {folder} lack {len(missing)} of the tensors that `config.json` asks for, such as "
+                f"{missing[0]!r}."
+            )
+        # With a device map, weights may rest on a disk.
+        if kwargs.get("device_map") is None and any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"Weights in {folder} have other shapes than `config.json` asks for; to start these at random, pass "
+                "`low_cpu_mem_usage=False` beside `ignore_mismatched_sizes=True`."
+            )
+        return (model, info) if return_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """
         Save to a folder that this class and `HieraTokModel` both load; files appear whole or not at all.
 
-        Arguments are those of `ModelMixin.save_pretrained`.
+        Further arguments are those of `ModelMixin.save_pretrained`. What `safe_serialization=False` writes is
+        diffusers' alone.
 
         Raises:
             ValueError: `save_directory` is a file.
         """
-        push_to_hub = kwargs.pop("push_to_hub", False)
-        upload_keys = ("repo_id", "commit_message", "private", "create_pr", "token")
-        upload = {key: kwargs.pop(key) for key in upload_keys if key in kwargs}
+        hub_arguments = pop_hub_arguments(kwargs, save_directory)
         with staged(save_directory) as stage:
-            super().save_pretrained(stage, *args, **kwargs)
+            super().save_pretrained(stage, is_main_process, **kwargs)
             share_between_libraries(stage, self.core.config)
-        if push_to_hub:
-            repo_id = upload.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            self.push_to_hub(repo_id, **upload)
+        if hub_arguments is not None:
+            self.push_to_hub(**hub_arguments)

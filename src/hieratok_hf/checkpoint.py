@@ -8,19 +8,22 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffusers import __version__ as diffusers_version
+from safetensors import safe_open
 
 from .configuration_hieratok import HieraTokConfig
 
-__all__ = ["WEIGHTS_STEM", "share_between_libraries", "staged"]
+__all__ = ["WEIGHTS_STEM", "pop_hub_arguments", "share_between_libraries", "staged"]
 
-# diffusers looks for this name only; transformers for any that `transformers_weights` gives it.
+# diffusers looks for this name only; transformers takes any that an index under its own name points to.
 WEIGHTS_STEM = "diffusion_pytorch_model"
 _TRANSFORMERS_STEM = "model"
 _WEIGHTS = re.compile(
     rf"({_TRANSFORMERS_STEM}|{WEIGHTS_STEM})(\.safetensors|[.-].*\.safetensors)(\.index(\..*)?\.json)?"
 )
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
 @contextmanager
@@ -62,26 +65,47 @@ def _stale_weights(target: Path, written: set[str]) -> list[Path]:
 
 def _variant(name: str) -> str:
     """`"fp16"` of `model.fp16-00001-of-00002.safetensors` and of `model.safetensors.index.fp16.json`, else `""`."""
-    name = re.sub(r"-\d{5}-of-\d{5}", "", name).removesuffix(".json")
+    name = _SHARD.sub("", name).removesuffix(".json")
     name = name.replace(".safetensors", "").replace(".index", "")
     return name.partition(".")[2]
+
+
+def pop_hub_arguments(arguments: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Take what concerns an upload out of the arguments of `save_pretrained`; `None` unless one was asked for."""
+    names = ("repo_id", "commit_message", "private", "create_pr", "token")
+    hub_arguments = {name: arguments.pop(name) for name in names if name in arguments}
+    if not arguments.pop("push_to_hub", False):
+        return None
+    variant = {"variant": arguments["variant"]} if arguments.get("variant") else {}
+    return {"repo_id": Path(folder).resolve().name, **hub_arguments, **variant}
 
 
 def share_between_libraries(stage: Path, config: HieraTokConfig) -> None:
     """
     Turn what either library has saved to `stage` into the folder that both load.
 
-    Weights get the name that diffusers looks for, and `config.json` the keys of both libraries.
+    Weights get the name that diffusers looks for, transformers finds them through an index that names those files,
+    and `config.json` gets the keys of both.
     """
     for path in sorted(stage.glob(f"{_TRANSFORMERS_STEM}*.safetensors*")):
-        renamed = WEIGHTS_STEM + path.name.removeprefix(_TRANSFORMERS_STEM)
+        renamed = path.rename(stage / _for_diffusers(path.name))
         if path.suffix == ".json":
-            index = json.loads(path.read_text())
-            index["weight_map"] = {
-                key: WEIGHTS_STEM + name.removeprefix(_TRANSFORMERS_STEM) for key, name in index["weight_map"].items()
-            }
-            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        path.rename(stage / renamed)
+            index = json.loads(renamed.read_text())
+            index["weight_map"] = {key: _for_diffusers(name) for key, name in index["weight_map"].items()}
+            renamed.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    indices = {
+        path.name: json.loads(path.read_text()) for path in stage.glob(f"{WEIGHTS_STEM}.safetensors.index*.json")
+    }
+    for path in stage.glob(f"{WEIGHTS_STEM}*.safetensors"):
+        if _SHARD.search(path.name) is None:
+            with safe_open(path, "pt") as weights:
+                index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), path.name)}
+            variant = f".{_variant(path.name)}" if _variant(path.name) else ""
+            indices[f"{WEIGHTS_STEM}.safetensors.index{variant}.json"] = index
+    for name, index in indices.items():
+        alias = stage / (_TRANSFORMERS_STEM + name.removeprefix(WEIGHTS_STEM))
+        alias.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     config_path = stage / "config.json"
     if not config_path.exists():
@@ -95,18 +119,11 @@ def share_between_libraries(stage: Path, config: HieraTokConfig) -> None:
         "_class_name": "AutoencoderHieraTok",
         "_diffusers_version": diffusers_version,
     }
-    if weights := _weights_for_transformers(stage):
-        merged["transformers_weights"] = weights
-    # The weights say their own dtype; a second place could only disagree.
-    merged.pop("dtype", None)
-    merged.pop("_name_or_path", None)
+    # The weights say their own dtype and the index their names; a second place could only disagree.
+    for key in ("dtype", "transformers_weights", "_name_or_path"):
+        merged.pop(key, None)
     config_path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
 
 
-def _weights_for_transformers(stage: Path) -> str | None:
-    """The one file that transformers reads: the plain variant, also where it was saved earlier, or else any."""
-    index, single = f"{WEIGHTS_STEM}.safetensors.index.json", f"{WEIGHTS_STEM}.safetensors"
-    folders = (stage, stage.parent)
-    plain = [name for folder in folders for name in (index, single) if (folder / name).exists()]
-    variants = [path.name for path in (*stage.glob("*.index.*.json"), *sorted(stage.glob("*.safetensors")))]
-    return next(iter([*plain, *variants]), None)
+def _for_diffusers(name: str) -> str:
+    return WEIGHTS_STEM + name.removeprefix(_TRANSFORMERS_STEM)

@@ -98,8 +98,7 @@ class HieraTokConfig(PreTrainedConfig):
         linear_path (`int`, defaults to 0): Side, in patches, of convolutions from picture to latent mean and from
             latent to picture beside the transformers, so that training can start from a principal component analysis.
             An odd number, or 0 for none.
-        kl_weight (`float`, defaults to 1e-6): Weight of the KL divergence, summed over a picture's latent, in the
-            loss that `HieraTokModel` returns.
+        kl_weight (`float`, defaults to 1e-4): Weight of the KL divergence a latent number in the training loss.
         coarse_weight (`float`, defaults to 0.02): Weight of the mean squared error of the coarser scales' pictures in
             that loss.
         sample_size (`int`, defaults to 256): Side of the training pictures in pixels. Any other size works.
@@ -151,7 +150,7 @@ class HieraTokConfig(PreTrainedConfig):
     rotary_pairing: str = "proper"
     output_conv: bool = False
     linear_path: int = 0
-    kl_weight: float | int = 1e-6
+    kl_weight: float | int = 1e-4
     coarse_weight: float | int = 0.02
     sample_size: int = 256
     initializer_range: float = 0.02

@@ -6,17 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .checkpoint import share_between_libraries, staged
+from .checkpoint import pop_hub_arguments, share_between_libraries, staged
 from .configuration_hieratok import HieraTokConfig
 from .decoder import HieraTokDecoder
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
-from .pyramid import picture_pyramid
+from .losses import tokenizer_losses
 from .tokenizer import HieraTokCore, posterior_of
 
 if TYPE_CHECKING:
@@ -27,23 +26,29 @@ __all__ = ["HieraTokDecoderOutput", "HieraTokEncoderOutput", "HieraTokModel", "H
 # Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
 
 
+class _HasPosterior:
+    @property
+    def posterior(self) -> "DiagonalGaussianDistribution":
+        """The distribution of the latent: `mode()`, `sample(generator)`, `kl()`."""
+        return posterior_of(self.moments)  # type: ignore[attr-defined]
+
+
 @dataclass
-class HieraTokEncoderOutput(ModelOutput):
+class HieraTokEncoderOutput(_HasPosterior, ModelOutput):
     """
     What `HieraTokModel.encode` returns.
 
     Attributes:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): Mode of the posterior.
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
+        posterior (`DiagonalGaussianDistribution`): The distribution that the moments describe.
+        hidden_states, attentions (`tuple`): As those of `HieraTokOutput`, of the encoder alone.
     """
 
     latents: Tensor | None = None
     moments: Tensor | None = None
-
-    @property
-    def posterior(self) -> "DiagonalGaussianDistribution":
-        """The distribution of the latent: `mode()`, `sample(generator)`, `kl()`."""
-        return posterior_of(self.moments)  # type: ignore[arg-type]
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -60,17 +65,17 @@ class HieraTokDecoderOutput(ModelOutput):
 
 
 @dataclass
-class HieraTokOutput(HieraTokEncoderOutput):
+class HieraTokOutput(_HasPosterior, ModelOutput):
     """
     What `HieraTokModel` returns.
 
     Attributes:
-        loss (`torch.Tensor` of shape `()`): Mean squared error of the reconstruction, plus `config.kl_weight` times
-            the KL divergence of a picture's latent, plus `config.coarse_weight` times the mean squared error of the
-            coarser scales. `None` when only coarser scales were decoded.
+        loss (`torch.Tensor` of shape `()`): The sum that `tokenizer_losses` makes. `None` with `return_loss=False`,
+            and when only coarser scales were decoded.
         reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded picture, about [-1, 1], not clamped.
         latents (`torch.Tensor` of shape `(B, C, h, w)`): What was decoded: the posterior's mode, or a sample of it.
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
+        posterior (`DiagonalGaussianDistribution`): The distribution that the moments describe.
         hidden_states (`tuple`, with `output_hidden_states=True`): Input of the first block of the encoder, then the
             output of each of its blocks `(B, h * w, D)` and of each block of the decoder `(B, N, D)`.
         attentions (`tuple`, with `output_attentions=True` and the eager attention): Weights of each block.
@@ -140,17 +145,20 @@ class HieraTokModel(HieraTokPreTrainedModel):
         with torch.device("meta"):
             model = cls(core.config)
         model.core = core
-        return model
+        return model.train(core.training)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.core.encoder.patch_embed
 
-    @can_return_tuple
-    def encode(self, pixel_values: Tensor) -> HieraTokEncoderOutput:
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.core.encoder.patch_embed = value  # type: ignore[assignment]
+
+    @capture_outputs
+    def encode(self, pixel_values: Tensor, **kwargs: Any) -> HieraTokEncoderOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1], sides multiples of the patch.
-            return_dict (`bool`, *optional*): Whether to return a `HieraTokEncoderOutput` rather than a tuple.
+            kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
 
         Raises:
             ValueError: As `HieraTokCore.encode_moments`.
@@ -172,8 +180,8 @@ class HieraTokModel(HieraTokPreTrainedModel):
         """
         return HieraTokDecoderOutput(reconstruction=self.core.decode(self._to_own_dtype(latents), num_scales))
 
-    @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+    @capture_outputs
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """The encoder's features `(B, h * w, D)` for understanding tasks, and their mean `(B, D)`."""
         _, features = self.core.encode_moments(self._to_own_dtype(pixel_values))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
@@ -185,6 +193,7 @@ class HieraTokModel(HieraTokPreTrainedModel):
         sample_posterior: bool = False,
         generator: torch.Generator | None = None,
         num_scales: int | None = None,
+        return_loss: bool = True,
         **kwargs: Any,
     ) -> HieraTokOutput:
         """
@@ -195,6 +204,8 @@ class HieraTokModel(HieraTokPreTrainedModel):
             sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
             num_scales (`int`, *optional*): As in `decode`.
+            return_loss (`bool`, defaults to `True`): Compute the loss, for which the pictures of all scales are made.
+            kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
 
         Raises:
             ValueError: As `HieraTokCore.encode_moments` and `HieraTokCore.decode`.
@@ -203,34 +214,30 @@ class HieraTokModel(HieraTokPreTrainedModel):
         moments, _ = self.core.encode_moments(pixel_values)
         posterior = posterior_of(moments)
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
-        pictures = self.core.decode_scales(latents, num_scales)
-        loss = None
-        if len(pictures) == len(self.config.scale_factors):
-            targets = picture_pyramid(pixel_values.float(), self.config)
-            *coarse, finest = [F.mse_loss(*pair) for pair in zip((picture.float() for picture in pictures), targets)]
-            loss = finest + self.config.kl_weight * posterior_of(moments.float()).kl().mean()
-            if coarse:
-                loss = loss + self.config.coarse_weight * torch.stack(coarse).mean()
+        if return_loss and num_scales in (None, len(self.config.scale_factors)):
+            pictures = self.core.decode_scales(latents)
+            loss = tokenizer_losses(pictures, pixel_values, moments, self.config)["loss"]
+        else:
+            pictures, loss = [self.core.decode(latents, num_scales)], None
         return HieraTokOutput(loss=loss, reconstruction=pictures[-1], latents=latents, moments=moments)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """
         Save to a folder that this class and `AutoencoderHieraTok` both load; files appear whole or not at all.
 
-        Arguments are those of `PreTrainedModel.save_pretrained`.
+        Further arguments are those of `PreTrainedModel.save_pretrained`.
 
         Raises:
             ValueError: `save_directory` is a file.
         """
-        push_to_hub = kwargs.pop("push_to_hub", False)
-        upload_keys = ("repo_id", "commit_message", "private", "create_pr")
-        upload = {key: kwargs.pop(key) for key in upload_keys if key in kwargs}
+        hub_arguments = pop_hub_arguments(kwargs, save_directory)
         with staged(save_directory) as stage:
-            super().save_pretrained(stage, *args, **kwargs)
+            super().save_pretrained(stage, is_main_process, **kwargs)
             share_between_libraries(stage, self.config)
-        if push_to_hub:
-            repo_id = upload.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **upload)
+        if hub_arguments is not None:
+            self.push_to_hub(**hub_arguments)
 
     def _to_own_dtype(self, tensor: Tensor) -> Tensor:
         """A floating-point tensor in the dtype of the weights; anything else is left for the core to refuse."""
