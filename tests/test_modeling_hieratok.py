@@ -133,7 +133,6 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_config, pixel_values):
         model = HieraTokModel(tiny_config).train()
         if enable:
             model.gradient_checkpointing_enable()
-            assert model.is_gradient_checkpointing
         model(pixel_values).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):

@@ -1,12 +1,16 @@
 """What a user gets: a light import, registered Auto classes, and a wheel with the weights that works elsewhere."""
 
+import doctest
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import hieratok_hf
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = (
@@ -84,18 +88,25 @@ def test_every_module_has_its_tests():
 
 
 def test_examples_in_docstrings_run():
-    import doctest
+    documented = [name for name in hieratok_hf.__all__ if ">>> " in (getattr(hieratok_hf, name).__doc__ or "")]
+    assert {"AutoencoderHieraTok", "HieraTokConfig", "HieraTokModel", "pretrained"} <= set(documented)
+    finder, runner = (
+        doctest.DocTestFinder(recurse=False),
+        doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE),
+    )
+    for name in documented:
+        for example in finder.find(getattr(hieratok_hf, name), name, module=False, globs={}):
+            assert runner.run(example).failed == 0, name
 
-    import hieratok_hf.autoencoder_hieratok
-    import hieratok_hf.configuration_hieratok
-    import hieratok_hf.modeling_hieratok
-    import hieratok_hf.shipped
 
-    for module in (
-        hieratok_hf.autoencoder_hieratok,
-        hieratok_hf.configuration_hieratok,
-        hieratok_hf.modeling_hieratok,
-        hieratok_hf.shipped,
-    ):
-        result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
-        assert result.attempted > 0 and result.failed == 0, module.__name__
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    transformers_code, diffusers_code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(transformers_code, names)
+    assert names["output"].latents.shape == (1, 16, 32, 32) and names["features"].shape == (1, 1024, 128)
+    assert (tmp_path / "hat.png").stat().st_size > 10_000
+    exec(diffusers_code, names)
+    assert names["latents"].shape == (1, 16, 32, 48) and names["picture"].shape == (1, 3, 256, 384)
+    assert names["preview"].shape == (1, 3, 64, 96)
