@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import pictures, random_core
 from safetensors import safe_open
-from transformers import AutoModel
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.checkpoint import WEIGHTS_STEM, staged
@@ -98,8 +98,6 @@ def test_variants_live_beside_each_other(saver, max_shard_size, tmp_path):
 
 
 def test_a_trainer_resumes(tmp_path):
-    from transformers import Trainer, TrainingArguments
-
     def trainer(steps):
         arguments = TrainingArguments(
             str(tmp_path), max_steps=steps, save_steps=2, report_to=[], disable_tqdm=True, use_cpu=True, seed=0,

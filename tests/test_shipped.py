@@ -1,14 +1,18 @@
 """The weights in the package: both libraries load them, they are small and normalised, and they reconstruct."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModel
+from PIL import Image
+from transformers import AutoModel
 
 import hieratok_hf
-from hieratok_hf import AutoencoderHieraTok, HieraTokModel, open_picture
+from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, HieraTokModel, open_picture
 from hieratok_hf.metrics import psnr
+from hieratok_hf.pyramid import picture_pyramid
 
 ROOT = Path(__file__).parents[1]
 PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.webp"))
@@ -22,7 +26,7 @@ def vae():
 
 
 def load(path, vae, size=None):
-    processor = AutoImageProcessor.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+    processor = HieraTokImageProcessorPil.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
     crop = {"do_center_crop": True, "crop_size": {"height": size, "width": size}} if size else {}
     return processor(open_picture(path), return_tensors="pt", **crop).pixel_values
 
@@ -49,8 +53,6 @@ def test_bundled_photographs_come_back(path, vae):
     pixel_values = load(path, vae)
     pictures = vae.core.decode_scales(vae.encode(pixel_values).latent_dist.mode())
     assert psnr(pictures[-1], pixel_values).item() > 28
-    from hieratok_hf.pyramid import picture_pyramid
-
     targets = picture_pyramid(pixel_values, vae.core.config)
     for picture, target in zip(pictures, targets, strict=True):
         assert (picture.mean((2, 3)) - target.mean((2, 3))).abs().max() < 0.05  # no shift of colour
@@ -69,14 +71,9 @@ def test_no_seams_between_patches(vae):
 @pytest.mark.skipif(not IMAGENETTE.exists(), reason="needs ../shared/data/imagenette_128")
 @torch.no_grad()
 def test_latents_arrive_normalised(vae):
-    import io
-    import tarfile
-
-    from PIL import Image
-
     with tarfile.open(IMAGENETTE) as shard:
         members = [member for member in shard if member.name.endswith(".webp")][:64]
-        processor = AutoImageProcessor.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+        processor = HieraTokImageProcessorPil.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
         images = [Image.open(io.BytesIO(shard.extractfile(member).read())) for member in members]
     latents = vae.encode(processor(images, return_tensors="pt").pixel_values).latent_dist.mode()
     assert vae.config.scaling_factor == 1.0 and vae.config.shift_factor == 0.0

@@ -1,5 +1,6 @@
 """HieraTok, the multi-scale visual tokenizer (arXiv 2509.23736), for transformers and diffusers."""
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +57,11 @@ if TYPE_CHECKING:
 
 AutoConfig.register(HieraTokConfig.model_type, HieraTokConfig)
 AutoModel.register(HieraTokConfig, HieraTokModel)
-AutoImageProcessor.register(
-    HieraTokConfig,
-    image_processor_classes={"pil": HieraTokImageProcessorPil, "torchvision": HieraTokImageProcessor},
-)
+with contextlib.suppress(ImportError):  # in transformers 5.17 AutoImageProcessor itself needs torchvision
+    AutoImageProcessor.register(
+        HieraTokConfig,
+        image_processor_classes={"pil": HieraTokImageProcessorPil, "torchvision": HieraTokImageProcessor},
+    )
 
 
 def __getattr__(name: str) -> Any:
