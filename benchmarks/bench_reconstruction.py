@@ -78,23 +78,22 @@ def main(argv: list[str] | None = None) -> int:
     vae = AutoencoderHieraTok.from_pretrained(folder).to(args.device)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-    coders = {
-        args.model: lambda x: vae(x.to(args.device)).sample.cpu(),
+    baselines = {
         "principal components, 8x8 to 16": PrincipalComponents(shards, 8, 16),
         "principal components, 16x16 to 16": PrincipalComponents(shards, 16, 16),
     }
 
-    figures: dict[str, list[tuple[float, float]]] = {name: [] for name in coders}
+    figures: dict[str, list[tuple[float, float]]] = {name: [] for name in (args.model, *baselines)}
     scales: list[list[float]] = [[] for _ in vae.config.scale_factors]
     for path in tqdm(paths, desc="Kodak"):
         pixel_values = as_tensor(centre(open_picture(path), args.size))
-        for name, coder in coders.items():
-            decoded = coder(pixel_values)
-            figures[name].append((psnr(decoded, pixel_values).item(), ssim(decoded, pixel_values).item()))
         latents = vae.encode(pixel_values.to(args.device)).latent_dist.mode()
-        pictures = zip(vae.core.decode_scales(latents), picture_pyramid(pixel_values, vae.core.config))
-        for values, (picture, target) in zip(scales, pictures):
-            values.append(psnr(picture.cpu(), target).item())
+        pictures = [picture.cpu() for picture in vae.core.decode_scales(latents)]
+        reconstructions = {args.model: pictures[-1], **{name: code(pixel_values) for name, code in baselines.items()}}
+        for name, decoded in reconstructions.items():
+            figures[name].append((psnr(decoded, pixel_values).item(), ssim(decoded, pixel_values).item()))
+        for values, picture, target in zip(scales, pictures, picture_pyramid(pixel_values, vae.core.config)):
+            values.append(psnr(picture, target).item())
 
     means = {
         name: dict(zip(("psnr_db", "ssim"), np.mean(rows, 0).round(4).tolist())) for name, rows in figures.items()

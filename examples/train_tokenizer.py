@@ -78,7 +78,7 @@ def start_from_principal_components(core: HieraTokCore, encoded: list[bytes], ar
 
 
 def fit_linear_path(core: HieraTokCore, encoded: list[bytes], args: argparse.Namespace) -> None:
-    """Train the linear path alone, which costs a hundredth of a step with the blocks and serves them as a start."""
+    """Train the linear path alone: without the blocks a step is cheap, and they start from what it reaches."""
     blocks = core.encoder.blocks, core.decoder.blocks
     core.encoder.blocks, core.decoder.blocks = torch.nn.ModuleList(), torch.nn.ModuleList()
     parameters = [p for name, p in core.named_parameters() if "linear_path" in name or name.endswith("head.bias")]

@@ -5,15 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tokenizer import PIXEL_LIMIT
+
 __all__ = ["SSIM_WINDOW", "psnr", "ssim"]
 
 # Shape letters: B batch, H W pixels.
 
 SSIM_WINDOW = 11
 """Side of the window of `ssim`; smaller pictures have none."""
-
-# Pictures lie in [-1, 1]; reconstructions overshoot that a little, pictures in [0, 255] by far.
-_PIXEL_LIMIT = 16.0
 
 
 def psnr(pictures: Tensor, targets: Tensor) -> Tensor:
@@ -75,7 +74,7 @@ def _levels(pictures: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError(f"`{name}` must have shape (B, 3, H, W) and not be empty, got {tuple(tensor.shape)}.")
         if not tensor.is_floating_point():
             raise ValueError(f"`{name}` must be floating point in [-1, 1], got {tensor.dtype}.")
-        if not (largest := tensor.detach().abs().max().item()) <= _PIXEL_LIMIT:  # phrased so that NaN fails
+        if not (largest := tensor.detach().abs().max().item()) <= PIXEL_LIMIT:  # phrased so that NaN fails
             raise ValueError(f"`{name}` must be finite and lie in [-1, 1], got a value of magnitude {largest:g}.")
     if pictures.shape != targets.shape:
         shapes = f"{tuple(pictures.shape)} and {tuple(targets.shape)}"

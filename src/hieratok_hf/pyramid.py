@@ -120,8 +120,8 @@ def picture_pyramid(pixel_values: Tensor, config: HieraTokConfig) -> list[Tensor
     """
     height, width = pixel_values.shape[-2:]
     pictures = []
-    for factor in config.scale_factors:
+    for factor in config.scale_factors[:-1]:
         cell = factor * config.patch_size
         padded = F.pad(pixel_values, (0, -width % cell, 0, -height % cell), mode="replicate")
-        pictures.append(F.avg_pool2d(padded, factor) if factor > 1 else pixel_values)
-    return pictures
+        pictures.append(F.avg_pool2d(padded, factor))
+    return [*pictures, pixel_values]

@@ -14,12 +14,12 @@ from .pyramid import PyramidLayout, flatten_pyramid
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-__all__ = ["HieraTokCore", "posterior_of"]
+__all__ = ["PIXEL_LIMIT", "HieraTokCore", "posterior_of"]
 
 # Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
 
 # Pictures lie in [-1, 1]; noise and resampling overshoot that a little, pictures in [0, 255] by far.
-_PIXEL_LIMIT = 16.0
+PIXEL_LIMIT = 16.0
 _INITIAL_LOGVAR = -6.0
 
 
@@ -180,7 +180,7 @@ def check_pixel_values(pixel_values: Tensor, config: HieraTokConfig) -> None:
         )
     if _may_look_at(pixel_values):
         low, high = (float(x) for x in torch.aminmax(pixel_values.detach()))
-        if low < -_PIXEL_LIMIT or high > _PIXEL_LIMIT:
+        if low < -PIXEL_LIMIT or high > PIXEL_LIMIT:
             raise ValueError(f"`pixel_values` must lie in [-1, 1], got values from {low:g} to {high:g}.")
 
 
