@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRITON := triton==3.7.1
 
 DATA ?= ../shared/data
 SHARDS := $(wildcard $(DATA)/imagenette_128/train-*.tar) $(wildcard $(DATA)/clothing_256/train-*.tar)
@@ -30,11 +31,14 @@ train: $(READY)
 		--steps 5500 --decay_steps 2000 --lr 1.5e-3 --batch_size 16 --crop_sizes 64 64 64 128 256 \
 		--linear_steps 600 --log_every 50
 
+# A build of torch for GPUs brings the Triton that it needs; elsewhere the tests run its kernels in an interpreter.
 # torch comes first and by its exact version, so that a machine with a build of its own keeps that build.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -c "import triton" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TRITON)
 	touch $(READY)
 
 clean:

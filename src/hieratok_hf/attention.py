@@ -4,14 +4,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_reference import reference_attention
+from .attention_choice import fastest_backend
+from .attention_reference import reference_attention, scale_causal_mask
 from .pyramid import PyramidLayout
 
 __all__ = ["ATTENTION_BACKENDS", "scale_causal_attention"]
 
 # Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
 
-ATTENTION_BACKENDS = ("auto", "reference", "sdpa")
+ATTENTION_BACKENDS = ("auto", "reference", "sdpa", "sdpa_mask", "flex", "triton")
+
+
+def _why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> str | None:
+    """The reason that a backend cannot serve such projections, or `None` where it can."""
+    if backend == "flex":
+        from .attention_flex import why_not_flex
+
+        return why_not_flex(query, needs_gradient)
+    if backend == "triton":
+        try:
+            from .attention_triton import why_not_triton
+        except ImportError as error:
+            return f"Triton cannot be imported ({error})"
+        return why_not_triton(query, scale)
+    return None
 
 
 def scale_causal_attention(
@@ -32,18 +48,24 @@ def scale_causal_attention(
     Args:
         query, key, value (`torch.Tensor` of shape `(B, A, N, d)`): Projected tokens, coarse scale first.
         layout (`PyramidLayout`): The scales of the sequence, `layout.num_tokens == N`.
-        backend (`str`, defaults to `"auto"`): `"reference"` builds the dense mask and computes in float32; `"sdpa"`
-            makes one unmasked `scaled_dot_product_attention` a scale; `"auto"` picks the fastest that serves.
+        backend (`str`, defaults to `"auto"`): How to compute it, never what.
+
+            - `"reference"`: a dense mask, in float32.
+            - `"sdpa"`: one unmasked `scaled_dot_product_attention` a scale. Runs everywhere.
+            - `"sdpa_mask"`: one `scaled_dot_product_attention` with a dense mask.
+            - `"flex"`: PyTorch's `flex_attention`; on a CPU forward only.
+            - `"triton"`: one launch on a CUDA device, for heads of at most 128 channels.
+            - `"auto"`: the one that was fastest where it was measured, `"sdpa"` elsewhere.
         scale (`float`, *optional*): Factor of the scores before the softmax, `d ** -0.5` unless given.
         return_weights (`bool`, defaults to `False`): Also return the weights `(B, A, N, N)` in float32, which only
             `"reference"` (and thus `"auto"`) can.
 
     Returns:
-        `torch.Tensor` of shape `(B, A, N, d)` in the dtype of `query`, and the weights if they were asked for.
+        `torch.Tensor` of shape `(B, A, N, d)` in the dtype of `query` (of autocast, where it is on), and the weights
+        if they were asked for.
 
     Raises:
-        ValueError: An unknown backend, shapes that disagree with each other or the layout, or a backend that was
-            named and cannot return weights.
+        ValueError: An unknown backend, shapes or dtypes that disagree, or a backend that was named and cannot serve.
     """
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(f"`backend` must be one of {list(ATTENTION_BACKENDS)}, got {backend!r}.")
@@ -54,13 +76,45 @@ def scale_causal_attention(
         )
     if query.shape[2] != layout.num_tokens:
         raise ValueError(f"`layout` has {layout.num_tokens} tokens, but `query` has {query.shape[2]}.")
-    if return_weights and backend == "sdpa":
-        raise ValueError("`backend='sdpa'` cannot return weights; use `backend='reference'`.")
+    if return_weights and backend not in ("auto", "reference"):
+        raise ValueError(f"`backend={backend!r}` cannot return weights; use `backend='reference'`.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     if backend == "reference" or return_weights:
         attended, weights = reference_attention(query, key, value, layout, scale)
         return (attended, weights) if return_weights else attended
+
+    # `scaled_dot_product_attention` heeds autocast by itself, the other computations do not.
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"`query`, `key` and `value` must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}."
+        )
+    needs_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if backend == "auto":
+        backend = "sdpa" if layout.num_scales == 1 else fastest_backend(query, needs_gradient)
+        if _why_not(backend, query, scale, needs_gradient) is not None:
+            backend = "sdpa"
+    else:
+        reason = _why_not(backend, query, scale, needs_gradient)
+        if reason is not None:
+            raise ValueError(f"`backend={backend!r}` cannot serve here: {reason}.")
+
+    if backend == "sdpa_mask":
+        mask = scale_causal_mask(layout, query.device)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    if backend == "flex":
+        from .attention_flex import flex_scale_causal_attention
+
+        return flex_scale_causal_attention(query, key, value, layout, scale)
+    if backend == "triton":
+        from .attention_triton import prefix_attention
+
+        rows_first = (x.transpose(1, 2) for x in (query, key, value))
+        return prefix_attention(*rows_first, layout.ends, scale)[0].transpose(1, 2)
 
     # What a scale sees is a prefix of the sequence, so no mask is needed, only shorter keys.
     attended_scales = []

@@ -7,11 +7,12 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import scale_causal_attention
+from .attention import ATTENTION_BACKENDS, scale_causal_attention
 from .configuration_hieratok import HieraTokConfig
 from .pyramid import PyramidLayout
 
 __all__ = [
+    "ATTENTION_IMPLEMENTATIONS",
     "HieraTokAttention",
     "HieraTokAttnProcessor",
     "HieraTokBlock",
@@ -23,6 +24,13 @@ __all__ = [
 ]
 
 # Shape letters: B batch, N tokens, D hidden size, A heads, d channels of a head, h w finest grid.
+
+# What transformers' `attn_implementation` means here. The library's default is "sdpa".
+ATTENTION_IMPLEMENTATIONS = {"eager": "reference", "sdpa": "auto", "flex_attention": "flex"} | {
+    f"hieratok_{backend}": backend for backend in ATTENTION_BACKENDS
+}
+# What the names of diffusers' `set_attention_backend` mean here.
+DIFFUSERS_BACKENDS = {"native": "sdpa", "flex": "flex"}
 
 
 def rotary_tables(
@@ -83,24 +91,21 @@ class HieraTokAttnProcessor:
 
     Args:
         backend (`str`, *optional*): A backend of `scale_causal_attention`. Unless given, the model's
-            `attn_implementation` decides (`"eager"` is the reference, anything else `"auto"`).
+            `attn_implementation` decides (see `ATTENTION_IMPLEMENTATIONS`), and without one `"auto"`.
     """
 
-    # The library sets both; a named backend of its own that is not PyTorch's is refused, not ignored.
+    # The libraries' own settings: the first is a name of diffusers' `set_attention_backend`.
     _attention_backend = None
     _parallel_config = None
 
     def __init__(self, backend: str | None = None):
+        if backend is not None and backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"`backend` must be one of {list(ATTENTION_BACKENDS)} or None, got {backend!r}.")
         self.backend = backend
 
     def __call__(
         self, attn: "HieraTokAttention", hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
     ) -> tuple[Tensor, Tensor | None]:
-        if self._attention_backend is not None and self._attention_backend != "native":
-            raise ValueError(
-                f"HieraTok attends by its own function; the attention backend {str(self._attention_backend)!r} is not "
-                "supported. Use 'native', or `set_attn_processor(HieraTokAttnProcessor(backend=...))`."
-            )
         if attn.fused_projections:
             projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -111,9 +116,17 @@ class HieraTokAttnProcessor:
         query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, A, N, d)
 
-        eager = attn.config._attn_implementation == "eager"
-        backend = self.backend or ("reference" if eager else "auto")
-        if eager and backend == "reference":
+        implementation = attn.config._attn_implementation
+        backend = self.backend or ATTENTION_IMPLEMENTATIONS[implementation or "sdpa"]
+        if self._attention_backend is not None:
+            backend = DIFFUSERS_BACKENDS.get(self._attention_backend)
+            if backend is None:
+                raise ValueError(
+                    "HieraTok attends by its own function; the attention backend "
+                    f"{str(self._attention_backend)!r} is not supported. Use one of {list(DIFFUSERS_BACKENDS)}, or "
+                    "`set_attn_processor(HieraTokAttnProcessor(backend=...))`."
+                )
+        if implementation == "eager" and backend == "reference":
             attended, weights = scale_causal_attention(query, key, value, layout, backend=backend, return_weights=True)
         else:
             attended, weights = scale_causal_attention(query, key, value, layout, backend=backend), None

@@ -14,7 +14,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .checkpoint import pop_hub_arguments, share_between_libraries, staged
 from .configuration_hieratok import HieraTokConfig
 from .decoder import HieraTokDecoder
-from .layers import HieraTokAttention, HieraTokBlock, init_weights
+from .layers import ATTENTION_IMPLEMENTATIONS, HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
 from .tokenizer import HieraTokCore, posterior_of
 
@@ -97,8 +97,20 @@ class HieraTokPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HieraTokBlock"]
     _supports_sdpa = True
+    _supports_flex_attn = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # The names of this package stay out of the library's registry, whose functions are given no layout.
+        if requested_attention in ATTENTION_IMPLEMENTATIONS and requested_attention.startswith("hieratok_"):
+            return requested_attention
+        implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        if implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"`attn_implementation` must be one of {list(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}."
+            )
+        return implementation
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

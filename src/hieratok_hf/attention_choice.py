@@ -1,0 +1,41 @@
+"""Which computation of scale-causal attention was fastest where it was measured."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["FASTEST", "fastest_backend"]
+
+# Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
+
+# Written by `benchmarks/bench_attention.py --record` from `benchmarks/results/attention_*.json`:
+# {(device, dtype, channels of a head, gradients needed): {tokens of all scales: backend}}.
+FASTEST: dict[tuple[str, str, int, bool], dict[int, str]] = {}
+
+
+@torch.compiler.assume_constant_result  # what it asks cannot be traced, and never changes
+def device_kind(device: torch.device) -> str:
+    """What measurements are told apart by: the compute capability of a GPU, the vector instructions of a CPU."""
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"cuda {major}.{minor}"
+    return device.type
+
+
+def fastest_backend(query: Tensor, needs_gradient: bool) -> str:
+    """
+    The backend that was fastest at the nearest measured number of tokens, or `"sdpa"` where nothing was measured.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, A, N, d)`): For its device, dtype, number of tokens and channels of a head.
+        needs_gradient (`bool`): Whether a backward pass will follow.
+    """
+    dtype = str(query.dtype).removeprefix("torch.")
+    measured = FASTEST.get((device_kind(query.device), dtype, query.shape[3], needs_gradient), {})
+    num_tokens = query.shape[2]
+    for length, backend in measured.items():
+        # Measured lengths are a factor of 4 apart; each speaks for those within a factor of 2.
+        if length <= 2 * num_tokens <= 4 * length:
+            return backend
+    return "sdpa"
