@@ -20,10 +20,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What only a GPU can say: the tests on the device, and the times that `auto` follows. On a machine that has all the
+# packages already: make gpu BIN=$$(dirname $$(which python3)) READY=
+gpu: export PYTHONPATH := src:$(PYTHONPATH)
 gpu: $(READY)
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python benchmarks/bench_reconstruction.py --json benchmarks/results/reconstruction.json
+	$(BIN)/python -m pytest tests/test_attention_triton.py tests/test_rotary_triton.py
+	$(BIN)/python benchmarks/bench_attention.py --json --record
+	$(BIN)/python benchmarks/bench_decode.py --json
 
 # What made the weights of hieratok-tiny; `RESUME=--resume` goes on after an interruption.
 train: $(READY)

@@ -8,14 +8,14 @@ from .attention_choice import fastest_backend
 from .attention_reference import reference_attention, scale_causal_mask
 from .pyramid import PyramidLayout
 
-__all__ = ["ATTENTION_BACKENDS", "scale_causal_attention"]
+__all__ = ["ATTENTION_BACKENDS", "scale_causal_attention", "why_not"]
 
 # Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
 
 ATTENTION_BACKENDS = ("auto", "reference", "sdpa", "sdpa_mask", "flex", "triton")
 
 
-def _why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> str | None:
+def why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> str | None:
     """The reason that a backend cannot serve such projections, or `None` where it can."""
     if backend == "flex":
         from .attention_flex import why_not_flex
@@ -96,10 +96,10 @@ def scale_causal_attention(
     needs_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if backend == "auto":
         backend = "sdpa" if layout.num_scales == 1 else fastest_backend(query, needs_gradient)
-        if _why_not(backend, query, scale, needs_gradient) is not None:
+        if why_not(backend, query, scale, needs_gradient) is not None:
             backend = "sdpa"
     else:
-        reason = _why_not(backend, query, scale, needs_gradient)
+        reason = why_not(backend, query, scale, needs_gradient)
         if reason is not None:
             raise ValueError(f"`backend={backend!r}` cannot serve here: {reason}.")
 

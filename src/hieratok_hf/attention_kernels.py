@@ -92,7 +92,7 @@ def _forward_step(
     return accumulator, new_maximum, total * decay + tl.sum(weights, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "heads", "length_class"])
 def attention_kernel(
     query, key, value, output, log_sum,
     query_strides, key_strides, value_strides, output_strides,
@@ -145,7 +145,7 @@ def _query_gradient_step(
     return _dot(of_scores.to(key.dtype), key, gradient)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "heads", "length_class"])
 def query_gradient_kernel(
     query, key, value, output, upstream, log_sum, delta, query_gradient,
     query_strides, key_strides, value_strides, output_strides, upstream_strides, gradient_strides,
@@ -212,7 +212,7 @@ def _key_gradient_step(
     return _dot(of_scores.to(query.dtype), query, of_key), of_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "heads", "length_class"])
 def key_gradient_kernel(
     query, key, value, upstream, log_sum, delta, key_gradient, value_gradient,
     query_strides, key_strides, value_strides, upstream_strides, gradient_strides,

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .attention_kernels import INTERPRETED, attention_kernel, key_gradient_kernel, query_gradient_kernel
 
-__all__ = ["prefix_attention", "why_not_triton"]
+__all__ = ["channels_last", "on_device", "prefix_attention", "why_not_triton"]
 
 # Shape letters: B batch, N tokens of all scales, A heads, d channels of a head. A tile is M queries by K keys.
 
@@ -87,12 +88,12 @@ def _programs(query: Tensor, ends: Sequence[int], block: str) -> Callable[[dict[
     return lambda meta: (query.shape[0] * query.shape[2] * sum(triton.cdiv(n, meta[block]) for n in lengths),)
 
 
-def _on_device(tensor: Tensor) -> AbstractContextManager:
+def on_device(tensor: Tensor) -> AbstractContextManager:
     # Triton launches on the current device, which need not be the tensor's.
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
+def channels_last(tensor: Tensor) -> Tensor:
     """The tensor with its last dimension dense, as the kernels read it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -115,11 +116,11 @@ def prefix_attention(
         The attended values `(B, N, A, d)`, and, for the backward pass, the base-2 logarithm of the sum under each
         softmax `(B, A, N)` in float32.
     """
-    query, key, value = _channels_last(query), _channels_last(key), _channels_last(value)
+    query, key, value = channels_last(query), channels_last(key), channels_last(value)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     log_sum = torch.empty(_rows(query), dtype=torch.float32, device=query.device)
     if query.numel():
-        with _on_device(query):
+        with on_device(query):
             _attend[_programs(query, ends, "M")](
                 query, key, value, output, log_sum,
                 query.stride()[:3], key.stride()[:3], value.stride()[:3], output.stride()[:3],
@@ -140,14 +141,14 @@ def prefix_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `query`, `key` and `value`, each `(B, N, A, d)`; weights are computed again from `log_sum`."""
-    query, key, value = _channels_last(query), _channels_last(key), _channels_last(value)
-    upstream = _channels_last(upstream)
+    query, key, value = channels_last(query), channels_last(key), channels_last(value)
+    upstream = channels_last(upstream)
     gradients = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]
     if query.numel():
         delta = torch.empty_like(log_sum)
         strides = [x.stride()[:3] for x in (query, key, value, output, upstream, gradients[0])]
         arguments = {"softmax_scale": scale, **_arguments(query, ends, scale)}
-        with _on_device(query):
+        with on_device(query):
             _query_gradient[_programs(query, ends, "M")](
                 query, key, value, output, upstream, log_sum, delta, gradients[0], *strides, **arguments
             )
@@ -183,3 +184,19 @@ def _backward(ctx, upstream: Tensor, _: Tensor):
 
 
 prefix_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _visible_scores(shape: Sequence[int], ends: Sequence[int]) -> int:
+    return shape[0] * shape[2] * sum((end - start) * end for start, end in zip((0, *ends), ends))
+
+
+@register_flop_formula(torch.ops.hieratok_hf.prefix_attention)
+def _(query, key, value, ends, scale, *args, out_shape=None, **kwargs) -> int:
+    # Two products of matrices: the scores and the values.
+    return 2 * 2 * query[3] * _visible_scores(query, ends)
+
+
+@register_flop_formula(torch.ops.hieratok_hf.prefix_attention_backward)
+def _(upstream, query, key, value, output, log_sum, ends, scale, *args, out_shape=None, **kwargs) -> int:
+    # The scores again, and the gradients of weights, queries, keys and values, as PyTorch counts its own attention.
+    return 2 * 5 * query[3] * _visible_scores(query, ends)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import ATTENTION_BACKENDS, scale_causal_attention
+from .attention import ATTENTION_BACKENDS, scale_causal_attention, why_not
 from .configuration_hieratok import HieraTokConfig
 from .pyramid import PyramidLayout
 
@@ -19,6 +19,7 @@ __all__ = [
     "HieraTokPositions",
     "HieraTokSwiGLU",
     "apply_rotary",
+    "fused_norm_rotary",
     "init_weights",
     "rotary_tables",
 ]
@@ -85,6 +86,23 @@ def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor
     return torch.addcmul(values * cos, partners, signed_sin).to(hidden_states.dtype)
 
 
+def fused_norm_rotary(hidden_states: Tensor, norm: nn.RMSNorm | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """
+    `norm`, if there is one, and `apply_rotary` in one Triton kernel.
+
+    Raises:
+        ValueError: Triton cannot serve on this device.
+    """
+    reason = why_not("triton", hidden_states.transpose(1, 2), scale=1.0, needs_gradient=False)
+    if reason is not None:
+        raise ValueError(f"`fused_rotary` cannot serve here: {reason}.")
+    from .rotary_triton import norm_rotary
+
+    if norm is None:
+        return norm_rotary(hidden_states, None, *rotary, 0.0)
+    return norm_rotary(hidden_states, norm.weight, *rotary, norm.eps)
+
+
 class HieraTokAttnProcessor:
     """
     What `HieraTokAttention` computes: projections, rotary positions, and the one attention function.
@@ -92,16 +110,19 @@ class HieraTokAttnProcessor:
     Args:
         backend (`str`, *optional*): A backend of `scale_causal_attention`. Unless given, the model's
             `attn_implementation` decides (see `ATTENTION_IMPLEMENTATIONS`), and without one `"auto"`.
+        fused_rotary (`bool`, defaults to `False`): Do QK-norm and rotary positions in one Triton kernel. For models
+            that run on a GPU without `torch.compile`, which fuses these steps by itself.
     """
 
     # The libraries' own settings: the first is a name of diffusers' `set_attention_backend`.
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, backend: str | None = None):
+    def __init__(self, backend: str | None = None, fused_rotary: bool = False):
         if backend is not None and backend not in ATTENTION_BACKENDS:
             raise ValueError(f"`backend` must be one of {list(ATTENTION_BACKENDS)} or None, got {backend!r}.")
         self.backend = backend
+        self.fused_rotary = fused_rotary
 
     def __call__(
         self, attn: "HieraTokAttention", hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
@@ -111,9 +132,12 @@ class HieraTokAttnProcessor:
         else:
             projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)  # (B, N, A, d)
-        if attn.norm_q is not None and attn.norm_k is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        if self.fused_rotary:
+            query, key = fused_norm_rotary(query, attn.norm_q, rotary), fused_norm_rotary(key, attn.norm_k, rotary)
+        else:
+            if attn.norm_q is not None and attn.norm_k is not None:
+                query, key = attn.norm_q(query), attn.norm_k(key)
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, A, N, d)
 
         implementation = attn.config._attn_implementation

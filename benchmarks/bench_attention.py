@@ -1,0 +1,262 @@
+"""Scale-causal attention by every backend, beside unmasked attention and what the chip allows at most."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measuring import copy_rate, machine, matrix_rate, side_by_side
+from torch import Tensor
+from tqdm import tqdm
+
+from hieratok_hf import PyramidLayout, scale_causal_attention
+
+# Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
+
+RESULTS = Path(__file__).parent / "results"
+CHOICE = Path(__file__).parents[1] / "src" / "hieratok_hf" / "attention_choice.py"
+SCALE_FACTORS = (8, 4, 2, 1)
+BACKENDS = ("sdpa_mask", "sdpa", "flex", "triton")
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# A backend replaces "sdpa" in `auto` only where it is faster by more than the noise.
+MARGIN = 1.03
+
+# Side of the finest grid: images at once. 16 is that of 256x256 pixels in patches of 16.
+GPU_SIZES = {8: 256, 16: 64, 32: 64, 64: 16}
+CPU_SIZES = {8: 16, 16: 4, 32: 1, 64: 1}
+# Dtype, channels of a head, heads; the first is the one whose table is printed in full.
+GPU_KINDS = [("bfloat16", 64, 12), ("float16", 64, 12), ("bfloat16", 32, 12), ("bfloat16", 128, 12)]
+CPU_KINDS = [("float32", 64, 12), ("float32", 32, 4), ("bfloat16", 64, 12)]
+
+
+def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Every token sees every token: the price without a mask."""
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def with_gradients(attend: Callable[..., Tensor], leaves: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
+    attended = attend(*leaves)
+    return attended, *torch.autograd.grad(attended, leaves, upstream)
+
+
+def work(layout: PyramidLayout, images: int, heads: int, head_dim: int, backward: bool) -> tuple[int, int]:
+    """FLOPs of the visible scores, and numbers that must be read or written at least."""
+    visible = sum(length * end for length, end in zip(layout.lengths, layout.ends))
+    # Products of matrices: scores and values; backward both again, and of them three gradients more.
+    products, tensors = (7, 12) if backward else (2, 4)
+    return (
+        2 * products * images * heads * visible * head_dim,
+        tensors * images * heads * layout.num_tokens * head_dim,
+    )
+
+
+def mistakes(results: tuple[Tensor, ...], leaves: list[Tensor], upstream: Tensor, layout: PyramidLayout) -> list[str]:
+    """Which of the output and the gradients differ from the reference, for two heads of the first and last image."""
+    names = ("output", "gradient of query", "gradient of key", "gradient of value")
+    wrong = []
+    for image in (0, -1):
+        few = [x[image, :2][None].detach().float().requires_grad_(len(results) > 1) for x in leaves]
+        expected = [scale_causal_attention(*few, layout, backend="reference")]
+        if len(results) > 1:
+            expected += torch.autograd.grad(expected[0], few, upstream[image, :2][None].float())
+        for name, actual, right in zip(names, results, expected):
+            error = ((actual[image, :2][None].float() - right).norm() / right.norm()).item()
+            if not error < TOLERANCES[leaves[0].dtype]:
+                wrong.append(f"{name} off by {error:.1e}")
+    return wrong
+
+
+def measure(
+    device: torch.device, dtype: torch.dtype, head_dim: int, heads: int, side: int, images: int, backward: bool,
+    backends: tuple[str, ...], rates: dict[str, float], budget: float,
+) -> dict[str, Any]:  # fmt: skip
+    """One row: every backend at one size. Raises where a result is wrong."""
+    layout = PyramidLayout.from_grid(side, side, SCALE_FACTORS)
+    shape = (images, layout.num_tokens, heads, head_dim)
+    # As the model has them: heads beside channels in memory.
+    leaves = [torch.randn(shape, device=device).to(dtype).transpose(1, 2).requires_grad_(backward) for _ in range(3)]
+    upstream = torch.randn(shape, device=device).to(dtype).transpose(1, 2)
+
+    calls: dict[str, Callable[[], Any]] = {}
+    memory, absent = {}, {}
+    for name in (*backends, "full"):
+        attend = full_attention
+        if name != "full":
+            attend = partial(scale_causal_attention, layout=layout, backend=name)
+        call = partial(with_gradients, attend, leaves, upstream) if backward else partial(_once, attend, leaves)
+        try:
+            results = call()
+        except (ValueError, torch.cuda.OutOfMemoryError) as error:
+            absent[name] = str(error).splitlines()[0]
+            continue
+        if name != "full" and (wrong := mistakes(results, leaves, upstream, layout)):
+            raise AssertionError(f"{name}, {dtype}, {layout.num_tokens} tokens: {', '.join(wrong)}")
+        del results
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            memory[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+        calls[name] = call
+
+    seconds = side_by_side(calls, device, budget)
+    flops, numbers = work(layout, images, heads, head_dim, backward)
+    seconds["floor"] = max(flops / rates["flops"], numbers * dtype.itemsize / rates["bytes"])
+    row: dict[str, Any] = {
+        "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim, "heads": heads, "images": images,
+        "grid": [side, side], "tokens": layout.num_tokens, "gradients": backward,
+        "bound": "arithmetic" if flops / rates["flops"] == seconds["floor"] else "memory",
+        "of_sdpa_mask": {name: round(value / seconds["sdpa_mask"], 4) for name, value in seconds.items()},
+        "absent": absent,
+    }  # fmt: skip
+    if device.type == "cuda":
+        row["milliseconds"] = {name: round(value * 1e3, 4) for name, value in seconds.items()}
+        row["tflops"] = {name: round(flops / value / 1e12, 1) for name, value in seconds.items()}
+        row["peak_mib"] = memory
+    return row
+
+
+def _once(attend: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor]:
+    with torch.no_grad():
+        return (attend(*leaves),)
+
+
+def fastest(row: dict[str, Any]) -> str:
+    """The backend that `auto` should take at this row's size."""
+    times = {name: value for name, value in row["of_sdpa_mask"].items() if name in BACKENDS}
+    best = min(times, key=times.__getitem__)
+    return best if times[best] * MARGIN < times["sdpa"] else "sdpa"
+
+
+def choices(reports: list[dict[str, Any]]) -> dict[tuple[str, str, int, bool], dict[int, str]]:
+    """What `hieratok_hf.attention_choice.FASTEST` should hold after these reports."""
+    table: dict[tuple[str, str, int, bool], dict[int, str]] = {}
+    for report in sorted(reports, key=lambda report: report["machine"]["kind"]):
+        for row in report["rows"]:
+            key = (report["machine"]["kind"], row["dtype"], row["head_dim"], row["gradients"])
+            table.setdefault(key, {})[row["tokens"]] = fastest(row)
+    return table
+
+
+def record() -> None:
+    """Write the choices of all recorded results into the package."""
+    reports = recorded()
+    lines = ["FASTEST: dict[tuple[str, str, int, bool], dict[int, str]] = {"]
+    for key, row in choices(reports).items():
+        kind, dtype, head_dim, gradients = key
+        entries = ", ".join(f'{tokens}: "{backend}"' for tokens, backend in row.items())
+        lines.append(f'    ("{kind}", "{dtype}", {head_dim}, {gradients}): {{{entries}}},')
+    head, _, rest = CHOICE.read_text().partition("FASTEST: dict")
+    tail = rest[rest.index("}\n") + 2 :]
+    CHOICE.write_text(head + "\n".join([*lines, "}", ""]) + tail)
+    print(f"recorded {len(lines) - 1} rows of {len(reports)} reports in {CHOICE.name}")
+
+
+def table(row: dict[str, Any]) -> str:
+    """A row of results as lines of text."""
+    what = "forward and backward" if row["gradients"] else "forward"
+    lines = [
+        f"{row['dtype']}, {row['images']} images, {row['heads']} heads of {row['head_dim']}, {row['tokens']} tokens "
+        f"({row['grid'][0]}x{row['grid'][1]} finest), {what}; the floor is {row['bound']}"
+    ]
+    for name, ratio in row["of_sdpa_mask"].items():
+        line = f"    {name:12}{ratio:8.3f} of sdpa_mask"
+        if "milliseconds" in row:
+            line += f"{row['milliseconds'][name]:12.4f} ms{row['tflops'][name]:9.1f} TFLOP/s"
+            line += f"{row['peak_mib'][name]:10.1f} MiB" if name in row["peak_mib"] else ""
+        lines.append(line + ("   <- auto" if name == fastest(row) else ""))
+    lines += [f"    {name:12}absent: {reason}" for name, reason in row["absent"].items()]
+    return "\n".join(lines)
+
+
+def markdown(reports: list[dict[str, Any]]) -> str:
+    """The recorded results as the table of benchmarks/README.md: time of each backend over that of `sdpa_mask`."""
+    lines = ["| machine | dtype | head | tokens | pass | sdpa | flex | triton | unmasked | floor | auto |"]
+    lines.append("|---" * 11 + "|")
+    for report in reports:
+        for row in report["rows"]:
+            cells = [report["machine"]["kind"], row["dtype"], row["head_dim"], row["tokens"]]
+            cells.append("forward, backward" if row["gradients"] else "forward")
+            ratios = row["of_sdpa_mask"]
+            cells += [f"{ratios[name]:.2f}" if name in ratios else "" for name in ("sdpa", "flex", "triton", "full")]
+            cells += [f"{ratios['floor']:.2f}", fastest(row)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def recorded() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("attention_*.json"))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sides", type=int, nargs="+", help="sides of the finest grid, of those that are measured")
+    parser.add_argument("--kinds", type=int, help="measure only so many of the kinds of dtype and head")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=None)
+    parser.add_argument("--seconds", type=float, default=None, help="time for each row")
+    parser.add_argument("--json", action="store_true", help="write results/attention_KIND.json")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing, print what is recorded as a table")
+    parser.add_argument("--record", action="store_true", help="let `auto` follow the recorded results")
+    args = parser.parse_args(argv)
+    if args.markdown:
+        print(markdown(recorded()))
+        return 0
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    sizes, kinds = (GPU_SIZES, GPU_KINDS) if on_gpu else (CPU_SIZES, CPU_KINDS)
+    backends = tuple(args.backends or (BACKENDS if on_gpu else ("sdpa_mask", "sdpa")))
+    if "sdpa_mask" not in backends or "sdpa" not in backends:
+        parser.error("--backends must name sdpa_mask and sdpa, which the others are compared with")
+    torch.manual_seed(0)
+
+    bytes_a_second = copy_rate(device)
+    report: dict[str, Any] = {"machine": machine(device), "scale_factors": SCALE_FACTORS, "rows": []}
+    report["measured_rates"] = {"copy_gb_per_s": round(bytes_a_second / 1e9, 1)}
+    tasks = [
+        (getattr(torch, dtype), head_dim, heads, side, images, backward, place == 0)
+        for place, (dtype, head_dim, heads) in enumerate(kinds[: args.kinds])
+        for side, images in sizes.items()
+        for backward in (False, True)
+        if side in (args.sides or sizes)
+    ]
+    rates: dict[torch.dtype, float] = {}
+    try:
+        for dtype, head_dim, heads, side, images, backward, is_main in tqdm(tasks):
+            if dtype not in rates:
+                rates[dtype] = matrix_rate(device, dtype)
+                name = str(dtype).removeprefix("torch.")
+                report["measured_rates"][f"{name}_tflops"] = round(rates[dtype] / 1e12, 3)
+            # Compiling takes most of the time, so the table that is printed in full has all, the others what may win.
+            chosen = backends if is_main else tuple(name for name in backends if name != "flex")
+            row = measure(
+                device, dtype, head_dim, heads, side, images, backward, chosen,
+                {"flops": rates[dtype], "bytes": bytes_a_second}, args.seconds or (0.5 if on_gpu else 4),
+            )  # fmt: skip
+            report["rows"].append(row)
+    except AssertionError as error:
+        print(f"error: wrong results, so nothing is reported: {error}", file=sys.stderr)
+        return 1
+
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print(", ".join(f"{key} {value}" for key, value in report["measured_rates"].items()))
+    print("\n".join(table(row) for row in report["rows"]))
+    if args.json:
+        RESULTS.mkdir(exist_ok=True)
+        kind = report["machine"]["kind"].replace(" ", "_").replace(".", "")
+        path = RESULTS / f"attention_{kind.lower()}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"wrote {path.name}")
+    if args.record:
+        record()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

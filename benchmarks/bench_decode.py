@@ -1,0 +1,91 @@
+"""Decoding a batch end to end with every attention backend, plain and compiled, side by side."""
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import machine, side_by_side
+
+from hieratok_hf import HieraTokAttnProcessor, HieraTokConfig, HieraTokCore
+
+RESULTS = Path(__file__).parent / "results"
+BASELINE = "sdpa_mask"
+
+
+def with_backend(core: HieraTokCore, backend: str) -> HieraTokCore:
+    """A copy of a model whose decoder attends by one backend, `+rotary` for the fused kernel before it."""
+    core = copy.deepcopy(core)
+    name, _, extra = backend.partition("+")
+    for block in core.decoder.blocks:
+        block.attn.set_processor(HieraTokAttnProcessor(name, fused_rotary=extra == "rotary"))
+    return core
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", default="hieratok-b")
+    parser.add_argument("--images", type=int, default=None, help="64 on a GPU, 2 on a CPU unless given")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--dtype", default=None, help="bfloat16 on a GPU, float32 on a CPU unless given")
+    parser.add_argument("--backends", nargs="+", default=None)
+    parser.add_argument("--plain_only", action="store_true", help="compile nothing")
+    parser.add_argument("--seconds", type=float, default=10, help="time for all together")
+    parser.add_argument("--json", action="store_true", help="write results/decode_KIND.json")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    images = args.images or (64 if on_gpu else 2)
+    backends = args.backends or ["sdpa_mask", "sdpa", *(["flex", "triton", "triton+rotary"] if on_gpu else []), "auto"]
+    if BASELINE not in backends:
+        parser.error(f"--backends must name {BASELINE}, which the others are compared with")
+
+    torch.manual_seed(0)
+    config = HieraTokConfig.from_size(args.size)
+    core = HieraTokCore(config).init_weights().eval().to(device, dtype)
+    side = args.pixels // config.patch_size
+    latents = torch.randn(images, config.latent_channels, side, side, device=device).to(dtype)
+    calls: dict[str, Any] = {}
+    expected = with_backend(core, "reference").decode(latents)
+    for backend in backends:
+        for compiled in (False,) if args.plain_only else (False, True):
+            decode = with_backend(core, backend).decode
+            run = torch.compile(decode, fullgraph=True, dynamic=False) if compiled else decode
+            error = ((run(latents).float() - expected.float()).norm() / expected.float().norm()).item()
+            # Every block rounds anew, so the pictures differ by more than one rounding.
+            if not error < (1e-4 if dtype == torch.float32 else 5e-2):
+                print(f"error: the picture by {backend!r} is off by {error:.1e}; nothing is reported", file=sys.stderr)
+                return 1
+            calls[f"{backend}, compiled" if compiled else backend] = lambda run=run: run(latents)
+    seconds = side_by_side(calls, device, args.seconds, graphs=False)
+
+    report = {
+        "machine": machine(device), "size": args.size, "images": images, "pixels": args.pixels,
+        "dtype": str(dtype).removeprefix("torch."),
+        "times_as_fast": {name: round(seconds[BASELINE] / value, 3) for name, value in seconds.items()},
+    }  # fmt: skip
+    if on_gpu:
+        report["milliseconds"] = {name: round(value * 1e3, 3) for name, value in seconds.items()}
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    pictures = f"{images} pictures of {args.pixels}x{args.pixels}"
+    print(f"{args.size}, {pictures}, {report['dtype']}: times as fast as {BASELINE}")
+    for name, ratio in report["times_as_fast"].items():
+        milliseconds = f"{seconds[name] * 1e3:12.3f} ms" if on_gpu else ""
+        print(f"    {name:24}{ratio:8.3f}{milliseconds}")
+    if args.json:
+        RESULTS.mkdir(exist_ok=True)
+        kind = report["machine"]["kind"].replace(" ", "_").replace(".", "").lower()
+        path = RESULTS / f"decode_{kind}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"wrote {path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

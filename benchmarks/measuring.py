@@ -1,0 +1,122 @@
+"""What the benchmarks share: the machine they ran on, and times taken side by side."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hieratok_hf.attention_choice import device_kind
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device, the versions that matter and the commit, for the record."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{torch.get_num_threads()} threads of {models[0] if models else platform.processor()}"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    described = subprocess.run(git, capture_output=True, text=True)
+    versions = {}
+    for package in ("torch", "triton", "diffusers", "transformers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": name,
+        "kind": device_kind(device),
+        "platform": platform.machine(),
+        "python": platform.python_version(),
+        **versions,
+        "commit": described.stdout.strip() or "unknown",
+    }
+
+
+def _replayed(call: Callable[[], Any]) -> Callable[[], float]:
+    """A timer of one call on the GPU, without the time that Python takes to launch it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        calls = max(1, min(50, int(0.005 / (time.perf_counter() - started))))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+
+    def timed() -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+    return timed
+
+
+def _called(call: Callable[[], Any], on_gpu: bool) -> Callable[[], float]:
+    """A timer of one call as a user waits for it."""
+
+    def timed() -> float:
+        started = time.perf_counter()
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return timed
+
+
+def side_by_side(
+    calls: dict[str, Callable[[], Any]], device: torch.device, budget: float, graphs: bool = True
+) -> dict[str, float]:
+    """
+    Median seconds of each call, the calls taking turns so that all meet the same machine.
+
+    Args:
+        calls (`dict[str, Callable]`): What to time, by name; each is warmed up first.
+        device (`torch.device`): Where they run.
+        budget (`float`): Seconds of timing for all together; each is timed at least 5 times whatever it takes.
+        graphs (`bool`, defaults to `True`): On a GPU, time replays of a CUDA graph: the device alone.
+    """
+    on_gpu = device.type == "cuda"
+    timers = {}
+    for name, call in calls.items():
+        call()
+        timers[name] = _replayed(call) if on_gpu and graphs else _called(call, on_gpu)
+        timers[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    started = time.perf_counter()
+    while len(seconds[name]) < 5 or (time.perf_counter() - started < budget and len(seconds[name]) < 200):
+        for name, timer in timers.items():
+            seconds[name].append(timer())
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured floating-point operations a second of a large square matrix product of random numbers."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / side_by_side({"product": lambda: left @ right}, device, 0.5)["product"]
+
+
+def copy_rate(device: torch.device) -> float:
+    """Measured bytes a second of a large copy, counting those read and those written."""
+    source = torch.randn(2**30 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / side_by_side({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"]

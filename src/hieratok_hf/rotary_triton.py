@@ -1,0 +1,169 @@
+"""QK-norm and rotary positions in one Triton kernel: one reading and one writing instead of one for each step."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_triton import channels_last, on_device
+
+__all__ = ["norm_rotary"]
+
+# Shape letters: B batch, N tokens, A heads, d channels of a head, D a power of two that holds them, R rows of a tile.
+
+ROWS = 32
+
+
+@triton.jit
+def _row_pointers(tensor, strides, rows, num_rows, num_tokens, heads, channels):
+    """Addresses of the heads `rows`, counted through batch, tokens and heads, `(R, D)`."""
+    rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    batch, token, head = rows // (num_tokens * heads), rows // heads % num_tokens, rows % heads
+    return tensor + (batch * strides[0] + token * strides[1] + head * strides[2])[:, None] + channels[None, :]
+
+
+@triton.jit
+def _swap(values, R: tl.constexpr, D: tl.constexpr):
+    """The two channels of each pair exchanged, within registers."""
+    first, second = tl.split(tl.reshape(values, (R, D // 2, 2)))
+    return tl.reshape(tl.join(second, first), (R, D))
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "heads"])
+def rotary_kernel(
+    states, weight, cos, signed_sin, rotated, strides, rotated_strides, num_rows, num_tokens, heads, eps,
+    HEAD_DIM: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    rows, channels = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, D)
+    inside = channels < HEAD_DIM
+    mask = (rows < num_rows)[:, None] & inside[None, :]
+    pointers = _row_pointers(states, strides, rows, num_rows, num_tokens, heads, channels)
+    values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)  # (R, d)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(values * values, 1) / HEAD_DIM + eps)
+        values *= scale[:, None] * tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)[None, :]
+    places = (rows // heads % num_tokens)[:, None] * HEAD_DIM + channels[None, :]
+    result = values * tl.load(cos + places, mask=mask, other=0.0)
+    result += _swap(values, R, D) * tl.load(signed_sin + places, mask=mask, other=0.0)
+    pointers = _row_pointers(rotated, rotated_strides, rows, num_rows, num_tokens, heads, channels)
+    tl.store(pointers, result.to(rotated.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "heads"])
+def rotary_gradient_kernel(
+    upstream, states, weight, cos, signed_sin, gradient, weight_gradients,
+    upstream_strides, strides, gradient_strides, num_rows, num_tokens, heads, eps,
+    HEAD_DIM: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the states, and each program's share of that of the weight."""
+    rows, channels = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, D)
+    inside = channels < HEAD_DIM
+    mask = (rows < num_rows)[:, None] & inside[None, :]
+    pointers = _row_pointers(upstream, upstream_strides, rows, num_rows, num_tokens, heads, channels)
+    of_rotated = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)  # (R, d)
+    places = (rows // heads % num_tokens)[:, None] * HEAD_DIM + channels[None, :]
+    result = of_rotated * tl.load(cos + places, mask=mask, other=0.0)
+    # A channel went to its partner by the partner's sine.
+    result += _swap(of_rotated * tl.load(signed_sin + places, mask=mask, other=0.0), R, D)
+    if NORM:
+        pointers = _row_pointers(states, strides, rows, num_rows, num_tokens, heads, channels)
+        values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)  # (R, d)
+        scale = tl.rsqrt(tl.sum(values * values, 1) / HEAD_DIM + eps)[:, None]
+        values *= scale
+        shares = weight_gradients + tl.program_id(0) * HEAD_DIM + channels
+        tl.store(shares, tl.sum(result * values, 0), mask=inside)
+        result *= tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)[None, :]
+        result = scale * (result - values * (tl.sum(result * values, 1) / HEAD_DIM)[:, None])
+    pointers = _row_pointers(gradient, gradient_strides, rows, num_rows, num_tokens, heads, channels)
+    tl.store(pointers, result.to(gradient.dtype.element_ty), mask=mask)
+
+
+def _arguments(states: Tensor, weight: Tensor | None, eps: float) -> dict[str, Any]:
+    """What both launches are told of the states."""
+    batch, num_tokens, heads, head_dim = states.shape
+    return {
+        "num_rows": batch * num_tokens * heads,
+        "num_tokens": num_tokens,
+        "heads": heads,
+        "eps": eps,
+        "HEAD_DIM": head_dim,
+        "NORM": weight is not None,
+        "D": triton.next_power_of_2(head_dim),
+        "R": ROWS,
+    }
+
+
+def _programs(states: Tensor) -> int:
+    return triton.cdiv(states.numel() // states.shape[-1], ROWS)
+
+
+@torch.library.custom_op("hieratok_hf::norm_rotary", mutates_args=())
+def norm_rotary(states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: Tensor, eps: float) -> Tensor:
+    """
+    RMS norm of each head and the turn by its token's angles, in float32 with one rounding at the end.
+
+    Args:
+        states (`torch.Tensor` of shape `(B, N, A, d)`): Projected queries or keys, `d` even.
+        weight (`torch.Tensor` of shape `(d,)`, *optional*): Weight of the norm; without one there is no norm.
+        cos, signed_sin (`torch.Tensor` of shape `(N, 1, d)`, float32): As `rotary_tables` makes them; no gradient.
+        eps (`float`): What the norm adds to the mean square.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, A, d)` in the dtype of `states`.
+    """
+    states, cos, signed_sin = channels_last(states), cos.contiguous(), signed_sin.contiguous()
+    rotated = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+    if states.numel():
+        with on_device(states):
+            rotary_kernel[(_programs(states),)](
+                states, weight, cos, signed_sin, rotated, states.stride()[:3], rotated.stride()[:3],
+                **_arguments(states, weight, eps),
+            )  # fmt: skip
+    return rotated
+
+
+@torch.library.custom_op("hieratok_hf::norm_rotary_backward", mutates_args=())
+def norm_rotary_backward(
+    upstream: Tensor, states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `states`, `(B, N, A, d)`, and of `weight`, `(d,)` in float32 (zero without one)."""
+    upstream, states = channels_last(upstream), channels_last(states)
+    cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
+    gradient = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+    # A row a program, summed afterwards in one order, so that runs agree to the bit.
+    shape = (_programs(states) if weight is not None else 0, states.shape[-1])
+    weight_gradients = torch.empty(shape, dtype=torch.float32, device=states.device)
+    if states.numel():
+        with on_device(states):
+            rotary_gradient_kernel[(_programs(states),)](
+                upstream, states, weight, cos, signed_sin, gradient, weight_gradients,
+                upstream.stride()[:3], states.stride()[:3], gradient.stride()[:3],
+                **_arguments(states, weight, eps),
+            )  # fmt: skip
+    return gradient, weight_gradients.sum(0)
+
+
+@norm_rotary.register_fake
+def _(states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: Tensor, eps: float) -> Tensor:
+    return states.new_empty(states.shape)
+
+
+@norm_rotary_backward.register_fake
+def _(upstream, states, weight, cos, signed_sin, eps) -> tuple[Tensor, Tensor]:
+    return states.new_empty(states.shape), states.new_empty(states.shape[-1], dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, upstream: Tensor):
+    weight = ctx.saved_tensors[1]
+    gradient, weight_gradient = norm_rotary_backward(upstream, *ctx.saved_tensors, ctx.eps)
+    return gradient, None if weight is None else weight_gradient.to(weight.dtype), None, None, None
+
+
+norm_rotary.register_autograd(_backward, setup_context=_setup_context)
