@@ -20,6 +20,7 @@ from hieratok_hf import PyramidLayout, scale_causal_attention
 
 RESULTS = Path(__file__).parent / "results"
 CHOICE = Path(__file__).parents[1] / "src" / "hieratok_hf" / "attention_choice.py"
+README = Path(__file__).parent / "README.md"
 SCALE_FACTORS = (8, 4, 2, 1)
 BACKENDS = ("sdpa_mask", "sdpa", "flex", "triton")
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -145,7 +146,7 @@ def choices(reports: list[dict[str, Any]]) -> dict[tuple[str, str, int, bool], d
 
 
 def record() -> None:
-    """Write the choices of all recorded results into the package."""
+    """Write the choices of all recorded results into the package, and their table into the README beside this."""
     reports = recorded()
     lines = ["FASTEST: dict[tuple[str, str, int, bool], dict[int, str]] = {"]
     for key, row in choices(reports).items():
@@ -155,6 +156,8 @@ def record() -> None:
     head, _, rest = CHOICE.read_text().partition("FASTEST: dict")
     tail = rest[rest.index("}\n") + 2 :]
     CHOICE.write_text(head + "\n".join([*lines, "}", ""]) + tail)
+    head, start, rest = README.read_text().partition("<!-- bench_attention.py --record writes this -->\n")
+    README.write_text(head + start + markdown(reports) + rest[rest.index("\n<!-- until here -->") :])
     print(f"recorded {len(lines) - 1} rows of {len(reports)} reports in {CHOICE.name}")
 
 

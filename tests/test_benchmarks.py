@@ -1,8 +1,19 @@
 """The figures that README.md and model_card.md print are those that the benchmarks compute and record."""
 
 import importlib.util
+import itertools
 import json
+import runpy
+import shutil
+import time
 from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hieratok_hf import PyramidLayout, scale_causal_attention
+from hieratok_hf.attention_choice import FASTEST
 
 ROOT = Path(__file__).parents[1]
 README, CARD = (ROOT / "README.md").read_text(), (ROOT / "model_card.md").read_text()
@@ -42,3 +53,103 @@ def test_the_figures_of_the_weights_are_those_recorded():
     for text in (README, CARD):
         for mean in report["mean"].values():
             assert f"{mean['psnr_db']:.2f}" in text and f"{mean['ssim']:.3f}" in text
+
+
+@pytest.fixture
+def attention(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = load("bench_attention")
+    monkeypatch.setattr(module, "CPU_SIZES", {2: 1, 3: 2})
+    monkeypatch.setattr(module, "CPU_KINDS", [("float32", 8, 2), ("bfloat16", 8, 2)])
+    # Rates of this machine take seconds to measure and do not matter here.
+    monkeypatch.setattr(module, "matrix_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(module, "copy_rate", lambda device: 1e10)
+    return module
+
+
+def test_the_attention_benchmark_measures_every_row(attention, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(attention, "RESULTS", tmp_path / "results")
+    assert attention.main(["--device", "cpu", "--seconds", "0", "--json"]) == 0
+    (path,) = (tmp_path / "results").iterdir()
+    report = json.loads(path.read_text())
+    assert report["machine"]["kind"].startswith("cpu") and report["machine"]["commit"]
+    sizes = [(row["dtype"], row["tokens"], row["gradients"]) for row in report["rows"]]
+    tokens = [PyramidLayout.from_grid(side, side, (8, 4, 2, 1)).num_tokens for side in (2, 3)]
+    assert sizes == list(itertools.product(["float32", "bfloat16"], tokens, [False, True]))
+    for row in report["rows"]:
+        assert row["of_sdpa_mask"]["sdpa_mask"] == 1 and row["of_sdpa_mask"]["sdpa"] > 0
+        assert "milliseconds" not in row  # speeds of a CPU are ratios
+    assert "tokens (3x3 finest), forward and backward" in capsys.readouterr().out
+
+
+def test_the_attention_benchmark_reports_nothing_when_a_result_is_wrong(attention, monkeypatch, tmp_path, capsys):
+    right = attention.scale_causal_attention
+
+    def wrong(*args, backend, **kwargs):
+        return right(*args, backend=backend, **kwargs) * (1 + 1e-4 * (backend == "sdpa"))
+
+    monkeypatch.setattr(attention, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(attention, "scale_causal_attention", wrong)
+    assert attention.main(["--device", "cpu", "--seconds", "0", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "error: wrong results, so nothing is reported: sdpa, torch.float32" in err
+    assert not (tmp_path / "results").exists()
+
+
+def test_work_is_what_pytorch_counts(attention):
+    layout = PyramidLayout.from_grid(3, 5, (1,))
+    query, key, value = (torch.randn(2, 3, 15, 8, requires_grad=True) for _ in range(3))
+    with FlopCounterMode(display=False) as counted:
+        attended = scale_causal_attention(query, key, value, layout, backend="reference")
+    assert attention.work(layout, 2, 3, 8, backward=False)[0] == counted.get_total_flops()
+    with FlopCounterMode(display=False) as counted:
+        attended.sum().backward()
+    # Weights are kept there and computed again in a kernel that keeps none: one product more.
+    again = 2 * 2 * 3 * 15 * 15 * 8
+    both = attention.work(layout, 2, 3, 8, backward=True)[0] - attention.work(layout, 2, 3, 8, backward=False)[0]
+    assert both == counted.get_total_flops() + again
+
+
+def test_auto_follows_the_recorded_measurements(attention):
+    assert attention.choices(attention.recorded()) == FASTEST
+    assert attention.markdown(attention.recorded()) in (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def test_recording_writes_a_table_that_python_reads(attention, monkeypatch, tmp_path):
+    times = {"sdpa_mask": 1.0, "sdpa": 0.99, "triton": 0.5, "full": 0.4, "floor": 0.1}
+    row = {"dtype": "bfloat16", "head_dim": 64, "gradients": True, "tokens": 340, "of_sdpa_mask": times}
+    close = {**row, "tokens": 1360, "of_sdpa_mask": {**times, "sdpa": 1.01, "triton": 1.0}}
+    report = {"machine": {"kind": "cuda 9.0"}, "rows": [row, close]}
+    (tmp_path / "attention_cuda_90.json").write_text(json.dumps(report))
+    shutil.copy(attention.CHOICE, tmp_path / "choice.py")
+    monkeypatch.setattr(attention, "RESULTS", tmp_path)
+    monkeypatch.setattr(attention, "CHOICE", tmp_path / "choice.py")
+    shutil.copy(attention.README, tmp_path / "README.md")
+    monkeypatch.setattr(attention, "README", tmp_path / "README.md")
+    attention.record()
+    written = runpy.run_path(str(tmp_path / "choice.py"))
+    assert written["FASTEST"] == {("cuda 9.0", "bfloat16", 64, True): {340: "triton", 1360: "sdpa"}}
+    assert callable(written["fastest_backend"])
+    assert "| cuda 9.0 | bfloat16 | 64 | 340 | forward, backward | 0.99 |  | 0.50 |" in attention.README.read_text()
+    attention.record()
+    assert runpy.run_path(str(tmp_path / "choice.py"))["FASTEST"] == written["FASTEST"]
+
+
+def test_times_side_by_side_tell_slow_from_fast(attention):
+    seconds = attention.side_by_side(
+        {"fast": lambda: None, "slow": lambda: time.sleep(0.01)}, torch.device("cpu"), budget=0
+    )
+    assert seconds["fast"] < 0.005 < 0.01 <= seconds["slow"]
+
+
+@pytest.mark.parametrize("argument", [[], ["--plain_only", "--backends", "sdpa_mask", "sdpa"]])
+def test_the_decoding_benchmark_compares_with_the_dense_mask(argument, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    decode = load("bench_decode")
+    monkeypatch.setattr(decode, "RESULTS", tmp_path)
+    monkeypatch.setattr(decode.torch, "compile", lambda function, **_: function)
+    small = ["--device", "cpu", "--size", "hieratok-tiny", "--pixels", "32", "--images", "1", "--seconds", "0"]
+    assert decode.main([*small, *argument, "--json"]) == 0
+    report = json.loads(next(tmp_path.iterdir()).read_text())
+    assert report["times_as_fast"]["sdpa_mask"] == 1 and len(report["times_as_fast"]) == (2 if argument else 6)
+    assert "times as fast as sdpa_mask" in capsys.readouterr().out

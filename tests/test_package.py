@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 import hieratok_hf
 
@@ -80,6 +81,14 @@ def test_modules_import_each_other_flatly():
                 ("from . import", "from ..", "import hieratok_hf", "from hieratok_hf")
             ), path
     assert not [path for path in (ROOT / "src" / "hieratok_hf").rglob("*.py") if path.parent.name != "hieratok_hf"]
+
+
+def test_code_from_the_hub_asks_for_no_package_that_is_optional():
+    # transformers refuses code whose imports are missing, also inside `if` or a function.
+    needed = {"diffusers", "huggingface_hub", "numpy", "PIL", "safetensors", "torch", "transformers"}
+    for path in (ROOT / "src" / "hieratok_hf").glob("*.py"):
+        imported = set(get_imports(path)) - set(sys.stdlib_module_names)
+        assert imported <= needed | ({"torchmetrics"} if path.stem == "metrics" else set()), path.name
 
 
 def test_every_module_has_its_tests():

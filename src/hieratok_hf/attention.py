@@ -25,7 +25,7 @@ def why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> 
         try:
             from .attention_triton import why_not_triton
         except ImportError as error:
-            return f"Triton cannot be imported ({error})"
+            return str(error).rstrip(".")
         return why_not_triton(query, scale)
     return None
 

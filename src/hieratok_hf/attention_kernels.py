@@ -1,10 +1,15 @@
 """The kernels of `attention_triton`: flash attention (arXiv 2307.08691) in which a row sees a prefix of the keys."""
 
 import torch
-import triton
-import triton.language as tl
 
-__all__ = ["INTERPRETED", "attention_kernel", "key_gradient_kernel", "query_gradient_kernel"]
+# A library that checks the imports of remote code takes those in a `try` for optional.
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("Triton is not installed.") from error
+
+__all__ = ["INTERPRETED", "attention_kernel", "key_gradient_kernel", "query_gradient_kernel", "tl", "triton"]
 
 # Shape letters: B batch, N tokens of all scales, A heads, d channels of a head, D a power of two that holds them.
 # A tile is M queries by K keys.
@@ -14,7 +19,7 @@ __all__ = ["INTERPRETED", "attention_kernel", "key_gradient_kernel", "query_grad
 # prefix is ever read.
 
 if not hasattr(triton, "knobs"):
-    raise ImportError(f"Triton 3.4 or later is needed, found {triton.__version__}.")
+    raise ImportError(f"Triton 3.4 or later is needed, {triton.__version__} is installed.")
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Three products of the tensor cores' short floats make a float32 one; AMD's compiler has only the plain way.

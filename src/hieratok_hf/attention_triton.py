@@ -6,11 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .attention_kernels import INTERPRETED, attention_kernel, key_gradient_kernel, query_gradient_kernel
+from .attention_kernels import INTERPRETED, attention_kernel, key_gradient_kernel, query_gradient_kernel, triton
 
 __all__ = ["channels_last", "on_device", "prefix_attention", "why_not_triton"]
 

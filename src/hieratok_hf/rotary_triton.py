@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from .attention_kernels import tl, triton
 from .attention_triton import channels_last, on_device
 
 __all__ = ["norm_rotary"]
