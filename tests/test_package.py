@@ -111,7 +111,8 @@ def test_examples_in_docstrings_run():
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    transformers_code, diffusers_code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    transformers_code, diffusers_code, attention_code = blocks
     names: dict = {}
     exec(transformers_code, names)
     assert names["output"].latents.shape == (1, 16, 32, 32) and names["features"].shape == (1, 1024, 128)
@@ -119,3 +120,6 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     exec(diffusers_code, names)
     assert names["latents"].shape == (1, 16, 32, 48) and names["picture"].shape == (1, 3, 256, 384)
     assert names["preview"].shape == (1, 3, 64, 96)
+    exec(attention_code, names)
+    assert names["model"].config._attn_implementation == "hieratok_sdpa"
+    assert {processor.backend for processor in names["vae"].attn_processors.values()} == {"sdpa"}
