@@ -1,6 +1,16 @@
 """Fixtures that several test files share."""
 
+import importlib.util
+import os
+from collections.abc import Callable
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU only the interpreter runs Triton's kernels, and Triton asks for it once, when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from helpers import random_core, tiny
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
@@ -14,3 +24,50 @@ def tiny_config() -> HieraTokConfig:
 @pytest.fixture
 def tiny_core() -> HieraTokCore:
     return random_core()
+
+
+@pytest.fixture
+def device_of(monkeypatch) -> Callable[[str], str]:
+    """Where an attention backend is tested: Triton's on a GPU if there is one, every other on the CPU."""
+
+    def device(backend: str) -> str:
+        if backend != "triton" or not torch.cuda.is_available():
+            return "cpu"
+        from hieratok_hf import attention_triton
+
+        # Timing every tile at every size would take minutes; the last fits every chip.
+        for name in ("_attend", "_query_gradient", "_key_gradient"):
+            kernel = getattr(attention_triton, name)
+            monkeypatch.setattr(kernel, "configs", kernel.configs[-1:])
+        return "cuda"
+
+    return device
+
+
+@pytest.fixture
+def reached(monkeypatch) -> list[str]:
+    """The attention backends that computed something, in order."""
+    from hieratok_hf import attention, attention_flex
+
+    backends = []
+
+    def watch(owner, name, backend_of):
+        plain = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            backends.append(backend_of(kwargs))
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    def sdpa(kwargs):
+        return "sdpa" if kwargs.get("attn_mask") is None else "sdpa_mask"
+
+    watch(attention.F, "scaled_dot_product_attention", sdpa)
+    watch(attention, "reference_attention", lambda kwargs: "reference")
+    watch(attention_flex, "flex_scale_causal_attention", lambda kwargs: "flex")
+    if importlib.util.find_spec("triton") is not None:
+        from hieratok_hf import attention_triton
+
+        watch(attention_triton, "prefix_attention", lambda kwargs: "triton")
+    return backends

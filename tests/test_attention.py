@@ -1,5 +1,6 @@
 """Tests of `attention`: every backend against the reference, and causality bit for bit."""
 
+import importlib.util
 import math
 
 import pytest
@@ -9,6 +10,10 @@ from helpers import noise
 from hieratok_hf import PyramidLayout, attention, scale_causal_attention
 from hieratok_hf.attention_reference import scale_causal_mask
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton"),  # NaN in the interpreter
+]
 LAYOUTS = [
     pytest.param(PyramidLayout.from_grid(*grid, factors), id=f"{grid[0]}x{grid[1]}-{factors}".replace(" ", ""))
     for grid, factors in [
@@ -20,42 +25,59 @@ LAYOUTS = [
     ]
 ]
 SEVERAL_SCALES = LAYOUTS[:-1]
+TRITON = pytest.param(
+    "triton", marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+)
+BACKENDS = ["sdpa", "sdpa_mask", "flex", TRITON, "auto"]
+WITH_GRADIENTS = ["sdpa", "sdpa_mask", TRITON, "auto"]  # on a CPU `flex` goes forward only
+WITHOUT_A_MASK = ["sdpa", TRITON]  # a mask takes a token's weight, but not its NaN
 
 
-def projected(layout, dtype=torch.float32, batch=2, heads=3, head_dim=8):
-    return [noise(batch, heads, layout.num_tokens, head_dim, seed=seed).to(dtype) for seed in range(3)]
+def projected(layout, dtype=torch.float32, batch=2, heads=3, head_dim=8, device="cpu"):
+    return [noise(batch, heads, layout.num_tokens, head_dim, seed=seed).to(device, dtype) for seed in range(3)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", ["sdpa", "auto"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [None, 0.9])
-def test_outputs_and_gradients_equal_the_reference(layout, backend, scale):
-    upstream = noise(2, 3, layout.num_tokens, 8, seed=9)
+def test_outputs_equal_the_reference(layout, backend, scale, device_of):
+    tensors = projected(layout, device=device_of(backend))
+    expected = scale_causal_attention(*tensors, layout, backend="reference", scale=scale)
+    assert expected.abs().max() > 0.1
+    actual = scale_causal_attention(*tensors, layout, backend=backend, scale=scale)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", WITH_GRADIENTS)
+@pytest.mark.parametrize("scale", [None, 0.9])
+def test_gradients_equal_those_of_the_reference(layout, backend, scale, device_of):
+    device = device_of(backend)
+    upstream = noise(2, 3, layout.num_tokens, 8, seed=9).to(device)
     results = {}
     for name in ("reference", backend):
-        leaves = [x.requires_grad_() for x in projected(layout)]
+        leaves = [x.requires_grad_() for x in projected(layout, device=device)]
         attended = scale_causal_attention(*leaves, layout, backend=name, scale=scale)
-        results[name] = [attended, *torch.autograd.grad(attended, leaves, upstream)]
+        results[name] = torch.autograd.grad(attended, leaves, upstream)
     for actual, expected in zip(results[backend], results["reference"]):
         assert expected.abs().max() > 0.1
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-def test_default_scale_is_that_of_the_head():
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_default_scale_is_that_of_the_head(backend, device_of):
     layout = PyramidLayout.from_grid(4, 6, (2, 1))
-    tensors = projected(layout, head_dim=16)
-    for backend in ("reference", "sdpa"):
-        assert torch.equal(
-            scale_causal_attention(*tensors, layout, backend=backend),
-            scale_causal_attention(*tensors, layout, backend=backend, scale=1 / math.sqrt(16)),
-        )
+    tensors = projected(layout, head_dim=16, device=device_of(backend))
+    default = scale_causal_attention(*tensors, layout, backend=backend)
+    assert torch.equal(default, scale_causal_attention(*tensors, layout, backend=backend, scale=1 / math.sqrt(16)))
+    assert not torch.allclose(default, scale_causal_attention(*tensors, layout, backend=backend, scale=1.0), atol=0.01)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_low_precision_stays_close_to_float32(layout, dtype, tolerance, backend):
-    tensors = projected(layout, dtype)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_low_precision_stays_close_to_float32(layout, dtype, tolerance, backend, device_of):
+    tensors = projected(layout, dtype, device=device_of(backend))
     expected = scale_causal_attention(*(x.float() for x in tensors), layout, backend="reference")
     actual = scale_causal_attention(*tensors, layout, backend=backend)
     assert actual.dtype == dtype
@@ -63,9 +85,9 @@ def test_low_precision_stays_close_to_float32(layout, dtype, tolerance, backend)
 
 
 @pytest.mark.parametrize("layout", SEVERAL_SCALES)
-@pytest.mark.parametrize("backend", ["reference", "sdpa", "auto"])
-def test_finer_tokens_leave_coarser_results_bit_identical(layout, backend):
-    tensors = projected(layout)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_finer_tokens_leave_coarser_results_bit_identical(layout, backend, device_of):
+    tensors = projected(layout, device=device_of(backend))
     before = scale_causal_attention(*tensors, layout, backend=backend)
     for end in layout.ends[:-1]:
         changed = [x.clone() for x in tensors]
@@ -77,22 +99,23 @@ def test_finer_tokens_leave_coarser_results_bit_identical(layout, backend):
 
 
 @pytest.mark.parametrize("layout", SEVERAL_SCALES)
-def test_sdpa_never_reads_finer_tokens_even_when_they_are_nan(layout):
-    tensors = projected(layout)
-    before = scale_causal_attention(*tensors, layout, backend="sdpa")
+@pytest.mark.parametrize("backend", WITHOUT_A_MASK)
+def test_finer_tokens_are_never_read_even_when_they_are_nan(layout, backend, device_of):
+    tensors = projected(layout, device=device_of(backend))
+    before = scale_causal_attention(*tensors, layout, backend=backend)
     for end in layout.ends[:-1]:
         poisoned = [x.clone() for x in tensors]
         for x in poisoned:
             x[:, :, end:] = float("nan")
-        after = scale_causal_attention(*poisoned, layout, backend="sdpa")
+        after = scale_causal_attention(*poisoned, layout, backend=backend)
         assert torch.equal(after[:, :, :end], before[:, :, :end])
         assert after[:, :, end:].isnan().all()
 
 
 @pytest.mark.parametrize("layout", SEVERAL_SCALES)
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_every_scale_reads_its_own_and_every_coarser_token(layout, backend):
-    query, key, value = projected(layout, batch=1, heads=1)
+@pytest.mark.parametrize("backend", ["reference", *WITH_GRADIENTS])
+def test_every_scale_reads_its_own_and_every_coarser_token(layout, backend, device_of):
+    query, key, value = projected(layout, batch=1, heads=1, device=device_of(backend))
     value.requires_grad_()
     attended = scale_causal_attention(query, key, value, layout, backend=backend)
     for rows, end in zip(layout.slices, layout.ends):
@@ -101,10 +124,10 @@ def test_every_scale_reads_its_own_and_every_coarser_token(layout, backend):
         assert read[:end].all() and not read[end:].any()
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_one_scale_is_full_attention(backend):
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_one_scale_is_full_attention(backend, device_of):
     layout = PyramidLayout.from_grid(5, 5, (1,))
-    query, key, value = projected(layout)
+    query, key, value = projected(layout, device=device_of(backend))
     expected = ((query @ key.transpose(-1, -2)) / math.sqrt(8)).softmax(-1) @ value
     actual = scale_causal_attention(query, key, value, layout, backend=backend)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)

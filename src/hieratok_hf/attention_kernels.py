@@ -8,6 +8,8 @@ try:
     import triton.language as tl
 except ImportError as error:
     raise ImportError("Triton is not installed.") from error
+if not hasattr(triton, "knobs"):
+    raise ImportError(f"Triton 3.4 or later is needed, {triton.__version__} is installed.")
 
 __all__ = ["INTERPRETED", "attention_kernel", "key_gradient_kernel", "query_gradient_kernel", "tl", "triton"]
 
@@ -17,9 +19,6 @@ __all__ = ["INTERPRETED", "attention_kernel", "key_gradient_kernel", "query_grad
 # Tiles of rows are counted scale by scale, so that none straddles two: all of a tile's queries see one prefix, and all
 # of its keys are seen by one suffix. So scores need a mask only at the ragged end of a prefix, and nothing beyond the
 # prefix is ever read.
-
-if not hasattr(triton, "knobs"):
-    raise ImportError(f"Triton 3.4 or later is needed, {triton.__version__} is installed.")
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Three products of the tensor cores' short floats make a float32 one; AMD's compiler has only the plain way.
