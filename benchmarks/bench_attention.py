@@ -129,10 +129,13 @@ def _once(attend: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor]:
 
 
 def fastest(row: dict[str, Any]) -> str:
-    """The backend that `auto` should take at this row's size."""
-    times = {name: value for name, value in row["of_sdpa_mask"].items() if name in BACKENDS}
-    best = min(times, key=times.__getitem__)
-    return best if times[best] * MARGIN < times["sdpa"] else "sdpa"
+    """The backend that `auto` should take at this row's size: the same one in both passes, or `"sdpa"`."""
+    winners = set()
+    for ratios in (row["of_sdpa_mask"], row["of_sdpa_mask_again"]):
+        times = {name: value for name, value in ratios.items() if name in BACKENDS}
+        best = min(times, key=times.__getitem__)
+        winners.add(best if times[best] * MARGIN < times["sdpa"] else "sdpa")
+    return winners.pop() if len(winners) == 1 else "sdpa"
 
 
 def choices(reports: list[dict[str, Any]]) -> dict[tuple[str, str, int, bool], dict[int, str]]:
@@ -169,7 +172,7 @@ def table(row: dict[str, Any]) -> str:
         f"({row['grid'][0]}x{row['grid'][1]} finest), {what}; the floor is {row['bound']}"
     ]
     for name, ratio in row["of_sdpa_mask"].items():
-        line = f"    {name:12}{ratio:8.3f} of sdpa_mask"
+        line = f"    {name:12}{ratio:8.3f} of sdpa_mask{row['of_sdpa_mask_again'][name]:8.3f} again"
         if "milliseconds" in row:
             line += f"{row['milliseconds'][name]:12.4f} ms{row['tflops'][name]:9.1f} TFLOP/s"
             line += f"{row['peak_mib'][name]:10.1f} MiB" if name in row["peak_mib"] else ""
@@ -186,9 +189,10 @@ def markdown(reports: list[dict[str, Any]]) -> str:
         for row in report["rows"]:
             cells = [report["machine"]["kind"], row["dtype"], row["head_dim"], row["tokens"]]
             cells.append("forward, backward" if row["gradients"] else "forward")
-            ratios = row["of_sdpa_mask"]
-            cells += [f"{ratios[name]:.2f}" if name in ratios else "" for name in ("sdpa", "flex", "triton", "full")]
-            cells += [f"{ratios['floor']:.2f}", fastest(row)]
+            first, again = row["of_sdpa_mask"], row["of_sdpa_mask_again"]
+            for name in ("sdpa", "flex", "triton", "full"):
+                cells.append(f"{first[name]:.2f}, {again[name]:.2f}" if name in first else "")
+            cells += [f"{first['floor']:.2f}", fastest(row)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -231,7 +235,9 @@ def main(argv: list[str] | None = None) -> int:
     ]
     rates: dict[torch.dtype, float] = {}
     try:
-        for dtype, head_dim, heads, side, images, backward, is_main in tqdm(tasks):
+        # Two passes, because what disturbs a machine for a while disturbs all of a row.
+        for number, task in enumerate(tqdm(tasks * 2)):
+            dtype, head_dim, heads, side, images, backward, is_main = task
             if dtype not in rates:
                 rates[dtype] = matrix_rate(device, dtype)
                 name = str(dtype).removeprefix("torch.")
@@ -240,9 +246,12 @@ def main(argv: list[str] | None = None) -> int:
             chosen = backends if is_main else tuple(name for name in backends if name != "flex")
             row = measure(
                 device, dtype, head_dim, heads, side, images, backward, chosen,
-                {"flops": rates[dtype], "bytes": bytes_a_second}, args.seconds or (0.5 if on_gpu else 4),
+                {"flops": rates[dtype], "bytes": bytes_a_second}, args.seconds or (0.3 if on_gpu else 2),
             )  # fmt: skip
-            report["rows"].append(row)
+            if number < len(tasks):
+                report["rows"].append(row)
+            else:
+                report["rows"][number - len(tasks)]["of_sdpa_mask_again"] = row["of_sdpa_mask"]
     except AssertionError as error:
         print(f"error: wrong results, so nothing is reported: {error}", file=sys.stderr)
         return 1

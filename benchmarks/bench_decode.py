@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="+", default=None)
     parser.add_argument("--plain_only", action="store_true", help="compile nothing")
     parser.add_argument("--seconds", type=float, default=10, help="time for all together")
-    parser.add_argument("--json", action="store_true", help="write results/decode_KIND.json")
+    parser.add_argument("--json", action="store_true", help="write results/decode_SIZE_KIND.json")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         RESULTS.mkdir(exist_ok=True)
         kind = report["machine"]["kind"].replace(" ", "_").replace(".", "").lower()
-        path = RESULTS / f"decode_{kind}.json"
+        path = RESULTS / f"decode_{args.size}_{kind}.json"
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"wrote {path.name}")
     return 0

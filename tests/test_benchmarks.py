@@ -16,6 +16,7 @@ from hieratok_hf import PyramidLayout, scale_causal_attention
 from hieratok_hf.attention_choice import FASTEST
 
 ROOT = Path(__file__).parents[1]
+DECODED = ("sdpa_mask", "sdpa", "auto")
 README, CARD = (ROOT / "README.md").read_text(), (ROOT / "model_card.md").read_text()
 
 
@@ -77,6 +78,7 @@ def test_the_attention_benchmark_measures_every_row(attention, monkeypatch, tmp_
     tokens = [PyramidLayout.from_grid(side, side, (8, 4, 2, 1)).num_tokens for side in (2, 3)]
     assert sizes == list(itertools.product(["float32", "bfloat16"], tokens, [False, True]))
     for row in report["rows"]:
+        assert row["of_sdpa_mask"].keys() == row["of_sdpa_mask_again"].keys()
         assert row["of_sdpa_mask"]["sdpa_mask"] == 1 and row["of_sdpa_mask"]["sdpa"] > 0
         assert "milliseconds" not in row  # speeds of a CPU are ratios
     assert "tokens (3x3 finest), forward and backward" in capsys.readouterr().out
@@ -118,8 +120,10 @@ def test_auto_follows_the_recorded_measurements(attention):
 def test_recording_writes_a_table_that_python_reads(attention, monkeypatch, tmp_path):
     times = {"sdpa_mask": 1.0, "sdpa": 0.99, "triton": 0.5, "full": 0.4, "floor": 0.1}
     row = {"dtype": "bfloat16", "head_dim": 64, "gradients": True, "tokens": 340, "of_sdpa_mask": times}
+    row["of_sdpa_mask_again"] = times
     close = {**row, "tokens": 1360, "of_sdpa_mask": {**times, "sdpa": 1.01, "triton": 1.0}}
-    report = {"machine": {"kind": "cuda 9.0"}, "rows": [row, close]}
+    unsteady = {**row, "tokens": 5440, "of_sdpa_mask_again": {**times, "sdpa": 0.4}}
+    report = {"machine": {"kind": "cuda 9.0"}, "rows": [row, close, unsteady]}
     (tmp_path / "attention_cuda_90.json").write_text(json.dumps(report))
     shutil.copy(attention.CHOICE, tmp_path / "choice.py")
     monkeypatch.setattr(attention, "RESULTS", tmp_path)
@@ -128,9 +132,12 @@ def test_recording_writes_a_table_that_python_reads(attention, monkeypatch, tmp_
     monkeypatch.setattr(attention, "README", tmp_path / "README.md")
     attention.record()
     written = runpy.run_path(str(tmp_path / "choice.py"))
-    assert written["FASTEST"] == {("cuda 9.0", "bfloat16", 64, True): {340: "triton", 1360: "sdpa"}}
+    assert written["FASTEST"] == {("cuda 9.0", "bfloat16", 64, True): {340: "triton", 1360: "sdpa", 5440: "sdpa"}}
     assert callable(written["fastest_backend"])
-    assert "| cuda 9.0 | bfloat16 | 64 | 340 | forward, backward | 0.99 |  | 0.50 |" in attention.README.read_text()
+    assert (
+        "| cuda 9.0 | bfloat16 | 64 | 340 | forward, backward | 0.99, 0.99 |  | 0.50, 0.50 |"
+        in attention.README.read_text()
+    )
     attention.record()
     assert runpy.run_path(str(tmp_path / "choice.py"))["FASTEST"] == written["FASTEST"]
 
@@ -153,3 +160,11 @@ def test_the_decoding_benchmark_compares_with_the_dense_mask(argument, monkeypat
     report = json.loads(next(tmp_path.iterdir()).read_text())
     assert report["times_as_fast"]["sdpa_mask"] == 1 and len(report["times_as_fast"]) == (2 if argument else 6)
     assert "times as fast as sdpa_mask" in capsys.readouterr().out
+
+
+def test_the_table_of_decoding_is_what_was_recorded():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    for path in (ROOT / "benchmarks" / "results").glob("decode_*_cpu_*.json"):
+        report = json.loads(path.read_text())
+        cells = [f"{report['times_as_fast'][name + how]:.2f}" for name in DECODED for how in ("", ", compiled")]
+        assert f"| {report['size']}, {report['images']} pictures | {' | '.join(cells)} |" in text

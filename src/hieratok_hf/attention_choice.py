@@ -9,7 +9,14 @@ __all__ = ["FASTEST", "fastest_backend"]
 
 # Written by `benchmarks/bench_attention.py --record` from `benchmarks/results/attention_*.json`:
 # {(device, dtype, channels of a head, gradients needed): {tokens of all scales: backend}}.
-FASTEST: dict[tuple[str, str, int, bool], dict[int, str]] = {}
+FASTEST: dict[tuple[str, str, int, bool], dict[int, str]] = {
+    ("cpu AVX512", "float32", 64, False): {85: "sdpa", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
+    ("cpu AVX512", "float32", 64, True): {85: "sdpa_mask", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
+    ("cpu AVX512", "float32", 32, False): {85: "sdpa", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
+    ("cpu AVX512", "float32", 32, True): {85: "sdpa_mask", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
+    ("cpu AVX512", "bfloat16", 64, False): {85: "sdpa", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
+    ("cpu AVX512", "bfloat16", 64, True): {85: "sdpa_mask", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
+}
 
 
 @torch.compiler.assume_constant_result  # what it asks cannot be traced, and never changes
