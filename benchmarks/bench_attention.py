@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     backends = tuple(args.backends or (BACKENDS if on_gpu else ("sdpa_mask", "sdpa")))
     if "sdpa_mask" not in backends or "sdpa" not in backends:
         parser.error("--backends must name sdpa_mask and sdpa, which the others are compared with")
+    budget = args.seconds if args.seconds is not None else (0.3 if on_gpu else 2)
     torch.manual_seed(0)
 
     bytes_a_second = copy_rate(device)
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
             chosen = backends if is_main else tuple(name for name in backends if name != "flex")
             row = measure(
                 device, dtype, head_dim, heads, side, images, backward, chosen,
-                {"flops": rates[dtype], "bytes": bytes_a_second}, args.seconds or (0.3 if on_gpu else 2),
+                {"flops": rates[dtype], "bytes": bytes_a_second}, budget,
             )  # fmt: skip
             if number < len(tasks):
                 report["rows"].append(row)

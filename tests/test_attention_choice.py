@@ -55,17 +55,18 @@ def test_a_measured_length_speaks_for_those_within_a_factor_of_two(num_tokens, b
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("query", "needs_gradient"),
     [
-        ("cpu", "float32", 8, False),
-        ("meta", "bfloat16", 8, False),
-        ("meta", "float32", 16, False),
-        ("meta", "float32", 8, True),
+        (tokens(85, device="cpu"), False),
+        (tokens(85, torch.bfloat16), False),
+        (tokens(85, head_dim=16), False),
+        (tokens(85), True),
     ],
+    ids=["device", "dtype", "head", "gradient"],
 )
-def test_what_was_measured_elsewhere_says_nothing(other, fastest):
-    fastest[other] = MEASURED
-    assert fastest_backend(tokens(85), needs_gradient=False) == "sdpa"
+def test_what_was_measured_elsewhere_says_nothing(query, needs_gradient, fastest):
+    fastest["meta", "float32", 8, False] = MEASURED
+    assert fastest_backend(query, needs_gradient) == "sdpa"
 
 
 def test_measurements_are_told_apart_by_the_chip(monkeypatch):

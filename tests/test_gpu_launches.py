@@ -95,9 +95,3 @@ def test_the_choice_of_a_tile_is_kept_and_serves_all_layouts_of_so_many_scales(t
     for name in KERNELS:
         hashes = [{row["hash"] for row in rows if row["kernel"] == name} for rows in (tuned, later)]
         assert len(hashes[0]) >= 3 and len(hashes[1]) == 1 and hashes[1] <= hashes[0]
-
-
-def test_some_tile_of_the_largest_heads_fits_a_small_chip(tmp_path):
-    rows = launches(tmp_path, 86, "float32", 128, [[4, 20]])
-    for name in KERNELS:
-        assert min(row["shared"] for row in rows if row["kernel"] == name) <= 99 * 1024

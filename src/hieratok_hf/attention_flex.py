@@ -94,6 +94,10 @@ def flex_scale_causal_attention(
         mask_mod=_sees(ends),
         **dict(zip(BLOCK_FIELDS, tensors)),
     )
-    unfused = query.device.type == "cpu" or torch.compiler.is_compiling()
+    on_cpu = query.device.type == "cpu"
+    if on_cpu:
+        # Where no gradient is computed, it still refuses inputs that could have one.
+        query, key, value = query.detach(), key.detach(), value.detach()
+    unfused = on_cpu or torch.compiler.is_compiling()
     attend = flex_attention if unfused else _compiled_flex_attention()
     return attend(query, key, value, block_mask=block_mask, scale=scale)
