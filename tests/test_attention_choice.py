@@ -13,6 +13,7 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 
 from hieratok_hf import PyramidLayout, attention, attention_choice, scale_causal_attention
 from hieratok_hf.attention_choice import FASTEST, device_kind, fastest_backend
+from hieratok_hf.pyramid import flatten_pyramid
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -207,6 +208,24 @@ def test_auto_chooses_inside_a_compiled_graph(backend, calls, fastest):
     (graph,) = recorder.graphs
     made = [node for node in graph.graph.nodes if "scaled_dot_product_attention" in str(node.target)]
     assert len(made) == calls and all(("attn_mask" in node.kwargs) == (backend == "sdpa_mask") for node in made)
+
+
+class AttendMaps(torch.nn.Module):
+    def forward(self, query, key, value):
+        layout = PyramidLayout.from_grid(*query.shape[2:], (2, 1))
+        tokens = (flatten_pyramid(x, layout).unflatten(2, (2, 8)).transpose(1, 2) for x in (query, key, value))
+        return attend_by_default(*tokens, layout=layout)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_graph_serves_every_size_whatever_the_table_says(strict, fastest):
+    fastest[HERE, "float32", 8, False] = {60: "sdpa", 240: "sdpa_mask"}
+    any_size = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    maps = [noise(1, 16, 6, 8, seed=seed) for seed in range(3)]
+    exported = torch.export.export(AttendMaps(), tuple(maps), dynamic_shapes=[any_size] * 3, strict=strict).module()
+    for size in ((6, 8), (12, 16), (30, 20)):
+        maps = [noise(1, 16, *size, seed=seed) for seed in range(3)]
+        torch.testing.assert_close(exported(*maps), AttendMaps()(*maps), atol=1e-5, rtol=0)
 
 
 MODEL = """

@@ -365,13 +365,17 @@ class AttendMaps(torch.nn.Module):
         return attend_maps(query, key, value)
 
 
+def random_maps(height, width, device):
+    return [noise(2, 16, height, width, seed=seed).to(device) for seed in range(3)]
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_graph_gives_the_same_bits_at_any_size(dynamic, device):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend_maps, backend=counter, fullgraph=True, dynamic=dynamic)
     for height, width in ((6, 4), (8, 7), (6, 4)):
-        maps = [noise(2, 16, height, width, seed=seed).to(device).requires_grad_() for seed in range(3)]
+        maps = [x.requires_grad_() for x in random_maps(height, width, device)]
         results = []
         for function in (compiled, attend_maps):
             attended = function(*maps)
@@ -383,11 +387,14 @@ def test_a_compiled_graph_gives_the_same_bits_at_any_size(dynamic, device):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_graph_holds_the_operator(strict, device):
-    maps = [noise(2, 16, 6, 4, seed=seed).to(device) for seed in range(3)]
-    exported = torch.export.export(AttendMaps(), tuple(maps), strict=strict)
+def test_an_exported_graph_of_any_size_holds_the_operator(strict, device):
+    any_size = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    maps = tuple(random_maps(6, 4, device))
+    exported = torch.export.export(AttendMaps(), maps, dynamic_shapes=[any_size] * 3, strict=strict)
     assert "hieratok_hf.prefix_attention.default" in [str(node.target) for node in exported.graph.nodes]
-    assert torch.equal(exported.module()(*maps), attend_maps(*maps))
+    for height, width in ((6, 4), (9, 7)):
+        maps = random_maps(height, width, device)
+        assert torch.equal(exported.module()(*maps), attend_maps(*maps))
 
 
 def test_autocast_computes_in_its_dtype(device):
