@@ -34,15 +34,20 @@ def fastest_backend(query: Tensor, needs_gradient: bool) -> str:
     """
     The backend that was fastest at the nearest measured number of tokens, or `"sdpa"` where nothing was measured.
 
+    It is also `"sdpa"` in `torch.export`.
+
     Args:
         query (`torch.Tensor` of shape `(B, A, N, d)`): For its device, dtype, number of tokens and channels of a head.
         needs_gradient (`bool`): Whether a backward pass will follow.
     """
+    if torch.compiler.is_exporting():
+        return "sdpa"  # an exported graph serves every size, so no one size may choose for it
     dtype = str(query.dtype).removeprefix("torch.")
     measured = FASTEST.get((device_kind(query.device), dtype, query.shape[3], needs_gradient), {})
     num_tokens = query.shape[2]
     for length, backend in measured.items():
-        # Measured lengths are a factor of 4 apart; each speaks for those within a factor of 2.
-        if length <= 2 * num_tokens <= 4 * length:
+        # Measured lengths are a factor of 4 apart; each speaks for those within a factor of 2. A length is compared
+        # only where it matters, because a compiled graph holds for the lengths that compare alike.
+        if backend != "sdpa" and length <= 2 * num_tokens <= 4 * length:
             return backend
     return "sdpa"
