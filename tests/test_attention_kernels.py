@@ -101,11 +101,8 @@ TILES = {
     "key_gradient_kernel": attention_triton.KEY_GRADIENT_TILES,
 }
 ON_HOPPER = [(name, "*bf16", 64, tile, 90, 4, 16) for name, choice in TILES.items() for tile in choice]
-LAST_TILES = [
-    (name, dtype, 128, choice[-1], capability, 4, 16)
-    for name, choice in TILES.items()
-    for dtype, capability in itertools.product(("*bf16", "*fp32"), (80, 86))
-]
+# The largest heads and numbers on a chip of the smallest shared memory.
+LAST_TILES = [(name, "*fp32", 128, choice[-1], 86, 4, 16) for name, choice in TILES.items()]
 ODD_CALLS = [(name, "*fp16", 40, choice[0], 90, 10, 1) for name, choice in TILES.items()]
 
 

@@ -74,10 +74,17 @@ def launches(tmp_path, capability, dtype, head_dim, layouts):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_all_launches_compile_for_hopper_with_its_tensor_cores(tmp_path):
-    layout = [4, 20, 84, 340]
+@pytest.fixture(scope="module")
+def tuned_and_later(tmp_path_factory):
+    """The launches of one process for one layout, and of a second one for three."""
+    cache = tmp_path_factory.mktemp("compiled")
+    layouts = [[4, 20, 84, 340], [1, 5, 21, 261], [16, 32, 48, 400]]
+    return [launches(cache, 90, "bfloat16", 64, some) for some in (layouts[:1], layouts)]
+
+
+def test_all_launches_compile_for_hopper_with_its_tensor_cores(tuned_and_later):
     lengths = [4, 16, 64, 256]
-    rows = launches(tmp_path, 90, "bfloat16", 64, [layout])
+    rows = tuned_and_later[0]
     for name in KERNELS:
         own = [row for row in rows if row["kernel"] == name]
         assert len({tuple(row["tile"]) for row in own}) >= 3  # several tiles to choose from
@@ -88,10 +95,7 @@ def test_all_launches_compile_for_hopper_with_its_tensor_cores(tmp_path):
     assert {row["kernel"] for row in rows} == {*KERNELS, "rotary_kernel", "rotary_gradient_kernel"}
 
 
-def test_the_choice_of_a_tile_is_kept_and_serves_all_layouts_of_so_many_scales(tmp_path):
-    layouts = [[4, 20, 84, 340], [1, 5, 21, 261], [16, 32, 48, 400]]
-    tuned = launches(tmp_path, 90, "bfloat16", 32, layouts[:1])
-    later = launches(tmp_path, 90, "bfloat16", 32, layouts)
+def test_the_choice_of_a_tile_is_kept_and_serves_all_layouts_of_so_many_scales(tuned_and_later):
     for name in KERNELS:
-        hashes = [{row["hash"] for row in rows if row["kernel"] == name} for rows in (tuned, later)]
-        assert len(hashes[0]) >= 3 and len(hashes[1]) == 1 and hashes[1] <= hashes[0]
+        tuned, later = ({row["hash"] for row in rows if row["kernel"] == name} for rows in tuned_and_later)
+        assert len(tuned) >= 3 and len(later) == 1 and later <= tuned
