@@ -92,7 +92,7 @@ def side_by_side(
     Args:
         calls (`dict[str, Callable]`): What to time, by name; each is warmed up first.
         device (`torch.device`): Where they run.
-        budget (`float`): Seconds of timing for all together; each is timed at least 5 times whatever it takes.
+        budget (`float`): Seconds of timing for all together; each is timed at least 3 times whatever it takes.
         graphs (`bool`, defaults to `True`): On a GPU, time replays of a CUDA graph: the device alone.
     """
     on_gpu = device.type == "cuda"
@@ -108,7 +108,7 @@ def side_by_side(
         timers[name]()
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     started = time.perf_counter()
-    while len(seconds[name]) < 5 or (time.perf_counter() - started < budget and len(seconds[name]) < 200):
+    while len(seconds[name]) < 3 or (time.perf_counter() - started < budget and len(seconds[name]) < 200):
         for name, timer in timers.items():
             seconds[name].append(timer())
     return {name: statistics.median(values) for name, values in seconds.items()}
