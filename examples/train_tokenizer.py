@@ -1,206 +1,259 @@
-"""Train a HieraTok tokenizer from pictures: tar shards in webdataset style, or folders of pictures."""
+"""Train a HieraTok tokenizer, from scratch or from weights that exist; alone, or under `accelerate launch`."""
 
 import argparse
-import io
 import json
-import os
-import random
-import tarfile
-import time
+import sys
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from accelerate import Accelerator
+from tqdm import tqdm
 
-from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProcessorPil, convert_to_rgb
-from hieratok_hf.losses import tokenizer_losses
-from hieratok_hf.tokenizer import HieraTokCore, posterior_of
-
-PICTURE_SUFFIXES = {".webp", ".png", ".jpg", ".jpeg", ".bmp"}
-
-
-def read_pictures(sources: list[str]) -> list[bytes]:
-    """The encoded pictures of tar shards and folders, in a fixed order."""
-    encoded = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-            encoded += [path.read_bytes() for path in paths]
-        else:
-            with tarfile.open(source) as shard:
-                members = [member for member in shard if Path(member.name).suffix.lower() in PICTURE_SUFFIXES]
-                encoded += [shard.extractfile(member).read() for member in members]
-    if not encoded:
-        raise SystemExit(f"No pictures found in --data {' '.join(sources)}.")
-    return encoded
-
-
-def random_crop(encoded: list[bytes], size: int, rng: random.Random) -> np.ndarray:
-    """A random square of a random picture `(size, size, 3)`, mirrored half the time; four small ones fill a large."""
-    picture = np.asarray(convert_to_rgb(Image.open(io.BytesIO(rng.choice(encoded)))))
-    height, width = picture.shape[:2]
-    if min(height, width) < size:
-        half = [[random_crop(encoded, size // 2, rng) for _ in range(2)] for _ in range(2)]
-        return np.concatenate([np.concatenate(row, axis=1) for row in half], axis=0)
-    top, left = rng.randint(0, height - size), rng.randint(0, width - size)
-    crop = picture[top : top + size, left : left + size]
-    return crop[:, ::-1] if rng.random() < 0.5 else crop
-
-
-def make_batch(encoded: list[bytes], args: argparse.Namespace, step: int) -> torch.Tensor:
-    """The pictures `(B, 3, S, S)` in [-1, 1] of one step, a function of the seed and the step alone."""
-    rng = random.Random(args.seed * 1_000_003 + step)
-    size = rng.choice(args.crop_sizes)
-    count = max(1, args.batch_size * args.crop_sizes[0] ** 2 // size**2)
-    crops = np.stack([random_crop(encoded, size, rng) for _ in range(count)])
-    return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def losses_of(core: HieraTokCore, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The losses of a batch, decoded from a sample of the posterior."""
-    moments, _ = core.encode_moments(pixel_values)
-    return tokenizer_losses(core.decode_scales(posterior_of(moments).sample()), pixel_values, moments, core.config)
-
-
-@torch.no_grad()
-def start_from_principal_components(core: HieraTokCore, encoded: list[bytes], args: argparse.Namespace) -> None:
-    """Fit a principal component analysis to patches of training pictures and start the linear path there."""
-    size = core.config.patch_size
-    batches = [make_batch(encoded, args, -1 - i) for i in range(args.pca_batches)]
-    unfolded = [F.unfold(batch, size, stride=size).transpose(1, 2).flatten(0, 1) for batch in batches]
-    patches = torch.cat(unfolded).double()  # (n, 3 * p * p)
-    mean = patches.mean(0)
-    variances, directions = torch.linalg.eigh(torch.cov((patches - mean).T))
-    order = torch.arange(len(variances) - 1, len(variances) - 1 - core.config.latent_channels, -1)
-    core.set_linear_path(directions.T[order].float(), mean.float(), variances[order].sqrt().float())
-
-
-def fit_linear_path(core: HieraTokCore, encoded: list[bytes], args: argparse.Namespace) -> None:
-    """Train the linear path alone: without the blocks a step is cheap, and they start from what it reaches."""
-    blocks = core.encoder.blocks, core.decoder.blocks
-    core.encoder.blocks, core.decoder.blocks = torch.nn.ModuleList(), torch.nn.ModuleList()
-    parameters = [p for name, p in core.named_parameters() if "linear_path" in name or name.endswith("head.bias")]
-    optimizer = torch.optim.Adam(parameters, args.lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, args.linear_steps)
-    for step in range(args.linear_steps):
-        losses = losses_of(core, make_batch(encoded, args, step))
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % args.log_every == 0:
-            print(json.dumps({"linear_step": step + 1, "mse": round(losses["mse"].item(), 6)}), flush=True)
-    core.encoder.blocks, core.decoder.blocks = blocks
-    core.zero_grad()
-
-
-def make_optimizer(core: HieraTokCore, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW, slower for the linear path, whose fit the noise of a full learning rate would undo."""
-    fast = [p for name, p in core.named_parameters() if "linear_path" not in name]
-    slow = [p for name, p in core.named_parameters() if "linear_path" in name]
-    groups = [{"params": fast, "factor": 1.0}, {"params": slow, "factor": args.slow_factor}]
-    return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, a constant stretch, and a linear decay to zero over the last steps."""
-    return args.lr * min(1.0, (step + 1) / args.warmup_steps, (args.steps - step) / max(1, args.decay_steps))
-
-
-def save_state(path: Path, state: dict) -> None:
-    """Write a training state whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-@torch.no_grad()
-def latent_statistics(core: HieraTokCore, encoded: list[bytes], args: argparse.Namespace) -> tuple[torch.Tensor, ...]:
-    """Mean and standard deviation of each latent channel over training pictures."""
-    batches = [make_batch(encoded, args, -1 - i) for i in range(args.pca_batches)]
-    values = torch.cat([core.encode(batch).mode().transpose(0, 1).flatten(1) for batch in batches], dim=1)  # (C, n)
-    return values.mean(1), values.std(1)
+import hieratok_hf
+from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
+from hieratok_hf.adversarial import PatchDiscriminator, discriminator_hinge_loss
+from hieratok_hf.alignment import LatentAlignment
+from hieratok_hf.codec import Codec
+from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
+from hieratok_hf.linear_start import fit_linear_path, latent_statistics, start_from_principal_components
+from hieratok_hf.losses import PIXEL_LOSSES
+from hieratok_hf.metrics import FrechetDistance
+from hieratok_hf.objective import LossWeights, TokenizerTraining, TrainingLoss, step_noise
+from hieratok_hf.perceptual import PerceptualDistance, load_lpips
+from hieratok_hf.picture_data import load_pictures
+from hieratok_hf.sample_grid import sample_grid
+from hieratok_hf.training_data import BatchPlan, to_pixel_values, training_loader
+from hieratok_hf.training_report import TrainingReport
+from hieratok_hf.training_state import TrainingState, latest_state, learning_rate_factor, states_in
+from hieratok_hf.vision_features import DEFAULT_VISION_MODEL, VisionFeatures
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", nargs="+", required=True, help="tar shards and folders of pictures")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the training state and the model")
-    parser.add_argument("--size", default="hieratok-tiny", help="a named size")
-    parser.add_argument("--config", type=json.loads, default={}, help="JSON of configuration values, loss weights too")
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--warmup_steps", type=int, default=100)
-    parser.add_argument("--decay_steps", type=int, default=2_000)
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures of the first crop size a step")
-    parser.add_argument(
-        "--crop_sizes", type=int, nargs="+", default=[128], help="a step draws one; same pixels a step"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder for states, records, samples and the finished model")
+    add("--resume", action="store_true", help="go on from the newest state in --output, if there is one")
+    add("--seed", type=int, default=0)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="weights to start from: a folder, a Hub id or a name that ships")
+    model.add_argument("--size", default="hieratok-tiny", help="a named size, from scratch")
+    model.add_argument("--config", type=json.loads, default={}, help="JSON of configuration values of --size")
+    model.add_argument("--scale_factors", type=int, nargs="+", help="other scales, as 8 4 2 1; 1 for a single one")
+    model.add_argument("--freeze_encoder", action="store_true", help="train the decoder alone")
+    model.add_argument("--linear_steps", type=int, default=600, help="steps of the linear path alone, from scratch")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", nargs="+", required=True, help="folders, tar shards, or data sets of the Hub")
+    data.add_argument("--split", default="train")
+    data.add_argument("--streaming", action="store_true", help="read while training, without a copy in the cache")
+    data.add_argument("--crop_sizes", type=int, nargs="+", default=[128], help="a step draws one; same pixels a step")
+    data.add_argument("--crop_scale", type=float, nargs=2, default=(0.5, 1.0), help="of the shorter side; 0 0: as is")
+    data.add_argument("--batch_size", type=int, default=16, help="pictures of the first size a step, of all processes")
+    data.add_argument("--num_workers", type=int, default=0)
+    loss = parser.add_argument_group("losses (a weight of 0 switches one off)")
+    loss.add_argument("--pixel_loss", choices=PIXEL_LOSSES, default="l1")
+    loss.add_argument("--kl_weight", type=float, help="that of the configuration unless given")
+    loss.add_argument("--coarse_weight", type=float, help="of the coarser scales; as --kl_weight")
+    loss.add_argument("--coarse_start", type=int, default=0, help="step from which the coarser scales count")
+    loss.add_argument("--perceptual_weight", type=float, default=0.0)
+    loss.add_argument("--lpips_weight", type=float, default=0.0)
+    loss.add_argument("--alignment_weight", type=float, default=0.0, help="of the latents with a vision model")
+    loss.add_argument("--adversarial_weight", type=float, default=0.0, help="beside the adaptive weight")
+    loss.add_argument("--adversarial_start", type=int, default=0, help="step from which the discriminator counts")
+    loss.add_argument("--latent_noise", type=float, default=0.0, help="largest deviation mixed into the latents")
+    loss.add_argument("--vision_model", default=DEFAULT_VISION_MODEL, help="of the perceptual loss and the alignment")
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--steps", type=int, default=10_000)
+    optim.add_argument("--lr", type=float, default=1e-3)
+    optim.add_argument(
+        "--linear_lr_factor", type=float, default=0.1, help="of the linear path, which noise would undo"
     )
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--linear_steps", type=int, default=1000, help="steps of the linear path alone at the start")
-    parser.add_argument("--slow_factor", type=float, default=0.1, help="learning rate of the linear path, relative")
-    parser.add_argument("--weight_decay", type=float, default=0.0)
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    parser.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights, which are exported")
-    parser.add_argument("--pca_batches", type=int, default=64, help="batches for the start and the latent statistics")
-    parser.add_argument("--log_every", type=int, default=50)
-    parser.add_argument("--save_every", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
-    return parser.parse_args(argv)
+    optim.add_argument("--discriminator_lr", type=float, default=2e-4)
+    optim.add_argument("--warmup_steps", type=int, default=100)
+    optim.add_argument("--decay_steps", type=int, help="length of the cosine at the end; all steps unless given")
+    optim.add_argument("--weight_decay", type=float, default=0.0)
+    optim.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    optim.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are exported")
+    optim.add_argument("--accumulate", type=int, default=1, help="parts of a step")
+    optim.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"))
+    optim.add_argument("--compile", action="store_true")
+    report = parser.add_argument_group("reports")
+    report.add_argument("--log_every", type=int, default=50)
+    report.add_argument("--sample_every", type=int, default=1000)
+    report.add_argument("--save_every", type=int, default=500)
+    report.add_argument("--keep", type=int, default=2, help="states to keep")
+    report.add_argument("--statistics_batches", type=int, default=64, help="for the start and the latent statistics")
+    report.add_argument("--report_to", help="a tracker of accelerate, as tensorboard")
+    report.add_argument("--validation_data", nargs="+", help="pictures to measure on while training")
+    report.add_argument("--validation_split", default="train")
+    report.add_argument(
+        "--fid_size", type=int, help="side that pictures get for the vision model; its own unless given"
+    )
+    report.add_argument("--validation_every", type=int, default=1000)
+    args = parser.parse_args(argv)
+    args.decay_steps = args.steps if args.decay_steps is None else args.decay_steps
+    return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_core(args: argparse.Namespace) -> HieraTokCore:
+    """The tokenizer to begin with, random or pretrained."""
+    weights = {name: getattr(args, name) for name in ("kl_weight", "coarse_weight")}
+    given = {name: value for name, value in weights.items() if value is not None}
+    scales = {"scale_factors": tuple(args.scale_factors)} if args.scale_factors else {}
+    if args.model is None:
+        return HieraTokCore(HieraTokConfig.from_size(args.size, **{**args.config, **given, **scales})).init_weights()
+    shipped = args.model in hieratok_hf.SHIPPED and not Path(args.model).is_dir()
+    folder = hieratok_hf.pretrained(args.model) if shipped else args.model
+    core = AutoencoderHieraTok.from_pretrained(folder).core.train()
+    if scales:
+        core = core.with_scale_factors(scales["scale_factors"])
+    for name, value in given.items():
+        setattr(core.config, name, value)
+    return core
+
+
+def parameter_groups(model: TokenizerTraining, linear_factor: float) -> list[dict]:
+    """The trained parameters, those of the linear path with a learning rate of their own."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    fast = {"params": [p for name, p in named if "linear_path" not in name], "factor": 1.0}
+    slow = {"params": [p for name, p in named if "linear_path" in name], "factor": linear_factor}
+    return [group for group in (fast, slow) if group["params"]]
+
+
+def train(args: argparse.Namespace) -> None:
+    weights = LossWeights(
+        pixel=args.pixel_loss,
+        perceptual=args.perceptual_weight,
+        lpips=args.lpips_weight,
+        alignment=args.alignment_weight,
+        adversarial=args.adversarial_weight,
+        adversarial_start=args.adversarial_start,
+        coarse_start=args.coarse_start,
+    )
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.accumulate,
+        dynamo_backend="inductor" if args.compile else None,
+        log_with=args.report_to,
+        project_dir=args.output,
+    )
+    device, is_main = accelerator.device, accelerator.is_main_process
+    world = {"world_size": accelerator.num_processes, "rank": accelerator.process_index}
     args.output.mkdir(parents=True, exist_ok=True)
-    state_path = args.output / "training_state.pt"
-    encoded = read_pictures(args.data)
     torch.manual_seed(args.seed)
 
-    core = HieraTokCore(HieraTokConfig.from_size(args.size, **args.config)).init_weights()
-    if args.resume:
-        state = torch.load(state_path, weights_only=True)
-        core.load_state_dict(state["core"])
-    elif core.config.linear_path:
-        start_from_principal_components(core, encoded, args)
-        fit_linear_path(core, encoded, args)
-    average = torch.optim.swa_utils.AveragedModel(
-        core, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
+    # The plan says what each step sees, however many processes share it.
+    pictures = load_pictures(args.data, split=args.split, streaming=args.streaming)
+    batches = partial(training_loader, pictures, crop_scale=tuple(args.crop_scale), num_workers=args.num_workers)
+    plan = partial(BatchPlan, args.batch_size, tuple(args.crop_sizes))
+    steps = plan(args.steps, seed=args.seed, parts=args.accumulate, **world)
+
+    core, state = load_core(args), None
+    if wrong := [size for size in args.crop_sizes if size % core.config.patch_size]:
+        raise ValueError(f"--crop_sizes must be multiples of the patch size {core.config.patch_size}, got {wrong[0]}.")
+    if states_in(args.output):
+        if not args.resume:
+            raise ValueError(
+                f"--output {str(args.output)!r} holds a training state: add --resume, or take another folder."
+            )
+        state = latest_state(args.output)
+        if state["config"] != core.config.model_fields:
+            raise ValueError(f"The state in {str(args.output)!r} is that of a model of another configuration.")
+    elif args.model is None and core.config.linear_path:
+        first = batches(plan(args.statistics_batches, seed=args.seed + 1))
+        start_from_principal_components(core, map(to_pixel_values, first))
+        fitting = batches(plan(args.linear_steps, seed=args.seed))
+        fit_linear_path(core, map(to_pixel_values, fitting), args.linear_steps, args.lr)
+    core.encoder.requires_grad_(not args.freeze_encoder)
+    first_step = state["step"] if state else 0
+
+    looks = args.perceptual_weight or args.alignment_weight or args.validation_data
+    vision = VisionFeatures.from_pretrained(args.vision_model).to(device) if looks else None
+    alignment = LatentAlignment(core.config.latent_channels, vision) if args.alignment_weight else None
+    model = TokenizerTraining(core, alignment, args.latent_noise)
+    groups = parameter_groups(model, args.linear_lr_factor)
+    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    trained, adversary = [(model, optimizer)], None
+    if args.adversarial_weight:
+        adversary = PatchDiscriminator()
+        judge = torch.optim.Adam(adversary.parameters(), args.discriminator_lr, betas=(0.5, 0.9))
+        trained.append(accelerator.prepare(adversary, judge))
+    objective = TrainingLoss(
+        weights,
+        perceptual=PerceptualDistance(vision) if args.perceptual_weight else None,
+        lpips=load_lpips().to(device) if args.lpips_weight else None,
+        discriminator=adversary,
+        total=partial(accelerator.reduce, reduction="sum"),
     )
-    core.to(device), average.to(device)
-    optimizer = make_optimizer(core, args)
-    first_step = 0
-    if args.resume:
-        first_step = state["step"]
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+    training = TrainingState(core, trained, args.ema)
+    if state:
+        training.restore(state)
+    save = partial(training.save, args.output, keep=args.keep, write=is_main, config=core.config.model_fields)
 
-    start = time.perf_counter()
-    for step in range(first_step, args.steps):
-        torch.manual_seed(args.seed * 1_000_003 + step)
-        losses = losses_of(core, make_batch(encoded, args, step).to(device))
-        losses["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(core.parameters(), args.clip)
+    report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every)
+    accelerator.init_trackers("tokenizer", {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)})
+    if args.validation_data:
+        held_out = load_pictures(args.validation_data, split=args.validation_split)
+        validation = EvaluationBatches(held_out, args.crop_sizes[0], args.batch_size)
+        frechet = FrechetDistance(vision, size=args.fid_size, same_targets=True, device=device)
+        measured = ReconstructionMetrics(ssim=False, frechet=frechet, device=device)
+
+    for batch in batches(steps, first_step=first_step):
+        step, last_part = batch["step"], batch["part"] + 1 == args.accumulate
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args) * group["factor"]
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(core)
-        if (step + 1) % args.log_every == 0:
-            figures = {name: round(value.item(), 6) for name, value in {**losses, "norm": norm}.items()}
-            figures["steps/s"] = round((step + 1 - first_step) / (time.perf_counter() - start), 3)
-            print(json.dumps({"step": step + 1, **figures}), flush=True)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            state = {"step": step + 1, "core": core.state_dict(), "average": average.state_dict()}
-            save_state(state_path, {**state, "optimizer": optimizer.state_dict()})
+            rate = args.lr * learning_rate_factor(step, args.steps, args.warmup_steps, args.decay_steps)
+            group["lr"] = rate * group["factor"]
+        pixel_values = to_pixel_values(batch).to(device, non_blocking=True)
+        noise, mix = step_noise(batch, core.config, args.seed)
+        with accelerator.accumulate(*(module for module, _ in trained)):
+            made, moments, aligned = model(pixel_values, noise.to(device), mix.to(device))
+            losses = objective(core.config, pixel_values, made, moments, aligned, step)
+            accelerator.backward(losses["loss"])
+            norm = accelerator.clip_grad_norm_(model.parameters(), args.clip) if last_part else None
+            optimizer.step()
+            optimizer.zero_grad()
+            if objective.is_adversarial(step):
+                scores = trained[1][0](torch.cat([pixel_values, made[-1].detach()]))
+                losses["discriminator"] = discriminator_hinge_loss(*scores.chunk(2))
+                accelerator.backward(losses["discriminator"])
+                trained[1][1].step()
+                trained[1][1].zero_grad()
+        report.add(losses, batch["skipped"])
+        if not last_part:
+            continue
+        training.average.step(core.parameters())
+        report.end_step(step, norm, batch["count"], rate)
 
-    core = average.module.cpu()
-    core.fold_latent_statistics(*latent_statistics(core, encoded, args))
-    AutoencoderHieraTok.from_core(core).save_pretrained(args.output)
-    HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(args.output)
+        done = step + 1
+        if args.validation_data and (done % args.validation_every == 0 or done == args.steps):
+            report.validated(done, evaluate(Codec(training.averaged_core().to(device)), validation, measured))
+        if done % args.sample_every == 0 or done == args.steps:
+            sample = training.averaged_core().to(device)
+            if is_main:
+                report.sampled(done, sample_grid(sample, pixel_values[:8]))
+        if done % args.save_every == 0 or done == args.steps:
+            report.check()
+            save(done)
+    report.close()
+
+    core = training.averaged_core()
+    if is_main:
+        first = batches(plan(args.statistics_batches, seed=args.seed + 1))
+        core.fold_latent_statistics(*latent_statistics(core, map(to_pixel_values, first)))
+        AutoencoderHieraTok.from_core(core).save_pretrained(args.output)
+        HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(args.output)
+    accelerator.end_training()
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        train(parse_args(argv))
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -168,3 +168,19 @@ def test_the_table_of_decoding_is_what_was_recorded():
         report = json.loads(path.read_text())
         cells = [f"{report['times_as_fast'][name + how]:.2f}" for name in DECODED for how in ("", ", compiled")]
         assert f"| {report['size']}, {report['images']} pictures | {' | '.join(cells)} |" in text
+
+
+def test_the_training_benchmark_takes_real_steps(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    train = load("bench_train")
+    monkeypatch.setattr(train, "RESULTS", tmp_path)
+    monkeypatch.setattr(train, "matrix_rate", lambda device, dtype: 1e11)
+    small = ["--device", "cpu", "--size", "hieratok-tiny", "--pixels", "32", "--images", "1", "--seconds", "0"]
+    assert train.main([*small, "--plain_only", "--json"]) == 0
+    report = json.loads(next(tmp_path.iterdir()).read_text())
+    # Three times the forward pass, but for the first layer's input, which needs no gradient.
+    sizes = load("model_sizes").count("hieratok-tiny", 32, 32)
+    forward = (sizes["encode_flops"] + sizes["decode_flops_4"]) / 1e9
+    assert 2.5 * forward < report["gflop_an_image"] < 3.5 * forward
+    assert 0 < report["share_of_the_matrix_rate"]["plain"] < 10
+    assert "of the measured matrix rate" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tests of `metrics`: known values, independence of the batch, 8-bit rounding, and refusals."""
+"""Tests of `metrics`: known values, other libraries' values, independence of the batch, 8 bits, and refusals."""
 
 import math
 import subprocess
@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import ViTConfig, ViTModel
 
-from hieratok_hf.metrics import SSIM_WINDOW, psnr, ssim
+from hieratok_hf.metrics import SSIM_WINDOW, FrechetDistance, psnr, ssim
+from hieratok_hf.vision_features import VisionFeatures
 
 
 def from_levels(levels):
@@ -118,6 +120,97 @@ def test_a_batch_gives_each_picture_its_own_value():
     for metric in (psnr, ssim):
         single = torch.cat([metric(pictures[i : i + 1], targets[i : i + 1]) for i in range(3)])
         torch.testing.assert_close(metric(pictures, targets), single)
+
+
+def test_psnr_and_ssim_agree_with_scikit_image():
+    pytest.importorskip("torchmetrics")
+    library = pytest.importorskip("skimage.metrics", reason="scikit-image is the independent computation")
+    targets = random_levels(2, 3, 33, 26)
+    pictures = noisy(targets, 25)
+    found = psnr(from_levels(pictures), from_levels(targets)), ssim(from_levels(pictures), from_levels(targets))
+    for i in range(2):
+        pair = [x[i].double().numpy() for x in (targets, pictures)]
+        assert found[0][i].item() == pytest.approx(library.peak_signal_noise_ratio(*pair, data_range=255), abs=1e-4)
+        # scikit-image averages over all places but the outermost five: these are added here.
+        padded = [np.pad(x, ((0, 0), (5, 5), (5, 5)), mode="reflect") for x in pair]
+        settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 0}
+        expected = library.structural_similarity(*padded, data_range=255, **settings)
+        assert found[1][i].item() == pytest.approx(expected, abs=1e-4)
+
+
+def small_features(seed=0):
+    """A real vision model whose features are so few that some tens of pictures have a covariance of full rank."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(**sizes, image_size=16, patch_size=4, initializer_range=0.5)
+    return VisionFeatures(ViTModel(config), [0.5] * 3, [0.5] * 3)
+
+
+def frechet_by_hand(features, pictures, targets):
+    """By scipy's matrix square root."""
+    from scipy.linalg import sqrtm
+
+    with torch.no_grad():
+        sets = [features(x, 16)[0].double().numpy() for x in (pictures, targets)]
+    (mean_a, mean_b), (a, b) = [x.mean(0) for x in sets], [np.cov(x, rowvar=False) for x in sets]
+    assert np.linalg.matrix_rank(a) == np.linalg.matrix_rank(b) == 8
+    return ((mean_a - mean_b) ** 2).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
+
+
+def test_the_frechet_distance_agrees_with_scipys_matrix_root():
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("scipy", reason="its matrix root is the independent computation")
+    targets = from_levels(random_levels(48, 3, 20, 20))
+    pictures = from_levels(noisy(random_levels(48, 3, 20, 20, seed=2), 30))
+    features = small_features()
+    distance = FrechetDistance(features)
+    assert (distance.name, distance.size, distance.num_features) == ("FD-ViT", 16, 8)
+    for part in (slice(0, 5), slice(5, 48)):
+        distance.update(pictures[part], targets[part])
+    expected = frechet_by_hand(features, pictures, targets)
+    assert expected > 0.01
+    assert distance.compute() == pytest.approx(expected, rel=1e-3)
+    distance.reset()
+    distance.update(targets, targets)
+    assert 0 <= distance.compute() < 1e-6 * expected
+
+
+def test_features_of_targets_that_stay_are_computed_once():
+    pytest.importorskip("torchmetrics")
+    features, seen = small_features(), []
+    features.register_forward_hook(lambda module, given, result: seen.append(len(given[0])))
+    targets = from_levels(random_levels(12, 3, 16, 16))
+    pictures = [from_levels(random_levels(12, 3, 16, 16, seed=seed)) for seed in (1, 2)]
+    expected = []
+    for round_pictures in pictures:
+        distance = FrechetDistance(features)
+        distance.update(round_pictures, targets)
+        expected.append(distance.compute())
+    kept = FrechetDistance(features, same_targets=True)
+    seen.clear()
+    for round_pictures, value in zip(pictures, expected):
+        kept.reset()
+        kept.update(round_pictures, targets)
+        assert kept.compute() == pytest.approx(value, rel=1e-9)
+    assert seen == [12] * 3
+    kept.reset()
+    kept.update(pictures[0][:8], targets[:8])
+    with pytest.raises(ValueError, match="same targets in every round, got 8 and 12"):
+        kept.compute()
+
+
+def test_a_frechet_distance_refuses_what_it_cannot_use():
+    pytest.importorskip("torchmetrics")
+    with pytest.raises(ValueError, match=r"`size` must be left out.*got 224"):
+        FrechetDistance(size=224)
+    with pytest.raises(ValueError, match=r"`size` must be a positive.*got 0"):
+        FrechetDistance(small_features(), size=0)
+    distance = FrechetDistance(small_features())
+    with pytest.raises(ValueError, match=r"`targets` must be finite and lie in \[-1, 1\]"):
+        distance.update(GOOD, GOOD + 200)
+    distance.update(GOOD, GOOD)
+    with pytest.raises(RuntimeError, match="More than one sample"):
+        distance.compute()
 
 
 GOOD = torch.zeros(1, 3, 16, 16)

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from transformers.dynamic_module_utils import get_imports
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import hieratok_hf
 
@@ -86,9 +86,13 @@ def test_modules_import_each_other_flatly():
 def test_code_from_the_hub_asks_for_no_package_that_is_optional():
     # transformers refuses code whose imports are missing, also inside `if` or a function.
     needed = {"diffusers", "huggingface_hub", "numpy", "PIL", "safetensors", "torch", "transformers"}
-    for path in (ROOT / "src" / "hieratok_hf").glob("*.py"):
-        imported = set(get_imports(path)) - set(sys.stdlib_module_names)
-        assert imported <= needed | ({"torchmetrics"} if path.stem == "metrics" else set()), path.name
+    source = ROOT / "src" / "hieratok_hf"
+    models = [source / f"{name}.py" for name in ("modeling_hieratok", "autoencoder_hieratok")]
+    models.append(source / "image_processing_hieratok.py")
+    reached = {Path(file) for model in models for file in [model, *get_relative_import_files(model)]}
+    assert {"tokenizer.py", "losses.py", "attention_kernels.py"} <= {path.name for path in reached}
+    for path in reached:
+        assert set(get_imports(path)) - set(sys.stdlib_module_names) <= needed, path.name
 
 
 def test_every_module_has_its_tests():

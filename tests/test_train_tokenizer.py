@@ -1,99 +1,275 @@
-"""The training example: it learns, resumes bit for bit, and leaves a folder that both libraries load."""
+"""The training example: it learns, resumes bit for bit, runs on several processes, and says what is wrong."""
 
+import errno
 import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import TINY
+from PIL import Image
+from transformers import MobileNetV2Config, MobileNetV2Model
 
-from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokModel
+from hieratok_hf import AutoencoderHieraTok, HieraTokModel
+from hieratok_hf.linear_start import latent_statistics
+from hieratok_hf.picture_data import load_pictures
+from hieratok_hf.training_data import BatchPlan, to_pixel_values, training_loader
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "examples" / "train_tokenizer.py")
+SCRIPT = ROOT / "examples" / "train_tokenizer.py"
+SPEC = importlib.util.spec_from_file_location("train_tokenizer", SCRIPT)
 train_tokenizer = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(train_tokenizer)
 PICTURES = str(ROOT / "examples" / "pictures")
+CONFIG = {**TINY, "scale_factors": [4, 2, 1]}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache of its own, and no state left in accelerate's singletons."""
+    folder = tmp_path_factory.getbasetemp() / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="session")
+def vision_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vision")
+    torch.manual_seed(0)
+    model = MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.1, min_depth=4, image_size=32))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)  # the model's own would leave next to nothing of a picture
+    model.save_pretrained(folder)
+    return folder
 
 
 def arguments(output, *more):
-    settings = "--crop_sizes 32 64 --batch_size 4 --steps 6 --warmup_steps 2 --decay_steps 2 --linear_steps 20"
-    schedule = "--log_every 2 --save_every 3 --pca_batches 4 --ema 0.5"
-    config = ["--config", json.dumps({**TINY, "scale_factors": [4, 2, 1]})]
-    return ["--data", PICTURES, "--output", str(output), *settings.split(), *schedule.split(), *config, *more]
+    settings = "--crop_sizes 32 64 --batch_size 8 --steps 6 --warmup_steps 2 --decay_steps 2 --linear_steps 20"
+    schedule = "--log_every 1 --save_every 3 --statistics_batches 4 --ema 0.5"
+    return [
+        *("--data", PICTURES, "--output", str(output), *settings.split(), *schedule.split()),
+        *("--config", json.dumps(CONFIG), *map(str, more)),
+    ]
 
 
-def records(text):
-    return [json.loads(line) for line in text.splitlines() if line.startswith('{"step"')]
+def run(output, *more):
+    assert train_tokenizer.main(arguments(output, *more)) == 0
+    return records(output)
 
 
-def test_training_ends_in_a_folder_for_both_libraries(tmp_path, capsys):
-    train_tokenizer.main(arguments(tmp_path))
-    steps = records(capsys.readouterr().out)
-    assert [record["step"] for record in steps] == [2, 4, 6]
+def records(output, name="losses.jsonl"):
+    return [json.loads(line) for line in (output / name).read_text().splitlines()]
+
+
+def weights_of(folder):
+    return AutoencoderHieraTok.from_pretrained(folder).state_dict()
+
+
+def all_losses(vision_model):
+    """Every part that needs no further package."""
+    weights = "--perceptual_weight 0.1 --alignment_weight 0.1 --adversarial_weight 0.5 --adversarial_start 4"
+    noise = "--latent_noise 1.0 --coarse_weight 0.1 --coarse_start 3"
+    return [*weights.split(), *noise.split(), "--vision_model", str(vision_model)]
+
+
+def test_training_ends_in_a_folder_for_both_libraries(tmp_path):
+    steps = run(tmp_path)
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     vae, model = AutoencoderHieraTok.from_pretrained(tmp_path), HieraTokModel.from_pretrained(tmp_path)
     assert vae.config.scale_factors == (4, 2, 1)
-    args = train_tokenizer.parse_args(arguments(tmp_path))
-    encoded = train_tokenizer.read_pictures(args.data)
-    mean, std = train_tokenizer.latent_statistics(vae.core, encoded, args)
+    plan = BatchPlan(8, (32, 64), 4, seed=1)
+    batches = list(map(to_pixel_values, training_loader(load_pictures(PICTURES), plan)))
+    mean, std = latent_statistics(vae.core, batches)
     torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-4)
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-4)
-    batch = train_tokenizer.make_batch(encoded, args, 0)
-    assert torch.equal(vae(batch).sample, model(batch).reconstruction)
-    assert (vae(batch).sample - batch).square().mean() < 0.02
+    assert torch.equal(vae(batches[0]).sample, model(batches[0]).reconstruction)
+    assert (vae(batches[0]).sample - batches[0]).square().mean() < 0.02
+    sheet = Image.open(tmp_path / "samples" / "step-000000006.png")
+    # The picture and three scales side by side; eight pictures of 32 pixels below each other, or two of 64.
+    assert sheet.size in {(4 * 32 + 6, 8 * 32 + 14), (4 * 64 + 6, 2 * 64 + 2)} and np.asarray(sheet).std() > 10
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, capsys):
-    train_tokenizer.main(arguments(tmp_path / "whole"))
-    whole = records(capsys.readouterr().out)
-    with pytest.MonkeyPatch.context() as patch:
-        save, saves = train_tokenizer.save_state, []
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, vision_model):
+    everything = all_losses(vision_model)
+    whole = run(tmp_path / "whole", *everything)
+    assert {"discriminator", "adversarial", "alignment", "perceptual", "coarse"} <= set(whole[-1])
+    save, saves = train_tokenizer.TrainingState.save, []
 
-        def save_and_die(path, state):
-            save(path, state)
-            saves.append(path)
-            raise KeyboardInterrupt
+    def save_and_stop(*args, **kwargs):
+        save(*args, **kwargs)
+        saves.append(args)
+        raise KeyboardInterrupt
 
-        patch.setattr(train_tokenizer, "save_state", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            train_tokenizer.main(arguments(tmp_path / "parts"))
-    capsys.readouterr()
-    train_tokenizer.main(arguments(tmp_path / "parts", "--resume"))
-    resumed = records(capsys.readouterr().out)
-    assert [record["step"] for record in resumed] == [4, 6]
-    for ours, theirs in zip(resumed, whole[1:], strict=True):
-        ours.pop("steps/s"), theirs.pop("steps/s")
-        assert ours == theirs
-    a, b = (AutoencoderHieraTok.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_tokenizer.TrainingState, "save", save_and_stop)
+        train_tokenizer.main(arguments(tmp_path / "parts", *everything))
+    assert len(records(tmp_path / "parts")) == 3
+    assert run(tmp_path / "parts", *everything, "--resume") == whole
+    a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_start_is_a_principal_component_analysis(tmp_path):
-    args = train_tokenizer.parse_args(arguments(tmp_path))
-    encoded = train_tokenizer.read_pictures(args.data)
-    core = HieraTokCore(HieraTokConfig(**TINY)).init_weights()
-    batch = train_tokenizer.make_batch(encoded, args, 0)
-    before = (core.decode(core.encode(batch).mode()) - batch).square().mean()
-    train_tokenizer.start_from_principal_components(core, encoded, args)
-    started = (core.decode(core.encode(batch).mode()) - batch).square().mean()
-    train_tokenizer.fit_linear_path(core, encoded, args)
-    fitted = (core.decode(core.encode(batch).mode()) - batch).square().mean()
-    assert started < 0.2 * before and fitted < started
-    assert len(core.encoder.blocks) == 2 and all(parameter.grad is None for parameter in core.parameters())
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path):
+    more = ["--steps", "40", "--save_every", "4", "--crop_sizes", "32"]
+    whole = run(tmp_path / "whole", *more)
+    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), str(SCRIPT)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(
+        [*command, *arguments(tmp_path / "parts", *more)], capture_output=True, text=True, env=environment
+    )
+    assert finished.returncode == 0, finished.stderr
+    told = json.loads(finished.stdout.splitlines()[-1])
+    assert told["finished"] and told["killed"] >= 3, told
+    assert records(tmp_path / "parts") == whole
+    a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_crops_are_a_function_of_seed_and_step(tmp_path):
-    args = train_tokenizer.parse_args(arguments(tmp_path))
-    encoded = train_tokenizer.read_pictures(args.data)
-    batches = [train_tokenizer.make_batch(encoded, args, step) for step in (3, 3, 4)]
-    assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
-    assert batches[0].min() >= -1 and batches[0].max() <= 1
-    assert {train_tokenizer.make_batch(encoded, args, step).numel() for step in range(8)} == {4 * 3 * 32 * 32}
-    large = train_tokenizer.random_crop(encoded, 512, __import__("random").Random(0))
-    assert large.shape == (512, 512, 3)
+def test_two_processes_train_as_one(tmp_path, vision_model):
+    everything = all_losses(vision_model)
+    one = run(tmp_path / "one", *everything, "--validation_data", PICTURES, "--validation_every", "3")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    more = arguments(tmp_path / "two", *everything, "--validation_data", PICTURES, "--validation_every", "3")
+    finished = subprocess.run([*command, str(SCRIPT), *more], capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    two = records(tmp_path / "two")
+    for ours, theirs in zip(two, one, strict=True):
+        # A norm of gradients has the jumps of L1 and ReLU in it, and Adam's first step of the discriminator is a sign,
+        # also of gradients that are all rounding.
+        for name, value in ours.items():
+            exact = ours["step"] <= 5 and name not in ("norm", "adaptive_weight")
+            assert value == pytest.approx(theirs[name], rel=1e-5 if exact else 1e-3, abs=1e-5 if exact else 1e-3), name
+    ours, theirs = (records(tmp_path / name, "validation.jsonl") for name in ("two", "one"))
+    assert [record["pictures"] for record in ours] == [2, 2]
+    for key in ("psnr", "FD-MobileNetV2"):
+        assert [x[key] for x in ours] == pytest.approx([x[key] for x in theirs], rel=1e-3)
+    a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="No pictures found in --data"):
-        train_tokenizer.main(["--data", str(tmp_path), "--output", str(tmp_path / "out")])
+def test_accumulated_parts_are_one_step(tmp_path):
+    whole = run(tmp_path / "whole", "--steps", 3)
+    parts = run(tmp_path / "parts", "--steps", 3, "--crop_sizes", 32, 64, "--accumulate", 2)
+    wide = [record["step"] for record in whole]
+    assert [record["step"] for record in parts] == wide
+    assert parts[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
+
+
+def test_fine_tuning_starts_from_the_weights_it_is_given(tmp_path):
+    run(tmp_path / "first")
+    run(tmp_path / "second", "--model", tmp_path / "first", "--steps", 1, "--lr", 0)
+    a, b = (AutoencoderHieraTok.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    pixel_values = torch.rand(1, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(a(pixel_values).sample, b(pixel_values).sample, rtol=0, atol=1e-4)
+
+
+def test_a_frozen_encoder_stays_as_it_is(tmp_path):
+    run(tmp_path / "first")
+    run(tmp_path / "second", "--model", tmp_path / "first", "--freeze_encoder", "--lr", 0.01)
+    a, b = (AutoencoderHieraTok.from_pretrained(tmp_path / name).core for name in ("first", "second"))
+    changed = {name for name, x in b.named_parameters() if not torch.equal(x, a.get_parameter(name))}
+    # Folding the statistics scales what makes the latent; nothing else of the encoder may move.
+    folded = {"encoder.head.weight", "encoder.head.bias", "encoder.linear_path.weight"}
+    assert {name for name in changed if name.startswith("encoder.")} <= folded
+    assert "decoder.blocks.0.mlp.linear_in.weight" in changed
+
+
+def test_other_scales_can_be_asked_for(tmp_path):
+    run(tmp_path / "single", "--scale_factors", 1)
+    single = AutoencoderHieraTok.from_pretrained(tmp_path / "single")
+    assert single.config.scale_factors == (1,)
+    run(tmp_path / "multi", "--model", tmp_path / "single", "--scale_factors", 2, 1, "--steps", 1)
+    assert AutoencoderHieraTok.from_pretrained(tmp_path / "multi").config.scale_factors == (2, 1)
+
+
+def test_the_tracker_gets_losses_and_samples(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, "--report_to", "tensorboard")
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert events.Tags()["images"] == ["samples"]
+
+
+def failure(capsys, output, *more):
+    capsys.readouterr()
+    assert train_tokenizer.main(arguments(output, *more)) == 2
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    assert not any("Traceback" in line for line in lines)
+    return next(line for line in lines if line.startswith("error: "))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
+    objective, calls = train_tokenizer.TrainingLoss.__call__, []
+
+    def poisoned(*args):
+        losses = objective(*args)
+        calls.append(args)
+        if len(calls) == 5:
+            losses["loss"] = losses["loss"] * float("nan")
+        return losses
+
+    monkeypatch.setattr(train_tokenizer.TrainingLoss, "__call__", poisoned)
+    message = failure(capsys, tmp_path, "--log_every", 10)
+    assert message.startswith("error: The loss or its gradient was not finite at step 5.")
+    assert [path.name for path in train_tokenizer.states_in(tmp_path)] == ["state-000000003.pt"]
+    assert all(torch.isfinite(x).all() for x in train_tokenizer.latest_state(tmp_path)["average"].values())
+
+
+def test_bad_data_is_named(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    output = tmp_path / "output"
+    assert "No pictures found in" in failure(capsys, output, "--data", tmp_path / "empty")
+    assert "no such file" in failure(capsys, output, "--data", tmp_path / "missing" / "train-*.tar")
+    (tmp_path / "broken").mkdir()
+    for i in range(3):
+        (tmp_path / "broken" / f"{i}.png").write_bytes(b"no picture")
+    assert "3 pictures in a row cannot be decoded" in failure(capsys, output, "--data", tmp_path / "broken")
+
+
+def test_a_full_or_unwritable_output_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in failure(capsys, tmp_path / "file" / "output")
+
+    def full(state, file):
+        file.write(b"part of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "No space left on device" in failure(capsys, tmp_path / "output")
+    assert not list((tmp_path / "output").glob("*.tmp")) and not list((tmp_path / "output").glob("*.pt"))
+
+
+def test_states_of_other_runs_are_refused(tmp_path, capsys):
+    run(tmp_path, "--steps", 3)
+    assert "holds a training state" in failure(capsys, tmp_path)
+    message = failure(capsys, tmp_path, "--resume", "--scale_factors", 2, 1)
+    assert "of another configuration" in message
+    state = train_tokenizer.states_in(tmp_path)[-1]
+    state.write_bytes(state.read_bytes()[:1000])
+    assert f"{state.name}' cannot be read as a training state" in failure(capsys, tmp_path, "--resume")
+
+
+def test_arguments_that_cannot_be_are_named(tmp_path, capsys):
+    assert "--crop_sizes must be multiples of the patch size 4, got 30" in failure(
+        capsys, tmp_path, "--crop_sizes", 30
+    )
+    assert "`batch_size` must be a multiple" in failure(capsys, tmp_path, "--accumulate", 3)
+    assert "`size` must be one of" in failure(capsys, tmp_path, "--size", "hieratok-xl")
+    assert "must be finite and not negative, got -1" in failure(capsys, tmp_path, "--perceptual_weight", -1)
+    assert "no argument 'patches'" in failure(capsys, tmp_path, "--config", '{"patches": 4}')

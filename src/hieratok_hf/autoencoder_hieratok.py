@@ -65,6 +65,7 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         patch_size: int = 16,
         latent_channels: int = 16,
         scale_factors: tuple[int, ...] = (8, 4, 2, 1),
+        scale_causal: bool = True,
         encoder_hidden_size: int = 768,
         encoder_num_layers: int = 12,
         encoder_num_heads: int = 12,

@@ -79,6 +79,8 @@ class HieraTokConfig(PreTrainedConfig):
         latent_channels (`int`, defaults to 16): Channels of the latent.
         scale_factors (`tuple[int, ...]`, defaults to `(8, 4, 2, 1)`): How many cells of the finest grid one cell of
             each scale covers on a side, coarse to fine, ending in 1. `(1,)` is the single-scale twin.
+        scale_causal (`bool`, defaults to `True`): A token of the decoder sees its own scale and every coarser one;
+            `False` lets all tokens see all, for comparisons: no scale can then be decoded without the finer ones.
         encoder_hidden_size, encoder_num_layers, encoder_num_heads (`int`): Width, depth and heads of the encoder.
         decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`): The same of the decoder.
         mlp_ratio (`float`, defaults to 4.0): Width of a SwiGLU is `int(2 / 3 * mlp_ratio * hidden_size)`.
@@ -132,6 +134,7 @@ class HieraTokConfig(PreTrainedConfig):
     patch_size: int = 16
     latent_channels: int = 16
     scale_factors: list[int] | tuple[int, ...] = (8, 4, 2, 1)
+    scale_causal: bool = True
     encoder_hidden_size: int = 768
     encoder_num_layers: int = 12
     encoder_num_heads: int = 12

@@ -75,9 +75,10 @@ class HieraTokDecoder(nn.Module):
             hidden_states = hidden_states + flatten_pyramid(self.positions(*grid), layout)
         rotary = rotary_tables(self.config, layout, grid, self.head_dim, tokens.device)
 
+        visible = layout if self.config.scale_causal else PyramidLayout(((1, layout.num_tokens),), (1,))
         hidden_states = self.norm_before(hidden_states)
         for block in self.blocks:
-            hidden_states = block(hidden_states, rotary, layout)
+            hidden_states = block(hidden_states, rotary, visible)
 
         pictures = []
         for i in range(0 if all_scales else layout.num_scales - 1, layout.num_scales):

@@ -1,4 +1,4 @@
-"""The training loss of a tokenizer: squared errors of every scale and the KL divergence, each a mean per element."""
+"""The losses of a tokenizer that need no other model: differences of pixels at every scale and the KL divergence."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,33 @@ from .configuration_hieratok import HieraTokConfig
 from .pyramid import picture_pyramid
 from .tokenizer import posterior_of
 
-__all__ = ["tokenizer_losses"]
+__all__ = ["PIXEL_LOSSES", "pixel_loss", "tokenizer_losses"]
+
+PIXEL_LOSSES = ("mse", "l1", "charbonnier")
+
+_CHARBONNIER_EPSILON = 1e-3
+
+
+def pixel_loss(pictures: Tensor, targets: Tensor, kind: str = "mse") -> Tensor:
+    """
+    The mean difference of pictures in float32: `"mse"`, `"l1"`, or `"charbonnier"` (Charbonnier et al., 1994), the
+    absolute difference, but smooth within a thousandth of zero.
+
+    Raises:
+        ValueError: `kind` is not one of `PIXEL_LOSSES`.
+    """
+    pictures, targets = pictures.float(), targets.float()
+    if kind == "mse":
+        return F.mse_loss(pictures, targets)
+    if kind == "l1":
+        return F.l1_loss(pictures, targets)
+    if kind == "charbonnier":
+        return ((pictures - targets).square() + _CHARBONNIER_EPSILON**2).sqrt().mean() - _CHARBONNIER_EPSILON
+    raise ValueError(f"`kind` must be one of {list(PIXEL_LOSSES)}, got {kind!r}.")
 
 
 def tokenizer_losses(
-    pictures: list[Tensor], pixel_values: Tensor, moments: Tensor, config: HieraTokConfig
+    pictures: list[Tensor], pixel_values: Tensor, moments: Tensor, config: HieraTokConfig, kind: str = "mse"
 ) -> dict[str, Tensor]:
     """
     The parts of the loss and their weighted sum, in float32.
@@ -24,16 +46,20 @@ def tokenizer_losses(
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The pictures that were encoded, in [-1, 1].
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of their latents.
         config (`HieraTokConfig`): Its `kl_weight` and `coarse_weight`.
+        kind (`str`, defaults to `"mse"`): The difference of pixels, one of `PIXEL_LOSSES`.
 
     Returns:
-        Scalars: `mse` of the finest scale; `kl` divergence a latent number; `coarse`, the mean squared error of the
-        coarser scales, where there are any; `loss`, the weighted sum.
+        Scalars: the difference of the finest scale, by the name of its kind; `kl` divergence a latent number;
+        `coarse`, the mean difference of the coarser scales, where there are any; `loss`, the weighted sum.
+
+    Raises:
+        ValueError: `kind` is not one of `PIXEL_LOSSES`.
     """
     pairs = zip(pictures, picture_pyramid(pixel_values.float(), config))
-    *coarse, finest = [F.mse_loss(picture.float(), target) for picture, target in pairs]
+    *coarse, finest = [pixel_loss(picture, target, kind) for picture, target in pairs]
     posterior = posterior_of(moments.float())
-    losses = {"mse": finest, "kl": posterior.kl().mean() / posterior.mean[0].numel()}
-    losses["loss"] = losses["mse"] + config.kl_weight * losses["kl"]
+    losses = {kind: finest, "kl": posterior.kl().mean() / posterior.mean[0].numel()}
+    losses["loss"] = finest + config.kl_weight * losses["kl"]
     if coarse:
         losses["coarse"] = torch.stack(coarse).mean()
         losses["loss"] = losses["loss"] + config.coarse_weight * losses["coarse"]

@@ -1,13 +1,14 @@
-"""How close pictures are to others, measured on 8 bits as on files: PSNR, and SSIM (Wang et al., 2004)."""
+"""How close pictures are to others, on 8 bits as on files: PSNR, SSIM (Wang et al., 2004) and Fréchet distances."""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .tokenizer import PIXEL_LIMIT
+from .vision_features import VisionFeatures
 
-__all__ = ["SSIM_WINDOW", "psnr", "ssim"]
+__all__ = ["SSIM_WINDOW", "FrechetDistance", "psnr", "ssim"]
 
 # Shape letters: B batch, H W pixels.
 
@@ -63,6 +64,106 @@ def ssim(pictures: Tensor, targets: Tensor) -> Tensor:
         for pair in zip(levels.split(1), target_levels.split(1))
     ]
     return torch.stack(values)
+
+
+class FrechetDistance:
+    """
+    Distance between the features of all pictures and those of their targets, each set taken as one Gaussian (Heusel
+    et al., 2017), by torchmetrics in float64 and over all processes of torch.distributed.
+
+    Args:
+        features (`VisionFeatures`, *optional*): The model whose pooled features count; the Inception network that the
+            published figures are made with unless given, which torchmetrics loads through torch-fidelity.
+        size (`int`, *optional*): Side in pixels that pictures are resized to, `features.image_size` unless given. The
+            Inception network always takes 299.
+        same_targets (`bool`, defaults to `False`): Every round, from one `reset` to the next, has the same targets:
+            their features are computed in the first alone.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where to compute; it must know float64.
+
+    Attributes:
+        name (`str`): `"rFID"`, or of other features `"FD-"` and their name: such figures are no FID.
+        size (`int`): As above.
+        num_features (`int`): Of a picture; as many pictures or fewer have a covariance without full rank.
+
+    Raises:
+        ImportError: torchmetrics, or for the Inception network torch-fidelity, is not installed.
+        ValueError: `size` is not positive, or was given for the Inception network.
+    """
+
+    def __init__(
+        self,
+        features: VisionFeatures | None = None,
+        *,
+        size: int | None = None,
+        same_targets: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        try:
+            from torchmetrics.image.fid import FrechetInceptionDistance
+        except ImportError as error:
+            raise ImportError('A Fréchet distance needs torchmetrics: pip install "hieratok_hf[eval]"') from error
+        if features is None and size is not None:
+            raise ValueError(f"`size` must be left out for the Inception network, which takes 299 pixels, got {size}.")
+        if size is not None and size < 1:
+            raise ValueError(f"`size` must be a positive number of pixels, got {size}.")
+        self.name = "rFID" if features is None else f"FD-{features.name}"
+        self.size = 299 if features is None else size or features.image_size
+        self.same_targets = same_targets
+        network: Any = 2048 if features is None else _PooledFeatures(features.to(device), self.size)
+        self.num_features: int = 2048 if features is None else network.num_features
+        self._metric = FrechetInceptionDistance(network, reset_real_features=not same_targets).to(device)
+        # torchmetrics takes it from the features, which a process without pictures never sees.
+        self._metric.orig_dtype = torch.float64
+        self._knows_targets = False
+
+    def update(self, pictures: Tensor, targets: Tensor) -> None:
+        """
+        Add pictures to both sets.
+
+        Args:
+            pictures, targets (`torch.Tensor` of shape `(B, 3, H, W)`): As those of `psnr`.
+
+        Raises:
+            ValueError: As `psnr`.
+        """
+        levels, target_levels = (x.byte().to(self._metric.device) for x in _levels(pictures, targets))
+        self._metric.update(levels, real=False)
+        if not self._knows_targets:
+            self._metric.update(target_levels, real=True)
+
+    def compute(self) -> float:
+        """
+        The distance over the pictures of all processes, each of which must call this.
+
+        Raises:
+            RuntimeError: There are fewer than two pictures.
+            ValueError: Another round had more or fewer targets than this one.
+        """
+        rounds = int(self._metric.fake_features_num_samples), int(self._metric.real_features_num_samples)
+        if rounds[0] != rounds[1]:
+            raise ValueError(f"`same_targets` needs the same targets in every round, got {rounds[0]} and {rounds[1]}.")
+        distance = float(self._metric.compute())
+        return 0.0 if distance < 0 else distance  # rounding takes that of equal sets below zero
+
+    def reset(self) -> None:
+        """Begin a new round."""
+        self._knows_targets = self.same_targets and int(self._metric.real_features_num_samples) > 0
+        self._metric.reset()
+
+
+class _PooledFeatures(nn.Module):
+    """What torchmetrics asks of features: levels `(B, 3, H, W)` in uint8 to `(B, num_features)`."""
+
+    def __init__(self, features: VisionFeatures, size: int):
+        super().__init__()
+        self.features, self.size = features, size
+        blank = torch.zeros(1, 3, size, size, device=features.mean.device)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.num_features = features(blank)[0].shape[1]
+
+    @torch.no_grad()
+    def forward(self, levels: Tensor) -> Tensor:
+        return self.features(levels.float() / 127.5 - 1, self.size)[0].double()
 
 
 def _levels(pictures: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,14 @@
 """Picture files of any mode to upright 8-bit RGB, with one-line errors for those that cannot be read."""
 
+import io
 import os
 import stat
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["PictureError", "convert_to_rgb", "open_picture"]
+__all__ = ["PictureError", "convert_to_rgb", "decode_picture", "open_picture"]
 
 
 class PictureError(ValueError):
@@ -69,15 +71,26 @@ def open_picture(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) 
     except OSError as error:
         raise PictureError(f"{name}: cannot be read ({error.strerror})") from error
     with file:
-        try:
-            image = Image.open(file)
-            if image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            return convert_to_rgb(image)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise PictureError(f"{name}: is too large for max_pixels={max_pixels} ({error})") from error
-        except Image.UnidentifiedImageError as error:
-            raise PictureError(f"{name}: is no picture in a format that Pillow reads") from error
-        except Exception as error:  # Pillow's plugins raise many types on broken data
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise PictureError(f"{name}: cannot be decoded ({reason})") from error
+        return _decode(file, name, max_pixels)
+
+
+def decode_picture(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Image.Image:
+    """The same of a file's content, as data sets hold it; `name` is what messages call it."""
+    if not data:
+        raise PictureError(f"{name!r}: is empty (0 bytes)")
+    return _decode(io.BytesIO(data), repr(name), max_pixels)
+
+
+def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(file)
+        if image.width * image.height > max_pixels:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        return convert_to_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(f"{name}: is too large for max_pixels={max_pixels} ({error})") from error
+    except Image.UnidentifiedImageError as error:
+        raise PictureError(f"{name}: is no picture in a format that Pillow reads") from error
+    except Exception as error:  # Pillow's plugins raise many types on broken data
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PictureError(f"{name}: cannot be decoded ({reason})") from error

@@ -1,11 +1,12 @@
 """HieraTok itself: the one file that composes encoder, latent, pyramid and decoder (after arXiv 2509.23736)."""
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .configuration_hieratok import HieraTokConfig
+from .configuration_hieratok import HieraTokConfig, check_scale_factors
 from .decoder import HieraTokDecoder
 from .encoder import HieraTokEncoder
 from .layers import init_weights
@@ -91,6 +92,28 @@ class HieraTokCore(nn.Module):
         if num_scales is not None:
             layout = layout.truncate(num_scales)
         return self.decoder(flatten_pyramid(latents, layout), layout, grid, all_scales)
+
+    @torch.no_grad()
+    def with_scale_factors(self, scale_factors: tuple[int, ...]) -> "HieraTokCore":
+        """
+        A copy with other scales; a scale that this model does not have starts with the finest one's weights.
+
+        Raises:
+            ValueError: The factors do not decrease strictly to 1.
+        """
+        config = copy.deepcopy(self.config)
+        check_scale_factors(scale_factors)
+        config.scale_factors = tuple(scale_factors)
+        core = HieraTokCore(config).init_weights()
+        own = tuple(self.config.scale_factors)
+        rows = [own.index(factor) if factor in own else -1 for factor in scale_factors]
+        weights = {name: x for name, x in self.state_dict().items() if not name.startswith("decoder.linear_path.")}
+        weights["decoder.scale_embedding"] = self.decoder.scale_embedding[rows]
+        for i, row in enumerate(rows if self.config.linear_path else []):
+            for name, x in self.decoder.linear_path[row].state_dict().items():
+                weights[f"decoder.linear_path.{i}.{name}"] = x
+        core.load_state_dict(weights)
+        return core.to(self.decoder.head.weight).train(self.training)
 
     @torch.no_grad()
     def set_linear_path(self, components: Tensor, mean: Tensor, scale: Tensor) -> None:

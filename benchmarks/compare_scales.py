@@ -1,0 +1,207 @@
+"""Multi-scale tokenizers against their single-scale twin under identical settings, at a size that trains on a CPU."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import machine
+from safetensors.torch import load_file
+from variants import VARIANTS
+
+from hieratok_hf import HieraTokConfig, HieraTokCore
+from hieratok_hf.codec import Codec
+from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
+from hieratok_hf.picture_data import load_pictures
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "compare_scales.json"
+PLOT = ROOT / "benchmarks" / "results" / "compare_scales.png"
+DISTANCE = "FD-MobileNetV2"
+
+# What all rows share: compression as that of hieratok-b, 48 numbers of a picture to one of the latent.
+SHARED = """
+    --size hieratok-tiny --crop_sizes 64 --crop_scale 0.5 1 --batch_size 16 --steps 1000 --lr 1.5e-3 --warmup_steps 50
+    --linear_steps 300 --statistics_batches 32 --perceptual_weight 0.05 --ema 0.99 --fid_size 64
+    --validation_every 250 --save_every 500 --sample_every 1000 --log_every 10
+"""
+CONFIG = {"latent_channels": 4}
+GAN = "--adversarial_weight 0.1 --adversarial_start 500"
+
+# Name: what it is, its twin, arguments beyond SHARED. A row of VARIANTS trains that model.
+ROWS: dict[str, tuple[str, str, str]] = {
+    "single": ("one scale", "single", "--scale_factors 1"),
+    "multi": ("4 scales: 8, 4, 2, 1", "single", ""),
+    "full": ("4 scales, every token sees all", "single", ""),
+    "two": ("2 scales: 2, 1", "single", "--scale_factors 2 1"),
+    "three": ("3 scales: 4, 2, 1", "single", "--scale_factors 4 2 1"),
+    "six": ("6 scales: 8, 6, 4, 3, 2, 1", "single", "--scale_factors 8 6 4 3 2 1"),
+    "coarse_off": ("4 scales, the coarse ones not supervised", "single", "--coarse_weight 0"),
+    "coarse_more": ("4 scales, the coarse ones at 0.2", "single", "--coarse_weight 0.2"),
+    "coarse_late": (
+        "4 scales, the coarse ones late at 0.2",
+        "single",
+        "--coarse_weight 0.2 --coarse_start 500",
+    ),
+    "scale_layers": ("4 scales, norms and MLPs of their own", "single", ""),
+    "coarse_context": ("4 scales, tokens fed the upsampled coarser scale", "single", ""),
+    "encoder_too": ("4 scales, in the encoder's last block too", "single", ""),
+    "single_gan": ("one scale, adversarial loss from step 500", "single_gan", f"--scale_factors 1 {GAN}"),
+    "multi_gan": ("4 scales, adversarial loss from step 500", "single_gan", GAN),
+    "single_noise": ("one scale, noise on the latents", "single_noise", "--scale_factors 1 --latent_noise 1"),
+    "multi_noise": ("4 scales, noise on the latents", "single_noise", "--latent_noise 1"),
+    "single_long": ("one scale, 3000 steps", "single_long", "--scale_factors 1 --steps 3000"),
+    "multi_long": ("4 scales, 3000 steps", "single_long", "--steps 3000"),
+}
+
+
+def core_class(row: str) -> type[HieraTokCore]:
+    """The model of a row: the package's, or one of the variants."""
+    return VARIANTS.get(row, HieraTokCore)
+
+
+def train(row: str, seed: int, data: Path, folder: Path) -> None:
+    """Train one row in this process, or go on where it was interrupted."""
+    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "examples" / "train_tokenizer.py")
+    assert spec is not None and spec.loader is not None
+    train_tokenizer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_tokenizer)
+    train_tokenizer.HieraTokCore = core_class(row)
+    config = {**CONFIG, "scale_causal": row != "full"}
+    arguments = [*SHARED.split(), "--config", json.dumps(config), "--seed", str(seed), "--output", str(folder)]
+    arguments += ["--data", str(data / "imagenette_128" / "train-*.tar")]
+    arguments += ["--validation_data", str(data / "imagenette_128" / "val-*.tar")]
+    arguments += ["--vision_model", str(data / "mobilenet_v2_1.0_224"), "--resume"]
+    if train_tokenizer.main([*arguments, *ROWS[row][2].split()]):
+        raise SystemExit(f"The training of {row!r} failed; {folder / 'log.txt'} says why.")
+
+
+def measure(row: str, folder: Path, data: Path) -> dict[str, Any]:
+    """PSNR and SSIM of a finished row on the whole validation split, and its curves."""
+    config = HieraTokConfig.from_pretrained(folder)
+    core = core_class(row)(config)
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    core.load_state_dict({name.removeprefix("core."): x for name, x in weights.items()})
+    held_out = EvaluationBatches(load_pictures(str(data / "imagenette_128" / "val-*.tar")), 64, 64)
+    figures = evaluate(Codec(core.eval()), held_out, ReconstructionMetrics())
+    curve = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    return {
+        "curve": [{name: record[name] for name in ("step", "psnr", DISTANCE)} for record in curve],
+        "psnr": figures["psnr"],
+        "ssim": figures["ssim"],
+        DISTANCE: curve[-1][DISTANCE],
+        "scales_psnr": figures["scales_psnr"],
+        "pictures": figures["pictures"],
+        "parameters": sum(p.numel() for p in core.parameters()),
+    }
+
+
+def steps_to_reach(curve: list[dict[str, float]], distance: float) -> float | None:
+    """The step at which a curve, straight between its points, comes down to a distance."""
+    for before, after in pairwise(curve):
+        if before[DISTANCE] > distance >= after[DISTANCE]:
+            share = (before[DISTANCE] - distance) / (before[DISTANCE] - after[DISTANCE])
+            return before["step"] + share * (after["step"] - before["step"])
+    return None
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """The rows that have run, each seed's figures side by side, in Markdown."""
+    lines = [
+        f"| row | | parameters, M | PSNR, dB | SSIM | {DISTANCE} | against its twin | steps to the twin's last |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row, (text, twin, _) in ROWS.items():
+        seeds = sorted(int(name.rsplit("-", 1)[1]) for name in runs if name.rsplit("-", 1)[0] == row)
+        if not seeds:
+            continue
+        own, others = [runs[f"{row}-{seed}"] for seed in seeds], [runs.get(f"{twin}-{seed}") for seed in seeds]
+        ratios, reached = [], []
+        for mine, other in zip(own, others):
+            if other is None or row == twin:
+                continue
+            ratios.append(f"{100 * (mine[DISTANCE] / other[DISTANCE] - 1):+.1f} %")
+            step = steps_to_reach(mine["curve"], other[DISTANCE])
+            reached.append("not" if step is None else f"{step:.0f}")
+        cells = [
+            f"`{row}`",
+            text,
+            f"{own[0]['parameters'] / 1e6:.2f}",
+            ", ".join(f"{run['psnr']:.2f}" for run in own),
+            ", ".join(f"{run['ssim']:.3f}" for run in own),
+            ", ".join(f"{run[DISTANCE]:.0f}" for run in own),
+            ", ".join(ratios),
+            ", ".join(reached),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    """The curves of all runs: one colour a row, one line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    rows = [row for row in ROWS if any(name.rsplit("-", 1)[0] == row for name in runs)]
+    for index, row in enumerate(rows):
+        for name, run in runs.items():
+            if name.rsplit("-", 1)[0] != row:
+                continue
+            first = name == next(x for x in runs if x.rsplit("-", 1)[0] == row)
+            style = {"color": plt.get_cmap("tab20")(index), "linestyle": "-" if name.endswith("-0") else "--"}
+            for axis, key in zip(axes, (DISTANCE, "psnr")):
+                steps = [point["step"] for point in run["curve"]]
+                axis.plot(steps, [point[key] for point in run["curve"]], label=row if first else None, **style)
+    for axis, text in zip(axes, (f"{DISTANCE} (lower is better)", "PSNR, dB")):
+        axis.set(xlabel="steps", title=text)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[1].legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "compare_scales")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only_collect", action="store_true", help="train nothing; make the table and the plot")
+    parser.add_argument("--in_process", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for seed in args.seeds:
+        for row in args.rows:
+            folder = args.output / f"{row}-{seed}"
+            if args.in_process:
+                train(row, seed, args.data, folder)
+            elif not args.only_collect and not (folder / "config.json").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                command = [sys.executable, __file__, "--in_process", "--data", str(args.data)]
+                command += ["--output", str(args.output), "--rows", row, "--seeds", str(seed)]
+                with (folder / "log.txt").open("a") as log:
+                    subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+            if not args.in_process and (folder / "config.json").exists() and not (folder / "final.json").exists():
+                temporary = folder / "final.tmp"
+                temporary.write_text(json.dumps(measure(row, folder, args.data), indent=1))
+                os.replace(temporary, folder / "final.json")
+    if args.only_collect:
+        finished = sorted(args.output.glob("*/final.json"))
+        runs = {path.parent.name: json.loads(path.read_text()) for path in finished}
+        RESULTS.write_text(json.dumps({"machine": machine(torch.device("cpu")), "runs": runs}, indent=1) + "\n")
+        plot(runs, PLOT)
+        print(table(runs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""Evaluate a tokenizer beside other autoencoders on the same pictures: a table, and all figures as JSON."""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import ClassLabel
+from datasets import disable_progress_bars as disable_data_progress_bars
+from tqdm import tqdm
+
+from hieratok_hf.codec import Codec, load_codec
+from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate, gather, throughput
+from hieratok_hf.linear_probe import linear_probe, pooled_features
+from hieratok_hf.metrics import FrechetDistance
+from hieratok_hf.perceptual import PerceptualDistance, load_lpips
+from hieratok_hf.picture_data import Pictures, load_pictures
+from hieratok_hf.vision_features import VisionFeatures
+
+
+class Problem(Exception):
+    """What the user asked for cannot be done; the message is one line."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, or its type's name, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    model = "a name that ships with the package, a folder, or a Hub id; of a pipeline its VAE"
+    data = "folders of pictures, tar shards in webdataset style, or a Hub data set"
+    add("--model", default="hieratok-tiny", help=model)
+    add("--compare", nargs="+", default=[], metavar="MODEL", help="further models, also diffusers' own")
+    add("--data", nargs="+", required=True, help=data)
+    add("--split", default="train", help="split of folders and data sets; shards have but one")
+    add("--streaming", action="store_true", help="read while evaluating instead of first making a copy in the cache")
+    add("--max_pictures", type=positive, help="take only the first pictures of the data")
+    add("--size", type=positive, help="side of the middle square; the model's own unless given")
+    add("--batch_size", type=positive, default=16, help="pictures of a batch in each process")
+    add("--no_ssim", action="store_true", help="leave SSIM out, which is slow")
+    add("--lpips", action="store_true", help="measure LPIPS; needs the package lpips")
+    add(
+        "--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this transformers vision model"
+    )
+    add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
+    add(
+        "--fid_size",
+        type=positive,
+        help="side that its pictures are resized to; what it was trained with unless given",
+    )
+    add("--no_fid", action="store_true", help="leave the Fréchet distance out")
+    add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled pictures")
+    add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add("--device", help="a device of torch; what accelerate finds unless given")
+    args = parser.parse_args(argv)
+    try:
+        args.device = args.device and torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"--device must be a device of torch, such as cuda or cpu, got {args.device!r}")
+    if args.fid_size and not args.fid_model:
+        parser.error("--fid_size needs --fid_model: the Inception network always takes 299 pixels")
+    if args.no_fid and args.fid_model:
+        parser.error("--no_fid and --fid_model contradict each other")
+    return args
+
+
+def check_writable(path: Path) -> None:
+    """Fail before the work, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+    except OSError as error:
+        raise Problem(f"--json {str(path)!r} cannot be written: {one_line(error)}") from error
+
+
+def write_whole(path: Path, report: dict[str, Any]) -> None:
+    """Write a report whole or not at all."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        temporary.write_text(json.dumps(finite(report), indent=2, allow_nan=False, default=str) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Problem(f"--json {str(path)!r} cannot be written: {one_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def loaded(load: Callable[..., Any], option: str, name: str, *more: Any) -> Any:
+    try:
+        return load(name, *more)
+    except Exception as error:  # the libraries, safetensors, the Hub and torch raise many types
+        raise Problem(f"{option} {name!r} cannot be loaded: {one_line(error)}") from error
+
+
+def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str]) -> ReconstructionMetrics:
+    """What the options ask for; rFID, which is measured where it can be, becomes a note where it cannot."""
+    lpips = perceptual = frechet = None
+    if args.lpips:
+        try:
+            lpips = load_lpips()
+        except (ImportError, OSError) as error:
+            raise Problem(f"--lpips: {one_line(error)}") from error
+    if args.perceptual_model:
+        features = loaded(VisionFeatures.from_pretrained, "--perceptual_model", args.perceptual_model)
+        perceptual = PerceptualDistance(features)
+        notes.append(f"the perceptual distance is taken over {features.name}")
+    if args.fid_model:
+        features = loaded(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
+        try:
+            frechet = FrechetDistance(features, size=args.fid_size, same_targets=True, device=device)
+        except (ImportError, ValueError) as error:
+            at = args.fid_size or features.image_size
+            raise Problem(f"--fid_model {args.fid_model!r} at {at} pixels: {one_line(error)}") from error
+    elif not args.no_fid:
+        try:
+            if importlib.util.find_spec("torch_fidelity") is None:
+                raise ImportError("it needs torch-fidelity (pip install torch-fidelity)")
+            frechet = FrechetDistance(same_targets=True, device=device)
+        except (ImportError, OSError) as error:
+            notes.append(f"rFID was left out: {one_line(error)}; --fid_model takes another network")
+    if frechet is not None:
+        notes.append(f"{frechet.name} is taken of pictures resized to {frechet.size} x {frechet.size} pixels")
+    ssim = not args.no_ssim
+    return ReconstructionMetrics(ssim=ssim, lpips=lpips, perceptual=perceptual, frechet=frechet, device=device)
+
+
+def machine(device: torch.device, processes: int) -> dict[str, Any]:
+    """Where figures of speed come from."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        names = (line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name"))
+        cpu = next(names, cpu).strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    software = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"platform": platform.platform(), "cpu": cpu, "device": name, **software, "processes": processes}
+
+
+def evaluate_model(
+    name: str, codec: Codec, batches: EvaluationBatches, metrics: ReconstructionMetrics, state: PartialState
+) -> dict[str, Any]:
+    """The figures of one model; speed is measured in the main process while the others wait."""
+    try:
+        latent = codec.latent_shape(batches.size)
+    except ValueError as error:
+        raise Problem(f"--size {batches.size} does not suit {name!r}: {one_line(error)}") from error
+    shown = tqdm(batches, desc=name, unit="batch", disable=not state.is_local_main_process, leave=False)
+    figures = evaluate(codec, shown, metrics)
+    rates = {}
+    if state.is_main_process and (batch := next(iter(batches), None)) is not None:
+        rates = throughput(codec, batch["pixel_values"])
+    state.wait_for_everyone()
+    parameters = sum(parameter.numel() for parameter in codec.model.parameters())
+    facts = {"model": name, "class": type(codec.model).__name__, "latent_shape": latent, "parameters": parameters}
+    return {**facts, **figures, "pictures_per_second": rates}
+
+
+def columns(figures: dict[str, Any]) -> dict[str, str]:
+    """A row of the table; what a model lacks is missing."""
+    row = {
+        "model": figures["model"],
+        "parameters, M": f"{figures['parameters'] / 1e6:.1f}",
+        "latent": "x".join(map(str, figures["latent_shape"])),
+        "PSNR, dB": f"{figures['psnr']:.2f}",
+    }
+    for name, value in figures.items():
+        if name in ("ssim", "lpips", "perceptual") or name == "rFID" or name.startswith("FD-"):
+            row[{"ssim": "SSIM", "lpips": "LPIPS"}.get(name, name)] = f"{value:.4f}"
+    if "scales_psnr" in figures:
+        row["coarser scales, dB"] = " ".join(f"{value:.2f}" for value in figures["scales_psnr"][:-1]) or "-"
+    row["largest |mean|"] = f"{max(map(abs, figures['latent_mean'])):.3f}"
+    row["std"] = f"{min(figures['latent_std']):.3f} ... {max(figures['latent_std']):.3f}"
+    if "probe_accuracy" in figures:
+        row["probe, %"] = f"{100 * figures['probe_accuracy']:.2f}"
+    for name, value in figures["pictures_per_second"].items():
+        row[f"{name}, pictures/s"] = f"{value:.1f}"
+    return row
+
+
+def table(models: list[dict[str, Any]]) -> str:
+    """The figures in aligned columns, a line a model."""
+    rows = [columns(figures) for figures in models]
+    # The first model may lack a figure that another has.
+    header = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    lines = [header, *([row.get(name, "-") for name in header] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+
+
+def finite(value: Any) -> Any:
+    """JSON knows no infinity: the PSNR of an exact reconstruction becomes null."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load_data(args: argparse.Namespace) -> tuple[Pictures, Pictures | None]:
+    """The pictures to evaluate on, and those to fit a probe to."""
+    try:
+        pictures = load_pictures(args.data, split=args.split, streaming=args.streaming)
+        if not args.probe_data:
+            return pictures, None
+        train = load_pictures(args.probe_data, streaming=args.streaming)
+    except (ImportError, OSError, ValueError) as error:
+        raise Problem(one_line(error)) from error
+    for option, data in (("--data", pictures), ("--probe_data", train)):
+        if data.label is None:
+            raise Problem(f"a probe needs labels, and {option} {data.source} has none")
+    classes = [data.dataset.features[data.label] for data in (pictures, train)]
+    names = [feature.names for feature in classes if isinstance(feature, ClassLabel)]
+    if len(names) == 2 and names[0] != names[1]:
+        raise Problem(f"--data and --probe_data must have the same classes, got {names[0][:5]} and {names[1][:5]}")
+    return pictures, train
+
+
+def run(args: argparse.Namespace, state: PartialState) -> list[str]:
+    """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
+    # Of several GPUs each process has its own.
+    device = args.device if args.device and args.device != torch.device(state.device.type) else state.device
+    if args.json:
+        check_writable(args.json)
+    codec = loaded(load_codec, "--model", args.model, device)
+    size = args.size or getattr(codec.model.config, "sample_size", None)
+    if not isinstance(size, int):
+        raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its pictures")
+    notes: list[str] = []
+    metrics = make_metrics(args, device, notes)
+    pictures, train = load_data(args)
+    batches = EvaluationBatches(pictures, size, args.batch_size, limit=args.max_pictures)
+    probe_batches = EvaluationBatches(train, size, args.batch_size) if train else None
+
+    models: list[dict[str, Any]] = []
+    for name in (args.model, *args.compare):
+        if models:
+            codec = loaded(load_codec, "--compare", name, device)
+        try:
+            figures = evaluate_model(name, codec, batches, metrics, state)
+            if probe_batches and codec.core is not None:
+                fitted = pooled_features(codec, probe_batches)
+                figures["probe_accuracy"] = linear_probe(*fitted, *pooled_features(codec, batches))
+        except ValueError as error:
+            raise Problem(f"{name!r} cannot be evaluated on {pictures.source}: {one_line(error)}") from error
+        models.append(figures)
+
+    mine = batches.skipped | (probe_batches.skipped if probe_batches else {})
+    skipped = {name: reason for part in gather(mine) for name, reason in part.items()}
+    if skipped:
+        notes.append(f"pictures that could not be decoded and were skipped: {len(skipped)}")
+    count = models[0]["pictures"]
+    if metrics.frechet and count <= metrics.frechet.num_features:
+        few = f"few pictures for {metrics.frechet.num_features} features: it compares only on the same pictures"
+        notes.append(f"{metrics.frechet.name} has {few}")
+    if args.json and state.is_main_process:
+        settings = {**vars(args), "size": size, "fid_size": metrics.frechet and metrics.frechet.size}
+        report = {"settings": settings, "machine": machine(device, state.num_processes), "pictures": count}
+        write_whole(args.json, {**report, "notes": notes, "skipped": skipped, "models": models})
+    title = f"{count} pictures of {pictures.source} at {size} x {size} pixels, mode of the posterior, float32"
+    return [title, table(models), *(f"note: {x}" for x in notes), *(f"skipped: {x}" for x in skipped.values())]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    disable_data_progress_bars()
+    # Unless it is told, accelerate leaves processes of a machine without an accelerator unconnected.
+    state = PartialState(cpu=args.device.type == "cpu" if args.device else not torch.accelerator.is_available())
+    try:
+        state.print("\n".join(run(args, state)))
+    except Problem as problem:
+        if state.is_main_process:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    finally:
+        state.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

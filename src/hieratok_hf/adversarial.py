@@ -1,0 +1,133 @@
+"""The adversarial part of the training loss: the PatchGAN (arXiv 1611.07004) as VQGAN uses it (arXiv 2012.09841)."""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PatchDiscriminator", "adaptive_weight", "discriminator_hinge_loss", "generator_hinge_loss"]
+
+# Shape letters: B batch, H W pixels, h w grid of scores.
+
+_WIDEST = 8
+_NORM_GROUPS = 32
+_NORM_CHANNELS = 4
+
+
+class PatchDiscriminator(nn.Module):
+    """
+    Scores how real each patch of a picture looks, by convolutions of 4x4: `num_layers` of stride 2, then two of
+    stride 1. A score sees 16, 34, 70 or 142 pixels each way with 1 to 4 layers, and the rest of its picture only
+    through the statistics of the norms.
+
+    Group norms stand where the papers have batch norms: a score must depend neither on the other pictures of the batch
+    nor on how many processes share it.
+
+    Args:
+        channels (`int`): Channels after the first convolution, a multiple of 4; later ones have up to eight times as
+            many.
+        num_layers (`int`): Convolutions of stride 2.
+
+    Raises:
+        ValueError: `channels` or `num_layers` are not those above.
+    """
+
+    def __init__(self, channels: int = 64, num_layers: int = 3):
+        super().__init__()
+        if channels < 1 or channels % _NORM_CHANNELS:
+            raise ValueError(f"`channels` must be a positive multiple of {_NORM_CHANNELS}, got {channels}.")
+        if num_layers < 1:
+            raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
+        self.min_size = 3 * 2**num_layers
+        widths = [channels * min(2**i, _WIDEST) for i in range(num_layers + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i, (width, next_width) in enumerate(pairwise(widths), start=1):
+            stride = 2 if i < num_layers else 1
+            # Four channels or more a group: a channel alone would lose its mean.
+            groups = math.gcd(_NORM_GROUPS, next_width // _NORM_CHANNELS)
+            layers += [
+                nn.Conv2d(width, next_width, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(groups, next_width),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """
+        Args:
+            pictures (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]; sides of at least `min_size` pixels.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 1, h, w)`: The scores in float32, high for real; `h` is
+            `H // 2**num_layers - 2`.
+
+        Raises:
+            ValueError: `pictures` have another shape, or are too small for a score.
+        """
+        if pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ValueError(f"`pictures` must have shape (B, 3, H, W), got {tuple(pictures.shape)}.")
+        if min(pictures.shape[2:]) < self.min_size:
+            size = f"{pictures.shape[2]}x{pictures.shape[3]}"
+            raise ValueError(f"`pictures` must be at least {self.min_size} pixels high and wide, got {size}.")
+        return self.layers(pictures).float()
+
+
+def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """
+    What the discriminator minimises: scores of real pictures rise to 1, those of others fall to -1.
+
+    Args:
+        real, fake (`torch.Tensor` of any shape): Its scores of real pictures, and of reconstructions without their
+            graph.
+
+    Returns:
+        `torch.Tensor` of shape `()`: The mean of both sides in float32, 1 where all scores are 0.
+    """
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+
+
+def generator_hinge_loss(fake: Tensor) -> Tensor:
+    """What the tokenizer minimises: minus the mean score of its reconstructions (any shape), a float32 scalar."""
+    return -fake.float().mean()
+
+
+def adaptive_weight(
+    reconstruction_square: Tensor, adversarial_square: Tensor, *, limit: float = 1e4, epsilon: float = 1e-4
+) -> Tensor:
+    """
+    The weight that makes the adversarial loss pull as hard as the reconstruction loss (VQGAN's eq. 7).
+
+    VQGAN compares the gradients at the last layer's weight. Those at the reconstructed pictures need no wrapper (DDP,
+    FSDP, compile) to be opened, and several processes can add up their sums of squares first.
+
+    Args:
+        reconstruction_square, adversarial_square (`torch.Tensor` of shape `()`): Sums of the squares of each loss's
+            gradient with respect to the reconstructed pictures.
+        limit (`float`): The largest weight.
+        epsilon (`float`): Added to the adversarial norm. The gradient of a mean shrinks with the root of the number
+            of pixels, so that a large batch may ask for less than VQGAN's 1e-4.
+
+    Returns:
+        `torch.Tensor` of shape `()`: The ratio of the gradients' norms in [0, `limit`], float32, without a graph.
+
+    Raises:
+        ValueError: A sum of squares is no scalar tensor, or `limit` or `epsilon` is not positive.
+    """
+    squares = {"reconstruction_square": reconstruction_square, "adversarial_square": adversarial_square}
+    for name, square in squares.items():
+        if not isinstance(square, Tensor) or square.ndim:
+            got = tuple(square.shape) if isinstance(square, Tensor) else type(square).__name__
+            raise ValueError(f"`{name}` must be a tensor of shape (), got {got}.")
+    for name, number in {"limit": limit, "epsilon": epsilon}.items():
+        if not number > 0:
+            raise ValueError(f"`{name}` must be positive, got {number}.")
+    with torch.no_grad():
+        reconstruction_norm, adversarial_norm = (square.float().sqrt() for square in squares.values())
+        return (reconstruction_norm / (adversarial_norm + epsilon)).clamp(0, limit)

@@ -1,0 +1,110 @@
+"""One way to use every image autoencoder, of this package and of diffusers."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .shipped import SHIPPED, pretrained
+from .tokenizer import HieraTokCore, posterior_of
+
+__all__ = ["Codec", "load_codec"]
+
+# Shape letters: B batch, S side of a square picture in pixels, C latent channels, h w the latent's grid.
+
+
+class Codec:
+    """
+    One way to use every autoencoder: pictures in [-1, 1] to the mode of their latents, and back.
+
+    Args:
+        model (`torch.nn.Module`): A `HieraTokCore`, a model around one, or an image autoencoder of diffusers.
+
+    Attributes:
+        core (`HieraTokCore` or `None`): That of a HieraTok model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        core = model if isinstance(model, HieraTokCore) else getattr(model, "core", None)
+        self.core: HieraTokCore | None = core if isinstance(core, HieraTokCore) else None
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """The latent `(B, C, h, w)` of pictures `(B, 3, S, S)`, on the model's device."""
+        weight = next(self.model.parameters())
+        pixel_values = pixel_values.to(weight.device, weight.dtype)
+        if self.core is not None:
+            return posterior_of(self.core.encode_moments(pixel_values)[0]).mode()
+        output: Any = self.model.encode(pixel_values)
+        if hasattr(output, "latent_dist"):
+            return output.latent_dist.mode()
+        return output.latents if hasattr(output, "latents") else output.latent
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The pictures `(B, 3, S, S)` of latents."""
+        return self.core.decode(latents) if self.core is not None else self.model.decode(latents).sample
+
+    def decode_scales(self, latents: Tensor) -> list[Tensor]:
+        """The pictures of every scale, coarse to fine; of other models than HieraTok the only one."""
+        return [self.decode(latents)] if self.core is None else self.core.decode_scales(latents)
+
+    def latent_shape(self, size: int) -> tuple[int, ...]:
+        """
+        Shape `(C, h, w)` of the latent of a picture of `size` x `size` pixels, which is tried.
+
+        Raises:
+            ValueError: The model cannot take it, or gives a picture of another size back.
+        """
+        blank = torch.zeros(1, 3, size, size)
+        name = type(self.model).__name__
+        try:
+            with torch.no_grad():
+                latents = self.encode(blank)
+                shape = tuple(self.decode(latents).shape)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name} cannot take pictures of {size} x {size} pixels: {reason}") from error
+        if shape != blank.shape:
+            raise ValueError(f"{name} makes pictures of shape {shape[1:]} of those of {tuple(blank.shape[1:])}.")
+        return tuple(latents.shape[1:])
+
+
+def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Codec:
+    """
+    A HieraTok model or an autoencoder of diffusers in float32, from safetensors: a name of `SHIPPED`, a folder, or a
+    Hub id; of a pipeline its part `vae`.
+
+    Raises:
+        OSError: There is no such folder or repository, no network to reach it, or it holds no safetensors.
+        ValueError: Its configuration names no autoencoder that this package or diffusers has, or its weights do not
+            suit it.
+    """
+    import diffusers
+
+    from .autoencoder_hieratok import AutoencoderHieraTok
+
+    name = os.fspath(name_or_path)
+    if name in SHIPPED and not Path(name).is_dir():
+        name = pretrained(name)
+    arguments: dict[str, Any] = {}
+    try:
+        config = AutoencoderHieraTok.load_config(name)
+    except OSError:
+        arguments = {"subfolder": "vae"}
+        try:
+            config = AutoencoderHieraTok.load_config(name, **arguments)
+        except OSError:
+            raise OSError(
+                f"{name!r} is no folder or repository with a config.json, in itself or in its vae."
+            ) from None
+    kind = config.get("_class_name")
+    is_own = kind == AutoencoderHieraTok.__name__ or config.get("model_type") == "hieratok"
+    model_class: Any = AutoencoderHieraTok if is_own else getattr(diffusers, str(kind), None)
+    if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
+        raise ValueError(
+            f"{name!r} must hold an autoencoder of HieraTok or diffusers, its config.json names {kind!r}."
+        )
+    model = model_class.from_pretrained(name, torch_dtype=torch.float32, use_safetensors=True, **arguments)
+    return Codec(model.eval().requires_grad_(False).to(device))

@@ -1,0 +1,38 @@
+"""A sheet of pictures beside what a tokenizer makes of them, to look at while it trains."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from .tokenizer import HieraTokCore
+
+__all__ = ["sample_grid"]
+
+_GAP = 2
+
+
+@torch.no_grad()
+def sample_grid(core: HieraTokCore, pixel_values: Tensor) -> Image.Image:
+    """
+    One row a picture: the picture, then the decoded picture of every scale, coarse to fine, at the picture's size.
+
+    Args:
+        core (`HieraTokCore`): On the device of the pictures.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1].
+
+    Returns:
+        `PIL.Image.Image`: `B` rows and one column more than scales, with white gaps.
+    """
+    size = pixel_values.shape[2:]
+    scales = core.decode_scales(core.encode(pixel_values).mode())
+    # Nearest, so that a coarse scale shows as coarse as it is; its last cell may reach beyond the picture.
+    columns = []
+    for picture, factor in zip(scales, core.config.scale_factors):
+        columns.append(F.interpolate(picture, scale_factor=factor, mode="nearest")[..., : size[0], : size[1]])
+    cells = torch.stack([pixel_values, *columns], dim=1)  # (B, scales + 1, 3, H, W)
+    padded = F.pad(cells, (0, _GAP, 0, _GAP), value=1.0)
+    sheet = padded.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (B * H, columns * W, 3)
+    levels = ((sheet[:-_GAP, :-_GAP].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(levels))

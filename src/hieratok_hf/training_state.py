@@ -1,0 +1,166 @@
+"""States of an interrupted training: one file a step, written whole or not at all, the last few kept."""
+
+import math
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from .tokenizer import HieraTokCore
+
+__all__ = ["TrainingState", "latest_state", "learning_rate_factor", "states_in"]
+
+_PATTERN = "state-{:09d}.pt"
+
+# Names without what DDP, FSDP and `torch.compile` put before them: a state goes on under any of them.
+_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class TrainingState:
+    """
+    Everything that a training changes, and the average of the weights that it exports.
+
+    Args:
+        core (`HieraTokCore`): The part of `model` whose weights are averaged.
+        pairs (`list[tuple[nn.Module, torch.optim.Optimizer]]`): Modules, wrapped or not, with their optimizers; `core`
+            lies in the first.
+        decay (`float`): Of the average, which follows faster at first.
+    """
+
+    def __init__(self, core: HieraTokCore, pairs: list[tuple[nn.Module, torch.optim.Optimizer]], decay: float):
+        self.core, self.pairs = core, pairs
+        self.average = EMAModel(core.parameters(), decay=decay, foreach=True)
+
+    def averaged_weights(self) -> dict[str, Any]:
+        """The weights of the first module with the average in place of those of `core`, whole, on the CPU."""
+        self.average.store(self.core.parameters())
+        self.average.copy_to(self.core.parameters())
+        try:
+            weights = get_model_state_dict(self.pairs[0][0], options=StateDictOptions(full_state_dict=True))
+            return {name: x.detach().clone().cpu() for name, x in weights.items()}
+        finally:
+            self.average.restore(self.core.parameters())
+
+    def averaged_core(self) -> HieraTokCore:
+        """A tokenizer of its own with the averaged weights, on the CPU; all processes call it, and all get it."""
+        core = type(self.core)(self.core.config)
+        weights = self.averaged_weights()
+        core.load_state_dict(
+            {name.removeprefix("core."): x for name, x in weights.items() if name.startswith("core.")}
+        )
+        return core.eval()
+
+    def save(self, folder: Path, step: int, keep: int, write: bool = True, **facts: Any) -> None:
+        """
+        Write the state after `step` steps, then remove all but the newest `keep`; `facts` are written along.
+
+        All processes call it, the one with `write` writes. `OSError` where the folder is full or cannot be written:
+        earlier states stay.
+        """
+        parts = [
+            {
+                "model": get_model_state_dict(module, options=_GATHER),
+                # One that has not begun would be made to take a step, to have something to tell.
+                "optimizer": get_optimizer_state_dict(module, optimizer, options=_GATHER) if optimizer.state else {},
+            }
+            for module, optimizer in self.pairs
+        ]
+        average = self.averaged_weights()
+        if write:
+            state = {"step": step, "parts": parts, "average": average, "updates": self.average.optimization_step}
+            save_state(folder, step, {**state, **facts}, keep)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """
+        Put back what `latest_state` read; all processes call it.
+
+        Raises:
+            ValueError: The state is that of other modules.
+        """
+        distributed = torch.distributed.is_initialized()
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
+        if len(state["parts"]) != len(self.pairs):
+            raise ValueError(f"The state is of {len(state['parts'])} trained modules, these are {len(self.pairs)}.")
+        try:
+            # The average passes through the model, whatever wraps it.
+            set_model_state_dict(self.pairs[0][0], state["average"], options=options)
+            with torch.no_grad():
+                for shadow, parameter in zip(self.average.shadow_params, self.core.parameters()):
+                    shadow.copy_(parameter)
+            self.average.optimization_step = state["updates"]
+            for (module, optimizer), part in zip(self.pairs, state["parts"]):
+                set_model_state_dict(module, part["model"], options=options)
+                if part["optimizer"]:
+                    set_optimizer_state_dict(module, optimizer, part["optimizer"], options=options)
+        except RuntimeError as error:
+            raise ValueError(f"The state does not fit this model: {str(error).splitlines()[-1].strip()}") from error
+
+
+def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """
+    Write `state` as that of `step`, then remove all but the newest `keep`.
+
+    Raises:
+        OSError: The folder cannot be written or is full; states that were there before stay.
+    """
+    path = folder / _PATTERN.format(step)
+    temporary = folder / f".{path.name}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    for old in states_in(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def latest_state(folder: Path) -> dict[str, Any]:
+    """
+    The newest state of a folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or no state of this package.
+    """
+    states = states_in(folder)
+    if not states:
+        raise FileNotFoundError(f"{str(folder)!r} holds no training state to go on from ({_PATTERN.format(0)} or so).")
+    try:
+        state = torch.load(states[-1], map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{str(states[-1])!r} cannot be read as a training state: {reason}") from error
+    if not isinstance(state, dict) or not {"step", "parts", "average", "updates"} <= state.keys():
+        raise ValueError(f"{str(states[-1])!r} is no training state of this package.")
+    return state
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The states in a folder, the newest last."""
+    return sorted(folder.glob(_PATTERN.format(0).replace("000000000", "[0-9]" * 9)))
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, decay: int) -> float:
+    """Of the learning rate at a step: linear warm-up, then constant, then half a cosine down over the last `decay`."""
+    rising = min(1.0, (step + 1) / max(1, warmup))
+    falling = min(1.0, (steps - step) / max(1, decay))
+    return rising * 0.5 * (1 - math.cos(math.pi * falling))
