@@ -159,7 +159,9 @@ def train(args: argparse.Namespace) -> None:
         state = latest_state(args.output)
         if state["config"] != core.config.model_fields:
             raise ValueError(f"The state in {str(args.output)!r} is that of a model of another configuration.")
-    elif args.model is None and core.config.linear_path:
+    elif args.resume:
+        accelerator.print(f"There is no state in {str(args.output)!r} yet: the training begins.")
+    if state is None and args.model is None and core.config.linear_path:
         first = batches(plan(args.statistics_batches, seed=args.seed + 1))
         start_from_principal_components(core, map(to_pixel_values, first))
         fitting = batches(plan(args.linear_steps, seed=args.seed))

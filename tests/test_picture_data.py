@@ -72,6 +72,23 @@ def test_class_folders_give_pictures_and_labels(tmp_path, streaming):
     assert pictures.streaming is streaming and (streaming or len(pictures) == 3)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_that_are_named_so_are_splits(tmp_path, streaming):
+    for split, seeds in (("train", [0, 1]), ("test", [2])):
+        write_folder(tmp_path / split, cat=seeds[:1], dog=seeds[1:])
+    assert seen(load_pictures(str(tmp_path), streaming=streaming), [0, 1]) == [0, 1]
+    assert seen(load_pictures(str(tmp_path), split="test", streaming=streaming), [2]) == [0]
+    # One of them by its own path is a folder like any other.
+    assert seen(load_pictures(str(tmp_path / "test"), streaming=streaming), [2]) == [0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_of_pictures_decide_no_split(tmp_path, streaming):
+    for seed, name in enumerate(["a", "bullet_train", "crash test", "valid-ticket"]):
+        (tmp_path / f"{name}.png").write_bytes(encoded(seed))
+    assert seen(load_pictures(str(tmp_path), streaming=streaming), range(4)) == [None] * 4
+
+
 @pytest.mark.parametrize("kind", ["webp", "png", "jpg"])
 def test_a_shard_gives_pictures_and_labels(tmp_path, kind):
     path = write_shard(tmp_path / "a.tar", [4, 5], kind)
@@ -183,8 +200,9 @@ def test_nothing_in_it_is_refused(tmp_path, streaming):
     refused(str(tmp_path / "empty.tar"), "No pictures found in", streaming=streaming)
     numbers = write_parquet(tmp_path / "numbers", {"a": [1]}, a=datasets.Value("int64"))
     refused(numbers, "no column of them in ['a']", streaming=streaming)
-    folder = write_folder(tmp_path / "data", cat=[0])
-    refused(folder, "nope", split="nope", streaming=streaming)
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    write_folder(tmp_path / "data" / "train", cat=[0])
+    refused(str(tmp_path / "data"), "nope", split="nope", streaming=streaming)
 
 
 def test_a_data_set_without_rows_is_refused():

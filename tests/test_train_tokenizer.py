@@ -33,12 +33,19 @@ CONFIG = {**TINY, "scale_factors": [4, 2, 1]}
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
+def cache(request, tmp_path_factory, monkeypatch):
     """A cache of its own, and no state left in accelerate's singletons."""
     folder = tmp_path_factory.getbasetemp() / "datasets"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
+    if "gpu" not in request.keywords:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # where every sum has its order
     yield
+    forget_processes()
+
+
+def forget_processes():
+    """accelerate keeps what the first training of a process asked for."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
@@ -65,6 +72,7 @@ def arguments(output, *more):
 
 
 def run(output, *more):
+    forget_processes()
     assert train_tokenizer.main(arguments(output, *more)) == 0
     return records(output)
 
@@ -273,3 +281,38 @@ def test_arguments_that_cannot_be_are_named(tmp_path, capsys):
     assert "`size` must be one of" in failure(capsys, tmp_path, "--size", "hieratok-xl")
     assert "must be finite and not negative, got -1" in failure(capsys, tmp_path, "--perceptual_weight", -1)
     assert "no argument 'patches'" in failure(capsys, tmp_path, "--config", '{"patches": 4}')
+
+
+def test_lower_precision_and_streaming_train_as_well(tmp_path):
+    exact = run(tmp_path / "exact", "--steps", 4, "--streaming")
+    rounded = run(tmp_path / "rounded", "--steps", 4, "--streaming", "--mixed_precision", "bf16")
+    assert exact != rounded
+    for ours, theirs in zip(rounded, exact, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
+    assert all(x.dtype == torch.float32 for x in weights_of(tmp_path / "rounded").values())
+
+
+def test_sharded_over_two_processes_it_trains_as_one(tmp_path):
+    one = run(tmp_path / "one", "--steps", 3)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518"]
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    fsdp |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    environment = {**os.environ, **fsdp, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    more = arguments(tmp_path / "two", "--steps", 3)
+    finished = subprocess.run([*command, str(SCRIPT), *more], capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for ours, theirs in zip(records(tmp_path / "two"), one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    # What sharded processes saved, a single one goes on from.
+    assert run(tmp_path / "two", "--steps", 4, "--resume")[-1]["step"] == 4
+    a, b = train_tokenizer.latest_state(tmp_path / "two")["average"], weights_of(tmp_path / "one")
+    assert {name.removeprefix("core.") for name in a} == {name.removeprefix("core.") for name in b}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_trains_compiled_and_in_bfloat16(tmp_path, vision_model):
+    plain = run(tmp_path / "plain", *all_losses(vision_model))
+    fast = run(tmp_path / "fast", *all_losses(vision_model), "--mixed_precision", "bf16", "--compile")
+    for ours, theirs in zip(fast, plain, strict=True):
+        assert ours["l1"] == pytest.approx(theirs["l1"], rel=0.1)

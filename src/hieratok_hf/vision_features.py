@@ -1,5 +1,6 @@
 """Features of a frozen transformers vision model: what perceptual losses, alignment and Fréchet distances look at."""
 
+import inspect
 import os
 from typing import Any
 
@@ -36,6 +37,9 @@ class VisionFeatures(nn.Module):
         # Convolutions are a third faster with the channels last.
         self.model = model.eval().requires_grad_(False)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Some ViTs take pictures of other sizes only when told so.
+        asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self._any_size = {"interpolate_pos_encoding": True} if asks else {}
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -103,7 +107,8 @@ class VisionFeatures(nn.Module):
         # Autocasting would round what the losses and statistics are made of.
         with torch.autocast(pixel_values.device.type, enabled=False):
             normalised = (pixel_values * 0.5 + 0.5 - self.mean) / self.std
-            outputs = self.model(normalised.to(memory_format=torch.channels_last), output_hidden_states=True)
+            normalised = normalised.to(memory_format=torch.channels_last)
+            outputs = self.model(normalised, output_hidden_states=True, **self._any_size)
         if getattr(outputs, "hidden_states", None) is None or getattr(outputs, "last_hidden_state", None) is None:
             raise ValueError(f"`model` must give hidden states, which {type(self.model).__name__} does not.")
         maps = [x.transpose(1, 2) if x.ndim == 3 else x for x in (*outputs.hidden_states, outputs.last_hidden_state)]
