@@ -7,7 +7,7 @@ TRITON := triton==3.7.1
 DATA ?= ../shared/data
 SHARDS := $(wildcard $(DATA)/imagenette_128/train-*.tar) $(wildcard $(DATA)/clothing_256/train-*.tar)
 
-.PHONY: demo test lint gpu train clean
+.PHONY: demo test lint gpu train compare clean
 
 demo: $(READY)
 	$(BIN)/python examples/reconstruct.py --output outputs
@@ -29,12 +29,23 @@ gpu: $(READY)
 	$(BIN)/python -m pytest tests/test_attention_triton.py tests/test_rotary_triton.py
 	$(BIN)/python benchmarks/bench_attention.py --json --record
 	$(BIN)/python benchmarks/bench_decode.py --json
+	$(BIN)/python benchmarks/bench_train.py --json
 
-# What made the weights of hieratok-tiny; `RESUME=--resume` goes on after an interruption.
+# What makes the weights of hieratok-tiny, in two stages, without and with a perceptual loss; started again after an
+# interruption, it goes on.
 train: $(READY)
-	$(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --output runs/hieratok-tiny $(RESUME) \
-		--steps 5500 --decay_steps 2000 --lr 1.5e-3 --batch_size 16 --crop_sizes 64 64 64 128 256 \
-		--linear_steps 600 --log_every 50
+	$(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --output runs/hieratok-tiny-1 --resume \
+		--steps 5500 --decay_steps 2000 --lr 1.5e-3 --batch_size 16 --crop_sizes 64 64 64 128 256 --crop_scale 0 0 \
+		--pixel_loss mse --linear_steps 600 --ema 0.995 --save_every 250
+	$(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --output runs/hieratok-tiny --resume \
+		--model runs/hieratok-tiny-1 --steps 4000 --decay_steps 3000 --lr 1e-3 --batch_size 16 \
+		--crop_sizes 64 64 64 128 128 256 --crop_scale 0 0 --pixel_loss mse --perceptual_weight 2e-4 \
+		--vision_model $(DATA)/mobilenet_v2_1.0_224 --ema 0.995 --save_every 250
+
+# The comparison of scales in benchmarks/README.md; hours on a CPU. Finished rows are kept.
+compare: $(READY)
+	$(BIN)/python benchmarks/compare_scales.py --data $(DATA)
+	$(BIN)/python benchmarks/compare_scales.py --data $(DATA) --only_collect
 
 # A build of torch for GPUs brings the Triton that it needs; elsewhere the tests run its kernels in an interpreter.
 # torch comes first and by its exact version, so that a machine with a build of its own keeps that build.

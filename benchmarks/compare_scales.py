@@ -22,6 +22,8 @@ from hieratok_hf.picture_data import load_pictures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compare_scales.json"
+README = ROOT / "benchmarks" / "README.md"
+BEGIN, END = "<!-- compare_scales.py --only_collect writes this -->", "<!-- until here -->"
 PLOT = ROOT / "benchmarks" / "results" / "compare_scales.png"
 DISTANCE = "FD-MobileNetV2"
 
@@ -199,6 +201,8 @@ def main(argv: list[str] | None = None) -> int:
         runs = {path.parent.name: json.loads(path.read_text()) for path in finished}
         RESULTS.write_text(json.dumps({"machine": machine(torch.device("cpu")), "runs": runs}, indent=1) + "\n")
         plot(runs, PLOT)
+        before, _, rest = README.read_text().partition(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{table(runs)}\n{END}{rest.partition(END)[2]}")
         print(table(runs))
     return 0
 

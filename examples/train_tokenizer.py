@@ -131,6 +131,8 @@ def train(args: argparse.Namespace) -> None:
         coarse_start=args.coarse_start,
     )
     accelerator = Accelerator(
+        # Unless it is told, accelerate leaves processes of a machine without an accelerator unconnected.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.accumulate,
         dynamo_backend="inductor" if args.compile else None,

@@ -5,7 +5,7 @@ import torch
 from helpers import DETOK, noise, random_core
 from torch.nn import functional as F
 
-from hieratok_hf import PyramidLayout
+from hieratok_hf import HieraTokConfig, PyramidLayout
 from hieratok_hf.pyramid import flatten_pyramid
 
 FACTORS = (8, 4, 2, 1)
@@ -166,3 +166,48 @@ def test_a_batch_gives_what_its_members_give_alone():
     alone = [decoder(one[None], layout, (7, 5), all_scales=True) for one in tokens]
     for k, pictures in enumerate(together):
         torch.testing.assert_close(pictures, torch.cat([x[k] for x in alone]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("overrides", VARIANTS)
+def test_without_scale_causality_every_picture_depends_on_every_token(grid, overrides):
+    decoder, tokens, layout = decoder_and_tokens(grid, batch=1, scale_causal=False, **overrides)
+    tokens.requires_grad_()
+    for picture in decoder(tokens, layout, grid, all_scales=True):
+        (gradient,) = torch.autograd.grad(picture.sum(), tokens, retain_graph=True)
+        assert (gradient[0].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_without_scale_causality_attention_is_plain(attention, monkeypatch):
+    decoder, tokens, layout = decoder_and_tokens((7, 5), scale_causal=False)
+    decoder.config._attn_implementation = attention
+    made = decoder(tokens, layout, (7, 5), all_scales=True)
+    causal, *_ = decoder_and_tokens((7, 5))
+    causal.load_state_dict(decoder.state_dict())
+    # The definition with a mask that hides nothing, in place of the prefix.
+    causal.config._attn_implementation = "eager"
+    monkeypatch.setattr(PyramidLayout, "visible_ends", lambda self, device=None: torch.full((self.num_tokens,), 10**6))
+    for ours, theirs in zip(made, causal(tokens, layout, (7, 5), all_scales=True), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_scale_causality_is_the_default_and_a_single_scale_knows_no_difference():
+    assert HieraTokConfig().scale_causal is True
+    for factors, same in (((1,), True), (FACTORS, False)):
+        pictures = []
+        for overrides in ({}, {"scale_causal": True}, {"scale_causal": False}):
+            torch.manual_seed(0)
+            decoder, tokens, layout = decoder_and_tokens((7, 5), factors, **overrides)
+            pictures.append(decoder(tokens, layout, (7, 5), all_scales=True))
+        default, causal, plain = pictures
+        assert all(torch.equal(a, b) for a, b in zip(default, causal, strict=True))
+        assert torch.allclose(default[0], plain[0], atol=1e-6) is same
+
+
+def test_the_kind_of_attention_changes_no_weight():
+    torch.manual_seed(0)
+    plain = random_core(scale_causal=False).state_dict()
+    torch.manual_seed(0)
+    causal = random_core().state_dict()
+    assert plain.keys() == causal.keys() and all(torch.equal(plain[name], causal[name]) for name in causal)

@@ -1,9 +1,10 @@
-"""The training loss: parts by hand, weights, and balance over sizes."""
+"""The training loss: parts by hand, kinds of pixel differences, weights, and balance over sizes."""
 
+import pytest
 import torch
 from helpers import pictures, random_core
 
-from hieratok_hf.losses import tokenizer_losses
+from hieratok_hf.losses import PIXEL_LOSSES, pixel_loss, tokenizer_losses
 from hieratok_hf.pyramid import picture_pyramid
 
 
@@ -44,3 +45,57 @@ def test_low_precision_gives_a_float32_loss():
     core = random_core().to(torch.bfloat16)
     losses, *_ = losses_of(core, pictures(1, 3, 16, 16).to(torch.bfloat16))
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
+
+
+def test_kinds_of_pixel_differences_by_hand():
+    a, b = pictures(2, 3, 5, 7), pictures(2, 3, 5, 7, seed=1)
+    difference = (a - b).double()
+    expected = {
+        "mse": difference.square().mean(),
+        "l1": difference.abs().mean(),
+        "charbonnier": (difference.square() + 1e-6).sqrt().mean() - 1e-3,
+    }
+    assert set(expected) == set(PIXEL_LOSSES)
+    for kind, value in expected.items():
+        assert pixel_loss(a, b, kind).item() == pytest.approx(value.item(), rel=1e-6)
+    assert pixel_loss(a, b) == pixel_loss(a, b, "mse")
+
+
+@pytest.mark.parametrize("kind", PIXEL_LOSSES)
+def test_a_pixel_difference_is_zero_for_equals_symmetric_and_has_a_finite_gradient(kind):
+    a, b = pictures(1, 3, 4, 4), pictures(1, 3, 4, 4, seed=1)
+    assert pixel_loss(a, a, kind).abs() < 1e-9
+    assert pixel_loss(a, b, kind) == pixel_loss(b, a, kind) > 0
+    same = a.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(pixel_loss(same, a, kind), same)
+    assert (gradient == 0).all()
+    assert pixel_loss(a.bfloat16(), a, kind).dtype == torch.float32
+
+
+def test_charbonnier_is_the_absolute_difference_but_smooth_at_zero():
+    far = torch.tensor([0.5, -2.0], requires_grad=True)
+    assert pixel_loss(far, torch.zeros(2), "charbonnier").item() == pytest.approx(1.25, abs=2e-3)
+    (gradient,) = torch.autograd.grad(pixel_loss(far, torch.zeros(2), "charbonnier"), far)
+    torch.testing.assert_close(gradient, torch.tensor([0.5, -0.5]), atol=1e-5, rtol=0)
+    near = torch.tensor([1e-4], requires_grad=True)
+    (gradient,) = torch.autograd.grad(pixel_loss(near, torch.zeros(1), "charbonnier"), near)
+    assert gradient.item() == pytest.approx(0.1 / (1 + 0.01) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", PIXEL_LOSSES)
+def test_every_scale_is_measured_by_the_kind_that_is_asked_for(kind):
+    core, pixel_values = random_core(kl_weight=0.5, coarse_weight=0.25), pictures(2, 3, 28, 20)
+    moments, _ = core.encode_moments(pixel_values)
+    decoded = core.decode_scales(core.encode(pixel_values).mode())
+    losses = tokenizer_losses(decoded, pixel_values, moments, core.config, kind)
+    assert set(losses) == {kind, "kl", "coarse", "loss"}
+    pairs = zip(decoded, picture_pyramid(pixel_values, core.config), strict=True)
+    *coarse, finest = [pixel_loss(a, b, kind) for a, b in pairs]
+    torch.testing.assert_close(losses[kind], finest)
+    torch.testing.assert_close(losses["coarse"], sum(coarse) / 3)
+    torch.testing.assert_close(losses["loss"], finest + 0.5 * losses["kl"] + 0.25 * losses["coarse"])
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"`kind` must be one of \['mse', 'l1', 'charbonnier'\], got 'l2'"):
+        pixel_loss(pictures(1, 3, 4, 4), pictures(1, 3, 4, 4), "l2")

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 
 from hieratok_hf.picture_data import Pictures, load_pictures, picture_of
 from hieratok_hf.pictures import PictureError
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +77,12 @@ def test_class_folders_give_pictures_and_labels(tmp_path, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_folders_that_are_named_so_are_splits(tmp_path, streaming):
-    for split, seeds in (("train", [0, 1]), ("test", [2])):
+    for split, seeds in (("train", [0, 1]), ("test", [2, 3])):
         write_folder(tmp_path / split, cat=seeds[:1], dog=seeds[1:])
     assert seen(load_pictures(str(tmp_path), streaming=streaming), [0, 1]) == [0, 1]
-    assert seen(load_pictures(str(tmp_path), split="test", streaming=streaming), [2]) == [0]
+    assert seen(load_pictures(str(tmp_path), split="test", streaming=streaming), [2, 3]) == [0, 1]
     # One of them by its own path is a folder like any other.
-    assert seen(load_pictures(str(tmp_path / "test"), streaming=streaming), [2]) == [0]
+    assert seen(load_pictures(str(tmp_path / "test"), streaming=streaming), [2, 3]) == [0, 1]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -261,3 +264,13 @@ def test_a_row_without_a_picture_is_named():
     assert picture_of(good).mode == "RGB"
     with pytest.raises(PictureError, match=r"^'row 1': is empty"):
         picture_of(missing)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real shards of ../shared/data are not here")
+@pytest.mark.parametrize(("name", "size"), [("clothing_256", 256), ("imagenette_128", 128)])
+def test_real_shards(name, size):
+    rows = iter(load_pictures(str(DATA / name / "val-*.tar"), streaming=True))
+    found = [next(rows) for _ in range(20)]
+    assert {picture_of(row).size for row in found} == {(size, size)}
+    assert all(0 <= row["label"] < 10 for row in found)
+    assert found[3]["name"].endswith("/val-0000.tar:000003.webp")

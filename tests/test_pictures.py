@@ -11,7 +11,7 @@ from picture_files import noise, opened, pixels, png, saved
 from PIL import Image, ImageFile, ImageOps
 
 from hieratok_hf import pictures
-from hieratok_hf.pictures import PictureError, convert_to_rgb, open_picture
+from hieratok_hf.pictures import PictureError, convert_to_rgb, decode_picture, open_picture
 
 
 def test_grey_bilevel_and_rgb_files(tmp_path):
@@ -255,3 +255,32 @@ def test_no_open_file_and_no_changed_pillow_setting(tmp_path):
         kept.append(caught)
     assert len(os.listdir("/proc/self/fd")) == before
     assert settings == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tiff"])
+def test_a_files_content_gives_the_same_picture_as_the_file(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {} if suffix == "gif" else {"exif": exif}
+    path = saved(tmp_path, Image.fromarray(noise(6, 4)), f"a.{suffix}", **options)
+    picture = decode_picture(path.read_bytes(), "a name")
+    assert (pixels(picture) == pixels(open_picture(path))).all()
+    assert picture.size == ((4, 6) if suffix == "gif" else (6, 4))
+
+
+def test_content_that_cannot_be_decoded_is_named(tmp_path):
+    data = saved(tmp_path, Image.fromarray(noise(64, 64)), "whole.png").read_bytes()
+    for content, pattern in (
+        (b"", r"is empty \(0 bytes\)"),
+        (b"not a picture", "is no picture in a format that Pillow reads"),
+        (data[: len(data) // 2], r"cannot be decoded \(image file is truncated.*\)"),
+        (png(100_000, 100_000, 8, 2), r"is too large for max_pixels=50000000 \(.*\)"),
+    ):
+        for name in ("train.tar:000001.png", "two\nlines.png"):
+            with pytest.raises(PictureError) as caught:
+                decode_picture(content, name)
+            text = str(caught.value)
+            assert "\n" not in text and re.fullmatch(re.escape(f"{name!r}: ") + pattern, text), text
+    with pytest.raises(PictureError, match=r"^'a': is too large for max_pixels=4095 \(64 x 64 pixels\)"):
+        decode_picture(data, "a", max_pixels=4095)
+    assert decode_picture(data, "a", max_pixels=4096).size == (64, 64)

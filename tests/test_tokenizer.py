@@ -256,3 +256,88 @@ def test_posterior_takes_the_mean_first_and_the_log_variance_second():
     posterior = core.encode(picture)
     assert torch.equal(posterior.mode(), moments[:, :4])
     assert torch.equal(posterior.logvar, moments[:, 4:].clamp(-30, 20))
+
+
+OTHER_SCALES = [(8, 4, 2, 1), (1,), (4, 1), (16, 3, 1)]
+
+
+@pytest.mark.parametrize("factors", OTHER_SCALES)
+@pytest.mark.parametrize("overrides", VARIANTS)
+def test_a_copy_with_other_scales_keeps_the_weights_of_those_it_shares(overrides, factors):
+    core = random_core(**overrides)
+    own = tuple(core.config.scale_factors)
+    before = copy.deepcopy(core.state_dict())
+    other = core.with_scale_factors(factors)
+    assert other.config.scale_factors == factors and core.config.scale_factors == own
+    assert other.config.model_fields == {**core.config.model_fields, "scale_factors": factors}
+    for i, factor in enumerate(factors):
+        row = own.index(factor) if factor in own else len(own) - 1
+        assert torch.equal(other.decoder.scale_embedding[i], core.decoder.scale_embedding[row])
+        if core.config.linear_path:
+            for ours, theirs in zip(
+                other.decoder.linear_path[i].parameters(), core.decoder.linear_path[row].parameters()
+            ):
+                assert torch.equal(ours, theirs)
+    rest = [name for name in before if not name.startswith(("decoder.scale_embedding", "decoder.linear_path."))]
+    assert all(torch.equal(other.state_dict()[name], before[name]) for name in rest)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert all(torch.equal(x, before[name]) for name, x in core.state_dict().items())
+
+
+def test_a_copy_with_the_same_scales_is_the_same_model():
+    core = random_core()
+    other = core.with_scale_factors((8, 4, 2, 1))
+    batch = pictures(2, 3, 28, 20)
+    assert torch.equal(other.encode(batch).mode(), core.encode(batch).mode())
+    for ours, theirs in zip(
+        other.decode_scales(core.encode(batch).mode()), core.decode_scales(core.encode(batch).mode())
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kept", [(8, 4, 1), (8, 1), (8, 3, 1)])
+def test_a_copy_with_fewer_coarse_scales_decodes_those_it_keeps_alike(kept):
+    core = random_core()
+    other, latents = core.with_scale_factors(kept), noise(2, 4, 8, 8)
+    # A scale that has lost no coarser one sees what it saw before.
+    for k, (ours, own) in enumerate(zip(kept, (8, 4, 2, 1)), start=1):
+        if ours != own:
+            break
+        torch.testing.assert_close(other.decode(latents, k), core.decode(latents, k), atol=1e-5, rtol=0)
+    assert other.decode(latents).shape == core.decode(latents).shape
+
+
+def test_a_new_scale_starts_as_the_finest():
+    single = random_core(scale_factors=(1,))
+    multi, latents = single.with_scale_factors((4, 2, 1)), noise(1, 4, 8, 8)
+    assert all(torch.equal(row, single.decoder.scale_embedding[0]) for row in multi.decoder.scale_embedding)
+    layout = PyramidLayout.from_grid(8, 8, (4, 2, 1))
+    coarsest = flatten_pyramid(latents, layout)[:, layout.slices[0]].transpose(1, 2).unflatten(2, (2, 2))
+    assert multi.decode(latents, 1).shape == (1, 3, 8, 8)
+    # Laid out as the finest, it is the old model's picture of a small latent.
+    own_layout = PyramidLayout.from_grid(2, 2, (1,))
+    tokens = flatten_pyramid(coarsest, own_layout)
+    ours = multi.decoder(tokens, own_layout, (2, 2))[0]
+    theirs = single.decoder(tokens, own_layout, (2, 2))[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_a_copy_keeps_precision_mode_and_attention():
+    core = random_core().to(torch.bfloat16)
+    core.config._attn_implementation = "eager"
+    other = core.with_scale_factors((4, 1))
+    assert {p.dtype for p in other.parameters()} == {torch.bfloat16} and not other.training
+    assert other.config._attn_implementation == "eager"
+    assert core.train().with_scale_factors((1,)).training
+    other = core.with_scale_factors((4, 1))
+    assert all(p.requires_grad for p in other.parameters())
+
+
+@pytest.mark.parametrize("factors", [(), (2,), (1, 2), (4, 4, 1), (4, 2), (2.0, 1), (1, 0)])
+def test_a_copy_with_scales_that_make_no_pyramid_is_refused(factors):
+    core = random_core()
+    with pytest.raises(ValueError, match="`scale_factors` must be integers that decrease strictly and end in 1"):
+        core.with_scale_factors(factors)
+    assert core.config.scale_factors == (8, 4, 2, 1)

@@ -149,7 +149,7 @@ def test_two_processes_train_as_one(tmp_path, vision_model):
     everything = all_losses(vision_model)
     one = run(tmp_path / "one", *everything, "--validation_data", PICTURES, "--validation_every", "3")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     more = arguments(tmp_path / "two", *everything, "--validation_data", PICTURES, "--validation_every", "3")
     finished = subprocess.run([*command, str(SCRIPT), *more], capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
