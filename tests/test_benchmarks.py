@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import PyramidLayout, scale_causal_attention
@@ -184,3 +185,42 @@ def test_the_training_benchmark_takes_real_steps(monkeypatch, tmp_path, capsys):
     assert 2.5 * forward < report["gflop_an_image"] < 3.5 * forward
     assert 0 < report["share_of_the_matrix_rate"]["plain"] < 10
     assert "of the measured matrix rate" in capsys.readouterr().out
+
+
+@pytest.fixture
+def scales(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return load("compare_scales")
+
+
+def test_the_table_of_scales_is_what_was_recorded(scales):
+    runs = json.loads(scales.RESULTS.read_text())["runs"]
+    assert {f"{row}-{seed}" for row in ("single", "multi", "full", "two", "three") for seed in (0, 1)} <= set(runs)
+    assert f"{scales.BEGIN}\n{scales.table(runs)}\n{scales.END}" in scales.README.read_text()
+    assert all(run["pictures"] == 3925 and run["curve"][-1]["step"] >= 1000 for run in runs.values())
+
+
+def test_a_curve_is_followed_to_a_distance(scales):
+    curve = [{"step": step, scales.DISTANCE: value} for step, value in ((250, 800.0), (500, 600.0), (750, 500.0))]
+    assert scales.steps_to_reach(curve, 600) == 500
+    assert scales.steps_to_reach(curve, 575) == 562.5
+    assert scales.steps_to_reach(curve, 499) is None
+
+
+@pytest.mark.parametrize("name", ["scale_layers", "coarse_context", "encoder_too"])
+def test_the_other_models_of_the_comparison_are_multi_scale_models(name, scales):
+    torch.manual_seed(0)
+    core = scales.VARIANTS[name](tiny(scale_factors=(4, 2, 1))).init_weights()
+    pixel_values = torch.rand(2, 3, 24, 32) * 2 - 1
+    moments, _ = core.encode_moments(pixel_values)
+    latents = moments.chunk(2, dim=1)[0]
+    made = core.decode_scales(latents)
+    assert [picture.shape[2:] for picture in made] == [(8, 8), (12, 16), (24, 32)]
+    (sum(picture.square().mean() for picture in made) + moments.square().mean()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in core.parameters())
+    # The mean of a cell decides the coarser scales, what lies within it does not.
+    shuffled = latents.detach().clone()
+    shuffled[:, :, 0, 0], shuffled[:, :, 0, 1] = latents[:, :, 0, 1].detach(), latents[:, :, 0, 0].detach()
+    for before, after in zip(made[:-1], core.decode_scales(shuffled)):
+        torch.testing.assert_close(before, after, rtol=0, atol=1e-5)
+    assert not torch.allclose(made[-1], core.decode_scales(shuffled)[-1], atol=1e-3)

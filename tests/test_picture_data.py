@@ -106,10 +106,11 @@ def test_a_shard_gives_pictures_and_labels(tmp_path, kind):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_pattern_takes_the_shards_that_match_in_order(tmp_path, streaming):
-    for i, name in enumerate(["train-1", "train-0", "val-0"]):
-        write_shard(tmp_path / f"{name}.tar", [2 * i, 2 * i + 1])
+    for i in (3, 0, 4, 1, 2):
+        write_shard(tmp_path / f"train-{i}.tar", [i, i + 5])
+    write_shard(tmp_path / "val-0.tar", [10])
     pictures = load_pictures(str(tmp_path / "train-*.tar"), streaming=streaming)
-    assert seen(pictures, [2, 3, 0, 1]) == [2, 0, 0, 1]
+    assert seen(pictures, [0, 5, 1, 6, 2, 7, 3, 8, 4, 9]) == [0, 2, 1, 0, 2, 1, 0, 2, 1, 0]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -341,3 +341,13 @@ def test_a_copy_with_scales_that_make_no_pyramid_is_refused(factors):
     with pytest.raises(ValueError, match="`scale_factors` must be integers that decrease strictly and end in 1"):
         core.with_scale_factors(factors)
     assert core.config.scale_factors == (8, 4, 2, 1)
+
+
+def test_without_scale_causality_no_scale_is_decoded_alone():
+    core = random_core(scale_factors=(4, 2, 1), scale_causal=False)
+    latents = noise(1, 4, 4, 4)
+    assert torch.equal(core.decode(latents, num_scales=3), core.decode(latents))
+    with pytest.raises(
+        ValueError, match=r"Without `scale_causal` no scale can be decoded alone, got `num_scales=2`\."
+    ):
+        core.decode(latents, num_scales=2)

@@ -21,8 +21,8 @@ class LatentAlignment(nn.Module):
     latent in both, as in the implementations at large; the paper prints the latent itself in the second. The pairs
     take memory with the square of `N`.
 
-    Only the map has trainable weights (`projection.weight`); `state_dict` holds the vision model's as well, under
-    `features.`.
+    Only the map has weights (`projection.weight`). The vision model is no submodule: put it on the device of the
+    pictures before.
 
     Args:
         latent_channels (`int`): Channels of the latent.
@@ -47,13 +47,19 @@ class LatentAlignment(nn.Module):
         for name, margin in {"cosine_margin": cosine_margin, "distance_margin": distance_margin}.items():
             if not 0 <= margin < 2:
                 raise ValueError(f"`{name}` must lie in [0, 2), got {margin}.")
-        self.features = features
+        # Not a part of this module: it would be saved with every state, and sharded, though it never changes.
+        self._frozen = (features,)
         self.cosine_margin = cosine_margin
         self.distance_margin = distance_margin
         # Asked rather than read: many configurations do not name the channels of the last layer.
         blank = features.mean.new_zeros(1, 3, features.image_size, features.image_size)
         self.projection = nn.Conv2d(latent_channels, self.target_map(blank).shape[1], 1, bias=False)
         self.projection.to(blank.device)
+
+    @property
+    def features(self) -> VisionFeatures:
+        """The frozen vision model."""
+        return self._frozen[0]
 
     def forward(self, latents: Tensor, pixel_values: Tensor) -> Tensor:
         """

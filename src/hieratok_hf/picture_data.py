@@ -1,5 +1,6 @@
 """Pictures by row from folders, tar shards and data sets of the Hub, through Hugging Face `datasets`."""
 
+import random
 from collections.abc import Iterator, Sequence
 from glob import glob
 from itertools import count
@@ -63,9 +64,9 @@ class Pictures(Dataset):
         """The rows of a stream in an order that the seed decides, epoch after epoch without end."""
         fsspec.asyn.reset_lock()  # a worker inherits the lock, and nobody who would open it
         for epoch in count():
-            rows = 0
+            order, rows = random.Random(f"{seed}:{epoch}").getrandbits(32), 0
             # Not iterated itself: in a worker of a DataLoader it would then shuffle otherwise.
-            for batch in self.dataset.shuffle(seed=seed + epoch, buffer_size=buffer_size).iter(batch_size=1):
+            for batch in self.dataset.shuffle(seed=order, buffer_size=buffer_size).iter(batch_size=1):
                 yield self._row({name: values[0] for name, values in batch.items()}, rows)
                 rows += 1
             if not rows:

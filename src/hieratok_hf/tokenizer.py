@@ -91,6 +91,10 @@ class HieraTokCore(nn.Module):
         layout = PyramidLayout.from_grid(*grid, tuple(self.config.scale_factors))
         if num_scales is not None:
             layout = layout.truncate(num_scales)
+            if layout.num_scales < len(self.config.scale_factors) and not self.config.scale_causal:
+                raise ValueError(
+                    f"Without `scale_causal` no scale can be decoded alone, got `num_scales={num_scales}`."
+                )
         return self.decoder(flatten_pyramid(latents, layout), layout, grid, all_scales)
 
     @torch.no_grad()

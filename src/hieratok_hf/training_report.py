@@ -83,7 +83,9 @@ class TrainingReport:
 
     def end_step(self, step: int, norm: Tensor, count: int, learning_rate: float) -> None:
         """Close a step of `count` pictures; `norm` is that of its gradient."""
-        finite = torch.isfinite(norm) & torch.isfinite(self.sums["loss"])
+        finite = torch.isfinite(self.sums["loss"])
+        if self.accelerator.scaler is None:  # a scaler of float16 tries scales until one does not overflow
+            finite = finite & torch.isfinite(norm)
         self.bad_step = torch.where((self.bad_step < 0) & ~finite, step, self.bad_step)
         if self.bad_step.device.type == "cpu":
             self.check()

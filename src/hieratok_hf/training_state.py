@@ -68,6 +68,8 @@ class TrainingState:
         All processes call it, the one with `write` writes. `OSError` where the folder is full or cannot be written:
         earlier states stay.
         """
+        if keep < 1:
+            raise ValueError(f"`keep` must be at least 1, got {keep}.")
         parts = [
             {
                 "model": get_model_state_dict(module, options=_GATHER),

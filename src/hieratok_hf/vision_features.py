@@ -42,6 +42,7 @@ class VisionFeatures(nn.Module):
         self._any_size = {"interpolate_pos_encoding": True} if asks else {}
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.eval()
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str] = DEFAULT_VISION_MODEL) -> "VisionFeatures":
