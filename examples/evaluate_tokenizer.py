@@ -240,8 +240,10 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     device = args.device if args.device and args.device != torch.device(state.device.type) else state.device
     if args.json:
         check_writable(args.json)
-    codec = loaded(load_codec, "--model", args.model, device)
-    size = args.size or getattr(codec.model.config, "sample_size", None)
+    # All of them before any work, so that a wrong name is told at once.
+    codecs = {args.model: loaded(load_codec, "--model", args.model, device)}
+    codecs |= {name: loaded(load_codec, "--compare", name, device) for name in args.compare}
+    size = args.size or getattr(codecs[args.model].model.config, "sample_size", None)
     if not isinstance(size, int):
         raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its pictures")
     notes: list[str] = []
@@ -251,9 +253,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     probe_batches = EvaluationBatches(train, size, args.batch_size) if train else None
 
     models: list[dict[str, Any]] = []
-    for name in (args.model, *args.compare):
-        if models:
-            codec = loaded(load_codec, "--compare", name, device)
+    for name, codec in codecs.items():
         try:
             figures = evaluate_model(name, codec, batches, metrics, state)
             if probe_batches and codec.core is not None:
