@@ -12,8 +12,10 @@ SHARDS := $(wildcard $(DATA)/imagenette_128/train-*.tar) $(wildcard $(DATA)/clot
 demo: $(READY)
 	$(BIN)/python examples/reconstruct.py --output outputs
 
+# A test keeps one core busy, so as many run at once as there are cores, up to four.
+test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -48,7 +48,14 @@ class FirstChannels(nn.Module):
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
         self.layer = layer
-        self.weight, self.bias = layer.weight, layer.bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x[:, : self.layer.in_channels])

@@ -57,6 +57,16 @@ def test_the_figures_of_the_weights_are_those_recorded():
             assert f"{mean['psnr_db']:.2f}" in text and f"{mean['ssim']:.3f}" in text
 
 
+def test_the_trade_off_of_the_losses_is_that_recorded():
+    report = json.loads((ROOT / "benchmarks" / "results" / "trade_off.json").read_text())
+    assert report["pictures"] == 24 and report["settings"]["size"] == 512
+    for text in (README, CARD):
+        rows = {line for line in text.splitlines() if line.count("|") == 5}
+        for figures in report["models"]:
+            cells = f"| {figures['psnr']:.2f} | {figures['ssim']:.4f} | {figures['perceptual']:.4f} |"
+            assert any(row.endswith(cells) for row in rows), cells
+
+
 @pytest.fixture
 def attention(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
