@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import copy_rate, machine, matrix_rate, side_by_side
+from measuring import copy_rate, machine, matrix_rate, side_by_side, write_report
 from torch import Tensor
 from tqdm import tqdm
 
@@ -261,11 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in report["measured_rates"].items()))
     print("\n".join(table(row) for row in report["rows"]))
     if args.json:
-        RESULTS.mkdir(exist_ok=True)
-        kind = report["machine"]["kind"].replace(" ", "_").replace(".", "")
-        path = RESULTS / f"attention_{kind.lower()}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"wrote {path.name}")
+        write_report(RESULTS, "attention", report)
     if args.record:
         record()
     return 0

@@ -2,13 +2,12 @@
 
 import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, side_by_side
+from measuring import machine, side_by_side, write_report
 
 from hieratok_hf import HieraTokAttnProcessor, HieraTokConfig, HieraTokCore
 
@@ -79,11 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         milliseconds = f"{seconds[name] * 1e3:12.3f} ms" if on_gpu else ""
         print(f"    {name:24}{ratio:8.3f}{milliseconds}")
     if args.json:
-        RESULTS.mkdir(exist_ok=True)
-        kind = report["machine"]["kind"].replace(" ", "_").replace(".", "").lower()
-        path = RESULTS / f"decode_{args.size}_{kind}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"wrote {path.name}")
+        write_report(RESULTS, f"decode_{args.size}", report)
     return 0
 
 

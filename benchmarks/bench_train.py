@@ -1,12 +1,11 @@
 """A whole training step (forward, backward, AdamW), plain and compiled: images a second and the use of the chip."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
-from measuring import machine, matrix_rate, side_by_side
+from measuring import machine, matrix_rate, side_by_side, write_report
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
@@ -85,11 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         speed = f"{images / seconds[name]:12.1f} images/s" if on_gpu else ""
         print(f"    {name:10}{100 * share:6.1f} % of the measured matrix rate{speed}")
     if args.json:
-        RESULTS.mkdir(exist_ok=True)
-        kind = report["machine"]["kind"].replace(" ", "_").replace(".", "").lower()
-        path = RESULTS / f"train_{args.size}_{kind}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"wrote {path.name}")
+        write_report(RESULTS, f"train_{args.size}", report)
     return 0
 
 

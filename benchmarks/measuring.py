@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine they ran on, and times taken side by side."""
 
+import json
 import platform
 import statistics
 import subprocess
@@ -39,6 +40,15 @@ def machine(device: torch.device) -> dict[str, Any]:
         **versions,
         "commit": described.stdout.strip() or "unknown",
     }
+
+
+def write_report(folder: Path, name: str, report: dict[str, Any]) -> None:
+    """Write a report with its machine as `NAME_KIND.json` of the device's kind, and say so."""
+    folder.mkdir(exist_ok=True)
+    kind = report["machine"]["kind"].replace(" ", "_").replace(".", "").lower()
+    path = folder / f"{name}_{kind}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {path.name}")
 
 
 def _replayed(call: Callable[[], Any]) -> Callable[[], float]:
