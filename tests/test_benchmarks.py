@@ -67,6 +67,16 @@ def test_the_trade_off_of_the_losses_is_that_recorded():
             assert any(row.endswith(cells) for row in rows), cells
 
 
+def test_the_gain_of_fine_tuning_is_that_recorded():
+    report = json.loads((ROOT / "benchmarks" / "results" / "fine_tune.json").read_text())
+    assert report["pictures"] == 372 and report["settings"]["fid_size"] == 128
+    before, after = report["models"]
+    for name, figures in (("hieratok-tiny", before), ("fine-tuned", after)):
+        cells = f"{figures['psnr']:.2f} | {figures['ssim']:.4f} | {figures['FD-MobileNetV2']:.2f}"
+        assert f"| {name} | {cells} |" in README
+    assert after["psnr"] > before["psnr"] and after["FD-MobileNetV2"] < before["FD-MobileNetV2"]
+
+
 @pytest.fixture
 def attention(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
