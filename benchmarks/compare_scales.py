@@ -104,6 +104,11 @@ def measure(row: str, folder: Path, data: Path) -> dict[str, Any]:
     }
 
 
+def recorded() -> dict[str, dict[str, Any]]:
+    """The runs whose figures are in the results already."""
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+
+
 def steps_to_reach(curve: list[dict[str, float]], distance: float) -> float | None:
     """The step at which a curve, straight between its points, comes down to a distance."""
     for before, after in pairwise(curve):
@@ -159,14 +164,14 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
             if name.rsplit("-", 1)[0] != row:
                 continue
             first = name == next(x for x in runs if x.rsplit("-", 1)[0] == row)
-            style = {"color": plt.get_cmap("tab20")(index), "linestyle": "-" if name.endswith("-0") else "--"}
+            colour = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20")(index)
+            style = {"color": colour, "linestyle": "-" if name.endswith("-0") else "--"}
             for axis, key in zip(axes, (DISTANCE, "psnr")):
                 steps = [point["step"] for point in run["curve"]]
                 axis.plot(steps, [point[key] for point in run["curve"]], label=row if first else None, **style)
-    for axis, text in zip(axes, (f"{DISTANCE} (lower is better)", "PSNR, dB")):
+    for axis, text in zip(axes, (f"{DISTANCE}, lower is better", "PSNR, dB (solid: seed 0, dashed: seed 1)")):
         axis.set(xlabel="steps", title=text)
         axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
     axes[1].legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -178,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "compare_scales")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--only_collect", action="store_true", help="train nothing; make the table and the plot")
+    parser.add_argument(
+        "--only_collect", action="store_true", help="train nothing; add what has finished to the results"
+    )
     parser.add_argument("--in_process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for seed in args.seeds:
@@ -186,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = args.output / f"{row}-{seed}"
             if args.in_process:
                 train(row, seed, args.data, folder)
-            elif not args.only_collect and not (folder / "config.json").exists():
+            elif not (args.only_collect or folder.name in recorded() or (folder / "config.json").exists()):
                 folder.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, __file__, "--in_process", "--data", str(args.data)]
                 command += ["--output", str(args.output), "--rows", row, "--seeds", str(seed)]
@@ -197,8 +204,10 @@ def main(argv: list[str] | None = None) -> int:
                 temporary.write_text(json.dumps(measure(row, folder, args.data), indent=1))
                 os.replace(temporary, folder / "final.json")
     if args.only_collect:
-        finished = sorted(args.output.glob("*/final.json"))
-        runs = {path.parent.name: json.loads(path.read_text()) for path in finished}
+        runs = recorded() | {
+            path.parent.name: json.loads(path.read_text()) for path in args.output.glob("*/final.json")
+        }
+        runs = dict(sorted(runs.items()))
         RESULTS.write_text(json.dumps({"machine": machine(torch.device("cpu")), "runs": runs}, indent=1) + "\n")
         plot(runs, PLOT)
         before, _, rest = README.read_text().partition(BEGIN)
