@@ -96,11 +96,12 @@ class PyramidEncoder(HieraTokEncoder):
         pyramid = PyramidLayout.from_grid(*grid, tuple(self.config.scale_factors))
         hidden_states = self.norm_before(embedded.flatten(2).transpose(1, 2))
         rotary = rotary_tables(self.config, plain, grid, self.head_dim, embedded.device)
-        for block in self.blocks[:-1]:
+        for block in list(self.blocks)[:-1]:
             hidden_states = block(hidden_states, rotary, plain)
         rotary = rotary_tables(self.config, pyramid, grid, self.head_dim, embedded.device)
-        pooled = flatten_pyramid(hidden_states.transpose(1, 2).unflatten(2, grid), pyramid)
-        hidden_states = self.blocks[-1](pooled, rotary, pyramid)[:, pyramid.slices[-1]]
+        for block in list(self.blocks)[-1:]:
+            pooled = flatten_pyramid(hidden_states.transpose(1, 2).unflatten(2, grid), pyramid)
+            hidden_states = block(pooled, rotary, pyramid)[:, pyramid.slices[-1]]
         hidden_states = self.norm_after(hidden_states)
         moments = self.head(hidden_states).transpose(1, 2).unflatten(2, grid)
         if self.linear_path is not None:

@@ -206,8 +206,8 @@ BAD = {
     "a size that does not fit": (["--size", "30"], "--size 30 does not suit .*multiples of the patch size 4"),
     "no vision model": (["--fid_model", "{space}/kl"], "--fid_model .* cannot be loaded: "),
     "a size that a ViT does not take": (
-        ["--fid_model", "{space}/vit", "--fid_size", "16"],
-        "--fid_model .* at 16 pixels: .*doesn't match model",
+        ["--fid_model", "{space}/vit", "--fid_size", "2"],
+        "--fid_model .* at 2 pixels: ViT takes no pictures of 2 x 2 pixels",
     ),
     "a file for a folder": (["--json", "{space}/kl/config.json/x.json"], "--json .* cannot be written: "),
     "a folder for a file": (["--json", "{space}/kl"], "--json .* cannot be written: .*it is a folder"),

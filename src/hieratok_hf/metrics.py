@@ -87,7 +87,7 @@ class FrechetDistance:
 
     Raises:
         ImportError: torchmetrics, or for the Inception network torch-fidelity, is not installed.
-        ValueError: `size` is not positive, or was given for the Inception network.
+        ValueError: `size` is not positive, nothing that the model takes, or was given for the Inception network.
     """
 
     def __init__(
@@ -158,8 +158,12 @@ class _PooledFeatures(nn.Module):
         super().__init__()
         self.features, self.size = features, size
         blank = torch.zeros(1, 3, size, size, device=features.mean.device)  # type: ignore[arg-type]
-        with torch.no_grad():
-            self.num_features = features(blank)[0].shape[1]
+        try:
+            with torch.no_grad():
+                self.num_features = features(blank)[0].shape[1]
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{features.name} takes no pictures of {size} x {size} pixels: {reason}") from error
 
     @torch.no_grad()
     def forward(self, levels: Tensor) -> Tensor:
