@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, open_picture
 from hieratok_hf.metrics import psnr, ssim
 from hieratok_hf.pyramid import picture_pyramid
+from hieratok_hf.shipped import shipped_or_given
 
 
 def as_tensor(picture: Image.Image) -> Tensor:
@@ -73,9 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     if not paths or not shards:
         print(f"error: --data {str(args.data)!r} lacks kodak/*.png or imagenette_128/train-*.tar", file=sys.stderr)
         return 2
-    shipped = args.model in hieratok_hf.SHIPPED and not Path(args.model).is_dir()
-    folder = hieratok_hf.pretrained(args.model) if shipped else args.model
-    vae = AutoencoderHieraTok.from_pretrained(folder).to(args.device)
+    vae = AutoencoderHieraTok.from_pretrained(shipped_or_given(args.model)).to(args.device)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     baselines = {

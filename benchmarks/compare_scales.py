@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from variants import VARIANTS
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
+from hieratok_hf.checkpoint import written_whole
 from hieratok_hf.codec import Codec
 from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.picture_data import load_pictures
@@ -200,9 +200,8 @@ def main(argv: list[str] | None = None) -> int:
                 with (folder / "log.txt").open("a") as log:
                     subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
             if not args.in_process and (folder / "config.json").exists() and not (folder / "final.json").exists():
-                temporary = folder / "final.tmp"
-                temporary.write_text(json.dumps(measure(row, folder, args.data), indent=1))
-                os.replace(temporary, folder / "final.json")
+                with written_whole(folder / "final.json") as file:
+                    file.write(json.dumps(measure(row, folder, args.data), indent=1).encode())
     if args.only_collect:
         runs = recorded() | {
             path.parent.name: json.loads(path.read_text()) for path in args.output.glob("*/final.json")

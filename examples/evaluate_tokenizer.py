@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import platform
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from datasets import ClassLabel
 from datasets import disable_progress_bars as disable_data_progress_bars
 from tqdm import tqdm
 
+from hieratok_hf.checkpoint import written_whole
 from hieratok_hf.codec import Codec, load_codec
 from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate, gather, throughput
 from hieratok_hf.linear_probe import linear_probe, pooled_features
@@ -95,14 +95,11 @@ def check_writable(path: Path) -> None:
 
 def write_whole(path: Path, report: dict[str, Any]) -> None:
     """Write a report whole or not at all."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        temporary.write_text(json.dumps(finite(report), indent=2, allow_nan=False, default=str) + "\n")
-        os.replace(temporary, path)
+        with written_whole(path) as file:
+            file.write((json.dumps(finite(report), indent=2, allow_nan=False, default=str) + "\n").encode())
     except OSError as error:
         raise Problem(f"--json {str(path)!r} cannot be written: {one_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def loaded(load: Callable[..., Any], option: str, name: str, *more: Any) -> Any:

@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -16,8 +15,10 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from hieratok_hf import SHIPPED, AutoencoderHieraTok, HieraTokImageProcessorPil, open_picture, pretrained
+from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_picture
+from hieratok_hf.checkpoint import written_whole
 from hieratok_hf.metrics import SSIM_WINDOW, psnr, ssim
+from hieratok_hf.shipped import shipped_or_given
 
 PICTURE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 BUNDLED = Path(__file__).parent / "pictures"
@@ -46,7 +47,7 @@ def load_model(name: str, device: str, dtype: str) -> AutoencoderHieraTok:
     """The model of a folder, of a name that ships with the package, or of the Hub, in this order."""
     if Path(name).is_file():
         raise ValueError("it is a file, not a folder")
-    folder = pretrained(name) if name in SHIPPED and not Path(name).is_dir() else name
+    folder = shipped_or_given(name)
     dtype = getattr(torch, dtype)
     return AutoencoderHieraTok.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
 
@@ -125,16 +126,6 @@ def unused_name(stem: str, used: set[str]) -> str:
     name = next(name for name in names if name.casefold() not in used)  # some file systems ignore case
     used.add(name.casefold())
     return name
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def prepare_folder(folder: Path) -> None:
@@ -251,7 +242,8 @@ def main(argv: list[str] | None = None) -> int:
             encoded = io.BytesIO()
             sheet.save(encoded, format="PNG")
             output = args.output / unused_name(path.stem, used)
-            write_whole(output, encoded.getvalue())
+            with written_whole(output) as file:
+                file.write(encoded.getvalue())
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
             failures[str(path)] = one_line(error).removeprefix(f"{str(path)!r}: ")
         else:
@@ -266,7 +258,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"failed: {name!r}: {reason}", file=sys.stderr)
     if args.json:
         try:
-            write_whole(args.json, as_json(args, results, mean, failures))
+            with written_whole(args.json) as file:
+                file.write(as_json(args, results, mean, failures))
         except OSError as error:
             return stop(f"--json {str(args.json)!r} cannot be written: {one_line(error)}")
     return 1 if failures else 0

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
 from hieratok_hf.adversarial import PatchDiscriminator, discriminator_hinge_loss
 from hieratok_hf.alignment import LatentAlignment
@@ -23,6 +22,7 @@ from hieratok_hf.objective import LossWeights, TokenizerTraining, TrainingLoss, 
 from hieratok_hf.perceptual import PerceptualDistance, load_lpips
 from hieratok_hf.picture_data import load_pictures
 from hieratok_hf.sample_grid import sample_grid
+from hieratok_hf.shipped import shipped_or_given
 from hieratok_hf.training_data import BatchPlan, to_pixel_values, training_loader
 from hieratok_hf.training_report import TrainingReport
 from hieratok_hf.training_state import TrainingState, latest_state, learning_rate_factor, states_in
@@ -102,9 +102,7 @@ def load_core(args: argparse.Namespace) -> HieraTokCore:
     scales = {"scale_factors": tuple(args.scale_factors)} if args.scale_factors else {}
     if args.model is None:
         return HieraTokCore(HieraTokConfig.from_size(args.size, **{**args.config, **given, **scales})).init_weights()
-    shipped = args.model in hieratok_hf.SHIPPED and not Path(args.model).is_dir()
-    folder = hieratok_hf.pretrained(args.model) if shipped else args.model
-    core = AutoencoderHieraTok.from_pretrained(folder).core.train()
+    core = AutoencoderHieraTok.from_pretrained(shipped_or_given(args.model)).core.train()
     if scales:
         core = core.with_scale_factors(scales["scale_factors"])
     for name, value in given.items():

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
-from hieratok_hf.checkpoint import WEIGHTS_STEM, staged
+from hieratok_hf.checkpoint import WEIGHTS_STEM, staged, written_whole
 
 CLASSES = {"transformers": HieraTokModel, "diffusers": AutoencoderHieraTok}
 
@@ -162,3 +162,13 @@ def test_a_filled_hub_cache_serves_offline(tmp_path):
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True)
     assert result.returncode == 0, result.stderr.decode()
+
+
+def test_a_file_is_written_whole_or_left_as_it_was(tmp_path):
+    path = tmp_path / "figures.json"
+    with written_whole(path) as file:
+        file.write(b"first")
+    with pytest.raises(KeyboardInterrupt), written_whole(path) as file:
+        file.write(b"half of the sec")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]

@@ -306,7 +306,7 @@ def test_unknown_and_broken_models(run, model, tmp_path, capsys):
 
 def test_models_are_looked_for_as_folder_then_shipped_name(model, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(script, "pretrained", lambda name: seen.append(name) or str(model))
+    monkeypatch.setattr("hieratok_hf.shipped.pretrained", lambda name: seen.append(name) or str(model))
     monkeypatch.chdir(tmp_path)
     script.load_model("hieratok-tiny", "cpu", "float32")
     assert seen == ["hieratok-tiny"]

@@ -13,6 +13,7 @@ import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, HieraTokModel, open_picture
 from hieratok_hf.metrics import psnr
 from hieratok_hf.pyramid import picture_pyramid
+from hieratok_hf.shipped import shipped_or_given
 
 ROOT = Path(__file__).parents[1]
 PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.webp"))
@@ -87,3 +88,11 @@ def test_kodak_beats_principal_components(vae):
     names = ("kodim05", "kodim14", "kodim23")
     values = [psnr(vae(x).sample, x).item() for x in (load(KODAK / f"{name}.png", vae, size=512) for name in names)]
     assert sum(values) / len(values) > 27  # 25.9 for principal components of 8x8 patches, 16 of them
+
+
+def test_names_that_ship_become_folders_and_all_else_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped_or_given("hieratok-tiny") == hieratok_hf.pretrained("hieratok-tiny")
+    assert shipped_or_given("somebody/hieratok-b") == "somebody/hieratok-b"
+    (tmp_path / "hieratok-tiny").mkdir()
+    assert shipped_or_given("hieratok-tiny") == "hieratok-tiny"

@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from diffusers import __version__ as diffusers_version
 from safetensors import safe_open
 
 from .configuration_hieratok import HieraTokConfig
 
-__all__ = ["WEIGHTS_STEM", "pop_hub_arguments", "share_between_libraries", "staged"]
+__all__ = ["WEIGHTS_STEM", "pop_hub_arguments", "share_between_libraries", "staged", "written_whole"]
 
 # diffusers looks for this name only; transformers takes any that an index under its own name points to.
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -24,6 +24,20 @@ _WEIGHTS = re.compile(
     rf"({_TRANSFORMERS_STEM}|{WEIGHTS_STEM})(\.safetensors|[.-].*\.safetensors)(\.index(\..*)?\.json)?"
 )
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of `path` once it is whole; after an error the old one stays."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

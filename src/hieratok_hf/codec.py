@@ -1,13 +1,12 @@
 """One way to use every image autoencoder, of this package and of diffusers."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .shipped import SHIPPED, pretrained
+from .shipped import shipped_or_given
 from .tokenizer import HieraTokCore, posterior_of
 
 __all__ = ["Codec", "load_codec"]
@@ -85,9 +84,7 @@ def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str 
 
     from .autoencoder_hieratok import AutoencoderHieraTok
 
-    name = os.fspath(name_or_path)
-    if name in SHIPPED and not Path(name).is_dir():
-        name = pretrained(name)
+    name = shipped_or_given(os.fspath(name_or_path))
     arguments: dict[str, Any] = {}
     try:
         config = AutoencoderHieraTok.load_config(name)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["SHIPPED", "pretrained"]
+__all__ = ["SHIPPED", "pretrained", "shipped_or_given"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -34,3 +34,8 @@ def pretrained(name: str) -> str:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"The installed package lacks the weights of {name!r}: {str(folder)!r} is not there.")
     return str(folder)
+
+
+def shipped_or_given(name_or_path: str) -> str:
+    """The folder of a name that ships; a folder of that name goes first, and anything else is given back as it is."""
+    return pretrained(name_or_path) if name_or_path in SHIPPED and not Path(name_or_path).is_dir() else name_or_path

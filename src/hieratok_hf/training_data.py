@@ -1,10 +1,10 @@
 """Batches of random crops for training: which step sees which crop is a function of the seed alone."""
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,7 +195,7 @@ class _StreamedCrops(IterableDataset):
         held: deque[Row] = deque()  # the rows of the stream from `start` that were read
 
         def rows_from(place: int) -> Iterator[Row]:
-            for index in range(place - start, place - start + _TRIES):
+            for index in itertools.count(place - start):
                 while len(held) <= index:
                     held.append(next(stream))
                 yield held[index]
@@ -211,7 +211,7 @@ class _StreamedCrops(IterableDataset):
 def _sample(rows: Iterator[Row], draw: _Draw, source: str, seed: int, scale: tuple[float, float]) -> dict[str, Any]:
     """The crop of the first of `rows` that can be decoded."""
     skipped: list[str] = []
-    for row in islice(rows, _TRIES):
+    for row in itertools.islice(rows, _TRIES):
         try:
             crop = random_crop(picture_of(row), draw.size, random.Random(f"{seed}:{draw.place}"), scale)
         except PictureError as error:

@@ -1,7 +1,6 @@
 """What a training tells of itself: progress, a file of records, a tracker, and the step at which it went wrong."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from .checkpoint import written_whole
 
 __all__ = ["JsonLines", "TrainingReport"]
 
@@ -35,9 +36,8 @@ class JsonLines:
                     kept.append(line)
             except ValueError:  # the line that was being written when the run was killed
                 continue
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, path)
+        with written_whole(path) as file:
+            file.write("".join(f"{line}\n" for line in kept).encode())
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; tensors become numbers, without rounding."""
@@ -116,9 +116,8 @@ class TrainingReport:
         """Keep a sheet of samples after `step` steps as `samples/step-*.png`."""
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
-        temporary = folder / f".step-{step:09d}.tmp"
-        sheet.save(temporary, format="png")
-        os.replace(temporary, folder / f"step-{step:09d}.png")
+        with written_whole(folder / f"step-{step:09d}.png") as file:
+            sheet.save(file, format="png")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

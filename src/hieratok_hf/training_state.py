@@ -1,7 +1,6 @@
 """States of an interrupted training: one file a step, written whole or not at all, the last few kept."""
 
 import math
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from .checkpoint import written_whole
 from .tokenizer import HieraTokCore
 
 __all__ = ["TrainingState", "latest_state", "learning_rate_factor", "states_in"]
 
 _PATTERN = "state-{:09d}.pt"
+_GLOB = "state-" + "[0-9]" * 9 + ".pt"
 
 # Names without what DDP, FSDP and `torch.compile` put before them: a state goes on under any of them.
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -117,19 +118,11 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pat
         OSError: The folder cannot be written or is full; states that were there before stay.
     """
     path = folder / _PATTERN.format(step)
-    temporary = folder / f".{path.name}.tmp"
     try:
-        with temporary.open("wb") as file:
+        with written_whole(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except RuntimeError as error:  # what torch's writer makes of a full disk
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{str(path)!r} cannot be written: {error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     for old in states_in(folder)[:-keep]:
         old.unlink()
     return path
@@ -158,7 +151,7 @@ def latest_state(folder: Path) -> dict[str, Any]:
 
 def states_in(folder: Path) -> list[Path]:
     """The states in a folder, the newest last."""
-    return sorted(folder.glob(_PATTERN.format(0).replace("000000000", "[0-9]" * 9)))
+    return sorted(folder.glob(_GLOB))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: int) -> float:
