@@ -7,10 +7,11 @@ TRITON := triton==3.7.1
 DATA ?= ../shared/data
 SHARDS := $(wildcard $(DATA)/imagenette_128/train-*.tar) $(wildcard $(DATA)/clothing_256/train-*.tar)
 
-.PHONY: demo test lint gpu train compare clean
+.PHONY: demo test lint gpu train train_dit compare clean
 
 demo: $(READY)
 	$(BIN)/python examples/reconstruct.py --output outputs
+	$(BIN)/python examples/generate.py --steps 25 --output outputs/generated.png
 
 # A test keeps one core busy, so as many run at once as there are cores, up to four.
 test: export OMP_NUM_THREADS := 1
@@ -32,6 +33,7 @@ gpu: $(READY)
 	$(BIN)/python benchmarks/bench_attention.py --json --record
 	$(BIN)/python benchmarks/bench_decode.py --json
 	$(BIN)/python benchmarks/bench_train.py --json
+	$(BIN)/python benchmarks/bench_generation.py --json
 
 # What makes the weights of hieratok-tiny, in two stages, without and with a perceptual loss; started again after an
 # interruption, it goes on.
@@ -44,10 +46,22 @@ train: $(READY)
 		--crop_sizes 64 64 64 128 128 256 --crop_scale 0 0 --pixel_loss mse --perceptual_weight 2e-4 \
 		--vision_model $(DATA)/mobilenet_v2_1.0_224 --ema 0.995 --save_every 250
 
-# The comparison of scales in benchmarks/README.md; hours on a CPU. Finished rows are kept.
+# What makes the generator hieratok-dit-tiny on the latents of hieratok-tiny; started again, it goes on.
+train_dit: $(READY)
+	$(BIN)/python examples/cache_latents.py --model hieratok-tiny --size 64 --kind mode --output runs/latents-64 \
+		--data "$(DATA)/imagenette_128/train-*.tar"
+	$(BIN)/python examples/train_dit.py --output runs/hieratok-dit-tiny --resume --vae hieratok-tiny --size dit-tiny \
+		--latents runs/latents-64 --class_names tench "English springer" "cassette player" "chain saw" church \
+		"French horn" "garbage truck" "gas pump" "golf ball" parachute --steps 9000 --decay_steps 3000 \
+		--warmup_steps 200 --lr 5e-4 --ema 0.9995 --batch_size 64 --mixed_precision bf16 --sample_every 500 \
+		--export_dtype float16
+
+# The comparisons of scales in benchmarks/README.md; hours on a CPU. Finished rows are kept.
 compare: $(READY)
 	$(BIN)/python benchmarks/compare_scales.py --data $(DATA)
 	$(BIN)/python benchmarks/compare_scales.py --data $(DATA) --only_collect
+	$(BIN)/python benchmarks/compare_generation.py --data $(DATA)
+	$(BIN)/python benchmarks/compare_generation.py --data $(DATA) --only_collect
 
 # A build of torch for GPUs brings the Triton that it needs; elsewhere the tests run its kernels in an interpreter.
 # torch comes first and by its exact version, so that a machine with a build of its own keeps that build.

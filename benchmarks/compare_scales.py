@@ -34,6 +34,12 @@ SHARED = """
     --validation_every 250 --save_every 500 --sample_every 1000 --log_every 10
 """
 CONFIG = {"latent_channels": 4}
+WIDE = {"encoder_hidden_size": 192, "encoder_num_heads": 6, "decoder_hidden_size": 192, "decoder_num_heads": 6}
+CONFIGS = {
+    "full": {"scale_causal": False},
+    "single_wide": WIDE,
+    "multi_wide": WIDE,
+}
 GAN = "--adversarial_weight 0.1 --adversarial_start 500"
 
 # Name: what it is, its twin, arguments beyond SHARED. A row of VARIANTS trains that model.
@@ -58,6 +64,8 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "multi_gan": ("4 scales, adversarial loss from step 500", "single_gan", GAN),
     "single_noise": ("one scale, noise on the latents", "single_noise", "--scale_factors 1 --latent_noise 1"),
     "multi_noise": ("4 scales, noise on the latents", "single_noise", "--latent_noise 1"),
+    "single_wide": ("one scale, 1.5 times as wide", "single_wide", "--scale_factors 1"),
+    "multi_wide": ("4 scales, 1.5 times as wide", "single_wide", ""),
     "single_long": ("one scale, 3000 steps", "single_long", "--scale_factors 1 --steps 3000"),
     "multi_long": ("4 scales, 3000 steps", "single_long", "--steps 3000"),
 }
@@ -75,7 +83,7 @@ def train(row: str, seed: int, data: Path, folder: Path) -> None:
     train_tokenizer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train_tokenizer)
     train_tokenizer.HieraTokCore = core_class(row)
-    config = {**CONFIG, "scale_causal": row != "full"}
+    config = CONFIG | CONFIGS.get(row, {})
     arguments = [*SHARED.split(), "--config", json.dumps(config), "--seed", str(seed), "--output", str(folder)]
     arguments += ["--data", str(data / "imagenette_128" / "train-*.tar")]
     arguments += ["--validation_data", str(data / "imagenette_128" / "val-*.tar")]

@@ -2,12 +2,8 @@
 
 import argparse
 import importlib.util
-import json
-import math
-import platform
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +13,24 @@ from datasets import ClassLabel
 from datasets import disable_progress_bars as disable_data_progress_bars
 from tqdm import tqdm
 
-from hieratok_hf.checkpoint import written_whole
 from hieratok_hf.codec import Codec, load_codec
+from hieratok_hf.command_line import (
+    Problem,
+    add_device,
+    device_of_process,
+    loaded,
+    machine,
+    one_line,
+    positive,
+    printed_by_processes,
+    write_report,
+)
 from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate, gather, throughput
 from hieratok_hf.linear_probe import linear_probe, pooled_features
 from hieratok_hf.metrics import FrechetDistance
 from hieratok_hf.perceptual import PerceptualDistance, load_lpips
 from hieratok_hf.picture_data import Pictures, load_pictures
 from hieratok_hf.vision_features import VisionFeatures
-
-
-class Problem(Exception):
-    """What the user asked for cannot be done; the message is one line."""
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message, or its type's name, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -69,12 +60,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--no_fid", action="store_true", help="leave the Fréchet distance out")
     add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled pictures")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
-    add("--device", help="a device of torch; what accelerate finds unless given")
+    add_device(parser)
     args = parser.parse_args(argv)
-    try:
-        args.device = args.device and torch.device(args.device)
-    except RuntimeError:
-        parser.error(f"--device must be a device of torch, such as cuda or cpu, got {args.device!r}")
     if args.fid_size and not args.fid_model:
         parser.error("--fid_size needs --fid_model: the Inception network always takes 299 pixels")
     if args.no_fid and args.fid_model:
@@ -91,22 +78,6 @@ def check_writable(path: Path) -> None:
             raise IsADirectoryError("it is a folder")
     except OSError as error:
         raise Problem(f"--json {str(path)!r} cannot be written: {one_line(error)}") from error
-
-
-def write_whole(path: Path, report: dict[str, Any]) -> None:
-    """Write a report whole or not at all."""
-    try:
-        with written_whole(path) as file:
-            file.write((json.dumps(finite(report), indent=2, allow_nan=False, default=str) + "\n").encode())
-    except OSError as error:
-        raise Problem(f"--json {str(path)!r} cannot be written: {one_line(error)}") from error
-
-
-def loaded(load: Callable[..., Any], option: str, name: str, *more: Any) -> Any:
-    try:
-        return load(name, *more)
-    except Exception as error:  # the libraries, safetensors, the Hub and torch raise many types
-        raise Problem(f"{option} {name!r} cannot be loaded: {one_line(error)}") from error
 
 
 def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str]) -> ReconstructionMetrics:
@@ -139,17 +110,6 @@ def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str
         notes.append(f"{frechet.name} is taken of pictures resized to {frechet.size} x {frechet.size} pixels")
     ssim = not args.no_ssim
     return ReconstructionMetrics(ssim=ssim, lpips=lpips, perceptual=perceptual, frechet=frechet, device=device)
-
-
-def machine(device: torch.device, processes: int) -> dict[str, Any]:
-    """Where figures of speed come from."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        names = (line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name"))
-        cpu = next(names, cpu).strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    software = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    return {"platform": platform.platform(), "cpu": cpu, "device": name, **software, "processes": processes}
 
 
 def evaluate_model(
@@ -203,15 +163,6 @@ def table(models: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
-def finite(value: Any) -> Any:
-    """JSON knows no infinity: the PSNR of an exact reconstruction becomes null."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def load_data(args: argparse.Namespace) -> tuple[Pictures, Pictures | None]:
     """The pictures to evaluate on, and those to fit a probe to."""
     try:
@@ -233,8 +184,7 @@ def load_data(args: argparse.Namespace) -> tuple[Pictures, Pictures | None]:
 
 def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
-    # Of several GPUs each process has its own.
-    device = args.device if args.device and args.device != torch.device(state.device.type) else state.device
+    device = device_of_process(args, state)
     if args.json:
         check_writable(args.json)
     # All of them before any work, so that a wrong name is told at once.
@@ -271,7 +221,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     if args.json and state.is_main_process:
         settings = {**vars(args), "size": size, "fid_size": metrics.frechet and metrics.frechet.size}
         report = {"settings": settings, "machine": machine(device, state.num_processes), "pictures": count}
-        write_whole(args.json, {**report, "notes": notes, "skipped": skipped, "models": models})
+        write_report(args.json, {**report, "notes": notes, "skipped": skipped, "models": models})
     title = f"{count} pictures of {pictures.source} at {size} x {size} pixels, mode of the posterior, float32"
     return [title, table(models), *(f"note: {x}" for x in notes), *(f"skipped: {x}" for x in skipped.values())]
 
@@ -279,17 +229,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     disable_data_progress_bars()
-    # Unless it is told, accelerate leaves processes of a machine without an accelerator unconnected.
-    state = PartialState(cpu=args.device.type == "cpu" if args.device else not torch.accelerator.is_available())
-    try:
-        state.print("\n".join(run(args, state)))
-    except Problem as problem:
-        if state.is_main_process:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    finally:
-        state.destroy_process_group()
-    return 0
+    return printed_by_processes(run, args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_picture
 from hieratok_hf.checkpoint import written_whole
+from hieratok_hf.command_line import one_line, positive
 from hieratok_hf.metrics import SSIM_WINDOW, psnr, ssim
 from hieratok_hf.shipped import shipped_or_given
 
@@ -134,11 +135,6 @@ def prepare_folder(folder: Path) -> None:
     tempfile.TemporaryFile(dir=folder).close()
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message, or its type's name, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """The figures in aligned columns, a line a picture."""
     lines = [HEADER]
@@ -174,12 +170,6 @@ def as_json(args: argparse.Namespace, results: list[dict], mean: dict[str, Any],
     settings = {"model": args.model, "device": args.device, "dtype": args.dtype, "size": args.size}
     report = {**settings, "pictures": [finite(figures) for figures in results], "mean": finite(mean)}
     return json.dumps({**report, "failures": failures}, indent=2, allow_nan=False).encode()
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -14,6 +14,7 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, Hiera
 from hieratok_hf.adversarial import PatchDiscriminator, discriminator_hinge_loss
 from hieratok_hf.alignment import LatentAlignment
 from hieratok_hf.codec import Codec
+from hieratok_hf.command_line import positive
 from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.linear_start import fit_linear_path, latent_statistics, start_from_principal_components
 from hieratok_hf.losses import PIXEL_LOSSES
@@ -25,7 +26,7 @@ from hieratok_hf.sample_grid import sample_grid
 from hieratok_hf.shipped import shipped_or_given
 from hieratok_hf.training_data import BatchPlan, to_pixel_values, training_loader
 from hieratok_hf.training_report import TrainingReport
-from hieratok_hf.training_state import TrainingState, latest_state, learning_rate_factor, states_in
+from hieratok_hf.training_state import TrainingState, learning_rate_factor, state_to_resume
 from hieratok_hf.vision_features import DEFAULT_VISION_MODEL, VisionFeatures
 
 
@@ -48,7 +49,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--streaming", action="store_true", help="read while training, without a copy in the cache")
     data.add_argument("--crop_sizes", type=int, nargs="+", default=[128], help="a step draws one; same pixels a step")
     data.add_argument("--crop_scale", type=float, nargs=2, default=(0.5, 1.0), help="of the shorter side; 0 0: as is")
-    data.add_argument("--batch_size", type=int, default=16, help="pictures of the first size a step, of all processes")
+    data.add_argument(
+        "--batch_size", type=positive, default=16, help="pictures of the first size a step, of all processes"
+    )
     data.add_argument("--num_workers", type=int, default=0)
     loss = parser.add_argument_group("losses (a weight of 0 switches one off)")
     loss.add_argument("--pixel_loss", choices=PIXEL_LOSSES, default="l1")
@@ -63,7 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     loss.add_argument("--latent_noise", type=float, default=0.0, help="largest deviation mixed into the latents")
     loss.add_argument("--vision_model", default=DEFAULT_VISION_MODEL, help="of the perceptual loss and the alignment")
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--steps", type=int, default=10_000)
+    optim.add_argument("--steps", type=positive, default=10_000)
     optim.add_argument("--lr", type=float, default=1e-3)
     optim.add_argument(
         "--linear_lr_factor", type=float, default=0.1, help="of the linear path, which noise would undo"
@@ -74,22 +77,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     optim.add_argument("--weight_decay", type=float, default=0.0)
     optim.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     optim.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are exported")
-    optim.add_argument("--accumulate", type=int, default=1, help="parts of a step")
+    optim.add_argument("--accumulate", type=positive, default=1, help="parts of a step")
     optim.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"))
     optim.add_argument("--compile", action="store_true")
     report = parser.add_argument_group("reports")
-    report.add_argument("--log_every", type=int, default=50)
-    report.add_argument("--sample_every", type=int, default=1000)
-    report.add_argument("--save_every", type=int, default=500)
-    report.add_argument("--keep", type=int, default=2, help="states to keep")
-    report.add_argument("--statistics_batches", type=int, default=64, help="for the start and the latent statistics")
+    report.add_argument("--log_every", type=positive, default=50)
+    report.add_argument("--sample_every", type=positive, default=1000)
+    report.add_argument("--save_every", type=positive, default=500)
+    report.add_argument("--keep", type=positive, default=2, help="states to keep")
+    report.add_argument(
+        "--statistics_batches", type=positive, default=64, help="for the start and the latent statistics"
+    )
     report.add_argument("--report_to", help="a tracker of accelerate, as tensorboard")
     report.add_argument("--validation_data", nargs="+", help="pictures to measure on while training")
     report.add_argument("--validation_split", default="train")
     report.add_argument(
         "--fid_size", type=int, help="side that pictures get for the vision model; its own unless given"
     )
-    report.add_argument("--validation_every", type=int, default=1000)
+    report.add_argument("--validation_every", type=positive, default=1000)
     args = parser.parse_args(argv)
     args.decay_steps = args.steps if args.decay_steps is None else args.decay_steps
     return args
@@ -148,18 +153,11 @@ def train(args: argparse.Namespace) -> None:
     plan = partial(BatchPlan, args.batch_size, tuple(args.crop_sizes))
     steps = plan(args.steps, seed=args.seed, parts=args.accumulate, **world)
 
-    core, state = load_core(args), None
+    core = load_core(args)
     if wrong := [size for size in args.crop_sizes if size % core.config.patch_size]:
         raise ValueError(f"--crop_sizes must be multiples of the patch size {core.config.patch_size}, got {wrong[0]}.")
-    if states_in(args.output):
-        if not args.resume:
-            raise ValueError(
-                f"--output {str(args.output)!r} holds a training state: add --resume, or take another folder."
-            )
-        state = latest_state(args.output)
-        if state["config"] != core.config.model_fields:
-            raise ValueError(f"The state in {str(args.output)!r} is that of a model of another configuration.")
-    elif args.resume:
+    state = state_to_resume(args.output, args.resume, core.config.model_fields)
+    if args.resume and state is None:
         accelerator.print(f"There is no state in {str(args.output)!r} yet: the training begins.")
     if state is None and args.model is None and core.config.linear_path:
         first = batches(plan(args.statistics_batches, seed=args.seed + 1))
@@ -189,6 +187,10 @@ def train(args: argparse.Namespace) -> None:
         total=partial(accelerator.reduce, reduction="sum"),
     )
     training = TrainingState(core, trained, args.ema)
+
+    def averaged() -> HieraTokCore:
+        return training.load_average(type(core)(core.config))
+
     if state:
         training.restore(state)
     save = partial(training.save, args.output, keep=args.keep, write=is_main, config=core.config.model_fields)
@@ -229,9 +231,9 @@ def train(args: argparse.Namespace) -> None:
 
         done = step + 1
         if args.validation_data and (done % args.validation_every == 0 or done == args.steps):
-            report.validated(done, evaluate(Codec(training.averaged_core().to(device)), validation, measured))
+            report.validated(done, evaluate(Codec(averaged().to(device)), validation, measured))
         if done % args.sample_every == 0 or done == args.steps:
-            sample = training.averaged_core().to(device)
+            sample = averaged().to(device)
             if is_main:
                 report.sampled(done, sample_grid(sample, pixel_values[:8]))
         if done % args.save_every == 0 or done == args.steps:
@@ -239,7 +241,7 @@ def train(args: argparse.Namespace) -> None:
             save(done)
     report.close()
 
-    core = training.averaged_core()
+    core = averaged()
     if is_main:
         first = batches(plan(args.statistics_batches, seed=args.seed + 1))
         core.fold_latent_statistics(*latent_statistics(core, map(to_pixel_values, first)))

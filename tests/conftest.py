@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from helpers import random_core, tiny
+from scripts import forget_processes
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
 
@@ -24,6 +25,20 @@ def tiny_config() -> HieraTokConfig:
 @pytest.fixture
 def tiny_core() -> HieraTokCore:
     return random_core()
+
+
+@pytest.fixture
+def script_surroundings(request, tmp_path_factory, monkeypatch):
+    """For a script: a cache of data sets of its own, and no state left in accelerate's singletons."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.getbasetemp() / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "gpu" not in request.keywords:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # where every sum has its order
+    yield
+    forget_processes()
 
 
 @pytest.fixture

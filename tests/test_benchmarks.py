@@ -77,6 +77,24 @@ def test_the_gain_of_fine_tuning_is_that_recorded():
     assert after["psnr"] > before["psnr"] and after["FD-MobileNetV2"] < before["FD-MobileNetV2"]
 
 
+def test_the_figures_of_generation_are_those_recorded():
+    folder = ROOT / "benchmarks" / "results"
+    report = json.loads((folder / "generation_cpu_avx512.json").read_text())
+    text = " ".join(README.split())
+    assert f"decoding takes {100 * report['decode_share']:.1f} % of the time" in text
+    assert f"of 2 scales {100 * report['preview_of_decode']:.1f} % of a decoding" in text
+    assert report["preview_of_decode"] < 0.1 and report["preview_scales"] == 2
+    first, second, third, last = (f"{value:.2f}" for value in report["correlation_at_each_quarter"])
+    assert f"{first}, {second}, {third} and {last} after each quarter" in text
+    large = next(row for row in report["decoders"] if row["size"] == "hieratok-b")
+    assert round(large["of_full_decode"]["2"], 3) == round(report["preview_of_decode"], 3)
+    judged = json.loads((folder / "hieratok-dit-tiny.json").read_text())
+    assert judged["settings"]["samples"] == 1000 and judged["settings"]["guidance_scale"] == 4
+    for name, accuracy in zip(judged["classes"].values(), judged["class_accuracy_per_class"]):
+        assert f"| {name} | {100 * accuracy:.0f} |" in CARD
+    assert f"| all | {100 * judged['class_accuracy']:.1f} |" in CARD
+
+
 @pytest.fixture
 def attention(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -218,6 +236,19 @@ def test_the_table_of_scales_is_what_was_recorded(scales):
     assert {f"{row}-{seed}" for row in ("single", "multi", "full", "two", "three") for seed in (0, 1)} <= set(runs)
     assert f"{scales.BEGIN}\n{scales.table(runs)}\n{scales.END}" in scales.README.read_text()
     assert all(run["pictures"] == 3925 and run["curve"][-1]["step"] >= 1000 for run in runs.values())
+
+
+def test_the_tables_of_generation_are_what_was_recorded(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    generation = load("compare_generation")
+    if not generation.RESULTS.exists():
+        pytest.skip("compare_generation.py has not been run yet")
+    results, text = generation.recorded(), generation.README.read_text()
+    for begin, content in generation.sections(results).items():
+        assert f"{begin}\n{content}\n{generation.END}" in text
+    for run in results["runs"].values():
+        assert run["settings"] == generation.SETTINGS and run["reference_pictures"] == 9469
+        assert [point["step"] for point in run["curve"]] == [500, 1000, 1500, 2000]
 
 
 def test_a_curve_is_followed_to_a_distance(scales):

@@ -175,6 +175,19 @@ def test_the_frechet_distance_agrees_with_scipys_matrix_root():
     assert 0 <= distance.compute() < 1e-6 * expected
 
 
+def test_the_two_sets_of_a_frechet_distance_may_be_fed_apart():
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("scipy", reason="its matrix root is the independent computation")
+    targets = from_levels(random_levels(48, 3, 20, 20))
+    pictures = from_levels(noisy(random_levels(31, 3, 24, 20, seed=2), 30))  # of another number and size
+    distance = FrechetDistance(small_features())
+    for part in targets.split(20):
+        distance.update(None, part)
+    for part in pictures.split(9):
+        distance.update(part, None)
+    assert distance.compute() == pytest.approx(frechet_by_hand(small_features(), pictures, targets), rel=1e-3)
+
+
 def test_features_of_targets_that_stay_are_computed_once():
     pytest.importorskip("torchmetrics")
     features, seen = small_features(), []

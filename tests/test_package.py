@@ -61,6 +61,7 @@ def test_a_wheel_carries_the_weights_and_works_alone(tmp_path):
         archive.extractall(tmp_path / "site")
     assert "hieratok_hf/py.typed" in names
     assert "hieratok_hf/weights/hieratok-tiny/diffusion_pytorch_model.safetensors" in names
+    assert "hieratok_hf/weights/hieratok-dit-tiny/model_index.json" in names
     code = """
 import hieratok_hf, torch
 from transformers import AutoImageProcessor, AutoModel
@@ -87,8 +88,8 @@ def test_code_from_the_hub_asks_for_no_package_that_is_optional():
     # transformers refuses code whose imports are missing, also inside `if` or a function.
     needed = {"diffusers", "huggingface_hub", "numpy", "PIL", "safetensors", "torch", "transformers"}
     source = ROOT / "src" / "hieratok_hf"
-    models = [source / f"{name}.py" for name in ("modeling_hieratok", "autoencoder_hieratok")]
-    models.append(source / "image_processing_hieratok.py")
+    names = ("modeling_hieratok", "autoencoder_hieratok", "image_processing_hieratok", "pipeline_hieratok_dit")
+    models = [source / f"{name}.py" for name in names]
     reached = {Path(file) for model in models for file in [model, *get_relative_import_files(model)]}
     assert {"tokenizer.py", "losses.py", "attention_kernels.py"} <= {path.name for path in reached}
     for path in reached:
@@ -102,7 +103,9 @@ def test_every_module_has_its_tests():
 
 def test_examples_in_docstrings_run():
     documented = [name for name in hieratok_hf.__all__ if ">>> " in (getattr(hieratok_hf, name).__doc__ or "")]
-    assert {"AutoencoderHieraTok", "HieraTokConfig", "HieraTokModel", "pretrained"} <= set(documented)
+    assert {"AutoencoderHieraTok", "HieraTokConfig", "HieraTokDiTPipeline", "HieraTokModel", "pretrained"} <= set(
+        documented
+    )
     finder, runner = (
         doctest.DocTestFinder(recurse=False),
         doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE),
@@ -116,7 +119,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    transformers_code, diffusers_code, attention_code = blocks
+    transformers_code, diffusers_code, generation_code, attention_code = blocks
     names: dict = {}
     exec(transformers_code, names)
     assert names["output"].latents.shape == (1, 16, 32, 32) and names["features"].shape == (1, 1024, 128)
@@ -124,6 +127,8 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     exec(diffusers_code, names)
     assert names["latents"].shape == (1, 16, 32, 48) and names["picture"].shape == (1, 3, 256, 384)
     assert names["preview"].shape == (1, 3, 64, 96)
+    exec(generation_code.replace("num_inference_steps=25", "num_inference_steps=4"), names)
+    assert [image.size for image in names["images"]] == [(64, 64)] * 2
     exec(attention_code, names)
     assert names["model"].config._attn_implementation == "hieratok_sdpa"
     assert {processor.backend for processor in names["vae"].attn_processors.values()} == {"sdpa"}

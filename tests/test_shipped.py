@@ -10,13 +10,21 @@ from PIL import Image
 from transformers import AutoModel
 
 import hieratok_hf
-from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, HieraTokModel, open_picture
+from hieratok_hf import (
+    AutoencoderHieraTok,
+    HieraTokDiTPipeline,
+    HieraTokImageProcessorPil,
+    HieraTokModel,
+    open_picture,
+)
+from hieratok_hf.generation_metrics import ClassAccuracy, GeneratedBatches, ImageClassifier, find_classes
 from hieratok_hf.metrics import psnr
 from hieratok_hf.pyramid import picture_pyramid
 from hieratok_hf.shipped import shipped_or_given
 
 ROOT = Path(__file__).parents[1]
 PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.webp"))
+CLASSIFIER = ROOT.parent / "shared" / "data" / "mobilenet_v2_1.0_224"
 KODAK = ROOT.parent / "shared" / "data" / "kodak"
 IMAGENETTE = ROOT.parent / "shared" / "data" / "imagenette_128" / "val-0000.tar"
 
@@ -40,11 +48,13 @@ def test_both_libraries_load_the_shipped_weights(vae):
 
 def test_the_files_are_small():
     for name in hieratok_hf.SHIPPED:
-        assert sum(path.stat().st_size for path in Path(hieratok_hf.pretrained(name)).iterdir()) < 16e6
+        files = [path for path in Path(hieratok_hf.pretrained(name)).rglob("*") if path.is_file()]
+        # That of a pipeline brings the tokenizer along.
+        assert sum(path.stat().st_size for path in files if "vae" not in path.parts) < 16e6
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"`name` must be one of \['hieratok-tiny'\], .* got 'hieratok-b'\."):
+    with pytest.raises(ValueError, match=r"`name` must be one of \[.*'hieratok-tiny'.*\], .* got 'hieratok-b'\."):
         hieratok_hf.pretrained("hieratok-b")
 
 
@@ -96,3 +106,22 @@ def test_names_that_ship_become_folders_and_all_else_stays(tmp_path, monkeypatch
     assert shipped_or_given("somebody/hieratok-b") == "somebody/hieratok-b"
     (tmp_path / "hieratok-tiny").mkdir()
     assert shipped_or_given("hieratok-tiny") == "hieratok-tiny"
+
+
+def test_the_shipped_pipeline_has_the_shipped_tokenizer(vae):
+    pipe = HieraTokDiTPipeline.from_pretrained(hieratok_hf.pretrained("hieratok-dit-tiny"))
+    ours, shipped = pipe.vae.state_dict(), vae.state_dict()
+    assert ours.keys() == shipped.keys() and all(torch.equal(ours[name], shipped[name]) for name in ours)
+    assert pipe.num_classes == 10 and len(pipe.labels) == 10
+
+
+@pytest.mark.skipif(not CLASSIFIER.exists(), reason="needs ../shared/data/mobilenet_v2_1.0_224")
+def test_a_classifier_knows_what_the_shipped_pipeline_makes():
+    pipe = HieraTokDiTPipeline.from_pretrained(hieratok_hf.pretrained("hieratok-dit-tiny"))
+    pipe.set_progress_bar_config(disable=True)
+    classifier = ImageClassifier.from_pretrained(CLASSIFIER)
+    accuracy = ClassAccuracy(classifier, find_classes(pipe.config.id2label, 10, classifier.names))
+    samples = GeneratedBatches(pipe, range(40), batch_size=20, num_inference_steps=12, guidance_scale=3.0)
+    for batch in samples:
+        accuracy.update(batch["pixel_values"], batch["labels"])
+    assert accuracy.compute()["class_accuracy"] > 0.3  # chance is 0.1

@@ -9,19 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import TINY
 from PIL import Image
+from scripts import forget_processes, records
 from transformers import MobileNetV2Config, MobileNetV2Model
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.linear_start import latent_statistics
 from hieratok_hf.picture_data import load_pictures
 from hieratok_hf.training_data import BatchPlan, to_pixel_values, training_loader
+from hieratok_hf.training_state import latest_state, states_in
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "train_tokenizer.py"
@@ -32,22 +32,7 @@ PICTURES = str(ROOT / "examples" / "pictures")
 CONFIG = {**TINY, "scale_factors": [4, 2, 1]}
 
 
-@pytest.fixture(autouse=True)
-def cache(request, tmp_path_factory, monkeypatch):
-    """A cache of its own, and no state left in accelerate's singletons."""
-    folder = tmp_path_factory.getbasetemp() / "datasets"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
-    if "gpu" not in request.keywords:
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # where every sum has its order
-    yield
-    forget_processes()
-
-
-def forget_processes():
-    """accelerate keeps what the first training of a process asked for."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("script_surroundings")
 
 
 @pytest.fixture(scope="session")
@@ -75,10 +60,6 @@ def run(output, *more):
     forget_processes()
     assert train_tokenizer.main(arguments(output, *more)) == 0
     return records(output)
-
-
-def records(output, name="losses.jsonl"):
-    return [json.loads(line) for line in (output / name).read_text().splitlines()]
 
 
 def weights_of(folder):
@@ -235,8 +216,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
     monkeypatch.setattr(train_tokenizer.TrainingLoss, "__call__", poisoned)
     message = failure(capsys, tmp_path, "--log_every", 10)
     assert message.startswith("error: The loss or its gradient was not finite at step 5.")
-    assert [path.name for path in train_tokenizer.states_in(tmp_path)] == ["state-000000003.pt"]
-    assert all(torch.isfinite(x).all() for x in train_tokenizer.latest_state(tmp_path)["average"].values())
+    assert [path.name for path in states_in(tmp_path)] == ["state-000000003.pt"]
+    assert all(torch.isfinite(x).all() for x in latest_state(tmp_path)["average"].values())
 
 
 def test_bad_data_is_named(tmp_path, capsys):
@@ -268,7 +249,7 @@ def test_states_of_other_runs_are_refused(tmp_path, capsys):
     assert "holds a training state" in failure(capsys, tmp_path)
     message = failure(capsys, tmp_path, "--resume", "--scale_factors", 2, 1)
     assert "of another configuration" in message
-    state = train_tokenizer.states_in(tmp_path)[-1]
+    state = states_in(tmp_path)[-1]
     state.write_bytes(state.read_bytes()[:1000])
     assert f"{state.name}' cannot be read as a training state" in failure(capsys, tmp_path, "--resume")
 
@@ -305,7 +286,7 @@ def test_sharded_over_two_processes_it_trains_as_one(tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     # What sharded processes saved, a single one goes on from.
     assert run(tmp_path / "two", "--steps", 4, "--resume")[-1]["step"] == 4
-    a, b = train_tokenizer.latest_state(tmp_path / "two")["average"], weights_of(tmp_path / "one")
+    a, b = latest_state(tmp_path / "two")["average"], weights_of(tmp_path / "one")
     assert {name.removeprefix("core.") for name in a} == {name.removeprefix("core.") for name in b}
 
 

@@ -19,6 +19,7 @@ _LAZY = {
     "AutoencoderHieraTok": "autoencoder_hieratok",
     "HieraTokAttnProcessor": "layers",
     "HieraTokCore": "tokenizer",
+    "HieraTokDiTPipeline": "pipeline_hieratok_dit",
     "PyramidLayout": "pyramid",
     "SHIPPED": "shipped",
     "pretrained": "shipped",
@@ -41,6 +42,7 @@ __all__ = [
     "AutoencoderHieraTok",
     "HieraTokAttnProcessor",
     "HieraTokCore",
+    "HieraTokDiTPipeline",
     "PyramidLayout",
     "SHIPPED",
     "pretrained",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from .attention import scale_causal_attention
     from .autoencoder_hieratok import AutoencoderHieraTok
     from .layers import HieraTokAttnProcessor
+    from .pipeline_hieratok_dit import HieraTokDiTPipeline
     from .pyramid import PyramidLayout
     from .shipped import SHIPPED, pretrained
     from .tokenizer import HieraTokCore

@@ -23,6 +23,7 @@ _TRANSFORMERS_STEM = "model"
 _WEIGHTS = re.compile(
     rf"({_TRANSFORMERS_STEM}|{WEIGHTS_STEM})(\.safetensors|[.-].*\.safetensors)(\.index(\..*)?\.json)?"
 )
+_LAST = ("config.json", "model_index.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
@@ -46,7 +47,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     A temporary folder whose files replace those of `folder`, one rename each, once the block has ended well.
 
     Weights that an earlier save left behind, such as shards of another number, go with the rename; `config.json`
-    comes last. If the block raises, `folder` is as it was.
+    comes last, and after it the `model_index.json` of a pipeline. If the block raises, `folder` is as it was.
 
     Raises:
         ValueError: `folder` is a file.
@@ -58,9 +59,12 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         yield stage
-        files = sorted(stage.rglob("*"), key=lambda path: path.name == "config.json")
+        files = sorted(stage.rglob("*"), key=lambda path: _LAST.index(path.name) if path.name in _LAST else -1)
         written = [path.relative_to(stage) for path in files if path.is_file()]
-        stale = _stale_weights(target, {str(path) for path in written})
+        stale = []
+        for part in {path.parent for path in written}:
+            names = {path.name for path in written if path.parent == part}
+            stale += _stale_weights(target / part, names)
         for path in written:
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / path, target / path)
@@ -72,6 +76,8 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _stale_weights(target: Path, written: set[str]) -> list[Path]:
     """Weights in `target` that a save which wrote `written` makes obsolete: those of the same variant."""
+    if not target.is_dir():
+        return []
     variants = {_variant(name) for name in written if _WEIGHTS.fullmatch(name)}
     names = [path for path in target.iterdir() if _WEIGHTS.fullmatch(path.name)]
     return [path for path in names if path.name not in written and _variant(path.name) in variants]

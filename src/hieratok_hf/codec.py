@@ -30,16 +30,27 @@ class Codec:
         core = model if isinstance(model, HieraTokCore) else getattr(model, "core", None)
         self.core: HieraTokCore | None = core if isinstance(core, HieraTokCore) else None
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """The latent `(B, C, h, w)` of pictures `(B, 3, S, S)`, on the model's device."""
+    def encode(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
+        """
+        The latent `(B, C, h, w)` of pictures `(B, 3, S, S)`, on the model's device: the mode of the posterior, or a
+        sample of it by standard normal noise of that shape. A model without a posterior has only one.
+        """
         weight = next(self.model.parameters())
         pixel_values = pixel_values.to(weight.device, weight.dtype)
         if self.core is not None:
-            return posterior_of(self.core.encode_moments(pixel_values)[0]).mode()
-        output: Any = self.model.encode(pixel_values)
-        if hasattr(output, "latent_dist"):
-            return output.latent_dist.mode()
-        return output.latents if hasattr(output, "latents") else output.latent
+            posterior: Any = posterior_of(self.core.encode_moments(pixel_values)[0])
+        else:
+            output: Any = self.model.encode(pixel_values)
+            if not hasattr(output, "latent_dist"):
+                return output.latents if hasattr(output, "latents") else output.latent
+            posterior = output.latent_dist
+        return posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents as a generator of diffusers is fed them; those of HieraTok are so already."""
+        config = getattr(self.model, "config", None)
+        scale, shift = (getattr(config, name, None) for name in ("scaling_factor", "shift_factor"))
+        return (latents - (shift or 0.0)) * (scale or 1.0)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The pictures `(B, 3, S, S)` of latents."""

@@ -27,6 +27,7 @@ __all__ = [
     "centre_square",
     "evaluate",
     "gather",
+    "process_place",
     "throughput",
 ]
 
@@ -76,13 +77,13 @@ class EvaluationBatches:
         return math.ceil(len(self._share()) / self.batch_size)
 
     def _share(self) -> range:
-        length, (rank, world) = len(self.pictures), _place()
+        length, (rank, world) = len(self.pictures), process_place()
         return range(length if self.limit is None else min(self.limit, length))[rank::world]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         numbered: Iterator[tuple[int, Row]]
         if self.pictures.streaming:
-            rank, world = _place()
+            rank, world = process_place()
             numbered = islice(enumerate(self.pictures), rank, self.limit, world)
         else:
             numbered = ((index, self.pictures[index]) for index in self._share())
@@ -258,14 +259,14 @@ def throughput(codec: Codec, pixel_values: Tensor, seconds: float = 2.0) -> dict
 
 def gather(value: Any) -> list[Any]:
     """What every process has, in their order."""
-    if (world := _place()[1]) == 1:
+    if (world := process_place()[1]) == 1:
         return [value]
     values: list[Any] = [None] * world
     dist.all_gather_object(values, value)
     return values
 
 
-def _place() -> tuple[int, int]:
+def process_place() -> tuple[int, int]:
     """Which process this is, and of how many."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 

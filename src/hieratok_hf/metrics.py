@@ -30,7 +30,7 @@ def psnr(pictures: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ValueError: Rank, channels, size, dtype or values are not those above; the message names the argument.
     """
-    levels, target_levels = _levels(pictures, targets)
+    levels, target_levels = _paired_levels(pictures, targets)
     return 10 * torch.log10(255**2 / (levels - target_levels).square().mean(dim=(1, 2, 3)))
 
 
@@ -54,7 +54,7 @@ def ssim(pictures: Tensor, targets: Tensor) -> Tensor:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise ImportError('`ssim` needs torchmetrics: pip install "hieratok_hf[eval]"') from error
-    levels, target_levels = _levels(pictures, targets)
+    levels, target_levels = _paired_levels(pictures, targets)
     if min(levels.shape[2:]) < SSIM_WINDOW:
         size = f"{levels.shape[2]}x{levels.shape[3]}"
         raise ValueError(f"`pictures` must be at least {SSIM_WINDOW} pixels high and wide, got {size}.")
@@ -116,31 +116,33 @@ class FrechetDistance:
         self._metric.orig_dtype = torch.float64
         self._knows_targets = False
 
-    def update(self, pictures: Tensor, targets: Tensor) -> None:
+    def update(self, pictures: Tensor | None, targets: Tensor | None) -> None:
         """
-        Add pictures to both sets.
+        Add pictures to both sets, or to one alone: the other is then `None`.
 
         Args:
-            pictures, targets (`torch.Tensor` of shape `(B, 3, H, W)`): As those of `psnr`.
+            pictures, targets (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): As those of `psnr`, but each of its
+                own number and size.
 
         Raises:
             ValueError: As `psnr`.
         """
-        levels, target_levels = (x.byte().to(self._metric.device) for x in _levels(pictures, targets))
-        self._metric.update(levels, real=False)
-        if not self._knows_targets:
-            self._metric.update(target_levels, real=True)
+        given = {"pictures": pictures, "targets": targets}
+        levels = {name: _levels(name, tensor) for name, tensor in given.items() if tensor is not None}
+        for name, values in levels.items():
+            if name == "pictures" or not self._knows_targets:
+                self._metric.update(values.byte().to(self._metric.device), real=name == "targets")
 
     def compute(self) -> float:
         """
         The distance over the pictures of all processes, each of which must call this.
 
         Raises:
-            RuntimeError: There are fewer than two pictures.
-            ValueError: Another round had more or fewer targets than this one.
+            RuntimeError: There are fewer than two pictures or targets.
+            ValueError: With `same_targets`, another round had more or fewer targets than this one.
         """
         rounds = int(self._metric.fake_features_num_samples), int(self._metric.real_features_num_samples)
-        if rounds[0] != rounds[1]:
+        if self.same_targets and rounds[0] != rounds[1]:
             raise ValueError(f"`same_targets` needs the same targets in every round, got {rounds[0]} and {rounds[1]}.")
         distance = float(self._metric.compute())
         return 0.0 if distance < 0 else distance  # rounding takes that of equal sets below zero
@@ -170,19 +172,23 @@ class _PooledFeatures(nn.Module):
         return self.features(levels.float() / 127.5 - 1, self.size)[0].double()
 
 
-def _levels(pictures: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as whole numbers in 0 ... 255 in float32, checked."""
-    for name, tensor in (("pictures", pictures), ("targets", targets)):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}.")
-        if tensor.ndim != 4 or tensor.shape[1] != 3 or 0 in tensor.shape:
-            raise ValueError(f"`{name}` must have shape (B, 3, H, W) and not be empty, got {tuple(tensor.shape)}.")
-        if not tensor.is_floating_point():
-            raise ValueError(f"`{name}` must be floating point in [-1, 1], got {tensor.dtype}.")
-        if not (largest := tensor.detach().abs().max().item()) <= PIXEL_LIMIT:  # phrased so that NaN fails
-            raise ValueError(f"`{name}` must be finite and lie in [-1, 1], got a value of magnitude {largest:g}.")
+def _paired_levels(pictures: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of both, which must have one shape."""
+    levels, target_levels = _levels("pictures", pictures), _levels("targets", targets)
     if pictures.shape != targets.shape:
         shapes = f"{tuple(pictures.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"`pictures` and `targets` must have the same shape, got {shapes}.")
-    levels, target_levels = (255 * (x.detach().float() * 0.5 + 0.5).clamp(0, 1) for x in (pictures, targets))
-    return levels.round(), target_levels.round()
+    return levels, target_levels
+
+
+def _levels(name: str, tensor: Tensor) -> Tensor:
+    """As whole numbers in 0 ... 255 in float32, checked."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.ndim != 4 or tensor.shape[1] != 3 or 0 in tensor.shape:
+        raise ValueError(f"`{name}` must have shape (B, 3, H, W) and not be empty, got {tuple(tensor.shape)}.")
+    if not tensor.is_floating_point():
+        raise ValueError(f"`{name}` must be floating point in [-1, 1], got {tensor.dtype}.")
+    if not (largest := tensor.detach().abs().max().item()) <= PIXEL_LIMIT:  # phrased so that NaN fails
+        raise ValueError(f"`{name}` must be finite and lie in [-1, 1], got a value of magnitude {largest:g}.")
+    return (255 * (tensor.detach().float() * 0.5 + 0.5).clamp(0, 1)).round()

@@ -1,7 +1,6 @@
 """What training a tokenizer minimises: its forward pass with noise, and the weighted sum of all losses."""
 
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from .alignment import LatentAlignment
 from .configuration_hieratok import HieraTokConfig
 from .losses import PIXEL_LOSSES, tokenizer_losses
 from .tokenizer import HieraTokCore, posterior_of
+from .training_data import step_generator
 
 __all__ = ["LossWeights", "TokenizerTraining", "TrainingLoss", "step_noise"]
 
@@ -100,8 +100,7 @@ def step_noise(batch: dict[str, Any], config: HieraTokConfig, seed: int) -> tupl
     function of the seed and the step, however its pictures are divided over processes and parts.
     """
     height, width = (side // config.patch_size for side in batch["pixel_values"].shape[2:])
-    # torch's generator takes 32 bits of its seed.
-    generator = torch.Generator().manual_seed(random.Random(f"{seed}:{batch['step']}").getrandbits(32))
+    generator = step_generator(seed, batch["step"])
     noise = torch.randn(2, batch["count"], config.latent_channels, height, width, generator=generator)
     mix = torch.rand(batch["count"], 1, 1, 1, generator=generator)
     return noise[:, batch["rows"]], mix[batch["rows"]]

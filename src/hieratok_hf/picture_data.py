@@ -51,6 +51,11 @@ class Pictures(Dataset):
         self.label = next((name for name in _LABELS if name in features), None)
         self.dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
 
+    @property
+    def class_names(self) -> list[str]:
+        """Those of the labels, where the data names them."""
+        return list(getattr((self.dataset.features or {}).get(self.label), "names", None) or [])
+
     def __len__(self) -> int:
         return len(self.dataset)
 

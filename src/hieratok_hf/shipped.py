@@ -6,12 +6,13 @@ __all__ = ["SHIPPED", "pretrained", "shipped_or_given"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
-SHIPPED: tuple[str, ...] = ("hieratok-tiny",)
+SHIPPED: tuple[str, ...] = ("hieratok-tiny", "hieratok-dit-tiny")
 
 
 def pretrained(name: str) -> str:
     """
-    The folder of weights that ship with the package, for `from_pretrained` of either library.
+    The folder of weights that ship with the package, for `from_pretrained`: `"hieratok-tiny"` is a tokenizer, for
+    either library, and `"hieratok-dit-tiny"` a `HieraTokDiTPipeline`.
 
     Args:
         name (`str`): One of `SHIPPED`.
@@ -31,7 +32,7 @@ def pretrained(name: str) -> str:
     if name not in SHIPPED:
         raise ValueError(f"`name` must be one of {list(SHIPPED)}, which ship with the package, got {name!r}.")
     folder = _WEIGHTS / name
-    if not (folder / "config.json").is_file():
+    if not any((folder / file).is_file() for file in ("config.json", "model_index.json")):
         raise FileNotFoundError(f"The installed package lacks the weights of {name!r}: {str(folder)!r} is not there.")
     return str(folder)
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from .picture_data import Pictures, Row, picture_of
 from .pictures import PictureError
 
-__all__ = ["BatchPlan", "random_crop", "to_pixel_values", "training_loader"]
+__all__ = ["BatchPlan", "Draw", "planned_draws", "random_crop", "step_generator", "to_pixel_values", "training_loader"]
 
 # Shape letters: B pictures of this process in one part of a step, S side of a crop in pixels.
 
@@ -109,7 +109,8 @@ def training_loader(
 
     Returns:
         Iterator of dictionaries: `pixel_values` `(B, 3, S, S)` uint8; `step` and `part`; `count`, the pictures of
-        the whole step; `rows`, which of them these are; `skipped`, the reasons of pictures left out.
+        the whole step; `rows`, which of them these are; `labels` `(B,)`, -1 where there is none; `skipped`, the
+        reasons of pictures left out.
 
     Raises:
         PictureError: While iterating: a hundred rows in a row cannot be decoded.
@@ -136,8 +137,16 @@ def to_pixel_values(batch: dict[str, Any]) -> Tensor:
     return batch["pixel_values"].float() / 127.5 - 1
 
 
-class _Draw(NamedTuple):
-    """What decides a crop: its place in the whole training, and in its step."""
+class Draw(NamedTuple):
+    """
+    What decides a sample: its place in the whole training, and in its step.
+
+    Attributes:
+        place, row (`int`): How many samples come before it, in all and in its step.
+        size (`int`): Side of the crop in pixels.
+        step, part, total (`int`): Its step, the part of it, and the step's samples.
+        data_row (`int`): The row of the data, where that has a length.
+    """
 
     place: int
     row: int
@@ -145,31 +154,43 @@ class _Draw(NamedTuple):
     step: int
     part: int
     total: int
+    data_row: int = -1
 
 
-def _draws(plan: BatchPlan, first_step: int) -> Iterator[list[_Draw]]:
+def planned_draws(length: int, plan: BatchPlan, first_step: int = 0) -> Iterator[list[Draw]]:
+    """The draws of this process, part after part: all rows of the data in a random order, epoch after epoch."""
+    epoch, order = -1, np.zeros(0, np.int64)
+    for draws in _draws(plan, first_step):
+        placed = []
+        for draw in draws:
+            if draw.place // length != epoch:
+                epoch = draw.place // length
+                order = np.random.default_rng((plan.seed, epoch)).permutation(length)
+            placed.append(draw._replace(data_row=int(order[draw.place % length])))
+        yield placed
+
+
+def step_generator(seed: int | str, step: int) -> torch.Generator:
+    """A source of noise on the CPU for one step: a function of the two."""
+    # torch's generator takes 32 bits of its seed.
+    return torch.Generator().manual_seed(random.Random(f"{seed}:{step}").getrandbits(32))
+
+
+def _draws(plan: BatchPlan, first_step: int) -> Iterator[list[Draw]]:
     """Those of this process, part after part."""
     for step, size, count, before in plan.sizes(first_step):
         for part in range(plan.parts):
-            yield [_Draw(before + row, row, size, step, part, count) for row in plan.share(part, count)]
+            yield [Draw(before + row, row, size, step, part, count) for row in plan.share(part, count)]
 
 
 class _PlanSampler(Sampler):
-    """Which row of the data each draw takes: all of them in a random order, epoch after epoch."""
+    """The draws of a plan, for a loader."""
 
     def __init__(self, length: int, plan: BatchPlan, first_step: int):
         self.length, self.plan, self.first_step = length, plan, first_step
 
-    def __iter__(self) -> Iterator[list[tuple[int, _Draw]]]:
-        epoch, order = -1, np.zeros(0, np.int64)
-        for draws in _draws(self.plan, self.first_step):
-            batch = []
-            for draw in draws:
-                if draw.place // self.length != epoch:
-                    epoch = draw.place // self.length
-                    order = np.random.default_rng((self.plan.seed, epoch)).permutation(self.length)
-                batch.append((int(order[draw.place % self.length]), draw))
-            yield batch
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return planned_draws(self.length, self.plan, self.first_step)
 
 
 class _Crops(Dataset):
@@ -178,9 +199,8 @@ class _Crops(Dataset):
     def __init__(self, pictures: Pictures, seed: int, scale: tuple[float, float]):
         self.pictures, self.seed, self.scale = pictures, seed, scale
 
-    def __getitem__(self, drawn: tuple[int, _Draw]) -> dict[str, Any]:
-        index, draw = drawn
-        rows = (self.pictures[(index + offset) % len(self.pictures)] for offset in range(len(self.pictures)))
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        rows = (self.pictures[(draw.data_row + offset) % len(self.pictures)] for offset in range(len(self.pictures)))
         return _sample(rows, draw, self.pictures.source, self.seed, self.scale)
 
 
@@ -208,7 +228,7 @@ class _StreamedCrops(IterableDataset):
             yield _collate([_sample(rows_from(draw.place), draw, source, seed, self.scale) for draw in draws])
 
 
-def _sample(rows: Iterator[Row], draw: _Draw, source: str, seed: int, scale: tuple[float, float]) -> dict[str, Any]:
+def _sample(rows: Iterator[Row], draw: Draw, source: str, seed: int, scale: tuple[float, float]) -> dict[str, Any]:
     """The crop of the first of `rows` that can be decoded."""
     skipped: list[str] = []
     for row in itertools.islice(rows, _TRIES):
@@ -217,7 +237,7 @@ def _sample(rows: Iterator[Row], draw: _Draw, source: str, seed: int, scale: tup
         except PictureError as error:
             skipped.append(str(error))
         else:
-            return {"crop": np.asarray(crop), "draw": draw, "skipped": skipped}
+            return {"crop": np.asarray(crop), "label": row["label"], "draw": draw, "skipped": skipped}
     raise PictureError(f"{source}: {len(skipped)} pictures in a row cannot be decoded; {skipped[0]}")
 
 
@@ -229,5 +249,6 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "part": draw.part,
         "count": draw.total,
         "rows": torch.tensor([sample["draw"].row for sample in samples]),
+        "labels": torch.tensor([-1 if sample["label"] is None else sample["label"] for sample in samples]),
         "skipped": [reason for sample in samples for reason in sample["skipped"]],
     }

@@ -3,7 +3,7 @@
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -17,9 +17,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .checkpoint import written_whole
-from .tokenizer import HieraTokCore
 
-__all__ = ["TrainingState", "latest_state", "learning_rate_factor", "states_in"]
+__all__ = ["TrainingState", "latest_state", "learning_rate_factor", "state_to_resume", "states_in"]
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 _PATTERN = "state-{:09d}.pt"
 _GLOB = "state-" + "[0-9]" * 9 + ".pt"
@@ -33,14 +34,21 @@ class TrainingState:
     Everything that a training changes, and the average of the weights that it exports.
 
     Args:
-        core (`HieraTokCore`): The part of `model` whose weights are averaged.
+        core (`nn.Module`): The module whose weights are averaged.
         pairs (`list[tuple[nn.Module, torch.optim.Optimizer]]`): Modules, wrapped or not, with their optimizers; `core`
             lies in the first.
         decay (`float`): Of the average, which follows faster at first.
+        name (`str`, defaults to `"core"`): That of `core` in the first module.
     """
 
-    def __init__(self, core: HieraTokCore, pairs: list[tuple[nn.Module, torch.optim.Optimizer]], decay: float):
-        self.core, self.pairs = core, pairs
+    def __init__(
+        self,
+        core: nn.Module,
+        pairs: list[tuple[nn.Module, torch.optim.Optimizer]],
+        decay: float,
+        name: str = "core",
+    ):
+        self.core, self.pairs, self.prefix = core, pairs, f"{name}."
         self.average = EMAModel(core.parameters(), decay=decay, foreach=True)
 
     def averaged_weights(self) -> dict[str, Any]:
@@ -53,14 +61,12 @@ class TrainingState:
         finally:
             self.average.restore(self.core.parameters())
 
-    def averaged_core(self) -> HieraTokCore:
-        """A tokenizer of its own with the averaged weights, on the CPU; all processes call it, and all get it."""
-        core = type(self.core)(self.core.config)
+    def load_average(self, model: ModuleType) -> ModuleType:
+        """Give a model of the kind of `core` the averaged weights; all processes call it, each with its own."""
         weights = self.averaged_weights()
-        core.load_state_dict(
-            {name.removeprefix("core."): x for name, x in weights.items() if name.startswith("core.")}
-        )
-        return core.eval()
+        own = {name.removeprefix(self.prefix): x for name, x in weights.items() if name.startswith(self.prefix)}
+        model.load_state_dict(own)
+        return model.eval()
 
     def save(self, folder: Path, step: int, keep: int, write: bool = True, **facts: Any) -> None:
         """
@@ -146,6 +152,26 @@ def latest_state(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{str(states[-1])!r} cannot be read as a training state: {reason}") from error
     if not isinstance(state, dict) or not {"step", "parts", "average", "updates"} <= state.keys():
         raise ValueError(f"{str(states[-1])!r} is no training state of this package.")
+    return state
+
+
+def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    The newest state of a script's `--output`, `None` where there is none.
+
+    Raises:
+        ValueError: There is one and `--resume` was not given, its `config` is another, or as `latest_state`.
+    """
+    if not states_in(folder):
+        return None
+    if not resume:
+        raise ValueError(f"--output {str(folder)!r} holds a training state: add --resume, or take another folder.")
+    state = latest_state(folder)
+    if state["config"] != config:
+        differing = sorted(
+            name for name in {*state["config"], *config} if state["config"].get(name) != config.get(name)
+        )
+        raise ValueError(f"The state in {str(folder)!r} is that of a model of another configuration: {differing}.")
     return state
 
 

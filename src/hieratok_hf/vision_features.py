@@ -11,7 +11,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
-__all__ = ["DEFAULT_VISION_MODEL", "VisionFeatures"]
+__all__ = ["DEFAULT_VISION_MODEL", "VisionFeatures", "colour_statistics"]
 
 # Shape letters: B batch, H W pixels, C channels of a map, h w its grid, N tokens.
 
@@ -68,11 +68,7 @@ class VisionFeatures(nn.Module):
             model.pooler = None  # of many classifiers: it would be random, and another one in every process
         elif missing:
             raise ValueError(f"{name!r} must hold all weights of its model, but lacks {missing}.")
-        try:
-            settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name)[0]
-        except OSError:
-            settings = {}
-        return cls(model, settings.get("image_mean") or [0.5] * 3, settings.get("image_std") or [0.5] * 3)
+        return cls(model, *colour_statistics(name))
 
     @property
     def name(self) -> str:
@@ -115,3 +111,12 @@ class VisionFeatures(nn.Module):
         maps = [x.transpose(1, 2) if x.ndim == 3 else x for x in (*outputs.hidden_states, outputs.last_hidden_state)]
         pooled = getattr(outputs, "pooler_output", None)
         return maps[-1].flatten(2).mean(2) if pooled is None else pooled.flatten(1), maps
+
+
+def colour_statistics(name: str) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the colours in the image processor of a folder or Hub id, 0.5 where it has none."""
+    try:
+        settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name)[0]
+    except OSError:
+        settings = {}
+    return settings.get("image_mean") or [0.5] * 3, settings.get("image_std") or [0.5] * 3

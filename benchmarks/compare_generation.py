@@ -1,0 +1,297 @@
+"""One generator on the latents of a multi-scale tokenizer and on those of its single-scale twin, all else equal."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_scales import DISTANCE, README, ROOT, ROWS, steps_to_reach
+from latent_space import NOISE, PICTURES, figures, latents_of, white_noise
+from latent_space import plot as plot_spaces
+from latent_space import table as table_of_spaces
+from measuring import machine
+
+from hieratok_hf.checkpoint import written_whole
+from hieratok_hf.latent_cache import LatentCache
+
+RESULTS = ROOT / "benchmarks" / "results" / "compare_generation.json"
+PLOT = RESULTS.with_suffix(".png")
+SPACES_PLOT = RESULTS.with_name("latent_space.png")
+BEGIN, END = "<!-- compare_generation.py --only_collect writes this -->", "<!-- until here -->"
+SPACES_BEGIN = "<!-- compare_generation.py --only_collect writes this of latent_space.py -->"
+
+# What decides a run's figures beside its tokenizer and seed; another value is another comparison.
+SETTINGS: dict[str, Any] = {
+    "picture_size": 64,
+    "dit": "dit-tiny",
+    "dit_config": '{"num_layers": 4, "num_attention_heads": 3}',
+    "steps": 2000,
+    "export_every": 500,
+    "batch_size": 64,
+    "lr": 5e-4,
+    "warmup_steps": 200,
+    "ema": 0.999,
+    "mixed_precision": "bf16",
+    "samples": 5000,
+    "sample_steps": 20,
+    "sample_dtype": "bfloat16",
+}
+
+
+def call(script: str, arguments: list[Any], log: Path) -> None:
+    """Run an example as a user would; what it prints goes to the log."""
+    command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), *map(str, arguments)]
+    with log.open("a") as file:
+        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
+            raise SystemExit(f"examples/{script}.py failed; {log} says why.")
+
+
+def cached(tokenizer: Path, folder: Path, data: Path, size: int) -> Path:
+    """The latents of the training split, encoded unless they are there."""
+    latents = folder / f"latents-{size}"
+    try:
+        LatentCache(latents)
+    except (FileNotFoundError, ValueError):  # not begun, or not finished
+        arguments = ["--model", tokenizer, "--data", data / "imagenette_128" / "train-*.tar", "--output", latents]
+        call("cache_latents", [*arguments, "--size", size, "--kind", "mode"], folder / "log.txt")
+    return latents
+
+
+def trained(tokenizer: Path, latents: Path, folder: Path, data: Path, seed: int, settings: dict[str, Any]) -> None:
+    """Train the generator, or go on where it was interrupted."""
+    if (folder / "model_index.json").exists():
+        return
+    arguments = ["--vae", tokenizer, "--latents", latents, "--output", folder, "--resume", "--seed", seed]
+    arguments += ["--class_names", data / "imagenette_128" / "meta.json"]
+    arguments += ["--size", settings["dit"], "--config", settings["dit_config"]]
+    for name in ("steps", "export_every", "batch_size", "lr", "warmup_steps", "ema", "mixed_precision"):
+        arguments += [f"--{name}", settings[name]]
+    arguments += ["--sample_every", settings["steps"], "--save_every", min(500, settings["export_every"])]
+    call("train_dit", arguments, folder / "log.txt")
+
+
+def evaluated(folder: Path, data: Path, batch_size: int, settings: dict[str, Any]) -> None:
+    """Measure each pipeline that the training left."""
+    for step in range(settings["export_every"], settings["steps"] + 1, settings["export_every"]):
+        path = folder / f"evaluation-{step:09d}.json"
+        if path.exists():
+            continue
+        vision = data / "mobilenet_v2_1.0_224"
+        arguments = ["--model", folder / f"pipeline-{step:09d}", "--json", path, "--samples", settings["samples"]]
+        arguments += ["--steps", settings["sample_steps"], "--batch_size", batch_size]
+        # Of these tokenizers and steps, guidance would hide what the generator has not learned.
+        arguments += ["--guidance_scale", 1, "--seed", 0]
+        # The split that it was trained on, as is usual for FID: that is the distribution which it is to have learned,
+        # and the larger set is the steadier one.
+        arguments += ["--reference", data / "imagenette_128" / "train-*.tar"]
+        arguments += [
+            "--fid_model",
+            vision,
+            "--fid_size",
+            settings["picture_size"],
+            "--dtype",
+            settings["sample_dtype"],
+        ]
+        if step == settings["steps"]:  # the classifier takes longer than all else
+            arguments += ["--classifier", vision]
+        call("evaluate_generation", arguments, folder / "log.txt")
+
+
+def run(name: str, twin: str, seed: int, args: argparse.Namespace) -> None:
+    """All stages of one row and seed, but for those whose results are there."""
+    tokenizer, folder = args.tokenizers / name, args.output / name / f"seed-{seed}"
+    if not (tokenizer / "config.json").exists():
+        row, _, tokenizer_seed = name.rpartition("-")
+        command = f"benchmarks/compare_scales.py --in_process --rows {row} --seeds {tokenizer_seed}"
+        raise SystemExit(f"There is no tokenizer in {tokenizer}: {command} --output {args.tokenizers} trains it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {key: getattr(args, key) for key in SETTINGS}
+    facts = {"tokenizer": name, "twin": twin, "seed": seed, "settings": settings}
+    if (path := folder / "settings.json").exists() and json.loads(path.read_text()) != facts:
+        raise SystemExit(f"{path} is of other settings: take another --output, or remove {folder}.")
+    with written_whole(path) as file:
+        file.write((json.dumps(facts, indent=1) + "\n").encode())
+    latents = cached(tokenizer, folder.parent, args.data, args.picture_size)
+    trained(tokenizer, latents, folder, args.data, seed, settings)
+    evaluated(folder, args.data, args.sample_batch_size, settings)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The figures of a run, `None` while an evaluation is missing."""
+    facts = json.loads((folder / "settings.json").read_text())
+    reports = {int(path.stem.split("-")[1]): json.loads(path.read_text()) for path in folder.glob("evaluation-*.json")}
+    if len(reports) < facts["settings"]["steps"] // facts["settings"]["export_every"]:
+        return None
+    curve = [{"step": step, DISTANCE: reports[step][DISTANCE]} for step in sorted(reports)]
+    last = reports[curve[-1]["step"]]
+    facts |= {name: last[name] for name in ("class_accuracy", "top1_accuracy", "reference_pictures")}
+    return {**facts, "curve": curve}
+
+
+def recorded() -> dict[str, Any]:
+    """What the results hold already."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}, "latent_spaces": {}}
+
+
+def reached(mine: dict[str, Any], other: dict[str, Any]) -> tuple[str, str]:
+    """Where a curve comes down to the twin's last value, and how many times as many steps the twin took."""
+    curve, distance, last = mine["curve"], other["curve"][-1][DISTANCE], other["curve"][-1]["step"]
+    # Before the first point nothing was measured.
+    if curve[0][DISTANCE] <= distance:
+        return f"at most {curve[0]['step']}", f"{last / curve[0]['step']:.2f}x or more"
+    step = steps_to_reach(curve, distance)
+    return ("not", "none") if step is None else (f"{step:.0f}", f"{last / step:.2f}x")
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """A row for each tokenizer, its seeds' figures side by side, in Markdown."""
+    steps = [point["step"] for point in next(iter(runs.values()))["curve"]] if runs else []
+    after = " | ".join(f"{DISTANCE} after {step} steps" if not i else f"{step}" for i, step in enumerate(steps))
+    heads = [
+        *([after] if after else []),
+        "against its twin",
+        "steps to the twin's last",
+        "steps of the twin over these",
+    ]
+    lines = [
+        "| " + " | ".join(["tokenizer", "", *heads, "class accuracy, %"]) + " |",
+        "|---" * (len(steps) + 6) + "|",
+    ]
+    for name in dict.fromkeys(run["tokenizer"] for run in runs.values()):
+        own = [run for run in runs.values() if run["tokenizer"] == name]
+        ratios, steps_taken, gains = [], [], []
+        for mine in own:
+            other = runs.get(f"{mine['twin']}/seed-{mine['seed']}")
+            if other is None or mine["twin"] == name:
+                continue
+            ratios.append(f"{100 * (mine['curve'][-1][DISTANCE] / other['curve'][-1][DISTANCE] - 1):+.1f} %")
+            for cells, value in zip((steps_taken, gains), reached(mine, other)):
+                cells.append(value)
+        distances = [", ".join(f"{run['curve'][i][DISTANCE]:.1f}" for run in own) for i in range(len(steps))]
+        accuracy = ", ".join(f"{100 * run['class_accuracy']:.1f}" for run in own)
+        cells = [f"`{name}`", ROWS[name.rpartition("-")[0]][0], *distances]
+        cells += [", ".join(ratios), ", ".join(steps_taken), ", ".join(gains), accuracy]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    """The distance over the steps: one colour a tokenizer, one kind of line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    names = list(dict.fromkeys(run["tokenizer"] for run in runs.values()))
+    seeds = sorted({run["seed"] for run in runs.values()})
+    for run in runs.values():
+        line = ["-", "--", ":", "-."][seeds.index(run["seed"]) % 4]
+        points = [(point["step"], point[DISTANCE]) for point in run["curve"]]
+        label = f"{run['tokenizer']}, seed {run['seed']}"
+        axis.plot(*zip(*points), marker="o", label=label, color=f"C{names.index(run['tokenizer'])}", linestyle=line)
+    steps = sorted({point["step"] for run in runs.values() for point in run["curve"]})
+    axis.set(xlabel="steps of the generator", title=f"{DISTANCE} of samples, lower is better", xticks=steps)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def sections(results: dict[str, Any]) -> dict[str, str]:
+    """What README.md holds of the results, by the markers that it follows."""
+    caption = f"{DISTANCE} of the samples over the steps of the generator"
+    parts = {BEGIN: f"{table(results['runs'])}\n\n![{caption}](results/{PLOT.name})"}
+    if results["latent_spaces"]:
+        caption = "Spectra of the latents, and a t-SNE of those of each tokenizer"
+        picture = f"![{caption}](results/{SPACES_PLOT.name})"
+        parts[SPACES_BEGIN] = f"{table_of_spaces(results['latent_spaces'])}\n\n{picture}"
+    return parts
+
+
+def filled(text: str, begin: str, content: str) -> str:
+    """A text with other content from one marker to the next end."""
+    if text.count(begin) != 1:
+        raise ValueError(f"{README} must hold {begin!r} once.")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{content}\n{END}{rest.partition(END)[2]}"
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Add what has finished to the results, and write tables and plots of all of them."""
+    results = recorded()
+    runs = results["runs"]
+    for path in sorted(args.output.glob("*/seed-*/settings.json")):
+        if (found := finished(path.parent)) is not None:
+            runs[f"{found['tokenizer']}/seed-{found['seed']}"] = found
+    if not runs:
+        raise SystemExit(f"Nothing has finished in {args.output}, and nothing is recorded in {RESULTS}.")
+    if len({json.dumps(run["settings"], sort_keys=True) for run in runs.values()}) > 1:
+        raise SystemExit(f"The runs of {args.output} and those of {RESULTS} are of several settings.")
+    size = next(iter(runs.values()))["settings"]["picture_size"]
+    # Pairs follow each other, each led by its twin.
+    runs = dict(
+        sorted(runs.items(), key=lambda item: (item[1]["twin"], item[1]["twin"] != item[1]["tokenizer"], item[0]))
+    )
+    folders = {name: args.output / name / f"latents-{size}" for name in args.pair}
+    spaces = results["latent_spaces"]
+    # Whose run has finished, its cache has, unless it was removed since.
+    done = {run["tokenizer"] for run in runs.values()}
+    if all(name in done and folder.exists() for name, folder in folders.items()):
+        spaces = {name: figures(latents_of(folder)[0]) for name, folder in folders.items()}
+        spaces[NOISE] = figures(white_noise(tuple(spaces[args.pair[0]]["shape"])))
+        pictures = {name: latents_of(folder, PICTURES) for name, folder in folders.items()}
+        classes = json.loads((args.data / "imagenette_128" / "meta.json").read_text())["classes"]
+        plot_spaces(spaces, pictures, classes, SPACES_PLOT)
+    results = {"machine": machine(torch.device("cpu")), "runs": runs, "latent_spaces": spaces}
+    plot(runs, PLOT)
+    text = README.read_text()
+    for begin, content in sections(results).items():
+        text = filled(text, begin, content)
+        print(content)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    README.write_text(text)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    add("--tokenizers", type=Path, default=ROOT / "runs" / "compare_scales", help="the --output of compare_scales.py")
+    add("--output", type=Path, default=ROOT / "runs" / "compare_generation")
+    pair, seed_help = ("single", "multi"), "of the tokenizers, which all generators share"
+    add("--pair", nargs=2, choices=ROWS, metavar=("SINGLE", "MULTI"), default=pair, help="rows of compare_scales.py")
+    add("--tokenizer_seed", type=int, default=0, help=seed_help)
+    add("--rows", nargs="+", choices=("single", "multi"), default=("single", "multi"), help="which of the pair")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the generators")
+    add("--only_collect", action="store_true", help="run nothing; add what has finished to the results")
+    memory = "the classifier's memory grows with it; the pictures do not depend on it"
+    add("--sample_batch_size", type=int, default=50, help=memory)
+    for name, value in SETTINGS.items():
+        add(f"--{name}", type=type(value), default=value, help="the same of all runs")
+    args = parser.parse_args(argv)
+    args.pair = [f"{row}-{args.tokenizer_seed}" for row in args.pair]
+    if args.export_every < 1 or args.steps % args.export_every:
+        parser.error(f"--steps must be a multiple of --export_every, got {args.steps} and {args.export_every}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.only_collect:
+        collect(args)
+        return 0
+    for seed in args.seeds:
+        for name in (args.pair[("single", "multi").index(row)] for row in args.rows):
+            if f"{name}/seed-{seed}" in recorded()["runs"]:
+                print(f"{name}, seed {seed}: recorded in {RESULTS} already")
+            else:
+                run(name, args.pair[0], seed, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Evaluate a class-conditional generator: Fréchet distance, class accuracy and speed, in a table and as JSON."""
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import disable_progress_bars as disable_data_progress_bars
+from diffusers.utils import logging
+from PIL import Image
+from tqdm import tqdm
+
+from hieratok_hf import HieraTokDiTPipeline
+from hieratok_hf.checkpoint import written_whole
+from hieratok_hf.command_line import (
+    Problem,
+    add_device,
+    device_of_process,
+    loaded,
+    machine,
+    one_line,
+    positive,
+    printed_by_processes,
+    write_report,
+)
+from hieratok_hf.evaluation import EvaluationBatches, gather
+from hieratok_hf.generation_metrics import ClassAccuracy, GeneratedBatches, ImageClassifier, find_classes, picture_size
+from hieratok_hf.metrics import FrechetDistance
+from hieratok_hf.picture_data import load_pictures
+from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.vision_features import VisionFeatures
+
+
+def numbers(text: str) -> range:
+    """One number, or the first and the last of several, as in 0-999."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    interval = "shares of noise between which guidance acts, from 0, clean, to 1 (default: 0 1)"
+    data = "folders of pictures, tar shards in webdataset style, or a Hub data set: measure a Fréchet distance to them"
+    add("--model", default="hieratok-dit-tiny", help="a folder, a name that ships, or a Hub repository")
+    add("--samples", type=positive, default=5000, help="pictures to make, of all classes in turn (default: 5000)")
+    add("--steps", type=positive, default=50, help="of the scheduler (default: 50)")
+    add("--guidance_scale", type=float, default=4.0, help="1 is no guidance (default: 4)")
+    add("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
+    add("--seed", type=int, default=0, help="of all noise (default: 0)")
+    add("--batch_size", type=positive, default=16, help="pictures of a batch in each process (default: 16)")
+    add("--reference", nargs="+", metavar="DATA", help=data)
+    add("--reference_split", default="train", help="split of folders and data sets; shards have but one")
+    add("--streaming", action="store_true", help="read the reference pictures without first making a copy of them")
+    add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
+    add("--fid_size", type=positive, help="side that its pictures are resized to; its own unless given")
+    add("--classifier", metavar="MODEL", help="measure how often this image classifier finds the classes")
+    add(
+        "--classifier_labels",
+        type=numbers,
+        nargs="+",
+        metavar="ID",
+        help="its label for each class of the pipeline, such as 0 217 or 0-999; found by name unless given",
+    )
+    add("--save", type=Path, metavar="FOLDER", help="write the pictures here, as PNG files in a new or empty folder")
+    add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add_device(parser)
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the pipeline")
+    args = parser.parse_args(argv)
+    for option, needed in (("fid_model", "reference"), ("fid_size", "fid_model"), ("classifier_labels", "classifier")):
+        if getattr(args, option) and not getattr(args, needed):
+            parser.error(f"--{option} needs --{needed}")
+    if args.classifier_labels:
+        args.classifier_labels = [label for part in args.classifier_labels for label in part]
+    return args
+
+
+def check_writable(args: argparse.Namespace) -> None:
+    """Fail before the work, not after it."""
+    for option, path in [x for x in (("--json", args.json), ("--save", args.save)) if x[1]]:
+        folder = path if option == "--save" else path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            if option == "--json" and path.is_dir():
+                raise IsADirectoryError("it is a folder")
+            if option == "--save" and any(folder.iterdir()):
+                raise FileExistsError("it is not empty")
+        except OSError as error:
+            raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
+
+
+def make_frechet(args: argparse.Namespace, device: torch.device, notes: list[str]) -> FrechetDistance | None:
+    """What the options ask for; an FID, which is measured where it can be, becomes a note where it cannot."""
+    if not args.reference:
+        return None
+    if args.fid_model:
+        features = loaded(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
+        try:
+            frechet = FrechetDistance(features, size=args.fid_size, device=device)
+        except (ImportError, ValueError) as error:
+            raise Problem(f"--fid_model {args.fid_model!r}: {one_line(error)}") from error
+    else:
+        try:
+            if importlib.util.find_spec("torch_fidelity") is None:
+                raise ImportError("it needs torch-fidelity (pip install torch-fidelity)")
+            frechet = FrechetDistance(device=device)
+        except (ImportError, OSError) as error:
+            notes.append(f"gFID was left out: {one_line(error)}; --fid_model takes another network")
+            return None
+        frechet.name = "gFID"  # of no reconstructions
+    notes.append(f"{frechet.name} is taken of pictures resized to {frechet.size} x {frechet.size} pixels")
+    if args.samples <= frechet.num_features:
+        notes.append(f"{frechet.name} has few samples for {frechet.num_features} features: compare only equal numbers")
+    return frechet
+
+
+def make_accuracy(
+    args: argparse.Namespace, pipe: HieraTokDiTPipeline, names: dict[int, str], device: torch.device
+) -> ClassAccuracy | None:
+    """The classifier, and its labels for the pipeline's classes."""
+    if not args.classifier:
+        return None
+    classifier = loaded(ImageClassifier.from_pretrained, "--classifier", args.classifier)
+    try:
+        if not args.classifier_labels:
+            args.classifier_labels = find_classes(names, pipe.num_classes, classifier.names)
+        elif len(args.classifier_labels) != pipe.num_classes:
+            raise ValueError(f"the pipeline has {pipe.num_classes} classes, not {len(args.classifier_labels)}")
+        return ClassAccuracy(classifier, args.classifier_labels, device)
+    except ValueError as error:
+        hint = "; --classifier_labels takes its labels by number"
+        raise Problem(f"--classifier {args.classifier!r}: {one_line(error).removesuffix('.')}{hint}") from error
+
+
+def save_pictures(batch: dict[str, Any], folder: Path) -> None:
+    levels = ((batch["pixel_values"] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    for picture, row, label in zip(levels, batch["rows"], batch["labels"]):
+        with written_whole(folder / f"{row:06}_class{label:04}.png") as file:
+            Image.fromarray(picture).save(file, format="PNG")
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Aligned columns under the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def tables(figures: dict[str, Any], names: dict[int, str]) -> list[str]:
+    """The figures, and those of each class; class accuracy is among the pipeline's classes, top-1 among all labels."""
+    shown = {name: f"{value:.4f}" for name, value in figures.items() if name == "gFID" or name.startswith("FD-")}
+    for key, name in (("class_accuracy", "class accuracy, %"), ("top1_accuracy", "top-1 accuracy, %")):
+        if key in figures:
+            shown[name] = f"{100 * figures[key]:.2f}"
+    shown["images/s"] = f"{figures['images_per_second']:.2f}"
+    lines = [table([tuple(shown), tuple(shown.values())])]
+    if "class_accuracy_per_class" in figures:
+        rows: list[tuple[str, ...]] = [("class", "pictures", "class accuracy, %", "top-1 accuracy, %")]
+        columns = (f"{name}_per_class" for name in ("pictures", "class_accuracy", "top1_accuracy"))
+        for label, (count, *shares) in enumerate(zip(*(figures[name] for name in columns))):
+            rows.append((names.get(label, str(label)), str(count), *(f"{100 * share:.2f}" for share in shares)))
+        lines += ["", table(rows)]
+    return lines
+
+
+def run(args: argparse.Namespace, state: PartialState) -> list[str]:
+    """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
+    device = device_of_process(args, state)
+    check_writable(args)
+
+    def load(name: str) -> HieraTokDiTPipeline:
+        folder, dtype = shipped_or_given(name), getattr(torch, args.dtype)
+        return HieraTokDiTPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
+
+    notes: list[str] = []
+    pipe = loaded(load, "--model", args.model)
+    pipe.set_progress_bar_config(disable=True)
+    names = dict(pipe.config.id2label)
+    accuracy = make_accuracy(args, pipe, names, device)
+    frechet = make_frechet(args, device, notes)
+    facts: dict[str, Any] = {}
+    size, bar = picture_size(pipe), {"unit": "batch", "disable": not state.is_local_main_process, "leave": False}
+    try:
+        source = {"split": args.reference_split, "streaming": args.streaming}
+        reference = load_pictures(args.reference, **source) if frechet else None
+    except (ImportError, OSError, ValueError) as error:
+        raise Problem(f"--reference: {one_line(error)}") from error
+    # No process writes pictures before all have seen that the folder is empty.
+    state.wait_for_everyone()
+
+    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    settings["guidance_interval"] = tuple(args.guidance_interval)
+    mine = range(args.samples)[state.process_index :: state.num_processes]
+    samples = GeneratedBatches(pipe, mine, seed=args.seed, batch_size=args.batch_size, **settings)
+    try:
+        for batch in tqdm(samples, desc="samples", **bar):
+            if frechet:
+                frechet.update(batch["pixel_values"], None)
+            if accuracy:
+                accuracy.update(batch["pixel_values"], batch["labels"])
+            if args.save:
+                save_pictures(batch, args.save)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
+        raise Problem(one_line(error)) from error
+    if frechet and reference is not None:
+        batches, count = EvaluationBatches(reference, size, args.batch_size), 0
+        for batch in tqdm(batches, desc="reference", **bar):
+            frechet.update(None, batch["pixel_values"])
+            count += len(batch["rows"])
+        facts["reference_pictures"] = sum(gather(count))
+        facts["skipped"] = {name: reason for part in gather(batches.skipped) for name, reason in part.items()}
+        if skipped := len(facts["skipped"]):
+            notes.append(f"reference pictures that could not be decoded and were skipped: {skipped}")
+        if min(facts["reference_pictures"], args.samples) < 2:
+            raise Problem(f"a Fréchet distance needs two samples and two pictures or more of {reference.source}")
+
+    figures: dict[str, Any] = {frechet.name: frechet.compute()} if frechet else {}
+    figures |= accuracy.compute() if accuracy else {}
+    figures["images_per_second"] = args.samples / max(gather(samples.seconds))
+    if args.json and state.is_main_process:
+        report: dict[str, Any] = {"settings": {**vars(args), "labels": "balanced", "size": size}}
+        report["settings"] |= {"scheduler": type(pipe.scheduler).__name__, "fid_size": frechet and frechet.size}
+        report |= {"machine": machine(device, state.num_processes), "classes": names, "notes": notes, **facts}
+        write_report(args.json, {**report, **figures})
+    guidance = f"guidance {args.guidance_scale:g} from {args.guidance_interval[0]:g} to {args.guidance_interval[1]:g}"
+    title = f"{args.samples} pictures of {args.model!r} at {size} x {size} pixels, balanced labels, {args.steps} steps"
+    return [f"{title}, {guidance}", *tables(figures, names), *(f"note: {x}" for x in notes)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    disable_data_progress_bars()
+    logging.disable_progress_bar()  # of loading
+    return printed_by_processes(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

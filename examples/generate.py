@@ -1,0 +1,263 @@
+"""Make pictures of classes: one sheet with a labelled column a class, and if asked for, one of previews."""
+
+import argparse
+import io
+import math
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+from diffusers.utils import logging
+from PIL import Image, ImageDraw, ImageFont
+
+from hieratok_hf import HieraTokDiTPipeline
+from hieratok_hf.checkpoint import written_whole
+from hieratok_hf.command_line import Problem, one_line, positive
+from hieratok_hf.generation_metrics import numbered_pictures
+from hieratok_hf.shipped import shipped_or_given
+
+COLUMNS, MARGIN, SMALLEST_PANEL = 10, 8, 128
+PREVIEWS = 6
+FLOW_SCHEDULERS = {
+    "euler": FlowMatchEulerDiscreteScheduler,
+    "heun": FlowMatchHeunDiscreteScheduler,
+    "dpm": DPMSolverMultistepScheduler,
+}
+OTHER_SCHEDULERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("classes", nargs="*", metavar="CLASS", help="names or numbers; all classes of the pipeline unless given")
+    add("--model", default="hieratok-dit-tiny", help="a folder, a name that ships, or a Hub repository")
+    add("--rows", type=positive, default=4, help="pictures of a class (default: 4)")
+    add("--steps", type=positive, default=50, help="of the scheduler (default: 50)")
+    add("--guidance_scale", type=float, default=4.0, help="1 is no guidance (default: 4)")
+    add(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LO", "HI"),
+        help="shares of noise between which guidance acts, from 0, clean, to 1 (default: 0 1)",
+    )
+    add("--scheduler", choices=("euler", "heun", "dpm", "ddim"), help="that of the pipeline unless given")
+    add("--seed", type=int, default=0, help="of all noise (default: 0)")
+    add("--batch_size", type=positive, default=16, help="pictures made at a time (default: 16)")
+    add("--device", default="auto", help="a device of torch; auto takes an accelerator if there is one")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--output", type=Path, default=Path("outputs/generated.png"), metavar="FILE", help="PNG file for the sheet")
+    add("--pictures", type=Path, metavar="FOLDER", help="write each picture here as well")
+    add(
+        "--previews",
+        type=positive,
+        metavar="K",
+        help="a second sheet, of what the first K scales of the tokenizer show on the way",
+    )
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        args.device = next((name for name, backend in backends.items() if backend.is_available()), "cpu")
+    if args.output.suffix.lower() != ".png":
+        parser.error(f"--output must be a PNG file, got {str(args.output)!r}")
+    return args
+
+
+def prepare_folder(folder: Path, option: str, given: Path) -> None:
+    """Make a folder, and fail before the work unless files can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise Problem(f"{option} {str(given)!r} cannot be written: {one_line(error)}") from error
+
+
+def load_pipeline(args: argparse.Namespace) -> HieraTokDiTPipeline:
+    """The pipeline of a folder, of a name that ships with the package, or of the Hub, in this order."""
+    try:
+        if Path(args.model).is_file():
+            raise ValueError("it is a file, not a folder")
+        folder, dtype = shipped_or_given(args.model), getattr(torch, args.dtype)
+        pipe = HieraTokDiTPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(args.device)
+    except Exception as error:  # diffusers, safetensors, the Hub and torch raise many types
+        raise Problem(f"--model {args.model!r} cannot be loaded on {args.device!r}: {one_line(error)}") from error
+    if args.scheduler:
+        pipe.scheduler = other_scheduler(pipe, args.scheduler)
+    return pipe
+
+
+def other_scheduler(pipe: HieraTokDiTPipeline, name: str) -> Any:
+    """One of another kind that steps the same noise."""
+    config, kind = pipe.scheduler.config, pipe.config.prediction_type
+    known = FLOW_SCHEDULERS if kind == "flow_prediction" else OTHER_SCHEDULERS
+    if name not in known:
+        raise Problem(f"--scheduler must be one of {', '.join(known)} for a pipeline of {kind!r}, got {name!r}")
+    scheduler = known[name]
+    if kind != "flow_prediction":
+        return scheduler.from_config(config, prediction_type=kind)
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    if name == "dpm":
+        return scheduler.from_config(config, prediction_type=kind, use_flow_sigmas=True, flow_shift=shift)
+    return scheduler.from_config(config, shift=shift)
+
+
+def find_classes(pipe: HieraTokDiTPipeline, given: list[str]) -> list[int]:
+    """Numbers of the classes, each once."""
+    labels = [int(x) if re.fullmatch(r"-?\d+", x) and x not in pipe.labels else x for x in given]
+    try:
+        return list(dict.fromkeys(pipe.get_label_ids(labels))) if labels else list(range(pipe.num_classes))
+    except ValueError as error:
+        raise Problem(one_line(error).removeprefix("`class_labels`: ")) from error
+
+
+class Previews:
+    """A callback for the pipeline that keeps what it shows at some steps, evenly spread."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[str, list[Image.Image]] = {}
+
+    def __call__(self, pipe: HieraTokDiTPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        last = pipe.num_timesteps - 1
+        if step in {round(i * last / (PREVIEWS - 1)) for i in range(PREVIEWS)}:
+            levels = (255 * tensors["preview"].float().cpu()).round().byte()
+            self.pictures.setdefault(f"step {step + 1} of {last + 1}", []).extend(as_images(levels))
+        return {}
+
+
+def as_images(levels: torch.Tensor) -> list[Image.Image]:
+    """Pictures of levels `(B, 3, H, W)` in uint8."""
+    return [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in levels]
+
+
+def make_pictures(
+    pipe: HieraTokDiTPipeline, ids: list[int], args: argparse.Namespace
+) -> tuple[dict[int, list[Image.Image]], Previews | None, float]:
+    """Pictures by class, previews of the first of each, and the seconds that it took."""
+    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    settings |= {"guidance_interval": tuple(args.guidance_interval)}
+    previews = Previews() if args.previews else None
+    watched = {"callback_on_step_end": previews, "preview_scales": args.previews} if previews else {}
+    # The first pictures are in batches of their own, which alone are watched.
+    numbers = [[row * pipe.num_classes + key for row in rows for key in ids] for rows in ([0], range(1, args.rows))]
+    batches = [x[i : i + args.batch_size] for x in numbers for i in range(0, len(x), args.batch_size)]
+    pictures: dict[int, list[Image.Image]] = {key: [] for key in ids}
+    start = time.perf_counter()
+    for i, batch in enumerate(batches, start=1):
+        pipe.set_progress_bar_config(desc=f"batch {i} of {len(batches)}", leave=False)
+        more = watched if batch[0] < pipe.num_classes else {}
+        for number, image in zip(batch, as_images(numbered_pictures(pipe, batch, args.seed, **settings, **more))):
+            pictures[number % pipe.num_classes].append(image)
+    return pictures, previews, time.perf_counter() - start
+
+
+def wrapped(text: str, font: Any, width: float) -> str:
+    """Text in lines of at most a width, where its words allow that."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def make_sheet(labels: list[str], columns: list[list[Image.Image]], sides: Sequence[str] = ()) -> Image.Image:
+    """Columns of pictures under their labels, at most `COLUMNS` beside each other; `sides` are labels of the rows."""
+    # A picture of few pixels shows them; the last of a column has the size of all.
+    width, height = columns[0][-1].size
+    factor = max(1, math.ceil(SMALLEST_PANEL / min(width, height)))
+    panel = (width * factor, height * factor)
+    font = ImageFont.load_default(size=max(16, panel[0] // 16))
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    heads = [wrapped(label, font, panel[0]) for label in labels]
+    boxes = [measure.multiline_textbbox((0, 0), head, font=font) for head in heads]  # left, top, right, bottom
+    side_boxes = [measure.textbbox((0, 0), side, font=font) for side in sides]
+    cell_width = max(panel[0], *(math.ceil(box[2]) for box in boxes)) + MARGIN
+    head_height = max(math.ceil(box[3]) for box in boxes) + MARGIN // 2
+    side_width = max((math.ceil(box[2]) + MARGIN for box in side_boxes), default=0)
+    band_height = head_height + len(columns[0]) * (panel[1] + MARGIN)
+    bands = math.ceil(len(columns) / COLUMNS)
+    size = (side_width + min(COLUMNS, len(columns)) * cell_width + MARGIN, bands * band_height + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (head, column) in enumerate(zip(heads, columns)):
+        left, top = MARGIN + side_width + i % COLUMNS * cell_width, MARGIN + i // COLUMNS * band_height
+        draw.multiline_text((left, top), head, fill="black", font=font)
+        for j, picture in enumerate(column):
+            down = top + head_height + j * (panel[1] + MARGIN)
+            sheet.paste(picture.resize(panel, Image.Resampling.NEAREST), (left, down))
+            if sides and i % COLUMNS == 0:
+                draw.text((MARGIN, down + panel[1] // 2), sides[j], fill="black", font=font, anchor="lm")
+    return sheet
+
+
+def save(image: Image.Image, path: Path, option: str) -> Path:
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG")
+    try:
+        with written_whole(path) as file:
+            file.write(encoded.getvalue())
+    except OSError as error:
+        raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
+    return path
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Make and write all that is asked for, and return the lines to print."""
+    prepare_folder(args.output.parent, "--output", args.output)
+    if args.output.is_dir():
+        raise Problem(f"--output {str(args.output)!r} cannot be written: it is a folder")
+    if args.pictures:
+        prepare_folder(args.pictures, "--pictures", args.pictures)
+    pipe = load_pipeline(args)
+    ids = find_classes(pipe, args.classes)
+    try:
+        pictures, previews, seconds = make_pictures(pipe, ids, args)
+    except (ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
+        raise Problem(one_line(error)) from error
+
+    names = {key: name.split(",")[0].replace("_", " ").strip() for key, name in pipe.config.id2label.items()}
+    labels = [names.get(key) or f"class {key}" for key in ids]
+    lines = [f"sheet: {save(make_sheet(labels, list(pictures.values())), args.output, '--output')}"]
+    if previews:
+        finals = [column[0] for column in pictures.values()]
+        rows = [*previews.pictures.values(), finals]
+        sheet = make_sheet(labels, [list(column) for column in zip(*rows)], [*previews.pictures, "picture"])
+        path = args.output.with_name(f"{args.output.stem}_previews.png")
+        lines.append(f"previews of {args.previews} scales: {save(sheet, path, '--previews')}")
+    for key, label in zip(ids, labels) if args.pictures else ():
+        stem = f"{key:04}_{re.sub(r'[^0-9A-Za-z-]+', '_', label)}"
+        for row, picture in enumerate(pictures[key]):
+            lines.append(f"picture: {save(picture, args.pictures / f'{stem}_{row:03}.png', '--pictures')}")
+    count = len(ids) * args.rows
+    more = ", previews included" if previews else ""
+    lines.append(f"{count} pictures in {seconds:.1f} s{more}: {count / seconds:.2f} images/s on {args.device}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.disable_progress_bar()  # of loading
+    try:
+        print("\n".join(run(args)))
+    except Problem as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

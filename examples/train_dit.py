@@ -1,0 +1,236 @@
+"""Train a DiT on the latents of a tokenizer by flow matching, for `HieraTokDiTPipeline`."""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from tqdm import tqdm
+
+from hieratok_hf import HieraTokDiTPipeline
+from hieratok_hf.class_names import read_class_names
+from hieratok_hf.codec import load_codec
+from hieratok_hf.command_line import positive
+from hieratok_hf.dit import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
+from hieratok_hf.latent_batches import cached_batches, encoded_batches
+from hieratok_hf.latent_cache import LatentCache
+from hieratok_hf.latent_writing import encoder_facts
+from hieratok_hf.picture_data import load_pictures
+from hieratok_hf.sample_grid import class_grid
+from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.training_data import BatchPlan
+from hieratok_hf.training_report import TrainingReport
+from hieratok_hf.training_state import TrainingState, learning_rate_factor, state_to_resume
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder for states, records, samples and the finished pipeline")
+    add("--resume", action="store_true", help="go on from the newest state in --output, if there is one")
+    add("--seed", type=int, default=0)
+    model = parser.add_argument_group("model")
+    model.add_argument("--vae", default="hieratok-tiny", help="the tokenizer: a folder, a Hub id, a name that ships")
+    model.add_argument("--size", choices=DIT_SIZES, default="dit-s", help="of the transformer, from scratch")
+    model.add_argument("--config", type=json.loads, default={}, help="JSON of configuration values of --size")
+    model.add_argument("--patch_size", type=int, default=1, help="cells of the latent a side of a token")
+    model.add_argument(
+        "--transformer", help="weights to start from instead: a folder, Hub id or shipped name, also of a pipeline"
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--latents", type=Path, help="a folder of examples/cache_latents.py, instead of --data")
+    data.add_argument("--data", nargs="+", help="folders, tar shards, or data sets of the Hub, encoded every time")
+    data.add_argument("--split", default="train")
+    data.add_argument("--streaming", action="store_true", help="read while training, without a copy in the cache")
+    data.add_argument("--picture_size", type=int, default=256, help="side in pixels, with --data")
+    data.add_argument("--crop_scale", type=float, nargs=2, default=(1.0, 1.0), help="of the shorter side")
+    data.add_argument("--class_names", nargs="+", help="one for each class, or a JSON file")
+    data.add_argument("--batch_size", type=positive, default=64, help="pictures a step, of all processes")
+    data.add_argument("--num_workers", type=int, default=0, help="with --data")
+    flow = parser.add_argument_group("flow matching")
+    flow.add_argument("--class_dropout", type=float, default=0.1, help="share of labels left out, for guidance")
+    flow.add_argument("--time_mean", type=float, default=0.0, help="of the times' logit")
+    flow.add_argument("--time_std", type=float, default=1.0)
+    flow.add_argument("--time_shift", type=float, default=1.0, help="above 1 for noisier times, in samples as well")
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--steps", type=positive, default=100_000)
+    optim.add_argument("--lr", type=float, default=2e-4)
+    optim.add_argument("--warmup_steps", type=int, default=100)
+    optim.add_argument("--decay_steps", type=int, default=0, help="length of the cosine at the end")
+    optim.add_argument("--weight_decay", type=float, default=0.0)
+    optim.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    optim.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights, which are exported")
+    optim.add_argument("--accumulate", type=positive, default=1, help="parts of a step")
+    optim.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"))
+    optim.add_argument("--compile", action="store_true")
+    optim.add_argument("--gradient_checkpointing", action="store_true")
+    report = parser.add_argument_group("reports")
+    report.add_argument("--log_every", type=positive, default=50)
+    report.add_argument("--sample_every", type=positive, default=5000)
+    report.add_argument("--sample_steps", type=positive, default=25, help="of the scheduler, for the samples")
+    report.add_argument("--guidance_scale", type=float, default=4.0, help="of the samples")
+    report.add_argument("--save_every", type=positive, default=500)
+    report.add_argument("--keep", type=positive, default=2, help="states to keep")
+    report.add_argument("--export_every", type=positive, help="keep a pipeline of the averaged weights that often")
+    report.add_argument("--export_dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    report.add_argument("--report_to", help="a tracker of accelerate, as tensorboard")
+    args = parser.parse_args(argv)
+    if (args.latents is None) == (args.data is None):
+        parser.error("one of --latents and --data is needed")
+    if not 0 <= args.class_dropout < 1:
+        parser.error(f"--class_dropout must be at least 0 and less than 1, got {args.class_dropout}")
+    return args
+
+
+def load_transformer(args: argparse.Namespace, shape: tuple[int, ...], num_classes: int) -> DiTTransformer2DModel:
+    """The transformer to begin with, random or pretrained, for latents of that shape."""
+    if args.transformer is None:
+        sizes = {"in_channels": shape[0], "sample_size": shape[1], "num_classes": num_classes}
+        return dit_from_size(args.size, **sizes, patch_size=args.patch_size, **args.config)
+    folder = shipped_or_given(args.transformer)
+    try:
+        found = DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True)
+    except OSError:
+        found = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", use_safetensors=True)
+    config = found.config
+    if (config.in_channels, config.sample_size, config.num_embeds_ada_norm) != (shape[0], shape[1], num_classes):
+        raise ValueError(
+            f"--transformer {args.transformer!r} is for latents of {config.in_channels} channels on a grid of side "
+            f"{config.sample_size} and {config.num_embeds_ada_norm} classes, these are {shape[0]}, {shape[1]} and "
+            f"{num_classes}."
+        )
+    return found.float()
+
+
+def train(args: argparse.Namespace) -> None:
+    accelerator = Accelerator(
+        # Unless it is told, accelerate leaves processes of a machine without an accelerator unconnected.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.accumulate,
+        dynamo_backend="inductor" if args.compile else None,
+        log_with=args.report_to,
+        project_dir=args.output,
+    )
+    device, is_main = accelerator.device, accelerator.is_main_process
+    args.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    plan = BatchPlan(
+        args.batch_size,
+        (args.picture_size,),
+        args.steps,
+        args.seed,
+        accelerator.num_processes,
+        accelerator.process_index,
+        args.accumulate,
+    )
+
+    codec, given_names = load_codec(args.vae, device), read_class_names(args.class_names)
+    batches: Any
+    if args.latents is not None:
+        cache = LatentCache(args.latents)
+        cache.check_encoder(codec)
+        if not len(cache):
+            raise ValueError(f"--latents {str(args.latents)!r} holds no pictures: none could be decoded.")
+        shape, names = cache.latent_shape, given_names or cache.class_names
+        num_classes = len(names) or int(cache.labels.max()) + 1
+        if int(cache.labels.min()) < 0 or int(cache.labels.max()) >= num_classes:
+            raise ValueError(f"The labels of --latents {str(args.latents)!r} must be from 0 to {num_classes - 1}.")
+        batches = partial(cached_batches, cache)
+    else:
+        pictures = load_pictures(args.data, split=args.split, streaming=args.streaming)
+        shape, names = codec.latent_shape(args.picture_size), given_names or pictures.class_names
+        if not (num_classes := len(names)):
+            raise ValueError("--class_names is needed: the data does not name its classes.")
+        given = {"crop_scale": tuple(args.crop_scale), "num_workers": args.num_workers}
+        batches = partial(encoded_batches, codec, shape, pictures, num_classes, **given)
+
+    transformer = load_transformer(args, shape, num_classes)
+    times = [args.time_mean, args.time_std, args.time_shift]
+    facts = {**transformer.config, "encoder": encoder_facts(codec)["encoder"], "times": times}
+    facts = {name: value for name, value in facts.items() if not name.startswith("_")}
+    state = state_to_resume(args.output, args.resume, facts)
+    if args.resume and state is None:
+        accelerator.print(f"There is no state in {str(args.output)!r} yet: the training begins.")
+    first_step = state["step"] if state else 0
+
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    model = VelocityTraining(transformer).train()
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    training = TrainingState(transformer, [(model, optimizer)], args.ema, "transformer")
+    if state:
+        training.restore(state)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=args.time_shift)
+    report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every)
+    accelerator.init_trackers("dit", {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)})
+
+    def averaged() -> HieraTokDiTPipeline:
+        copy = training.load_average(DiTTransformer2DModel.from_config(transformer.config))
+        return HieraTokDiTPipeline(codec.model, copy, scheduler, dict(enumerate(names)))
+
+    def export(pipe: HieraTokDiTPipeline, folder: Path) -> None:
+        # Its own `to` warns of parts to be kept in float32, of which there are none.
+        torch.nn.Module.to(pipe.transformer, getattr(torch, args.export_dtype))
+        pipe.save_pretrained(folder)
+
+    draws = partial(flow_draws, args.seed, shape=shape, mean=args.time_mean, std=args.time_std, shift=args.time_shift)
+    for batch in batches(plan, first_step):
+        step, last_part = batch["step"], batch["part"] + 1 == args.accumulate
+        rate = args.lr * learning_rate_factor(step, args.steps, args.warmup_steps, args.decay_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        noise, times, dropping = (x.to(device) for x in draws(step, batch["count"], rows=batch["rows"]))
+        latents = batch["latents"].to(device)
+        labels = torch.where(dropping < args.class_dropout, num_classes, batch["labels"].to(device))
+        with accelerator.accumulate(model):
+            loss = model(latents, noise, times, labels)
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(model.parameters(), args.clip) if last_part else None
+            optimizer.step()
+            optimizer.zero_grad()
+        report.add({"loss": loss}, batch["skipped"])
+        if not last_part:
+            continue
+        training.average.step(transformer.parameters())
+        report.end_step(step, norm, batch["count"], rate)
+        done = step + 1
+        if done % args.sample_every == 0 or done == args.steps:
+            pipe = averaged()
+            if is_main:
+                pipe.transformer.to(device)
+                report.sampled(done, class_grid(pipe, args.sample_steps, args.guidance_scale, args.seed))
+            del pipe
+        if args.export_every and done % args.export_every == 0:
+            pipe = averaged()
+            if is_main:
+                export(pipe, args.output / f"pipeline-{done:09d}")
+            del pipe
+        if done % args.save_every == 0 or done == args.steps:
+            report.check()
+            training.save(args.output, done, args.keep, is_main, config=facts)
+    report.close()
+
+    pipe = averaged()
+    if is_main:
+        export(pipe, args.output)
+    accelerator.end_training()
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        train(parse_args(argv))
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Classes by number or by name, as people write them."""
+
+import difflib
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["label_ids", "names_to_ids", "plain_name", "read_class_names"]
+
+_SHOWN = 10
+
+
+def names_to_ids(id2label: Mapping[int, str]) -> dict[str, int]:
+    """
+    Every name of every class, synonyms (divided by commas) one by one, with its number. A synonym that two classes
+    share is left out, unless it is the whole name of one.
+    """
+    whole = {value.strip(): key for key, value in id2label.items()}
+    owners: dict[str, list[int]] = {}
+    for key, value in id2label.items():
+        for name in dict.fromkeys(part.strip() for part in value.split(",")):
+            owners.setdefault(name, []).append(key)
+    found = {name: keys[0] if len(keys) == 1 else whole.get(name) for name, keys in owners.items() if name}
+    return {name: key for name, key in found.items() if key is not None}
+
+
+def read_class_names(given: Sequence[str] | None) -> list[str]:
+    """
+    Names of classes, one for each, or those in a JSON file: a list of them, or an object with one under `classes`.
+
+    Raises:
+        ValueError: The file holds no such list, or a name is there twice.
+        OSError: The file cannot be read.
+    """
+    if not given:
+        return []
+    names: Any = list(given)
+    if len(given) == 1 and given[0].endswith(".json"):
+        try:
+            content = json.loads(Path(given[0]).read_text())
+        except ValueError as error:
+            raise ValueError(f"{given[0]!r} must hold JSON: {error}") from error
+        names = content.get("classes") if isinstance(content, dict) else content
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{given[0]!r} must hold a list of names, or an object with one under 'classes'.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Class names must differ, {twice[0]!r} is there twice.")
+    return names
+
+
+def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[int]:
+    """
+    Numbers of classes.
+
+    Args:
+        labels (`int`, `str` or a sequence of them): Numbers, or names, where upper and lower case, spaces and
+            underscores are the same.
+        names (`Mapping[str, int]`): Those of `names_to_ids`.
+        num_classes (`int`): Numbers go from 0 to one less.
+
+    Raises:
+        ValueError: There is none, or one is no such class; the message offers the near names.
+    """
+    many = isinstance(labels, Sequence | Tensor) and not isinstance(labels, str) and getattr(labels, "ndim", 1) > 0
+    listed = list(labels) if many else [labels]
+    if not listed:
+        raise ValueError("`class_labels` is empty, at least one class is needed.")
+    known: dict[str, set[int]] = {}
+    for name, key in names.items():
+        known.setdefault(plain_name(name), set()).add(key)
+    return [_by_name(x, known, names) if isinstance(x, str) else _by_number(x, num_classes) for x in listed]
+
+
+def _by_name(label: str, known: dict[str, set[int]], names: Mapping[str, int]) -> int:
+    # Of ImageNet's classes one is "Cardigan" and another "cardigan".
+    if (key := names.get(label.strip())) is not None:
+        return key
+    if len(keys := known.get(plain_name(label), ())) == 1:
+        return next(iter(keys))
+    if keys:
+        raise ValueError(f"`class_labels`: {label!r} is the name of several classes: {sorted(keys)}; give a number.")
+    near = difflib.get_close_matches(plain_name(label), known, n=3)
+    near += [name for name in known if plain_name(label) and plain_name(label) in name and name not in near]
+    shown = [name for name in names if plain_name(name) in near[:_SHOWN]] or list(names)[:_SHOWN]
+    hint = f"{'did you mean' if near else 'there are'} {', '.join(map(repr, shown))}" if shown else "it has no names"
+    raise ValueError(f"`class_labels`: {label!r} is no class of this pipeline; {hint}{'?' if near else '.'}")
+
+
+def _by_number(label: Any, num_classes: int) -> int:
+    try:
+        key = operator.index(label)
+    except TypeError:
+        key = -1
+    if not 0 <= key < num_classes or isinstance(label, bool):
+        raise ValueError(f"`class_labels` must be names or numbers from 0 to {num_classes - 1}, got {label!r}.")
+    return key
+
+
+def plain_name(name: str) -> str:
+    """A name without what people write in several ways."""
+    return " ".join(name.replace("_", " ").split()).casefold()

@@ -1,0 +1,297 @@
+"""Class-conditional generation: a DiT (Peebles and Xie, arXiv 2212.09748) in the latents of HieraTok."""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .checkpoint import pop_hub_arguments, staged
+from .class_names import label_ids, names_to_ids
+from .generation_checks import check_numbers, check_parts, check_previews, check_scheduler
+from .noise_levels import noise_levels, predicted_for
+
+__all__ = ["HieraTokDiTPipeline"]
+
+# Shape letters: B pictures of a call, C latent channels, h w the latent's grid, p the tokenizer's patch size.
+
+
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_ROUNDING = 1e-6  # of a scheduler's noise, which is float32
+
+
+class HieraTokDiTPipeline(DiffusionPipeline):
+    """
+    Pictures of named classes: a transformer denoises latents, a tokenizer decodes them.
+
+    Args:
+        vae (`AutoencoderHieraTok`): The tokenizer. Another autoencoder of diffusers with `latent_channels`,
+            `scaling_factor` and, if any, `shift_factor` serves too, without previews.
+        transformer (`DiTTransformer2DModel`): The denoiser, or another `ModelMixin` that is called as
+            `transformer(latents, timestep=..., class_labels=...)` and whose configuration names `in_channels`,
+            `sample_size` and `num_embeds_ada_norm`, the number of classes; the label after the last class is that of
+            no class.
+        scheduler (`SchedulerMixin`): What the transformer was trained for: of flow matching, or with a
+            `prediction_type`.
+        id2label (`dict[int, str]`, *optional*): Names of the classes; synonyms are divided by commas.
+        prediction_type (`str`, *optional*): What the transformer predicts. That of `scheduler` unless given; it is
+            saved with the pipeline, so that a scheduler of another kind is refused later.
+
+    Raises:
+        ValueError: The parts do not fit together; the message names the sizes.
+
+    Example:
+
+    ```python
+    >>> import torch, hieratok_hf
+    >>> pipe = hieratok_hf.HieraTokDiTPipeline.from_pretrained(hieratok_hf.pretrained("hieratok-dit-tiny"))
+    >>> pipe.set_progress_bar_config(disable=True)
+    >>> images = pipe(["church", "parachute"], num_inference_steps=4, generator=torch.manual_seed(0)).images
+    >>> [image.size for image in images]
+    [(64, 64), (64, 64)]
+
+    ```
+    """
+
+    # diffusers writes the module of a pipeline's class into what it saves.
+    __module__ = "hieratok_hf"
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents", "clean_latents"]
+
+    def __init__(
+        self,
+        vae: ModelMixin,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        prediction_type: str | None = None,
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+        kind = predicted_for(scheduler) if prediction_type is None else prediction_type
+        # JSON makes text of the numbers.
+        names = {int(key): str(value) for key, value in (id2label or {}).items()}
+        self.register_to_config(id2label=names, prediction_type=kind)
+        if vae is not None and transformer is not None:
+            check_parts(vae, transformer, names)
+        self.labels = names_to_ids(names)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=_compression(vae) if vae is not None else 8)
+
+    @property
+    def num_classes(self) -> int:
+        """Of the transformer; this number is also the label of no class."""
+        return self.transformer.config.num_embeds_ada_norm
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the call that is running or was the last."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """How often the transformer is asked in the call that is running or was the last."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the steps that are left are skipped; a callback may set `pipe._interrupt = True`."""
+        return self._interrupt
+
+    def get_label_ids(self, label: int | str | Sequence[int | str]) -> list[int]:
+        """Numbers of classes, from names or numbers; `ValueError` offers the names that are near a wrong one."""
+        return label_ids(label, self.labels, self.num_classes)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str],
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_images_per_prompt: int = 1,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        preview_scales: int | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """
+        Args:
+            class_labels (`int`, `str` or a list of them): Classes by number or name.
+            num_inference_steps (`int`, defaults to 50): Steps of the scheduler.
+            guidance_scale (`float`, defaults to 4.0): Of classifier-free guidance (arXiv 2207.12598), at least 1; 1 is
+                none, and asks the transformer half as much.
+            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Shares of noise, from clean to noise
+                alone, between which guidance acts (arXiv 2404.07724).
+            num_images_per_prompt (`int`, defaults to 1): Pictures of each class, one after the other.
+            timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): The scheduler's steps, instead of
+                `num_inference_steps`, where it takes them.
+            eta (`float`, defaults to 0.0): Of DDIM.
+            generator (`torch.Generator` or one for each picture, *optional*): Source of all noise. With one for each,
+                a picture does not depend on those beside it.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to begin with.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(B, H, W, 3)` or `"pt"` `(B, 3, H, W)`, both in
+                [0, 1], or `"latent"`, which are not decoded.
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)` after
+                each step; the `"latents"` that it returns replace those of the step. A `PipelineCallback` of diffusers
+                names its tensors itself, and a callback may set `pipe._guidance_scale`.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Which tensors it gets:
+                `"latents"`, and `"clean_latents"`, the clean ones that the transformer predicts.
+            preview_scales (`int`, *optional*): Give the callback also `"preview"`, the predicted clean latents decoded
+                by that many of the tokenizer's scales: `(B, 3, H / f, W / f)` in [0, 1], where `f` is the factor of
+                the last of them.
+
+        Returns:
+            `images` of `num_images_per_prompt` pictures a class.
+
+        Raises:
+            ValueError: An argument is none of those above, or the scheduler is not of the transformer's kind.
+        """
+        ids = self.get_label_ids(class_labels)
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        previews = {} if preview_scales is None else {"num_scales": preview_scales}
+        check_numbers(num_inference_steps, guidance_scale, guidance_interval, num_images_per_prompt)
+        check_scheduler(self.scheduler, self.config.prediction_type)
+        if output_type not in _OUTPUT_TYPES or (self.vae is None and output_type != "latent"):
+            wanted = list(_OUTPUT_TYPES) if self.vae is not None else "'latent' without a `vae`"
+            raise ValueError(f"`output_type` must be one of {wanted}, got {output_type!r}.")
+        if wrong := [x for x in callback_on_step_end_tensor_inputs if x not in self._callback_tensor_inputs]:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {wrong[0]!r}."
+            )
+        if preview_scales is not None:
+            check_previews(self.vae, preview_scales, callback_on_step_end)
+        self._guidance_scale, self._interrupt = guidance_scale, False
+
+        device, channels = self._execution_device, self.transformer.config.in_channels
+        labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
+        no_labels = torch.full_like(labels, self.num_classes)
+        latents = self.prepare_latents(len(labels), generator, latents)
+        self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        accepted = inspect.signature(self.scheduler.step).parameters
+        extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+        lowest, highest = guidance_interval[0] - _ROUNDING, guidance_interval[1] + _ROUNDING
+
+        for i, (t, level) in enumerate(zip(self.progress_bar(self.scheduler.timesteps), noise_levels(self.scheduler))):
+            if self.interrupt:
+                continue
+            scaled = latents
+            if hasattr(self.scheduler, "scale_model_input"):
+                scaled = self.scheduler.scale_model_input(latents, t)
+            guided = self.guidance_scale > 1 and lowest <= level.share <= highest
+            model_input = torch.cat([scaled] * 2) if guided else scaled
+            prediction = self.transformer(
+                model_input.to(self.transformer.dtype),
+                timestep=t.to(device).expand(len(model_input)),
+                class_labels=torch.cat([labels, no_labels]) if guided else labels,
+                return_dict=False,
+            )[0]
+            prediction = prediction[:, :channels].float()
+            if guided:
+                conditional, unconditional = prediction.chunk(2)
+                prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+            latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
+
+            if callback_on_step_end is not None:
+                clean_latents = level.clean(scaled, prediction)
+                values = {"latents": latents, "clean_latents": clean_latents}
+                tensors = {name: values[name] for name in callback_on_step_end_tensor_inputs}
+                if previews:
+                    tensors["preview"] = (self._decode(clean_latents, **previews) / 2 + 0.5).clamp(0, 1)
+                latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+
+        if output_type == "latent":
+            images = latents.to(self.transformer.dtype)
+        else:
+            images = self.image_processor.postprocess(self._decode(latents), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def prepare_latents(
+        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
+    ) -> Tensor:
+        """
+        The noise to begin with, `(B, C, h, w)` float32: what is given, or drawn from the generator.
+
+        Raises:
+            ValueError: `latents` or the list of generators is not that of `batch_size` pictures.
+        """
+        size = self.transformer.config.sample_size
+        shape = (batch_size, self.transformer.config.in_channels, size, size)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` must be one or one for each of {batch_size} pictures, got {len(generator)}."
+            )
+        if latents is None:
+            return randn_tensor(shape, generator, self._execution_device, torch.float32)
+        if not isinstance(latents, Tensor) or tuple(latents.shape) != shape or not latents.is_floating_point():
+            got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            kind = f" of {latents.dtype}" if isinstance(latents, Tensor) else ""
+            raise ValueError(f"`latents` must be a tensor of floating point of shape {shape}, got {got}{kind}.")
+        return latents.to(self._execution_device, torch.float32)
+
+    def _set_timesteps(
+        self, num_inference_steps: int, timesteps: list[int] | None, sigmas: list[float] | None
+    ) -> None:
+        given: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError("Only one of `timesteps` and `sigmas` can be given.")
+        if "timesteps" in given and self.scheduler.config.get("shift", 1.0) != 1:
+            raise ValueError("`timesteps` cannot be given to a scheduler with a shift, which moves the noise only.")
+        if "sigmas" in given:
+            given["sigmas"] = np.asarray(sigmas, dtype=np.float32)  # some schedulers calculate with them
+        accepted = inspect.signature(self.scheduler.set_timesteps).parameters
+        if wrong := [name for name in given if name not in accepted]:
+            raise ValueError(f"`{wrong[0]}` cannot be given to a {type(self.scheduler).__name__}.")
+        if not given and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # Its own last step would begin with hardly any noise; as in diffusers' pipelines, steps are even.
+            given = {"sigmas": [1 - i / num_inference_steps for i in range(num_inference_steps)]}
+        given = given or {"num_inference_steps": num_inference_steps}
+        self.scheduler.set_timesteps(**given, device=self._execution_device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+
+    def _decode(self, latents: Tensor, **scales: int) -> Tensor:
+        """Pictures of about [-1, 1] of latents as the transformer knows them."""
+        config = self.vae.config
+        raw = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return self.vae.decode(raw.to(self.vae.dtype), return_dict=False, **scales)[0]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """
+        As that of `DiffusionPipeline`, with the same arguments, but files appear whole or not at all.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        hub_arguments = pop_hub_arguments(kwargs, save_directory)
+        with staged(save_directory) as stage:
+            super().save_pretrained(stage, *args, **kwargs)
+        if hub_arguments is not None:
+            self.push_to_hub(**hub_arguments)
+
+
+def _compression(vae: ModelMixin) -> int:
+    """Pixels of a side a cell of the latent's."""
+    if (ratio := getattr(vae, "spatial_compression_ratio", None)) is not None:
+        return ratio
+    return 2 ** (len(vae.config.block_out_channels) - 1)

@@ -1,0 +1,42 @@
+"""Small pictures and autoencoders that the tests of cached latents share."""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
+from safetensors.torch import load_file
+
+BROKEN = 5  # the row whose picture cannot be decoded
+
+
+def make_pictures(folder, count=14, broken=BROKEN):
+    """Noise of 32 x 40 pixels in two classes, one of the pictures cut short."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / ("hat", "jacket")[2 * i // count] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(path)
+        if i == broken:
+            path.write_bytes(path.read_bytes()[:200])
+    return folder
+
+
+def tiny_kl(**options):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **blocks, **options).eval()
+
+
+def tiny_without_posterior():
+    channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    torch.manual_seed(0)
+    return AutoencoderTiny(**channels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+
+
+def shards_in(folder):
+    """The tensors of every shard, by the name of its file."""
+    return {path.name: load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))}
+
+
+def bytes_in(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
