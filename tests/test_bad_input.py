@@ -283,7 +283,9 @@ def test_an_unknown_size_is_refused(owner, size):
 
 @pytest.mark.parametrize("name", ["nope", "hieratok-b", "", "../weights", None])
 def test_weights_that_do_not_ship_are_refused(name):
-    with refuses(f"`name` must be one of ['hieratok-tiny'], which ship with the package, got {name!r}."):
+    with refuses(
+        f"`name` must be one of ['hieratok-tiny', 'hieratok-dit-tiny'], which ship with the package, got {name!r}."
+    ):
         pretrained(name)
 
 
