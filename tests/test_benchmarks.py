@@ -88,6 +88,14 @@ def test_the_figures_of_generation_are_those_recorded():
     assert f"{first}, {second}, {third} and {last} after each quarter" in text
     large = next(row for row in report["decoders"] if row["size"] == "hieratok-b")
     assert round(large["of_full_decode"]["2"], 3) == round(report["preview_of_decode"], 3)
+    table = (ROOT / "benchmarks" / "README.md").read_text()
+    for row in report["decoders"]:
+        share = [f"{100 * row['of_full_decode'][scales]:.1f} %" for scales in "123"]
+        picture = f"{row['pictures']} pictures of {row['pixels']}x{row['pixels']}"
+        assert f"| {row['size']}, {picture} | {' | '.join(share)} |" in table
+    cached = json.loads((folder / "cache_hieratok-tiny_cpu_avx512.json").read_text())
+    assert f"shards at {cached['caching_over_encoding']:.2f} of the speed" in table
+    assert cached["caching_over_encoding"] >= 0.9
     judged = json.loads((folder / "hieratok-dit-tiny.json").read_text())
     assert judged["settings"]["samples"] == 1000 and judged["settings"]["guidance_scale"] == 4
     for name, accuracy in zip(judged["classes"].values(), judged["class_accuracy_per_class"]):
