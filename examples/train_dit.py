@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from tqdm import tqdm
 
 from hieratok_hf import HieraTokDiTPipeline
 from hieratok_hf.class_names import read_class_names
 from hieratok_hf.codec import load_codec
-from hieratok_hf.command_line import positive
+from hieratok_hf.command_line import positive, trained
 from hieratok_hf.dit import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
 from hieratok_hf.latent_batches import cached_batches, encoded_batches
 from hieratok_hf.latent_cache import LatentCache
@@ -224,12 +223,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        train(parse_args(argv))
-    except (FloatingPointError, ImportError, OSError, ValueError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return trained(train, parse_args(argv))
 
 
 if __name__ == "__main__":

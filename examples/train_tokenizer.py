@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
 from hieratok_hf.adversarial import PatchDiscriminator, discriminator_hinge_loss
 from hieratok_hf.alignment import LatentAlignment
 from hieratok_hf.codec import Codec
-from hieratok_hf.command_line import positive
+from hieratok_hf.command_line import positive, trained
 from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.linear_start import fit_linear_path, latent_statistics, start_from_principal_components
 from hieratok_hf.losses import PIXEL_LOSSES
@@ -251,12 +250,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        train(parse_args(argv))
-    except (FloatingPointError, ImportError, OSError, ValueError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return trained(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from hieratok_hf.command_line import (
     one_line,
     positive,
     printed_by_processes,
+    trained,
     write_report,
 )
 
@@ -79,3 +80,15 @@ def test_lines_are_printed_and_problems_become_the_status(capsys):
     assert "must be a device of torch, such as cuda or cpu, got 'toaster'" in capsys.readouterr().err
     assert parser.parse_args(["--device", "cpu"]).device == torch.device("cpu")
     assert seen == [("good", PartialState), ("bad", PartialState)]
+
+
+def test_errors_of_a_training_become_the_status(capsys):
+    def fail(args):
+        raise args.error
+
+    assert trained(lambda args: None, argparse.Namespace()) == 0
+    for error in (FloatingPointError("not finite"), ImportError("lpips"), OSError("full"), ValueError("wrong")):
+        assert trained(fail, argparse.Namespace(error=error)) == 2
+        assert capsys.readouterr().err == f"error: {error}\n"
+    with pytest.raises(KeyError):
+        trained(fail, argparse.Namespace(error=KeyError("a defect")))

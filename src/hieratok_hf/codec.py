@@ -46,11 +46,16 @@ class Codec:
             posterior = output.latent_dist
         return posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
 
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Latents as a generator of diffusers is fed them; those of HieraTok are so already."""
+    @property
+    def statistics(self) -> dict[str, float]:
+        """The `scaling_factor` and `shift_factor` of the configuration, 1 and 0 where it has none."""
         config = getattr(self.model, "config", None)
         scale, shift = (getattr(config, name, None) for name in ("scaling_factor", "shift_factor"))
-        return (latents - (shift or 0.0)) * (scale or 1.0)
+        return {"scaling_factor": scale or 1.0, "shift_factor": shift or 0.0}
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents as a generator of diffusers is fed them; those of HieraTok are so already."""
+        return (latents - self.statistics["shift_factor"]) * self.statistics["scaling_factor"]
 
     def decode(self, latents: Tensor) -> Tensor:
         """The pictures `(B, 3, S, S)` of latents."""

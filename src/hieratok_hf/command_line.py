@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 
 from .checkpoint import written_whole
 
@@ -23,6 +24,7 @@ __all__ = [
     "one_line",
     "positive",
     "printed_by_processes",
+    "trained",
     "write_report",
 ]
 
@@ -94,6 +96,16 @@ def _device(text: str) -> torch.device:
 def device_of_process(args: Namespace, state: PartialState) -> torch.device:
     """That of `--device`, or of this process: of several GPUs each process has its own."""
     return args.device if args.device and args.device != torch.device(state.device.type) else state.device
+
+
+def trained(train: Callable[[Namespace], None], args: Namespace) -> int:
+    """Run a training; the exit status: 0, or 2 after an error that is said in one line, beside the progress bar."""
+    try:
+        train(args)
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def printed_by_processes(run: Callable[[Namespace, PartialState], list[str]], args: Namespace) -> int:

@@ -134,7 +134,7 @@ def write_latents(
 
 def encoder_facts(codec: Codec) -> dict[str, Any]:
     """What of a model decides its latents, and what pipelines do to them."""
-    digest, config, weight = hashlib.sha256(), getattr(codec.model, "config", None), next(codec.model.parameters())
+    digest, weight = hashlib.sha256(), next(codec.model.parameters())
     for name, value in sorted((codec.core or codec.model).state_dict().items()):
         if name.partition(".")[0] not in ("decoder", "post_quant_conv"):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -144,8 +144,7 @@ def encoder_facts(codec: Codec) -> dict[str, Any]:
     return {
         "encoder": digest.hexdigest(),
         "precision": str(precision).removeprefix("torch."),
-        "scaling_factor": getattr(config, "scaling_factor", None) or 1.0,
-        "shift_factor": getattr(config, "shift_factor", None) or 0.0,
+        **codec.statistics,
     }
 
 
