@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
+from helpers import pictures, random_core
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor, HieraTokModel
 
@@ -150,10 +152,31 @@ def test_low_precision_is_close_and_finite(vae, sample, dtype):
     assert (result.float() - expected).abs().max() < 0.05
 
 
-def test_compile_of_repeated_blocks(vae, sample):
+def test_repeated_blocks_compile_to_one_graph_a_side(vae, sample):
     expected = vae(sample).sample
-    vae.compile_repeated_blocks(backend="eager", fullgraph=True)
-    torch.testing.assert_close(vae(sample).sample, expected, rtol=0, atol=1e-6)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    vae.compile_repeated_blocks(backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(vae(sample).sample, expected, rtol=0, atol=1e-6)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("scale_factors", [(8, 4, 2, 1), (8, 1), (6, 4, 1), (1,)])
+@pytest.mark.parametrize("coordinates", ["cells", "fraction"])
+def test_one_graph_serves_every_size(scale_factors, coordinates):
+    core = random_core(scale_factors=scale_factors, rotary_coordinates=coordinates, learned_positions=3)
+    vae = AutoencoderHieraTok.from_core(core)
+    torch.compiler.reset()
+    compiled = torch.compile(vae, backend="aot_eager", fullgraph=True, dynamic=True)
+    # That the first picture's sides are equal says nothing of the others'.
+    any_sides = torch.fx.experimental._config.patch(use_duck_shape=False)
+    with any_sides, torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        # Coarse grids of one cell, of one row, and of many.
+        for height, width in ((32, 32), (16, 16), (8, 64), (28, 20), (96, 160)):
+            sample = pictures(2, 3, height, width)
+            torch.testing.assert_close(compiled(sample).sample, vae(sample).sample, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])

@@ -117,10 +117,15 @@ def scale_causal_attention(
         return prefix_attention(*rows_first, layout.ends, scale)[0].transpose(1, 2)
 
     # What a scale sees is a prefix of the sequence, so no mask is needed, only shorter keys.
-    attended_scales = []
-    for rows in layout.slices:
-        prefix = slice(0, rows.stop)
-        attended_scales.append(
-            F.scaled_dot_product_attention(query[:, :, rows], key[:, :, prefix], value[:, :, prefix], scale=scale)
+    prefixes: list[tuple[slice, Tensor | None]] = [(rows, None) for rows in layout.slices]
+    if torch.compiler.is_compiling() and layout.num_scales > 1:
+        # The compiler makes a graph of its own for a scale of one token, so a mask tells the coarse ones apart.
+        coarse = layout.truncate(max(layout.num_scales - 1, 2))
+        prefixes[: coarse.num_scales] = [(slice(0, coarse.num_tokens), scale_causal_mask(coarse, query.device))]
+    parts = [
+        F.scaled_dot_product_attention(
+            query[:, :, rows], key[:, :, : rows.stop], value[:, :, : rows.stop], attn_mask=mask, scale=scale
         )
-    return attended_scales[0] if len(attended_scales) == 1 else torch.cat(attended_scales, dim=2)
+        for rows, mask in prefixes
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

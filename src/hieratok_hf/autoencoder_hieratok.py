@@ -53,8 +53,8 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
     __module__ = "hieratok_hf"
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["HieraTokBlock"]
-    _repeated_blocks = ["HieraTokBlock"]
+    _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
+    _repeated_blocks = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
     _group_offload_block_modules = ["core", "encoder", "decoder"]
     _skip_layerwise_casting_patterns = ["norm"]
 

@@ -1,11 +1,12 @@
 """The decoder: tokens of a pyramid to one picture a scale, by blocks with scale-causal attention."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_hieratok import HieraTokConfig
-from .layers import HieraTokBlock, HieraTokPositions, rotary_tables
+from .layers import HieraTokDecoderBlock, HieraTokPositions, rotary_tables
 from .pyramid import PyramidLayout, flatten_pyramid
 
 __all__ = ["HieraTokDecoder"]
@@ -28,7 +29,8 @@ class HieraTokDecoder(nn.Module):
         self.positions = HieraTokPositions(config, hidden_size) if config.learned_positions else None
         self.norm_before = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_before_blocks else nn.Identity()
         self.blocks = nn.ModuleList(
-            HieraTokBlock(config, hidden_size, config.decoder_num_heads) for _ in range(config.decoder_num_layers)
+            HieraTokDecoderBlock(config, hidden_size, config.decoder_num_heads)
+            for _ in range(config.decoder_num_layers)
         )
         self.norm_after = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_after_blocks else nn.Identity()
         self.head = nn.Linear(hidden_size, patch_channels)
@@ -69,8 +71,7 @@ class HieraTokDecoder(nn.Module):
             A list of pictures `(B, 3, n_h * p, n_w * p)`, coarse to fine; the last is that of the layout's last scale.
         """
         hidden_states = self.embed(tokens)  # (B, N, D)
-        scale = self.scale_embedding[: layout.num_scales]
-        hidden_states = hidden_states + torch.cat([scale[i].expand(n, -1) for i, n in enumerate(layout.lengths)])
+        hidden_states = hidden_states + F.embedding(layout.cells(tokens.device).scale, self.scale_embedding)
         if self.positions is not None:
             hidden_states = hidden_states + flatten_pyramid(self.positions(*grid), layout)
         rotary = rotary_tables(self.config, layout, grid, self.head_dim, tokens.device)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_hieratok import HieraTokConfig
-from .layers import HieraTokBlock, HieraTokPositions, rotary_tables
+from .layers import HieraTokEncoderBlock, HieraTokPositions, rotary_tables
 from .pyramid import PyramidLayout
 
 __all__ = ["HieraTokEncoder"]
@@ -24,7 +24,8 @@ class HieraTokEncoder(nn.Module):
         self.positions = HieraTokPositions(config, hidden_size) if config.learned_positions else None
         self.norm_before = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_before_blocks else nn.Identity()
         self.blocks = nn.ModuleList(
-            HieraTokBlock(config, hidden_size, config.encoder_num_heads) for _ in range(config.encoder_num_layers)
+            HieraTokEncoderBlock(config, hidden_size, config.encoder_num_heads)
+            for _ in range(config.encoder_num_layers)
         )
         self.norm_after = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_after_blocks else nn.Identity()
         self.head = nn.Linear(hidden_size, 2 * config.latent_channels)

@@ -1,5 +1,7 @@
 """Layers of both sides, a superset of l-DeTok's: rotary positions on two axes, attention, SwiGLU, pre-norm block."""
 
+from typing import Any
+
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ __all__ = [
     "HieraTokAttention",
     "HieraTokAttnProcessor",
     "HieraTokBlock",
+    "HieraTokDecoderBlock",
+    "HieraTokEncoderBlock",
     "HieraTokPositions",
     "HieraTokSwiGLU",
     "apply_rotary",
@@ -61,20 +65,14 @@ def rotary_tables(
         frequencies = frequencies.repeat_interleave(2)  # (d / 2,)
 
     angles = []
-    for factor, cells in zip(layout.scale_factors, layout.grids):
-        axes = []
-        for num_fine, num_cells in zip(grid, cells):
-            first = torch.arange(num_cells, device=device) * factor
-            last = (first + factor).clamp(max=num_fine) - 1
-            centre = (first + last) / 2
-            if config.rotary_coordinates == "fraction":
-                centre = centre / max(num_fine - 1, 1)
-            axes.append(centre[:, None] * frequencies)  # (n, d / 2)
-        rows = axes[0][:, None].expand(cells[0], cells[1], -1)
-        columns = axes[1][None, :].expand(cells[0], cells[1], -1)
-        angles.append(torch.cat([rows, columns], dim=-1).flatten(0, 1))  # (n_h * n_w, d)
-    table = torch.cat(angles)[:, None]  # (N, 1, d)
-    signs = torch.tensor([-1.0, 1.0], device=device).repeat(head_dim // 2)
+    for num_cells, (first, end) in zip(grid, layout.cells(device).spans(grid)):
+        centre = (first + end - 1) / 2  # (N,)
+        if config.rotary_coordinates == "fraction":
+            centre = centre / max(num_cells - 1, 1)
+        angles.append(centre[:, None] * frequencies)  # (N, d / 2)
+    table = torch.cat(angles, dim=-1)[:, None]  # (N, 1, d)
+    # Counted on the device: numbers sent to it would make the host wait.
+    signs = torch.arange(head_dim, device=device) % 2 * 2 - 1
     return table.cos(), table.sin() * signs
 
 
@@ -201,7 +199,17 @@ class HieraTokSwiGLU(nn.Module):
 
 
 class HieraTokBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block."""
+    """
+    Pre-norm transformer block.
+
+    The encoder and the decoder have a class each, because the compiler keeps its graphs by function: one graph then
+    serves all blocks of a side.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # transformers puts the same code around every layer's `forward`.
+        cls.forward.__code__ = cls.forward.__code__.replace(co_name=cls.__name__)
 
     def __init__(self, config: HieraTokConfig, hidden_size: int, num_heads: int):
         super().__init__()
@@ -214,6 +222,22 @@ class HieraTokBlock(GradientCheckpointingLayer):
         """`(B, N, D)` to `(B, N, D)`."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary, layout)[0]
         return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class HieraTokEncoderBlock(HieraTokBlock):
+    """Block of the encoder."""
+
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
+        """`(B, h * w, D)` to `(B, h * w, D)`."""
+        return super().forward(hidden_states, rotary, layout)
+
+
+class HieraTokDecoderBlock(HieraTokBlock):
+    """Block of the decoder."""
+
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
+        """`(B, N, D)` to `(B, N, D)`."""
+        return super().forward(hidden_states, rotary, layout)
 
 
 class HieraTokPositions(nn.Module):

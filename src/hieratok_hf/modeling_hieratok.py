@@ -95,7 +95,7 @@ class HieraTokPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HieraTokBlock"]
+    _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True

@@ -66,7 +66,7 @@ class TokenizerTraining(nn.Module):
     """
 
     # What accelerate's FSDP wraps one by one, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`.
-    _no_split_modules = ["HieraTokBlock"]
+    _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
 
     def __init__(self, core: HieraTokCore, alignment: LatentAlignment | None = None, latent_noise: float = 0.0):
         super().__init__()
