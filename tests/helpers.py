@@ -40,7 +40,9 @@ def tiny(**overrides: Any) -> HieraTokConfig:
 def random_core(seed: int = 0, std: float = 0.15, **overrides: Any) -> HieraTokCore:
     """A tiny core whose biases, norms and embeddings are random too, so that no term can go missing unseen."""
     generator = torch.Generator().manual_seed(seed)
-    core = HieraTokCore(tiny(**overrides)).init_weights().eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        core = HieraTokCore(tiny(**overrides)).init_weights().eval()
     with torch.no_grad():
         for parameter in core.parameters():
             parameter += std * torch.randn(parameter.shape, generator=generator)

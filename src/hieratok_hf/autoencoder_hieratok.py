@@ -8,7 +8,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -17,14 +17,16 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .checkpoint import pop_hub_arguments, share_between_libraries, staged
 from .configuration_hieratok import HieraTokConfig
-from .tokenizer import HieraTokCore
+from .pyramid import PyramidLayout
+from .tiling import TilingMixin, run_in_tiles
+from .tokenizer import HieraTokCore, check_latents, check_pixel_values
 
 __all__ = ["AutoencoderHieraTok"]
 
 # Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
 
 
-class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """
     The multi-scale visual tokenizer HieraTok (after arXiv 2509.23736) as the VAE of diffusers pipelines.
 
@@ -98,6 +100,7 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         self.register_to_config(scale_factors=config.scale_factors, **config.pipeline_facts)
         self.core = HieraTokCore(config).init_weights()
         self.use_slicing = False
+        self.init_tiling(config.patch_size, max(256, 2 * config.patch_size * config.scale_factors[0]))
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "AutoencoderHieraTok":
@@ -138,7 +141,7 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         Raises:
             ValueError: As `HieraTokCore.encode_moments`.
         """
-        moments = [self.core.encode_moments(part)[0] for part in self._slices(x)]
+        moments = [self._encode(part) for part in self._slices(x)]
         posterior = DiagonalGaussianDistribution(torch.cat(moments) if len(moments) > 1 else moments[0])
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -164,7 +167,7 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         Raises:
             ValueError: As `HieraTokCore.decode`.
         """
-        pictures = [self.core.decode(part, num_scales) for part in self._slices(z)]
+        pictures = [self._decode(part, num_scales) for part in self._slices(z)]
         sample = torch.cat(pictures) if len(pictures) > 1 else pictures[0]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -187,6 +190,28 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
         posterior = self.encode(sample).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(latents, return_dict=return_dict)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Moments `(B, 2C, h, w)`, in tiles where they are on and the pictures larger than one."""
+        patch_size = self.core.config.patch_size
+        if not self.needs_tiles(x, 1):
+            return self.core.encode_moments(x)[0]
+        check_pixel_values(x, self.core.config)
+        return run_in_tiles(
+            lambda part: self.core.encode_moments(part)[0], x, *self.tiles(1), (1, patch_size), patch_size
+        )
+
+    def _decode(self, z: Tensor, num_scales: int | None) -> Tensor:
+        """The picture of the last scale that runs, in tiles where they are on and the latent larger than one."""
+        patch_size, factors = self.core.config.patch_size, tuple(self.core.config.scale_factors)
+        if not self.needs_tiles(z, patch_size):
+            return self.core.decode(z, num_scales)
+        check_latents(z, self.core.config)
+        layout = PyramidLayout.from_grid(z.shape[2], z.shape[3], factors)
+        factor = layout.truncate(layout.num_scales if num_scales is None else num_scales).scale_factors[-1]
+        return run_in_tiles(
+            lambda part: self.core.decode(part, num_scales), z, *self.tiles(patch_size), (patch_size, factor), factor
+        )
 
     def _slices(self, batch: Tensor) -> Sequence[Tensor]:
         """A batch one by one where slicing is on; what is no batch is left for the core to refuse."""
@@ -211,8 +236,9 @@ class AutoencoderHieraTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMi
                 f"The weights in {folder} lack {len(missing)} of the tensors that `config.json` asks for, such as "
                 f"{missing[0]!r}."
             )
-        # With a device map, weights may rest on a disk.
-        if kwargs.get("device_map") is None and any(parameter.is_meta for parameter in model.parameters()):
+        # With a device map, weights may rest on a disk; some quantised ones say of themselves that they are meta.
+        ignored = info.get("mismatched_keys") and kwargs.get("device_map") is None
+        if ignored and any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError(
                 f"Weights in {folder} have other shapes than `config.json` asks for; to start these at random, pass "
                 "`low_cpu_mem_usage=False` beside `ignore_mismatched_sizes=True`."

@@ -1,0 +1,177 @@
+"""Large pictures in overlapping tiles, each weighted so that they sum to one picture without a seam."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import AutoencoderMixin
+from torch import Tensor
+
+__all__ = ["TilingMixin", "run_in_tiles", "tile_spans", "tile_weights"]
+
+# Shape letters: B batch, C channels of the input, K channels of the result, H W sides of the input.
+
+Span = tuple[int, int]
+
+
+def tile_spans(length: int, size: int, stride: int, unit: int = 1) -> list[Span]:
+    """
+    Where the tiles along one side begin and end.
+
+    All tiles but the last are as long as `size`, so that they meet one compiled graph and the context that the model
+    was trained with; with a unit of 1 the last is so too, and overlaps the one before by more.
+
+    Args:
+        length (`int`): The side.
+        size (`int`): Of a tile; a side that is no longer than this is one tile.
+        stride (`int`): From the beginning of a tile to the next; at most `size`.
+        unit (`int`, defaults to 1): Every tile begins at a multiple of this.
+
+    Raises:
+        ValueError: The stride is not in `1 ... size`, or the unit is larger than a tile.
+    """
+    if not 0 < stride <= size or unit > size:
+        raise ValueError(f"Tiles of {size} that begin every {stride}, at multiples of {unit}, do not cover a side.")
+    if length <= size:
+        return [(0, length)]
+    step = max(stride // unit, 1) * unit
+    last = -(-(length - size) // unit) * unit
+    return [(start, start + size) for start in range(0, last, step)] + [(last, length)]
+
+
+def tile_weights(spans: Sequence[Span], device: torch.device | None = None) -> list[Tensor]:
+    """
+    Weights of each tile along one side, `(end - start,)` in float32: at every place they sum to 1.
+
+    Where two tiles overlap, the weight passes evenly from one to the other.
+    """
+    total = torch.zeros(spans[-1][1], device=device)
+    weights = []
+    for i, (start, end) in enumerate(spans):
+        place = torch.arange(start, end, device=device) + 0.5
+        weight = torch.ones(end - start, device=device)
+        if i > 0:
+            weight = torch.minimum(weight, (place - start) / max(spans[i - 1][1] - start, 1))
+        if i < len(spans) - 1:
+            weight = torch.minimum(weight, (end - place) / max(end - spans[i + 1][0], 1))
+        weights.append(weight)
+        total[start:end] += weight
+    return [weight / total[start:end] for weight, (start, end) in zip(weights, spans)]
+
+
+def run_in_tiles(
+    function: Callable[[Tensor], Tensor],
+    tensor: Tensor,
+    tile: tuple[int, int],
+    stride: tuple[int, int],
+    ratio: tuple[int, int],
+    unit: int = 1,
+) -> Tensor:
+    """
+    A function of maps, tile by tile. The result is as large as it would be at once, and close to it as far as the
+    function looks no further than a tile.
+
+    Args:
+        function (`Callable`): Maps `(B, C, height, width)` to `(B, K, height * ratio, width * ratio)`, and sides that
+            are no multiples of `unit` as if they were the next.
+        tensor (`torch.Tensor` of shape `(B, C, H, W)`): The whole map.
+        tile, stride (`tuple[int, int]`): Height and width of a tile, and the steps between tiles, in the map's cells.
+        ratio (`tuple[int, int]`): Sides of the result against those of the map, as numerator and denominator.
+        unit (`int`, defaults to 1): Tiles begin at multiples of this many cells, where the result has whole ones.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, H * ratio, W * ratio)`, sides as those of the function, and in its dtype.
+
+    Raises:
+        ValueError: As `tile_spans`.
+    """
+    sides: list[list[tuple[Span, Span, Tensor]]] = []
+    for length, size, step in zip(tensor.shape[-2:], tile, stride):
+        spans = tile_spans(length, size, step, unit)
+        whole = [(start, -(-end // unit) * unit) for start, end in spans]
+        made = [(start * ratio[0] // ratio[1], end * ratio[0] // ratio[1]) for start, end in whole]
+        sides.append(list(zip(spans, made, tile_weights(made, tensor.device))))
+    rows, columns = sides
+    result = None
+    for (top, bottom), (first_row, end_row), row_weight in rows:
+        for (left, right), (first_column, end_column), column_weight in columns:
+            part = function(tensor[:, :, top:bottom, left:right])
+            if result is None:
+                result = part.new_zeros(*part.shape[:2], rows[-1][1][1], columns[-1][1][1])
+            # Weights of half precision would not sum to 1.
+            result[:, :, first_row:end_row, first_column:end_column] += part * row_weight[:, None] * column_weight
+    assert result is not None
+    return result
+
+
+class TilingMixin(AutoencoderMixin):
+    """The switch of tiling of an autoencoder, with the names that diffusers' own use."""
+
+    def init_tiling(self, patch_size: int, side: int) -> None:
+        """Tiling off, and square tiles of `side` pixels, every three quarters of it, for when it is switched on."""
+        self.use_tiling = False
+        self._tile_unit = patch_size
+        self.tile_sample_min_height = self.tile_sample_min_width = side
+        self.tile_sample_stride_height = self.tile_sample_stride_width = _default_stride(side, patch_size)
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """
+        Encode and decode pictures larger than a tile in overlapping tiles, one at a time: memory then grows with the
+        picture alone, and time with its pixels instead of their square.
+
+        Attention sees no further than a tile, so the result is close to that of the whole picture, not equal to it.
+
+        Args:
+            tile_sample_min_height, tile_sample_min_width (`int`, *optional*): Sides of a tile in pixels, multiples of
+                the patch size; unless given, those of the last call, at first 256 or two of the coarsest cells.
+            tile_sample_stride_height, tile_sample_stride_width (`int`, *optional*): Steps from tile to tile in
+                pixels, multiples of the patch size; what they lack of a tile overlaps. Unless given, those of the
+                last call, or three quarters of a side that was given.
+
+        Raises:
+            ValueError: A value is no positive multiple of the patch size, or a stride is longer than its tile.
+        """
+        values: dict[str, int] = {}
+        for side, size, stride in (
+            ("height", tile_sample_min_height, tile_sample_stride_height),
+            ("width", tile_sample_min_width, tile_sample_stride_width),
+        ):
+            size_name, stride_name = f"tile_sample_min_{side}", f"tile_sample_stride_{side}"
+            if size is None:
+                size, stride = getattr(self, size_name), getattr(self, stride_name) if stride is None else stride
+            self._check_multiple(size_name, size)
+            stride = _default_stride(size, self._tile_unit) if stride is None else stride
+            self._check_multiple(stride_name, stride)
+            if stride > size:
+                raise ValueError(f"`{stride_name}` must be at most the tile's {size} pixels, got {stride}.")
+            values |= {size_name: size, stride_name: stride}
+        for name, value in values.items():
+            setattr(self, name, value)
+        super().enable_tiling()
+
+    def tiles(self, pixels: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width of a tile, and of the step between tiles, in cells of so many pixels a side."""
+        size = (self.tile_sample_min_height // pixels, self.tile_sample_min_width // pixels)
+        return size, (self.tile_sample_stride_height // pixels, self.tile_sample_stride_width // pixels)
+
+    def needs_tiles(self, batch: Any, pixels: int) -> bool:
+        """Whether tiling is on and `batch` holds maps, in cells of so many pixels a side, larger than a tile."""
+        (height, width), _ = self.tiles(pixels)
+        is_map = isinstance(batch, Tensor) and batch.ndim == 4
+        return self.use_tiling and is_map and (batch.shape[2] > height or batch.shape[3] > width)
+
+    def _check_multiple(self, name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % self._tile_unit:
+            raise ValueError(
+                f"`{name}` must be a positive multiple of the patch size {self._tile_unit}, got {value!r}."
+            )
+
+
+def _default_stride(side: int, patch_size: int) -> int:
+    return max(side * 3 // 4 // patch_size, 1) * patch_size

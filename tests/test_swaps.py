@@ -1,0 +1,399 @@
+"""Pipelines of diffusers with this tokenizer for their VAE: they run, and its own decoding makes the picture."""
+
+import copy
+import inspect
+import logging
+import warnings
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SCMScheduler,
+)
+from helpers import pictures, random_core
+
+from hieratok_hf import AutoencoderHieraTok
+
+# What diffusers says of itself, whatever the VAE.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`(FluxPosEmbed|LoraLoaderMixin)` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
+
+HEIGHT, WIDTH = 64, 96
+TEXT, TOKENS = 32, 7
+"""Channels of a prompt's embedding, and how many tokens it has."""
+SMALL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+UNET = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": TEXT,
+    "sample_size": 8,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+SDXL = UNET | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + TEXT,
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": True,
+}
+SD3 = SMALL | {"sample_size": 8, "patch_size": 1, "pos_embed_max_size": 8} | {
+    "joint_attention_dim": TEXT, "caption_projection_dim": 32, "pooled_projection_dim": TEXT,
+}  # fmt: skip
+FLUX = SMALL | {"num_single_layers": 1, "axes_dims_rope": (4, 4, 8)} | {
+    "joint_attention_dim": TEXT, "pooled_projection_dim": TEXT,
+}  # fmt: skip
+PIXART = SMALL | {"caption_channels": TEXT, "cross_attention_dim": 32, "sample_size": 8} | {
+    "norm_type": "ada_norm_single",
+}  # fmt: skip
+COGVIEW = SMALL | {"text_embed_dim": TEXT, "time_embed_dim": 8, "condition_dim": 4, "sample_size": 8}
+SANA = SMALL | {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32} | {
+    "caption_channels": TEXT, "sample_size": 8,
+}  # fmt: skip
+DIT = SMALL | {"sample_size": HEIGHT // 16, "patch_size": 1, "num_embeds_ada_norm": 1000}
+LCM = UNET | {"time_cond_proj_dim": 32}
+CHROMA = SMALL | {"num_single_layers": 1, "axes_dims_rope": (4, 4, 8), "joint_attention_dim": TEXT} | {
+    "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1,
+}  # fmt: skip
+AURA = {"attention_head_dim": 16, "num_attention_heads": 2, "num_mmdit_layers": 1, "num_single_dit_layers": 1} | {
+    "joint_attention_dim": TEXT, "caption_projection_dim": 32, "sample_size": 8, "pos_embed_max_size": 64,
+}  # fmt: skip
+PRX = {"context_in_dim": TEXT, "hidden_size": 32, "num_heads": 2, "depth": 1, "axes_dim": [8, 8]}
+ZIMAGE = {"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": TEXT} | {
+    "axes_dims": [4, 4, 8], "axes_lens": [1024, 64, 64],
+}  # fmt: skip
+HUNYUAN = SMALL | {"patch_size": 2, "hidden_size": 32, "sample_size": 8, "text_len": TOKENS, "text_len_t5": TOKENS} | {
+    "cross_attention_dim": TEXT, "cross_attention_dim_t5": TEXT, "use_style_cond_and_image_meta_size": False,
+}  # fmt: skip
+LUMINA = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16} | {
+    "cross_attention_dim": TEXT, "sample_size": 8,
+}  # fmt: skip
+LUMINA2 = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16} | {
+    "cap_feat_dim": TEXT, "sample_size": 8, "num_refiner_layers": 1, "axes_dim_rope": (4, 4, 8),
+    "axes_lens": (64, 64, 64),
+}  # fmt: skip
+
+
+class Swap(NamedTuple):
+    """
+    How to build a pipeline around a VAE, and what to call it with.
+
+    Args:
+        pipeline, denoiser (`str`): Names of classes of diffusers.
+        sizes (`dict`): Arguments of the denoiser, besides its channels.
+        scheduler (`SchedulerMixin`): Flow matching by Euler unless given.
+        embeds (`tuple[str, ...]`): What stands for the prompt.
+        call (`dict`): Further arguments of the call.
+        guided (`bool`): Whether it takes the negatives of `embeds` too.
+        from_picture (`bool`): Whether it starts at a picture.
+        packed (`bool`): Whether its denoiser's tokens are 2x2 cells of the latent.
+        channels, patch (`int`): Of the tokenizer.
+    """
+
+    pipeline: str
+    denoiser: str
+    sizes: dict[str, Any]
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()
+    embeds: tuple[str, ...] = ("prompt_embeds",)
+    call: dict[str, Any] = {}
+    guided: bool = True
+    from_picture: bool = False
+    packed: bool = False
+    channels: int = 8
+    patch: int = 16
+
+
+POOLED = ("prompt_embeds", "pooled_prompt_embeds")
+MASKED = ("prompt_embeds", "prompt_attention_mask")
+ANY_SIZE = {"use_resolution_binning": False}
+OWN_NEGATIVE = {"negative_prompt": None}
+WHOLE = {"mask_image": torch.ones(1, 1, HEIGHT, WIDTH)}
+FEW_STEPS = {"original_inference_steps": 8}
+SPRINT = {"guidance_embeds": True}
+DDIM = DDIMScheduler(clip_sample=False, steps_offset=1)
+SWAPS = {
+    "DiT": Swap("DiTPipeline", "DiTTransformer2DModel", DIT, DDIM, (), {"class_labels": [1]}),
+    "SD": Swap("StableDiffusionPipeline", "UNet2DConditionModel", UNET, DDIM),
+    "SD img2img": Swap("StableDiffusionImg2ImgPipeline", "UNet2DConditionModel", UNET, DDIM, from_picture=True),
+    "LCM": Swap("LatentConsistencyModelPipeline", "UNet2DConditionModel", LCM, LCMScheduler(), guided=False),
+    "LCM img2img": Swap(
+        "LatentConsistencyModelImg2ImgPipeline", "UNet2DConditionModel", LCM, LCMScheduler(), ("prompt_embeds",),
+        FEW_STEPS, guided=False, from_picture=True,
+    ),
+    "SDXL": Swap("StableDiffusionXLPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED),
+    "SDXL img2img": Swap(
+        "StableDiffusionXLImg2ImgPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED, from_picture=True
+    ),
+    "PixArt Alpha": Swap(
+        "PixArtAlphaPipeline", "PixArtTransformer2DModel", PIXART, DPMSolverMultistepScheduler(), MASKED,
+        ANY_SIZE | OWN_NEGATIVE,
+    ),
+    "PixArt Sigma": Swap(
+        "PixArtSigmaPipeline", "PixArtTransformer2DModel", PIXART, DPMSolverMultistepScheduler(), MASKED,
+        ANY_SIZE | OWN_NEGATIVE,
+    ),
+    "SD3": Swap("StableDiffusion3Pipeline", "SD3Transformer2DModel", SD3, embeds=POOLED),
+    "SD3 img2img": Swap(
+        "StableDiffusion3Img2ImgPipeline", "SD3Transformer2DModel", SD3, embeds=POOLED, from_picture=True
+    ),
+    "Flux": Swap("FluxPipeline", "FluxTransformer2DModel", FLUX, embeds=POOLED, guided=False, packed=True),
+    "Flux img2img": Swap(
+        "FluxImg2ImgPipeline", "FluxTransformer2DModel", FLUX, embeds=POOLED, guided=False, packed=True,
+        from_picture=True,
+    ),
+    "Flux inpaint": Swap(
+        "FluxInpaintPipeline", "FluxTransformer2DModel", FLUX, embeds=POOLED, guided=False, packed=True,
+        from_picture=True, call=WHOLE,
+    ),
+    "Chroma": Swap("ChromaPipeline", "ChromaTransformer2DModel", CHROMA, embeds=MASKED, packed=True),
+    "Chroma img2img": Swap(
+        "ChromaImg2ImgPipeline", "ChromaTransformer2DModel", CHROMA, embeds=MASKED, packed=True, from_picture=True
+    ),
+    "AuraFlow": Swap("AuraFlowPipeline", "AuraFlowTransformer2DModel", AURA, embeds=MASKED),
+    "CogView3+": Swap("CogView3PlusPipeline", "CogView3PlusTransformer2DModel", COGVIEW, CogVideoXDDIMScheduler()),
+    "CogView4": Swap("CogView4Pipeline", "CogView4Transformer2DModel", COGVIEW | {"rope_axes_dim": (8, 8)}),
+    "PRX": Swap("PRXPipeline", "PRXTransformer2DModel", PRX, embeds=MASKED, call=ANY_SIZE),
+    "Sana": Swap("SanaPipeline", "SanaTransformer2DModel", SANA, embeds=MASKED, call=ANY_SIZE | OWN_NEGATIVE),
+    "Sana Sprint": Swap(
+        "SanaSprintPipeline", "SanaTransformer2DModel", SANA | SPRINT, SCMScheduler(), MASKED, ANY_SIZE, guided=False
+    ),
+    "Z-Image": Swap("ZImagePipeline", "ZImageTransformer2DModel", ZIMAGE),
+    "Z-Image img2img": Swap("ZImageImg2ImgPipeline", "ZImageTransformer2DModel", ZIMAGE, from_picture=True),
+    # The rest only with tokenizers of these channels or this patch size.
+    "SD inpaint": Swap(
+        "StableDiffusionInpaintPipeline", "UNet2DConditionModel", UNET, DDIM, call=WHOLE, from_picture=True, channels=4
+    ),
+    "SDXL inpaint": Swap(
+        "StableDiffusionXLInpaintPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED, WHOLE, from_picture=True,
+        channels=4,
+    ),
+    "SD3 inpaint": Swap(
+        "StableDiffusion3InpaintPipeline", "SD3Transformer2DModel", SD3, embeds=POOLED, call=WHOLE, from_picture=True,
+        channels=16,
+    ),
+    "HunyuanDiT": Swap(
+        "HunyuanDiTPipeline", "HunyuanDiT2DModel", HUNYUAN, DDPMScheduler(), (*MASKED, *(f"{x}_2" for x in MASKED)),
+        ANY_SIZE, patch=8,
+    ),
+    "Lumina": Swap("LuminaPipeline", "LuminaNextDiT2DModel", LUMINA, embeds=MASKED, patch=8),
+    "Lumina2": Swap("Lumina2Pipeline", "Lumina2Transformer2DModel", LUMINA2, embeds=MASKED, patch=8),
+}  # fmt: skip
+NAMES = list(SWAPS)
+FROM_PICTURES = [name for name in NAMES if SWAPS[name].from_picture]
+
+
+def make_vae(swap: Swap) -> AutoencoderHieraTok:
+    return AutoencoderHieraTok.from_core(random_core(std=0.05, latent_channels=swap.channels, patch_size=swap.patch))
+
+
+def make_parts(swap: Swap) -> dict[str, Any]:
+    """The parts of its pipeline: text encoders and what else it can do without are `None`."""
+    needed = inspect.signature(getattr(diffusers, swap.pipeline)).parameters.values()
+    parts = {parameter.name: None for parameter in needed if parameter.default is inspect.Parameter.empty}
+    denoiser = getattr(diffusers, swap.denoiser)
+    channels = swap.channels * 4 if swap.packed else swap.channels
+    channels_given = {"in_channels", "out_channels"} & set(inspect.signature(denoiser).parameters)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = denoiser(**dict.fromkeys(channels_given, channels), **swap.sizes).eval()
+    parts["unet" if "unet" in parts else "transformer"] = network
+    parts["scheduler"] = type(swap.scheduler).from_config(swap.scheduler.config)
+    if "safety_checker" in parts:
+        parts["requires_safety_checker"] = False
+    return parts | {"vae": make_vae(swap)}
+
+
+def make_pipeline(swap: Swap) -> Any:
+    pipe = getattr(diffusers, swap.pipeline)(**make_parts(swap))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture() -> torch.Tensor:
+    return (pictures(1, 3, HEIGHT, WIDTH) + 1) / 2
+
+
+def run(pipe: Any, swap: Swap, **given: Any) -> Any:
+    """What the pipeline makes of seed 0: pictures `(B, 3, H, W)` in [0, 1] unless another `output_type` is given."""
+    source = torch.Generator().manual_seed(1)
+    dtype = pipe.vae.dtype
+    arguments = {"num_inference_steps": 4 if swap.from_picture else 2, "output_type": "pt", **swap.call}
+    for name in swap.embeds:
+        for prefix in ("", "negative_") if swap.guided else ("",):
+            shape = (1, TEXT) if "pooled" in name else (1, TOKENS, TEXT)
+            embeds = torch.randn(shape, generator=source).to(dtype)
+            arguments[prefix + name] = torch.ones(1, TOKENS, dtype=torch.bool) if "mask" in name else embeds
+            if swap.pipeline.startswith("ZImage"):
+                arguments[prefix + name] = list(embeds)
+    if swap.from_picture:
+        arguments["image"] = picture()
+    parameters = inspect.signature(pipe.__call__).parameters
+    size = {"height": HEIGHT, "width": WIDTH}
+    arguments |= {name: value for name, value in size.items() if name in parameters}
+    return pipe(**{**arguments, "generator": torch.Generator().manual_seed(0), **given}).images
+
+
+def watch(monkeypatch, owner: Any, name: str) -> list[torch.Tensor]:
+    """The first argument of every call of a method from now on."""
+    plain, seen = getattr(owner, name), []
+
+    def watched(first, *args, **kwargs):
+        seen.append(first)
+        return plain(first, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, watched)
+    return seen
+
+
+@contextmanager
+def complaints(caplog):
+    """What diffusers logs and warns of in the meantime."""
+    messages: list[str] = []
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    caplog.clear()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            yield messages
+    finally:
+        logger.removeHandler(caplog.handler)
+    messages += [record.getMessage() for record in caplog.records if record.name.startswith("diffusers")]
+    messages += [str(warning.message) for warning in caught]
+
+
+def unpacked(latents: torch.Tensor) -> torch.Tensor:
+    """Tokens of 2x2 cells, `(B, h * w / 4, 4 * C)`, as the latent `(B, C, h, w)`."""
+    height, width = HEIGHT // 32, WIDTH // 32
+    cells = latents.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width))  # (B, h / 2, w / 2, C, 2, 2)
+    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_own_decoding_makes_the_picture(name, monkeypatch, caplog):
+    swap = SWAPS[name]
+    with complaints(caplog) as messages:
+        pipe = make_pipeline(swap)
+        decoded = watch(monkeypatch, pipe.vae, "decode")
+        made = run(pipe, swap)
+    assert messages == []
+    height, width = (HEIGHT, HEIGHT) if name == "DiT" else (HEIGHT, WIDTH)
+    assert made.shape == (1, 3, height, width)
+    assert [tuple(z.shape) for z in decoded] == [(1, swap.channels, height // swap.patch, width // swap.patch)]
+    with torch.no_grad():
+        expected = pipe.vae.core.decode(decoded[0])
+    torch.testing.assert_close(made, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+    if name != "DiT":  # which has no such output
+        latents = run(pipe, swap, output_type="latent")
+        # They arrive normalised: nothing is done to them on the way.
+        assert torch.equal(unpacked(latents) if swap.packed else latents, decoded[0]) and len(decoded) == 1
+
+
+@pytest.mark.parametrize("name", FROM_PICTURES)
+def test_its_own_posterior_is_where_pictures_start(name, monkeypatch):
+    swap = SWAPS[name]
+    pipe = make_pipeline(swap)
+    method = "scale_noise" if hasattr(pipe.scheduler, "scale_noise") else "add_noise"
+    noised = watch(monkeypatch, pipe.scheduler, method)
+    made = run(pipe, swap)
+    with torch.no_grad():
+        posterior = pipe.vae.core.encode(picture() * 2 - 1)
+    assert torch.equal(noised[0], posterior.sample(torch.Generator().manual_seed(0)))
+    assert made.shape == (1, 3, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("name", ["SD", "SD3", "Flux", "PRX", "Sana"])
+def test_a_saved_pipeline_has_it_again(name, tmp_path, caplog):
+    swap = SWAPS[name]
+    pipe = make_pipeline(swap)
+    expected = run(pipe, swap)
+    pipe.save_pretrained(tmp_path)
+    with complaints(caplog) as messages:
+        nothing = {part: None for part, held in pipe.components.items() if held is None}
+        loaded = type(pipe).from_pretrained(tmp_path, **nothing)
+    assert all(message.startswith("Expected types for vae: ") for message in messages), messages
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.vae) is AutoencoderHieraTok and loaded.vae.config.patch_size == swap.patch
+    torch.testing.assert_close(run(loaded, swap), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["SD", "SDXL", "SD3", "Flux", "PRX"])
+def test_it_takes_the_place_of_another(name):
+    swap = SWAPS[name]
+    own = make_pipeline(swap)
+    widths = {"block_out_channels": (4,), "norm_num_groups": 2, "latent_channels": swap.channels}
+    other = type(own)(**make_parts(swap) | {"vae": diffusers.AutoencoderKL(**widths)})
+    pipe = type(own).from_pipe(other, vae=own.vae)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.vae is own.vae
+    torch.testing.assert_close(run(pipe, swap), run(own, swap), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["SD", "SDXL", "Flux", "Sana", "Z-Image"])
+def test_slices_of_several_pictures(name, monkeypatch):
+    swap = SWAPS[name]
+    pipe = make_pipeline(swap)
+    expected = run(pipe, swap, num_images_per_prompt=2)
+    assert expected.shape == (2, 3, HEIGHT, WIDTH) and (expected[0] - expected[1]).abs().max() > 0.1
+    pipe.vae.enable_slicing()
+    decoded = watch(monkeypatch, pipe.vae.core, "decode")
+    sliced = run(pipe, swap, num_images_per_prompt=2)
+    assert [len(z) for z in decoded] == [1, 1]
+    torch.testing.assert_close(sliced, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_in_half_precision(name, dtype, monkeypatch):
+    swap = SWAPS[name]
+    pipe = make_pipeline(swap)
+    precise = copy.deepcopy(pipe.vae)
+    pipe.to(dtype)
+    decoded = watch(monkeypatch, pipe.vae, "decode")
+    made = run(pipe, swap)
+    assert pipe.vae.dtype == decoded[0].dtype == dtype
+    with torch.no_grad():
+        expected = (precise.decode(decoded[0].float()).sample / 2 + 0.5).clamp(0, 1)
+    assert (made.float() - expected).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "error", "message"),
+    [
+        ("SD inpaint", {"channels": 8}, ValueError, "either 4 or 9 input channels"),
+        ("SDXL inpaint", {"channels": 8}, ValueError, "either 4 or 9 input channels"),
+        ("SD3 inpaint", {"channels": 8}, ValueError, "16 input channels or 33"),
+        ("HunyuanDiT", {"patch": 16}, RuntimeError, "size of tensor"),
+    ],
+)
+def test_pipelines_that_refuse_another_tokenizer(name, tokenizer, error, message):
+    swap = SWAPS[name]._replace(**tokenizer)
+    with pytest.raises(error, match=message):
+        run(make_pipeline(swap), swap)
+
+
+@pytest.mark.parametrize("name", ["Lumina", "Lumina2"])
+def test_pipelines_that_count_eight_pixels_a_cell(name):
+    swap = SWAPS[name]._replace(patch=16)
+    assert run(make_pipeline(swap), swap).shape == (1, 3, 2 * HEIGHT, 2 * WIDTH)
+
+
+def test_a_vae_that_is_assigned_leaves_the_size_of_the_one_before():
+    swap = SWAPS["SD"]
+    parts = make_parts(swap)
+    pipe = diffusers.StableDiffusionPipeline(**parts | {"vae": make_vae(swap._replace(patch=8))})
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae = parts["vae"]
+    assert run(pipe, swap).shape == (1, 3, 2 * HEIGHT, 2 * WIDTH)
