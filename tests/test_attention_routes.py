@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor, HieraTokModel, PyramidLayout
 from hieratok_hf.attention import ATTENTION_BACKENDS, scale_causal_attention
-from hieratok_hf.layers import ATTENTION_IMPLEMENTATIONS
+from hieratok_hf.attention_names import ATTENTION_IMPLEMENTATIONS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),

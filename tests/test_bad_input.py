@@ -367,10 +367,12 @@ def own_vae():
 
 
 def test_a_backend_of_diffusers_that_is_not_supported_is_refused_at_the_call(own_vae):
-    own_vae.set_attention_backend("_native_flash")
+    for processor in own_vae.attn_processors.values():
+        processor._attention_backend = "sage"  # as diffusers sets it where the package is there
     message = (
-        "HieraTok attends by its own function; the attention backend 'AttentionBackendName._NATIVE_FLASH' is not "
-        "supported. Use one of ['native', 'flex'], or `set_attn_processor(HieraTokAttnProcessor(backend=...))`."
+        "HieraTok attends by its own function; the attention backend 'sage' is not "
+        "supported. Use one of ['native', 'flex', '_native_cudnn', '_native_efficient', '_native_flash', "
+        "'_native_math'], or `set_attn_processor(HieraTokAttnProcessor(backend=...))`."
     )
     with refuses(message):
         own_vae.encode(torch.zeros(1, 3, 8, 8))

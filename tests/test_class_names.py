@@ -90,3 +90,10 @@ def test_a_file_without_names_is_refused(tmp_path, content):
 def test_a_name_that_is_there_twice_is_refused():
     with pytest.raises(ValueError, match="'a' is there twice"):
         read_class_names(["a", "b", "a"])
+
+
+def test_lists_in_a_list_are_taken_one_after_the_other():
+    known = names_to_ids({0: "tench", 1: "church"})
+    assert label_ids([["church"], [0, "tench"], 1], known, 2) == [1, 0, 0, 1]
+    with pytest.raises(ValueError, match="empty"):
+        label_ids([[]], known, 2)

@@ -229,7 +229,7 @@ def test_a_named_backend_reaches_the_attention_function(backend, monkeypatch):
     block, inputs = attention_and_inputs()
     seen = []
 
-    def recording(query, key, value, layout, *, backend):
+    def recording(query, key, value, layout, *, backend, return_weights):
         seen.append(backend)
         return value
 

@@ -1,7 +1,7 @@
 """HieraTok as a diffusers autoencoder: configuration, outputs and flags around `HieraTokCore`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -246,20 +246,30 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
         return (model, info) if return_info else model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
     ) -> None:
         """
         Save to a folder that this class and `HieraTokModel` both load; files appear whole or not at all.
 
-        Further arguments are those of `ModelMixin.save_pretrained`. What `safe_serialization=False` writes is
-        diffusers' alone.
+        Arguments are those of `ModelMixin.save_pretrained`, by name, because a pipeline hands on those of the
+        signature alone. What `safe_serialization=False` writes is diffusers' alone.
 
         Raises:
             ValueError: `save_directory` is a file.
         """
+        kwargs["variant"] = variant
         hub_arguments = pop_hub_arguments(kwargs, save_directory)
         with staged(save_directory) as stage:
-            super().save_pretrained(stage, is_main_process, **kwargs)
+            super().save_pretrained(
+                stage, is_main_process, save_function, safe_serialization, max_shard_size=max_shard_size, **kwargs
+            )
             share_between_libraries(stage, self.core.config)
         if hub_arguments is not None:
             self.push_to_hub(**hub_arguments)

@@ -100,12 +100,13 @@ def pop_hub_arguments(arguments: dict[str, Any], folder: str | os.PathLike[str])
     return {"repo_id": Path(folder).resolve().name, **hub_arguments, **variant}
 
 
-def share_between_libraries(stage: Path, config: HieraTokConfig) -> None:
+def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformers: bool = False) -> None:
     """
     Turn what either library has saved to `stage` into the folder that both load.
 
     Weights get the name that diffusers looks for, transformers finds them through an index that names those files,
-    and `config.json` gets the keys of both.
+    and `config.json` gets the keys of both. With `for_transformers`, weights in one file have transformers' own name
+    as well, a second name of the same file where the file system has such, for tools that look for it.
     """
     for path in sorted(stage.glob(f"{_TRANSFORMERS_STEM}*.safetensors*")):
         renamed = path.rename(stage / _for_diffusers(path.name))
@@ -118,7 +119,13 @@ def share_between_libraries(stage: Path, config: HieraTokConfig) -> None:
         path.name: json.loads(path.read_text()) for path in stage.glob(f"{WEIGHTS_STEM}.safetensors.index*.json")
     }
     for path in stage.glob(f"{WEIGHTS_STEM}*.safetensors"):
-        if _SHARD.search(path.name) is None:
+        if _SHARD.search(path.name) is None and for_transformers:
+            second_name = stage / (_TRANSFORMERS_STEM + path.name.removeprefix(WEIGHTS_STEM))
+            try:
+                os.link(path, second_name)
+            except OSError:
+                shutil.copyfile(path, second_name)
+        elif _SHARD.search(path.name) is None:
             with safe_open(path, "pt") as weights:
                 index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), path.name)}
             variant = f".{_variant(path.name)}" if _variant(path.name) else ""
@@ -139,8 +146,9 @@ def share_between_libraries(stage: Path, config: HieraTokConfig) -> None:
         "_class_name": "AutoencoderHieraTok",
         "_diffusers_version": diffusers_version,
     }
-    # The weights say their own dtype and the index their names; a second place could only disagree.
-    for key in ("dtype", "transformers_weights", "_name_or_path"):
+    # The files say their own names; a second place could only disagree. So would the dtype of one of several variants.
+    has_variant = any(_variant(path.name) for path in stage.glob(f"{WEIGHTS_STEM}*"))
+    for key in ("transformers_weights", "_name_or_path", *(["dtype"] if has_variant else [])):
         merged.pop(key, None)
     config_path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
 

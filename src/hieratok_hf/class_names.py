@@ -58,7 +58,7 @@ def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[i
 
     Args:
         labels (`int`, `str` or a sequence of them): Numbers, or names, where upper and lower case, spaces and
-            underscores are the same.
+            underscores are the same. Lists in a sequence are taken one after the other.
         names (`Mapping[str, int]`): Those of `names_to_ids`.
         num_classes (`int`): Numbers go from 0 to one less.
 
@@ -67,6 +67,8 @@ def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[i
     """
     many = isinstance(labels, Sequence | Tensor) and not isinstance(labels, str) and getattr(labels, "ndim", 1) > 0
     listed = list(labels) if many else [labels]
+    # diffusers' pipelines are batched as lists of lists.
+    listed = [label for item in listed for label in (item if isinstance(item, list | tuple) else [item])]
     if not listed:
         raise ValueError("`class_labels` is empty, at least one class is needed.")
     known: dict[str, set[int]] = {}

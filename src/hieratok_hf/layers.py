@@ -10,11 +10,11 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ATTENTION_BACKENDS, scale_causal_attention, why_not
+from .attention_names import preferring, requested_backend
 from .configuration_hieratok import HieraTokConfig
 from .pyramid import PyramidLayout
 
 __all__ = [
-    "ATTENTION_IMPLEMENTATIONS",
     "HieraTokAttention",
     "HieraTokAttnProcessor",
     "HieraTokBlock",
@@ -29,13 +29,6 @@ __all__ = [
 ]
 
 # Shape letters: B batch, N tokens, D hidden size, A heads, d channels of a head, h w finest grid.
-
-# What transformers' `attn_implementation` means here. The library's default is "sdpa".
-ATTENTION_IMPLEMENTATIONS = {"eager": "reference", "sdpa": "auto", "flex_attention": "flex"} | {
-    f"hieratok_{backend}": backend for backend in ATTENTION_BACKENDS
-}
-# What the names of diffusers' `set_attention_backend` mean here.
-DIFFUSERS_BACKENDS = {"native": "sdpa", "flex": "flex"}
 
 
 def rotary_tables(
@@ -139,19 +132,11 @@ class HieraTokAttnProcessor:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, A, N, d)
 
         implementation = attn.config._attn_implementation
-        backend = self.backend or ATTENTION_IMPLEMENTATIONS[implementation or "sdpa"]
-        if self._attention_backend is not None:
-            backend = DIFFUSERS_BACKENDS.get(self._attention_backend)
-            if backend is None:
-                raise ValueError(
-                    "HieraTok attends by its own function; the attention backend "
-                    f"{str(self._attention_backend)!r} is not supported. Use one of {list(DIFFUSERS_BACKENDS)}, or "
-                    "`set_attn_processor(HieraTokAttnProcessor(backend=...))`."
-                )
-        if implementation == "eager" and backend == "reference":
-            attended, weights = scale_causal_attention(query, key, value, layout, backend=backend, return_weights=True)
-        else:
-            attended, weights = scale_causal_attention(query, key, value, layout, backend=backend), None
+        backend, kernel = requested_backend(self.backend, self._attention_backend, implementation)
+        eager = implementation == "eager" and backend == "reference"
+        with preferring(kernel):
+            attended = scale_causal_attention(query, key, value, layout, backend=backend, return_weights=eager)
+        attended, weights = attended if isinstance(attended, tuple) else (attended, None)
         return attn.to_out[0](attended.transpose(1, 2).flatten(2)), weights
 
 

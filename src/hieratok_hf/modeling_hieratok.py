@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_names import ATTENTION_IMPLEMENTATIONS
 from .checkpoint import pop_hub_arguments, share_between_libraries, staged
 from .configuration_hieratok import HieraTokConfig
 from .decoder import HieraTokDecoder
-from .layers import ATTENTION_IMPLEMENTATIONS, HieraTokAttention, HieraTokBlock, init_weights
+from .layers import HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
 from .tokenizer import HieraTokCore, posterior_of
 
@@ -206,7 +208,7 @@ class HieraTokModel(HieraTokPreTrainedModel):
         generator: torch.Generator | None = None,
         num_scales: int | None = None,
         return_loss: bool = True,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> HieraTokOutput:
         """
         Encode and decode.
@@ -247,7 +249,7 @@ class HieraTokModel(HieraTokPreTrainedModel):
         hub_arguments = pop_hub_arguments(kwargs, save_directory)
         with staged(save_directory) as stage:
             super().save_pretrained(stage, is_main_process, **kwargs)
-            share_between_libraries(stage, self.config)
+            share_between_libraries(stage, self.config, for_transformers=True)
         if hub_arguments is not None:
             self.push_to_hub(**hub_arguments)
 
