@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 from helpers import noise
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hieratok_hf import HieraTokConfig, PyramidLayout
-from hieratok_hf.pyramid import flatten_pyramid, picture_pyramid
+from hieratok_hf.pyramid import flatten_pyramid, kept_by_size, picture_pyramid
 
 FACTORS = (8, 4, 2, 1)
 GRIDS = [(7, 5), (1, 1), (16, 16), (4, 6), (1, 3), (9, 2), (8, 17)]
@@ -140,3 +141,53 @@ def test_picture_pyramid_averages_and_repeats_the_edge():
                 rows = [min(factor * row + i, 9) for i in range(factor)]
                 columns = [min(factor * column + i, 5) for i in range(factor)]
                 torch.testing.assert_close(pooled[..., row, column], picture[:, :, rows][..., columns].mean((2, 3)))
+
+
+def test_cells_are_those_of_a_walk_over_the_grids():
+    layout = PyramidLayout.from_grid(7, 5, (6, 4, 1))
+    walked = [
+        (scale, factor, row, column)
+        for scale, (factor, (rows, columns)) in enumerate(zip(layout.scale_factors, layout.grids))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    assert torch.stack(layout.cells(), dim=1).tolist() == [list(place) for place in walked]
+    (top, bottom), (left, right) = layout.cells().spans((7, 5))
+    assert [a.item() for a in (top[0], bottom[0], left[0], right[0])] == [0, 6, 0, 5]
+    assert (bottom.max(), right.max()) == (7, 5)
+
+
+def test_what_is_kept_is_that_of_its_own_size():
+    made = []
+
+    @kept_by_size
+    def double(layout, number, device):
+        made.append(layout.num_tokens)
+        return torch.full((layout.num_tokens,), 2 * number, device=device)
+
+    small, large = (PyramidLayout.from_grid(side, side, (2, 1)) for side in (4, 8))
+    for layout, number in ((small, 1), (large, 1), (small, 1), (small, 2), (large, 1)):
+        assert torch.equal(double(layout, number, torch.device("cpu")), torch.full((layout.num_tokens,), 2 * number))
+    assert made == [small.num_tokens, large.num_tokens, small.num_tokens]
+    huge = PyramidLayout.from_grid(200, 200, (1,))
+    assert double(huge, 1, torch.device("cpu")) is not double(huge, 1, torch.device("cpu"))
+
+
+def test_what_is_kept_has_data_and_serves_training_after_inference():
+    layout = PyramidLayout.from_grid(11, 13, (4, 1))
+    with FakeTensorMode() as mode:
+        assert layout.cells().row.fake_mode is mode
+    with torch.inference_mode():
+        first = layout.cells(torch.device("cpu")).row
+    assert type(first) is torch.Tensor and not first.is_inference()
+    with FakeTensorMode() as mode:
+        assert layout.cells(torch.device("cpu")).row.fake_mode is mode
+    assert layout.cells(torch.device("cpu")).row is first
+
+
+def test_a_model_trains_after_inference_at_the_same_size(tiny_core):
+    sample = torch.rand(1, 3, 44, 52) * 2 - 1
+    with torch.inference_mode():
+        tiny_core.decode(tiny_core.encode(sample).mode())
+    tiny_core.decode(tiny_core.encode(sample).mode()).square().mean().backward()
+    assert tiny_core.encoder.patch_embed.weight.grad.isfinite().all()

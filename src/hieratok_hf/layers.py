@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import ATTENTION_BACKENDS, scale_causal_attention, why_not
 from .attention_names import preferring, requested_backend
 from .configuration_hieratok import HieraTokConfig
-from .pyramid import PyramidLayout
+from .pyramid import PyramidLayout, kept_by_size
 
 __all__ = [
     "HieraTokAttention",
@@ -49,18 +49,29 @@ def rotary_tables(
     Returns:
         Two `torch.Tensor` of shape `(N, 1, d)` in float32; the sines are negative in the first channel of a pair.
     """
+    settings = config.rotary_coordinates, config.rotary_pairing, config.rotary_scale, config.rotary_base
+    return _rotary_tables(layout, settings, grid, head_dim, device)
+
+
+@kept_by_size
+def _rotary_tables(
+    layout: PyramidLayout,
+    settings: tuple[str, str, float, float],
+    grid: tuple[int, int],
+    head_dim: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    coordinates, pairing, scale, base = settings
     num_pairs = head_dim // 4
     exponents = torch.linspace(0, 1, num_pairs, device=device, dtype=torch.float32)
-    frequencies = config.rotary_scale * config.rotary_base**-exponents  # (d / 4,)
-    if config.rotary_pairing == "detok":
-        frequencies = torch.cat([frequencies, frequencies])  # (d / 2,)
-    else:
-        frequencies = frequencies.repeat_interleave(2)  # (d / 2,)
+    frequencies = scale * base**-exponents  # (d / 4,)
+    detok = pairing == "detok"
+    frequencies = torch.cat([frequencies] * 2) if detok else frequencies.repeat_interleave(2)  # (d / 2,)
 
     angles = []
     for num_cells, (first, end) in zip(grid, layout.cells(device).spans(grid)):
         centre = (first + end - 1) / 2  # (N,)
-        if config.rotary_coordinates == "fraction":
+        if coordinates == "fraction":
             centre = centre / max(num_cells - 1, 1)
         angles.append(centre[:, None] * frequencies)  # (N, d / 2)
     table = torch.cat(angles, dim=-1)[:, None]  # (N, 1, d)
@@ -73,7 +84,8 @@ def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor
     """Turn `(B, N, A, d)` by the tables `(N, 1, d)`, in float32, and return it in its own dtype."""
     cos, signed_sin = rotary
     values = hidden_states.float()
-    partners = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (B, N, A, d)
+    pairs = values.unflatten(-1, (-1, 2))
+    partners = torch.stack([pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)  # (B, N, A, d), faster than `flip`
     return torch.addcmul(values * cos, partners, signed_sin).to(hidden_states.dtype)
 
 

@@ -1,8 +1,10 @@
 """The pyramid of token grids: where each scale lies in the decoder's sequence, and the latent pooled to each scale."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,37 @@ from torch import Tensor
 
 from .configuration_hieratok import HieraTokConfig, check_scale_factors
 
-__all__ = ["PyramidCells", "PyramidLayout", "flatten_pyramid", "picture_pyramid"]
+__all__ = ["PyramidCells", "PyramidLayout", "flatten_pyramid", "kept_by_size", "picture_pyramid"]
+
+# Larger tables take longer to keep in memory than to make beside what else there is to do.
+_KEPT_TOKENS = 2**14
 
 # Shape letters: B batch, H W pixels, p patch size, C latent channels, h w finest grid, N tokens of all scales.
+
+
+def kept_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Keep what a function of a layout, further sizes and, last, a device has made for the last few of them.
+
+    Nothing is kept inside a graph, which may be traced with tensors without data, and whose memory ends with it.
+    """
+
+    @functools.lru_cache(maxsize=8)
+    def made(*arguments: Any) -> Any:
+        # A table made while no gradient is wanted is used again where one is.
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*arguments)
+
+    @functools.wraps(function)
+    def kept(layout: "PyramidLayout", *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or layout.num_tokens > _KEPT_TOKENS:
+            return function(layout, *arguments)
+        device = torch.device(arguments[-1])
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        has_data = type(torch.empty(0, device=device)) is Tensor
+        return made(layout, *arguments) if has_data and not captured else function(layout, *arguments)
+
+    return kept
 
 
 class PyramidCells(NamedTuple):
@@ -105,23 +135,8 @@ class PyramidLayout:
         return PyramidLayout(self.grids[:num_scales], self.scale_factors[:num_scales])
 
     def cells(self, device: torch.device | None = None) -> PyramidCells:
-        """
-        The cell of every token.
-
-        Counted over the whole sequence, because the compiler makes a graph of its own for a tensor with a side of 1,
-        which the grid of a coarse scale often has.
-        """
-        index = torch.arange(self.num_tokens, device=device)
-        scale = torch.zeros_like(index)
-        factor, first, width = scale + self.scale_factors[0], scale, scale + self.grids[0][1]
-        for i in range(1, self.num_scales):
-            reached = index >= self.ends[i - 1]
-            scale = scale + reached
-            factor = factor + reached * (self.scale_factors[i] - self.scale_factors[i - 1])
-            first = first + reached * self.lengths[i - 1]
-            width = width + reached * (self.grids[i][1] - self.grids[i - 1][1])
-        row = (index - first) // width
-        return PyramidCells(scale, factor, row, index - first - row * width)
+        """The cell of every token."""
+        return _cells(self, torch.get_default_device() if device is None else device)
 
     def visible_ends(self, device: torch.device | None = None) -> Tensor:
         """`(N,)` int64: a query at row `i` sees the keys `[0, visible_ends[i])`. The one predicate of the mask."""
@@ -130,6 +145,23 @@ class PyramidLayout:
         for previous, end in pairwise(self.ends):
             ends = ends + (index >= previous) * (end - previous)
         return ends
+
+
+@kept_by_size
+def _cells(layout: PyramidLayout, device: torch.device) -> PyramidCells:
+    # Counted over the whole sequence, because the compiler makes a graph of its own for a tensor with a side of 1,
+    # which the grid of a coarse scale often has.
+    index = torch.arange(layout.num_tokens, device=device)
+    scale = torch.zeros_like(index)
+    factor, first, width = scale + layout.scale_factors[0], scale, scale + layout.grids[0][1]
+    for i in range(1, layout.num_scales):
+        reached = index >= layout.ends[i - 1]
+        scale = scale + reached
+        factor = factor + reached * (layout.scale_factors[i] - layout.scale_factors[i - 1])
+        first = first + reached * layout.lengths[i - 1]
+        width = width + reached * (layout.grids[i][1] - layout.grids[i - 1][1])
+    row = (index - first) // width
+    return PyramidCells(scale, factor, row, index - first - row * width)
 
 
 def flatten_pyramid(latents: Tensor, layout: PyramidLayout) -> Tensor:
@@ -146,25 +178,34 @@ def flatten_pyramid(latents: Tensor, layout: PyramidLayout) -> Tensor:
     if layout.scale_factors == (1,):
         return latents.flatten(2).transpose(1, 2)
     grid = (latents.shape[-2], latents.shape[-1])
-    cells = layout.cells(latents.device)
-    maps, index, start = [], torch.zeros_like(cells.row), 0
-    for scale, (factor, (rows, columns)) in enumerate(zip(layout.scale_factors, layout.grids)):
-        if factor == 1:
-            pooled = latents
-        else:
-            # One row and column of cells too many: the compiler makes a graph of its own for a grid with a side of 1.
-            rows, columns = rows + 1, columns + 1
-            padding = (0, columns * factor - grid[1], 0, rows * factor - grid[0])
-            pooled = F.avg_pool2d(F.pad(latents, padding), factor)  # (B, C, n_h + 1, n_w + 1)
+    maps = []
+    for factor, (rows, columns) in zip(layout.scale_factors, _pooled_grids(layout)):
+        padding = (0, columns * factor - grid[1], 0, rows * factor - grid[0])
+        pooled = F.avg_pool2d(F.pad(latents, padding), factor) if factor > 1 else latents
         maps.append(pooled.flatten(2))
+    index, share = _places_in_pooled(layout, grid, latents.device)
+    tokens = torch.cat(maps, dim=2)[:, :, index].transpose(1, 2)  # (B, N, C)
+    return (tokens * share.to(torch.promote_types(latents.dtype, torch.float32))).to(latents.dtype)
+
+
+def _pooled_grids(layout: PyramidLayout) -> list[tuple[int, int]]:
+    """Grids of the pooled maps, a row and a column too many: a side of 1 would get a graph of its own."""
+    extra = [int(factor > 1) for factor in layout.scale_factors]
+    return [(rows + more, columns + more) for more, (rows, columns) in zip(extra, layout.grids)]
+
+
+@kept_by_size
+def _places_in_pooled(layout: PyramidLayout, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each token lies in the pooled maps one after the other, `(N,)`, and what its average lacks, `(N, 1)`."""
+    cells = layout.cells(device)
+    index, start = torch.zeros_like(cells.row), 0
+    for scale, (rows, columns) in enumerate(_pooled_grids(layout)):
         index = index + (cells.scale == scale) * (start + cells.row * columns + cells.column)
         start += rows * columns
-    tokens = torch.cat(maps, dim=2)[:, :, index].transpose(1, 2)  # (B, N, C)
     # The averages at the borders hold zeros of the padding.
     (top, bottom), (left, right) = cells.spans(grid)
     covered = (bottom - top) * (right - left)
-    share = cells.factor.square() / covered.to(torch.promote_types(latents.dtype, torch.float32))
-    return (tokens * share[:, None]).to(latents.dtype)
+    return index, (cells.factor.square() / covered)[:, None]
 
 
 def picture_pyramid(pixel_values: Tensor, config: HieraTokConfig) -> list[Tensor]:
