@@ -34,6 +34,8 @@ gpu: $(READY)
 	$(BIN)/python benchmarks/bench_decode.py --json
 	$(BIN)/python benchmarks/bench_train.py --json
 	$(BIN)/python benchmarks/bench_generation.py --json
+	$(BIN)/python benchmarks/bench_autoencoders.py --json
+	$(BIN)/python benchmarks/bench_picture_sizes.py --json
 
 # What makes the weights of hieratok-tiny, in two stages, without and with a perceptual loss; started again after an
 # interruption, it goes on.

@@ -1,7 +1,10 @@
 """What the benchmarks share: the machine they ran on, and times taken side by side."""
 
+import ctypes
 import json
+import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -136,3 +139,71 @@ def copy_rate(device: torch.device) -> float:
     source = torch.randn(2**30 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / side_by_side({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"]
+
+
+def release_memory() -> None:
+    """Give back to the system what the allocator keeps of memory that was freed; of glibc's, for others nothing."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
+def resident(key: str = "VmRSS") -> int:
+    """Bytes of this process in memory, or with `"VmHWM"` the most that there were since the count began."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[key].split()[0]) * 1024
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """
+    The most bytes that a call holds at a time, beyond what was held before it.
+
+    On a CPU it is read off the whole process, so ask in a fresh one: what earlier calls freed and the allocator kept
+    would be used again without being counted.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    release_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # starts the count of the peak anew
+    before = resident()
+    call()
+    return max(resident("VmHWM") - before, 0)
+
+
+def in_fresh_process(
+    script: str | Path, arguments: list[Any], seconds: float, memory: float | None = None
+) -> dict[str, Any]:
+    """
+    What a script tells in the last line that it prints, as JSON, run in a process of its own.
+
+    Args:
+        script (`str` or `Path`): The Python file; it gets as many threads as this process has.
+        arguments (`list`): Of its command line.
+        seconds (`float`): How long it may run.
+        memory (`float`, *optional*): Bytes of data that it may hold.
+
+    Returns:
+        Its object, or `{"failed": ...}` with a reason where time or memory did not suffice.
+
+    Raises:
+        RuntimeError: It failed in another way; the message is the end of what it said.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen([sys.executable, str(script), *map(str, arguments)], **pipes) as process:
+        if memory is not None:
+            resource.prlimit(process.pid, resource.RLIMIT_DATA, (int(memory), int(memory)))
+        try:
+            told, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return {"failed": f"more than {seconds:g} s"}
+    if process.returncode == 0:
+        return json.loads(told.splitlines()[-1])
+    if process.returncode == -9 or "out of memory" in errors or "allocate memory" in errors:
+        return {"failed": "out of memory" if memory is None else f"more than {memory / 2**30:g} GiB"}
+    raise RuntimeError(f"{Path(script).name} failed: {errors[-2000:]}")

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -39,6 +41,23 @@ def script_surroundings(request, tmp_path_factory, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # where every sum has its order
     yield
     forget_processes()
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch, tmp_path) -> Callable[[str], ModuleType]:
+    """A script of `benchmarks/` as a module, whose results go to a folder of the test."""
+
+    def load(name: str) -> ModuleType:
+        folder = Path(__file__).parents[1] / "benchmarks"
+        monkeypatch.syspath_prepend(str(folder))
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results", raising=False)
+        return module
+
+    return load
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The benchmark of caching: it measures both sides on the same pictures and records what it prints."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,13 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("bench_cache", ROOT / "benchmarks" / "bench_cache.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    return module
+def bench(load_benchmark):
+    return load_benchmark("bench_cache")
 
 
 ARGUMENTS = ["--device", "cpu", "--images", "6", "--pixels", "16", "--batch_size", "3", "--seconds", "0", "--json"]

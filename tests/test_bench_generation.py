@@ -1,6 +1,5 @@
 """The benchmark of sampling: its correlation, and that it measures all that it prints."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,12 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("bench_generation", ROOT / "benchmarks" / "bench_generation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+def bench(load_benchmark, monkeypatch):
+    module = load_benchmark("bench_generation")
     monkeypatch.setattr(module, "DECODERS", [("hieratok-tiny", 64, 1, 1)])
     return module
 

@@ -1,0 +1,168 @@
+"""What a picture costs as it grows to 4096 pixels a side, whole and in tiles, and whether memory stays flat."""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import in_fresh_process, machine, peak_memory, release_memory, resident, write_report
+
+from hieratok_hf import SIZES, AutoencoderHieraTok
+from hieratok_hf.shipped import SHIPPED, shipped_or_given
+
+RESULTS = Path(__file__).parent / "results"
+DIRECTIONS = ("encode", "decode")
+
+
+def load(model: str, device: torch.device) -> AutoencoderHieraTok:
+    """A tokenizer that ships or lies in a folder, or one of a named size with random weights."""
+    if model in SIZES and model not in SHIPPED:
+        torch.manual_seed(0)
+        return AutoencoderHieraTok.from_size(model).to(device)
+    return AutoencoderHieraTok.from_pretrained(shipped_or_given(model)).eval().to(device)
+
+
+@torch.inference_mode()
+def one_row(model: str, side: int, direction: str, tiled: bool, device: torch.device) -> dict[str, float]:
+    """Seconds of a call, the most bytes that it holds beyond weights and input, and those of all the process."""
+    vae = load(model, device)
+    grid = side // vae.config.patch_size
+    if tiled:
+        vae.enable_tiling()
+
+    def call(pixels: int = side, cells: int = grid) -> None:
+        if direction == "encode":
+            vae.encode(picture[..., :pixels, :pixels]).latent_dist.mode()
+        else:
+            vae.decode(latents[..., :cells, :cells])
+
+    picture = torch.rand(1, 3, side, side, device=device) * 2 - 1 if direction == "encode" else None
+    latents = torch.randn(1, vae.config.latent_channels, grid, grid, device=device) if direction == "decode" else None
+    # What the first call of any size brings along belongs to no picture.
+    call(256, 256 // vae.config.patch_size)
+    seconds, peaks = [], []
+    while not seconds or (sum(seconds) < 2 and len(seconds) < 5):
+        started = time.perf_counter()
+        peaks.append(peak_memory(call, device))
+        seconds.append(time.perf_counter() - started)
+    process = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+    return {"seconds": statistics.median(seconds), "peak": peaks[0], "process": process}
+
+
+@torch.inference_mode()
+def stream(model: str, pictures: int, longest: int, device: torch.device, seed: int = 0) -> dict[str, Any]:
+    """Encode and decode pictures of random sides, one after the other, and watch memory and numbers."""
+    vae, draw = load(model, device), random.Random(seed)
+    patch_size = vae.config.patch_size
+    not_finite, held = 0, []
+    for i in range(pictures):
+        height, width = (patch_size * draw.randint(64 // patch_size, longest // patch_size) for _ in range(2))
+        sample = torch.rand(1, 3, height, width, device=device) * 2 - 1
+        latents = vae.encode(sample).latent_dist.sample()
+        not_finite += int(not vae.decode(latents).sample.isfinite().all())
+        if (i + 1) % max(pictures // 10, 1) == 0:
+            del sample, latents
+            # What the allocator keeps of freed memory is no growth.
+            release_memory()
+            held.append(torch.cuda.memory_allocated(device) if device.type == "cuda" else resident())
+    return {
+        "pictures": pictures, "longest": longest, "not_finite": not_finite,
+        "held_mib": [round(x / 2**20, 1) for x in held], "growth": round(held[-1] / held[0] - 1, 4),
+    }  # fmt: skip
+
+
+def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By which power of the pixels time and memory grow between the two largest sizes of each kind."""
+    found = []
+    for direction in DIRECTIONS:
+        for tiled in (False, True):
+            kind = {"direction": direction, "tiled": tiled}
+            mine = [
+                row for row in rows if (row["direction"], row["tiled"]) == (direction, tiled) and "peak_mib" in row
+            ]
+            if len(mine) < 2:
+                continue
+            small, large = mine[-2:]
+            growth = 2 * math.log(large["side"] / small["side"])
+            laws = {
+                name: round(math.log(large[key] / small[key]) / growth, 2)
+                for name, key in (("time", "times_the_smallest"), ("memory", "peak_mib"))
+            }
+            found.append({**kind, "between": [small["side"], large["side"]], **laws})
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """A row a side in Markdown: time against the smallest picture whole, and peak memory in MiB."""
+    kinds = [(direction, tiled) for direction in DIRECTIONS for tiled in (False, True)]
+    names = [f"{direction}{' in tiles' if tiled else ''}: time, MiB" for direction, tiled in kinds]
+    lines = [f"| side | {' | '.join(names)} |", "|---" * (len(kinds) + 1) + "|"]
+    rows = {(row["side"], row["direction"], row["tiled"]): row for row in report["rows"]}
+    for side in dict.fromkeys(row["side"] for row in report["rows"]):
+        found = [rows.get((side, *kind), {}) for kind in kinds]
+        cells = [
+            f"{row['times_the_smallest']:.1f}, {row['peak_mib']:.0f}" if "peak_mib" in row else row.get("failed", "-")
+            for row in found
+        ]
+        lines.append(f"| {side} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="hieratok-tiny", help="a name that ships, a folder, or a named size")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--tiled_only", action="store_true", help="no picture whole")
+    parser.add_argument("--seconds", type=float, default=300, help="time for each row, after which it is given up")
+    parser.add_argument("--stream", type=int, default=1000, help="pictures of random sides; 0 for none")
+    parser.add_argument("--longest", type=int, default=512, help="longest side of those")
+    parser.add_argument("--json", action="store_true", help="write results/picture_sizes_MODEL_KIND.json")
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if args.row:
+        side, direction, tiled = args.row
+        print(json.dumps(one_row(args.model, int(side), direction, tiled == "tiled", device)))
+        return 0
+    if any(side < 256 or side % 32 for side in args.sides):
+        parser.error(f"--sides must be multiples of 32 from 256 on, got {args.sides}")
+
+    report: dict[str, Any] = {"machine": machine(device), "model": args.model, "rows": []}
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    first: dict[str, float] = {}
+    for side in sorted(args.sides):
+        for direction in DIRECTIONS:
+            for tiled in (True,) if args.tiled_only else (False, True):
+                given = ["--row", side, direction, "tiled" if tiled else "whole"]
+                told = in_fresh_process(__file__, [*given, "--model", args.model, "--device", device], args.seconds)
+                row = {"side": side, "direction": direction, "tiled": tiled}
+                if "failed" in told:
+                    row["failed"] = told["failed"]
+                else:
+                    row["times_the_smallest"] = round(
+                        told["seconds"] / first.setdefault(direction, told["seconds"]), 2
+                    )
+                    row |= {f"{key}_mib": round(told[key] / 2**20, 1) for key in ("peak", "process")}
+                report["rows"].append(row)
+                print(json.dumps(row), flush=True)
+    report["exponents"] = exponents(report["rows"])
+    for law in report["exponents"]:
+        print(json.dumps(law))
+    print(table(report))
+    if args.stream:
+        report["stream"] = stream(args.model, args.stream, args.longest, device)
+        print(json.dumps(report["stream"]))
+    if args.json:
+        write_report(RESULTS, f"picture_sizes_{Path(args.model).name}", report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
