@@ -1,0 +1,404 @@
+"""Encoding and decoding beside the autoencoders of diffusers that HieraTok can replace: speed, FLOPs and memory."""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny
+from diffusers.utils import logging
+from measuring import in_fresh_process, machine, matrix_rate, peak_memory, side_by_side, write_report
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hieratok_hf import SIZES, AutoencoderHieraTok
+
+RESULTS = Path(__file__).parent / "results"
+BASELINE = "AutoencoderKL"
+DIRECTIONS = ("encode", "decode")
+MODES = ("eager", "compiled")
+
+
+def kl(block_out_channels: tuple[int, ...], latent_channels: int) -> nn.Module:
+    """The convolutional autoencoder of latent diffusion, with attention in its middle block alone."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(block_out_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
+        block_out_channels=block_out_channels,
+        layers_per_block=2,
+        latent_channels=latent_channels,
+    )
+
+
+def dc() -> nn.Module:
+    """The deep compression autoencoder of Sana."""
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    resampling = {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
+    return AutoencoderDC(encoder_block_types=blocks, decoder_block_types=blocks, **resampling)
+
+
+# Name: what it is, and how it is made with random weights for square pictures of a side.
+MODELS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
+    **{size: ("HieraTok", lambda pixels, size=size: AutoencoderHieraTok.from_size(size)) for size in SIZES},
+    BASELINE: ("Stable Diffusion's, f8 with 4 channels", lambda pixels: kl((128, 256, 512, 512), 4)),
+    "AutoencoderKL-f16": ("32 channels, widths as VA-VAE's", lambda pixels: kl((128, 128, 256, 256, 512), 32)),
+    "AutoencoderDC": ("Sana's, f32 with 32 channels", lambda pixels: dc()),
+    "AutoencoderTiny": ("TAESD's", lambda pixels: AutoencoderTiny()),
+    # It resizes every picture to one size, of patches of 14 pixels where those that it makes have 16.
+    "AutoencoderRAE": ("DINOv2-B and 8 x 512", lambda pixels: AutoencoderRAE(encoder_input_size=pixels * 14 // 16)),
+}
+
+
+def encode(vae: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Pictures `(B, 3, H, W)` to their latent `(B, C, h, w)`, the mode where an autoencoder gives a distribution."""
+    encoded = vae.encode(pixel_values, return_dict=False)[0]
+    return encoded if isinstance(encoded, Tensor) else encoded.mode()
+
+
+def decode(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Latents `(B, C, h, w)` to pictures `(B, 3, H, W)`."""
+    return vae.decode(latents, return_dict=False)[0]
+
+
+CALLS = {"encode": encode, "decode": decode}
+
+
+@torch.no_grad()
+def count(name: str, pixels: int, images: int) -> dict[str, Any]:
+    """Parameters, the latent's shape `(B, C, h, w)`, and FLOPs (two a multiply-add) of both directions of a batch."""
+    with torch.device("meta"):
+        vae = MODELS[name][1](pixels).eval()
+        pixel_values = torch.empty(images, 3, pixels, pixels)
+    with FlopCounterMode(display=False) as encoding:
+        latents = encode(vae, pixel_values)
+    with FlopCounterMode(display=False) as decoding:
+        decode(vae, latents)
+    return {
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "latent": tuple(latents.shape),
+        "encode": encoding.get_total_flops(),
+        "decode": decoding.get_total_flops(),
+    }
+
+
+def prepared(
+    name: str, pixels: int, latent: tuple[int, ...], direction: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], tuple[int, ...]]:
+    """One direction of a model with random weights on random input, and the shape that it must return."""
+    torch.manual_seed(0)
+    vae = MODELS[name][1](pixels).eval().to(device, dtype)
+    picture = (latent[0], 3, pixels, pixels)
+    if direction == "encode":
+        given, expected = torch.rand(picture, device=device) * 2 - 1, latent
+    else:
+        given, expected = torch.randn(latent, device=device), picture
+    given = given.to(dtype)
+    return lambda: CALLS[direction](vae, given), expected
+
+
+class WrongResult(Exception):
+    """An autoencoder returned what it should not, so that its speed says nothing."""
+
+
+def compiled(name: str, call: Callable[[], Tensor], expected: Tensor) -> Callable[[], Tensor]:
+    """
+    The call compiled, in one graph if the model is ours.
+
+    Raises:
+        WrongResult: It returns another tensor than `expected`.
+    """
+    # The compiler keeps its graphs by code object, and looks through those of all models before it finds one.
+    call.__code__ = call.__code__.replace()
+    run = torch.compile(call, fullgraph=name.startswith("hieratok"), dynamic=False)
+    error = ((run().float() - expected.float()).norm() / expected.float().norm()).item()
+    # Eager layers round anew where compiled ones are fused.
+    if not error < (1e-4 if expected.dtype == torch.float32 else 5e-2):
+        raise WrongResult(f"{name} compiled is off by {error:.1e}")
+    return run
+
+
+def measure(
+    latents: dict[str, tuple[int, ...]],
+    pixels: int,
+    direction: str,
+    modes: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+) -> tuple[dict[str, dict[str, float]], dict[str, int], list[str]]:
+    """
+    One direction of several models, taking turns.
+
+    Args:
+        latents (`dict[str, tuple]`): The shape `(B, C, h, w)` of each model's latent.
+        pixels (`int`): Side of the pictures.
+        direction (`str`): `"encode"` or `"decode"`.
+        modes (`list[str]`): Of `MODES`.
+        device, dtype: Where and in what they run.
+        seconds (`float`): Time for all together.
+
+    Returns:
+        Seconds of a call by model and mode; on a GPU, bytes at the peak beyond weights and input; and the models for
+        which the device's memory did not suffice.
+
+    Raises:
+        WrongResult: A result has another shape than it should, is not finite, or changes when it is compiled.
+    """
+    calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
+    peaks, too_large = {}, []
+    for name, latent in latents.items():
+        try:
+            call, shape = prepared(name, pixels, latent, direction, device, dtype)
+            expected = call()
+            if expected.shape != shape or not expected.isfinite().all():
+                raise WrongResult(f"{name} should {direction} to finite numbers {shape}, got {tuple(expected.shape)}")
+            mine = {"eager": call}
+            if "compiled" in modes:
+                mine["compiled"] = compiled(name, call, expected)
+            del expected
+            if device.type == "cuda":
+                peaks[name] = peak_memory(call, device)
+        except torch.OutOfMemoryError:
+            too_large.append(name)
+        else:
+            calls |= {(name, mode): mine[mode] for mode in modes}
+    # Names are what it reports by.
+    found = side_by_side({" ".join(key): call for key, call in calls.items()}, device, seconds, graphs=False)
+    times: dict[str, dict[str, float]] = {}
+    for name, mode in calls:
+        times.setdefault(name, {})[mode] = found[f"{name} {mode}"]
+    torch.compiler.reset()
+    return times, peaks, too_large
+
+
+def figures(
+    times: dict[str, dict[str, float]], flops: dict[str, int], images: int, rate: float, on_gpu: bool
+) -> dict[str, dict[str, Any]]:
+    """Each model's figures from the seconds of a call by mode, like compared with like: compiled with compiled."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, seconds in times.items():
+        rows[name] = {"gflop": round(flops[name] / 1e9, 2)}
+        if BASELINE in times:
+            ratios = {mode: round(times[BASELINE][mode] / value, 3) for mode, value in seconds.items()}
+            rows[name]["times_as_fast"] = ratios
+        shares = {mode: round(flops[name] / value / rate, 4) for mode, value in seconds.items()}
+        rows[name]["share_of_the_matrix_rate"] = shares
+        if on_gpu:
+            rows[name]["images_per_second"] = {mode: round(images / value, 1) for mode, value in seconds.items()}
+    return rows
+
+
+def one_peak(name: str, pixels: int, images: int, direction: str, dtype: torch.dtype) -> None:
+    """Print the bytes that a call on the CPU holds at its peak beyond weights and input, as JSON."""
+    device, patches = torch.device("cpu"), 64
+    # Code and buffers that the first call of any size brings along belong to no picture.
+    prepared(name, patches, count(name, patches, 1)["latent"], direction, device, dtype)[0]()
+    call, _ = prepared(name, pixels, count(name, pixels, images)["latent"], direction, device, dtype)
+    print(json.dumps({"peak": peak_memory(call, device)}))
+
+
+def pictures(row: dict[str, Any]) -> str:
+    return f"{row['images']} of {row['pixels']}x{row['pixels']}"
+
+
+def table(report: dict[str, Any]) -> str:
+    """A row for each model and size in Markdown; where a cell has two figures of a direction, encode comes first."""
+    modes = ", ".join(report["modes"])
+    header = ["pictures", "model", "parameters, M", "latent", "GFLOP: encode, decode"]
+    header += [f"{direction}: {modes}" for direction in (*DIRECTIONS, "both")]
+    header += ["share of the matrix rate: encode, decode"]
+    rows = {(row["pixels"], row["images"], row["model"], row["direction"]): row for row in report["rows"]}
+    has_peaks = any("peak_mib" in row for row in report["rows"])
+    has_rates = any("images_per_second" in row for row in report["rows"])
+    header += ["peak memory, MiB: encode, decode"] * has_peaks
+    header += [f"{direction}, images/s: {modes}" for direction in DIRECTIONS] * has_rates
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+
+    def by_mode(row: dict[str, Any], key: str, spec: str) -> str:
+        return ", ".join(format(value, spec) for value in row.get(key, {}).values())
+
+    for pixels, images, name in dict.fromkeys(key[:3] for key in rows):
+        found = {direction: rows.get((pixels, images, name, direction), {}) for direction in (*DIRECTIONS, "both")}
+        both = [found[direction] for direction in DIRECTIONS]
+        about = report["models"][name]
+        cells = [pictures({"pixels": pixels, "images": images}), name, f"{about['parameters'] / 1e6:.1f}"]
+        cells += [about["latent"], ", ".join(f"{row['gflop']:.1f}" if row else "-" for row in both)]
+        cells += [by_mode(row, "times_as_fast", ".2f") for row in found.values()]
+        shares = [row.get("share_of_the_matrix_rate", {}).get(report["modes"][0]) for row in both]
+        cells += [", ".join("-" if share is None else f"{100 * share:.0f} %" for share in shares)]
+        cells += [", ".join(f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-" for row in both)] * has_peaks
+        cells += [by_mode(row, "images_per_second", ".1f") for row in both] * has_rates
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Bars of both directions at the smallest size and batch, and a curve a model over the sizes at that batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
+
+    mode = report["modes"][0]
+    rows = [row for row in report["rows"] if "times_as_fast" in row and row["direction"] in DIRECTIONS]
+    images = min(row["images"] for row in rows)
+    rows = [row for row in rows if row["images"] == images]
+    least = min(row["pixels"] for row in rows)
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    of_directions = {
+        direction: [row for row in rows if row["direction"] == direction]
+        for direction in DIRECTIONS
+        if any(row["direction"] == direction for row in rows)
+    }
+
+    panels = 1 + len(of_directions)
+    figure, axes = plt.subplots(
+        1, panels, figsize=(5 * panels, 5), layout="constrained", width_ratios=[1.5] + [1] * (panels - 1)
+    )
+    thickness = 0.8 / len(of_directions)
+    for i, (direction, mine) in enumerate(of_directions.items()):
+        ratios = {row["model"]: row["times_as_fast"][mode] for row in mine if row["pixels"] == least}
+        places = [names.index(name) + (i - (len(of_directions) - 1) / 2) * thickness for name in ratios]
+        bars = axes[0].barh(places, ratios.values(), thickness, label=direction, color=f"C{i}")
+        axes[0].bar_label(bars, [f"{ratio:.1f}" for ratio in ratios.values()], padding=3, fontsize=8)
+        axis = axes[1 + i]
+        for k, name in enumerate(names):
+            curve = sorted((row["pixels"], row["times_as_fast"][mode]) for row in mine if row["model"] == name)
+            ours = name.startswith("hieratok")
+            style = {"linestyle": "-" if ours else "--", "marker": "o" if ours else "s", "markersize": 4}
+            axis.plot(*zip(*curve), color=plt.get_cmap("tab10")(k), label=name, **style)
+        sides = sorted({row["pixels"] for row in mine})
+        axis.set(xscale="log", yscale="log", xlabel="side of the picture, pixels", title=direction)
+        axis.set_xticks(sides, map(str, sides))
+        axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.grid(alpha=0.3)
+    axes[0].set(yticks=range(len(names)), yticklabels=names, xscale="log", xlabel=f"times as fast as {BASELINE}")
+    axes[0].set_title(f"{pictures({'images': images, 'pixels': least})} pixels, {mode}, {report['dtype']}")
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[0].margins(x=0.12)
+    axes[0].axvline(1, color="grey", linewidth=0.8)
+    axes[0].invert_yaxis()
+    axes[0].legend()
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower right", ncols=5)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, help="bfloat16 on a GPU, float32 on a CPU unless given")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the pictures")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="pictures at a time")
+    parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--eager", dest="modes", action="store_const", const=["eager"], help="compile nothing")
+    only.add_argument("--compiled", dest="modes", action="store_const", const=["compiled"], help="time nothing eager")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=None,
+        help="leave out calls of more TFLOP; 3 on a CPU, none on a GPU unless given",
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="time for each size, batch and direction")
+    parser.add_argument("--memory", action="store_true", help="peaks on a CPU too, each in a process of its own")
+    parser.add_argument("--json", action="store_true", help="write results/autoencoders_KIND.json")
+    parser.add_argument("--plot", type=Path, help="write a picture of the ratios here")
+    parser.add_argument("--peak_of", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    logging.set_verbosity_error()  # it warns of every cast, of no layers at all
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    if args.peak_of:
+        name, pixels, images, direction = args.peak_of
+        with torch.inference_mode():
+            one_peak(name, int(pixels), int(images), direction, dtype)
+        return 0
+    limit = (float("inf") if on_gpu else 3.0) if args.limit is None else args.limit
+    modes = args.modes or list(MODES)
+    names = [name for name in MODELS if name in args.models]
+    if BASELINE not in names:
+        parser.error(f"--models must name {BASELINE}, which the others are compared with")
+    if not all(pixels > 0 and pixels % 32 == 0 for pixels in args.sizes) or not all(x > 0 for x in args.batches):
+        parser.error(
+            "--sizes must be multiples of 32, which the patches of every model divide, and --batches positive"
+        )
+
+    rate = matrix_rate(device, dtype)
+    about = machine(device)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    models: dict[str, dict[str, Any]] = {}
+    for pixels, images in itertools.product(args.sizes, args.batches):
+        counted = {name: count(name, pixels, images) for name in names}
+        group = {"pixels": pixels, "images": images}
+        for name, found in counted.items():
+            channels, height = found["latent"][1:3]
+            about_model = {"what": MODELS[name][0], "parameters": found["parameters"]}
+            models[name] = {**about_model, "latent": f"{channels} of 1/{pixels // height}"}
+        timed: dict[str, dict[str, dict[str, float]]] = {}
+        for direction in args.directions:
+            flops = {name: found[direction] for name, found in counted.items()}
+            reasons = {
+                name: f"{x / 1e12:.1f} TFLOP a call, more than --limit {limit:g}"
+                for name, x in flops.items()
+                if x > limit * 1e12
+            }
+            if BASELINE in reasons and not on_gpu:
+                reasons |= {name: f"{BASELINE} is left out" for name in names if name not in reasons}
+            latents = {name: counted[name]["latent"] for name in names if name not in reasons}
+            peaks: dict[str, int] = {}
+            if latents:
+                try:
+                    with torch.inference_mode():
+                        found = measure(latents, pixels, direction, modes, device, dtype, args.seconds)
+                except WrongResult as error:
+                    print(f"error: {error}; nothing is reported", file=sys.stderr)
+                    return 1
+                timed[direction], peaks, too_large = found
+                reasons |= dict.fromkeys(too_large, "out of memory")
+            left_out += [{"model": name, **group, "direction": direction, "why": why} for name, why in reasons.items()]
+            for name, row in figures(timed.get(direction, {}), flops, images, rate, on_gpu).items():
+                rows.append({"model": name, **group, "direction": direction, **row})
+                if args.memory and not on_gpu:
+                    given = ["--peak_of", name, pixels, images, direction, "--device", "cpu", "--dtype"]
+                    told = in_fresh_process(__file__, [*given, str(dtype).removeprefix("torch.")], seconds=3600)
+                    if "peak" in told:
+                        peaks[name] = told["peak"]
+                if name in peaks:
+                    rows[-1]["peak_mib"] = round(peaks[name] / 2**20, 1)
+        if len(timed) == len(DIRECTIONS):
+            first, second = timed.values()
+            both = {n: {m: first[n][m] + second[n][m] for m in modes} for n in first if n in second}
+            flops = {name: found["encode"] + found["decode"] for name, found in counted.items()}
+            for name, row in figures(both, flops, images, rate, on_gpu).items():
+                rows.append({"model": name, **group, "direction": "both", **row})
+    report = {
+        "machine": about, "dtype": str(dtype).removeprefix("torch."), "modes": modes, "baseline": BASELINE,
+        "limit_tflop": limit if limit < float("inf") else None, "models": models, "rows": rows, "left_out": left_out,
+    }  # fmt: skip
+
+    print(f"{report['dtype']}, times as fast as {BASELINE} ({MODELS[BASELINE][0]}) on the same pictures:")
+    print(table(report))
+    for row in left_out:
+        print(f"left out: {row['model']}, {row['direction']}, {pictures(row)}: {row['why']}")
+    if args.json:
+        write_report(RESULTS, "autoencoders", report)
+    if args.plot:
+        plot(report, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
