@@ -210,7 +210,7 @@ def table(report: dict[str, Any]) -> str:
     modes = ", ".join(report["modes"])
     header = ["pictures", "model", "parameters, M", "latent", "GFLOP: encode, decode"]
     header += [f"{direction}: {modes}" for direction in (*DIRECTIONS, "both")]
-    header += ["share of the matrix rate: encode, decode"]
+    header += ["of the rate of `@`: encode, decode"]
     rows = {(row["pixels"], row["images"], row["model"], row["direction"]): row for row in report["rows"]}
     has_peaks = any("peak_mib" in row for row in report["rows"])
     has_rates = any("images_per_second" in row for row in report["rows"])
@@ -283,6 +283,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes[0].set_title(f"{pictures({'images': images, 'pixels': least})} pixels, {mode}, {report['dtype']}")
     axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[0].xaxis.minorticks_off()
     axes[0].margins(x=0.12)
     axes[0].axvline(1, color="grey", linewidth=0.8)
     axes[0].invert_yaxis()
@@ -311,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=20, help="time for each size, batch and direction")
     parser.add_argument("--memory", action="store_true", help="peaks on a CPU too, each in a process of its own")
-    parser.add_argument("--json", action="store_true", help="write results/autoencoders_KIND.json")
+    parser.add_argument("--json", action="store_true", help="write results/autoencoders_MODES_KIND.json")
     parser.add_argument("--plot", type=Path, help="write a picture of the ratios here")
     parser.add_argument("--peak_of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -394,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in left_out:
         print(f"left out: {row['model']}, {row['direction']}, {pictures(row)}: {row['why']}")
     if args.json:
-        write_report(RESULTS, "autoencoders", report)
+        write_report(RESULTS, "_".join(["autoencoders", *modes]), report)
     if args.plot:
         plot(report, args.plot)
     return 0

@@ -43,8 +43,9 @@ def test_the_law_is_the_slope_between_the_two_largest(bench):
     assert "| 1024 | 256.0, 1048576 | - | - | - |" in text and "| 2048 | more than 1 s | - | - | - |" in text
 
 
-def test_a_row_that_takes_too_long_is_given_up(bench):
+def test_a_row_that_takes_too_long_is_given_up(bench, capsys):
     assert bench.main(["--device", "cpu", "--sides", "256", "--tiled_only", "--seconds", "0.1", "--stream", "0"]) == 0
+    assert capsys.readouterr().out.count('"failed": "more than 0.1 s"') == 2
 
 
 def test_numbers_that_are_not_finite_are_counted(bench, monkeypatch):

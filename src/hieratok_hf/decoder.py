@@ -7,6 +7,7 @@ from transformers import initialization as init
 
 from .configuration_hieratok import HieraTokConfig
 from .layers import HieraTokDecoderBlock, HieraTokPositions, rotary_tables
+from .linear import HieraTokLinear
 from .pyramid import PyramidLayout, flatten_pyramid
 
 __all__ = ["HieraTokDecoder"]
@@ -24,7 +25,7 @@ class HieraTokDecoder(nn.Module):
         patch_channels = config.patch_size**2 * config.in_channels
         self.config = config
         self.head_dim = hidden_size // config.decoder_num_heads
-        self.embed = nn.Linear(config.latent_channels, hidden_size)
+        self.embed = HieraTokLinear(config.latent_channels, hidden_size)
         self.scale_embedding = nn.Parameter(torch.zeros(len(config.scale_factors), hidden_size))
         self.positions = HieraTokPositions(config, hidden_size) if config.learned_positions else None
         self.norm_before = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_before_blocks else nn.Identity()
@@ -33,7 +34,7 @@ class HieraTokDecoder(nn.Module):
             for _ in range(config.decoder_num_layers)
         )
         self.norm_after = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_after_blocks else nn.Identity()
-        self.head = nn.Linear(hidden_size, patch_channels)
+        self.head = HieraTokLinear(hidden_size, patch_channels)
         # One a scale, because a pooled latent is not the latent of the smaller picture.
         self.linear_path = nn.ModuleList(
             nn.Conv2d(

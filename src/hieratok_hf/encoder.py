@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .configuration_hieratok import HieraTokConfig
 from .layers import HieraTokEncoderBlock, HieraTokPositions, rotary_tables
+from .linear import HieraTokLinear
 from .pyramid import PyramidLayout
 
 __all__ = ["HieraTokEncoder"]
@@ -28,7 +29,7 @@ class HieraTokEncoder(nn.Module):
             for _ in range(config.encoder_num_layers)
         )
         self.norm_after = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_after_blocks else nn.Identity()
-        self.head = nn.Linear(hidden_size, 2 * config.latent_channels)
+        self.head = HieraTokLinear(hidden_size, 2 * config.latent_channels)
         self.linear_path = (
             nn.Conv2d(
                 config.in_channels,

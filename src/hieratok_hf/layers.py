@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import ATTENTION_BACKENDS, scale_causal_attention, why_not
 from .attention_names import preferring, requested_backend
 from .configuration_hieratok import HieraTokConfig
+from .linear import HieraTokLinear
 from .pyramid import PyramidLayout, kept_by_size
 
 __all__ = [
@@ -165,13 +166,18 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
         self.head_dim = hidden_size // num_heads
         self.use_bias = True
         self.is_cross_attention = False
-        self.to_q = nn.Linear(hidden_size, hidden_size)
-        self.to_k = nn.Linear(hidden_size, hidden_size)
-        self.to_v = nn.Linear(hidden_size, hidden_size)
-        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
+        self.to_q = HieraTokLinear(hidden_size, hidden_size)
+        self.to_k = HieraTokLinear(hidden_size, hidden_size)
+        self.to_v = HieraTokLinear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([HieraTokLinear(hidden_size, hidden_size)])
         self.norm_q = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.set_processor(self._default_processor_cls())
+
+    def fuse_projections(self) -> None:
+        super().fuse_projections()
+        if self.fused_projections:
+            self.to_qkv.__class__ = HieraTokLinear
 
     def forward(
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
@@ -186,8 +192,8 @@ class HieraTokSwiGLU(nn.Module):
     def __init__(self, config: HieraTokConfig, hidden_size: int):
         super().__init__()
         width = int(2 / 3 * config.mlp_ratio * hidden_size)
-        self.linear_in = nn.Linear(hidden_size, 2 * width)
-        self.linear_out = nn.Linear(width, hidden_size)
+        self.linear_in = HieraTokLinear(hidden_size, 2 * width)
+        self.linear_out = HieraTokLinear(width, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(B, N, D)` to `(B, N, D)`."""

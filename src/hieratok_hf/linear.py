@@ -1,0 +1,44 @@
+"""Linear layers whose float32 products on a CPU are oneDNN's, where PyTorch's own choice is slow at them."""
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["HieraTokLinear", "prefers_onednn"]
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """
+    Whether oneDNN multiplies float32 matrices faster here than what `torch.nn.Linear` calls.
+
+    PyTorch leaves such products to MKL, which keeps its fastest code for Intel's processors; convolutions, which
+    other autoencoders are made of, it leaves to oneDNN, which goes by the instructions that there are.
+    """
+    path = Path("/proc/cpuinfo")
+    vendor = path.read_text().partition("vendor_id")[2].split("\n")[0] if path.exists() else ""
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return "AuthenticAMD" in vendor and has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class HieraTokLinear(nn.Linear):
+    """`torch.nn.Linear`; without gradients, float32 on a CPU goes to oneDNN where that is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        if self._is_for_onednn(x):
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
+
+    def _is_for_onednn(self, x: Tensor) -> bool:
+        # The compiler makes its own choice, and quantised weights have their own products.
+        if torch.compiler.is_compiling() or type(self.weight) is not nn.Parameter or type(x) is not Tensor:
+            return False
+        if not x.device.type == self.weight.device.type == "cpu" or not x.dtype == self.weight.dtype == torch.float32:
+            return False
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if needs_gradient or torch.is_autocast_enabled("cpu"):
+            return False
+        return bool(torch.backends.mkldnn.enabled) and prefers_onednn()
