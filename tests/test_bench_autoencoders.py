@@ -1,6 +1,5 @@
 """The benchmark against other autoencoders: every model is one, and its figures are those of what was measured."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,19 +8,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parents[1]
+RECORDED = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("autoencoders_*.json"))
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--batches", "1", "--seconds", "0"]
 PAIR = ["--models", "hieratok-tiny", "small"]
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("bench_autoencoders", ROOT / "benchmarks" / "bench_autoencoders.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+def bench(load_benchmark, monkeypatch):
+    module = load_benchmark("bench_autoencoders")
     # Rates of this machine take seconds to measure and do not matter here.
     monkeypatch.setattr(module, "matrix_rate", lambda device, dtype: 1e11)
     # Stands in for the baseline, whose smallest call takes a second.
@@ -201,3 +196,9 @@ def test_bad_arguments_are_refused(bench, argv, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--device", "cpu", *argv])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_the_table_is_what_was_recorded(bench, path):
+    report = json.loads(path.read_text())
+    assert bench.table(report) in (path.parents[1] / "README.md").read_text()

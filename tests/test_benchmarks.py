@@ -13,7 +13,7 @@ import torch
 from helpers import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from hieratok_hf import PyramidLayout, scale_causal_attention
+from hieratok_hf import SIZES, PyramidLayout, scale_causal_attention
 from hieratok_hf.attention_choice import FASTEST
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,18 @@ def test_the_gain_of_fine_tuning_is_that_recorded():
         cells = f"{figures['psnr']:.2f} | {figures['ssim']:.4f} | {figures['FD-MobileNetV2']:.2f}"
         assert f"| {name} | {cells} |" in README
     assert after["psnr"] > before["psnr"] and after["FD-MobileNetV2"] < before["FD-MobileNetV2"]
+
+
+def test_the_speeds_beside_other_autoencoders_are_those_recorded():
+    report = json.loads((ROOT / "benchmarks" / "results" / "autoencoders_eager_cpu_avx512.json").read_text())
+    for direction in ("encode", "decode"):
+        found = {
+            row["model"]: row["times_as_fast"]["eager"]
+            for row in report["rows"]
+            if (row["pixels"], row["images"], row["direction"]) == (256, 1, direction)
+        }
+        models = [*SIZES, "AutoencoderKL-f16", "AutoencoderTiny"]
+        assert f"| {direction} | {' | '.join(f'{found[model]:.1f}' for model in models)} |" in README
 
 
 def test_the_figures_of_generation_are_those_recorded():
