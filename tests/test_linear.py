@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import noise, pictures, random_core
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.linear import HieraTokLinear, prefers_onednn
@@ -87,6 +88,16 @@ def test_a_whole_model_gives_the_same_pictures(calls, fused, monkeypatch):
         assert len(calls) == 3 + 4 * (4 if fused else 6)
         monkeypatch.setattr("hieratok_hf.linear.prefers_onednn", lambda: False)
         torch.testing.assert_close(ours, vae(sample).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_its_operations_are_counted(monkeypatch):
+    layer, x, counted = HieraTokLinear(24, 40), noise(2, 85, 24), []
+    for preferred in (False, True):
+        monkeypatch.setattr("hieratok_hf.linear.prefers_onednn", lambda preferred=preferred: preferred)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            layer(x)
+        counted.append(counter.get_total_flops())
+    assert counted == [2 * 2 * 85 * 24 * 40] * 2
 
 
 @pytest.mark.parametrize(("vendor", "expected"), [("AuthenticAMD", True), ("GenuineIntel", False), (None, False)])

@@ -1,10 +1,13 @@
 """Linear layers whose float32 products on a CPU are oneDNN's, where PyTorch's own choice is slow at them."""
 
 import functools
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 __all__ = ["HieraTokLinear", "prefers_onednn"]
 
@@ -21,6 +24,15 @@ def prefers_onednn() -> bool:
     vendor = path.read_text().partition("vendor_id")[2].split("\n")[0] if path.exists() else ""
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return "AuthenticAMD" in vendor and has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _flops(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+# Without a formula `FlopCounterMode` would count nothing; another copy of this file may have given it.
+if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
 
 
 class HieraTokLinear(nn.Linear):
