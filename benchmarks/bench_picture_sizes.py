@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="hieratok-tiny", help="a name that ships, a folder, or a named size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
-    parser.add_argument("--tiled_only", action="store_true", help="no picture whole")
+    parser.add_argument("--longest_whole", type=int, default=2048, help="longest side of a picture that is not tiled")
     parser.add_argument("--seconds", type=float, default=300, help="time for each row, after which it is given up")
     parser.add_argument("--stream", type=int, default=1000, help="pictures of random sides; 0 for none")
     parser.add_argument("--longest", type=int, default=512, help="longest side of those")
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     first: dict[str, float] = {}
     for side in sorted(args.sides):
         for direction in DIRECTIONS:
-            for tiled in (True,) if args.tiled_only else (False, True):
+            for tiled in (False, True) if side <= args.longest_whole else (True,):
                 given = ["--row", side, direction, "tiled" if tiled else "whole"]
                 told = in_fresh_process(__file__, [*given, "--model", args.model, "--device", device], args.seconds)
                 row = {"side": side, "direction": direction, "tiled": tiled}

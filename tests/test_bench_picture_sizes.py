@@ -14,7 +14,7 @@ def bench(load_benchmark):
 
 
 def test_rows_are_measured_and_recorded(bench, tmp_path, capsys):
-    given = ["--sides", "256", "--tiled_only", "--stream", "10", "--longest", "64", "--json"]
+    given = ["--sides", "256", "--longest_whole", "0", "--stream", "10", "--longest", "64", "--json"]
     assert bench.main(["--device", "cpu", *given]) == 0
     (path,) = (tmp_path / "results").iterdir()
     report = json.loads(path.read_text())
@@ -44,7 +44,10 @@ def test_the_law_is_the_slope_between_the_two_largest(bench):
 
 
 def test_a_row_that_takes_too_long_is_given_up(bench, capsys):
-    assert bench.main(["--device", "cpu", "--sides", "256", "--tiled_only", "--seconds", "0.1", "--stream", "0"]) == 0
+    assert (
+        bench.main(["--device", "cpu", "--sides", "256", "--longest_whole", "0", "--seconds", "0.1", "--stream", "0"])
+        == 0
+    )
     assert capsys.readouterr().out.count('"failed": "more than 0.1 s"') == 2
 
 
