@@ -89,6 +89,12 @@ def test_the_speeds_beside_other_autoencoders_are_those_recorded():
         assert f"| {direction} | {' | '.join(f'{found[model]:.1f}' for model in models)} |" in README
 
 
+def test_the_gain_of_tiles_is_that_recorded():
+    report = json.loads((ROOT / "benchmarks" / "results" / "positions_hieratok-tiny_cpu_avx512.json").read_text())
+    tiles, whole = (report["psnr_db"][variant]["768x512"] for variant in ("tiles", "cells"))
+    assert f"{tiles:.2f} dB on the whole Kodak pictures, against {whole:.2f} dB" in README.replace("\n", " ")
+
+
 def test_the_figures_of_generation_are_those_recorded():
     folder = ROOT / "benchmarks" / "results"
     report = json.loads((folder / "generation_cpu_avx512.json").read_text())
