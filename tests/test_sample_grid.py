@@ -22,6 +22,7 @@ def cell(sheet, row, column, height, width):
 
 @pytest.mark.parametrize("size", [(32, 32), (28, 20), (4, 12), (36, 40)])
 @pytest.mark.parametrize("factors", [(8, 4, 2, 1), (5, 3, 1), (1,)])
+@torch.no_grad()
 def test_a_sheet_shows_the_picture_every_scale_and_the_reconstruction(size, factors):
     core, batch = random_core(scale_factors=factors), pictures(3, 3, *size)
     sheet = sample_grid(core, batch)
