@@ -93,6 +93,9 @@ def test_the_gain_of_tiles_is_that_recorded():
     report = json.loads((ROOT / "benchmarks" / "results" / "positions_hieratok-tiny_cpu_avx512.json").read_text())
     tiles, whole = (report["psnr_db"][variant]["768x512"] for variant in ("tiles", "cells"))
     assert f"{tiles:.2f} dB on the whole Kodak pictures, against {whole:.2f} dB" in README.replace("\n", " ")
+    sizes = json.loads((ROOT / "benchmarks" / "results" / "picture_sizes_hieratok-tiny_cpu_avx512.json").read_text())
+    most = max(row["process_mib"] for row in sizes["rows"] if row["tiled"] and row["side"] == 4096)
+    assert f"to {most:.0f} MiB for all the process at 4096x4096" in README.replace("\n", " ")
 
 
 def test_the_figures_of_generation_are_those_recorded():
