@@ -18,7 +18,7 @@ def calls(monkeypatch):
     """How often oneDNN was asked, on a machine that prefers it."""
     made = []
     plain = torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr("hieratok_hf.linear.prefers_onednn", lambda: True)
+    monkeypatch.setattr("hieratok_hf.linear.PREFERS_ONEDNN", True)
     monkeypatch.setattr(
         torch.ops.mkldnn, "_linear_pointwise", lambda *args: made.append(args[0].shape) or plain(*args), raising=False
     )
@@ -55,7 +55,7 @@ def test_gradients_go_through_pytorch_s_own(calls):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("case", ["half", "autocast", "meta", "compiled", "disabled", "other machine"])
+@pytest.mark.parametrize("case", ["half", "autocast", "meta", "exported", "disabled", "other machine"])
 def test_other_cases_are_left_to_pytorch(calls, case, monkeypatch):
     layer, x = HieraTokLinear(8, 8), noise(2, 8)
     with torch.no_grad():
@@ -66,15 +66,36 @@ def test_other_cases_are_left_to_pytorch(calls, case, monkeypatch):
                 assert layer(x).dtype == torch.bfloat16
         elif case == "meta":
             layer.to("meta")(x.to("meta"))
-        elif case == "compiled":
-            torch.compile(layer, backend="eager", fullgraph=True)(x)
+        elif case == "exported":
+            assert "linear.default" in str(torch.export.export(layer, (x,)).graph)
         elif case == "disabled":
             with torch.backends.mkldnn.flags(enabled=False):
                 layer(x)
         else:
-            monkeypatch.setattr("hieratok_hf.linear.prefers_onednn", lambda: False)
+            monkeypatch.setattr("hieratok_hf.linear.PREFERS_ONEDNN", False)
             layer(x)
     assert not calls
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_compiled_layers_ask_it_too(calls, bias):
+    layer = HieraTokLinear(24, 40, bias=bias)
+    run = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        run(noise(2, 3, 24)), run(noise(2, 5, 24))
+    assert len(calls) == 2
+    run(noise(2, 3, 24)).sum().backward()
+    assert len(calls) == 2 and layer.weight.grad is not None
+
+
+def test_the_compiler_gives_the_same_for_every_size(monkeypatch):
+    monkeypatch.setattr("hieratok_hf.linear.PREFERS_ONEDNN", True)
+    layer = HieraTokLinear(24, 40)
+    run = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for x in (noise(2, 3, 24), noise(2, 5, 24), noise(4, 24)):
+            expected = nn.functional.linear(x, layer.weight, layer.bias)
+            torch.testing.assert_close(run(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -86,14 +107,14 @@ def test_a_whole_model_gives_the_same_pictures(calls, fused, monkeypatch):
         ours = vae(sample).sample
         # The heads of the latent and of the patches and the embedding, and in each of 4 blocks 4 or 2 and 2 more.
         assert len(calls) == 3 + 4 * (4 if fused else 6)
-        monkeypatch.setattr("hieratok_hf.linear.prefers_onednn", lambda: False)
+        monkeypatch.setattr("hieratok_hf.linear.PREFERS_ONEDNN", False)
         torch.testing.assert_close(ours, vae(sample).sample, atol=1e-5, rtol=1e-5)
 
 
 def test_its_operations_are_counted(monkeypatch):
     layer, x, counted = HieraTokLinear(24, 40), noise(2, 85, 24), []
     for preferred in (False, True):
-        monkeypatch.setattr("hieratok_hf.linear.prefers_onednn", lambda preferred=preferred: preferred)
+        monkeypatch.setattr("hieratok_hf.linear.PREFERS_ONEDNN", preferred)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             layer(x)
         counted.append(counter.get_total_flops())
@@ -106,6 +127,4 @@ def test_the_choice_is_the_vendor_s(vendor, expected, monkeypatch, tmp_path):
     if vendor is not None:
         path.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 25\n")
     monkeypatch.setattr("hieratok_hf.linear.Path", lambda name: path)
-    prefers_onednn.cache_clear()
     assert prefers_onednn() == (expected and torch.backends.mkl.is_available())
-    prefers_onednn.cache_clear()

@@ -1,6 +1,5 @@
 """Linear layers whose float32 products on a CPU are oneDNN's, where PyTorch's own choice is slow at them."""
 
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 __all__ = ["HieraTokLinear", "prefers_onednn"]
 
 
-@functools.cache
 def prefers_onednn() -> bool:
     """
     Whether oneDNN multiplies float32 matrices faster here than what `torch.nn.Linear` calls.
@@ -35,22 +33,38 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_p
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
 
 
+@torch.library.custom_op("hieratok_hf::onednn_linear", mutates_args=())
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@_onednn_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+# The compiler reads a constant, and would look through a cached function at `/proc` itself.
+PREFERS_ONEDNN = prefers_onednn()
+
+
 class HieraTokLinear(nn.Linear):
     """`torch.nn.Linear`; without gradients, float32 on a CPU goes to oneDNN where that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
-        if self._is_for_onednn(x):
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
+        if not self._is_for_onednn(x):
+            return super().forward(x)
+        if torch.compiler.is_compiling():  # the compiler takes oneDNN's own operator with frozen weights alone
+            return _onednn_linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     def _is_for_onednn(self, x: Tensor) -> bool:
-        # The compiler makes its own choice, and quantised weights have their own products.
-        if torch.compiler.is_compiling() or type(self.weight) is not nn.Parameter or type(x) is not Tensor:
+        # What is exported runs elsewhere, and quantised weights have their own products.
+        if torch.compiler.is_exporting() or type(self.weight) is not nn.Parameter or type(x) is not Tensor:
             return False
         if not x.device.type == self.weight.device.type == "cpu" or not x.dtype == self.weight.dtype == torch.float32:
             return False
         needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         if needs_gradient or torch.is_autocast_enabled("cpu"):
             return False
-        return bool(torch.backends.mkldnn.enabled) and prefers_onednn()
+        return bool(torch.backends.mkldnn.enabled) and PREFERS_ONEDNN
