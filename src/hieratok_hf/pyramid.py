@@ -92,7 +92,8 @@ class PyramidLayout:
         if height < 1 or width < 1:
             raise ValueError(f"`height` and `width` must be at least 1 token, got {height} and {width}.")
         check_scale_factors(scale_factors)
-        grids = tuple((-(-height // factor), -(-width // factor)) for factor in scale_factors)
+        # Rounded up without negative numbers, because division in ONNX rounds towards zero.
+        grids = tuple(((height + factor - 1) // factor, (width + factor - 1) // factor) for factor in scale_factors)
         return cls(grids, tuple(scale_factors))
 
     @property
@@ -143,7 +144,7 @@ class PyramidLayout:
         index = torch.arange(self.num_tokens, device=device)
         ends = torch.zeros_like(index) + self.ends[0]
         for previous, end in pairwise(self.ends):
-            ends = ends + (index >= previous) * (end - previous)
+            ends = ends + (index >= previous).long() * (end - previous)
         return ends
 
 
@@ -155,7 +156,8 @@ def _cells(layout: PyramidLayout, device: torch.device) -> PyramidCells:
     scale = torch.zeros_like(index)
     factor, first, width = scale + layout.scale_factors[0], scale, scale + layout.grids[0][1]
     for i in range(1, layout.num_scales):
-        reached = index >= layout.ends[i - 1]
+        # Exporters to ONNX cannot multiply truth values by a size that is not known yet.
+        reached = (index >= layout.ends[i - 1]).long()
         scale = scale + reached
         factor = factor + reached * (layout.scale_factors[i] - layout.scale_factors[i - 1])
         first = first + reached * layout.lengths[i - 1]
