@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
-from hieratok_hf.checkpoint import WEIGHTS_STEM, staged, written_whole
+from hieratok_hf.checkpoint import WEIGHTS_STEM, read_json, staged, written_whole
 
 CLASSES = {"transformers": HieraTokModel, "diffusers": AutoencoderHieraTok}
 
@@ -196,3 +196,32 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path):
         file.write(b"half of the sec")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_was_not_there_is_not_there_after_a_failure(tmp_path):
+    with pytest.raises(RuntimeError), staged(tmp_path / "new") as stage:
+        (stage / "config.json").write_text("{}")
+        raise RuntimeError
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(RuntimeError), staged(tmp_path / "old"):
+        raise RuntimeError
+    assert not list((tmp_path / "old").iterdir())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "1", '"config"'])
+def test_json_that_is_no_object_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        read_json(tmp_path / "config.json")
+    assert read_json(tmp_path / "none.json") is None
+
+
+def test_the_error_of_a_model_that_is_nowhere_names_it_and_the_way_out(monkeypatch, tmp_path):
+    for kind in CLASSES.values():
+        with pytest.raises(OSError, match=r"'org/nowhere' cannot be loaded.*folder"):
+            kind.from_pretrained("org/nowhere", local_files_only=True, cache_dir=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="no file named") as caught:
+        HieraTokModel.from_pretrained(tmp_path / "empty")
+    assert "cannot be loaded" not in str(caught.value)

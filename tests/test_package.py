@@ -12,6 +12,7 @@ import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import hieratok_hf
+from hieratok_hf.remote_code import remote_code
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = (
@@ -84,16 +85,12 @@ def test_modules_import_each_other_flatly():
     assert not [path for path in (ROOT / "src" / "hieratok_hf").rglob("*.py") if path.parent.name != "hieratok_hf"]
 
 
-def test_code_from_the_hub_asks_for_no_package_that_is_optional():
+def test_code_from_the_hub_asks_for_no_package_that_is_optional(tmp_path):
     # transformers refuses code whose imports are missing, also inside `if` or a function.
     needed = {"diffusers", "huggingface_hub", "numpy", "PIL", "safetensors", "torch", "transformers"}
-    source = ROOT / "src" / "hieratok_hf"
-    names = ("modeling_hieratok", "autoencoder_hieratok", "image_processing_hieratok", "pipeline_hieratok_dit")
-    models = [source / f"{name}.py" for name in names]
-    reached = {Path(file) for model in models for file in [model, *get_relative_import_files(model)]}
-    assert {"tokenizer.py", "losses.py", "attention_kernels.py"} <= {path.name for path in reached}
-    for path in reached:
-        assert set(get_imports(path)) - set(sys.stdlib_module_names) <= needed, path.name
+    (tmp_path / "modeling_hieratok.py").write_text(remote_code())
+    assert set(get_imports(tmp_path / "modeling_hieratok.py")) - set(sys.stdlib_module_names) <= needed
+    assert not get_relative_import_files(tmp_path / "modeling_hieratok.py")
 
 
 def test_every_module_has_its_tests():

@@ -22,6 +22,7 @@ _LAZY = {
     "HieraTokDiTPipeline": "pipeline_hieratok_dit",
     "PyramidLayout": "pyramid",
     "SHIPPED": "shipped",
+    "add_remote_code": "remote_code",
     "pretrained": "shipped",
     "scale_causal_attention": "attention",
 }
@@ -45,6 +46,7 @@ __all__ = [
     "HieraTokDiTPipeline",
     "PyramidLayout",
     "SHIPPED",
+    "add_remote_code",
     "pretrained",
     "scale_causal_attention",
 ]
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from .layers import HieraTokAttnProcessor
     from .pipeline_hieratok_dit import HieraTokDiTPipeline
     from .pyramid import PyramidLayout
+    from .remote_code import add_remote_code
     from .shipped import SHIPPED, pretrained
     from .tokenizer import HieraTokCore
 

@@ -4,7 +4,7 @@ import torch
 
 # A library that checks the imports of remote code takes those in a `try` for optional.
 try:
-    import triton
+    import triton  # diffusers warns of each missing import behind which nothing stands
     import triton.language as tl
 except ImportError as error:
     raise ImportError("Triton is not installed.") from error

@@ -15,7 +15,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
-from .checkpoint import pop_hub_arguments, share_between_libraries, staged
+from .checkpoint import named_in_errors, pop_hub_arguments, share_between_libraries, staged
 from .configuration_hieratok import HieraTokConfig
 from .pyramid import PyramidLayout
 from .tiling import TilingMixin, run_in_tiles
@@ -229,7 +229,8 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
                 shape was ignored and has no storage.
         """
         return_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        with named_in_errors(pretrained_model_name_or_path):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         folder = repr(str(pretrained_model_name_or_path))
         if missing := sorted(info.get("missing_keys", ())):
             raise ValueError(
@@ -273,3 +274,14 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
             share_between_libraries(stage, self.core.config)
         if hub_arguments is not None:
             self.push_to_hub(**hub_arguments)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """
+        Upload the weights, once for both libraries, the configurations, a model card and the code that loads them
+        without the package, in one commit.
+
+        Arguments are those of `hieratok_hf.hub.push_model`, which also says what it returns and raises.
+        """
+        from .hub import push_model
+
+        return push_model(self, repo_id, **kwargs)

@@ -5,17 +5,30 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from diffusers import __version__ as diffusers_version
+from huggingface_hub import is_offline_mode
 from safetensors import safe_open
 
 from .configuration_hieratok import HieraTokConfig
 
-__all__ = ["WEIGHTS_STEM", "pop_hub_arguments", "share_between_libraries", "staged", "written_whole"]
+__all__ = [
+    "WEIGHTS_STEM",
+    "index_for_transformers",
+    "named_in_errors",
+    "pop_hub_arguments",
+    "read_json",
+    "refuse_paths_in_indices",
+    "share_between_libraries",
+    "staged",
+    "stale_weights",
+    "variant_of",
+    "written_whole",
+]
 
 # diffusers looks for this name only; transformers takes any that an index under its own name points to.
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -47,7 +60,8 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     A temporary folder whose files replace those of `folder`, one rename each, once the block has ended well.
 
     Weights that an earlier save left behind, such as shards of another number, go with the rename; `config.json`
-    comes last, and after it the `model_index.json` of a pipeline. If the block raises, `folder` is as it was.
+    comes last, and after it the `model_index.json` of a pipeline. If the block raises, `folder` is as it was, and one
+    that was not there is not there again.
 
     Raises:
         ValueError: `folder` is a file.
@@ -55,6 +69,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(folder)
     if target.is_file():
         raise ValueError(f"`save_directory` must be a folder, got the file {str(target)!r}.")
+    existed = target.is_dir()
     target.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
@@ -64,7 +79,8 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
         stale = []
         for part in {path.parent for path in written}:
             names = {path.name for path in written if path.parent == part}
-            stale += _stale_weights(target / part, names)
+            there = (path.name for path in (target / part).glob("*"))
+            stale += [target / part / name for name in stale_weights(there, names)]
         for path in written:
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / path, target / path)
@@ -72,18 +88,18 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
             path.unlink()
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if not existed and not any(target.iterdir()):
+            target.rmdir()
 
 
-def _stale_weights(target: Path, written: set[str]) -> list[Path]:
-    """Weights in `target` that a save which wrote `written` makes obsolete: those of the same variant."""
-    if not target.is_dir():
-        return []
-    variants = {_variant(name) for name in written if _WEIGHTS.fullmatch(name)}
-    names = [path for path in target.iterdir() if _WEIGHTS.fullmatch(path.name)]
-    return [path for path in names if path.name not in written and _variant(path.name) in variants]
+def stale_weights(names: Iterable[str], written: set[str]) -> list[str]:
+    """Those of the file names that a save which wrote `written` makes obsolete: weights of the same variant."""
+    variants = {variant_of(name) for name in written if _WEIGHTS.fullmatch(name)}
+    weights = [name for name in names if _WEIGHTS.fullmatch(name)]
+    return [name for name in weights if name not in written and variant_of(name) in variants]
 
 
-def _variant(name: str) -> str:
+def variant_of(name: str) -> str:
     """`"fp16"` of `model.fp16-00001-of-00002.safetensors` and of `model.safetensors.index.fp16.json`, else `""`."""
     name = _SHARD.sub("", name).removesuffix(".json")
     name = name.replace(".safetensors", "").replace(".index", "")
@@ -98,6 +114,34 @@ def pop_hub_arguments(arguments: dict[str, Any], folder: str | os.PathLike[str])
         return None
     variant = {"variant": arguments["variant"]} if arguments.get("variant") else {}
     return {"repo_id": Path(folder).resolve().name, **hub_arguments, **variant}
+
+
+@contextmanager
+def named_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
+    """An `OSError` of a model that is neither a folder nor to be had from the Hub names it and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name_or_path).is_dir():
+            raise
+        offline = "HF_HUB_OFFLINE is set and the cache lacks it: unset it" if is_offline_mode() else "Go online"
+        way_out = f"{offline} to download it once, set HF_HOME to where it was downloaded, or give a folder."
+        raise OSError(f"{str(name_or_path)!r} cannot be loaded. {way_out} The cause: {error}") from error
+
+
+def refuse_paths_in_indices(folder: Path) -> None:
+    """
+    transformers opens whatever file an index names, wherever it lies; diffusers refuses by itself.
+
+    Raises:
+        ValueError: An index of weights names a file that does not lie beside it.
+    """
+    for path in folder.glob("*.safetensors.index*.json"):
+        weight_map = (read_json(path) or {}).get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+        for name in names:
+            if not isinstance(name, str) or re.search(r"[\\/:]", name) or name in ("", ".", ".."):
+                raise ValueError(f"{str(path)!r} must name files beside it, got {name!r}.")
 
 
 def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformers: bool = False) -> None:
@@ -115,25 +159,7 @@ def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformer
             index["weight_map"] = {key: _for_diffusers(name) for key, name in index["weight_map"].items()}
             renamed.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    indices = {
-        path.name: json.loads(path.read_text()) for path in stage.glob(f"{WEIGHTS_STEM}.safetensors.index*.json")
-    }
-    for path in stage.glob(f"{WEIGHTS_STEM}*.safetensors"):
-        if _SHARD.search(path.name) is None and for_transformers:
-            second_name = stage / (_TRANSFORMERS_STEM + path.name.removeprefix(WEIGHTS_STEM))
-            try:
-                os.link(path, second_name)
-            except OSError:
-                shutil.copyfile(path, second_name)
-        elif _SHARD.search(path.name) is None:
-            with safe_open(path, "pt") as weights:
-                index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), path.name)}
-            variant = f".{_variant(path.name)}" if _variant(path.name) else ""
-            indices[f"{WEIGHTS_STEM}.safetensors.index{variant}.json"] = index
-    for name, index in indices.items():
-        alias = stage / (_TRANSFORMERS_STEM + name.removeprefix(WEIGHTS_STEM))
-        alias.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
+    index_for_transformers(stage, keep_own_name=for_transformers)
     config_path = stage / "config.json"
     if not config_path.exists():
         return
@@ -147,10 +173,57 @@ def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformer
         "_diffusers_version": diffusers_version,
     }
     # The files say their own names; a second place could only disagree. So would the dtype of one of several variants.
-    has_variant = any(_variant(path.name) for path in stage.glob(f"{WEIGHTS_STEM}*"))
+    has_variant = any(variant_of(path.name) for path in stage.glob(f"{WEIGHTS_STEM}*"))
     for key in ("transformers_weights", "_name_or_path", *(["dtype"] if has_variant else [])):
         merged.pop(key, None)
+    # Code that was saved along is named, code that stayed where the model came from is not.
+    code = merged.pop("auto_map", None)
+    if code and (stage / "modeling_hieratok.py").exists():
+        merged["auto_map"] = {key: value.rpartition("--")[2] for key, value in code.items()}
     config_path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+
+
+def index_for_transformers(folder: Path, keep_own_name: bool = False) -> None:
+    """
+    Let transformers find the weights that have diffusers' names in a folder, through an index.
+
+    With `keep_own_name`, weights in one file have transformers' own name as well; without it they lose that one.
+    """
+    indices = {path.name: read_json(path) for path in folder.glob(f"{WEIGHTS_STEM}.safetensors.index*.json")}
+    for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
+        second_name = folder / (_TRANSFORMERS_STEM + path.name.removeprefix(WEIGHTS_STEM))
+        if _SHARD.search(path.name) is None and keep_own_name:
+            try:
+                os.link(path, second_name)
+            except OSError:
+                shutil.copyfile(path, second_name)
+        elif _SHARD.search(path.name) is None:
+            second_name.unlink(missing_ok=True)
+            with safe_open(path, "pt") as weights:
+                index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), path.name)}
+            variant = f".{variant_of(path.name)}" if variant_of(path.name) else ""
+            indices[f"{WEIGHTS_STEM}.safetensors.index{variant}.json"] = index
+    for name, found in indices.items():
+        alias = folder / (_TRANSFORMERS_STEM + name.removeprefix(WEIGHTS_STEM))
+        alias.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """
+    The object in a file, `None` where there is no file.
+
+    Raises:
+        ValueError: It is no JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}.")
+    return value
 
 
 def _for_diffusers(name: str) -> str:

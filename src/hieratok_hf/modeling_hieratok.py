@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.utils.generic import ModelOutput, TransformersKwargs, can_retu
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_names import ATTENTION_IMPLEMENTATIONS
-from .checkpoint import pop_hub_arguments, share_between_libraries, staged
+from .checkpoint import named_in_errors, pop_hub_arguments, refuse_paths_in_indices, share_between_libraries, staged
 from .configuration_hieratok import HieraTokConfig
 from .decoder import HieraTokDecoder
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
@@ -161,6 +162,21 @@ class HieraTokModel(HieraTokPreTrainedModel):
         model.core = core
         return model.train(core.training)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """
+        As that of `PreTrainedModel`, but the error of a model that cannot be had names it and the way out.
+
+        Raises:
+            ValueError: In a folder, an index of the weights names a file outside of it.
+        """
+        if pretrained_model_name_or_path is not None:
+            refuse_paths_in_indices(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        with named_in_errors(pretrained_model_name_or_path or ""):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.core.encoder.patch_embed
 
@@ -252,6 +268,17 @@ class HieraTokModel(HieraTokPreTrainedModel):
             share_between_libraries(stage, self.config, for_transformers=True)
         if hub_arguments is not None:
             self.push_to_hub(**hub_arguments)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """
+        Upload the weights, once for both libraries, the configurations, a model card and the code that loads them
+        without the package, in one commit.
+
+        Arguments are those of `hieratok_hf.hub.push_model`, which also says what it returns and raises.
+        """
+        from .hub import push_model
+
+        return push_model(self, repo_id, **kwargs)
 
     def _to_own_dtype(self, tensor: Tensor) -> Tensor:
         """A floating-point tensor in the dtype of the weights; anything else is left for the core to refuse."""

@@ -1,7 +1,6 @@
 """Class-conditional generation: a DiT (Peebles and Xie, arXiv 2212.09748) in the latents of HieraTok."""
 
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,16 +9,16 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checkpoint import pop_hub_arguments, staged
 from .class_names import label_ids, names_to_ids
 from .generation_checks import check_numbers, check_parts, check_previews, check_scheduler
 from .noise_levels import noise_levels, predicted_for
+from .pipeline_folder import PipelineFolderMixin
 
 __all__ = ["HieraTokDiTPipeline"]
 
@@ -30,7 +29,7 @@ _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _ROUNDING = 1e-6  # of a scheduler's noise, which is float32
 
 
-class HieraTokDiTPipeline(DiffusionPipeline):
+class HieraTokDiTPipeline(PipelineFolderMixin):
     """
     Pictures of named classes: a transformer denoises latents, a tokenizer decodes them.
 
@@ -275,19 +274,6 @@ class HieraTokDiTPipeline(DiffusionPipeline):
         config = self.vae.config
         raw = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return self.vae.decode(raw.to(self.vae.dtype), return_dict=False, **scales)[0]
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """
-        As that of `DiffusionPipeline`, with the same arguments, but files appear whole or not at all.
-
-        Raises:
-            ValueError: `save_directory` is a file.
-        """
-        hub_arguments = pop_hub_arguments(kwargs, save_directory)
-        with staged(save_directory) as stage:
-            super().save_pretrained(stage, *args, **kwargs)
-        if hub_arguments is not None:
-            self.push_to_hub(**hub_arguments)
 
 
 def _compression(vae: ModelMixin) -> int:

@@ -79,7 +79,7 @@ def rotary_gradient_kernel(
     tl.store(pointers, result.to(gradient.dtype.element_ty), mask=mask)
 
 
-def _arguments(states: Tensor, weight: Tensor | None, eps: float) -> dict[str, Any]:
+def _rotary_arguments(states: Tensor, weight: Tensor | None, eps: float) -> dict[str, Any]:
     """What both launches are told of the states."""
     batch, num_tokens, heads, head_dim = states.shape
     return {
@@ -94,7 +94,7 @@ def _arguments(states: Tensor, weight: Tensor | None, eps: float) -> dict[str, A
     }
 
 
-def _programs(states: Tensor) -> int:
+def _rotary_programs(states: Tensor) -> int:
     return triton.cdiv(states.numel() // states.shape[-1], ROWS)
 
 
@@ -116,9 +116,9 @@ def norm_rotary(states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: 
     rotated = torch.empty(states.shape, dtype=states.dtype, device=states.device)
     if states.numel():
         with on_device(states):
-            rotary_kernel[(_programs(states),)](
+            rotary_kernel[(_rotary_programs(states),)](
                 states, weight, cos, signed_sin, rotated, states.stride()[:3], rotated.stride()[:3],
-                **_arguments(states, weight, eps),
+                **_rotary_arguments(states, weight, eps),
             )  # fmt: skip
     return rotated
 
@@ -132,14 +132,14 @@ def norm_rotary_backward(
     cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
     gradient = torch.empty(states.shape, dtype=states.dtype, device=states.device)
     # A row a program, summed afterwards in one order, so that runs agree to the bit.
-    shape = (_programs(states) if weight is not None else 0, states.shape[-1])
+    shape = (_rotary_programs(states) if weight is not None else 0, states.shape[-1])
     weight_gradients = torch.empty(shape, dtype=torch.float32, device=states.device)
     if states.numel():
         with on_device(states):
-            rotary_gradient_kernel[(_programs(states),)](
+            rotary_gradient_kernel[(_rotary_programs(states),)](
                 upstream, states, weight, cos, signed_sin, gradient, weight_gradients,
                 upstream.stride()[:3], states.stride()[:3], gradient.stride()[:3],
-                **_arguments(states, weight, eps),
+                **_rotary_arguments(states, weight, eps),
             )  # fmt: skip
     return gradient, weight_gradients.sum(0)
 
@@ -154,15 +154,15 @@ def _(upstream, states, weight, cos, signed_sin, eps) -> tuple[Tensor, Tensor]:
     return states.new_empty(states.shape), states.new_empty(states.shape[-1], dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _rotary_setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, upstream: Tensor):
+def _rotary_backward(ctx, upstream: Tensor):
     weight = ctx.saved_tensors[1]
     gradient, weight_gradient = norm_rotary_backward(upstream, *ctx.saved_tensors, ctx.eps)
     return gradient, None if weight is None else weight_gradient.to(weight.dtype), None, None, None
 
 
-norm_rotary.register_autograd(_backward, setup_context=_setup_context)
+norm_rotary.register_autograd(_rotary_backward, setup_context=_rotary_setup_context)

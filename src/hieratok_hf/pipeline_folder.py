@@ -1,0 +1,64 @@
+"""A pipeline's folder, and its repository on the Hub: written whole, and read with or without code of its own."""
+
+import os
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from .checkpoint import named_in_errors, pop_hub_arguments, staged
+
+__all__ = ["PipelineFolderMixin"]
+
+
+class PipelineFolderMixin(DiffusionPipeline):
+    """
+    Saving, and loading by the class itself, which is installed: what `add_remote_code` put into a folder for machines
+    without the package is not run, so no `trust_remote_code` is needed.
+    """
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        # Read before the download, when names of files would still have to be names of modules.
+        index = super()._dict_from_json_file(json_file)
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = index["_class_name"][-1]
+        return index
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As that of `ConfigMixin`, but the tokenizer's class is that of the package, not of a file of the folder."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in index.items():
+            if value == ["autoencoder_hieratok", "AutoencoderHieraTok"]:
+                index[name] = ["hieratok_hf", "AutoencoderHieraTok"]
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As that of `DiffusionPipeline`, but the error of a pipeline that cannot be had names it and the way out."""
+        with named_in_errors(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """
+        As that of `DiffusionPipeline`, with the same arguments, but files appear whole or not at all.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        hub_arguments = pop_hub_arguments(kwargs, save_directory)
+        with staged(save_directory) as stage:
+            super().save_pretrained(stage, *args, **kwargs)
+        if hub_arguments is not None:
+            self.push_to_hub(**hub_arguments)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """
+        Upload the pipeline, its model card and the code that loads it without the package, in one commit.
+
+        Arguments are those of `hieratok_hf.hub.push_model`, which also says what it returns and raises.
+        """
+        from .hub import push_model
+
+        return push_model(self, repo_id, **kwargs)
