@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from helpers import random_core, tiny
+from hub_server import hub_here as hub_here
+from hub_server import hub_server as hub_server
 from scripts import forget_processes
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
@@ -43,21 +45,33 @@ def script_surroundings(request, tmp_path_factory, monkeypatch):
     forget_processes()
 
 
+def script_of(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of a folder of the repository as a module, with the scripts beside it to import."""
+    path = Path(__file__).parents[1] / folder / f"{name}.py"
+    monkeypatch.syspath_prepend(str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def load_benchmark(monkeypatch, tmp_path) -> Callable[[str], ModuleType]:
     """A script of `benchmarks/` as a module, whose results go to a folder of the test."""
 
     def load(name: str) -> ModuleType:
-        folder = Path(__file__).parents[1] / "benchmarks"
-        monkeypatch.syspath_prepend(str(folder))
-        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = script_of("benchmarks", name, monkeypatch)
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results", raising=False)
         return module
 
     return load
+
+
+@pytest.fixture
+def load_conversion(monkeypatch) -> Callable[[str], ModuleType]:
+    """A script of `conversion/` as a module."""
+    return lambda name: script_of("conversion", name, monkeypatch)
 
 
 @pytest.fixture

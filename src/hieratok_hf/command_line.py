@@ -1,4 +1,4 @@
-"""What the command-line scripts in `examples/` share: their errors, reports and processes."""
+"""What the command-line scripts in `examples/` and `conversion/` share: their errors, reports and processes."""
 
 import json
 import math
@@ -23,6 +23,7 @@ __all__ = [
     "machine",
     "one_line",
     "positive",
+    "printed",
     "printed_by_processes",
     "trained",
     "write_report",
@@ -104,6 +105,16 @@ def trained(train: Callable[[Namespace], None], args: Namespace) -> int:
         train(args)
     except (FloatingPointError, ImportError, OSError, ValueError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def printed(run: Callable[[Namespace], list[str]], args: Namespace) -> int:
+    """Run a script and print its lines; the exit status: 0, or 2 after a `Problem`, which goes to stderr."""
+    try:
+        print("\n".join(run(args)))
+    except Problem as problem:
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,0 +1,101 @@
+"""Upload a saved tokenizer or pipeline to the Hugging Face Hub, tested first and in one commit."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import transformers
+
+from hieratok_hf.command_line import Problem, one_line, printed
+from hieratok_hf.hub import HubError, push_folder
+from hieratok_hf.hub_folder import prepared
+from hieratok_hf.shipped import SHIPPED, shipped_or_given
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("folder", help=f"saved by either library, or one of {', '.join(SHIPPED)}")
+    add("repo_id", help="user/name, or name for your own; made if it is not there")
+    add("--private", action="store_true", default=None, help="of a repository that is made")
+    add("--revision", help="a branch, made if it is not there (main)")
+    add("--create_pr", action="store_true", help="open a pull request instead")
+    add("--commit_message")
+    add("--token", help="of the Hub; what `hf auth login` has stored unless given")
+    add("--no_code", action="store_true", help="leave out the code that loads it without this package")
+    add("--no_card", action="store_true", help="leave the model card as it is")
+    results = "reports by --json of examples/evaluate_tokenizer.py, of a pipeline by examples/evaluate_generation.py"
+    add("--results", type=Path, nargs="+", default=[], help=f"{results}; their figures go into the card")
+    add("--result_name", help="the model among several of a report")
+    add("--license", default="apache-2.0", help="of the weights, the Hub's identifier (apache-2.0)")
+    add("--base_model", help="Hub id of the model that training went on from")
+    add("--datasets", nargs="+", default=[], help="Hub ids of the training data")
+    add("--training", type=Path, help="a Markdown file about the training, for the card")
+    add("--hardware", help="what the training ran on and for how long, for the card")
+    add("--tags", nargs="+", default=[], help="further tags of the card")
+    add("--dry_run", action="store_true", help="test the folder, print what would be sent, and send nothing")
+    return parser.parse_args(argv)
+
+
+def card_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options say for the model card."""
+    reports = []
+    for path in args.results:
+        try:
+            reports.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise Problem(f"--results {str(path)!r} cannot be read: {one_line(error)}") from error
+    try:
+        training = args.training.read_text(encoding="utf-8") if args.training else None
+    except (OSError, ValueError) as error:
+        raise Problem(f"--training {str(args.training)!r} cannot be read: {one_line(error)}") from error
+    return {
+        "results": reports,
+        "result_name": args.result_name,
+        "license": args.license,
+        "base_model": args.base_model,
+        "datasets": args.datasets,
+        "training": training,
+        "hardware": args.hardware,
+    }
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Push, or with `--dry_run` only prepare, and return the lines to print."""
+    folder = shipped_or_given(args.folder)
+    preparation = {
+        "card": None if args.no_card else card_of(args),
+        "remote_code": not args.no_code,
+        "tags": args.tags,
+    }
+    try:
+        if args.dry_run:
+            with prepared(folder, args.repo_id, **preparation) as (_, plan):
+                return [str(plan), "the folder passes its load test; nothing was sent"]
+        told = push_folder(
+            folder,
+            args.repo_id,
+            private=args.private,
+            token=args.token,
+            revision=args.revision,
+            create_pr=args.create_pr,
+            commit_message=args.commit_message,
+            **preparation,
+        )
+    except (HubError, OSError, ValueError) as error:
+        raise Problem(one_line(error)) from error
+    return [f"done: {told.pr_url or told.commit_url}"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    return printed(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Figures for a model card, from the reports that `--json` of `examples/evaluate_*.py` writes."""
+
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+__all__ = ["TASKS", "entry", "line", "report_results"]
+
+# The Hub has no tag for pictures of named classes; such models stand under this one.
+TASKS = {"tokenizer": "image-to-image", "pipeline": "unconditional-image-generation"}
+"""What a folder holds, and the Hub's name of its task."""
+
+_DISTANCE = re.compile(r"rFID|gFID|FD-.+", re.DOTALL)
+_NEEDED = {"settings", "machine", "notes"}
+_SHARES = ("pictures_per_class", "class_accuracy_per_class", "top1_accuracy_per_class")
+_ALLOWED = {
+    "tokenizer": {"pictures", "skipped", "models", *_NEEDED},
+    "pipeline": {
+        *("classes", "skipped", "reference_pictures", "images_per_second", "class_accuracy", "top1_accuracy"),
+        *(*_SHARES, *_NEEDED),
+    },
+}
+_MODEL_NEEDED = {"model", "latent_shape", "parameters", "psnr"}
+_MODEL_ALLOWED = {
+    *("class", "ssim", "lpips", "perceptual", "probe_accuracy", "pictures", "scales_psnr", "latent_mean"),
+    *("latent_std", "pictures_per_second", *_MODEL_NEEDED),
+}
+
+
+def report_results(
+    report: Mapping[str, Any], kind: str, known: Mapping[str, Any], name: str | None = None
+) -> tuple[list[EvalResult], list[tuple[Any, ...]]]:
+    """
+    The figures of one model in a report. Of places on a machine only the last name is told; speeds, latent statistics,
+    coarser scales and figures that are null are left out.
+
+    Args:
+        report (`Mapping`): What was read from the JSON file.
+        kind (`str`): A `"tokenizer"`, so a report of `evaluate_tokenizer.py`, or a `"pipeline"`, so one of
+            `evaluate_generation.py`.
+        known (`Mapping`): What the report must agree with: `parameters` and `channels` of the latent of a tokenizer,
+            `names` (as in JSON) of the classes of a pipeline.
+        name (`str`, *optional*): The model among several of a report; that of its `--model` unless given.
+
+    Returns:
+        The figures, whose `metric_args` hold the command and the machine, and for each class of a pipeline that was
+        judged its name, the number of pictures, and the accuracies among its classes and among all labels.
+
+    Raises:
+        ValueError: The report is of another model, lacks a key, has one that is not known, or a value that is no
+            figure; the message names it.
+    """
+    _check_keys(report, _ALLOWED[kind], _NEEDED, f"a report of a {kind}")
+    settings = entry(report, "settings", dict)
+    figures, rows = (
+        (_of_tokenizer(report, settings, known, name), [])
+        if kind == "tokenizer"
+        else _of_generator(report, settings, known)
+    )
+    source = {"command": _command(kind, settings), "machine": _machine(entry(report, "machine", dict))}
+    for figure in figures:
+        figure.metric_args = source
+    return figures, rows
+
+
+def entry(mapping: Any, key: str, kind: type | tuple[type, ...]) -> Any:
+    """What stands under a key; `ValueError` that names the key unless it is of that type."""
+    value = mapping.get(key) if isinstance(mapping, Mapping) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = " or ".join(x.__name__ for x in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{key!r} must be of type {wanted}, got {value!r}.")
+    return value
+
+
+def line(value: Any) -> str:
+    """Text on one line, of characters that can be seen and written."""
+    return "".join(character for character in " ".join(str(value).split()) if character.isprintable())
+
+
+def _of_tokenizer(
+    report: Mapping[str, Any], settings: Mapping[str, Any], known: Mapping[str, Any], name: str | None
+) -> list[EvalResult]:
+    name = name or entry(settings, "model", str)
+    models = [model for model in entry(report, "models", list) if entry(model, "model", str) == name]
+    if len(models) != 1:
+        raise ValueError(f"`results`: a report must have one model {name!r}, got {len(models)}.")
+    (model,) = models
+    _check_keys(model, _MODEL_ALLOWED, _MODEL_NEEDED, f"the model {name!r}")
+    found = model["parameters"], entry(model, "latent_shape", list)[:1]
+    if found != (known["parameters"], [known["channels"]]):
+        wanted = f"{known['parameters']} parameters and {known['channels']} channels"
+        raise ValueError(f"`results`: {name!r} has not the folder's {wanted}: a report of another model.")
+    size = entry(settings, "size", int)
+    where = {"task_type": TASKS["tokenizer"], **_dataset(entry(settings, "data", list))}
+    where["dataset_config"] = f"{entry(report, 'pictures', int)} pictures at {size}x{size}"
+    kinds = {
+        "psnr": ("psnr", "PSNR, dB"),
+        "ssim": ("ssim", "SSIM"),
+        "lpips": ("lpips", "LPIPS"),
+        "perceptual": ("perceptual_distance", f"perceptual distance over {_place(settings.get('perceptual_model'))}"),
+        "probe_accuracy": ("accuracy", "accuracy of a linear probe"),
+    }
+    return [*_figures(model, kinds, where), *_distances(model, settings, where)]
+
+
+def _of_generator(
+    report: Mapping[str, Any], settings: Mapping[str, Any], known: Mapping[str, Any]
+) -> tuple[list[EvalResult], list[tuple[Any, ...]]]:
+    names = entry(report, "classes", dict)
+    if names != known["names"]:
+        raise ValueError("`results`: the classes of a report are not the folder's: a report of another model.")
+    size, samples, steps = (entry(settings, key, int) for key in ("size", "samples", "steps"))
+    guidance = f"{entry(settings, 'guidance_scale', (int, float)):g}"
+    config = f"{samples} samples at {size}x{size}, {steps} steps, guidance {guidance}, {line(settings.get('dtype'))}"
+    where = {"task_type": TASKS["pipeline"], "dataset_config": config}
+    judge = f"accuracy of {_place(settings.get('classifier'))}"
+    kinds = {
+        "class_accuracy": ("accuracy", f"{judge} among the classes of the model"),
+        "top1_accuracy": ("accuracy", f"{judge} among all its labels"),
+    }
+    generated = {"dataset_name": "its own pictures, each class as often", "dataset_type": "generated"}
+    figures = _figures(report, kinds, {**where, **generated})
+    if settings.get("reference"):
+        figures += _distances(report, settings, {**where, **_dataset(entry(settings, "reference", list))})
+    shares = [entry(report, key, list) for key in _SHARES if key in report]
+    return figures, [(names.get(str(label), label), *row) for label, row in enumerate(zip(*shares))]
+
+
+def _figures(
+    found: Mapping[str, Any], kinds: Mapping[str, tuple[str, str]], where: Mapping[str, Any]
+) -> list[EvalResult]:
+    """Those that are not null, as what is infinite is in a report, to four places."""
+    figures = []
+    for key, (metric_type, name) in kinds.items():
+        if found.get(key) is None:
+            continue
+        if not math.isfinite(value := entry(found, key, (int, float))):
+            raise ValueError(f"`results`: {key!r} must be finite, got {value!r}.")
+        value = round(float(value), 4)
+        figures.append(EvalResult(metric_type=metric_type, metric_name=name, metric_value=value, **where))
+    return figures
+
+
+def _distances(found: Mapping[str, Any], settings: Mapping[str, Any], where: Mapping[str, Any]) -> list[EvalResult]:
+    """Fréchet distances under the name of their network; only Inception's are FIDs."""
+    side = line(settings.get("fid_size"))
+    kinds = {
+        key: (
+            "fid" if key in ("rFID", "gFID") else "frechet_distance",
+            f"{line(key)} of pictures resized to {side}x{side}",
+        )
+        for key in found
+        if _DISTANCE.fullmatch(key)
+    }
+    return _figures(found, kinds, where)
+
+
+def _dataset(data: Sequence[Any]) -> dict[str, str]:
+    name = ", ".join(map(_place, data))
+    return {"dataset_name": name, "dataset_type": re.sub(r"[^\w./-]+", "-", name)}
+
+
+def _command(kind: str, settings: Mapping[str, Any]) -> str:
+    """The command line that gave a report these settings."""
+    words = ["python", f"examples/evaluate_{'generation' if kind == 'pipeline' else kind}.py"]
+    # No options, or an option that only goes with another.
+    told = {"labels", "scheduler", "size"} if kind == "pipeline" else set()
+    told |= set() if settings.get("fid_model") else {"fid_size"}
+    for key, value in settings.items():
+        if value is None or value is False or value == [] or key in told:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{line(key)}", *map(_place, values)]
+    return shlex.join(words)
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    cpu, device, torch, threads, processes = (
+        line(machine.get(key, "unknown")) for key in ("cpu", "device", "torch", "threads", "processes")
+    )
+    return f"{cpu}, device {device}, torch {torch}, threads {threads}, processes {processes}"
+
+
+def _place(place: Any) -> str:
+    """A name to publish: of a path that tells of the machine the last part, of a shard the folder's name too."""
+    text = line(place)
+    parts = re.split(r"[/\\]+", text)
+    if ".." not in parts and not re.fullmatch(r"|~.*|.*:", parts[0]):
+        return text
+    return "/".join([part for part in parts if part not in ("", "..")][-2 if text.endswith(".tar") else -1 :])
+
+
+def _check_keys(mapping: Any, allowed: set[str], needed: set[str], what: str) -> None:
+    keys = set(mapping) if isinstance(mapping, Mapping) else set()
+    unknown = sorted(key for key in map(str, keys) if key not in allowed and not _DISTANCE.fullmatch(key))
+    if unknown or not needed <= keys:
+        raise ValueError(f"`results`: {what} lacks the keys {sorted(needed - keys)}, and has unknown ones: {unknown}.")
