@@ -1,0 +1,238 @@
+"""Convert a checkpoint of a training into a folder that transformers and diffusers load, and back."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from key_map import KeyMapError, core_key_map
+from raw_checkpoint import TRAINING_STATE, find_weights, read_checkpoint, without_wrappers
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from hieratok_hf import (
+    SIZES,
+    AutoencoderHieraTok,
+    HieraTokConfig,
+    HieraTokCore,
+    HieraTokImageProcessorPil,
+    HieraTokModel,
+)
+from hieratok_hf.checkpoint import staged, written_whole
+from hieratok_hf.command_line import Problem, one_line, printed
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    sources = "a file (.safetensors, its .index.json, .pt, .pth, .bin) or a folder of safetensors or training states"
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=sources)
+    add("output", type=Path, metavar="OUTPUT", help="a folder that is new or empty; with --to_raw a new .safetensors")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--size", choices=SIZES, help="a named size; the one whose shapes fit unless given")
+    model.add_argument("--config", type=Path, metavar="FILE", help="a config.json")
+    add("--override", type=json.loads, default={}, metavar="JSON", help="other values of the configuration")
+    add("--scale_factors", type=int, nargs="+", help="other scales, as 8 4 2 1; 1 for a single one")
+    add("--ema", action="store_true", help="take the averaged weights")
+    add("--dtype", choices=_DTYPES, help="of the weights; that of the checkpoint unless given")
+    add("--shard_size", default="10GB", help="largest file of weights, as 5GB")
+    add("--dry_run", action="store_true", help="check everything, write nothing")
+    add("--to_raw", action="store_true", help="the way back: a folder to a .safetensors with the core's own names")
+    add("--fused", action="store_true", help="with --to_raw: one projection for queries, keys and values")
+    args = parser.parse_args(argv)
+    if not isinstance(args.override, dict):
+        parser.error("--override must be a JSON object, such as '{\"qk_norm\": true}'")
+    if args.fused and not args.to_raw:
+        parser.error("--fused needs --to_raw")
+    if args.to_raw and (args.size or args.config or args.override or args.scale_factors or args.ema or args.dtype):
+        parser.error("--to_raw takes the folder as it is: it goes with --fused and --dry_run alone")
+    return args
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a config.json that describe the model; a `Problem` for one that the model does not know."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Problem(f"{str(path)!r} cannot be read: {one_line(error)}") from error
+    if not isinstance(values, dict) or values.get("model_type", "hieratok") != "hieratok":
+        raise Problem(f"{str(path)!r} is not that of a HieraTok tokenizer")
+    libraries = {*PreTrainedConfig().to_dict(), *HieraTokConfig().to_dict(), *HieraTokConfig().pipeline_facts}
+    own = HieraTokConfig.__annotations__
+    if unknown := sorted(key for key in values.keys() - libraries - own.keys() if not key.startswith("_")):
+        raise Problem(f"{str(path)!r} has {unknown[0]!r}, which is no value of the configuration")
+    return {key: value for key, value in values.items() if key in own}
+
+
+def configuration(values: dict[str, Any], size: str = "hieratok-b") -> HieraTokConfig:
+    """That of a named size with other values; a `Problem` where they contradict each other."""
+    try:
+        return HieraTokConfig.from_size(size, **values)
+    except Exception as error:  # huggingface_hub's own types for a value of another type
+        raise Problem(f"the configuration is wrong: {one_line(error)}") from error
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """A `Problem` where something is in the way, before any work: a checkpoint beside it must not be overwritten."""
+    if args.to_raw and not args.checkpoint.is_dir():
+        raise Problem(f"--to_raw needs a folder of this package, got {str(args.checkpoint)!r}")
+    if args.to_raw and args.output.suffix != ".safetensors":
+        raise Problem(f"--to_raw writes a .safetensors, got {str(args.output)!r}")
+    if args.output.exists() and (args.to_raw or not args.output.is_dir() or any(args.output.iterdir())):
+        raise Problem(f"{str(args.output)!r} is there already, take a new {'file' if args.to_raw else 'folder'}")
+
+
+def fitted(args: argparse.Namespace, raw: dict[str, Tensor], values: dict[str, Any] | None) -> tuple[Any, Any, str]:
+    """The configuration, the model's weights, and where the configuration comes from."""
+    overrides = {**args.override, **({"scale_factors": tuple(args.scale_factors)} if args.scale_factors else {})}
+    sizes = [args.size] if args.size else list(SIZES)
+    misfits = []
+    for size in sizes if values is None else [""]:
+        config = configuration({**(values or {}), **overrides}, size or "hieratok-b")
+        try:
+            weights = core_key_map().to_model(raw, shapes_of(config))
+            told = "the training's own" if values is not None else f"{size}, the size that fits"
+            return config, weights, str(args.size or args.config or told)
+        except KeyMapError as misfit:
+            misfits.append((misfit.count, size or "the configuration", misfit))
+    _, nearest, misfit = min(misfits, key=lambda entry: entry[0])
+    no_size = "fits no named size; give --config, or correct what is wrong for the nearest, "
+    said = f"{'does not suit ' if len(misfits) == 1 else no_size}{nearest}"
+    raise Problem(f"{str(args.checkpoint)!r} {said}:\n{misfit}")
+
+
+def shapes_of(config: HieraTokConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model, without its memory."""
+    with torch.device("meta"):
+        return {f"core.{name}": tuple(x.shape) for name, x in HieraTokCore(config).state_dict().items()}
+
+
+def core_of(config: HieraTokConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> HieraTokCore:
+    """A core with these weights, named as those of the model."""
+    with torch.device("meta"):
+        core = HieraTokCore(config)
+    own = {name.removeprefix("core."): x.to(dtype) for name, x in weights.items()}
+    core.load_state_dict(own, assign=True)
+    return core.eval().requires_grad_(False)
+
+
+def figures(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor, int], Tensor], config: Any) -> list[Tensor]:
+    """The moments of a picture of noise, and the pictures of every number of scales that can be decoded alone."""
+    side, count = config.patch_size * config.scale_factors[0], len(config.scale_factors)
+    generator = torch.Generator().manual_seed(0)
+    # Twice as wide as high: rows and columns that changed places would show.
+    moments = encode(torch.rand(1, config.in_channels, side, 2 * side, generator=generator) * 2 - 1)
+    latents = moments[:, : config.latent_channels]
+    return [moments, *(decode(latents, k) for k in range(1 if config.scale_causal else count, count + 1))]
+
+
+def figures_of_core(config: HieraTokConfig, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """`figures` by `HieraTokCore` alone, in float32."""
+    core = core_of(config, weights, torch.float32)
+    made = figures(lambda x: core.encode_moments(x)[0], core.decode, config)
+    if not all(x.isfinite().all() for x in made):
+        raise Problem("the weights give moments or pictures that are not finite")
+    return made
+
+
+def check_folder(folder: Path, weights: Mapping[str, Tensor], expected: list[Tensor]) -> None:
+    """A `Problem` unless both libraries load these very weights, and make of them what the core makes, to the bit."""
+    model = HieraTokModel.from_pretrained(folder, dtype=torch.float32)
+    vae = AutoencoderHieraTok.from_pretrained(folder, torch_dtype=torch.float32)
+    ways = (model, lambda x: model.encode(x).moments), (vae, lambda x: vae.encode(x).latent_dist.parameters)
+    for loaded, encode in ways:
+        name, state = type(loaded).__name__, loaded.eval().state_dict()
+        if state.keys() != weights.keys() or any(not torch.equal(state[k], x.float()) for k, x in weights.items()):
+            raise Problem(f"{name} loads other weights than were saved")
+        made = figures(encode, lambda z, k, decode=loaded.decode: decode(z, num_scales=k)[0], model.config)
+        for what, x, y in zip(["moments", *["picture"] * len(made)], made, expected):
+            if not torch.equal(x, y):
+                off = float((x - y).abs().max())
+                raise Problem(f"{name} gives another {what} than the weights alone, by up to {off:.3g}")
+
+
+@torch.no_grad()
+def to_folder(args: argparse.Namespace) -> list[str]:
+    """Convert a checkpoint, check what was made, and return the lines to print."""
+    tree = read_checkpoint(args.checkpoint)
+    try:
+        found, trail = find_weights(tree, args.ema)
+        raw = without_wrappers(found)
+    except Problem as problem:
+        raise Problem(f"{str(args.checkpoint)!r}: {problem}") from problem
+    values = read_config(args.config) if args.config else None
+    if values is None and not args.size and isinstance(tree, Mapping) and tree.keys() >= TRAINING_STATE:
+        values = tree.get("config")
+        if values is not None and not isinstance(values, dict):
+            raise Problem(f"{str(args.checkpoint)!r}: its configuration is a {type(values).__name__}, expected a dict")
+    config, weights, origin = fitted(args, raw, values)
+    dtypes = {x.dtype for x in weights.values()}
+    own = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dtype = _DTYPES[args.dtype] if args.dtype else own if own in _DTYPES.values() else torch.float32
+    rounded = {name: x.to(dtype) for name, x in weights.items()}
+    if overflown := [name for name, x in rounded.items() if not x.isfinite().all()]:
+        raise Problem(f"{overflown[0]!r} is beyond the range of {dtype}: take another --dtype")
+    expected = figures_of_core(config, rounded)
+    numbers, at = sum(x.numel() for x in weights.values()), f", under {'.'.join(trail)!r}" if trail else ""
+    lines = [
+        f"read {str(args.checkpoint)!r}: {len(raw)} tensors, {numbers / 1e6:.2f} M numbers{at}",
+        f"configuration: {origin}; scale_factors {config.scale_factors}, {str(dtype).removeprefix('torch.')}",
+    ]
+    if any(not torch.equal(x.to(rounded[name].dtype).to(x.dtype), x) for name, x in weights.items()):
+        exact = figures_of_core(config, weights)
+        moments, *pictures = [float((x - y).abs().max()) for x, y in zip(expected, exact)]
+        lines.append(f"rounding changes moments by up to {moments:.3g}, pictures by up to {max(pictures):.3g}")
+    if args.dry_run:
+        return [*lines, "everything fits; nothing was written"]
+    with staged(args.output) as stage:
+        vae = AutoencoderHieraTok.from_core(core_of(config, rounded, dtype))
+        vae.save_pretrained(stage, max_shard_size=args.shard_size)
+        HieraTokImageProcessorPil(size_divisor=config.patch_size).save_pretrained(stage)
+        check_folder(stage, rounded, expected)
+    return [*lines, f"done: both libraries load {str(args.output)!r} and give what the weights give, to the bit"]
+
+
+def to_raw(args: argparse.Namespace) -> list[str]:
+    """The way back; the lines to print."""
+    state = read_checkpoint(args.checkpoint)
+    config = configuration(read_config(args.checkpoint / "config.json"))
+    try:
+        raw = core_key_map(args.fused).to_raw(state)
+        back = core_key_map().to_model(raw, shapes_of(config))
+    except KeyMapError as misfit:
+        raise Problem(f"{str(args.checkpoint)!r} does not suit its config.json:\n{misfit}") from misfit
+    if any(not torch.equal(back[name], x) for name, x in state.items()):
+        raise Problem("the names do not lead back to the same weights")
+    if not args.dry_run:
+        with written_whole(args.output) as file:
+            file.write(save(raw))
+    made = "everything fits; nothing was written" if args.dry_run else f"done: {str(args.output)!r}"
+    return [f"read {str(args.checkpoint)!r}: {len(state)} tensors", f"{made}, {len(raw)} tensors"]
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Convert one way or the other, and return the lines to print."""
+    try:
+        check_output(args)
+        return (to_raw if args.to_raw else to_folder)(args)
+    except (OSError, ValueError) as error:
+        raise Problem(one_line(error)) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    return printed(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
