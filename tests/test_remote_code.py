@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoModel as DiffusersAutoModel
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiTPipeline
 from helpers import pictures, random_core
 from pipelines import make_pipeline
 from transformers import AutoImageProcessor, AutoModel
@@ -155,18 +155,21 @@ def test_a_pipeline_s_folder_gets_code_beside_its_tokenizer(tmp_path):
     assert add_remote_code(tmp_path) == written and json.loads((tmp_path / "model_index.json").read_text()) == index
 
 
-def test_other_pipelines_keep_their_class(tmp_path):
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "vae": ["hieratok_hf", "AutoencoderHieraTok"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-    }
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+def test_other_pipelines_keep_their_class_and_load_the_code_beside_the_tokenizer(tmp_path):
+    ours = make_pipeline()
+    DiTPipeline(ours.transformer, ours.vae, DDIMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["vae"] == ["hieratok_hf", "AutoencoderHieraTok"]
     assert add_remote_code(tmp_path) == ["vae/autoencoder_hieratok.py", "model_index.json"]
     found = json.loads((tmp_path / "model_index.json").read_text())
     assert found == {**index, "vae": ["autoencoder_hieratok", "AutoencoderHieraTok"]}
-    assert StableDiffusionPipeline.__name__ == found["_class_name"]
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiTPipeline.from_pretrained(tmp_path)
+    loaded = DiTPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is DiTPipeline and type(loaded.vae) is not AutoencoderHieraTok
+    sample = pictures(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded.vae(sample).sample, ours.vae(sample).sample)
 
 
 @pytest.mark.parametrize("case", ["empty", "other model", "other pipeline", "no json", "list"])
