@@ -11,7 +11,7 @@ import transformers
 
 from hieratok_hf.command_line import Problem, one_line, printed
 from hieratok_hf.hub import HubError, push_folder
-from hieratok_hf.hub_folder import prepared
+from hieratok_hf.hub_folder import Plan, add_card, prepared
 from hieratok_hf.shipped import SHIPPED, shipped_or_given
 
 
@@ -66,15 +66,14 @@ def card_of(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> list[str]:
     """Push, or with `--dry_run` only prepare, and return the lines to print."""
     folder = shipped_or_given(args.folder)
-    preparation = {
-        "card": None if args.no_card else card_of(args),
-        "remote_code": not args.no_code,
-        "tags": args.tags,
-    }
+    card = None if args.no_card else card_of(args)
     try:
         if args.dry_run:
-            with prepared(folder, args.repo_id, **preparation) as (_, plan):
-                return [str(plan), "the folder passes its load test; nothing was sent"]
+            with prepared(folder, not args.no_code) as (stage, left_out):
+                if card is not None:
+                    add_card(stage, args.repo_id, args.tags, **card)
+                plan = Plan.of(stage, args.repo_id, left_out)
+            return [str(plan), "the folder passes its load test; nothing was sent"]
         told = push_folder(
             folder,
             args.repo_id,
@@ -83,7 +82,9 @@ def run(args: argparse.Namespace) -> list[str]:
             revision=args.revision,
             create_pr=args.create_pr,
             commit_message=args.commit_message,
-            **preparation,
+            tags=args.tags,
+            card=card,
+            remote_code=not args.no_code,
         )
     except (HubError, OSError, ValueError) as error:
         raise Problem(one_line(error)) from error

@@ -14,6 +14,7 @@ from hieratok_hf.command_line import (
     machine,
     one_line,
     positive,
+    printed,
     printed_by_processes,
     trained,
     write_report,
@@ -92,3 +93,14 @@ def test_errors_of_a_training_become_the_status(capsys):
         assert capsys.readouterr().err == f"error: {error}\n"
     with pytest.raises(KeyError):
         trained(fail, argparse.Namespace(error=KeyError("a defect")))
+
+
+def test_lines_are_printed_and_a_problem_is_the_exit_status(capsys):
+    assert printed(lambda args: [f"a {args.x}", "b"], argparse.Namespace(x=1)) == 0
+    assert capsys.readouterr() == ("a 1\nb\n", "")
+
+    def fail(args):
+        raise Problem("no such thing")
+
+    assert printed(fail, argparse.Namespace()) == 2
+    assert capsys.readouterr() == ("", "error: no such thing\n")

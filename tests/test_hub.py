@@ -159,6 +159,22 @@ def test_a_broken_folder_reaches_no_branch(hub_here, folder):
     assert state(hub_here) == before
 
 
+@pytest.mark.parametrize("name", ["a/b/c", "org/na me", "", "-x"])
+def test_names_that_the_hub_does_not_take(hub_here, folder, name):
+    with pytest.raises(ValueError):
+        push_folder(folder, name)
+    assert not hub_here.requests
+
+
+def test_what_is_wrong_is_told_before_a_repository_is_made(hub_here, folder, tmp_path):
+    with pytest.raises(ValueError, match="license"):
+        push_folder(folder, "org/name", card={"license": "No Licence"})
+    (folder / WEIGHTS).write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="does not pass its load test"):
+        push_folder(folder, "org/name")
+    assert not hub_here.requests
+
+
 def test_only_safetensors_are_pushed(hub_here):
     with pytest.raises(ValueError, match="safe_serialization"):
         AutoencoderHieraTok.from_core(random_core()).push_to_hub("org/name", safe_serialization=False)

@@ -9,11 +9,11 @@ from helpers import random_core
 from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
 
-from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, HieraTokModel
-from hieratok_hf.hub_folder import check_folder, prepared
+from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
+from hieratok_hf.hub_folder import Plan, add_card, check_folder, prepared
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TOKENIZER = {"README.md", "config.json", WEIGHTS, "model.safetensors.index.json", "modeling_hieratok.py"}
+TOKENIZER = {"config.json", WEIGHTS, "model.safetensors.index.json", "modeling_hieratok.py"}
 
 
 @pytest.fixture
@@ -32,8 +32,10 @@ def test_the_weights_go_once_for_both_libraries(saved_by, tmp_path):
     saved_by.from_core(random_core()).save_pretrained(tmp_path)
     HieraTokImageProcessorPil(size_divisor=4).save_pretrained(tmp_path)
     before = contents(tmp_path)
-    with prepared(tmp_path, "org/name") as (stage, plan):
-        assert plan.files.keys() == {*TOKENIZER, "preprocessor_config.json"}
+    with prepared(tmp_path) as (stage, left_out):
+        add_card(stage, "org/name")
+        plan = Plan.of(stage, "org/name", left_out)
+        assert plan.files.keys() == {*TOKENIZER, "README.md", "preprocessor_config.json"}
         assert plan.files[WEIGHTS] == (tmp_path / WEIGHTS).stat().st_size
         assert {name: (stage / name).stat().st_size for name in plan.files} == plan.files
         check_folder(stage)
@@ -54,16 +56,18 @@ def test_only_what_belongs_to_a_model_goes(folder):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     (folder / "LICENSE").write_text("free")
-    with prepared(folder, "org/name") as (_, plan):
+    with prepared(folder) as (stage, left_out):
+        plan = Plan.of(stage, "org/name", left_out)
         assert plan.files.keys() == {*TOKENIZER, "LICENSE"}
-        assert plan.left_out == sorted(left) and "left out: log.jsonl" in str(plan)
+        assert left_out == sorted(left) and "left out: log.jsonl" in str(plan)
 
 
 def test_shards_and_variants_go_whole(folder):
     vae = AutoencoderHieraTok.from_pretrained(folder)
     vae.save_pretrained(folder, variant="fp16")
     vae.save_pretrained(folder, max_shard_size="40KB")
-    with prepared(folder, "org/name") as (stage, plan):
+    with prepared(folder) as (stage, left_out):
+        plan = Plan.of(stage, "org/name", left_out)
         shards = {name for name in plan.files if "-of-" in name}
         assert len(shards) > 2 and "diffusion_pytorch_model.fp16.safetensors" in plan.files
         assert {"diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json"} <= plan.files.keys()
@@ -75,25 +79,37 @@ def test_a_pipeline_goes_with_its_parts(tmp_path):
     make_pipeline().save_pretrained(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    with prepared(tmp_path, "org/name") as (stage, plan):
-        assert plan.left_out == ["other/config.json"]
+    with prepared(tmp_path) as (stage, left_out):
+        assert left_out == ["other/config.json"]
+        plan = Plan.of(stage, "org/name", left_out)
         assert {"vae/autoencoder_hieratok.py", "pipeline_hieratok_dit.py", f"vae/{WEIGHTS}"} <= plan.files.keys()
         assert "transformer/model.safetensors.index.json" not in plan.files
         check_folder(stage)
     assert not list(tmp_path.rglob("*.py"))
 
 
-def test_code_and_card_can_be_left_out(folder):
-    with prepared(folder, "org/name", card=None, remote_code=False) as (_, plan):
-        assert plan.files.keys() == TOKENIZER - {"README.md", "modeling_hieratok.py"}
+def test_code_can_be_left_out(folder):
+    with prepared(folder, remote_code=False) as (stage, left_out):
+        assert Plan.of(stage, "org/name", left_out).files.keys() == TOKENIZER - {"modeling_hieratok.py"}
+
+
+def test_where_a_pipeline_once_lay_is_nobody_s_concern(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "first")
+    HieraTokDiTPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert str(tmp_path) in (tmp_path / "second" / "model_index.json").read_text()
+    with prepared(tmp_path / "second") as (stage, _):
+        assert not [path for path in stage.rglob("*.json") if str(tmp_path) in path.read_text()]
 
 
 def test_the_card_of_the_folder_goes_before_one_of_the_hub(folder):
-    with prepared(folder, "org/name", existing_card="---\nlicense: mit\n---\n\n# Theirs\n") as (stage, _):
+    theirs = "---\nlicense: mit\n---\n\n# Theirs\n"
+    with prepared(folder) as (stage, _):
+        add_card(stage, "org/name", existing=theirs)
         text = (stage / "README.md").read_text()
         assert "# Theirs" in text and "license: mit" in text and "library_name: diffusers" in text
     (folder / "README.md").write_text("# Mine\n")
-    with prepared(folder, "org/name", existing_card="# Theirs\n", tags=["mine"]) as (stage, _):
+    with prepared(folder) as (stage, _):
+        add_card(stage, "org/name", tags=["mine"], existing=theirs)
         text = (stage / "README.md").read_text()
         assert "# Mine" in text and "# Theirs" not in text and "- mine" in text and "- hieratok" in text
     assert (folder / "README.md").read_text() == "# Mine\n"
@@ -124,7 +140,7 @@ BROKEN = {
 def test_what_does_not_load_does_not_go(case, folder):
     spoil, reason = BROKEN[case]
     spoil(folder)
-    for use in (check_folder, lambda path: prepared(path, "org/name").__enter__()):
+    for use in (check_folder, lambda path: prepared(path).__enter__()):
         with pytest.raises(ValueError, match=reason) as caught:
             use(folder)
         text = str(caught.value)
@@ -138,12 +154,6 @@ def test_a_broken_part_of_a_pipeline_is_found(tmp_path):
         check_folder(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "org/na me", "", "-x"])
-def test_names_that_the_hub_does_not_take(folder, name):
-    with pytest.raises(ValueError), prepared(folder, name):
-        pass
-
-
 def test_no_folder(tmp_path):
-    with pytest.raises(ValueError, match="is not a folder"), prepared(tmp_path / "none", "org/name"):
+    with pytest.raises(ValueError, match="is not a folder"), prepared(tmp_path / "none"):
         pass

@@ -2,23 +2,26 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from .autoencoder_hieratok import AutoencoderHieraTok
 from .checkpoint import stale_weights
-from .hub_folder import Plan, prepared
+from .hub_folder import Plan, add_card, prepared
 from .image_processing_hieratok import HieraTokImageProcessorPil
 
 __all__ = ["HubError", "push_folder", "push_model"]
 
 # The HTTP client's own base class of errors, of whichever client huggingface_hub uses.
 _HTTP_ERRORS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, RuntimeError)
+_PLAIN_CARD: Mapping[str, Any] = MappingProxyType({})
 
 
 class HubError(Exception):
@@ -34,7 +37,7 @@ def push_model(
     safe_serialization: bool = True,
     subfolder: str | None = None,
     tags: list[str] | None = None,
-    card: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = _PLAIN_CARD,
     remote_code: bool = True,
     **upload: Any,
 ) -> CommitInfo:
@@ -49,7 +52,7 @@ def push_model(
         safe_serialization (`bool`, defaults to `True`): Nothing but safetensors is pushed.
         subfolder (`str`, *optional*): Of the repository, for a part of a pipeline; it gets neither card nor code.
         tags (`list[str]`, *optional*): Further tags of the model card.
-        card, remote_code: As those of `prepared`.
+        card, remote_code: As those of `push_folder`.
         upload: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description` of `push_folder`.
 
     Returns:
@@ -71,7 +74,7 @@ def push_model(
         upload |= {"commit_message": upload.get("commit_message") or f"Upload {type(model).__name__}"}
         if subfolder:
             return push_folder(folder, repo_id, subfolder=subfolder, card=None, remote_code=False, **upload)
-        return push_folder(folder, repo_id, card=card or {}, remote_code=remote_code, tags=tags, **upload)
+        return push_folder(folder, repo_id, card=card, remote_code=remote_code, tags=tags, **upload)
 
 
 def push_folder(
@@ -85,7 +88,9 @@ def push_folder(
     commit_message: str | None = None,
     commit_description: str | None = None,
     subfolder: str | None = None,
-    **preparation: Any,
+    tags: Sequence[str] | None = None,
+    card: Mapping[str, Any] | None = _PLAIN_CARD,
+    remote_code: bool = True,
 ) -> CommitInfo:
     """
     Upload a saved folder in one commit, after it has passed its own load test.
@@ -102,7 +107,10 @@ def push_folder(
         create_pr (`bool`, defaults to `False`): Open a pull request instead.
         commit_message, commit_description (`str`, *optional*): Of the commit.
         subfolder (`str`, *optional*): Where the files go in the repository.
-        preparation: `card`, `remote_code` and `tags` of `prepared`.
+        tags (`Sequence[str]`, *optional*): Further tags of the model card.
+        card (`Mapping`, *optional*): Further arguments of `hieratok_hf.hub_card.model_card`; `None` for no card. The
+            README.md of the folder, or else of the repository, keeps its text.
+        remote_code (`bool`, defaults to `True`): Whether to add the code that loads it without the package.
 
     Returns:
         `CommitInfo`: What the Hub says of the commit, a `str` with its URL.
@@ -112,12 +120,19 @@ def push_folder(
         HubError: The Hub refused, or could not be reached; the repository is as it was.
     """
     api = HfApi(token=token)
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        own_card = preparation.get("card", {}) is not None and _card_there(api, repo_id, revision)
-        with prepared(folder, repo_id, **{"existing_card": own_card or None, **preparation}) as (stage, plan):
+    validate_repo_id(repo_id)
+    with prepared(folder, remote_code) as (stage, left_out):
+        if card is not None:
+            has_own = (stage / "README.md").exists()
+            add_card(stage, repo_id, tags or (), **card)  # what is wrong with it is told before anything is made
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if card is not None and not has_own:
+                (stage / "README.md").unlink()
+                add_card(stage, repo_id, tags or (), _card_there(api, repo_id, revision), **card)
             if revision is not None and not create_pr:
                 _ensure_branch(api, repo_id, revision)
+            plan = Plan.of(stage, repo_id, left_out)
             prefix = f"{subfolder.strip('/')}/" if subfolder else ""
             there = set(api.list_repo_files(repo_id, revision=revision))
             operations: list[Any] = [CommitOperationAdd(prefix + name, stage / name) for name in plan.files]
@@ -130,8 +145,8 @@ def push_folder(
                 revision=revision,
                 create_pr=create_pr,
             )
-    except _HTTP_ERRORS as error:
-        raise HubError(_advice(error, repo_id)) from error
+        except _HTTP_ERRORS as error:
+            raise HubError(_advice(error, repo_id)) from error
 
 
 def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:

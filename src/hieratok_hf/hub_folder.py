@@ -5,14 +5,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from .autoencoder_hieratok import AutoencoderHieraTok
@@ -22,7 +21,7 @@ from .modeling_hieratok import HieraTokModel
 from .pipeline_hieratok_dit import HieraTokDiTPipeline
 from .remote_code import add_remote_code
 
-__all__ = ["Plan", "check_folder", "prepared"]
+__all__ = ["Plan", "add_card", "check_folder", "prepared"]
 
 # What a saved folder is made of. Anything else beside it, such as states of a training, stays where it is.
 _PARTS = re.compile(
@@ -47,6 +46,12 @@ class Plan:
     files: dict[str, int]
     left_out: list[str]
 
+    @classmethod
+    def of(cls, stage: Path, repo_id: str, left_out: list[str]) -> "Plan":
+        """The plan for a prepared folder."""
+        paths = [path for path in stage.rglob("*") if path.is_file()]
+        return cls(repo_id, {path.relative_to(stage).as_posix(): path.stat().st_size for path in paths}, left_out)
+
     def __str__(self) -> str:
         size = sum(self.files.values())
         lines = [f"{len(self.files)} files, {size / 1e6:.1f} MB, to {self.repo_id} in one commit:"]
@@ -55,49 +60,35 @@ class Plan:
 
 
 @contextmanager
-def prepared(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    card: Mapping[str, Any] | None = {},
-    remote_code: bool = True,
-    tags: list[str] | None = None,
-    existing_card: str | None = None,
-) -> Iterator[tuple[Path, Plan]]:
+def prepared(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterator[tuple[Path, list[str]]]:
     """
-    The files of a folder as they are to be pushed, in a temporary folder, and the plan of the upload.
+    The files of a folder as they are to be pushed, in a temporary folder, and the names of those that stay.
 
-    Weights that stand there under two names for the two libraries go once, the code that loads them without the
-    package and a model card are added, and all of it has passed `check_folder`.
+    Weights that stand there under two names for the two libraries go once, and the code that loads them without the
+    package is added. All of it has passed `check_folder`.
 
     Args:
         folder (`str` or `os.PathLike`): A saved tokenizer or pipeline.
-        repo_id (`str`): What the card shall name.
-        card (`Mapping`, *optional*): Further arguments of `hieratok_hf.hub_card.model_card`; `None` for no card.
         remote_code (`bool`, defaults to `True`): Whether to add the code.
-        tags (`list[str]`, *optional*): Further tags of the card.
-        existing_card (`str`, *optional*): A README.md to go on from where the folder has none.
 
     Raises:
-        ValueError: As `check_folder`, and as `model_card`.
+        ValueError: As `check_folder`.
     """
     source = Path(folder)
     if not source.is_dir():
         raise ValueError(f"`folder` {str(source)!r} is not a folder.")
-    validate_repo_id(repo_id)
-    index = read_json(source / "model_index.json")
-    parts = ["", *(name for name, value in (index or {}).items() if isinstance(value, list) and name[0] != "_")]
     with tempfile.TemporaryDirectory() as temporary:
         stage, left_out = Path(temporary), []
-        for path in sorted(path for path in source.rglob("*") if path.is_file()):
-            name = path.relative_to(source)
-            in_part = name.parent.as_posix() in [part or "." for part in parts]
-            if not in_part or not _PARTS.fullmatch(name.name):
-                left_out.append(name.as_posix())
-                continue
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(path.resolve(), stage / name)
         with _load_test(source, stage):
+            index = read_json(source / "model_index.json") or {}
+            parts = {".", *(name for name, value in index.items() if isinstance(value, list) and name[0] != "_")}
+            for path in sorted(path for path in source.rglob("*") if path.is_file()):
+                name = path.relative_to(source)
+                if name.parent.as_posix() in parts and _PARTS.fullmatch(name.name):
+                    (stage / name).parent.mkdir(exist_ok=True)
+                    _link(path.resolve(), stage / name)
+                else:
+                    left_out.append(name.as_posix())
             for part in (stage / part for part in parts):
                 if _is_tokenizer(part):
                     index_for_transformers(part)
@@ -107,17 +98,31 @@ def prepared(
             if (saved := read_json(path)) is not None and saved.pop("_name_or_path", None):
                 path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if remote_code:
-            # A linked file would be changed where it came from.
             add_remote_code(stage)
-        if card is not None:
-            if existing_card is not None and not (stage / "README.md").exists():
-                (stage / "README.md").write_text(existing_card, encoding="utf-8")
-            made = card_for(stage, repo_id=repo_id, **card)
-            made.data["tags"] = list(dict.fromkeys([*(made.data.get("tags") or []), *(tags or [])]))
-            (stage / "README.md").unlink(missing_ok=True)
-            made.save(stage / "README.md")
-        files = {p.relative_to(stage).as_posix(): p.stat().st_size for p in stage.rglob("*") if p.is_file()}
-        yield stage, Plan(repo_id, files, left_out)
+        yield stage, left_out
+
+
+def add_card(stage: Path, repo_id: str, tags: Sequence[str] = (), existing: str | None = None, **card: Any) -> None:
+    """
+    Write the model card of a prepared folder.
+
+    Args:
+        stage (`Path`): From `prepared`.
+        repo_id (`str`): What the card shall name.
+        tags (`Sequence[str]`): Further tags.
+        existing (`str`, *optional*): A README.md to go on from where the folder has none of its own.
+        card: Further arguments of `hieratok_hf.hub_card.model_card`.
+
+    Raises:
+        ValueError: As `card_for`.
+    """
+    path = stage / "README.md"
+    if existing is not None and not path.exists():
+        path.write_text(existing, encoding="utf-8")
+    made = card_for(stage, repo_id=repo_id, **card)
+    made.data["tags"] = list(dict.fromkeys([*(made.data.get("tags") or []), *tags]))
+    path.unlink(missing_ok=True)
+    made.save(path)
 
 
 def _link(path: Path, target: Path) -> None:
