@@ -175,6 +175,38 @@ def test_what_is_wrong_is_told_before_a_repository_is_made(hub_here, folder, tmp
     assert not hub_here.requests
 
 
+def test_a_pipeline_without_code_comes_back_by_its_class(hub_here):
+    make_pipeline().push_to_hub("org/name", remote_code=False)
+    assert not [name for name in hub_here.files("org/name") if name.endswith(".py")]
+    assert type(HieraTokDiTPipeline.from_pretrained("org/name").vae) is AutoencoderHieraTok
+
+
+def test_the_cache_need_not_be_writable(hub_here, folder, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file"))
+    for _ in range(2):
+        push_folder(folder, "org/name")
+    assert WEIGHTS in hub_here.files("org/name")
+
+
+def test_the_hub_s_own_reason_is_told(hub_here, folder):
+    push_folder(folder, "org/name")
+    oid = hub_here.commits("org/name")[0].oid
+    AutoencoderHieraTok.from_core(random_core(seed=1)).save_pretrained(folder)
+    with pytest.raises(HubError, match=r"404 Client Error.*[Rr]ev"):
+        push_folder(folder, "org/name", revision=oid)
+
+
+def test_adapters_are_not_pushed_unseen(hub_here):
+    peft = pytest.importorskip("peft", reason="adapters are peft's")
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="adapters"):
+        vae.push_to_hub("org/name")
+    vae.delete_adapters("default")
+    assert not hub_here.requests
+
+
 def test_only_safetensors_are_pushed(hub_here):
     with pytest.raises(ValueError, match="safe_serialization"):
         AutoencoderHieraTok.from_core(random_core()).push_to_hub("org/name", safe_serialization=False)

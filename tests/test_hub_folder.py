@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.hub_folder import Plan, add_card, check_folder, prepared
+from hieratok_hf.remote_code import add_remote_code
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TOKENIZER = {"config.json", WEIGHTS, "model.safetensors.index.json", "modeling_hieratok.py"}
@@ -91,6 +92,27 @@ def test_a_pipeline_goes_with_its_parts(tmp_path):
 def test_code_can_be_left_out(folder):
     with prepared(folder, remote_code=False) as (stage, left_out):
         assert Plan.of(stage, "org/name", left_out).files.keys() == TOKENIZER - {"modeling_hieratok.py"}
+
+
+def test_code_that_stays_behind_is_not_named(folder, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipe")
+    for path, names in ((folder, ("config.json",)), (tmp_path / "pipe", ("model_index.json", "vae/config.json"))):
+        plain = {name: json.loads((path / name).read_text()) for name in names}
+        add_remote_code(path)
+        with prepared(path, remote_code=False) as (stage, _):
+            assert not list(stage.rglob("*.py"))
+            assert {name: json.loads((stage / name).read_text()) for name in names} == plain
+
+
+def test_a_pipeline_of_one_variant_alone_goes(tmp_path):
+    make_pipeline().save_pretrained(tmp_path, variant="fp16")
+    with prepared(tmp_path) as (stage, _):
+        assert (stage / "transformer" / "diffusion_pytorch_model.fp16.safetensors").exists()
+    broken = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+    broken = {name: x * float("nan") for name, x in broken.items()}
+    save_file(broken, tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(ValueError, match="finite"):
+        check_folder(tmp_path)
 
 
 def test_where_a_pipeline_once_lay_is_nobody_s_concern(tmp_path):

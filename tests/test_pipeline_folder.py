@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 from pipelines import make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
@@ -58,3 +58,13 @@ def test_a_part_can_be_handed_over(tmp_path):
     add_remote_code(tmp_path)
     other = make_pipeline(seed=1).vae
     assert HieraTokDiTPipeline.from_pretrained(tmp_path, vae=other).vae is other
+
+
+def test_a_pipeline_can_be_made_of_another(tmp_path):
+    ours = make_pipeline()
+    theirs = DiTPipeline(ours.transformer, ours.vae, ours.scheduler)
+    for pipe in (ours, theirs):
+        made_of_it = HieraTokDiTPipeline.from_pipe(pipe)
+        assert made_of_it.vae is ours.vae and made_of_it.transformer is ours.transformer
+    other = make_pipeline(seed=1).vae
+    assert HieraTokDiTPipeline.from_pipe(ours, vae=other).vae is other

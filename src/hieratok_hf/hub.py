@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -59,11 +59,14 @@ def push_model(
         `CommitInfo`: As `push_folder`.
 
     Raises:
-        ValueError: `safe_serialization` is `False`.
+        ValueError: `safe_serialization` is `False`, or the tokenizer has adapters.
         HubError: As `push_folder`.
     """
     if not safe_serialization:
         raise ValueError("`safe_serialization` must be True: only safetensors are pushed.")
+    tokenizer = model.vae if isinstance(model, DiffusionPipeline) else model
+    if any(hasattr(module, "base_layer") for module in tokenizer.modules()):
+        raise ValueError("The tokenizer has adapters: fuse them and unload them, or delete them, and push then.")
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, DiffusionPipeline):
             model.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
@@ -151,10 +154,12 @@ def push_folder(
 
 def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:
     """The README.md that the repository has."""
-    try:
-        return Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
-    except (EntryNotFoundError, RevisionNotFoundError):
-        return None
+    with tempfile.TemporaryDirectory() as folder:  # the cache may be one that cannot be written
+        try:
+            path = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=folder)
+        except (EntryNotFoundError, RevisionNotFoundError):
+            return None
+        return Path(path).read_text(encoding="utf-8")
 
 
 def _ensure_branch(api: HfApi, repo_id: str, revision: str) -> None:
@@ -180,10 +185,12 @@ def _advice(error: BaseException, repo_id: str) -> str:
     """One line: what went wrong, and what to do."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) and cause.response is not None else None
-    what = str(cause or error).strip().split("\n")[0] or type(error).__name__
-    if status in (401, 403) or isinstance(cause, RepositoryNotFoundError):
+    what = " ".join(str(cause or error).split()) or type(error).__name__
+    if is_offline_mode():
+        todo = "HF_HUB_OFFLINE is set: unset it"
+    elif status in (401, 403) or isinstance(cause, RepositoryNotFoundError):
         todo = "log in with `hf auth login`, or give a token that may write there"
     elif status == 412:
         todo = "somebody else pushed at the same time: push again"

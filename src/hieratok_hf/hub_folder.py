@@ -94,12 +94,21 @@ def prepared(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterat
                     index_for_transformers(part)
             _try(stage)
         for path in stage.rglob("*.json"):
-            # Where a model once lay on somebody's machine concerns nobody.
-            if (saved := read_json(path)) is not None and saved.pop("_name_or_path", None):
-                path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            saved = read_json(path)
+            if saved is not None and (plain := _plain(saved)) != saved:
+                path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if remote_code:
             add_remote_code(stage)
         yield stage, left_out
+
+
+def _plain(saved: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without where a model once lay, which concerns nobody, and without code that stays behind."""
+    plain = {key: value for key, value in saved.items() if key not in ("_name_or_path", "auto_map")}
+    if plain.get("_class_name") in _PIPELINE:
+        plain["_class_name"] = _PIPELINE[0]
+    coded = ["autoencoder_hieratok", "AutoencoderHieraTok"]
+    return {key: ["hieratok_hf", value[1]] if value == coded else value for key, value in plain.items()}
 
 
 def add_card(stage: Path, repo_id: str, tags: Sequence[str] = (), existing: str | None = None, **card: Any) -> None:
@@ -159,11 +168,12 @@ def _load_test(named: Path, root: Path) -> Iterator[None]:
 def _try(root: Path) -> None:
     index = read_json(root / "model_index.json")
     if index is not None and index.get("_class_name") in _PIPELINE:
-        pipe = HieraTokDiTPipeline.from_pretrained(root)
-        pipe.set_progress_bar_config(disable=True)
-        images = pipe([0], num_inference_steps=1, output_type="pt", generator=torch.manual_seed(0)).images
-        if not images.isfinite().all():
-            raise ValueError("its pictures are not finite")
+        for name in sorted({variant_of(path.name) for path in root.glob(f"*/{WEIGHTS_STEM}*.safetensors")}):
+            pipe = HieraTokDiTPipeline.from_pretrained(root, variant=name or None)
+            pipe.set_progress_bar_config(disable=True)
+            images = pipe([0], num_inference_steps=1, output_type="pt", generator=torch.manual_seed(0)).images
+            if not images.isfinite().all():
+                raise ValueError("its pictures are not finite")
     for part in [root] if index is None else [path for path in root.glob("*") if _is_tokenizer(path)]:
         _check_tokenizer(part)
 

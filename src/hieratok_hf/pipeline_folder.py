@@ -9,6 +9,8 @@ from .checkpoint import named_in_errors, pop_hub_arguments, staged
 
 __all__ = ["PipelineFolderMixin"]
 
+_CLASS = "AutoencoderHieraTok"
+
 
 class PipelineFolderMixin(DiffusionPipeline):
     """
@@ -22,6 +24,12 @@ class PipelineFolderMixin(DiffusionPipeline):
         index = super()._dict_from_json_file(json_file)
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][-1]
+        for name, value in index.items():
+            if isinstance(value, list) and _CLASS in value[-1:]:
+                index[name] = [
+                    "diffusers",
+                    _CLASS,
+                ]  # of a library that it does not know, diffusers wants a file of code
         return index
 
     @classmethod
@@ -30,8 +38,8 @@ class PipelineFolderMixin(DiffusionPipeline):
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, value in index.items():
-            if value == ["autoencoder_hieratok", "AutoencoderHieraTok"]:
-                index[name] = ["hieratok_hf", "AutoencoderHieraTok"]
+            if value == ["diffusers", _CLASS]:
+                index[name] = ["hieratok_hf", _CLASS]
         return loaded
 
     @classmethod
@@ -39,6 +47,12 @@ class PipelineFolderMixin(DiffusionPipeline):
         """As that of `DiffusionPipeline`, but the error of a pipeline that cannot be had names it and the way out."""
         with named_in_errors(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """As that of `DiffusionPipeline`, which by itself hands on models of the signature's very classes alone."""
+        parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_types()}
+        return super().from_pipe(pipeline, **{**parts, **kwargs})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """

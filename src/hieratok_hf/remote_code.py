@@ -20,7 +20,7 @@ _HERE = Path(__file__).parent
 _ENTRIES = ("image_processing_hieratok", "auto_hieratok", "pipeline_hieratok_dit")
 _MODEL_FILE, _VAE_FILE, _PIPELINE_FILE = "modeling_hieratok", "autoencoder_hieratok", "pipeline_hieratok_dit"
 # What only the installed package does.
-_LEFT_OUT = {"hub": "Pushing to the Hub needs the package hieratok_hf."}
+_LEFT_OUT = {"hub": "Pushing to the Hub needs the package hieratok_hf, and a model that its own classes have loaded."}
 
 AUTO_MAP = {
     "AutoConfig": f"{_MODEL_FILE}.HieraTokConfig",
