@@ -21,10 +21,10 @@ __all__ = ["TRAINING_STATE", "find_weights", "read_checkpoint", "without_wrapper
 TRAINING_STATE = {"step", "parts", "average", "updates"}
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _PLAIN = ("model", "model_state_dict", "state_dict", "module", "tokenizer")
-_AVERAGED = ("ema", "model_ema", "ema_state_dict")
+_AVERAGED = ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
 # What DDP, FSDP, `torch.compile` and activation checkpointing put into names, at any depth; then who holds the core.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_HOLDERS = {"model", "tokenizer", "core"}
+_HOLDERS = {"ema_model", "model", "tokenizer", "core"}
 
 
 def read_checkpoint(path: Path) -> Any:

@@ -145,6 +145,7 @@ MAKINGS = {
     "compiled": lambda core: prefixed(core, "_orig_mod."),
     "compiled DDP of a training": lambda core: prefixed(core, "_orig_mod.module.core."),
     "a part of a trainer": lambda core: prefixed(core, "tokenizer."),
+    "an average by ema_pytorch": lambda core: prefixed(core, "ema_model."),
     "FSDP": lambda core: {"model": mid_block(core, "_fsdp_wrapped_module")},
     "FSDP around all": lambda core: prefixed(core, "_fsdp_wrapped_module.core._fsdp_wrapped_module."),
     "checkpointed blocks": lambda core: mid_block(core, "_checkpoint_wrapped_module"),
@@ -169,7 +170,7 @@ def test_files_of_torchs_earlier_format_are_read(tmp_path, capsys, config_file):
     assert_folder_is(tmp_path / "folder", core)
 
 
-@pytest.mark.parametrize("name", ["ema", "model_ema", "ema_state_dict"])
+@pytest.mark.parametrize("name", ["ema", "model_ema", "ema_state_dict", "state_dict_ema"])
 def test_the_average_is_taken_only_where_it_is_asked_for(tmp_path, capsys, config_file, name):
     plain, mean = random_core(), random_core(seed=1)
     raw = tmp_path / "raw.pt"
