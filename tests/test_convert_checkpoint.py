@@ -435,7 +435,10 @@ def test_a_safetensors_file_that_lies_is_refused(tmp_path, capsys, config_file, 
 INDICES = {
     "names a file that is not there": (lambda x: {**x, "a": "gone.safetensors"}, "there is no"),
     "names a file outside": (lambda x: {**x, "a": "../raw.safetensors"}, "names '../raw.safetensors' for 'a'"),
-    "names a file by its whole path": (lambda x: {**x, "a": "/tmp/raw.safetensors"}, "'/tmp/raw.safetensors' for 'a'"),
+    "names a file by its whole path": (
+        lambda x: {**x, "a": "/elsewhere/raw.safetensors"},
+        "'/elsewhere/raw.safetensors' for 'a'",
+    ),
     "names a pickle": (lambda x: {**x, "a": "part.bin"}, "names 'part.bin' for 'a'"),
     "names a number": (lambda x: {**x, "a": 3}, "names 3 for 'a'"),
     "names a tensor that is not there": (lambda x: {**x, "a": "part-0.safetensors"}, "missing ['a']"),

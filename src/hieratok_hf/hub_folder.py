@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +168,8 @@ def _load_test(named: Path, root: Path) -> Iterator[None]:
 def _try(root: Path) -> None:
     index = read_json(root / "model_index.json")
     if index is not None and index.get("_class_name") in _PIPELINE:
-        for name in sorted({variant_of(path.name) for path in root.glob(f"*/{WEIGHTS_STEM}*.safetensors")}):
-            pipe = HieraTokDiTPipeline.from_pretrained(root, variant=name or None)
+        for variant in _variants(root.glob(f"*/{WEIGHTS_STEM}*.safetensors")):
+            pipe = HieraTokDiTPipeline.from_pretrained(root, variant=variant)
             pipe.set_progress_bar_config(disable=True)
             images = pipe([0], num_inference_steps=1, output_type="pt", generator=torch.manual_seed(0)).images
             if not images.isfinite().all():
@@ -178,17 +178,21 @@ def _try(root: Path) -> None:
         _check_tokenizer(part)
 
 
+def _variants(weights: Iterable[Path]) -> list[str | None]:
+    """The variants of weight files, as `from_pretrained` takes them."""
+    return [name or None for name in sorted({variant_of(path.name) for path in weights})]
+
+
 def _is_tokenizer(folder: Path) -> bool:
     return (read_json(folder / "config.json") or {}).get("_class_name") == "AutoencoderHieraTok"
 
 
 @torch.no_grad()
 def _check_tokenizer(folder: Path) -> None:
-    variants = {variant_of(path.name) for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors")}
+    variants = _variants(folder.glob(f"{WEIGHTS_STEM}*.safetensors"))
     if not variants:
         raise ValueError(f"it has no {WEIGHTS_STEM}.safetensors")
-    for name in sorted(variants):
-        variant = name or None
+    for variant in variants:
         vae = AutoencoderHieraTok.from_pretrained(folder, variant=variant)
         model = HieraTokModel.from_pretrained(folder, variant=variant, dtype=vae.dtype)
         patch_size = vae.config.patch_size

@@ -26,10 +26,8 @@ class PipelineFolderMixin(DiffusionPipeline):
             index["_class_name"] = index["_class_name"][-1]
         for name, value in index.items():
             if isinstance(value, list) and _CLASS in value[-1:]:
-                index[name] = [
-                    "diffusers",
-                    _CLASS,
-                ]  # of a library that it does not know, diffusers wants a file of code
+                # Of a library that it does not know, diffusers wants a file of code.
+                index[name] = ["diffusers", _CLASS]
         return index
 
     @classmethod
