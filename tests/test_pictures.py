@@ -62,7 +62,8 @@ def test_colour_spaces(tmp_path):
     for image in (
         red.convert("HSV"),
         red.convert("YCbCr"),
-        opened(saved(tmp_path, red.convert("YCbCr"), "y.tiff")),
+        # Pillow 12 cannot read the uncompressed ones that it writes.
+        opened(saved(tmp_path, red.convert("YCbCr"), "y.tiff", compression="tiff_deflate")),
     ):
         assert np.abs(pixels(convert_to_rgb(image)).astype(int) - [255, 0, 0]).max() <= 2
     lab = opened(saved(tmp_path, Image.new("LAB", (4, 4), (136, 128, 128)), "lab.tiff"))
