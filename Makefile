@@ -7,21 +7,43 @@ TRITON := triton==3.7.1
 DATA ?= ../shared/data
 SHARDS := $(wildcard $(DATA)/imagenette_128/train-*.tar) $(wildcard $(DATA)/clothing_256/train-*.tar)
 
-.PHONY: demo test lint gpu train train_dit compare clean
+SPACE ?= user/hieratok
+
+.PHONY: demo app space test lint docs gpu train train_dit compare clean
 
 demo: $(READY)
 	$(BIN)/python examples/reconstruct.py --output outputs
 	$(BIN)/python examples/generate.py --steps 25 --output outputs/generated.png
 
+# The page of examples/app.py, on this machine alone.
+app: $(READY)
+	$(BIN)/python examples/app.py
+
+# All that a Hugging Face Space needs. It installs the package from itself, by its name: make space SPACE=you/name
+space: $(READY)
+	rm -rf build/space
+	mkdir -p build/space
+	cp -r examples/app.py examples/generate.py examples/reconstruct.py examples/README.md examples/requirements.txt \
+		examples/pictures build/space
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/space . >/dev/null
+	cd build/space && for wheel in *.whl; do \
+		echo "hieratok_hf @ https://huggingface.co/spaces/$(SPACE)/resolve/main/$$wheel" >> requirements.txt; done
+	@echo "ready: $(BIN)/hf upload --repo-type space $(SPACE) build/space ."
+
 # A test keeps one core busy, so as many run at once as there are cores, up to four.
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/, with a reference made of the docstrings, into site/.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 # What only a GPU can say: the tests on the device, and the times that `auto` follows. On a machine that has all the
 # packages already: make gpu BIN=$$(dirname $$(which python3)) READY=
@@ -76,4 +98,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) outputs build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) outputs build dist site .pytest_cache .ruff_cache .mypy_cache

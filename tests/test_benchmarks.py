@@ -19,6 +19,7 @@ from hieratok_hf.attention_choice import FASTEST
 ROOT = Path(__file__).parents[1]
 DECODED = ("sdpa_mask", "sdpa", "auto")
 README, CARD = (ROOT / "README.md").read_text(), (ROOT / "model_card.md").read_text()
+PAGES = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
 
 
 def load(name):
@@ -32,7 +33,7 @@ def test_the_table_of_sizes_is_what_is_counted(tmp_path, capsys):
     load("model_sizes").main(["--json", str(tmp_path / "sizes.json")])
     assert "hieratok-b" in capsys.readouterr().out
     rows = {row["size"]: row for row in json.loads((tmp_path / "sizes.json").read_text())["rows"]}
-    lines = [line for line in README.splitlines() if line.startswith("| hieratok-")]
+    lines = [line for line in PAGES.splitlines() if line.startswith("| hieratok-")]
     printed = {line.split("|")[1].strip(): line for line in lines if line.count("|") == 10}
     assert list(printed) == list(rows)
     for size, row in rows.items():
@@ -40,6 +41,8 @@ def test_the_table_of_sizes_is_what_is_counted(tmp_path, capsys):
         flops = [row[key] / 1e9 for key in ("encode_flops", "decode_flops_4", "decode_flops_2")]
         expected = [row["latent"], *(f"{value:.1f}" for value in (parameters, *flops))]
         assert [cell.strip() for cell in printed[size].split("|")[5:10]] == expected
+        short = f"| {row['latent']} | {expected[1]} | {expected[2]}, {expected[3]} |"
+        assert any(line.startswith(f"| {size} |") and short in line for line in README.splitlines())
 
 
 def test_progressive_decoding_costs_its_tokens_only():
@@ -52,7 +55,7 @@ def test_progressive_decoding_costs_its_tokens_only():
 def test_the_figures_of_the_weights_are_those_recorded():
     report = json.loads((ROOT / "benchmarks" / "results" / "reconstruction.json").read_text())
     assert len(report["psnr_db_of_each_picture"]) == 24
-    for text in (README, CARD):
+    for text in (PAGES, CARD):
         for mean in report["mean"].values():
             assert f"{mean['psnr_db']:.2f}" in text and f"{mean['ssim']:.3f}" in text
 
@@ -60,7 +63,7 @@ def test_the_figures_of_the_weights_are_those_recorded():
 def test_the_trade_off_of_the_losses_is_that_recorded():
     report = json.loads((ROOT / "benchmarks" / "results" / "trade_off.json").read_text())
     assert report["pictures"] == 24 and report["settings"]["size"] == 512
-    for text in (README, CARD):
+    for text in (PAGES, CARD):
         rows = {line for line in text.splitlines() if line.count("|") == 5}
         for figures in report["models"]:
             cells = f"| {figures['psnr']:.2f} | {figures['ssim']:.4f} | {figures['perceptual']:.4f} |"
@@ -73,7 +76,7 @@ def test_the_gain_of_fine_tuning_is_that_recorded():
     before, after = report["models"]
     for name, figures in (("hieratok-tiny", before), ("fine-tuned", after)):
         cells = f"{figures['psnr']:.2f} | {figures['ssim']:.4f} | {figures['FD-MobileNetV2']:.2f}"
-        assert f"| {name} | {cells} |" in README
+        assert f"| {name} | {cells} |" in PAGES
     assert after["psnr"] > before["psnr"] and after["FD-MobileNetV2"] < before["FD-MobileNetV2"]
 
 
@@ -86,22 +89,22 @@ def test_the_speeds_beside_other_autoencoders_are_those_recorded():
             if (row["pixels"], row["images"], row["direction"]) == (256, 1, direction)
         }
         models = [*SIZES, "AutoencoderKL-f16", "AutoencoderTiny"]
-        assert f"| {direction} | {' | '.join(f'{found[model]:.1f}' for model in models)} |" in README
+        assert f"| {direction} | {' | '.join(f'{found[model]:.1f}' for model in models)} |" in PAGES
 
 
 def test_the_gain_of_tiles_is_that_recorded():
     report = json.loads((ROOT / "benchmarks" / "results" / "positions_hieratok-tiny_cpu_avx512.json").read_text())
     tiles, whole = (report["psnr_db"][variant]["768x512"] for variant in ("tiles", "cells"))
-    assert f"{tiles:.2f} dB on the whole Kodak pictures, against {whole:.2f} dB" in README.replace("\n", " ")
+    assert f"{tiles:.2f} dB on the whole Kodak pictures, against {whole:.2f} dB" in PAGES.replace("\n", " ")
     sizes = json.loads((ROOT / "benchmarks" / "results" / "picture_sizes_hieratok-tiny_cpu_avx512.json").read_text())
     most = max(row["process_mib"] for row in sizes["rows"] if row["tiled"] and row["side"] == 4096)
-    assert f"to {most:.0f} MiB for all the process at 4096x4096" in README.replace("\n", " ")
+    assert f"to {most:.0f} MiB for all the process at 4096x4096" in PAGES.replace("\n", " ")
 
 
 def test_the_figures_of_generation_are_those_recorded():
     folder = ROOT / "benchmarks" / "results"
     report = json.loads((folder / "generation_cpu_avx512.json").read_text())
-    text = " ".join(README.split())
+    text = " ".join(PAGES.split())
     assert f"decoding takes {100 * report['decode_share']:.1f} % of the time" in text
     assert f"of 2 scales {100 * report['preview_of_decode']:.1f} % of a decoding" in text
     assert report["preview_of_decode"] < 0.1 and report["preview_scales"] == 2
@@ -304,3 +307,21 @@ def test_the_other_models_of_the_comparison_are_multi_scale_models(name, scales)
     for before, after in zip(made[:-1], core.decode_scales(shuffled)):
         torch.testing.assert_close(before, after, rtol=0, atol=1e-5)
     assert not torch.allclose(made[-1], core.decode_scales(shuffled)[-1], atol=1e-3)
+
+
+def test_the_short_table_of_the_readme_says_what_was_recorded():
+    folder = ROOT / "benchmarks" / "results"
+    means = json.loads((folder / "reconstruction.json").read_text())["mean"]
+    ours, components = (means[name] for name in list(means)[:2])
+    assert f"{ours['psnr_db']:.2f} dB, SSIM {ours['ssim']:.3f}" in README
+    assert f"{components['psnr_db']:.2f} dB, {components['ssim']:.3f})" in README
+    speeds = {
+        row["direction"]: row["times_as_fast"]["eager"]
+        for row in json.loads((folder / "autoencoders_eager_cpu_avx512.json").read_text())["rows"]
+        if (row["model"], row["pixels"], row["images"]) == ("hieratok-b", 256, 1)
+    }
+    assert f"encodes {speeds['encode']:.1f} times as fast, decodes {speeds['decode']:.1f} times" in README
+    preview = json.loads((folder / "generation_cpu_avx512.json").read_text())["preview_of_decode"]
+    assert f"{100 * preview:.1f} % of the time of a decoding" in README
+    judged = json.loads((folder / "hieratok-dit-tiny.json").read_text())
+    assert f"| {100 * judged['class_accuracy']:.1f} % (10 classes) |" in README

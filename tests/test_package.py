@@ -1,6 +1,5 @@
 """What a user gets: a light import, registered Auto classes, and a wheel with the weights that works elsewhere."""
 
-import doctest
 import os
 import re
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-import hieratok_hf
 from hieratok_hf.remote_code import remote_code
 
 ROOT = Path(__file__).parents[1]
@@ -98,34 +96,33 @@ def test_every_module_has_its_tests():
         assert path.stem == "__init__" or (ROOT / "tests" / f"test_{path.stem}.py").exists(), path.name
 
 
-def test_examples_in_docstrings_run():
-    documented = [name for name in hieratok_hf.__all__ if ">>> " in (getattr(hieratok_hf, name).__doc__ or "")]
-    assert {"AutoencoderHieraTok", "HieraTokConfig", "HieraTokDiTPipeline", "HieraTokModel", "pretrained"} <= set(
-        documented
-    )
-    finder, runner = (
-        doctest.DocTestFinder(recurse=False),
-        doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE),
-    )
-    for name in documented:
-        for example in finder.find(getattr(hieratok_hf, name), name, module=False, globs={}):
-            assert runner.run(example).failed == 0, name
-
-
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+def test_the_python_of_the_pages_runs(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    transformers_code, diffusers_code, generation_code, attention_code = blocks
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("models", "generation", "attention"))]
+    blocks = [re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in pages]
+    (load, generate), (transformers_code, diffusers_code), (generation_code,), (attention_code,) = blocks
+    few_steps = ("num_inference_steps=25", "num_inference_steps=4")
+
     names: dict = {}
+    exec(load, names)
+    assert names["output"].latents.shape == (1, 16, 32, 32)
+    assert (tmp_path / "hat.png").stat().st_size > 10_000
+    exec(generate.replace(*few_steps), names)
+    assert [image.size for image in names["images"]] == [(64, 64)] * 2
+
+    (tmp_path / "hat.png").unlink()
+    names = {}
     exec(transformers_code, names)
     assert names["output"].latents.shape == (1, 16, 32, 32) and names["features"].shape == (1, 1024, 128)
     assert (tmp_path / "hat.png").stat().st_size > 10_000
     exec(diffusers_code, names)
     assert names["latents"].shape == (1, 16, 32, 48) and names["picture"].shape == (1, 3, 256, 384)
     assert names["preview"].shape == (1, 3, 64, 96)
-    exec(generation_code.replace("num_inference_steps=25", "num_inference_steps=4"), names)
+    names = {}
+    exec(generation_code.replace(*few_steps), names)
     assert [image.size for image in names["images"]] == [(64, 64)] * 2
+    names = {}
     exec(attention_code, names)
     assert names["model"].config._attn_implementation == "hieratok_sdpa"
     assert {processor.backend for processor in names["vae"].attn_processors.values()} == {"sdpa"}

@@ -26,9 +26,9 @@ class PatchDiscriminator(nn.Module):
     nor on how many processes share it.
 
     Args:
-        channels (`int`): Channels after the first convolution, a multiple of 4; later ones have up to eight times as
-            many.
-        num_layers (`int`): Convolutions of stride 2.
+        channels (`int`, defaults to 64): Channels after the first convolution, a multiple of 4; later ones have
+            up to eight times as many.
+        num_layers (`int`, defaults to 3): Convolutions of stride 2.
 
     Raises:
         ValueError: `channels` or `num_layers` are not those above.
@@ -94,7 +94,15 @@ def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_hinge_loss(fake: Tensor) -> Tensor:
-    """What the tokenizer minimises: minus the mean score of its reconstructions (any shape), a float32 scalar."""
+    """
+    What the tokenizer minimises: minus the mean score of its reconstructions.
+
+    Args:
+        fake (`torch.Tensor` of any shape): The discriminator's scores of them, with their graph.
+
+    Returns:
+        `torch.Tensor` of shape `()`, float32.
+    """
     return -fake.float().mean()
 
 
@@ -110,9 +118,9 @@ def adaptive_weight(
     Args:
         reconstruction_square, adversarial_square (`torch.Tensor` of shape `()`): Sums of the squares of each loss's
             gradient with respect to the reconstructed pictures.
-        limit (`float`): The largest weight.
-        epsilon (`float`): Added to the adversarial norm. The gradient of a mean shrinks with the root of the number
-            of pixels, so that a large batch may ask for less than VQGAN's 1e-4.
+        limit (`float`, defaults to 1e4): The largest weight.
+        epsilon (`float`, defaults to 1e-4): Added to the adversarial norm. The gradient of a mean shrinks with the
+            root of the number of pixels, so that a large batch may ask for less than VQGAN's 1e-4.
 
     Returns:
         `torch.Tensor` of shape `()`: The ratio of the gradients' norms in [0, `limit`], float32, without a graph.

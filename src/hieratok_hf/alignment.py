@@ -27,7 +27,7 @@ class LatentAlignment(nn.Module):
     Args:
         latent_channels (`int`): Channels of the latent.
         features (`VisionFeatures`): The frozen vision model; it sees one blank picture here, for its channels.
-        cosine_margin, distance_margin (`float`): Differences that cost nothing, in [0, 2).
+        cosine_margin, distance_margin (`float`, default to 0.5 and 0.25): Differences that cost nothing, in [0, 2).
 
     Raises:
         ValueError: An argument is not one of those above, or the model's last tokens are no grid of patches.
@@ -94,8 +94,8 @@ class LatentAlignment(nn.Module):
     @torch.no_grad()
     def target_map(self, pixel_values: Tensor) -> Tensor:
         """
-        The last feature map `(B, D, h', w')` of pictures `(B, 3, H, W)`, at the vision model's own grid; of a ViT the
-        patches' tokens, which come after all others.
+        The last feature map `(B, D, h', w')` of `pixel_values` `(B, 3, H, W)` in [-1, 1], float32, at the vision
+        model's own grid; of a ViT the patches' tokens, which come after all others.
 
         Raises:
             ValueError: The model gives tokens, and its configuration has no patch size or they are fewer than patches.

@@ -13,10 +13,19 @@ __all__ = ["ATTENTION_BACKENDS", "scale_causal_attention", "why_not"]
 # Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
 
 ATTENTION_BACKENDS = ("auto", "reference", "sdpa", "sdpa_mask", "flex", "triton")
+"""What `scale_causal_attention` takes as its `backend`."""
 
 
 def why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> str | None:
-    """The reason that a backend cannot serve such projections, or `None` where it can."""
+    """
+    The reason that a backend cannot serve such projections, or `None` where it can.
+
+    Args:
+        backend (`str`): One of `ATTENTION_BACKENDS`.
+        query (`torch.Tensor` of shape `(B, A, N, d)`): For its device, dtype and channels of a head.
+        scale (`float`): Factor of the scores before the softmax.
+        needs_gradient (`bool`): Whether a backward pass will follow.
+    """
     if backend == "flex":
         from .attention_flex import why_not_flex
 
@@ -66,6 +75,22 @@ def scale_causal_attention(
 
     Raises:
         ValueError: An unknown backend, shapes or dtypes that disagree, or a backend that was named and cannot serve.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hieratok_hf import PyramidLayout, scale_causal_attention
+    >>> layout = PyramidLayout.from_grid(4, 4, (2, 1))  # 4 coarse tokens, then 16 fine ones
+    >>> tokens = torch.randn(1, 2, layout.num_tokens, 8)
+    >>> attended = scale_causal_attention(tokens, tokens, tokens, layout)
+    >>> attended.shape
+    torch.Size([1, 2, 20, 8])
+    >>> tokens[:, :, 4:] = 0  # what the coarse ones do not see
+    >>> torch.equal(attended[:, :, :4], scale_causal_attention(tokens, tokens, tokens, layout)[:, :, :4])
+    True
+
+    ```
     """
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(f"`backend` must be one of {list(ATTENTION_BACKENDS)}, got {backend!r}.")

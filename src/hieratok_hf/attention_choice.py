@@ -7,8 +7,6 @@ __all__ = ["FASTEST", "fastest_backend"]
 
 # Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
 
-# Written by `benchmarks/bench_attention.py --record` from `benchmarks/results/attention_*.json`:
-# {(device, dtype, channels of a head, gradients needed): {tokens of all scales: backend}}.
 FASTEST: dict[tuple[str, str, int, bool], dict[int, str]] = {
     ("cpu AVX512", "float32", 64, False): {85: "sdpa", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
     ("cpu AVX512", "float32", 64, True): {85: "sdpa_mask", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
@@ -17,6 +15,10 @@ FASTEST: dict[tuple[str, str, int, bool], dict[int, str]] = {
     ("cpu AVX512", "bfloat16", 64, False): {85: "sdpa", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
     ("cpu AVX512", "bfloat16", 64, True): {85: "sdpa_mask", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
 }
+"""
+`{(device, dtype, channels of a head, gradients needed): {tokens of all scales: backend}}`, written by
+`benchmarks/bench_attention.py --record` from `benchmarks/results/attention_*.json`.
+"""
 
 
 @torch.compiler.assume_constant_result  # what it asks cannot be traced, and never changes

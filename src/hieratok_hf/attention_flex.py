@@ -29,7 +29,13 @@ BLOCK_FIELDS = (
 
 
 def why_not_flex(query: Tensor, needs_gradient: bool) -> str | None:
-    """The reason that `flex_attention` cannot serve such projections, or `None` where it can."""
+    """
+    The reason that `flex_attention` cannot serve such projections, or `None` where it can.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, A, N, d)`): For its device.
+        needs_gradient (`bool`): Whether a backward pass will follow.
+    """
     if query.device.type == "cpu" and needs_gradient:
         return "`flex_attention` has no backward pass on a CPU"
     return None

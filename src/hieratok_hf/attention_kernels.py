@@ -21,6 +21,8 @@ __all__ = ["INTERPRETED", "attention_kernel", "key_gradient_kernel", "query_grad
 # prefix is ever read.
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether Triton interprets the kernels, on any device, as with `TRITON_INTERPRET=1`; the `bool` is its `value`."""
+
 # Three products of the tensor cores' short floats make a float32 one; AMD's compiler has only the plain way.
 PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
@@ -103,6 +105,7 @@ def attention_kernel(
     ends, num_tokens, heads, scale, length_class,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
+    """Attention `(B, N, A, d)`, and the base-2 logarithm of the sum under each softmax, `(B, A, N)` in float32."""
     batch_head, first_row, _, end = _locate(tl.program_id(0), ends, M, FINEST_FIRST=True)
     rows, key_row, channels = first_row + tl.arange(0, M), tl.arange(0, K), tl.arange(0, D)
     queries = _pointers(query, query_strides, batch_head, heads, rows, channels)

@@ -17,12 +17,11 @@ _KERNELS = (
     SDPBackend.MATH,
 )
 
-# What transformers' `attn_implementation` means here. The library's default is "sdpa".
 ATTENTION_IMPLEMENTATIONS = {"eager": "reference", "sdpa": "auto", "flex_attention": "flex"} | {
     f"hieratok_{backend}": backend for backend in ATTENTION_BACKENDS
 }
-# What the names of diffusers' `set_attention_backend` and `attention_backend` mean here: a backend, and the kernel
-# that PyTorch's attention takes where it can; under a mask, which compiled graphs have, some cannot.
+"""What transformers' `attn_implementation` means here, as a backend. The library's default is `"sdpa"`."""
+
 DIFFUSERS_BACKENDS: dict[str, tuple[str, SDPBackend | None]] = {
     "native": ("sdpa", None),
     "flex": ("flex", None),
@@ -31,6 +30,10 @@ DIFFUSERS_BACKENDS: dict[str, tuple[str, SDPBackend | None]] = {
     "_native_flash": ("sdpa", SDPBackend.FLASH_ATTENTION),
     "_native_math": ("sdpa", SDPBackend.MATH),
 }
+"""
+What the names of diffusers' `set_attention_backend` and `attention_backend` mean here: a backend, and the kernel that
+PyTorch's attention takes where it can; under a mask, which compiled graphs have, some cannot.
+"""
 
 
 def requested_backend(

@@ -49,7 +49,13 @@ _key_gradient = _tuned(key_gradient_kernel, KEY_GRADIENT_TILES)
 
 
 def why_not_triton(query: Tensor, scale: float) -> str | None:
-    """The reason that the kernel cannot serve such projections `(B, A, N, d)`, or `None` where it can."""
+    """
+    The reason that the kernel cannot serve such projections, or `None` where it can.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, A, N, d)`): For its device, dtype and channels of a head.
+        scale (`float`): Factor of the scores before the softmax.
+    """
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernel takes float16, bfloat16 and float32, not {query.dtype}"
     if query.shape[-1] > LARGEST_HEAD:
@@ -88,12 +94,23 @@ def _programs(query: Tensor, ends: Sequence[int], block: str) -> Callable[[dict[
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
+    """
+    A context in which the current device is that of a tensor.
+
+    Args:
+        tensor (`torch.Tensor` of any shape): On the device.
+    """
     # Triton launches on the current device, which need not be the tensor's.
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension dense, as the kernels read it."""
+    """
+    A tensor with its last dimension dense, as the kernels read it; itself where it is so already.
+
+    Args:
+        tensor (`torch.Tensor` of any shape): With one dimension or more.
+    """
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -18,7 +18,10 @@ class HieraTokAutoModel(HieraTokModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """`HieraTokModel.from_pretrained` with `config`, `AutoencoderHieraTok.from_pretrained` without."""
+        """
+        `HieraTokModel.from_pretrained` with `config`, `AutoencoderHieraTok.from_pretrained` without; both say what
+        they raise.
+        """
         if kwargs.get("config") is None:
             kwargs.pop("config", None)
             return AutoencoderHieraTok.from_pretrained(pretrained_model_name_or_path, **kwargs)

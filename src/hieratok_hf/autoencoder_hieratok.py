@@ -37,7 +37,7 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
         kwargs: As those of `HieraTokConfig`, with the same defaults.
 
     Raises:
-        ValueError: A value is out of its range; the message names it.
+        ValueError, StrictDataclassError: As `HieraTokConfig`.
 
     Example:
 
@@ -104,7 +104,7 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "AutoencoderHieraTok":
-        """A model of a named size with random weights; arguments as those of `HieraTokConfig.from_size`."""
+        """A model of a named size with random weights; arguments and errors as those of `HieraTokConfig.from_size`."""
         return cls(**HieraTokConfig.from_size(size, **overrides).model_fields).eval()
 
     @classmethod
@@ -186,6 +186,12 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
             sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
             return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput` rather than a tuple.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
+
+        Returns:
+            `sample` of shape `(B, 3, H, W)`, about [-1, 1], not clamped.
+
+        Raises:
+            ValueError: As `HieraTokCore.encode_moments`.
         """
         posterior = self.encode(sample).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
@@ -225,6 +231,7 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
         random or without storage.
 
         Raises:
+            OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
             ValueError: The weights lack a tensor of the model that the configuration describes, or one of another
                 shape was ignored and has no storage.
         """

@@ -30,8 +30,12 @@ __all__ = [
     "written_whole",
 ]
 
-# diffusers looks for this name only; transformers takes any that an index under its own name points to.
 WEIGHTS_STEM = "diffusion_pytorch_model"
+"""
+How names of weights begin: diffusers looks for this only, and transformers takes any that an index under its own name
+points to.
+"""
+
 _TRANSFORMERS_STEM = "model"
 _WEIGHTS = re.compile(
     rf"({_TRANSFORMERS_STEM}|{WEIGHTS_STEM})(\.safetensors|[.-].*\.safetensors)(\.index(\..*)?\.json)?"

@@ -57,8 +57,8 @@ def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[i
     Numbers of classes.
 
     Args:
-        labels (`int`, `str` or a sequence of them): Numbers, or names, where upper and lower case, spaces and
-            underscores are the same. Lists in a sequence are taken one after the other.
+        labels (`int`, `str`, or a sequence or tensor of them): Numbers, or names, where upper and lower case, spaces
+            and underscores are the same. Lists in a sequence are taken one after the other.
         names (`Mapping[str, int]`): Those of `names_to_ids`.
         num_classes (`int`): Numbers go from 0 to one less.
 

@@ -32,8 +32,18 @@ class Codec:
 
     def encode(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
         """
-        The latent `(B, C, h, w)` of pictures `(B, 3, S, S)`, on the model's device: the mode of the posterior, or a
-        sample of it by standard normal noise of that shape. A model without a posterior has only one.
+        The latent of pictures, in the dtype and on the device of the model.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): In [-1, 1].
+            noise (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal, to draw a sample of the
+                posterior, whose mode is given without. A model without a posterior has only one latent.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, h, w)`.
+
+        Raises:
+            ValueError: Of a HieraTok model, as `HieraTokCore.encode_moments`.
         """
         weight = next(self.model.parameters())
         pixel_values = pixel_values.to(weight.device, weight.dtype)
@@ -54,15 +64,18 @@ class Codec:
         return {"scaling_factor": scale or 1.0, "shift_factor": shift or 0.0}
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Latents as a generator of diffusers is fed them; those of HieraTok are so already."""
+        """`latents` `(B, C, h, w)` as a generator of diffusers is fed them; those of HieraTok are so already."""
         return (latents - self.statistics["shift_factor"]) * self.statistics["scaling_factor"]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The pictures `(B, 3, S, S)` of latents."""
+        """The pictures `(B, 3, S, S)` of `latents` `(B, C, h, w)`, about [-1, 1], not clamped."""
         return self.core.decode(latents) if self.core is not None else self.model.decode(latents).sample
 
     def decode_scales(self, latents: Tensor) -> list[Tensor]:
-        """The pictures of every scale, coarse to fine; of other models than HieraTok the only one."""
+        """
+        The pictures that `latents` `(B, C, h, w)` have at every scale, coarse to fine, the last `(B, 3, S, S)`; of
+        other models than HieraTok the only one.
+        """
         return [self.decode(latents)] if self.core is None else self.core.decode_scales(latents)
 
     def latent_shape(self, size: int) -> tuple[int, ...]:
@@ -90,6 +103,10 @@ def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str 
     """
     A HieraTok model or an autoencoder of diffusers in float32, from safetensors: a name of `SHIPPED`, a folder, or a
     Hub id; of a pipeline its part `vae`.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): Where it is.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where it is put.
 
     Raises:
         OSError: There is no such folder or repository, no network to reach it, or it holds no safetensors.

@@ -40,7 +40,7 @@ def one_line(error: BaseException) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1, for argparse."""
+    """A whole number from 1, for argparse; `ValueError` of any other text."""
     if (number := int(text)) < 1:
         raise ValueError
     return number
@@ -55,7 +55,12 @@ def loaded(load: Callable[..., Any], option: str, name: str, *more: Any) -> Any:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write the file of `--json`, whole or not at all; what is infinite or no number becomes null."""
+    """
+    Write the file of `--json`, whole or not at all; what is infinite or no number becomes null.
+
+    Raises:
+        Problem: The file cannot be written.
+    """
     try:
         with written_whole(path) as file:
             file.write((json.dumps(_finite(report), indent=2, allow_nan=False, default=str) + "\n").encode())

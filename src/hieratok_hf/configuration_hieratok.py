@@ -9,7 +9,6 @@ from transformers.configuration_utils import PreTrainedConfig
 
 __all__ = ["SIZES", "HieraTokConfig"]
 
-# The latent shapes and the depths are this project's choice; the paper publishes none.
 SIZES: dict[str, dict[str, Any]] = {
     "hieratok-tiny": {
         "patch_size": 8,
@@ -45,6 +44,10 @@ SIZES: dict[str, dict[str, Any]] = {
         "decoder_num_heads": 16,
     },
 }
+"""
+What each named size has other than the defaults of `HieraTokConfig`. Latent shapes and depths are this project's
+choice; the paper publishes none.
+"""
 
 _POSITIVE = (
     "in_channels",
@@ -111,6 +114,7 @@ class HieraTokConfig(PreTrainedConfig):
 
     Raises:
         ValueError: A value is out of its range; the message names it.
+        StrictDataclassError: A value is of another type; huggingface_hub's own error.
 
     Example:
 
@@ -224,7 +228,8 @@ class HieraTokConfig(PreTrainedConfig):
             overrides: Arguments of `HieraTokConfig` that replace those of the named size.
 
         Raises:
-            ValueError: `size` is not one of `SIZES`, or an override is no argument of the configuration.
+            ValueError: `size` is not one of `SIZES`, or an override is no argument of the configuration; further
+                errors are those of `HieraTokConfig`.
         """
         if not isinstance(size, str) or size not in SIZES:
             raise ValueError(f"`size` must be one of {list(SIZES)}, got {size!r}.")

@@ -17,7 +17,12 @@ __all__ = ["HieraTokDecoder"]
 
 
 class HieraTokDecoder(nn.Module):
-    """Embedding of the tokens, blocks, and one linear head that turns each token into a `p x p` patch."""
+    """
+    Embedding of the tokens, blocks, and one linear head that turns each token into a `p x p` patch.
+
+    Args:
+        config (`HieraTokConfig`): Sizes and options.
+    """
 
     def __init__(self, config: HieraTokConfig):
         super().__init__()
@@ -52,7 +57,7 @@ class HieraTokDecoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, initializer_range: float) -> None:
-        """Random scale embeddings, and an output convolution that starts as the identity."""
+        """Random scale embeddings of that standard deviation; the output convolution starts as the identity."""
         init.normal_(self.scale_embedding, std=initializer_range)
         if self.output_conv is not None:
             init.dirac_(self.output_conv.weight)
@@ -93,7 +98,14 @@ class HieraTokDecoder(nn.Module):
         return pictures if self.output_conv is None else [self.output_conv(picture) for picture in pictures]
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
-        """Patches `(B, n, p * p * 3)` in the order (row, column, colour) to a picture `(B, 3, n_h * p, n_w * p)`."""
+        """
+        Args:
+            patches (`torch.Tensor` of shape `(B, n, p * p * 3)`): In the order (row, column, colour).
+            height, width (`int`): The grid of their scale, `n_h` and `n_w`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`.
+        """
         size = self.config.patch_size
         patches = patches.unflatten(2, (size, size, -1)).unflatten(1, (height, width))  # (B, n_h, n_w, p, p, 3)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, 3, n_h * p, n_w * p)

@@ -15,7 +15,6 @@ __all__ = ["DIT_SIZES", "VelocityTraining", "dit_from_size", "flow_draws"]
 
 # Shape letters: B pictures, C latent channels, h w the latent's grid.
 
-# Those of arXiv 2212.09748, and one for a CPU.
 DIT_SIZES: dict[str, dict[str, int]] = {
     "dit-tiny": {"num_layers": 5, "num_attention_heads": 4, "attention_head_dim": 64},
     "dit-s": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
@@ -23,6 +22,7 @@ DIT_SIZES: dict[str, dict[str, int]] = {
     "dit-l": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
     "dit-xl": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
 }
+"""Depths and widths of arXiv 2212.09748 by name, and one for a CPU, `"dit-tiny"`."""
 
 # Schedulers of diffusers count the time from 0 to this.
 NUM_TRAIN_TIMESTEPS = 1000
@@ -43,8 +43,8 @@ def dit_from_size(
         overrides: Further values of the configuration.
 
     Raises:
-        ValueError: There is no such size, the grid is no multiple of the patch, or an override is no value of the
-            configuration that can be chosen.
+        ValueError: There is no such size, a number is not positive, the grid is no multiple of the patch, or an
+            override is no value of the configuration that can be chosen.
     """
     if size not in DIT_SIZES:
         raise ValueError(f"`size` must be one of {list(DIT_SIZES)}, got {size!r}.")
@@ -114,7 +114,7 @@ class VelocityTraining(nn.Module):
             labels (`torch.Tensor` of shape `(B,)`): int64; the number of classes is no class.
 
         Returns:
-            The loss, float32: the mean square of the velocity's error.
+            `torch.Tensor` of shape `()`: The loss, float32: the mean square of the velocity's error.
         """
         share = times[:, None, None, None]
         noisy = (1 - share) * latents + share * noise
@@ -143,7 +143,7 @@ def flow_draws(
         count (`int`): Pictures of the whole step.
         rows (`torch.Tensor` of shape `(B,)`): Which of them these are.
         shape (`tuple[int, ...]`): `(C, h, w)` of a latent.
-        mean, std (`float`): Of the times' logit, which is normal (arXiv 2403.03206).
+        mean, std (`float`, default to 0.0 and 1.0): Of the times' logit, which is normal (arXiv 2403.03206).
         shift (`float`, defaults to 1.0): More than 1 draws noisier times, as the `shift` of diffusers' schedulers.
 
     Returns:

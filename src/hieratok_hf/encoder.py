@@ -14,7 +14,12 @@ __all__ = ["HieraTokEncoder"]
 
 
 class HieraTokEncoder(nn.Module):
-    """Patches, blocks, and a linear head to `2C` moments (mean first, then log-variance)."""
+    """
+    Patches, blocks, and a linear head to `2C` moments (mean first, then log-variance).
+
+    Args:
+        config (`HieraTokConfig`): Sizes and options.
+    """
 
     def __init__(self, config: HieraTokConfig):
         super().__init__()
@@ -47,7 +52,8 @@ class HieraTokEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1].
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1], sides multiples of the
+                patch size; `HieraTokCore` checks them, this module does not.
 
         Returns:
             The moments `(B, 2C, h, w)` and the features `(B, h * w, D)` that they are read from.

@@ -60,6 +60,9 @@ class EvaluationBatches:
 
     Attributes:
         skipped (`dict[str, str]`): Names of pictures that could not be decoded, and why.
+
+    Raises:
+        ValueError: A number is not positive.
     """
 
     def __init__(
@@ -236,6 +239,7 @@ def throughput(codec: Codec, pixel_values: Tensor, seconds: float = 2.0) -> dict
     Args:
         codec (`Codec`): The autoencoder.
         pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): A batch in [-1, 1].
+        seconds (`float`, defaults to 2.0): Of each direction.
 
     Returns:
         `encode` and `decode`, the finest scale alone; comparable on one machine and for one batch size.

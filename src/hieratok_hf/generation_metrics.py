@@ -70,6 +70,9 @@ class GeneratedBatches:
 
     Attributes:
         seconds (`float`): What the pipeline took in the last round.
+
+    Raises:
+        ValueError: `batch_size` is not positive.
     """
 
     def __init__(

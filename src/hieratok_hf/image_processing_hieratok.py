@@ -82,7 +82,10 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         return [Image.fromarray(picture) for picture in np.rint(array * 255).astype(np.uint8)]
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Replace paths by their pictures (`open_picture`) and URLs as transformers does; leave the rest as it is."""
+        """
+        Replace paths by their pictures (`open_picture`, with its `PictureError`) and URLs as transformers does; leave
+        the rest as it is.
+        """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
@@ -91,7 +94,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         return open_picture(image_url_or_urls) if is_path else image_url_or_urls
 
     def center_crop(self, image: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
-        """Crop `(..., H, W)` to `size`; unlike transformers, never pad a smaller picture with black."""
+        """Crop `(..., H, W)` to `size`; unlike transformers, never pad a smaller picture: that is a `ValueError`."""
         (rows, columns), height, width = image.shape[-2:], size.height, size.width
         if not height or not width or rows < height or columns < width:
             raise ValueError(f"crop_size must fit a picture of {rows} x {columns} (height x width), got {dict(size)}")
@@ -99,6 +102,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         return image[..., top : top + height, left : left + width]
 
     def to_dict(self) -> dict[str, Any]:
+        """As that of transformers, but for code from the Hub with the classes of both backends."""
         output = super().to_dict()
         if self._auto_class is not None:  # transformers would name the class of the current backend alone
             module = type(self).__module__.rpartition(".")[-1]
@@ -218,13 +222,31 @@ class HieraTokImageProcessor(_HieraTokImageProcessing, TorchvisionBackend):
         super().__init__(**kwargs)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One checked picture as uint8 or float32 `(3, H, W)` on `device`; errors as those of the class."""
         return self._channels_first(image, *args, **kwargs).to(kwargs.get("device"))
 
 
 class HieraTokImageProcessorPil(_HieraTokImageProcessing, PilBackend):
-    """`HieraTokImageProcessor` without torchvision: the same arguments and results, by Pillow and numpy."""
+    """
+    `HieraTokImageProcessor` without torchvision: the same arguments, results and errors, by Pillow and numpy.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from hieratok_hf import HieraTokImageProcessorPil
+    >>> processor = HieraTokImageProcessorPil(size_divisor=8)
+    >>> pixel_values = processor(Image.new("RGB", (101, 64), "white"), return_tensors="pt").pixel_values
+    >>> pixel_values.shape, pixel_values.max().item()
+    (torch.Size([1, 3, 64, 96]), 1.0)
+    >>> processor.postprocess(pixel_values)[0].size
+    (96, 64)
+
+    ```
+    """
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        """One checked picture as uint8 or float32 `(3, H, W)`; errors as those of `HieraTokImageProcessor`."""
         return self._channels_first(image, *args, **kwargs).cpu().numpy()
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, *args: Any, **kwargs: Any) -> np.ndarray:

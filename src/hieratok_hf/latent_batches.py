@@ -61,7 +61,11 @@ def encoded_batches(
         num_classes (`int`): Labels must be smaller.
         options: Those of `training_loader`.
 
+    Returns:
+        As `cached_batches`; `skipped` holds the reasons of pictures left out.
+
     Raises:
+        PictureError: As `training_loader`.
         ValueError: A picture has no label or one that is no class.
     """
     for batch in training_loader(pictures, plan, first_step=first_step, **options):

@@ -66,7 +66,10 @@ class LatentCache(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`latents` `(C, h, w)` or `moments` `(2C, h, w)` as they are stored, float32; `label` and `row`."""
+        """
+        `latents` `(C, h, w)` or `moments` `(2C, h, w)` as they are stored, float32; `label` and `row`. `IndexError`
+        for an index beyond.
+        """
         values = self._read([index], [False])[0].float()
         return {self._name: values, "label": int(self.labels[index]), "row": int(self.rows[index])}
 
@@ -145,7 +148,12 @@ class LatentCache(Dataset):
         return self._as_datasets("Dataset")
 
     def to_iterable_dataset(self) -> Any:
-        """The same as a `datasets.IterableDataset` that copies nothing, with as many shards as there are files."""
+        """
+        The same as a `datasets.IterableDataset` that copies nothing, with as many shards as there are files.
+
+        Raises:
+            ImportError: The package `datasets` is not installed.
+        """
         return self._as_datasets("IterableDataset")
 
     def _as_datasets(self, kind: str) -> Any:

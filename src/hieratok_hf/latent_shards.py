@@ -40,14 +40,21 @@ __all__ = [
 # Shape letters: B batch, N pictures of a shard, S side of a square picture in pixels, C latent channels, h w its grid.
 
 FORMAT = 1
+"""Of `cache.json` and the shards; a cache of another one is refused."""
+
 KINDS = ("moments", "sample", "mode")
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # what safetensors calls them
+"""What a cache may hold of each posterior."""
+
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""What a cache may be stored in, and what safetensors calls it."""
+
 _SETTINGS = "cache.json"
 
 Settings = dict[str, Any]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard by its number, from 0."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 
@@ -62,6 +69,7 @@ def rows_of(settings: Settings, shard: int) -> range:
 
 
 def stored_name(settings: Settings) -> str:
+    """What the latents are called in a shard: `"moments"` or `"latents"`."""
     return "moments" if settings["kind"] == "moments" else "latents"
 
 
@@ -92,6 +100,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
+    """Write `cache.json`, whole or not at all."""
     with written_whole(folder / _SETTINGS) as file:
         file.write((json.dumps(settings, indent=1) + "\n").encode())
 
@@ -193,6 +202,9 @@ class ShardBatches:
     Attributes:
         rows (`int` or `None`): Of the data, of a stream once it has ended.
         todo (`int` or `None`): Rows to go through, of a stream unknown.
+
+    Raises:
+        ValueError: While iterating: a stream has another number of rows than before.
     """
 
     def __init__(

@@ -133,7 +133,13 @@ def write_latents(
 
 
 def encoder_facts(codec: Codec) -> dict[str, Any]:
-    """What of a model decides its latents, and what pipelines do to them."""
+    """
+    What of a model decides its latents, and what pipelines do to them.
+
+    Returns:
+        `encoder`, a SHA-256 of all its weights but the decoder's; `precision`, the dtype that it runs in; its
+        `scaling_factor` and `shift_factor`.
+    """
     digest, weight = hashlib.sha256(), next(codec.model.parameters())
     for name, value in sorted((codec.core or codec.model).state_dict().items()):
         if name.partition(".")[0] not in ("decoder", "post_quant_conv"):

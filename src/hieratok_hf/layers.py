@@ -45,7 +45,8 @@ def rotary_tables(
         config (`HieraTokConfig`): Its `rotary_*` values say how far a position turns each pair.
         layout (`PyramidLayout`): The scales of the sequence.
         grid (`tuple[int, int]`): Height and width of the finest grid, which gives positions their unit.
-        head_dim (`int`): Channels of a head, `d`.
+        head_dim (`int`): Channels of a head, `d`, a multiple of 4.
+        device (`torch.device`): Where the tables are made.
 
     Returns:
         Two `torch.Tensor` of shape `(N, 1, d)` in float32; the sines are negative in the first channel of a pair.
@@ -82,7 +83,7 @@ def _rotary_tables(
 
 
 def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn `(B, N, A, d)` by the tables `(N, 1, d)`, in float32, and return it in its own dtype."""
+    """Turn `hidden_states` `(B, N, A, d)` by the tables `(N, 1, d)`, in float32; the result has their own dtype."""
     cos, signed_sin = rotary
     values = hidden_states.float()
     pairs = values.unflatten(-1, (-1, 2))
@@ -92,7 +93,7 @@ def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor
 
 def fused_norm_rotary(hidden_states: Tensor, norm: nn.RMSNorm | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """
-    `norm`, if there is one, and `apply_rotary` in one Triton kernel.
+    `norm`, if there is one, and `apply_rotary` in one Triton kernel, from `hidden_states` `(B, N, A, d)`.
 
     Raises:
         ValueError: Triton cannot serve on this device.
@@ -116,6 +117,9 @@ class HieraTokAttnProcessor:
             `attn_implementation` decides (see `ATTENTION_IMPLEMENTATIONS`), and without one `"auto"`.
         fused_rotary (`bool`, defaults to `False`): Do QK-norm and rotary positions in one Triton kernel. For models
             that run on a GPU without `torch.compile`, which fuses these steps by itself.
+
+    Raises:
+        ValueError: `backend` is none of `scale_causal_attention`, or, when called, cannot serve.
     """
 
     # The libraries' own settings: the first is a name of diffusers' `set_attention_backend`.
@@ -131,6 +135,7 @@ class HieraTokAttnProcessor:
     def __call__(
         self, attn: "HieraTokAttention", hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
     ) -> tuple[Tensor, Tensor | None]:
+        """`attn` of `hidden_states` `(B, N, D)`: what `HieraTokAttention.forward` returns."""
         if attn.fused_projections:
             projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -154,7 +159,13 @@ class HieraTokAttnProcessor:
 
 
 class HieraTokAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention over a pyramid of tokens; with a layout of one scale, full attention."""
+    """
+    Multi-head attention over a pyramid of tokens; with a layout of one scale, full attention.
+
+    Args:
+        config (`HieraTokConfig`): Whether queries and keys are normed, and the attention implementation.
+        hidden_size, num_heads (`int`): Width and heads.
+    """
 
     _default_processor_cls = HieraTokAttnProcessor
     _available_processors = [HieraTokAttnProcessor]
@@ -175,6 +186,7 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def fuse_projections(self) -> None:
+        """One linear layer for queries, keys and values, as diffusers has it."""
         super().fuse_projections()
         if self.fused_projections:
             self.to_qkv.__class__ = HieraTokLinear
@@ -182,7 +194,15 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
     def forward(
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
     ) -> tuple[Tensor, Tensor | None]:
-        """`(B, N, D)` to `(B, N, D)`, and the weights `(B, A, N, N)` where the eager implementation is in use."""
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, N, D)`): Tokens, coarse scale first.
+            rotary (`tuple[torch.Tensor, torch.Tensor]`): Those of `rotary_tables`.
+            layout (`PyramidLayout`): The scales of the sequence.
+
+        Returns:
+            `(B, N, D)`, and the weights `(B, A, N, N)` where the eager implementation is in use, else `None`.
+        """
         return self.processor(self, hidden_states, rotary, layout)
 
 
@@ -196,7 +216,7 @@ class HieraTokSwiGLU(nn.Module):
         self.linear_out = HieraTokLinear(width, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`(B, N, D)` to `(B, N, D)`."""
+        """`hidden_states` `(B, N, D)` to `(B, N, D)`."""
         gate, value = self.linear_in(hidden_states).chunk(2, dim=-1)  # (B, N, width)
         return self.linear_out(F.silu(gate) * value)
 
@@ -222,7 +242,7 @@ class HieraTokBlock(GradientCheckpointingLayer):
         self.mlp = HieraTokSwiGLU(config, hidden_size)
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
-        """`(B, N, D)` to `(B, N, D)`."""
+        """`hidden_states` `(B, N, D)` to `(B, N, D)`; arguments as those of `HieraTokAttention.forward`."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary, layout)[0]
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
@@ -231,7 +251,7 @@ class HieraTokEncoderBlock(HieraTokBlock):
     """Block of the encoder."""
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
-        """`(B, h * w, D)` to `(B, h * w, D)`."""
+        """`hidden_states` `(B, h * w, D)` to `(B, h * w, D)`, otherwise as `HieraTokBlock`."""
         return super().forward(hidden_states, rotary, layout)
 
 
@@ -239,7 +259,7 @@ class HieraTokDecoderBlock(HieraTokBlock):
     """Block of the decoder."""
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
-        """`(B, N, D)` to `(B, N, D)`."""
+        """`hidden_states` `(B, N, D)` to `(B, N, D)`, otherwise as `HieraTokBlock`."""
         return super().forward(hidden_states, rotary, layout)
 
 
@@ -258,7 +278,7 @@ class HieraTokPositions(nn.Module):
 
 @torch.no_grad()
 def init_weights(module: nn.Module, initializer_range: float) -> None:
-    """Give one module its random weights; weights that were loaded already are left alone by `init`."""
+    """Give one module its random weights, of that standard deviation; `init` leaves those that were loaded alone."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         init.normal_(module.weight, std=initializer_range)
         if module.bias is not None:

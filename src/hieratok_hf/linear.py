@@ -51,7 +51,7 @@ class HieraTokLinear(nn.Linear):
     """`torch.nn.Linear`; without gradients, float32 on a CPU goes to oneDNN where that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., in_features)` to `(..., out_features)`."""
+        """`x` `(..., in_features)` to `(..., out_features)`."""
         if not self._is_for_onednn(x):
             return super().forward(x)
         if torch.compiler.is_compiling():  # the compiler takes oneDNN's own operator with frozen weights alone

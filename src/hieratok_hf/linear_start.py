@@ -59,7 +59,13 @@ def fit_linear_path(
 
 @torch.no_grad()
 def latent_statistics(core: HieraTokCore, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `(C,)` of each channel of the posterior's mode over pictures `(B, 3, H, W)`."""
+    """
+    Mean and standard deviation `(C,)`, float32, of each channel of the posterior's mode over pictures `(B, 3, H, W)`
+    in [-1, 1].
+
+    Raises:
+        ValueError: There are fewer than two latent positions.
+    """
     total, square, count = torch.zeros(1).double(), torch.zeros(1).double(), 0
     for batch in batches:
         values = core.encode(batch).mode().double().transpose(0, 1).flatten(1).cpu()  # (C, n)

@@ -11,6 +11,7 @@ from .tokenizer import posterior_of
 __all__ = ["PIXEL_LOSSES", "pixel_loss", "tokenizer_losses"]
 
 PIXEL_LOSSES = ("mse", "l1", "charbonnier")
+"""What `pixel_loss` takes as its `kind`."""
 
 _CHARBONNIER_EPSILON = 1e-3
 
@@ -19,6 +20,13 @@ def pixel_loss(pictures: Tensor, targets: Tensor, kind: str = "mse") -> Tensor:
     """
     The mean difference of pictures in float32: `"mse"`, `"l1"`, or `"charbonnier"` (Charbonnier et al., 1994), the
     absolute difference, but smooth within a thousandth of zero.
+
+    Args:
+        pictures, targets (`torch.Tensor` of any shape, the same): In [-1, 1].
+        kind (`str`, defaults to `"mse"`): One of `PIXEL_LOSSES`.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
 
     Raises:
         ValueError: `kind` is not one of `PIXEL_LOSSES`.

@@ -105,6 +105,7 @@ class HieraTokPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As that of transformers, with `ATTENTION_IMPLEMENTATIONS` for names; `ValueError` of any other."""
         # The names of this package stay out of the library's registry, whose functions are given no layout.
         if requested_attention in ATTENTION_IMPLEMENTATIONS and requested_attention.startswith("hieratok_"):
             return requested_attention
@@ -151,7 +152,7 @@ class HieraTokModel(HieraTokPreTrainedModel):
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "HieraTokModel":
-        """A model of a named size with random weights; arguments as those of `HieraTokConfig.from_size`."""
+        """A model of a named size with random weights; arguments and errors as those of `HieraTokConfig.from_size`."""
         return cls(HieraTokConfig.from_size(size, **overrides)).eval()
 
     @classmethod
@@ -170,6 +171,7 @@ class HieraTokModel(HieraTokPreTrainedModel):
         As that of `PreTrainedModel`, but the error of a model that cannot be had names it and the way out.
 
         Raises:
+            OSError: There is no such folder or repository, or no network to reach it.
             ValueError: In a folder, an index of the weights names a file outside of it.
         """
         if pretrained_model_name_or_path is not None:
@@ -178,9 +180,11 @@ class HieraTokModel(HieraTokPreTrainedModel):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The convolution of the patches."""
         return self.core.encoder.patch_embed
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace it by another of the same shapes."""
         self.core.encoder.patch_embed = value  # type: ignore[assignment]
 
     @capture_outputs
@@ -212,7 +216,10 @@ class HieraTokModel(HieraTokPreTrainedModel):
 
     @capture_outputs
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """The encoder's features `(B, h * w, D)` for understanding tasks, and their mean `(B, D)`."""
+        """
+        The encoder's features for understanding tasks, `last_hidden_state` `(B, h * w, D)`, and their mean,
+        `pooler_output` `(B, D)`, of `pixel_values` `(B, 3, H, W)`; arguments and errors as those of `encode`.
+        """
         _, features = self.core.encode_moments(self._to_own_dtype(pixel_values))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
 

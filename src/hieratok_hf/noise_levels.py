@@ -72,6 +72,9 @@ def noise_levels(scheduler: Any) -> list[NoiseLevel]:
 
     Args:
         scheduler (`SchedulerMixin`): After `set_timesteps`.
+
+    Raises:
+        ValueError: As `predicted_for`.
     """
     kind = predicted_for(scheduler)
     if hasattr(scheduler, "sigmas"):

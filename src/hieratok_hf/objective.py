@@ -98,6 +98,9 @@ def step_noise(batch: dict[str, Any], config: HieraTokConfig, seed: int) -> tupl
     """
     The `noise` and `mix` that `TokenizerTraining` takes, for a batch of `training_loader`: those of a step are a
     function of the seed and the step, however its pictures are divided over processes and parts.
+
+    Returns:
+        `noise` `(2, B, C, h, w)`, standard normal, and `mix` `(B, 1, 1, 1)`, uniform in [0, 1), float32 on the CPU.
     """
     height, width = (side // config.patch_size for side in batch["pixel_values"].shape[2:])
     generator = step_generator(seed, batch["step"])
@@ -147,7 +150,18 @@ class TrainingLoss:
         aligned: Tensor | None,
         step: int,
     ) -> dict[str, Tensor]:
-        """The parts by name, each a scalar, and `loss`; arguments are those and the results of `TokenizerTraining`."""
+        """
+        Args:
+            config (`HieraTokConfig`): That of the tokenizer.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): What `TokenizerTraining` was given.
+            pictures (`list[torch.Tensor]`): Those of all scales that it returned.
+            moments (`torch.Tensor` of shape `(B, 2C, h, w)`): That it returned.
+            aligned (`torch.Tensor` of shape `()`, *optional*): That it returned.
+            step (`int`): Of the training, from 0.
+
+        Returns:
+            The parts by name, each a scalar, and `loss`.
+        """
         weights = self.weights
         parts = tokenizer_losses(pictures, pixel_values, moments, config, weights.pixel)
         picture = pictures[-1].float()

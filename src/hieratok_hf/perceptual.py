@@ -63,6 +63,9 @@ def load_lpips(network: str = "vgg") -> nn.Module:
     """
     The published LPIPS (Zhang et al., 2018) of the `lpips` package, frozen: pictures in [-1, 1] to `(B, 1, 1, 1)`.
 
+    Args:
+        network (`str`, defaults to `"vgg"`): Or `"alex"` or `"squeeze"`.
+
     Raises:
         ImportError: `lpips`, or the torchvision that it needs, is not installed.
     """

@@ -17,6 +17,7 @@ from .pictures import decode_picture, open_picture
 __all__ = ["Pictures", "Row", "load_pictures", "picture_of"]
 
 Row = dict[str, Any]
+"""A picture of a data set, not decoded, as `Pictures` gives it."""
 
 _FILES = (".tar", ".parquet", ".zip", ".png", ".jpg", ".jpeg", ".webp")  # what no data set of the Hub is called
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
@@ -66,7 +67,7 @@ class Pictures(Dataset):
         return (self._row(example, index) for index, example in enumerate(self.dataset))
 
     def shuffled(self, seed: int, buffer_size: int = 1000) -> Iterator[Row]:
-        """The rows of a stream in an order that the seed decides, epoch after epoch without end."""
+        """The rows of a stream in an order that the seed decides, epoch after epoch; `ValueError` without rows."""
         fsspec.asyn.reset_lock()  # a worker inherits the lock, and nobody who would open it
         for epoch in count():
             order, rows = random.Random(f"{seed}:{epoch}").getrandbits(32), 0

@@ -75,7 +75,17 @@ def open_picture(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) 
 
 
 def decode_picture(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Image.Image:
-    """The same of a file's content, as data sets hold it; `name` is what messages call it."""
+    """Read a picture from a file's content, as data sets hold it.
+
+    Args:
+        data: the content of a file in any format that Pillow reads.
+        name: what messages call it.
+        max_pixels: as that of `open_picture`.
+    Returns:
+        A fully loaded picture of mode RGB, see `convert_to_rgb`.
+    Raises:
+        PictureError: the content is empty, no picture, too large or damaged.
+    """
     if not data:
         raise PictureError(f"{name!r}: is empty (0 bytes)")
     return _decode(io.BytesIO(data), repr(name), max_pixels)

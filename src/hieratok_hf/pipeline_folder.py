@@ -42,7 +42,12 @@ class PipelineFolderMixin(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As that of `DiffusionPipeline`, but the error of a pipeline that cannot be had names it and the way out."""
+        """
+        As that of `DiffusionPipeline`, but the error of a pipeline that cannot be had names it and the way out.
+
+        Raises:
+            OSError: There is no such folder or repository, or no network to reach it.
+        """
         with named_in_errors(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 

@@ -229,7 +229,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
     ) -> Tensor:
         """
-        The noise to begin with, `(B, C, h, w)` float32: what is given, or drawn from the generator.
+        The noise to begin with, float32: `latents` `(B, C, h, w)` if they are given, or drawn from the generator.
 
         Raises:
             ValueError: `latents` or the list of generators is not that of `batch_size` pictures.

@@ -76,6 +76,16 @@ class PyramidLayout:
     Attributes:
         grids (`tuple[tuple[int, int], ...]`): Height and width of each scale's grid, in tokens.
         scale_factors (`tuple[int, ...]`): Cells of the finest grid that one cell of each scale covers on a side.
+
+    Example:
+
+    ```python
+    >>> from hieratok_hf import PyramidLayout
+    >>> layout = PyramidLayout.from_grid(8, 10, (4, 2, 1))
+    >>> layout.grids, layout.ends
+    (((2, 3), (4, 5), (8, 10)), (6, 26, 106))
+
+    ```
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -98,6 +108,7 @@ class PyramidLayout:
 
     @property
     def num_scales(self) -> int:
+        """How many scales there are."""
         return len(self.grids)
 
     @property

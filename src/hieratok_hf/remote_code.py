@@ -26,6 +26,8 @@ AUTO_MAP = {
     "AutoConfig": f"{_MODEL_FILE}.HieraTokConfig",
     "AutoModel": f"{_MODEL_FILE}.HieraTokAutoModel",
 }
+"""What `config.json` says of the classes in the file that `add_remote_code` puts beside it."""
+
 # The first for Pillow, the second for torchvision.
 _AUTO_IMAGE_PROCESSOR = [f"{_MODEL_FILE}.HieraTokImageProcessorPil", f"{_MODEL_FILE}.HieraTokImageProcessor"]
 

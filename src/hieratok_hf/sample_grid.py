@@ -49,6 +49,9 @@ def class_grid(
         seed (`int`): Of the noise.
         rows (`int`, defaults to 4): Pictures of a class.
         classes (`int`, defaults to 10): Most columns.
+
+    Returns:
+        `PIL.Image.Image`: The pictures with white gaps.
     """
     labels = list(range(min(classes, pipe.num_classes))) * rows
     pipe.set_progress_bar_config(disable=True)

@@ -7,6 +7,7 @@ __all__ = ["SHIPPED", "pretrained", "shipped_or_given"]
 _WEIGHTS = Path(__file__).parent / "weights"
 
 SHIPPED: tuple[str, ...] = ("hieratok-tiny", "hieratok-dit-tiny")
+"""Names that `pretrained` takes."""
 
 
 def pretrained(name: str) -> str:

@@ -20,8 +20,12 @@ __all__ = ["PIXEL_LIMIT", "HieraTokCore", "posterior_of"]
 
 # Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
 
-# Pictures lie in [-1, 1]; noise and resampling overshoot that a little, pictures in [0, 255] by far.
 PIXEL_LIMIT = 16.0
+"""
+Largest magnitude of a pixel that is taken for one in [-1, 1]: noise and resampling overshoot that a little, pictures
+in [0, 255] by far.
+"""
+
 _INITIAL_LOGVAR = -6.0
 
 
@@ -62,7 +66,10 @@ class HieraTokCore(nn.Module):
         return self.encoder(pixel_values)
 
     def encode(self, pixel_values: Tensor) -> "DiagonalGaussianDistribution":
-        """The distribution of the latent `(B, C, h, w)` of pictures as `encode_moments` takes them."""
+        """
+        The distribution of the latent `(B, C, h, w)` of `pixel_values` `(B, 3, H, W)`, with the errors of
+        `encode_moments`.
+        """
         return posterior_of(self.encode_moments(pixel_values)[0])
 
     def decode(self, latents: Tensor, num_scales: int | None = None) -> Tensor:
@@ -83,7 +90,10 @@ class HieraTokCore(nn.Module):
         return self._decode(latents, num_scales, all_scales=False)[-1]
 
     def decode_scales(self, latents: Tensor, num_scales: int | None = None) -> list[Tensor]:
-        """The pictures of every scale up to `num_scales`, coarse to fine; arguments as those of `decode`."""
+        """
+        The pictures that `latents` `(B, C, h, w)` have at every scale up to `num_scales`, coarse to fine, each
+        `(B, 3, n_h * p, n_w * p)`; arguments and errors as those of `decode`.
+        """
         return self._decode(latents, num_scales, all_scales=True)
 
     def _decode(self, latents: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
@@ -190,7 +200,7 @@ class HieraTokCore(nn.Module):
 
 
 def posterior_of(moments: Tensor) -> "DiagonalGaussianDistribution":
-    """The distribution of the latent `(B, C, h, w)` from its moments `(B, 2C, h, w)`, mean first."""
+    """The distribution of the latent `(B, C, h, w)` from its `moments` `(B, 2C, h, w)`, mean first."""
     # Importing it loads every autoencoder of diffusers, which `import hieratok_hf` should not wait for.
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 

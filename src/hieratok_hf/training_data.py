@@ -33,6 +33,9 @@ def random_crop(picture: Image.Image, size: int, rng: random.Random, scale: tupl
         rng (`random.Random`): Decides.
         scale (`tuple[float, float]`): Least and largest share of the shorter side that the square covers, before it is
             resized; `(0, 0)` cuts exactly `size` pixels and resizes only pictures that are smaller.
+
+    Returns:
+        `PIL.Image.Image`: Of mode RGB, bicubically resized.
     """
     short = min(picture.size)
     side = min(size, short) if scale[1] == 0 else max(1, round(short * rng.uniform(*scale)))
@@ -58,6 +61,9 @@ class BatchPlan:
         seed (`int`): Decides sizes, order and crops.
         world_size, rank (`int`): Processes, and which of them this is.
         parts (`int`): Parts of a step whose gradients are accumulated.
+
+    Raises:
+        ValueError: `batch_size` is no multiple of processes times parts, or a crop size is not positive.
     """
 
     batch_size: int
@@ -106,6 +112,13 @@ def training_loader(
     Batches of one process, part after part, from `first_step` to the plan's last.
 
     A picture that cannot be decoded is replaced by the next one of the data.
+
+    Args:
+        pictures (`Pictures`): The data.
+        plan (`BatchPlan`): What each step sees.
+        first_step (`int`, defaults to 0): To begin with.
+        crop_scale (`tuple[float, float]`, defaults to `(0.5, 1.0)`): The `scale` of `random_crop`.
+        num_workers (`int`, defaults to 0): Processes that read and decode; of a stream at most one.
 
     Returns:
         Iterator of dictionaries: `pixel_values` `(B, 3, S, S)` uint8; `step` and `part`; `count`, the pictures of

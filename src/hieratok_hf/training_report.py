@@ -82,7 +82,12 @@ class TrainingReport:
                 tqdm.write(f"left out ({len(self.skipped)} so far): {reason}")
 
     def end_step(self, step: int, norm: Tensor, count: int, learning_rate: float) -> None:
-        """Close a step of `count` pictures; `norm` is that of its gradient."""
+        """
+        Close a step of `count` pictures whose gradient has the norm `norm` `()`.
+
+        Raises:
+            FloatingPointError: As `check`; with a GPU only when a record is due.
+        """
         finite = torch.isfinite(self.sums["loss"])
         if self.accelerator.scaler is None:  # a scaler of float16 tries scales until one does not overflow
             finite = finite & torch.isfinite(norm)
@@ -132,6 +137,7 @@ class TrainingReport:
             )
 
     def close(self) -> None:
+        """End the progress bar, and say how many pictures were left out."""
         self.bar.close()
         if self.skipped:
             tqdm.write(f"{len(self.skipped)} pictures were left out, because they cannot be decoded.")

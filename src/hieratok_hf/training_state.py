@@ -72,8 +72,11 @@ class TrainingState:
         """
         Write the state after `step` steps, then remove all but the newest `keep`; `facts` are written along.
 
-        All processes call it, the one with `write` writes. `OSError` where the folder is full or cannot be written:
-        earlier states stay.
+        All processes call it, the one with `write` writes.
+
+        Raises:
+            OSError: The folder is full or cannot be written; earlier states stay.
+            ValueError: `keep` is less than 1.
         """
         if keep < 1:
             raise ValueError(f"`keep` must be at least 1, got {keep}.")
@@ -181,7 +184,10 @@ def states_in(folder: Path) -> list[Path]:
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: int) -> float:
-    """Of the learning rate at a step: linear warm-up, then constant, then half a cosine down over the last `decay`."""
+    """
+    Of the learning rate at a step, in (0, 1]: linear warm-up, then constant, then half a cosine down over the last
+    `decay` of all `steps`.
+    """
     rising = min(1.0, (step + 1) / max(1, warmup))
     falling = min(1.0, (steps - step) / max(1, decay))
     return rising * 0.5 * (1 - math.cos(math.pi * falling))

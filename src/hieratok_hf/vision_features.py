@@ -16,6 +16,7 @@ __all__ = ["DEFAULT_VISION_MODEL", "VisionFeatures", "colour_statistics"]
 # Shape letters: B batch, H W pixels, C channels of a map, h w its grid, N tokens.
 
 DEFAULT_VISION_MODEL = "google/mobilenet_v2_1.0_224"
+"""Hub id of the model that `VisionFeatures` takes unless another is named."""
 
 
 class VisionFeatures(nn.Module):
