@@ -9,7 +9,7 @@ SHARDS := $(wildcard $(DATA)/imagenette_128/train-*.tar) $(wildcard $(DATA)/clot
 
 SPACE ?= user/hieratok
 
-.PHONY: demo app space test lint docs gpu train train_dit compare clean
+.PHONY: demo app space test lint docs package gpu train train_dit compare clean
 
 demo: $(READY)
 	$(BIN)/python examples/reconstruct.py --output outputs
@@ -33,7 +33,7 @@ space: $(READY)
 # A test keeps one core busy, so as many run at once as there are cores, up to four.
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -44,6 +44,18 @@ lint: $(READY)
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
+
+# sdist and wheel into dist/; then what `make demo` does, offline, from the wheel in an environment that has nothing else.
+package: $(READY)
+	rm -rf dist build/package
+	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"$$(echo dist/*.whl)[eval]"
+	tar -xzf dist/*.tar.gz -C build/package --strip-components 1 --wildcards '*/examples'
+	cd build/package && HF_HUB_OFFLINE=1 venv/bin/python examples/reconstruct.py --output outputs
+	cd build/package && HF_HUB_OFFLINE=1 venv/bin/python examples/generate.py --steps 25 --output outputs/generated.png
 
 # What only a GPU can say: the tests on the device, and the times that `auto` follows. On a machine that has all the
 # packages already: make gpu BIN=$$(dirname $$(which python3)) READY=

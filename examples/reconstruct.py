@@ -62,12 +62,13 @@ def timed(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> tupl
 
 
 @torch.inference_mode()
-def reconstruct(path: Path, vae: AutoencoderHieraTok, args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
-    """The sheet and the figures of one picture."""
-    picture = open_picture(path)
+def encode_and_decode(
+    picture: Image.Image, vae: AutoencoderHieraTok, size: int | None = None
+) -> tuple[list[Image.Image], dict[str, Any]]:
+    """What was encoded and then a picture for each scale, coarse to fine; and the figures of the finest."""
     processor = HieraTokImageProcessorPil(size_divisor=vae.spatial_compression_ratio)
-    if args.size:
-        crop_size = {"height": min(args.size, picture.height), "width": min(args.size, picture.width)}
+    if size:
+        crop_size = {"height": min(size, picture.height), "width": min(size, picture.width)}
         original = processor(picture, do_center_crop=True, crop_size=crop_size, return_tensors="pt").pixel_values
     else:
         original = processor(picture, return_tensors="pt").pixel_values  # (1, 3, H, W)
@@ -78,7 +79,6 @@ def reconstruct(path: Path, vae: AutoencoderHieraTok, args: argparse.Namespace) 
 
     height, width = original.shape[2:]
     figures = {
-        "picture": str(path),
         "width": width,
         "height": height,
         "psnr_db": psnr(scales[-1], original).item(),
@@ -88,12 +88,24 @@ def reconstruct(path: Path, vae: AutoencoderHieraTok, args: argparse.Namespace) 
         "encode_seconds": encode_seconds,
         "decode_seconds": decode_seconds,
     }
-    images = [processor.postprocess(pixels)[0] for pixels in (original, *scales)]
-    difference = ImageChops.difference(images[0], images[-1]).point(lambda level: min(255, AMPLIFY * level))
-    coarse = [f"scale {i} of {len(scales)}: {x.width} x {x.height}" for i, x in enumerate(images[1:-1], start=1)]
-    labels = [f"original: {width} x {height}", *coarse, f"reconstruction: {figures['psnr_db']:.2f} dB"]
+    return [processor.postprocess(pixels)[0] for pixels in (original, *scales)], figures
+
+
+def amplified_difference(first: Image.Image, second: Image.Image) -> Image.Image:
+    """Levels of `AMPLIFY` times the distance of two pictures of one size."""
+    return ImageChops.difference(first, second).point(lambda level: min(255, AMPLIFY * level))
+
+
+def reconstruct(path: Path, vae: AutoencoderHieraTok, args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
+    """The sheet and the figures of one picture."""
+    images, figures = encode_and_decode(open_picture(path), vae, args.size)
+    difference = amplified_difference(images[0], images[-1])
+    scales = len(images) - 1
+    coarse = [f"scale {i} of {scales}: {x.width} x {x.height}" for i, x in enumerate(images[1:-1], start=1)]
+    original = f"original: {figures['width']} x {figures['height']}"
+    labels = [original, *coarse, f"reconstruction: {figures['psnr_db']:.2f} dB"]
     sheet = make_sheet([*images, difference], [*labels, f"difference x{AMPLIFY}"], args.full)
-    return sheet, figures
+    return sheet, {"picture": str(path), **figures}
 
 
 def make_sheet(images: list[Image.Image], labels: list[str], full: bool) -> Image.Image:

@@ -20,6 +20,28 @@ from scripts import forget_processes
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
 
+# Files whose fixtures take half a minute to make.
+ON_ONE_WORKER = {
+    "test_app_browser.py",
+    "test_attention_kernels.py",
+    "test_docs.py",
+    "test_export.py",
+    "test_gpu_launches.py",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keeps a file of `ON_ONE_WORKER` together; markers of groups have no effect with pytest 9.2 and xdist 3.8."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if Path(file).name in ON_ONE_WORKER else nodeid
+
+    return Scheduling(config, log) if config.getvalue("dist") == "load" else None
+
 
 @pytest.fixture
 def tiny_config() -> HieraTokConfig:

@@ -23,8 +23,6 @@ TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 MARKDOWN = sorted([*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/*.md")])
 FOREIGN = {"ModelMixin"}  # what the package passes on of other libraries
 
-pytestmark = pytest.mark.xdist_group("docs")
-
 
 class Public(NamedTuple):
     """A public function or class, or a public method of one, and what its class says."""

@@ -44,10 +44,13 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 print(AutoConfig.for_model("hieratok").model_type, hieratok_hf.HieraTokConfig in AutoModel._model_mapping.keys())
 print(hieratok_hf.HieraTokConfig in IMAGE_PROCESSOR_MAPPING.keys())
 """
-    # The least of three: another process on the machine only ever adds time.
-    outputs = [run(code) for _ in range(3)]
-    assert min(float(output[0]) for output in outputs) < 0.3
-    assert outputs[0][1:] == ["", "hieratok True", "True"]
+    # The best of three: another process on the machine only ever adds time.
+    for _ in range(3):
+        seconds, *told = run(code)
+        assert told == ["", "hieratok True", "True"]
+        if float(seconds) < 0.3:
+            break
+    assert float(seconds) < 0.3
 
 
 def test_a_wheel_carries_the_weights_and_works_alone(tmp_path):

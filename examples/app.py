@@ -1,0 +1,295 @@
+"""A page to try the tokenizer and the generator in a browser; a Hugging Face Space runs it as it is."""
+
+import argparse
+import os
+import queue
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from diffusers.utils import logging
+from generate import as_images, load_pipeline
+from PIL import Image
+from reconstruct import AMPLIFY, BUNDLED, amplified_difference, encode_and_decode, load_model
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
+from hieratok_hf.command_line import Problem, loaded, one_line, printed
+from hieratok_hf.generation_metrics import numbered_pictures
+from hieratok_hf.pictures import PictureError, decode_picture
+
+MAX_BYTES, MAX_PIXELS, MAX_SIDE = 20 * 2**20, 32_000_000, 768
+MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 100, 8, 10.0, 2**31 - 1
+WAITING, AT_ONCE = 40, 2
+SWEEP_EVERY, KEEP_FILES = 600, 3600
+"""Seconds: how often files are looked through, and how old those grow that a visitor sent or was sent."""
+
+INTRODUCTION = """# HieraTok
+A multi-scale image tokenizer, for transformers and diffusers: an independent implementation of
+[arXiv 2509.23736](https://arxiv.org/abs/2509.23736). These weights are small and were trained on a CPU."""
+LIMITS = (
+    f"Files of up to {MAX_BYTES / 2**20:.0f} MB and {MAX_PIXELS / 1e6:.0f} megapixels. A picture with a side of more "
+    f"than {MAX_SIDE} pixels is shrunk to that, and all figures are of the smaller picture."
+)
+GALLERY = {
+    "format": "png",
+    "height": "max-content",
+    "object_fit": "contain",
+    "fit_columns": False,
+    "interactive": False,
+}
+# Generated pictures have few pixels: they are shown as they are, not smoothed.
+CSS = """
+#generated img { image-rendering: pixelated; }
+#figures table { width: 100%; }
+#figures th { text-align: left; overflow-wrap: anywhere; }
+#figures td:first-child { white-space: nowrap; }
+#message { border-left: 4px solid #dc2626; padding-left: 12px; }
+@media (max-width: 640px) { .grid-container { grid-template-columns: 1fr 1fr !important; } }
+"""
+
+
+class Refused(Exception):
+    """A file or a setting of a visitor that cannot be used; the message is for them."""
+
+
+def read_picture(path: str) -> tuple[Image.Image, str]:
+    """
+    A file that a visitor sent, upright and in RGB, with sides of at most `MAX_SIDE` pixels.
+
+    Args:
+        path (`str`): The file; messages show its name without the folders.
+
+    Returns:
+        The picture, and one line that says what it was and, if so, that it was shrunk.
+
+    Raises:
+        Refused: The file is too large, or no picture, or damaged; the message names the limit that it exceeds.
+    """
+    name = Path(path).name
+    if (size := os.stat(path).st_size) > MAX_BYTES:
+        raise Refused(f"{name!r}: is too large for the limit of {MAX_BYTES / 2**20:.0f} MB ({size / 2**20:.1f} MB)")
+    try:
+        picture = decode_picture(Path(path).read_bytes(), name, max_pixels=MAX_PIXELS)
+    except PictureError as error:
+        limit = f"the limit of {MAX_PIXELS / 1e6:.0f} megapixels"
+        raise Refused(str(error).replace(f"max_pixels={MAX_PIXELS}", limit)) from error
+    width, height = picture.size
+    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    shrunk = picture.size != (width, height)
+    return picture, f"{width} x {height} pixels" + (f", shrunk to at most {MAX_SIDE} a side" if shrunk else "")
+
+
+def reconstruct(path: str | None, vae: AutoencoderHieraTok) -> tuple[Any, Any, str]:
+    """
+    What the page shows of a file: the pair under the slider, labelled pictures, and a table in Markdown.
+
+    Raises:
+        Refused: As `read_picture`, or there is no file, or the picture is smaller than a patch.
+    """
+    if path is None:
+        raise Refused("There is none")
+    picture, size = read_picture(path)
+    try:
+        (original, *scales), figures = encode_and_decode(picture, vae)
+    except ValueError as error:
+        raise Refused(f"{Path(path).name!r}: {one_line(error)}") from error
+    # A browser would smooth what it enlarges.
+    shown = [(x.resize(original.size, Image.Resampling.NEAREST), x.size) for x in scales]
+    labelled = [(x, f"scale {i}: {w} x {h}") for i, (x, (w, h)) in enumerate(shown, start=1)]
+    difference = amplified_difference(original, scales[-1])
+    channels, height, width = figures["latent_shape"]
+    rows = {
+        f"`{Path(path).name}`": size,
+        "-": "-",  # what is above this is the head of the table
+        "PSNR": f"{figures['psnr_db']:.2f} dB",
+        "SSIM": "none below 11 pixels" if figures["ssim"] is None else f"{figures['ssim']:.4f}",
+        "encoded": f"{original.width} x {original.height} pixels, {3 * original.width * original.height:,} numbers",
+        "latent": f"{channels} x {height} x {width}, {channels * height * width:,} numbers",
+        "compression": f"{figures['compression']:.1f}x fewer numbers",
+    }
+    pictures = [(original, "original"), *labelled, (difference, f"difference x{AMPLIFY}")]
+    return (original, scales[-1]), pictures, "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def generate(
+    key: int | None,
+    count: int,
+    steps: int,
+    guidance: float,
+    seed: int | None,
+    scales: int,
+    pipe: HieraTokDiTPipeline,
+    lock: threading.Lock,
+) -> Iterator[tuple[list[Image.Image], str]]:
+    """
+    Pictures of a class while they are made: previews of the steps, as many as are asked for in time, then the pictures
+    themselves, which are those that `generate.py` makes of that class and seed.
+
+    Args:
+        key (`int`), count, steps, guidance, seed: The class, and what the pipeline makes of it, and how.
+        scales (`int`): Of the tokenizer, to decode the previews by.
+        pipe (`HieraTokDiTPipeline`): Used by one call at a time.
+        lock (`threading.Lock`): Held while it is used.
+
+    Yields:
+        `count` pictures, and a line that says what they are.
+
+    Raises:
+        Refused: There is no class or no seed.
+    """
+    if key is None or seed is None:
+        raise Refused("Choose a class, and a whole number as the seed")
+    rows = [row * pipe.num_classes + key for row in range(count)]
+    shown: queue.Queue[Any] = queue.Queue()
+    left = threading.Event()
+
+    def show(pipe: HieraTokDiTPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        shown.put((step, (255 * tensors["preview"].float().cpu()).round().byte()))
+        pipe._interrupt = left.is_set()
+        return {}
+
+    def work() -> torch.Tensor:
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+        with lock:
+            return numbered_pictures(pipe, rows, seed, callback_on_step_end=show, preview_scales=scales, **settings)
+
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(work)
+        future.add_done_callback(lambda _: shown.put(None))
+        try:
+            for step, levels in iter(shown.get, None):
+                if shown.empty():  # a page that is slow misses some, and falls back by none
+                    size = f"{levels.shape[-1]} x {levels.shape[-2]}"
+                    yield as_images(levels), f"step {step + 1} of {pipe.num_timesteps}: previews of {size} pixels"
+            images = as_images(future.result())
+        finally:
+            left.set()
+    width, height = images[0].size
+    yield images, f"seed {seed}, {steps} steps, guidance {guidance:g}: pictures of {width} x {height} pixels"
+
+
+def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
+    """The page of two models, which opens with results of both; `run` serves it."""
+    lock, examples = threading.Lock(), [str(path) for path in sorted(BUNDLED.glob("*.webp"))]
+    names = {key: name.split(",")[0].replace("_", " ").strip() for key, name in pipe.config.id2label.items()}
+    choices = [(names.get(key) or f"class {key}", key) for key in range(pipe.num_classes)]
+    scales = list(range(1, len(pipe.vae.config.scale_factors) + 1))
+    first = {"key": 0, "count": 4, "steps": 25, "guidance": 3.0, "seed": 0, "scales": scales[:2][-1]}
+    *_, (made, line) = generate(**first, pipe=pipe, lock=lock)
+    pair, pictures, figures = reconstruct(examples[0], vae) if examples else (None, None, None)
+
+    def of_file(path: str | None) -> dict[Any, Any]:
+        try:
+            values = dict(zip((slider, gallery, table), reconstruct(path, vae)))
+        except Refused as problem:
+            told = gr.update(value=f"**This file cannot be used.** {problem}.", visible=True)
+            values, shown = {message: told, table: None}, False
+        else:
+            values[message], shown = gr.update(visible=False), True
+        return {file: None, column: gr.update(visible=shown), **values}  # the place for files is ready for the next
+
+    def of_example(index: int) -> dict[Any, Any]:
+        return of_file(examples[index])
+
+    def of_class(*settings: Any) -> Iterator[tuple[list[Image.Image] | None, str]]:
+        try:
+            yield from generate(*settings, pipe, lock)
+        except Refused as problem:
+            yield None, f"**Nothing was made.** {problem}."
+
+    with gr.Blocks(title="HieraTok", analytics_enabled=False, delete_cache=(SWEEP_EVERY, KEEP_FILES)) as demo:
+        gr.Markdown(INTRODUCTION)
+        with gr.Tab("Reconstruct"), gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                file = gr.File(label="A picture of yours", height=160, elem_id="file")
+                message = gr.Markdown(visible=False, elem_id="message")
+                gr.Markdown(LIMITS)
+                thumbnails = {"components": [gr.Image(visible=False)], "samples": [[path] for path in examples]}
+                choice = gr.Dataset(**thumbnails, type="index", label="Or one of these", elem_id="examples")
+                table = gr.Markdown(figures, elem_id="figures")
+            with gr.Column(scale=2, min_width=320) as column:
+                gr.Markdown("### Original on the left, reconstruction on the right")
+                slider = gr.ImageSlider(pair, format="png", interactive=False, show_label=False, elem_id="slider")
+                gr.Markdown("### A picture a scale, and the difference")
+                gallery = gr.Gallery(pictures, columns=3, **GALLERY, show_label=False, elem_id="scales")
+            outputs = [file, message, column, slider, gallery, table]
+            made_by = {"concurrency_limit": AT_ONCE, "show_progress_on": [slider, table], "api_visibility": "private"}
+            file.upload(of_file, file, outputs, **made_by)
+            choice.click(of_example, choice, outputs, **made_by)
+        with gr.Tab("Generate"), gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                settings = [
+                    gr.Dropdown(choices, value=first["key"], label="Class"),
+                    gr.Slider(1, MAX_PICTURES, value=first["count"], step=1, precision=0, label="Pictures"),
+                    gr.Slider(1, MAX_STEPS, value=first["steps"], step=1, precision=0, label="Steps"),
+                    gr.Slider(1.0, MAX_GUIDANCE, value=first["guidance"], step=0.1, label="Guidance (1 is none)"),
+                    gr.Number(first["seed"], precision=0, minimum=0, maximum=MAX_SEED, label="Seed"),
+                    gr.Radio(scales, value=first["scales"], label="Scales in the previews"),
+                ]
+                button = gr.Button("Generate", variant="primary", elem_id="generate")
+            with gr.Column(scale=2, min_width=320):
+                status = gr.Markdown(line, elem_id="status")
+                generated = gr.Gallery(made, columns=4, **GALLERY, show_label=False, elem_id="generated")
+            # The pipeline keeps the state of a call, so that one call goes on at a time.
+            made_by = {"concurrency_limit": 1, "show_progress_on": generated, "api_visibility": "private"}
+            button.click(of_class, settings, [generated, status], **made_by)
+    return demo.queue(max_size=WAITING)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", default="hieratok-tiny", help="tokenizer: a folder, a name that ships, or a Hub repository")
+    add("--generator", default="hieratok-dit-tiny", help="pipeline: a folder, a name that ships, or a Hub repository")
+    add("--device", default="cpu", help="a device of torch (default: cpu)")
+    add("--host", help="address to serve at; that of GRADIO_SERVER_NAME, or this machine alone, unless given")
+    add("--port", type=int, help="the first that is free from 7860 unless given")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Load the models, serve the page until it is stopped, and return no lines to print."""
+    vae = loaded(load_model, "--model", args.model, args.device, "float32")
+    more = {"model": args.generator, "dtype": "float32", "scheduler": None}
+    pipe = load_pipeline(argparse.Namespace(**{**vars(args), **more}))
+    if not isinstance(pipe.vae, AutoencoderHieraTok):
+        raise Problem(f"--generator {args.generator!r}: its {type(pipe.vae).__name__} decodes no previews")
+    pipe.set_progress_bar_config(disable=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below goes with the process
+    with tempfile.TemporaryDirectory(prefix="hieratok-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            build(vae, pipe).launch(
+                server_name=args.host,
+                server_port=args.port,
+                share=False,
+                show_error=False,
+                max_file_size=MAX_BYTES,
+                run_history=False,
+                enable_monitoring=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                footer_links=["gradio", "settings"],
+                css=CSS,
+            )
+        except OSError as error:
+            raise Problem(f"--host and --port: {one_line(error)}") from error
+    return []
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.disable_progress_bar()  # of loading
+    return printed(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
