@@ -9,7 +9,7 @@ SHARDS := $(wildcard $(DATA)/imagenette_128/train-*.tar) $(wildcard $(DATA)/clot
 
 SPACE ?= user/hieratok
 
-.PHONY: demo app space test lint docs package gpu train train_dit compare clean
+.PHONY: demo app space test lint docs notebooks package gpu train train_dit compare clean
 
 demo: $(READY)
 	$(BIN)/python examples/reconstruct.py --output outputs
@@ -44,6 +44,11 @@ lint: $(READY)
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
+
+# The notebooks once more, in place, without times that would change with every run.
+notebooks: export HF_HUB_OFFLINE := 1
+notebooks: $(READY)
+	$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False examples/notebooks/*.ipynb
 
 # sdist and wheel into dist/; then what `make demo` does, offline, from the wheel in an environment that has nothing else.
 package: $(READY)

@@ -242,8 +242,9 @@ def train(args: argparse.Namespace) -> None:
 
     core = averaged()
     if is_main:
-        first = batches(plan(args.statistics_batches, seed=args.seed + 1))
-        core.fold_latent_statistics(*latent_statistics(core, map(to_pixel_values, first)))
+        if not args.freeze_encoder:  # a generator of its latents must still fit the decoder
+            first = batches(plan(args.statistics_batches, seed=args.seed + 1))
+            core.fold_latent_statistics(*latent_statistics(core, map(to_pixel_values, first)))
         AutoencoderHieraTok.from_core(core).save_pretrained(args.output)
         HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(args.output)
     accelerator.end_training()

@@ -171,9 +171,8 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
     run(tmp_path / "second", "--model", tmp_path / "first", "--freeze_encoder", "--lr", 0.01)
     a, b = (AutoencoderHieraTok.from_pretrained(tmp_path / name).core for name in ("first", "second"))
     changed = {name for name, x in b.named_parameters() if not torch.equal(x, a.get_parameter(name))}
-    # Folding the statistics scales what makes the latent; nothing else of the encoder may move.
-    folded = {"encoder.head.weight", "encoder.head.bias", "encoder.linear_path.weight"}
-    assert {name for name in changed if name.startswith("encoder.")} <= folded
+    # Not even by the statistics of the new pictures: what generates its latents must fit the new decoder.
+    assert not {name for name in changed if name.startswith("encoder.")}
     assert "decoder.blocks.0.mlp.linear_in.weight" in changed
 
 

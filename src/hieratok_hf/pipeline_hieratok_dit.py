@@ -93,6 +93,11 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         return self.transformer.config.num_embeds_ada_norm
 
     @property
+    def id2label(self) -> dict[int, str]:
+        """The names of the classes by number."""
+        return dict(self.config.id2label)
+
+    @property
     def guidance_scale(self) -> float:
         """That of the call that is running or was the last."""
         return self._guidance_scale
