@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 import torch
 from diffusers.utils import logging
-from generate import as_images, load_pipeline
+from generate import as_images, class_label, load_pipeline
 from PIL import Image
 from reconstruct import AMPLIFY, BUNDLED, amplified_difference, encode_and_decode, load_model
 
@@ -178,8 +178,7 @@ def generate(
 def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
     """The page of two models, which opens with results of both; `run` serves it."""
     lock, examples = threading.Lock(), [str(path) for path in sorted(BUNDLED.glob("*.webp"))]
-    names = {key: name.split(",")[0].replace("_", " ").strip() for key, name in pipe.config.id2label.items()}
-    choices = [(names.get(key) or f"class {key}", key) for key in range(pipe.num_classes)]
+    choices = [(class_label(pipe, key), key) for key in range(pipe.num_classes)]
     scales = list(range(1, len(pipe.vae.config.scale_factors) + 1))
     first = {"key": 0, "count": 4, "steps": 25, "guidance": 3.0, "seed": 0, "scales": scales[:2][-1]}
     *_, (made, line) = generate(**first, pipe=pipe, lock=lock)

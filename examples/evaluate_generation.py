@@ -179,7 +179,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     notes: list[str] = []
     pipe = loaded(load, "--model", args.model)
     pipe.set_progress_bar_config(disable=True)
-    names = dict(pipe.config.id2label)
+    names = pipe.id2label
     accuracy = make_accuracy(args, pipe, names, device)
     frechet = make_frechet(args, device, notes)
     facts: dict[str, Any] = {}

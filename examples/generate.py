@@ -136,6 +136,11 @@ class Previews:
         return {}
 
 
+def class_label(pipe: HieraTokDiTPipeline, key: int) -> str:
+    """The first name of a class, as people write it, or its number."""
+    return pipe.id2label.get(key, "").split(",")[0].replace("_", " ").strip() or f"class {key}"
+
+
 def as_images(levels: torch.Tensor) -> list[Image.Image]:
     """Pictures of levels `(B, 3, H, W)` in uint8."""
     return [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in levels]
@@ -229,8 +234,7 @@ def run(args: argparse.Namespace) -> list[str]:
     except (ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
         raise Problem(one_line(error)) from error
 
-    names = {key: name.split(",")[0].replace("_", " ").strip() for key, name in pipe.config.id2label.items()}
-    labels = [names.get(key) or f"class {key}" for key in ids]
+    labels = [class_label(pipe, key) for key in ids]
     lines = [f"sheet: {save(make_sheet(labels, list(pictures.values())), args.output, '--output')}"]
     if previews:
         finals = [column[0] for column in pictures.values()]

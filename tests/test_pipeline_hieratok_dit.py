@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -405,6 +406,9 @@ def test_labels_by_name():
     pipe = dit_pipeline()
     assert pipe.labels == {"tench": 0, "Tinca tinca": 0, "English_springer": 1, "church": 2}
     assert pipe.get_label_ids(["Church", "tinca_tinca", 1]) == [2, 0, 1]
+    with warnings.catch_warnings():  # diffusers deprecates its own way to `config` from the pipeline
+        warnings.simplefilter("error")
+        assert pipe.id2label == {0: "tench, Tinca tinca", 1: "English_springer", 2: "church"}
     nameless = HieraTokDiTPipeline(pipe.vae, pipe.transformer, pipe.scheduler)
     assert nameless.labels == {} and nameless.num_classes == CLASSES
     assert len(nameless([0, 2], 1, output_type="latent").images) == 2
