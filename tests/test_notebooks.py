@@ -16,6 +16,8 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 NAMES = ["01_reconstruct", "02_swap_the_vae", "03_generate", "04_fine_tune", "05_latent_space"]
+FIGURE = re.compile(r"(\d+(?:\.\d+)?) ?(?:dB|%|[kMG]i?B|bytes|m?s|seconds?|minutes?|times)(?!\w)")
+"""A number with a unit: what somebody measured."""
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
@@ -63,7 +65,16 @@ def test_what_is_kept_was_run_in_order_and_says_nothing_of_the_machine(path):
     assert sum("image/" in kind for cell in code for kinds_ in kinds(cell) for kind in map(str, kinds_)) >= 3
     assert all(output.output_type != "error" for cell in code for output in cell.outputs)
     assert max(len(cell.source.splitlines()) for cell in code) <= 16
-    assert notebook.metadata.kernelspec.name == "python3" and not any("execution" in x.metadata for x in code)
+    assert notebook.metadata.kernelspec.name == "python3" and notebook.metadata.language_info == {"name": "python"}
+    assert not any("execution" in cell.metadata for cell in code)
     text = path.read_text()
     assert not re.search(r"(?<![\w.])/(work|home|root|tmp|Users)/", json.dumps(json.loads(text), ensure_ascii=False))
     assert len(text) < 1_500_000
+
+
+@every
+def test_the_text_has_no_figures_that_no_cell_prints(path):
+    cells = nbformat.read(path, as_version=4).cells
+    streams = [x.text for cell in cells for x in cell.get("outputs", []) if x.output_type == "stream"]
+    told = {number for cell in cells if cell.cell_type == "markdown" for number in FIGURE.findall(cell.source)}
+    assert told <= set(re.findall(r"\d+(?:\.\d+)?", "\n".join(streams)))
