@@ -9,7 +9,8 @@ SHARDS := $(wildcard $(DATA)/imagenette_128/train-*.tar) $(wildcard $(DATA)/clot
 
 SPACE ?= user/hieratok
 
-.PHONY: demo app space test lint docs notebooks package gpu train train_dit compare clean
+.PHONY: demo app space test lint docs notebooks package train train_dit compare clean \
+	gpu has_cuda gpu_tests gpu_attention gpu_model gpu_autoencoders gpu_sizes
 
 demo: $(READY)
 	$(BIN)/python examples/reconstruct.py --output outputs
@@ -70,16 +71,35 @@ package: $(READY)
 
 # What only a GPU can say: the tests on the device, and the times that `auto` follows. On a machine that has all the
 # packages already: make gpu BIN=$$(dirname $$(which python3)) READY=
-gpu: export PYTHONPATH := src:$(PYTHONPATH)
-gpu: $(READY)
-	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
+# Each part takes minutes and can be run alone, and again; what it measures is added to benchmarks/results/.
+gpu: gpu_tests gpu_attention gpu_model gpu_autoencoders gpu_sizes
+
+gpu_%: export PYTHONPATH := src:$(PYTHONPATH)
+has_cuda: $(READY)
+	@$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'this needs a CUDA device'"
+
+# Compiling takes most of the time of the kernels' tests, so several share the device.
+gpu_tests: has_cuda
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pytest tests/test_attention_triton.py tests/test_rotary_triton.py
+	$(BIN)/python -m pytest -m "not gpu" -n 8 tests/test_attention_triton.py tests/test_rotary_triton.py
+
+gpu_attention: has_cuda
 	$(BIN)/python benchmarks/bench_attention.py --json --record
+
+gpu_model: has_cuda
 	$(BIN)/python benchmarks/bench_decode.py --json
 	$(BIN)/python benchmarks/bench_train.py --json
 	$(BIN)/python benchmarks/bench_generation.py --json
-	$(BIN)/python benchmarks/bench_autoencoders.py --json
+
+# The rows of the targets first: what is compiled takes longest.
+gpu_autoencoders: has_cuda
+	$(BIN)/python benchmarks/bench_autoencoders.py --json --seconds 5 --compiled --sizes 256 --batches 16 \
+		--models hieratok-tiny hieratok-s hieratok-b hieratok-l AutoencoderKL AutoencoderTiny
+	$(BIN)/python benchmarks/bench_autoencoders.py --json --seconds 5 --compiled --sizes 256 --batches 64 \
+		--models hieratok-b AutoencoderKL --directions decode
+	$(BIN)/python benchmarks/bench_autoencoders.py --json --seconds 5 --eager
+
+gpu_sizes: has_cuda
 	$(BIN)/python benchmarks/bench_picture_sizes.py --json
 
 # What makes the weights of hieratok-tiny, in two stages, without and with a perceptual loss; started again after an

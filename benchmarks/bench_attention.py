@@ -30,6 +30,8 @@ MARGIN = 1.03
 # Side of the finest grid: images at once. 16 is that of 256x256 pixels in patches of 16.
 GPU_SIZES = {8: 256, 16: 64, 32: 64, 64: 16}
 CPU_SIZES = {8: 16, 16: 4, 32: 1, 64: 1}
+# What tells one row from another.
+ROW = ("dtype", "head_dim", "heads", "images", "grid", "gradients")
 # Dtype, channels of a head, heads; the first is the one whose table is printed in full.
 GPU_KINDS = [("bfloat16", 64, 12), ("float16", 64, 12), ("bfloat16", 32, 12), ("bfloat16", 128, 12)]
 CPU_KINDS = [("float32", 64, 12), ("float32", 32, 4), ("bfloat16", 64, 12)]
@@ -92,8 +94,10 @@ def measure(
         call = partial(with_gradients, attend, leaves, upstream) if backward else partial(_once, attend, leaves)
         try:
             results = call()
-        except (ValueError, torch.cuda.OutOfMemoryError) as error:
-            absent[name] = str(error).splitlines()[0]
+        except Exception as error:  # compilers raise all kinds, and one that fails says nothing of the others
+            if name in ("sdpa_mask", "sdpa"):  # what the others are compared with
+                raise
+            absent[name] = (str(error).splitlines() or [type(error).__name__])[0]
             continue
         if name != "full" and (wrong := mistakes(results, leaves, upstream, layout)):
             raise AssertionError(f"{name}, {dtype}, {layout.num_tokens} tokens: {', '.join(wrong)}")
@@ -205,10 +209,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sides", type=int, nargs="+", help="sides of the finest grid, of those that are measured")
-    parser.add_argument("--kinds", type=int, help="measure only so many of the kinds of dtype and head")
+    parser.add_argument("--kinds", type=int, nargs="+", help="numbers of the kinds of dtype and head to measure")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=None)
     parser.add_argument("--seconds", type=float, default=None, help="time for each row")
-    parser.add_argument("--json", action="store_true", help="write results/attention_KIND.json")
+    parser.add_argument("--json", action="store_true", help="write results/attention_KIND.json, after each kind")
     parser.add_argument("--markdown", action="store_true", help="measure nothing, print what is recorded as a table")
     parser.add_argument("--record", action="store_true", help="let `auto` follow the recorded results")
     args = parser.parse_args(argv)
@@ -225,43 +229,35 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
 
     bytes_a_second = copy_rate(device)
-    report: dict[str, Any] = {"machine": machine(device), "scale_factors": SCALE_FACTORS, "rows": []}
-    report["measured_rates"] = {"copy_gb_per_s": round(bytes_a_second / 1e9, 1)}
-    tasks = [
-        (getattr(torch, dtype), head_dim, heads, side, images, backward, place == 0)
-        for place, (dtype, head_dim, heads) in enumerate(kinds[: args.kinds])
-        for side, images in sizes.items()
-        for backward in (False, True)
-        if side in (args.sides or sizes)
-    ]
-    rates: dict[torch.dtype, float] = {}
-    try:
-        # Two passes, because what disturbs a machine for a while disturbs all of a row.
-        for number, task in enumerate(tqdm(tasks * 2)):
-            dtype, head_dim, heads, side, images, backward, is_main = task
-            if dtype not in rates:
-                rates[dtype] = matrix_rate(device, dtype)
-                name = str(dtype).removeprefix("torch.")
-                report["measured_rates"][f"{name}_tflops"] = round(rates[dtype] / 1e12, 3)
-            # Compiling takes most of the time, so the table that is printed in full has all, the others what may win.
-            chosen = backends if is_main else tuple(name for name in backends if name != "flex")
-            row = measure(
-                device, dtype, head_dim, heads, side, images, backward, chosen,
-                {"flops": rates[dtype], "bytes": bytes_a_second}, budget,
-            )  # fmt: skip
-            if number < len(tasks):
-                report["rows"].append(row)
-            else:
-                report["rows"][number - len(tasks)]["of_sdpa_mask_again"] = row["of_sdpa_mask"]
-    except AssertionError as error:
-        print(f"error: wrong results, so nothing is reported: {error}", file=sys.stderr)
-        return 1
-
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(", ".join(f"{key} {value}" for key, value in report["measured_rates"].items()))
-    print("\n".join(table(row) for row in report["rows"]))
-    if args.json:
-        write_report(RESULTS, "attention", report)
+    about = machine(device)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    for place, (dtype, head_dim, heads) in enumerate(kinds):
+        if place not in (args.kinds or range(len(kinds))):
+            continue
+        rate = matrix_rate(device, getattr(torch, dtype))
+        measured = {"copy_gb_per_s": round(bytes_a_second / 1e9, 1), f"{dtype}_tflops": round(rate / 1e12, 3)}
+        print(", ".join(f"{key} {value}" for key, value in measured.items()))
+        # Compiling takes most of the time, so the table that is printed in full has all, the others what may win.
+        chosen = tuple(name for name in backends if place == 0 or name != "flex")
+        rates = {"flops": rate, "bytes": bytes_a_second}
+        tasks = [
+            (device, getattr(torch, dtype), head_dim, heads, side, images, backward, chosen, rates, budget)
+            for side, images in sizes.items()
+            for backward in (False, True)
+            if side in (args.sides or sizes)
+        ]
+        try:
+            # Two passes, because what disturbs a machine for a while disturbs all of a row.
+            rows, again = ([measure(*task) for task in tqdm(tasks)] for _ in range(2))
+        except AssertionError as error:
+            print(f"error: wrong results, so nothing is reported: {error}", file=sys.stderr)
+            return 1
+        for row, second in zip(rows, again):
+            row["of_sdpa_mask_again"] = second["of_sdpa_mask"]
+        print("\n".join(map(table, rows)), flush=True)
+        if args.json:
+            report = {"machine": about, "scale_factors": SCALE_FACTORS, "measured_rates": measured, "rows": rows}
+            write_report(RESULTS, "attention", report, rows={"rows": ROW})
     if args.record:
         record()
     return 0

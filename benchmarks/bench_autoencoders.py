@@ -18,7 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from hieratok_hf import SIZES, AutoencoderHieraTok
 
 RESULTS = Path(__file__).parent / "results"
+# What tells one row from another.
+ROW = ("model", "pixels", "images", "direction")
 BASELINE = "AutoencoderKL"
+NO_MEMORY = "out of memory"
 DIRECTIONS = ("encode", "decode")
 MODES = ("eager", "compiled")
 
@@ -129,7 +132,7 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     seconds: float,
-) -> tuple[dict[str, dict[str, float]], dict[str, int], list[str]]:
+) -> tuple[dict[str, dict[str, float]], dict[str, int], dict[str, str]]:
     """
     One direction of several models, taking turns.
 
@@ -142,14 +145,13 @@ def measure(
         seconds (`float`): Time for all together.
 
     Returns:
-        Seconds of a call by model and mode; on a GPU, bytes at the peak beyond weights and input; and the models for
-        which the device's memory did not suffice.
-
-    Raises:
-        WrongResult: A result has another shape than it should, is not finite, or changes when it is compiled.
+        Seconds of a call by model and mode; on a GPU, bytes at the peak beyond weights and input; and why models are
+        left out: the device's memory does not suffice, they cannot be compiled, or their result has another shape
+        than it should, is not finite, or changes when it is compiled.
     """
     calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
-    peaks, too_large = {}, []
+    peaks: dict[str, int] = {}
+    reasons: dict[str, str] = {}
     for name, latent in latents.items():
         try:
             call, shape = prepared(name, pixels, latent, direction, device, dtype)
@@ -163,7 +165,9 @@ def measure(
             if device.type == "cuda":
                 peaks[name] = peak_memory(call, device)
         except torch.OutOfMemoryError:
-            too_large.append(name)
+            reasons[name] = NO_MEMORY
+        except Exception as error:  # compilers raise all kinds, and one model that fails says nothing of the others
+            reasons[name] = (str(error).splitlines() or [type(error).__name__])[0]
         else:
             calls |= {(name, mode): mine[mode] for mode in modes}
     # Names are what it reports by.
@@ -172,7 +176,7 @@ def measure(
     for name, mode in calls:
         times.setdefault(name, {})[mode] = found[f"{name} {mode}"]
     torch.compiler.reset()
-    return times, peaks, too_large
+    return times, peaks, reasons
 
 
 def figures(
@@ -312,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=20, help="time for each size, batch and direction")
     parser.add_argument("--memory", action="store_true", help="peaks on a CPU too, each in a process of its own")
-    parser.add_argument("--json", action="store_true", help="write results/autoencoders_MODES_KIND.json")
+    parser.add_argument("--json", action="store_true", help="write autoencoders_MODES_KIND.json, after each size")
     parser.add_argument("--plot", type=Path, help="write a picture of the ratios here")
     parser.add_argument("--peak_of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -340,6 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
+    wrong: list[str] = []
     models: dict[str, dict[str, Any]] = {}
     for pixels, images in itertools.product(args.sizes, args.batches):
         counted = {name: count(name, pixels, images) for name in names}
@@ -361,14 +366,11 @@ def main(argv: list[str] | None = None) -> int:
             latents = {name: counted[name]["latent"] for name in names if name not in reasons}
             peaks: dict[str, int] = {}
             if latents:
-                try:
-                    with torch.inference_mode():
-                        found = measure(latents, pixels, direction, modes, device, dtype, args.seconds)
-                except WrongResult as error:
-                    print(f"error: {error}; nothing is reported", file=sys.stderr)
-                    return 1
-                timed[direction], peaks, too_large = found
-                reasons |= dict.fromkeys(too_large, "out of memory")
+                with torch.inference_mode():
+                    found = measure(latents, pixels, direction, modes, device, dtype, args.seconds)
+                timed[direction], peaks, failures = found
+                reasons |= failures
+                wrong += [f"{name}: {why}" for name, why in failures.items() if why != NO_MEMORY]
             left_out += [{"model": name, **group, "direction": direction, "why": why} for name, why in reasons.items()]
             for name, row in figures(timed.get(direction, {}), flops, images, rate, on_gpu).items():
                 rows.append({"model": name, **group, "direction": direction, **row})
@@ -385,20 +387,24 @@ def main(argv: list[str] | None = None) -> int:
             flops = {name: found["encode"] + found["decode"] for name, found in counted.items()}
             for name, row in figures(both, flops, images, rate, on_gpu).items():
                 rows.append({"model": name, **group, "direction": "both", **row})
-    report = {
-        "machine": about, "dtype": str(dtype).removeprefix("torch."), "modes": modes, "baseline": BASELINE,
-        "limit_tflop": limit if limit < float("inf") else None, "models": models, "rows": rows, "left_out": left_out,
-    }  # fmt: skip
+        report = {
+            "machine": about, "dtype": str(dtype).removeprefix("torch."), "modes": modes, "baseline": BASELINE,
+            "limit_tflop": limit if limit < float("inf") else None, "models": models, "rows": rows,
+            "left_out": left_out,
+        }  # fmt: skip
+        if args.json:
+            name = "_".join(["autoencoders", *modes])
+            report = write_report(RESULTS, name, report, rows={"rows": ROW, "left_out": ROW})
 
     print(f"{report['dtype']}, times as fast as {BASELINE} ({MODELS[BASELINE][0]}) on the same pictures:")
     print(table(report))
-    for row in left_out:
+    for row in report["left_out"]:
         print(f"left out: {row['model']}, {row['direction']}, {pictures(row)}: {row['why']}")
-    if args.json:
-        write_report(RESULTS, "_".join(["autoencoders", *modes]), report)
     if args.plot:
         plot(report, args.plot)
-    return 0
+    for failure in wrong:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

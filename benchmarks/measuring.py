@@ -41,17 +41,53 @@ def machine(device: torch.device) -> dict[str, Any]:
         "platform": platform.machine(),
         "python": platform.python_version(),
         **versions,
-        "commit": described.stdout.strip() or "unknown",
+        # A copy of the tree without its history is told by whoever made it.
+        "commit": described.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown"),
     }
 
 
-def write_report(folder: Path, name: str, report: dict[str, Any]) -> None:
-    """Write a report with its machine as `NAME_KIND.json` of the device's kind, and say so."""
+def write_report(
+    folder: Path, name: str, report: dict[str, Any], rows: dict[str, tuple[str, ...]] | None = None
+) -> dict[str, Any]:
+    """
+    Write a report with its machine as `NAME_KIND.json` of the device's kind, whole or not at all, and say so.
+
+    Args:
+        folder (`Path`): Where the reports lie.
+        name (`str`): Of the benchmark.
+        report (`dict`): What it found; `"machine"` is that of `machine`.
+        rows (`dict[str, tuple[str, ...]]`, *optional*): For a benchmark that can be run in parts: the names of lists
+            of rows in the report, each with the values that tell its rows apart. Rows that an earlier part recorded on
+            the same device with the same versions are kept.
+
+    Returns:
+        What was written.
+    """
     folder.mkdir(exist_ok=True)
     kind = report["machine"]["kind"].replace(" ", "_").replace(".", "").lower()
     path = folder / f"{name}_{kind}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    if rows and path.exists():
+        report = with_earlier_rows(report, json.loads(path.read_text()), rows)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(path)
     print(f"wrote {path.name}")
+    return report
+
+
+def with_earlier_rows(
+    report: dict[str, Any], earlier: dict[str, Any], rows: dict[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """A report with the rows of an earlier one of the same machine that it lacks, and these with their commit."""
+    commit = earlier["machine"]["commit"]
+    if {**earlier["machine"], "commit": None} != {**report["machine"], "commit": None}:
+        return report
+    whole = {key: {**earlier[key], **value} if isinstance(value, dict) else value for key, value in report.items()}
+    for name, keys in rows.items():
+        found = {tuple(map(str, map(row.get, keys))): {"commit": commit, **row} for row in earlier[name]}
+        new = {tuple(map(str, map(row.get, keys))): row for row in report[name]}
+        whole[name] = list({**found, **new}.values())
+    return whole
 
 
 def _replayed(call: Callable[[], Any]) -> Callable[[], float]:

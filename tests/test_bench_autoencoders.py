@@ -146,15 +146,41 @@ def test_a_table_and_a_plot_come_from_the_record(bench, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["shape", "nan", "compiled"])
-def test_nothing_is_reported_when_a_result_is_wrong(bench, times, broken, monkeypatch, tmp_path, capsys):
+def test_a_model_is_left_out_where_its_result_is_wrong(bench, times, broken, monkeypatch, tmp_path, capsys):
     decode = bench.CALLS["decode"]
     spoil = {"shape": lambda x: x[..., :-1], "nan": lambda x: x.log(), "compiled": lambda x: x}[broken]
     monkeypatch.setitem(bench.CALLS, "decode", lambda vae, latents: spoil(decode(vae, latents)))
     monkeypatch.setattr(bench.torch, "compile", lambda call, **_: lambda: call() * (1 + 1e-3 * (broken == "compiled")))
     assert bench.main([*SMALL, *PAIR, "--sizes", "64", "--json"]) == 1
     out, err = capsys.readouterr()
-    assert "nothing is reported" in err and "|" not in out and not (tmp_path / "results").exists()
-    assert ("compiled is off by 1.0e-03" if broken == "compiled" else "should decode to finite numbers") in err
+    report = report_of(tmp_path / "results")
+    reason = "compiled is off by 1.0e-03" if broken == "compiled" else "should decode to finite numbers"
+    for name in ("small", "hieratok-tiny"):
+        assert f"error: {name}: {name} {reason}" in err and f"left out: {name}, decode, 1 of 64x64: {name}" in out
+    # A compiler that is wrong is so in both directions.
+    assert {row["direction"] for row in report["rows"]} == (set() if broken == "compiled" else {"encode"})
+    assert all(reason.split()[-2] in row["why"] for row in report["left_out"] if row["direction"] == "decode")
+
+
+def test_one_model_that_cannot_be_compiled_does_not_stop_the_others(bench, times, monkeypatch, tmp_path, capsys):
+    def fails(call, fullgraph, **_):
+        if fullgraph:
+            raise NotImplementedError
+        return call
+
+    monkeypatch.setattr(bench.torch, "compile", fails)
+    assert bench.main([*SMALL, *PAIR, "--sizes", "64", "--json"]) == 1
+    report = report_of(tmp_path / "results")
+    assert {row["model"] for row in report["rows"]} == {"small"}
+    assert [row["why"] for row in report["left_out"]] == ["NotImplementedError"] * 2
+    assert "error: hieratok-tiny: NotImplementedError" in capsys.readouterr().err
+
+
+def test_parts_are_recorded_one_after_the_other(bench, times, tmp_path):
+    for size in ("64", "128"):
+        assert bench.main([*SMALL, *PAIR, "--sizes", size, "--eager", "--json"]) == 0
+    rows = [(row["pixels"], row["model"], row["direction"]) for row in report_of(tmp_path / "results")["rows"]]
+    assert len(rows) == len(set(rows)) == 12 and {pixels for pixels, *_ in rows} == {64, 128}
 
 
 def test_ours_compile_in_one_graph_and_others_may_break(bench, monkeypatch):

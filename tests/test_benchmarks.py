@@ -5,6 +5,7 @@ import itertools
 import json
 import runpy
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -165,8 +166,48 @@ def test_the_attention_benchmark_reports_nothing_when_a_result_is_wrong(attentio
     monkeypatch.setattr(attention, "scale_causal_attention", wrong)
     assert attention.main(["--device", "cpu", "--seconds", "0", "--json"]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and "error: wrong results, so nothing is reported: sdpa, torch.float32" in err
+    assert "of sdpa_mask" not in out and "error: wrong results, so nothing is reported: sdpa, torch.float32" in err
     assert not (tmp_path / "results").exists()
+
+
+def test_parts_of_the_attention_benchmark_add_up(attention, monkeypatch, tmp_path):
+    monkeypatch.setattr(attention, "RESULTS", tmp_path / "results")
+    for part in (["--kinds", "1", "--sides", "2"], ["--kinds", "0"], ["--kinds", "1"]):
+        assert attention.main(["--device", "cpu", "--seconds", "0", "--json", *part]) == 0
+    report = json.loads(next((tmp_path / "results").iterdir()).read_text())
+    rows = [(row["dtype"], row["grid"][0], row["gradients"]) for row in report["rows"]]
+    assert sorted(rows) == sorted(itertools.product(["float32", "bfloat16"], (2, 3), (False, True)))
+    assert report["measured_rates"].keys() == {"copy_gb_per_s", "float32_tflops", "bfloat16_tflops"}
+
+
+def test_a_backend_that_fails_is_absent_from_the_row(attention, monkeypatch, tmp_path, capsys):
+    right = attention.scale_causal_attention
+
+    def no_compiler(*args, backend, **kwargs):
+        if backend == "flex":
+            raise NotImplementedError("no compiler here\nand more")
+        return right(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(attention, "scale_causal_attention", no_compiler)
+    monkeypatch.setattr(attention, "RESULTS", tmp_path)
+    backends = ["--backends", "sdpa_mask", "sdpa", "flex"]
+    assert attention.main(["--device", "cpu", "--seconds", "0", "--kinds", "0", "--json", *backends]) == 0
+    report = json.loads(next(tmp_path.iterdir()).read_text())
+    assert all(row["absent"] == {"flex": "no compiler here"} for row in report["rows"])
+    assert "absent: no compiler here" in capsys.readouterr().out
+
+
+def test_rows_of_another_machine_are_not_kept(attention, tmp_path):
+    keys = {"rows": ("size",)}
+    machine = {"kind": "cpu", "torch": "1", "commit": "a"}
+    measuring = sys.modules["measuring"]
+    measuring.write_report(tmp_path, "x", {"machine": machine, "rows": [{"size": 1, "time": 3}]}, keys)
+    new = {"machine": {**machine, "commit": "b"}, "rows": [{"size": 2, "time": 4}]}
+    kept = measuring.write_report(tmp_path, "x", new, keys)
+    assert kept["rows"] == [{"commit": "a", "size": 1, "time": 3}, {"size": 2, "time": 4}]
+    other = {"machine": {**machine, "torch": "2"}, "rows": [{"size": 3, "time": 5}]}
+    assert measuring.write_report(tmp_path, "x", other, keys) == other
+    assert json.loads((tmp_path / "x_cpu.json").read_text()) == other and len(list(tmp_path.iterdir())) == 1
 
 
 def test_work_is_what_pytorch_counts(attention):

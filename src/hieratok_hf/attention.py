@@ -109,9 +109,10 @@ def scale_causal_attention(
         attended, weights = reference_attention(query, key, value, layout, scale)
         return (attended, weights) if return_weights else attended
 
-    # `scaled_dot_product_attention` heeds autocast by itself, the other computations do not.
+    # `scaled_dot_product_attention` heeds autocast by itself, the other computations do not. "meta" has none, where
+    # asking raises; `torch.amp.is_autocast_available` breaks a graph that torch 2.11 compiles.
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if not query.dtype == key.dtype == value.dtype:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .exporting import is_exporting
+
 __all__ = ["FASTEST", "fastest_backend"]
 
 # Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
@@ -42,7 +44,7 @@ def fastest_backend(query: Tensor, needs_gradient: bool) -> str:
         query (`torch.Tensor` of shape `(B, A, N, d)`): For its device, dtype, number of tokens and channels of a head.
         needs_gradient (`bool`): Whether a backward pass will follow.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "sdpa"  # an exported graph serves every size, so no one size may choose for it
     dtype = str(query.dtype).removeprefix("torch.")
     measured = FASTEST.get((device_kind(query.device), dtype, query.shape[3], needs_gradient), {})

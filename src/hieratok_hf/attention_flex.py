@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from .exporting import is_exporting
 from .pyramid import PyramidLayout
 
 __all__ = ["flex_scale_causal_attention", "why_not_flex"]
@@ -62,7 +63,7 @@ def _kept_block_mask(ends: tuple[int, ...], device: torch.device) -> BlockMask:
 @torch.compiler.assume_constant_result
 def _block_tensors(ends: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     # What an exporter traces is no tensor to keep.
-    make = _kept_block_mask.__wrapped__ if torch.compiler.is_exporting() else _kept_block_mask
+    make = _kept_block_mask.__wrapped__ if is_exporting() else _kept_block_mask
     block_mask = make(ends, device)
     return tuple(getattr(block_mask, field) for field in BLOCK_FIELDS)
 

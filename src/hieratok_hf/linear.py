@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from .exporting import is_exporting
+
 __all__ = ["HieraTokLinear", "prefers_onednn"]
 
 
@@ -60,7 +62,7 @@ class HieraTokLinear(nn.Linear):
 
     def _is_for_onednn(self, x: Tensor) -> bool:
         # What is exported runs elsewhere, and quantised weights have their own products.
-        if torch.compiler.is_exporting() or type(self.weight) is not nn.Parameter or type(x) is not Tensor:
+        if is_exporting() or type(self.weight) is not nn.Parameter or type(x) is not Tensor:
             return False
         if not x.device.type == self.weight.device.type == "cpu" or not x.dtype == self.weight.dtype == torch.float32:
             return False
