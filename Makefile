@@ -10,7 +10,8 @@ SHARDS := $(wildcard $(DATA)/imagenette_128/train-*.tar) $(wildcard $(DATA)/clot
 SPACE ?= user/hieratok
 
 .PHONY: demo app space test lint docs notebooks package train train_dit compare clean \
-	gpu has_cuda gpu_tests gpu_attention gpu_model gpu_autoencoders gpu_sizes
+	gpu has_cuda gpu_tests gpu_attention gpu_model gpu_autoencoders gpu_sizes \
+	train_16x train_gpu latents train_dit_gpu
 
 demo: $(READY)
 	$(BIN)/python examples/reconstruct.py --output outputs
@@ -113,15 +114,43 @@ train: $(READY)
 		--crop_sizes 64 64 64 128 128 256 --crop_scale 0 0 --pixel_loss mse --perceptual_weight 2e-4 \
 		--vision_model $(DATA)/mobilenet_v2_1.0_224 --ema 0.995 --save_every 250
 
-# What makes the generator hieratok-dit-tiny on the latents of hieratok-tiny; started again, it goes on.
-train_dit: $(READY)
+# What makes hieratok-tiny-16x; as above.
+train_16x: $(READY)
+	$(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --output runs/hieratok-tiny-16x --resume \
+		--size hieratok-tiny-16x --steps 14000 --decay_steps 5000 --lr 1.5e-3 --batch_size 8 \
+		--crop_sizes 128 128 128 256 --crop_scale 0 0 --pixel_loss mse --ema 0.998 --save_every 500
+
+# Both on a GPU, for as many steps as there is time for: make train_gpu SIZE=hieratok-tiny-16x STEPS=10000
+SIZE ?= hieratok-tiny
+STEPS ?= 20000
+train_gpu: export PYTHONPATH := src:$(PYTHONPATH)
+train_gpu: has_cuda
+	$(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --output runs/gpu/$(SIZE) --resume --size $(SIZE) \
+		--steps $(STEPS) --decay_steps $$(( $(STEPS) / 3 )) --lr 2e-3 --batch_size 64 --mixed_precision bf16 \
+		--crop_sizes 128 128 256 --crop_scale 0 0 --pixel_loss mse --perceptual_weight 2e-4 \
+		--vision_model $(DATA)/mobilenet_v2_1.0_224 --ema 0.999 --save_every 1000 --num_workers 12
+
+# What the generator is trained on; a run that was killed goes on, and a whole one ends at once.
+latents: export PYTHONPATH := src:$(PYTHONPATH)
+latents: $(READY)
 	$(BIN)/python examples/cache_latents.py --model hieratok-tiny --size 64 --kind mode --output runs/latents-64 \
 		--data "$(DATA)/imagenette_128/train-*.tar"
-	$(BIN)/python examples/train_dit.py --output runs/hieratok-dit-tiny --resume --vae hieratok-tiny --size dit-tiny \
-		--latents runs/latents-64 --class_names tench "English springer" "cassette player" "chain saw" church \
-		"French horn" "garbage truck" "gas pump" "golf ball" parachute --steps 9000 --decay_steps 3000 \
-		--warmup_steps 200 --lr 5e-4 --ema 0.9995 --batch_size 64 --mixed_precision bf16 --sample_every 500 \
-		--export_dtype float16
+
+DIT := examples/train_dit.py --resume --vae hieratok-tiny --size dit-tiny --latents runs/latents-64 --lr 5e-4 \
+	--warmup_steps 200 --mixed_precision bf16 --export_dtype float16 --class_names tench "English springer" \
+	"cassette player" "chain saw" church "French horn" "garbage truck" "gas pump" "golf ball" parachute
+
+# What makes the generator hieratok-dit-tiny on the latents of hieratok-tiny, trained once more after it had decayed;
+# started again, it goes on.
+train_dit: latents
+	$(BIN)/python $(DIT) --output runs/hieratok-dit-tiny --steps 9000 --decay_steps 3000 --ema 0.9995 --batch_size 64
+	$(BIN)/python $(DIT) --output runs/hieratok-dit-tiny --steps 13500 --decay_steps 3000 --ema 0.9995 --batch_size 64
+
+# The same on a GPU: make train_dit_gpu STEPS=40000
+train_dit_gpu: export PYTHONPATH := src:$(PYTHONPATH)
+train_dit_gpu: has_cuda latents
+	$(BIN)/python $(DIT) --output runs/gpu/hieratok-dit-tiny --steps $(STEPS) --decay_steps $$(( $(STEPS) / 3 )) \
+		--ema 0.9998 --batch_size 256
 
 # The comparisons of scales in benchmarks/README.md; hours on a CPU. Finished rows are kept.
 compare: $(READY)

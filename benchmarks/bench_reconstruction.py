@@ -1,54 +1,62 @@
-"""PSNR and SSIM of a tokenizer on the 24 Kodak pictures, beside principal components of patches."""
+"""Tokenizers beside principal components and JPEG of as many numbers and bytes: PSNR, SSIM and a Fréchet distance."""
 
 import argparse
 import io
-import json
-import platform
 import sys
-import tarfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import machine, write_report
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from hieratok_hf import AutoencoderHieraTok, open_picture
-from hieratok_hf.metrics import psnr, ssim
-from hieratok_hf.pyramid import picture_pyramid
+from hieratok_hf.codec import Codec, load_codec
+from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
+from hieratok_hf.metrics import FrechetDistance
+from hieratok_hf.picture_data import Pictures, load_pictures, picture_of
 from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.vision_features import VisionFeatures
+
+RESULTS = Path(__file__).parent / "results"
+# Name: what lies in --data, and the side of the square that is cut from the middle.
+SETS = {
+    "kodak": ("kodak", 512),
+    "imagenet_sample_256": ("imagenet_sample_256", 256),
+    "imagenette_128, validation": ("imagenette_128/val-*.tar", 128),
+}
+FITTED_TO = "imagenette_128/train-*.tar"
+# What tells one row from another.
+ROW = ("data", "like", "code")
 
 
-def as_tensor(picture: Image.Image) -> Tensor:
-    """A picture as `(1, 3, H, W)` in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+def as_values(picture: Image.Image) -> Tensor:
+    """A picture as `(3, H, W)` in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def centre(picture: Image.Image, size: int) -> Image.Image:
-    """The square of `size` pixels in the middle of a picture."""
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+def as_pictures(pixel_values: Tensor) -> list[Image.Image]:
+    """`(B, 3, H, W)` in [-1, 1] as pictures."""
+    levels = ((pixel_values + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in levels]
 
 
 class PrincipalComponents:
     """Patches projected to their first principal components and back, the best linear code of single patches."""
 
-    def __init__(self, shards: list[Path], patch_size: int, channels: int):
+    def __init__(self, pictures: Pictures, patch_size: int, channels: int):
         self.patch_size, count = patch_size, 0
         numbers = 3 * patch_size**2
         total, products = torch.zeros(numbers).double(), torch.zeros(numbers, numbers).double()
-        for shard in shards:
-            with tarfile.open(shard) as archive:
-                members = [member for member in archive if member.name.endswith(".webp")]
-                for member in tqdm(members, desc=f"{patch_size}x{patch_size} patches of {shard.name}"):
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    picture = as_tensor(Image.open(io.BytesIO(file.read())).convert("RGB"))
-                    patches = F.unfold(picture, patch_size, stride=patch_size)[0].T.double()  # (n, 3 * p * p)
-                    total, products = total + patches.sum(0), products + patches.T @ patches
-                    count += len(patches)
+        for i in tqdm(range(len(pictures)), desc=f"components of {patch_size}x{patch_size} patches"):
+            picture = as_values(picture_of(pictures[i]))[None]
+            patches = F.unfold(picture, patch_size, stride=patch_size)[0].T.double()  # (n, 3 * p * p)
+            total, products = total + patches.sum(0), products + patches.T @ patches
+            count += len(patches)
         self.mean = (total / count).float()
         covariance = products / count - torch.outer(total, total) / count**2
         self.directions = torch.linalg.eigh(covariance).eigenvectors[:, -channels:].float()  # (3 * p * p, C)
@@ -59,59 +67,113 @@ class PrincipalComponents:
         return F.fold(decoded.transpose(1, 2), pixel_values.shape[-2:], self.patch_size, stride=self.patch_size)
 
 
+class Jpeg:
+    """
+    The best JPEG of each picture within some bytes, which are those of its scan alone: headers and tables, half a
+    kilobyte that small pictures should not pay for, are not counted.
+    """
+
+    def __init__(self, bytes_a_pixel: float):
+        self.bytes_a_pixel = bytes_a_pixel
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        return torch.stack([as_values(self.best(picture)) for picture in as_pictures(pixel_values)])
+
+    def best(self, picture: Image.Image) -> Image.Image:
+        """By bisection over the quality; the lowest one where even that takes more bytes."""
+        low, high = 1, 96  # Pillow advises against more than 95
+        while high - low > 1:
+            middle = (low + high) // 2
+            within = self._scan(self._file(picture, middle)) <= self.bytes_a_pixel * picture.width * picture.height
+            low, high = (middle, high) if within else (low, middle)
+        return Image.open(io.BytesIO(self._file(picture, low)))
+
+    @staticmethod
+    def _file(picture: Image.Image, quality: int) -> bytes:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=quality)
+        return file.getvalue()
+
+    @staticmethod
+    def _scan(file: bytes) -> int:
+        return len(file) - file.index(b"\xff\xda")
+
+
+def measured(
+    code: Callable[[Tensor], Tensor], batches: Iterable[dict[str, Any]], metrics: ReconstructionMetrics
+) -> dict[str, Any]:
+    """The figures of something that takes pictures `(B, 3, H, W)` to what it makes of them."""
+    metrics.reset()
+    for batch in batches:
+        metrics.update(code(batch["pixel_values"]), batch["pixel_values"])
+    return dict(metrics.compute())
+
+
+def baselines(codec: Codec, data: Path) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The codes that a tokenizer is measured beside, with as many numbers, each of a byte."""
+    channels, side, _ = codec.latent_shape(256)
+    patch_size = 256 // side
+    return {
+        "principal components": PrincipalComponents(load_pictures(str(data / FITTED_TO)), patch_size, channels),
+        "JPEG": Jpeg(channels / patch_size**2),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """A row for each data set, tokenizer and code in Markdown."""
+    name = report["distance"]
+    lines = [f"| pictures | numbers as | code | PSNR, dB | SSIM | {name} |", "|---|---|---|---|---|---|"]
+    for row in report["rows"]:
+        cells = [f"{row['pictures']} of {row['data']} at {row['size']}x{row['size']}", row["like"], row["code"]]
+        cells += [f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row[name]:.3f}" if name in row else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    parser.add_argument("--model", default="hieratok-tiny", help="a folder, a name that ships, or a Hub repository")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", type=int, default=512, help="side of the square cut from the middle")
-    parser.add_argument("--json", type=Path, default=None, help="write the figures here as well")
+    parser.add_argument(
+        "--models", nargs="+", default=["hieratok-tiny"], help="folders, names that ship, or Hub repositories"
+    )
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="what to measure on")
+    parser.add_argument("--vision_model", help="of the Fréchet distance; mobilenet_v2_1.0_224 in --data unless given")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the tokenizers")
+    parser.add_argument("--max_pictures", type=int, help="take only the first of each set")
+    parser.add_argument("--json", action="store_true", help="write results/reconstruction_KIND.json, after each set")
     args = parser.parse_args(argv)
-    paths = sorted((args.data / "kodak").glob("*.png"))
-    shards = sorted((args.data / "imagenette_128").glob("train-*.tar"))
-    if not paths or not shards:
-        print(f"error: --data {str(args.data)!r} lacks kodak/*.png or imagenette_128/train-*.tar", file=sys.stderr)
+    needed = [args.data / FITTED_TO, *(args.data / SETS[name][0] for name in args.sets)]
+    if missing := [path for path in needed if not list(path.parent.glob(path.name))]:
+        print(f"error: --data {str(args.data)!r} lacks {missing[0].relative_to(args.data)}", file=sys.stderr)
         return 2
-    vae = AutoencoderHieraTok.from_pretrained(shipped_or_given(args.model)).to(args.device)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-    baselines = {
-        "principal components, 8x8 to 16": PrincipalComponents(shards, 8, 16),
-        "principal components, 16x16 to 16": PrincipalComponents(shards, 16, 16),
-    }
-
-    figures: dict[str, list[tuple[float, float]]] = {name: [] for name in (args.model, *baselines)}
-    scales: list[list[float]] = [[] for _ in vae.config.scale_factors]
-    for path in tqdm(paths, desc="Kodak"):
-        pixel_values = as_tensor(centre(open_picture(path), args.size))
-        latents = vae.encode(pixel_values.to(args.device)).latent_dist.mode()
-        pictures = [picture.cpu() for picture in vae.core.decode_scales(latents)]
-        reconstructions = {args.model: pictures[-1], **{name: code(pixel_values) for name, code in baselines.items()}}
-        for name, decoded in reconstructions.items():
-            figures[name].append((psnr(decoded, pixel_values).item(), ssim(decoded, pixel_values).item()))
-        for values, picture, target in zip(scales, pictures, picture_pyramid(pixel_values, vae.core.config)):
-            values.append(psnr(picture, target).item())
-
-    means = {
-        name: dict(zip(("psnr_db", "ssim"), np.mean(rows, 0).round(4).tolist())) for name, rows in figures.items()
-    }
-    of_scales = [round(float(np.mean(values)), 4) for values in scales]
-    on_gpu = args.device.startswith("cuda")
-    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    report = {
-        "machine": f"{platform.machine()}, {device}, torch {torch.__version__}",
-        "pictures": f"{len(paths)} of Kodak, centre {args.size}x{args.size}, posterior mode, float32",
-        "mean": means,
-        "psnr_db_of_each_scale": of_scales,
-        "psnr_db_of_each_picture": {path.stem: round(row[0], 3) for path, row in zip(paths, figures[args.model])},
-    }
-    print(f"{report['pictures']} ({report['machine']})")
-    for name, mean in means.items():
-        print(f"{name:36}{mean['psnr_db']:8.2f} dB{mean['ssim']:9.4f} SSIM")
-    print("each scale against the picture at its size: " + ", ".join(f"{x:.2f} dB" for x in of_scales))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    about = machine(torch.device(args.device))
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    vision_model = args.vision_model or str(args.data / "mobilenet_v2_1.0_224")
+    codecs = {name: load_codec(shipped_or_given(name), args.device) for name in args.models}
+    codes = {name: baselines(codec, args.data) for name, codec in codecs.items()}
+    for data in args.sets:
+        where, size = SETS[data]
+        # Of one set, the features of the originals are computed once.
+        frechet = FrechetDistance(VisionFeatures.from_pretrained(vision_model), same_targets=True)
+        metrics = ReconstructionMetrics(frechet=frechet)
+        pictures = load_pictures(str(args.data / where))
+        rows = []
+        for name, codec in codecs.items():
+            for code, call in {"tokenizer": codec, **codes[name]}.items():
+                batches = EvaluationBatches(
+                    pictures, size, batch_size=4 if size > 256 else 16, limit=args.max_pictures
+                )
+                progress = tqdm(batches, desc=f"{data}, {code} as {name}")
+                found = evaluate(call, progress, metrics) if call is codec else measured(call, progress, metrics)
+                kept = {key: value for key, value in found.items() if not key.startswith("latent_")}
+                rounded = {key: [round(x, 4) for x in v] if isinstance(v, list) else v for key, v in kept.items()}
+                row = {"data": data, "size": size, "like": Path(name).name, "code": code}
+                rows.append(row | {k: round(v, 4) if isinstance(v, float) else v for k, v in rounded.items()})
+        report = {"machine": about, "distance": frechet.name, "rows": rows}
+        print(table(report), flush=True)
+        if args.json:
+            write_report(RESULTS, "reconstruction", report, rows={"rows": ROW})
     return 0
 
 

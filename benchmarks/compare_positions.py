@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_reconstruction import as_tensor, centre
+from bench_reconstruction import as_values
 from measuring import machine, write_report
+from PIL import Image
 from torch import Tensor
 
 from hieratok_hf import AutoencoderHieraTok, open_picture
@@ -23,12 +24,18 @@ RESULTS = Path(__file__).parent / "results"
 SIZES = ("128", "256", "512", "768x512", "1024")
 
 
+def centre(picture: Image.Image, size: int) -> Image.Image:
+    """The square of `size` pixels in the middle of a picture."""
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
 def at_size(pictures: list[Path], size: str) -> list[Tensor]:
     """Pictures of one size, in [-1, 1]: centres, whole ones, or four centres of 512 pixels beside each other."""
     if size == "768x512":
-        return [as_tensor(open_picture(path)) for path in pictures]
+        return [as_values(open_picture(path))[None] for path in pictures]
     side = int(size)
-    crops = [as_tensor(centre(open_picture(path), min(side, 512))) for path in pictures]
+    crops = [as_values(centre(open_picture(path), min(side, 512)))[None] for path in pictures]
     if side <= 512:
         return crops
     rows = [torch.cat([crops[i], crops[i + 1]], dim=3) for i in range(0, len(crops) - 1, 2)]

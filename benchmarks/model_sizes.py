@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"{args.height}x{args.width} pixels, one picture; decoding up to scale k of 4")
     print(
-        f"{'size':14}{'parameters, M':>24}{'latent':>12}{'GFLOP: encode':>15}"
+        f"{'size':20}{'parameters, M':>24}{'latent':>12}{'GFLOP: encode':>15}"
         f"{'decode k=1':>12}{'k=2':>8}{'k=3':>8}{'k=4':>8}"
     )
     for row in rows:
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         parameters = f"{encoder:.1f} + {decoder:.1f} = {encoder + decoder:.1f}"
         decode = [int(row[f"decode_flops_{k}"]) / 1e9 for k in range(1, 5)]
         flops = f"{int(row['encode_flops']) / 1e9:15.1f}{decode[0]:12.2f}" + "".join(f"{x:8.1f}" for x in decode[1:])
-        print(f"{row['size']:14}{parameters:>24}{row['latent']:>12}{flops}")
+        print(f"{row['size']:20}{parameters:>24}{row['latent']:>12}{flops}")
     if args.json:
         args.json.write_text(json.dumps({"height": args.height, "width": args.width, "rows": rows}, indent=2) + "\n")
 

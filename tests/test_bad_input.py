@@ -25,7 +25,7 @@ from hieratok_hf import (
 )
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SIZES = "['hieratok-tiny', 'hieratok-s', 'hieratok-b', 'hieratok-l']"
+SIZES = "['hieratok-tiny', 'hieratok-tiny-16x', 'hieratok-s', 'hieratok-b', 'hieratok-l']"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -284,7 +284,8 @@ def test_an_unknown_size_is_refused(owner, size):
 @pytest.mark.parametrize("name", ["nope", "hieratok-b", "", "../weights", None])
 def test_weights_that_do_not_ship_are_refused(name):
     with refuses(
-        f"`name` must be one of ['hieratok-tiny', 'hieratok-dit-tiny'], which ship with the package, got {name!r}."
+        "`name` must be one of ['hieratok-tiny', 'hieratok-tiny-16x', 'hieratok-dit-tiny'], which ship with the "
+        f"package, got {name!r}."
     ):
         pretrained(name)
 

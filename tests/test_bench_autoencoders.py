@@ -45,6 +45,7 @@ def report_of(folder):
 
 SHAPES = {
     "hieratok-tiny": (16, 8),
+    "hieratok-tiny-16x": (16, 16),
     "hieratok-s": (16, 16),
     "hieratok-b": (16, 16),
     "hieratok-l": (32, 16),

@@ -9,24 +9,38 @@ from transformers.configuration_utils import PreTrainedConfig
 
 __all__ = ["SIZES", "HieraTokConfig"]
 
+_TINY: dict[str, Any] = {
+    "latent_channels": 16,
+    "qk_norm": True,
+    "rotary_scale": 2.0,
+    "rotary_base": 50.0,
+    "output_conv": True,
+    "linear_path": 3,
+    "sample_size": 128,
+    # About the inverse root of the width: at the usual 0.02 the blocks add nothing in the first 800 steps.
+    "initializer_range": 0.08,
+}
+
 SIZES: dict[str, dict[str, Any]] = {
     "hieratok-tiny": {
+        **_TINY,
         "patch_size": 8,
-        "latent_channels": 16,
         "encoder_hidden_size": 128,
         "encoder_num_layers": 2,
         "encoder_num_heads": 4,
         "decoder_hidden_size": 128,
         "decoder_num_layers": 4,
         "decoder_num_heads": 4,
-        "qk_norm": True,
-        "rotary_scale": 2.0,
-        "rotary_base": 50.0,
-        "output_conv": True,
-        "linear_path": 3,
-        "sample_size": 128,
-        # About the inverse root of the width: at the usual 0.02 the blocks add nothing in the first 800 steps.
-        "initializer_range": 0.08,
+    },
+    "hieratok-tiny-16x": {
+        **_TINY,
+        "patch_size": 16,
+        "encoder_hidden_size": 160,
+        "encoder_num_layers": 3,
+        "encoder_num_heads": 5,
+        "decoder_hidden_size": 160,
+        "decoder_num_layers": 6,
+        "decoder_num_heads": 5,
     },
     "hieratok-s": {
         "encoder_hidden_size": 512,

@@ -6,14 +6,14 @@ __all__ = ["SHIPPED", "pretrained", "shipped_or_given"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
-SHIPPED: tuple[str, ...] = ("hieratok-tiny", "hieratok-dit-tiny")
+SHIPPED: tuple[str, ...] = ("hieratok-tiny", "hieratok-tiny-16x", "hieratok-dit-tiny")
 """Names that `pretrained` takes."""
 
 
 def pretrained(name: str) -> str:
     """
-    The folder of weights that ship with the package, for `from_pretrained`: `"hieratok-tiny"` is a tokenizer, for
-    either library, and `"hieratok-dit-tiny"` a `HieraTokDiTPipeline`.
+    The folder of weights that ship with the package, for `from_pretrained`: `"hieratok-tiny"` and
+    `"hieratok-tiny-16x"` are tokenizers, for either library, and `"hieratok-dit-tiny"` is a `HieraTokDiTPipeline`.
 
     Args:
         name (`str`): One of `SHIPPED`.
