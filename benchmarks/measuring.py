@@ -78,13 +78,13 @@ def write_report(
 def with_earlier_rows(
     report: dict[str, Any], earlier: dict[str, Any], rows: dict[str, tuple[str, ...]]
 ) -> dict[str, Any]:
-    """A report with the rows of an earlier one of the same machine that it lacks, and these with their commit."""
-    commit = earlier["machine"]["commit"]
+    """A report with the rows of an earlier one of the same machine that it lacks, with their commit where it differs."""
     if {**earlier["machine"], "commit": None} != {**report["machine"], "commit": None}:
         return report
+    commit = {"commit": earlier["machine"]["commit"]} if earlier["machine"] != report["machine"] else {}
     whole = {key: {**earlier[key], **value} if isinstance(value, dict) else value for key, value in report.items()}
     for name, keys in rows.items():
-        found = {tuple(map(str, map(row.get, keys))): {"commit": commit, **row} for row in earlier[name]}
+        found = {tuple(map(str, map(row.get, keys))): {**commit, **row} for row in earlier[name]}
         new = {tuple(map(str, map(row.get, keys))): row for row in report[name]}
         whole[name] = list({**found, **new}.values())
     return whole
