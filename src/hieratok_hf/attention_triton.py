@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .attention_kernels import INTERPRETED, attention_kernel, key_gradient_kernel, query_gradient_kernel, triton
+from .operators import NAMESPACE
 
 __all__ = ["channels_last", "on_device", "prefix_attention", "why_not_triton"]
 
@@ -114,7 +115,7 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@torch.library.custom_op("hieratok_hf::prefix_attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::prefix_attention", mutates_args=())
 def prefix_attention(
     query: Tensor, key: Tensor, value: Tensor, ends: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,7 @@ def prefix_attention(
     return output, log_sum
 
 
-@torch.library.custom_op("hieratok_hf::prefix_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::prefix_attention_backward", mutates_args=())
 def prefix_attention_backward(
     upstream: Tensor,
     query: Tensor,
@@ -206,13 +207,13 @@ def _visible_scores(shape: Sequence[int], ends: Sequence[int]) -> int:
     return shape[0] * shape[2] * sum((end - start) * end for start, end in zip((0, *ends), ends))
 
 
-@register_flop_formula(torch.ops.hieratok_hf.prefix_attention)
+@register_flop_formula(getattr(torch.ops, NAMESPACE).prefix_attention)
 def _(query, key, value, ends, scale, *args, out_shape=None, **kwargs) -> int:
     # Two products of matrices: the scores and the values.
     return 2 * 2 * query[3] * _visible_scores(query, ends)
 
 
-@register_flop_formula(torch.ops.hieratok_hf.prefix_attention_backward)
+@register_flop_formula(getattr(torch.ops, NAMESPACE).prefix_attention_backward)
 def _(upstream, query, key, value, output, log_sum, ends, scale, *args, out_shape=None, **kwargs) -> int:
     # The scores again, and the gradients of weights, queries, keys and values, as PyTorch counts its own attention.
     return 2 * 5 * query[3] * _visible_scores(query, ends)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .exporting import is_exporting
+from .operators import NAMESPACE
 
 __all__ = ["HieraTokLinear", "prefers_onednn"]
 
@@ -35,7 +36,7 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_p
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
 
 
-@torch.library.custom_op("hieratok_hf::onednn_linear", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::onednn_linear", mutates_args=())
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

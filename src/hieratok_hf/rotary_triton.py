@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .attention_kernels import tl, triton
 from .attention_triton import channels_last, on_device
+from .operators import NAMESPACE
 
 __all__ = ["norm_rotary"]
 
@@ -98,7 +99,7 @@ def _rotary_programs(states: Tensor) -> int:
     return triton.cdiv(states.numel() // states.shape[-1], ROWS)
 
 
-@torch.library.custom_op("hieratok_hf::norm_rotary", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::norm_rotary", mutates_args=())
 def norm_rotary(states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: Tensor, eps: float) -> Tensor:
     """
     RMS norm of each head and the turn by its token's angles, in float32 with one rounding at the end.
@@ -123,7 +124,7 @@ def norm_rotary(states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: 
     return rotated
 
 
-@torch.library.custom_op("hieratok_hf::norm_rotary_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::norm_rotary_backward", mutates_args=())
 def norm_rotary_backward(
     upstream: Tensor, states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
