@@ -78,7 +78,7 @@ def write_report(
 def with_earlier_rows(
     report: dict[str, Any], earlier: dict[str, Any], rows: dict[str, tuple[str, ...]]
 ) -> dict[str, Any]:
-    """A report with the rows that an earlier one of the same machine has beside it; those of another commit name it."""
+    """A report with the rows that an earlier one of this machine has beside it; those of another commit name it."""
     if {**earlier["machine"], "commit": None} != {**report["machine"], "commit": None}:
         return report
     commit = {"commit": earlier["machine"]["commit"]} if earlier["machine"] != report["machine"] else {}
