@@ -119,11 +119,12 @@ def test_the_figures_of_generation_are_those_recorded():
     text = " ".join(PAGES.split())
     assert f"decoding takes {100 * report['decode_share']:.1f} % of the time" in text
     assert f"of 2 scales {100 * report['preview_of_decode']:.1f} % of a decoding" in text
-    assert report["preview_of_decode"] < 0.1 and report["preview_scales"] == 2
+    assert report["preview_scales"] == 2
     first, second, third, last = (f"{value:.2f}" for value in report["correlation_at_each_quarter"])
     assert f"{first}, {second}, {third} and {last} after each quarter" in text
     large = next(row for row in report["decoders"] if row["size"] == "hieratok-b")
-    assert round(large["of_full_decode"]["2"], 3) == round(report["preview_of_decode"], 3)
+    assert f"({100 * large['of_full_decode']['2']:.1f} % of hieratok-b at 256x256 pixels)" in text
+    assert large["of_full_decode"]["2"] < 0.1
     table = (ROOT / "benchmarks" / "README.md").read_text()
     for row in report["decoders"]:
         share = [f"{100 * row['of_full_decode'][scales]:.1f} %" for scales in "123"]
@@ -374,7 +375,8 @@ def test_the_short_table_of_the_readme_says_what_was_recorded():
         if (row["model"], row["pixels"], row["images"]) == ("hieratok-b", 256, 1)
     }
     assert f"encodes {speeds['encode']:.1f} times as fast, decodes {speeds['decode']:.1f} times" in README
-    preview = json.loads((folder / "generation_cpu_avx512.json").read_text())["preview_of_decode"]
-    assert f"{100 * preview:.1f} % of the time of a decoding" in README
+    decoders = json.loads((folder / "generation_cpu_avx512.json").read_text())["decoders"]
+    preview = next(row["of_full_decode"]["2"] for row in decoders if row["size"] == "hieratok-b")
+    assert f"previews by 2 of 4 scales, hieratok-b at 256x256 | {100 * preview:.1f} % of the time" in README
     judged = json.loads((folder / "hieratok-dit-tiny.json").read_text())
     assert f"| {100 * judged['class_accuracy']:.1f} % (10 classes) |" in README

@@ -393,6 +393,6 @@ def test_the_repository_s_own_card_tells_of_its_surroundings():
     text = CARD.read_text()
     environment = " ".join(re.search(r"^# Environment\n(.*?)^# ", text, re.DOTALL | re.MULTILINE)[1].split())
     training = " ".join(text.split("# Environment")[0].split())
-    assert "39 minutes on two CPU cores, and 45 on one that was shared" in training and "in 105 minutes" in training
-    assert "39 and 45 minutes" in environment and "in 105 minutes" in environment
+    assert "39 minutes on two CPU cores, and 45 on one that was shared" in training and "in three hours" in training
+    assert "39 and 45 minutes" in environment and "in three hours" in environment
     assert "eprint = {2509.23736}" in text.split("# Citation")[1]
