@@ -75,7 +75,8 @@ package: $(READY)
 # Each part takes minutes and can be run alone, and again; what it measures is added to benchmarks/results/.
 gpu: gpu_tests gpu_attention gpu_model gpu_autoencoders gpu_sizes
 
-gpu_%: export PYTHONPATH := src:$(PYTHONPATH)
+gpu_tests gpu_attention gpu_model gpu_autoencoders gpu_sizes train_gpu latents train_dit_gpu: \
+	export PYTHONPATH := src:$(PYTHONPATH)
 has_cuda: $(READY)
 	@$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'this needs a CUDA device'"
 
@@ -123,7 +124,6 @@ train_16x: $(READY)
 # Both on a GPU, for as many steps as there is time for: make train_gpu SIZE=hieratok-tiny-16x STEPS=10000
 SIZE ?= hieratok-tiny
 STEPS ?= 20000
-train_gpu: export PYTHONPATH := src:$(PYTHONPATH)
 train_gpu: has_cuda
 	$(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --output runs/gpu/$(SIZE) --resume --size $(SIZE) \
 		--steps $(STEPS) --decay_steps $$(( $(STEPS) / 3 )) --lr 2e-3 --batch_size 64 --mixed_precision bf16 \
@@ -131,7 +131,6 @@ train_gpu: has_cuda
 		--vision_model $(DATA)/mobilenet_v2_1.0_224 --ema 0.999 --save_every 1000 --num_workers 12
 
 # What the generator is trained on; a run that was killed goes on, and a whole one ends at once.
-latents: export PYTHONPATH := src:$(PYTHONPATH)
 latents: $(READY)
 	$(BIN)/python examples/cache_latents.py --model hieratok-tiny --size 64 --kind mode --output runs/latents-64 \
 		--data "$(DATA)/imagenette_128/train-*.tar"
@@ -147,7 +146,6 @@ train_dit: latents
 	$(BIN)/python $(DIT) --output runs/hieratok-dit-tiny --steps 13500 --decay_steps 3000 --ema 0.9995 --batch_size 64
 
 # The same on a GPU: make train_dit_gpu STEPS=40000
-train_dit_gpu: export PYTHONPATH := src:$(PYTHONPATH)
 train_dit_gpu: has_cuda latents
 	$(BIN)/python $(DIT) --output runs/gpu/hieratok-dit-tiny --steps $(STEPS) --decay_steps $$(( $(STEPS) / 3 )) \
 		--ema 0.9998 --batch_size 256

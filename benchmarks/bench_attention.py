@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import copy_rate, machine, matrix_rate, side_by_side, write_report
+from measuring import copy_rate, first_line, machine, matrix_rate, side_by_side, write_report
 from torch import Tensor
 from tqdm import tqdm
 
@@ -97,7 +97,7 @@ def measure(
         except Exception as error:  # compilers raise all kinds, and one that fails says nothing of the others
             if name in ("sdpa_mask", "sdpa"):  # what the others are compared with
                 raise
-            absent[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            absent[name] = first_line(error)
             continue
         if name != "full" and (wrong := mistakes(results, leaves, upstream, layout)):
             raise AssertionError(f"{name}, {dtype}, {layout.num_tokens} tokens: {', '.join(wrong)}")
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(map(table, rows)), flush=True)
         if args.json:
             report = {"machine": about, "scale_factors": SCALE_FACTORS, "measured_rates": measured, "rows": rows}
-            write_report(RESULTS, "attention", report, rows={"rows": ROW})
+            write_report(RESULTS, "attention", report, ROW)
     if args.record:
         record()
     return 0

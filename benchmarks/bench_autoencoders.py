@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny
 from diffusers.utils import logging
-from measuring import in_fresh_process, machine, matrix_rate, peak_memory, side_by_side, write_report
+from measuring import first_line, in_fresh_process, machine, matrix_rate, peak_memory, side_by_side, write_report
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,16 +103,12 @@ def prepared(
     return lambda: CALLS[direction](vae, given), expected
 
 
-class WrongResult(Exception):
-    """An autoencoder returned what it should not, so that its speed says nothing."""
-
-
 def compiled(name: str, call: Callable[[], Tensor], expected: Tensor) -> Callable[[], Tensor]:
     """
     The call compiled, in one graph if the model is ours.
 
     Raises:
-        WrongResult: It returns another tensor than `expected`.
+        ValueError: It returns another tensor than `expected`.
     """
     # The compiler keeps its graphs by code object, and looks through those of all models before it finds one.
     call.__code__ = call.__code__.replace()
@@ -120,7 +116,7 @@ def compiled(name: str, call: Callable[[], Tensor], expected: Tensor) -> Callabl
     error = ((run().float() - expected.float()).norm() / expected.float().norm()).item()
     # Eager layers round anew where compiled ones are fused.
     if not error < (1e-4 if expected.dtype == torch.float32 else 5e-2):
-        raise WrongResult(f"{name} compiled is off by {error:.1e}")
+        raise ValueError(f"{name} compiled is off by {error:.1e}")
     return run
 
 
@@ -157,7 +153,7 @@ def measure(
             call, shape = prepared(name, pixels, latent, direction, device, dtype)
             expected = call()
             if expected.shape != shape or not expected.isfinite().all():
-                raise WrongResult(f"{name} should {direction} to finite numbers {shape}, got {tuple(expected.shape)}")
+                raise ValueError(f"{name} should {direction} to finite numbers {shape}, got {tuple(expected.shape)}")
             mine = {"eager": call}
             if "compiled" in modes:
                 mine["compiled"] = compiled(name, call, expected)
@@ -167,7 +163,7 @@ def measure(
         except torch.OutOfMemoryError:
             reasons[name] = NO_MEMORY
         except Exception as error:  # compilers raise all kinds, and one model that fails says nothing of the others
-            reasons[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            reasons[name] = first_line(error)
         else:
             calls |= {(name, mode): mine[mode] for mode in modes}
     # Names are what it reports by.
@@ -394,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
         }  # fmt: skip
         if args.json:
             name = "_".join(["autoencoders", *modes])
-            report = write_report(RESULTS, name, report, rows={"rows": ROW, "left_out": ROW})
+            report = write_report(RESULTS, name, report, ROW, lists=("rows", "left_out"))
 
     print(f"{report['dtype']}, times as fast as {BASELINE} ({MODELS[BASELINE][0]}) on the same pictures:")
     print(table(report))

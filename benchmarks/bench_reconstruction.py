@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from hieratok_hf import HieraTokImageProcessorPil
 from hieratok_hf.codec import Codec, load_codec
 from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.metrics import FrechetDistance
@@ -29,6 +30,7 @@ SETS = {
     "imagenet_sample_256": ("imagenet_sample_256", 256),
     "imagenette_128, validation": ("imagenette_128/val-*.tar", 128),
 }
+PROCESSOR = HieraTokImageProcessorPil()
 FITTED_TO = "imagenette_128/train-*.tar"
 # What tells one row from another.
 ROW = ("data", "like", "code")
@@ -37,12 +39,6 @@ ROW = ("data", "like", "code")
 def as_values(picture: Image.Image) -> Tensor:
     """A picture as `(3, H, W)` in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def as_pictures(pixel_values: Tensor) -> list[Image.Image]:
-    """`(B, 3, H, W)` in [-1, 1] as pictures."""
-    levels = ((pixel_values + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(picture) for picture in levels]
 
 
 class PrincipalComponents:
@@ -77,7 +73,7 @@ class Jpeg:
         self.bytes_a_pixel = bytes_a_pixel
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        return torch.stack([as_values(self.best(picture)) for picture in as_pictures(pixel_values)])
+        return torch.stack([as_values(self.best(picture)) for picture in PROCESSOR.postprocess(pixel_values)])
 
     def best(self, picture: Image.Image) -> Image.Image:
         """By bisection over the quality; the lowest one where even that takes more bytes."""
@@ -173,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         report = {"machine": about, "distance": frechet.name, "rows": rows}
         print(table(report), flush=True)
         if args.json:
-            write_report(RESULTS, "reconstruction", report, rows={"rows": ROW})
+            write_report(RESULTS, "reconstruction", report, ROW)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hieratok_hf.attention_choice import device_kind
+from hieratok_hf.checkpoint import written_whole
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write_report(
-    folder: Path, name: str, report: dict[str, Any], rows: dict[str, tuple[str, ...]] | None = None
+    folder: Path, name: str, report: dict[str, Any], key: tuple[str, ...] = (), lists: tuple[str, ...] = ("rows",)
 ) -> dict[str, Any]:
     """
     Write a report with its machine as `NAME_KIND.json` of the device's kind, whole or not at all, and say so.
@@ -56,9 +57,9 @@ def write_report(
         folder (`Path`): Where the reports lie.
         name (`str`): Of the benchmark.
         report (`dict`): What it found; `"machine"` is that of `machine`.
-        rows (`dict[str, tuple[str, ...]]`, *optional*): For a benchmark that can be run in parts: the names of lists
-            of rows in the report, each with the values that tell its rows apart. Rows that an earlier part recorded on
-            the same device with the same versions are kept.
+        key (`tuple[str, ...]`, *optional*): For a benchmark that can be run in parts: the values that tell its rows
+            apart. Rows that an earlier part recorded on the same device with the same versions are kept.
+        lists (`tuple[str, ...]`, defaults to `("rows",)`): Lists of rows in the report; a row stands in one of them.
 
     Returns:
         What was written.
@@ -66,28 +67,39 @@ def write_report(
     folder.mkdir(exist_ok=True)
     kind = report["machine"]["kind"].replace(" ", "_").replace(".", "").lower()
     path = folder / f"{name}_{kind}.json"
-    if rows and path.exists():
-        report = with_earlier_rows(report, json.loads(path.read_text()), rows)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(path)
+    if key and path.exists():
+        report = with_earlier_rows(report, json.loads(path.read_text()), key, lists)
+    with written_whole(path) as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
     print(f"wrote {path.name}")
     return report
 
 
 def with_earlier_rows(
-    report: dict[str, Any], earlier: dict[str, Any], rows: dict[str, tuple[str, ...]]
+    report: dict[str, Any], earlier: dict[str, Any], key: tuple[str, ...], lists: tuple[str, ...]
 ) -> dict[str, Any]:
     """A report with the rows that an earlier one of this machine has beside it; those of another commit name it."""
     if {**earlier["machine"], "commit": None} != {**report["machine"], "commit": None}:
         return report
+
+    def place(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(name)) for name in key)
+
     commit = {"commit": earlier["machine"]["commit"]} if earlier["machine"] != report["machine"] else {}
-    whole = {key: {**earlier[key], **value} if isinstance(value, dict) else value for key, value in report.items()}
-    for name, keys in rows.items():
-        found = {tuple(map(str, map(row.get, keys))): {**commit, **row} for row in earlier[name]}
-        new = {tuple(map(str, map(row.get, keys))): row for row in report[name]}
-        whole[name] = list({**found, **new}.values())
+    whole = {name: {**earlier[name], **value} if isinstance(value, dict) else value for name, value in report.items()}
+    measured = {place(row) for name in lists for row in report[name]}
+    for name in lists:
+        new = {place(row): row for row in report[name]}
+        old = {
+            place(row): {**commit, **row} for row in earlier[name] if place(row) in new or place(row) not in measured
+        }
+        whole[name] = list({**old, **new}.values())
     return whole
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message, or its type's name; compilers say pages."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _replayed(call: Callable[[], Any]) -> Callable[[], float]:

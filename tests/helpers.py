@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers import MobileNetV2Config, MobileNetV2Model
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
 
@@ -55,3 +56,11 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def tiny_vision_model(seed: int = 0) -> MobileNetV2Model:
+    """A vision model of the kind that the Fréchet and perceptual distances are taken over."""
+    config = MobileNetV2Config(depth_multiplier=0.1, min_depth=4, depth_divisible_by=4, finegrained_output=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MobileNetV2Model(config)

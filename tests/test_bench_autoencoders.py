@@ -177,6 +177,14 @@ def test_one_model_that_cannot_be_compiled_does_not_stop_the_others(bench, times
     assert "error: hieratok-tiny: NotImplementedError" in capsys.readouterr().err
 
 
+def test_what_was_left_out_and_is_measured_later_stands_in_one_list(bench, times, monkeypatch, tmp_path):
+    given = [*SMALL, *PAIR, "--sizes", "64", "--eager", "--directions", "encode", "--json"]
+    assert bench.main([*given, "--limit", "0"]) == 0
+    assert [len(report_of(tmp_path / "results")[name]) for name in ("rows", "left_out")] == [0, 2]
+    assert bench.main(given) == 0
+    assert [len(report_of(tmp_path / "results")[name]) for name in ("rows", "left_out")] == [2, 0]
+
+
 def test_parts_are_recorded_one_after_the_other(bench, times, tmp_path):
     for size in ("64", "128"):
         assert bench.main([*SMALL, *PAIR, "--sizes", size, "--eager", "--json"]) == 0

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import random_core
+from helpers import random_core, tiny_vision_model
 from PIL import Image
-from transformers import MobileNetV2Config, MobileNetV2Model
 
 pytest.importorskip("datasets", reason="pictures are read through it")
 pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")
@@ -51,9 +50,7 @@ def data(tmp_path):
                 member = tarfile.TarInfo(f"{i:04}.png")
                 member.size = len(file.getvalue())
                 archive.addfile(member, io.BytesIO(file.getvalue()))
-    torch.manual_seed(0)
-    vision = MobileNetV2Config(depth_multiplier=0.1, min_depth=4, depth_divisible_by=4, finegrained_output=False)
-    MobileNetV2Model(vision).save_pretrained(folder / "mobilenet_v2_1.0_224")
+    tiny_vision_model().save_pretrained(folder / "mobilenet_v2_1.0_224")
     return folder
 
 

@@ -210,7 +210,7 @@ def test_a_backend_that_fails_is_absent_from_the_row(attention, monkeypatch, tmp
 
 
 def test_rows_of_another_machine_are_not_kept(attention, tmp_path):
-    keys = {"rows": ("size",)}
+    keys = ("size",)
     machine = {"kind": "cpu", "torch": "1", "commit": "a"}
     measuring = sys.modules["measuring"]
     measuring.write_report(tmp_path, "x", {"machine": machine, "rows": [{"size": 1, "time": 3}]}, keys)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from helpers import random_core
+from helpers import random_core, tiny_vision_model
 from huggingface_hub import constants
 from PIL import Image
 from scripts import two_processes
-from transformers import MobileNetV2Config, MobileNetV2Model, ViTConfig, ViTModel
+from transformers import ViTConfig, ViTModel
 
 pytest.importorskip("datasets", reason="pictures are read through it")
 pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")
@@ -54,8 +54,7 @@ def space(tmp_path_factory):
     channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     tiny = AutoencoderTiny(**channels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
     tiny.save_pretrained(folder / "tiny")
-    vision = MobileNetV2Config(depth_multiplier=0.1, min_depth=4, depth_divisible_by=4, finegrained_output=False)
-    MobileNetV2Model(vision).save_pretrained(folder / "vision")
+    tiny_vision_model().save_pretrained(folder / "vision")
     sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(folder / "vit")
     broken = crops(folder / "pictures", 8) / "hat" / "01.png"

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, random_core
+from helpers import pictures, random_core, tiny_vision_model
 from PIL import Image
 from torch.nn import functional as F
 
@@ -14,7 +14,6 @@ pytest.importorskip("datasets", reason="pictures are read through it")
 pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")
 
 import datasets
-from transformers import MobileNetV2Config, MobileNetV2Model
 
 from hieratok_hf.codec import Codec
 from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, centre_square, evaluate, throughput
@@ -26,9 +25,7 @@ from hieratok_hf.vision_features import VisionFeatures
 
 @pytest.fixture(scope="module")
 def features():
-    torch.manual_seed(0)
-    config = MobileNetV2Config(depth_multiplier=0.1, min_depth=4, depth_divisible_by=4, finegrained_output=False)
-    return VisionFeatures(MobileNetV2Model(config), [0.5] * 3, [0.5] * 3)
+    return VisionFeatures(tiny_vision_model(), [0.5] * 3, [0.5] * 3)
 
 
 @pytest.fixture
