@@ -1,6 +1,7 @@
 """Convert a checkpoint of a training into a folder that transformers and diffusers load, and back."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from hieratok_hf import (
 )
 from hieratok_hf.checkpoint import staged, written_whole
 from hieratok_hf.command_line import Problem, one_line, printed
+from hieratok_hf.configuration_hieratok import DOWNSAMPLING, complete_saved
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -69,7 +71,7 @@ def read_config(path: Path) -> dict[str, Any]:
     own = HieraTokConfig.__annotations__
     if unknown := sorted(key for key in values.keys() - libraries - own.keys() if not key.startswith("_")):
         raise Problem(f"{str(path)!r} has {unknown[0]!r}, which is no value of the configuration")
-    return {key: value for key, value in values.items() if key in own}
+    return {key: value for key, value in complete_saved(values).items() if key in own}
 
 
 def configuration(values: dict[str, Any], size: str = "hieratok-b") -> HieraTokConfig:
@@ -93,10 +95,13 @@ def check_output(args: argparse.Namespace) -> None:
 def fitted(args: argparse.Namespace, raw: dict[str, Tensor], values: dict[str, Any] | None) -> tuple[Any, Any, str]:
     """The configuration, the model's weights, and where the configuration comes from."""
     overrides = {**args.override, **({"scale_factors": tuple(args.scale_factors)} if args.scale_factors else {})}
-    sizes = [args.size] if args.size else list(SIZES)
+    given = {**(values or {}), **overrides}
+    sizes = [""] if values is not None else [args.size] if args.size else list(SIZES)
     misfits = []
-    for size in sizes if values is None else [""]:
-        config = configuration({**(values or {}), **overrides}, size or "hieratok-b")
+    # What does not say how it makes coarse scales says it by the weights that it has.
+    choices = [given["downsampling"]] if "downsampling" in given else DOWNSAMPLING
+    for size, downsampling in itertools.product(sizes, choices):
+        config = configuration({**given, "downsampling": downsampling}, size or "hieratok-b")
         try:
             weights = core_key_map().to_model(raw, shapes_of(config))
             told = "the training's own" if values is not None else f"{size}, the size that fits"
@@ -105,7 +110,7 @@ def fitted(args: argparse.Namespace, raw: dict[str, Tensor], values: dict[str, A
             misfits.append((misfit.count, size or "the configuration", misfit))
     _, nearest, misfit = min(misfits, key=lambda entry: entry[0])
     no_size = "fits no named size; give --config, or correct what is wrong for the nearest, "
-    said = f"{'does not suit ' if len(misfits) == 1 else no_size}{nearest}"
+    said = f"{'does not suit ' if len(sizes) == 1 else no_size}{nearest}"
     raise Problem(f"{str(args.checkpoint)!r} {said}:\n{misfit}")
 
 

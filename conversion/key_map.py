@@ -181,7 +181,7 @@ def core_key_map(fused: bool = False) -> KeyMap:
     """
     plain = ["encoder.patch_embed.weight", "encoder.patch_embed.bias", "encoder.linear_path.weight"]
     plain += ["decoder.scale_embedding", "decoder.embed.weight", "decoder.embed.bias"]
-    plain += ["decoder.linear_path.{}.weight", "decoder.linear_path.{}.bias"]
+    plain += [f"decoder.{part}.{{}}.{kind}" for part in ("coarse_embed", "linear_path") for kind in ("weight", "bias")]
     plain += ["decoder.output_conv.weight", "decoder.output_conv.bias"]
     projections = []
     for side in ("encoder", "decoder"):

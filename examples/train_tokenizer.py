@@ -14,6 +14,7 @@ from hieratok_hf.adversarial import PatchDiscriminator, discriminator_hinge_loss
 from hieratok_hf.alignment import LatentAlignment
 from hieratok_hf.codec import Codec
 from hieratok_hf.command_line import positive, trained
+from hieratok_hf.configuration_hieratok import DOWNSAMPLING
 from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.linear_start import fit_linear_path, latent_statistics, start_from_principal_components
 from hieratok_hf.losses import PIXEL_LOSSES
@@ -40,6 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--size", default="hieratok-tiny", help="a named size, from scratch")
     model.add_argument("--config", type=json.loads, default={}, help="JSON of configuration values of --size")
     model.add_argument("--scale_factors", type=int, nargs="+", help="other scales, as 8 4 2 1; 1 for a single one")
+    model.add_argument("--downsampling", choices=DOWNSAMPLING, help="of the coarse scales, instead of the model's own")
     model.add_argument("--freeze_encoder", action="store_true", help="train the decoder alone")
     model.add_argument("--linear_steps", type=int, default=600, help="steps of the linear path alone, from scratch")
     data = parser.add_argument_group("data")
@@ -57,12 +59,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     loss.add_argument("--kl_weight", type=float, help="that of the configuration unless given")
     loss.add_argument("--coarse_weight", type=float, help="of the coarser scales; as --kl_weight")
     loss.add_argument("--coarse_start", type=int, default=0, help="step from which the coarser scales count")
+    loss.add_argument("--border_weight", type=float, default=0.0, help="of seams between patches")
     loss.add_argument("--perceptual_weight", type=float, default=0.0)
     loss.add_argument("--lpips_weight", type=float, default=0.0)
     loss.add_argument("--alignment_weight", type=float, default=0.0, help="of the latents with a vision model")
     loss.add_argument("--adversarial_weight", type=float, default=0.0, help="beside the adaptive weight")
     loss.add_argument("--adversarial_start", type=int, default=0, help="step from which the discriminator counts")
     loss.add_argument("--latent_noise", type=float, default=0.0, help="largest deviation mixed into the latents")
+    loss.add_argument("--latent_jitter", type=float, default=0.0, help="largest deviation added to the latents")
     loss.add_argument("--vision_model", default=DEFAULT_VISION_MODEL, help="of the perceptual loss and the alignment")
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--steps", type=positive, default=10_000)
@@ -104,11 +108,13 @@ def load_core(args: argparse.Namespace) -> HieraTokCore:
     weights = {name: getattr(args, name) for name in ("kl_weight", "coarse_weight")}
     given = {name: value for name, value in weights.items() if value is not None}
     scales = {"scale_factors": tuple(args.scale_factors)} if args.scale_factors else {}
+    if args.downsampling is not None:
+        scales["downsampling"] = args.downsampling
     if args.model is None:
         return HieraTokCore(HieraTokConfig.from_size(args.size, **{**args.config, **given, **scales})).init_weights()
     core = AutoencoderHieraTok.from_pretrained(shipped_or_given(args.model)).core.train()
     if scales:
-        core = core.with_scale_factors(scales["scale_factors"])
+        core = core.with_scale_factors(**{"scale_factors": core.config.scale_factors, **scales})
     for name, value in given.items():
         setattr(core.config, name, value)
     return core
@@ -125,6 +131,7 @@ def parameter_groups(model: TokenizerTraining, linear_factor: float) -> list[dic
 def train(args: argparse.Namespace) -> None:
     weights = LossWeights(
         pixel=args.pixel_loss,
+        border=args.border_weight,
         perceptual=args.perceptual_weight,
         lpips=args.lpips_weight,
         alignment=args.alignment_weight,
@@ -169,7 +176,7 @@ def train(args: argparse.Namespace) -> None:
     looks = args.perceptual_weight or args.alignment_weight or args.validation_data
     vision = VisionFeatures.from_pretrained(args.vision_model).to(device) if looks else None
     alignment = LatentAlignment(core.config.latent_channels, vision) if args.alignment_weight else None
-    model = TokenizerTraining(core, alignment, args.latent_noise)
+    model = TokenizerTraining(core, alignment, args.latent_noise, args.latent_jitter)
     groups = parameter_groups(model, args.linear_lr_factor)
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)

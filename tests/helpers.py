@@ -1,8 +1,11 @@
 """Tiny configurations and models with weights that are random everywhere, shared by the tests."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import MobileNetV2Config, MobileNetV2Model
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
@@ -48,6 +51,16 @@ def random_core(seed: int = 0, std: float = 0.15, **overrides: Any) -> HieraTokC
         for parameter in core.parameters():
             parameter += std * torch.randn(parameter.shape, generator=generator)
     return core
+
+
+@contextmanager
+def changed_tokens(decoder: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within it, what a decoder's blocks are given of all scales, `(B, N, D)`, is first changed by a function."""
+    handle = decoder.norm_before.register_forward_pre_hook(lambda module, inputs: (change(inputs[0]),))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
-from helpers import pictures, random_core
+from helpers import changed_tokens, pictures, random_core, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor, HieraTokModel
+from hieratok_hf.autoencoder_hieratok import AutoencoderHieraTokOutput
 
 
 @pytest.fixture
@@ -28,8 +29,10 @@ def sample():
     return torch.rand(3, 3, 28, 20, generator=torch.Generator().manual_seed(0)) * 2 - 1  # 7x5 tokens
 
 
-def test_both_classes_give_the_same_bits(vae, tiny_config, sample):
-    model = HieraTokModel(tiny_config).eval()
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
+def test_both_classes_give_the_same_bits(downsampling, sample):
+    config = tiny(downsampling=downsampling)
+    vae, model = AutoencoderHieraTok(**config.model_fields).eval(), HieraTokModel(config).eval()
     assert list(model.state_dict()) == list(vae.state_dict())
     model.load_state_dict(vae.state_dict())
     output, posterior = model(sample), vae.encode(sample).latent_dist
@@ -63,6 +66,33 @@ def test_what_pipelines_read(vae):
     assert 2 ** (len(vae.config.block_out_channels) - 1) == vae.spatial_compression_ratio == vae.config.patch_size == 4
     assert len(vae.config.encoder_block_out_channels) == len(vae.config.block_out_channels)
     assert vae.config.latent_channels == 4
+
+
+@pytest.mark.parametrize("slicing", [False, True])
+@pytest.mark.parametrize("num_scales", [None, 1, 3])
+def test_all_scales_are_returned_where_they_are_asked_for(vae, sample, num_scales, slicing):
+    latents = vae.encode(sample).latent_dist.mode()
+    expected = vae.core.decode_scales(latents, num_scales)
+    if slicing:
+        vae.enable_slicing()
+    output = vae.decode(latents, num_scales=num_scales, return_scales=True)
+    assert type(output) is AutoencoderHieraTokOutput and isinstance(output, DecoderOutput)
+    assert output.sample is output.scales[-1]
+    plain = vae.decode(latents, num_scales=num_scales)
+    assert plain.scales is None and plain.to_tuple() == (plain.sample,)
+    picture, scales = vae.decode(latents, num_scales=num_scales, return_scales=True, return_dict=False)
+    (alone,) = vae.decode(latents, num_scales=num_scales, return_dict=False)
+    assert torch.equal(picture, output.sample) and torch.equal(alone, plain.sample)
+    for ours, same, theirs in zip(output.scales, scales, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert torch.equal(ours, same)
+    torch.testing.assert_close(plain.sample, expected[-1], rtol=0, atol=1e-5)
+    if num_scales is None:
+        called = vae(sample, return_scales=True)
+        picture, scales = vae(sample, return_scales=True, return_dict=False)
+        assert torch.equal(called.sample, picture) and vae(sample).scales is None
+        assert all(torch.equal(*pair) for pair in zip(called.scales, scales, strict=True))
+        torch.testing.assert_close(called.scales, output.scales, rtol=0, atol=1e-5)
 
 
 def test_slicing_changes_nothing(vae, sample):
@@ -102,11 +132,10 @@ def test_attention_processors_are_set_and_used(vae, sample):
 def test_the_scale_causal_property_holds_through_every_processor(vae, backend):
     vae.set_attn_processor(HieraTokAttnProcessor(backend=backend))
     latents = torch.randn(1, 4, 8, 8)
-    changed = latents.clone()
-    changed[..., :2, :2] += torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # means of 2x2 cells stay: only one scale moves
-    before, after = vae.core.decode_scales(latents), vae.core.decode_scales(changed)
-    for coarse_before, coarse_after in zip(before[:-1], after[:-1]):
-        torch.testing.assert_close(coarse_before, coarse_after, rtol=0, atol=1e-5)
+    before = vae.core.decode_scales(latents)
+    with changed_tokens(vae.core.decoder, lambda tokens: torch.cat([tokens[:, :-64], tokens[:, -64:].flip(1)], dim=1)):
+        after = vae.core.decode_scales(latents)
+    assert all(torch.equal(*pair) for pair in zip(before[:-1], after[:-1]))
     assert (before[-1] - after[-1]).abs().max() > 1e-3
 
 
@@ -164,13 +193,14 @@ def test_repeated_blocks_compile_to_one_graph_a_side(vae, sample):
 
 
 @pytest.mark.parametrize(
-    ("scale_factors", "coordinates"),
-    [((8, 4, 2, 1), "cells"), ((6, 4, 1), "fraction"), ((1,), "cells")],
+    ("scale_factors", "coordinates", "downsampling"),
+    [((8, 6, 2, 1), "cells", "learned"), ((6, 4, 1), "fraction", "mean"), ((1,), "cells", "learned")],
 )
-def test_one_graph_serves_every_size(scale_factors, coordinates):
+def test_one_graph_serves_every_size(scale_factors, coordinates, downsampling):
     # More blocks are more of the same to the compiler, which takes seconds for each.
     blocks = {"encoder_num_layers": 1, "decoder_num_layers": 1}
-    core = random_core(scale_factors=scale_factors, rotary_coordinates=coordinates, learned_positions=3, **blocks)
+    kinds = {"scale_factors": scale_factors, "rotary_coordinates": coordinates, "downsampling": downsampling}
+    core = random_core(**kinds, **blocks, learned_positions=3)
     vae = AutoencoderHieraTok.from_core(core)
     torch.compiler.reset()
     compiled = torch.compile(vae, backend="aot_eager", fullgraph=True, dynamic=True)

@@ -185,6 +185,7 @@ BROKEN_VALUES = [
     ({"kl_weight": -1e-6}, "`kl_weight` must be finite and not negative, got -1e-06."),
     ({"kl_weight": NAN}, "`kl_weight` must be finite and not negative, got nan."),
     ({"rotary_coordinates": "pixels"}, "`rotary_coordinates` must be one of ['cells', 'fraction'], got 'pixels'."),
+    ({"downsampling": "max"}, "`downsampling` must be one of ['learned', 'mean'], got 'max'."),
     ({"rotary_pairing": "Proper"}, "`rotary_pairing` must be one of ['proper', 'detok'], got 'Proper'."),
     ({"patch_size": 12}, "`patch_size` must be a power of two, got 12."),
     ({"linear_path": 2}, "`linear_path` must be odd or 0, got 2."),
@@ -213,6 +214,7 @@ WRONG_TYPES = [
     ({"output_conv": "yes"}, "Field 'output_conv' expected bool, got str (value: 'yes')"),
     ({"linear_path": True}, "Field 'linear_path' expected int, got bool (value: True)"),
     ({"norm_eps": "1e-6"}, "Field 'norm_eps' expected float, got str (value: '1e-6')"),
+    ({"downsampling": None}, "Field 'downsampling' expected str, got NoneType (value: None)"),
     ({"rotary_pairing": None}, "Field 'rotary_pairing' expected str, got NoneType (value: None)"),
     ({"sample_size": (32, 32)}, "Field 'sample_size' expected int, got tuple (value: (32, 32))"),
     ({"mlp_ratio": "4"}, "Field 'mlp_ratio' with value '4' doesn't match any type in"),
@@ -457,6 +459,20 @@ def test_statistics_that_are_not_positive_are_refused_and_change_nothing(value):
     assert all(torch.equal(weight, before[name]) for name, weight in core.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [
+        ("mean", "'learned', as the model has it"),
+        ("max", "['learned', 'mean']"),
+        (None, "['learned', 'mean']"),
+    ],
+)
+def test_a_copy_with_another_downsampling_than_it_can_have_is_refused(kind, choices, core):
+    with refuses(f"`downsampling` must be one of {choices}, got {kind!r}."):
+        core.with_scale_factors((2, 1), kind)
+    assert random_core(scale_factors=(1,)).with_scale_factors((2, 1), "mean").config.downsampling == "mean"
+
+
 def test_a_linear_start_needs_a_linear_path():
     with refuses("The model has no linear path: configure it with `linear_path`."):
         random_core(linear_path=0).set_linear_path(torch.zeros(4, 48), torch.zeros(48), torch.ones(4))
@@ -550,6 +566,7 @@ def test_missing_weights_are_refused(loader, folder):
         {"scale_factors": [2, 1]},
         {"linear_path": 1},
         {"mlp_ratio": 2.0},
+        {"downsampling": "mean"},
     ],
     ids=case_id,
 )
@@ -572,6 +589,7 @@ def test_sizes_that_disagree_with_the_weights_are_refused(loader, values, folder
             {"scale_factors": [4, 2]},
             "`scale_factors` must be integers that decrease strictly and end in 1, got (4, 2).",
         ),
+        ({"downsampling": "max"}, "`downsampling` must be one of ['learned', 'mean'], got 'max'."),
         ({"rotary_pairing": "none"}, "`rotary_pairing` must be one of ['proper', 'detok'], got 'none'."),
         ({"norm_eps": 0.0}, "`norm_eps` must be greater than 0 and finite, got 0.0."),
     ],

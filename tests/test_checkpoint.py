@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from helpers import pictures, random_core
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.checkpoint import WEIGHTS_STEM, read_json, staged, written_whole
 
+# Saved by the package before there was `downsampling`, with the pictures that it made.
+MEAN_MODEL = Path(__file__).parent / "data" / "mean_model"
 CLASSES = {"transformers": HieraTokModel, "diffusers": AutoencoderHieraTok}
 
 
@@ -225,3 +229,18 @@ def test_the_error_of_a_model_that_is_nowhere_names_it_and_the_way_out(monkeypat
     with pytest.raises(OSError, match="no file named") as caught:
         HieraTokModel.from_pretrained(tmp_path / "empty")
     assert "cannot be loaded" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cls", [*CLASSES.values(), AutoModel], ids=[*CLASSES, "auto"])
+def test_a_folder_from_before_there_was_learned_downsampling_gives_its_pictures(cls, tmp_path):
+    assert "downsampling" not in read_json(MEAN_MODEL / "config.json")
+    recorded = load_file(MEAN_MODEL / "pictures.safetensors")
+    latents, model = recorded.pop("latents"), cls.from_pretrained(MEAN_MODEL)
+    model.save_pretrained(tmp_path)
+    for loaded in (model, cls.from_pretrained(tmp_path)):
+        assert loaded.config.downsampling == "mean"
+        with torch.no_grad():
+            scales = loaded.core.decode_scales(latents)
+        for i, picture in enumerate(scales):
+            torch.testing.assert_close(picture, recorded[f"scale_{i}"], rtol=0, atol=1e-6)
+    assert len(scales) == len(recorded)

@@ -5,10 +5,11 @@ import inspect
 import json
 
 import pytest
-from helpers import TINY, tiny
+from helpers import TINY, random_core, tiny
 from transformers import AutoConfig
 
-from hieratok_hf import SIZES, AutoencoderHieraTok, HieraTokConfig
+from hieratok_hf import SIZES, AutoencoderHieraTok, HieraTokConfig, HieraTokModel
+from hieratok_hf.configuration_hieratok import DOWNSAMPLING, complete_saved
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ def test_named_sizes_are_those_of_the_table(size, encoder, decoder, patch_size, 
     assert (config.encoder_num_layers, config.encoder_hidden_size, config.encoder_num_heads) == encoder
     assert (config.decoder_num_layers, config.decoder_hidden_size, config.decoder_num_heads) == decoder
     assert (config.patch_size, config.latent_channels) == (patch_size, latent_channels)
-    assert config.scale_factors == (8, 4, 2, 1)
+    assert (config.scale_factors, config.downsampling) == ((8, 4, 2, 1), "learned")
 
 
 def test_default_configuration_is_hieratok_b():
@@ -60,6 +61,47 @@ def test_json_keeps_equality_type_of_scales_and_every_value(tmp_path):
     assert loaded.model_fields == config.model_fields and loaded.scale_factors == (3, 1)
     assert loaded == HieraTokConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
     assert loaded != AutoConfig.from_pretrained(tmp_path, kl_weight=0.25)
+
+
+@pytest.mark.parametrize("downsampling", DOWNSAMPLING)
+def test_downsampling_is_saved_also_where_it_is_the_default(downsampling, tmp_path):
+    config = tiny(downsampling=downsampling)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["downsampling"] == downsampling
+    written = [json.loads(config.to_json_string(use_diff=use_diff)) for use_diff in (True, False)]
+    loaded = [HieraTokConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)]
+    for again in (*loaded, *map(HieraTokConfig.from_dict, written)):
+        assert again.model_fields == config.model_fields and again.downsampling == downsampling
+    assert AutoencoderHieraTok.from_config(config.model_fields).config.downsampling == downsampling
+
+
+@pytest.mark.parametrize("library", ["transformers_version", "_diffusers_version"])
+def test_a_configuration_from_before_there_was_a_choice_is_one_of_averages(library, tmp_path):
+    old = {**TINY, library: "1.0.0", "model_type": "hieratok"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    loaded = [HieraTokConfig.from_dict(old), HieraTokConfig.from_pretrained(tmp_path)]
+    loaded += [AutoConfig.from_pretrained(tmp_path), AutoencoderHieraTok.from_config(old).config]
+    assert [config.downsampling for config in loaded] == ["mean"] * 4
+    assert "downsampling" not in old
+    # What no library has saved are arguments, and those that say what they mean are taken at their word.
+    assert HieraTokConfig.from_dict(TINY).downsampling == "learned"
+    assert AutoencoderHieraTok.from_config(TINY).config.downsampling == "learned"
+    assert complete_saved({**old, "downsampling": "learned"})["downsampling"] == "learned"
+    assert HieraTokConfig.from_pretrained(tmp_path, downsampling="learned").downsampling == "learned"
+
+
+@pytest.mark.parametrize("saver", [HieraTokModel, AutoencoderHieraTok])
+def test_a_folder_from_before_there_was_a_choice_loads_in_both_classes(saver, tmp_path):
+    core = random_core(downsampling="mean")
+    saver.from_core(core).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    assert values.pop("downsampling") == "mean"
+    path.write_text(json.dumps(values))
+    for cls in (HieraTokModel, AutoencoderHieraTok):
+        loaded = cls.from_pretrained(tmp_path)
+        assert loaded.config.downsampling == loaded.core.config.downsampling == "mean"
+        assert all(x.equal(loaded.core.state_dict()[name]) for name, x in core.state_dict().items())
 
 
 def test_scale_factors_become_a_tuple():

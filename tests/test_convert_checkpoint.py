@@ -23,6 +23,7 @@ CONFIGS = {
     "all parts": {},
     "l-DeTok's": DETOK,
     "one scale": {"scale_factors": (1,), "linear_path": 0, "output_conv": False},
+    "averages": {"downsampling": "mean"},
     "all see all": {"scale_causal": False, "decoder_num_layers": 3},
 }
 
@@ -258,6 +259,23 @@ def test_the_named_size_that_fits_is_found(tmp_path, capsys):
     assert "decoder.scale_embedding: found (3, 128), expected (4, 128)" in told
     told = refused(capsys, tmp_path / "raw.safetensors", tmp_path / "x", "--size", "hieratok-s")
     assert "does not suit hieratok-s" in told
+
+
+@pytest.mark.parametrize("known", ["size", "config", "state"])
+def test_weights_from_before_there_was_learned_downsampling_are_known(tmp_path, capsys, known):
+    if known == "size":
+        core = AutoencoderHieraTok.from_size("hieratok-tiny", downsampling="mean").core
+    else:
+        core = random_core(downsampling="mean")
+    fields = {name: value for name, value in core.config.model_fields.items() if name != "downsampling"}
+    raw = tmp_path / "raw.pt"
+    state = {"step": 1, "updates": 1, "average": {}, "parts": [{"model": prefixed(core, "core.")}], "config": fields}
+    torch.save(state if known == "state" else core.state_dict(), raw)
+    options = ["--config", written_config(tmp_path)] if known == "config" else []
+    convert(capsys, raw, tmp_path / "folder", *options)
+    model = AutoencoderHieraTok.from_pretrained(tmp_path / "folder")
+    assert model.config.downsampling == "mean"
+    assert_same(dict(model.core.state_dict()), core.state_dict())
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys, config_file):

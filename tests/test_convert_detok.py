@@ -196,6 +196,19 @@ def test_moments_and_pictures_are_those_of_the_plain_computation(script, sizes):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_other_scales_start_as_averages_and_leave_the_picture(script):
+    model = script.convert(random_weights())
+    assert model.config.downsampling == "learned"
+    learned, mean = (model.core.with_scale_factors((8, 4, 2, 1), kind) for kind in ("learned", "mean"))
+    for embed, factor in zip(learned.decoder.coarse_embed, (8, 4, 2), strict=True):
+        expected = (model.core.decoder.embed.weight / factor**2)[..., None, None].expand(-1, -1, factor, factor)
+        torch.testing.assert_close(embed.weight, expected, atol=0, rtol=0)
+    latents = noise(2, model.config.latent_channels, 16, 16)
+    for x, y in zip(learned.decode_scales(latents), mean.decode_scales(latents), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("grid", [(12, 20), (8, 8), (32, 5), (1, 3)])
 def test_other_grids_resample_the_positions(script, grid):
     weights = random_weights()

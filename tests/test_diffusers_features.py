@@ -162,7 +162,7 @@ def test_layerwise_casting_to_half_precision(vae, sample, storage):
 
 def adapter_config(**given: Any) -> Any:
     peft = pytest.importorskip("peft")
-    targets = {"target_modules": ["to_q", "to_v", "linear_in", "patch_embed"]}
+    targets = {"target_modules": ["to_q", "to_v", "linear_in", "patch_embed", "coarse_embed.1"]}
     return peft.LoraConfig(r=2, **{"init_lora_weights": False, **targets, **given})
 
 

@@ -31,7 +31,7 @@ EXPORTED = {
     "one scale": (["--format", "onnx"], {**ONE_SCALE, "output_conv": False}),
     "detok": (
         ["--format", "onnx", "--num_scales", "2", "--parts", "decoder"],
-        {**DETOK, "patch_size": 4, "scale_factors": (4, 2, 1)},
+        {**DETOK, "linear_path": 3, "patch_size": 4, "scale_factors": (4, 2, 1)},
     ),
 }
 # Batch, rows and columns of tokens: those that no factor divides, fewer than a coarse cell has, and long ones.

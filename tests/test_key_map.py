@@ -16,6 +16,7 @@ CONFIGS = {
     "all parts": {},
     "l-DeTok's": DETOK,
     "one scale": {"scale_factors": (1,), "linear_path": 0, "output_conv": False, "norm_after_blocks": False},
+    "averages": {"downsampling": "mean"},
     "many blocks": {"encoder_num_layers": 11, "scale_factors": (2, 1)},
 }
 

@@ -290,10 +290,12 @@ def test_both_wrappers_start_from_the_same_distribution():
         if mine.unique().numel() <= 2:  # zeros, ones and the identity
             assert torch.equal(mine, other), name
         else:
+            # A block of f x f cells makes one token, which varies as one of a single cell.
+            std = 0.05 / (mine.shape[-1] if "coarse_embed" in name else 1)
             for weight in (mine, other):
-                tolerance = 6 * 0.05 / math.sqrt(weight.numel())
+                tolerance = 6 * std / math.sqrt(weight.numel())
                 assert abs(weight.mean()) < tolerance, name
-                assert abs(weight.std() - 0.05) < tolerance, name
+                assert abs(weight.std() - std) < tolerance, name
 
 
 def test_biases_start_at_zero_norms_at_one_and_the_output_convolution_as_the_identity():

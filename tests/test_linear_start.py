@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from hieratok_hf import HieraTokCore
 from hieratok_hf.linear_start import fit_linear_path, latent_statistics, start_from_principal_components
+from hieratok_hf.pyramid import picture_pyramid
 
 
 def smooth(*shape, seed=0):
@@ -39,9 +40,10 @@ def error_of(core, batch):
         return (core.decode(core.encode(batch).mode()) - batch).square().mean().item()
 
 
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
 @pytest.mark.parametrize("channels", [1, 4, 20])
-def test_the_start_is_numpys_principal_component_analysis(channels):
-    core = fresh(latent_channels=channels)
+def test_the_start_is_numpys_principal_component_analysis(channels, downsampling):
+    core = fresh(latent_channels=channels, downsampling=downsampling)
     batches = [smooth(6, 3, 16, 24, seed=0), smooth(4, 3, 32, 16, seed=5)]
     start_from_principal_components(core, iter(batches))
     patches = np.concatenate([patches_of(batch) for batch in batches])
@@ -66,15 +68,25 @@ def test_fewer_directions_than_channels_still_give_the_pictures():
     assert all(p.isfinite().all() for p in core.parameters())
 
 
-def test_the_start_replaces_what_was_there():
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
+def test_the_start_replaces_what_was_there(downsampling):
     batch = smooth(8, 3, 16, 16)
     made = []
     for seed in (0, 1):
-        core = random_core(seed)
+        core = random_core(seed, downsampling=downsampling)
         core.decoder.output_conv = None
         start_from_principal_components(core, [batch])
-        made.append(core.decode(core.encode(batch).mode()))
-    torch.testing.assert_close(made[0], made[1], atol=1e-4, rtol=0)
+        made.append(core.decode_scales(core.encode(batch).mode()))
+    for ours, theirs in zip(*made, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_coarse_pictures_start_as_averages_of_the_finest():
+    core, batch = fresh(), smooth(8, 3, 32, 32)
+    start_from_principal_components(core, [batch])
+    made = core.decode_scales(core.encode(batch).mode())
+    for ours, theirs in zip(made, picture_pyramid(made[-1], core.config), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 def test_a_model_without_a_linear_path_is_refused():
@@ -82,8 +94,9 @@ def test_a_model_without_a_linear_path_is_refused():
         start_from_principal_components(fresh(linear_path=0), [smooth(2, 3, 16, 16)])
 
 
-def test_the_fit_lowers_the_error_and_leaves_the_blocks():
-    core, batch = fresh().train(), smooth(8, 3, 16, 16)
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
+def test_the_fit_lowers_the_error_and_leaves_the_blocks(downsampling):
+    core, batch = fresh(downsampling=downsampling).train(), smooth(8, 3, 16, 16)
     start_from_principal_components(core, [batch])
     blocks = core.encoder.blocks, core.decoder.blocks
     before = {name: x.clone() for name, x in core.state_dict().items()}
@@ -145,7 +158,9 @@ def test_statistics_of_too_little_are_refused(batches):
         latent_statistics(random_core(), batches)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"linear_path": 0}, {"scale_factors": (1,)}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"downsampling": "mean"}, {"linear_path": 0}, {"scale_factors": (1,)}, {"scale_factors": (3, 1)}]
+)
 def test_folded_statistics_normalise_the_latents_and_keep_the_pictures(overrides):
     core, batches = random_core(**overrides), [pictures(4, 3, 16, 16, seed=i) for i in range(3)]
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""The training loss: parts by hand, kinds of pixel differences, weights, and balance over sizes."""
+"""The training loss: parts by hand, kinds of pixel differences, borders, and balance over sizes."""
 
 import pytest
 import torch
-from helpers import pictures, random_core
+from helpers import noise, pictures, random_core
 
-from hieratok_hf.losses import PIXEL_LOSSES, pixel_loss, tokenizer_losses
+from hieratok_hf.losses import PIXEL_LOSSES, border_loss, pixel_loss, tokenizer_losses
 from hieratok_hf.pyramid import picture_pyramid
 
 
@@ -14,8 +14,10 @@ def losses_of(core, pixel_values):
     return tokenizer_losses(core.decode_scales(latents), pixel_values, moments, core.config), moments, latents
 
 
-def test_parts_are_what_they_say():
-    core, pixel_values = random_core(kl_weight=0.5, coarse_weight=0.25), pictures(2, 3, 28, 20)
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
+def test_parts_are_what_they_say(downsampling):
+    core = random_core(kl_weight=0.5, coarse_weight=0.25, downsampling=downsampling)
+    pixel_values = pictures(2, 3, 28, 20)
     losses, moments, latents = losses_of(core, pixel_values)
     decoded = core.decode_scales(latents)
     squares = [
@@ -23,7 +25,7 @@ def test_parts_are_what_they_say():
     ]
     mean, logvar = moments.chunk(2, dim=1)
     torch.testing.assert_close(losses["mse"], squares[-1])
-    torch.testing.assert_close(losses["coarse"], sum(squares[:-1]) / 3)
+    torch.testing.assert_close(losses["coarse"], (8 * squares[0] + 4 * squares[1] + 2 * squares[2]) / 3)
     torch.testing.assert_close(losses["kl"], 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean())
     torch.testing.assert_close(losses["loss"], losses["mse"] + 0.5 * losses["kl"] + 0.25 * losses["coarse"])
 
@@ -92,10 +94,37 @@ def test_every_scale_is_measured_by_the_kind_that_is_asked_for(kind):
     pairs = zip(decoded, picture_pyramid(pixel_values, core.config), strict=True)
     *coarse, finest = [pixel_loss(a, b, kind) for a, b in pairs]
     torch.testing.assert_close(losses[kind], finest)
-    torch.testing.assert_close(losses["coarse"], sum(coarse) / 3)
+    torch.testing.assert_close(losses["coarse"], (8 * coarse[0] + 4 * coarse[1] + 2 * coarse[2]) / 3)
     torch.testing.assert_close(losses["loss"], finest + 0.5 * losses["kl"] + 0.25 * losses["coarse"])
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match=r"`kind` must be one of \['mse', 'l1', 'charbonnier'\], got 'l2'"):
-        pixel_loss(pictures(1, 3, 4, 4), pictures(1, 3, 4, 4), "l2")
+def test_the_border_loss_is_that_of_a_plain_loop_over_steps():
+    made = pictures(3, 3, 10, 12)
+    excess = []
+    for picture in made:
+        means = []
+        for axis, length in ((1, 10), (2, 12)):
+            steps = [(picture.select(axis, i) - picture.select(axis, i - 1)).abs().mean() for i in range(1, length)]
+            across = [step for i, step in enumerate(steps, start=1) if i % 4 == 0]
+            inside = [step for i, step in enumerate(steps, start=1) if i % 4]
+            means.append(sum(across) / len(across) - sum(inside) / len(inside))
+        excess.append(max(0, sum(means) / 2))
+    torch.testing.assert_close(border_loss(made, 4), torch.stack([torch.as_tensor(x) for x in excess]).mean())
+
+
+def test_the_border_loss_sees_seams_alone():
+    offsets = noise(2, 3, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert border_loss(offsets, 4) > 0.5
+    assert border_loss(offsets, 8) == border_loss(offsets, 1) == 0  # no border, and nothing but borders
+    assert border_loss(pictures(2, 3, 8, 8) - 3 * offsets.roll((2, 2), (2, 3)), 4) == 0  # steps inside alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_the_border_loss_are_finite(dtype):
+    offsets = noise(1, 3, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for made, moves in ((torch.zeros(1, 3, 8, 8), False), (offsets, True)):
+        made = made.to(dtype).requires_grad_()
+        loss = border_loss(made, 4)
+        (gradient,) = torch.autograd.grad(loss, made)
+        assert loss.dtype == torch.float32 and gradient.isfinite().all()
+        assert (gradient.abs().max() > 0) == moves

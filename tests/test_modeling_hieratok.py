@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import tiny
 from transformers import AutoConfig, AutoModel
 
 import hieratok_hf
@@ -46,7 +47,9 @@ def test_loss_weighs_squared_errors_and_divergence(model, pixel_values):
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_the_loss_trains_every_parameter(model, pixel_values):
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
+def test_the_loss_trains_every_parameter(downsampling, pixel_values):
+    model = HieraTokModel(tiny(downsampling=downsampling))
     model.train()(pixel_values, sample_posterior=True).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -81,6 +84,25 @@ def test_progressive_decode_returns_the_smaller_picture(model, pixel_values):
     assert sizes == [(4, 4), (8, 8), (16, 12), (28, 20)]
     coarse = model(pixel_values, num_scales=2)
     assert coarse.loss is None and coarse.reconstruction.shape[-2:] == (8, 8)
+
+
+@pytest.mark.parametrize("num_scales", [None, 1, 3])
+def test_all_scales_are_returned_where_they_are_asked_for(model, pixel_values, num_scales):
+    latents = model.encode(pixel_values).latents
+    expected = model.core.decode_scales(latents, num_scales)
+    decoded = model.decode(latents, num_scales=num_scales, return_scales=True)
+    as_tuple = model.decode(latents, num_scales=num_scales, return_scales=True, return_dict=False)
+    assert list(decoded) == ["reconstruction", "scales"] and len(as_tuple) == 2
+    assert torch.equal(as_tuple[0], decoded.reconstruction)
+    for return_loss in (True, False):
+        output = model(pixel_values, num_scales=num_scales, return_scales=True, return_loss=return_loss)
+        assert (output.loss is not None) == (return_loss and num_scales is None)
+        for scales in (decoded.scales, as_tuple[1], output.scales):
+            assert type(scales) is tuple
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(scales, expected, strict=True))
+        assert output.reconstruction is output.scales[-1]
+    assert "scales" not in model(pixel_values) and "scales" not in model.decode(latents)
+    assert len(model(pixel_values, return_scales=True, return_dict=False)) == 5
 
 
 def test_without_a_loss_only_the_picture_is_made(model, pixel_values):

@@ -10,6 +10,7 @@ from transformers import ViTConfig, ViTModel
 
 from hieratok_hf.adversarial import PatchDiscriminator
 from hieratok_hf.alignment import LatentAlignment
+from hieratok_hf.losses import border_loss
 from hieratok_hf.objective import LossWeights, TokenizerTraining, TrainingLoss, step_noise
 from hieratok_hf.perceptual import PerceptualDistance
 from hieratok_hf.pyramid import picture_pyramid
@@ -43,8 +44,8 @@ class Never(nn.Module):
         raise AssertionError("a part of weight 0 was computed")
 
 
-def forward(core, pixel_values, alignment=None, latent_noise=0.0, mix=0.3, seed=0):
-    model = TokenizerTraining(core, alignment, latent_noise)
+def forward(core, pixel_values, alignment=None, latent_noise=0.0, mix=0.3, seed=0, latent_jitter=0.0):
+    model = TokenizerTraining(core, alignment, latent_noise, latent_jitter)
     batch, _, height, width = pixel_values.shape
     normal = noise(2, batch, core.config.latent_channels, height // 4, width // 4, seed=seed)
     return model(pixel_values, normal, torch.full((batch, 1, 1, 1), mix)), normal
@@ -57,23 +58,28 @@ def losses_of(core, weights, step=0, made=None, **modules):
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("latent_noise", [0.0, 2.0])
-def test_the_forward_pass_is_the_tokenizers_with_the_noise_it_is_given(latent_noise, mix):
+@pytest.mark.parametrize(("latent_noise", "latent_jitter"), [(0.0, 0.0), (2.0, 0.0), (0.0, 0.5), (2.0, 0.5)])
+def test_the_forward_pass_is_the_tokenizers_with_the_noise_it_is_given(latent_noise, latent_jitter, mix):
     core, pixel_values = random_core(), pictures(2, 3, 16, 12)
-    (made, moments, aligned), normal = forward(core, pixel_values, None, latent_noise, mix)
+    made, normal = forward(core, pixel_values, None, latent_noise, mix, latent_jitter=latent_jitter)
+    made, moments, aligned = made
     posterior = core.encode(pixel_values)
     assert torch.equal(moments, core.encode_moments(pixel_values)[0]) and aligned is None
+    if mix == 0:  # neither kind of noise touches such a latent
+        exact, _ = forward(core, pixel_values, None, mix=mix)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, exact[0], strict=True))
     latents = posterior.mean + (0.5 * posterior.logvar).exp() * normal[0]
     if latent_noise:
         latents = (1 - mix) * latents + mix * latent_noise * normal[1]
+    latents = latents + latent_jitter * mix**4 * normal[1]
     for ours, theirs in zip(made, core.decode_scales(latents), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_the_alignment_sees_the_latents_without_the_mixed_noise(vision):
+def test_the_alignment_sees_the_latents_without_noise(vision):
     core, pixel_values = random_core(), pictures(2, 3, 16, 16)
     alignment = LatentAlignment(4, vision)
-    (_, _, aligned), normal = forward(core, pixel_values, alignment, latent_noise=2.0)
+    (_, _, aligned), normal = forward(core, pixel_values, alignment, latent_noise=2.0, latent_jitter=0.5)
     posterior = core.encode(pixel_values)
     torch.testing.assert_close(aligned, alignment(posterior.mean + posterior.std * normal[0], pixel_values))
 
@@ -84,7 +90,7 @@ def test_every_part_counts_with_its_weight(vision, discriminator, pixel):
     alignment, perceptual = LatentAlignment(4, vision), PerceptualDistance(vision)
     pixel_values = pictures(2, 3, 16, 16)
     made, moments, aligned = forward(core, pixel_values, alignment)[0]
-    weights = LossWeights(pixel, perceptual=0.2, lpips=1.5, alignment=0.4, adversarial=0.6)
+    weights = LossWeights(pixel, border=0.8, perceptual=0.2, lpips=1.5, alignment=0.4, adversarial=0.6)
     modules = {"perceptual": perceptual, "lpips": Lpips(), "discriminator": discriminator}
     losses = losses_of(core, weights, made=(made, moments, aligned), **modules)
 
@@ -97,14 +103,17 @@ def test_every_part_counts_with_its_weight(vision, discriminator, pixel):
     mean, logvar = moments.chunk(2, dim=1)
     expected = {
         pixel: difference(made[-1], pixel_values),
-        "coarse": sum(difference(a, b) for a, b in zip(made[:-1], targets)) / 3,
+        "border": border_loss(made[-1], 4),
+        "coarse": sum(f * difference(a, b) for f, a, b in zip((8, 4, 2), made, targets)) / 3,
         "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
         "perceptual": perceptual(made[-1], pixel_values).mean(),
         "lpips": (made[-1] - pixel_values).abs().amax((1, 2, 3)).mean(),
         "alignment": aligned,
         "adversarial": -discriminator(made[-1]).mean(),
     }
-    reconstruction = expected[pixel] + 0.2 * expected["perceptual"] + 1.5 * expected["lpips"]
+    reconstruction = (
+        expected[pixel] + 0.8 * expected["border"] + 0.2 * expected["perceptual"] + 1.5 * expected["lpips"]
+    )
     norms = [
         torch.autograd.grad(part, made[-1], retain_graph=True)[0].norm()
         for part in (reconstruction, expected["adversarial"])
@@ -160,7 +169,7 @@ def test_the_adversarial_gradient_is_as_large_as_that_of_the_reconstruction(disc
     made, moments, aligned = forward(core, pixel_values)[0]
     losses = losses_of(core, LossWeights(adversarial=0.25), made=(made, moments, aligned), discriminator=discriminator)
     l1, whole = (torch.autograd.grad(losses[name], made[-1], retain_graph=True)[0] for name in ("l1", "loss"))
-    assert (whole - l1).norm() == pytest.approx(0.25 * l1.norm().item(), rel=1e-2)
+    assert (whole - l1).norm() == pytest.approx(0.25 * l1.norm().item(), rel=2e-2)
     assert not losses["adaptive_weight"].requires_grad
 
 
@@ -190,12 +199,15 @@ def every_part(core, vision, discriminator):
     alignment = LatentAlignment(4, vision)
     # Margins would switch some of the alignment off, and with it its gradient.
     alignment.cosine_margin = alignment.distance_margin = 0.0
-    weights = LossWeights("charbonnier", perceptual=0.1, lpips=0.1, alignment=0.1, adversarial=0.1)
+    weights = LossWeights("charbonnier", border=0.1, perceptual=0.1, lpips=0.1, alignment=0.1, adversarial=0.1)
     modules = {"perceptual": PerceptualDistance(vision), "lpips": Lpips(), "discriminator": discriminator}
-    return TokenizerTraining(core, alignment, latent_noise=1.0), TrainingLoss(weights, **modules)
+    return TokenizerTraining(core, alignment, latent_noise=1.0, latent_jitter=0.1), TrainingLoss(weights, **modules)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"scale_factors": (1,)}, {"linear_path": 0, "scale_causal": False}])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"downsampling": "mean"}, {"scale_factors": (1,)}, {"linear_path": 0, "scale_causal": False}],
+)
 def test_gradients_reach_every_trained_parameter(vision, discriminator, overrides):
     core = random_core(**overrides).train()
     model, objective = every_part(core, vision, discriminator)
@@ -235,6 +247,7 @@ def test_losses_are_float32_under_autocast(vision, discriminator):
         ({"adversarial": 0.5}, "The weight `adversarial` must be 0 where nothing"),
         ({"perceptual": -1.0}, "The weight `perceptual` must be finite and not negative, got -1"),
         ({"adversarial": -0.1}, "The weight `adversarial` must be finite and not negative"),
+        ({"border": -1.0}, "The weight `border` must be finite and not negative, got -1"),
         ({"lpips": math.nan}, "The weight `lpips` must be finite and not negative, got nan"),
         ({"pixel": "l3"}, r"`pixel` must be one of \['mse', 'l1', 'charbonnier'\], got 'l3'"),
         ({"alignment": -0.1}, "The weight `alignment` must be finite and not negative"),

@@ -1,14 +1,15 @@
-"""Tests of `pyramid`: where scales lie, and that the pooled latent is the mean of the covered cells."""
+"""Tests of `pyramid`: where scales lie, and what the tokens of a scale are made of."""
 
 import dataclasses
 
 import pytest
 import torch
-from helpers import noise
+from helpers import noise, pictures, random_core
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hieratok_hf import HieraTokConfig, PyramidLayout
-from hieratok_hf.pyramid import flatten_pyramid, kept_by_size, picture_pyramid
+from hieratok_hf.pyramid import convolve_pyramid, flatten_pyramid, kept_by_size, picture_pyramid
 
 FACTORS = (8, 4, 2, 1)
 GRIDS = [(7, 5), (1, 1), (16, 16), (4, 6), (1, 3), (9, 2), (8, 17)]
@@ -79,6 +80,27 @@ def test_tokens_are_means_over_the_covered_cells(grid, factors):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("factors", [FACTORS, (1,), (3, 1), (7, 3, 1)])
+def test_convolved_tokens_are_those_of_a_loop_over_blocks_with_a_continued_border(grid, factors):
+    torch.manual_seed(0)
+    latents, layout = noise(2, 3, *grid), PyramidLayout.from_grid(*grid, factors)
+    convolutions = [nn.Conv2d(3, 5, factor, stride=factor) for factor in factors]
+    tokens = []
+    for factor, convolution in zip(factors, convolutions):
+        for top in range(0, grid[0], factor):
+            for left in range(0, grid[1], factor):
+                rows = [min(top + i, grid[0] - 1) for i in range(factor)]
+                columns = [min(left + i, grid[1] - 1) for i in range(factor)]
+                block = latents[:, :, rows][..., columns]
+                tokens.append(torch.einsum("bcij,ocij->bo", block, convolution.weight) + convolution.bias)
+    expected = torch.stack(tokens, dim=1)
+    torch.testing.assert_close(convolve_pyramid(latents, layout, convolutions), expected, atol=1e-5, rtol=1e-5)
+    short = layout.truncate(1)
+    made = convolve_pyramid(latents, short, convolutions[:1])
+    torch.testing.assert_close(made, expected[:, : short.num_tokens], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_finest_tokens_are_the_latent_bit_for_bit(grid, dtype):
     latents = noise(2, 3, *grid).to(dtype)
@@ -102,12 +124,18 @@ def test_pooling_commutes_with_an_affine_map_of_each_channel(grid):
     torch.testing.assert_close(mapped_first, mapped_last, atol=1e-6, rtol=1e-5)
 
 
-def test_gradient_of_a_coarse_token_is_spread_evenly_over_its_cells():
+def test_gradient_of_a_coarse_average_is_spread_evenly_over_its_cells():
     latents = noise(1, 1, 3, 3).requires_grad_()
     layout = PyramidLayout.from_grid(3, 3, (2, 1))
     flatten_pyramid(latents, layout)[0, 1, 0].backward()
     expected = torch.tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
     assert torch.equal(latents.grad[0, 0], expected)
+    latents.grad = None
+    convolution = nn.Conv2d(1, 1, 2, stride=2)
+    convolve_pyramid(latents, layout.truncate(1), [convolution])[0, 1, 0].backward()
+    # What the continued border repeats counts as often.
+    expected[:2, 2] = convolution.weight[0, 0].sum(1)
+    torch.testing.assert_close(latents.grad[0, 0], expected)
 
 
 @pytest.mark.parametrize("num_scales", [1, 2, 3, 4])
@@ -185,9 +213,10 @@ def test_what_is_kept_has_data_and_serves_training_after_inference():
     assert layout.cells(torch.device("cpu")).row is first
 
 
-def test_a_model_trains_after_inference_at_the_same_size(tiny_core):
-    sample = torch.rand(1, 3, 44, 52) * 2 - 1
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
+def test_a_model_trains_after_inference_at_the_same_size(downsampling):
+    core, sample = random_core(downsampling=downsampling), pictures(1, 3, 44, 52)
     with torch.inference_mode():
-        tiny_core.decode(tiny_core.encode(sample).mode())
-    tiny_core.decode(tiny_core.encode(sample).mode()).square().mean().backward()
-    assert tiny_core.encoder.patch_embed.weight.grad.isfinite().all()
+        core.decode(core.encode(sample).mode())
+    core.decode(core.encode(sample).mode()).square().mean().backward()
+    assert core.encoder.patch_embed.weight.grad.isfinite().all()

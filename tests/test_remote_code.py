@@ -22,6 +22,8 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageP
 from hieratok_hf.attention import why_not
 from hieratok_hf.remote_code import add_remote_code, remote_code
 
+MEAN_MODEL = Path(__file__).parent / "data" / "mean_model"
+
 
 def load_copy(tmp_path: Path, name: str):
     path = tmp_path / f"{name}.py"
@@ -248,7 +250,10 @@ def expected_results(tokenizer: Path, pipeline: Path) -> dict:
     return {"transformers": picture, "diffusers": picture, "again": picture, "processor": processed, "pipeline": made}
 
 
-def test_folders_load_without_the_package_and_without_triton(tokenizer_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
+def test_folders_load_without_the_package_and_without_triton(tokenizer_folder, tmp_path, downsampling):
+    if downsampling == "mean":  # saved before there was a choice
+        shutil.copytree(MEAN_MODEL, tokenizer_folder, dirs_exist_ok=True)
     make_pipeline().save_pretrained(tmp_path / "pipeline")
     expected = expected_results(tokenizer_folder, tmp_path / "pipeline")
     add_remote_code(tokenizer_folder)

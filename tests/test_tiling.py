@@ -78,19 +78,21 @@ def local_vae(**overrides) -> AutoencoderHieraTok:
 
 
 @pytest.mark.parametrize("size", [(160, 224), (164, 260), (64, 300), (68, 36)])
-@pytest.mark.parametrize("slicing", [False, True])
-def test_every_scale_is_that_of_the_whole_picture_where_nothing_looks_beyond_a_tile(size, slicing):
-    vae, sample = local_vae(), pictures(2, 3, *size)
+@pytest.mark.parametrize(("slicing", "downsampling"), [(False, "learned"), (True, "learned"), (True, "mean")])
+def test_every_scale_is_that_of_the_whole_picture_where_nothing_looks_beyond_a_tile(size, slicing, downsampling):
+    vae, sample = local_vae(downsampling=downsampling), pictures(2, 3, *size)
     with torch.no_grad():
         moments = vae.encode(sample).latent_dist.parameters
         latents = noise(2, 4, size[0] // 4, size[1] // 4)
-        whole = [vae.decode(latents, num_scales=k).sample for k in (1, 2, 3, None)]
+        whole = vae.core.decode_scales(latents)
         vae.enable_tiling(64, 96)
         if slicing:
             vae.enable_slicing()
         torch.testing.assert_close(vae.encode(sample).latent_dist.parameters, moments, atol=1e-5, rtol=0)
         for k, picture in zip((1, 2, 3, None), whole):
             torch.testing.assert_close(vae.decode(latents, num_scales=k).sample, picture, atol=1e-5, rtol=0)
+        for ours, theirs in zip(vae.decode(latents, return_scales=True).scales, whole, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 @pytest.fixture
@@ -119,12 +121,25 @@ def test_pictures_no_larger_than_a_tile_are_left_alone_and_disabling_restores(va
 
 
 @pytest.mark.parametrize("grid", [(73, 97), (65, 49), (1, 80), (64, 64)])
-def test_any_latent_decodes(vae, grid):
+def test_any_latent_decodes_at_every_scale(vae, grid):
     vae.enable_tiling(64, 64)
-    for k, factor in ((1, 8), (3, 2), (4, 1)):
-        with torch.no_grad():
+    with torch.no_grad():
+        scales = vae.decode(noise(1, 4, *grid), return_scales=True).scales
+        for k, factor in ((1, 8), (3, 2), (4, 1)):
             sample = vae.decode(noise(1, 4, *grid), num_scales=k).sample
-        assert sample.shape[2:] == tuple(-(-side // factor) * 4 for side in grid) and sample.isfinite().all()
+            assert sample.shape[2:] == tuple(-(-side // factor) * 4 for side in grid) and sample.isfinite().all()
+            assert torch.equal(scales[k - 1], sample)
+
+
+def test_without_scale_causality_all_scales_come_in_tiles_but_none_alone():
+    vae, latents = local_vae(scale_causal=False), noise(1, 4, 40, 24)
+    whole = vae.core.decode_scales(latents)
+    vae.enable_tiling(64, 64)
+    for ours, theirs in zip(vae.decode(latents, return_scales=True).scales, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    for return_scales in (False, True):
+        with pytest.raises(ValueError, match="no scale can be decoded alone, got `num_scales=2`"):
+            vae.decode(latents, num_scales=2, return_scales=return_scales)
 
 
 def test_gradients_are_those_of_the_whole_picture():

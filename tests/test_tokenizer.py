@@ -4,20 +4,24 @@ import copy
 
 import pytest
 import torch
-from helpers import DETOK, LINEAR_PATH, noise, pictures, random_core, tiny
+import torch.nn.functional as F
+from helpers import DETOK, LINEAR_PATH, changed_tokens, noise, pictures, random_core, tiny
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokCore, HieraTokModel, PyramidLayout
-from hieratok_hf.pyramid import flatten_pyramid
+from hieratok_hf.pyramid import flatten_pyramid, picture_pyramid
 
 SIZES = [(32, 32), (48, 20), (20, 48), (28, 20), (4, 12), (4, 4)]
 VARIANTS = [
     pytest.param({}, id="own"),
+    pytest.param({"downsampling": "mean"}, id="mean"),
     pytest.param(DETOK, id="detok"),
     pytest.param({"linear_path": 0, "output_conv": False}, id="no-linear-path"),
     pytest.param({"linear_path": 1}, id="linear-path-1"),
     pytest.param({"scale_factors": (1,)}, id="single-scale"),
     pytest.param({"scale_factors": (5, 3, 1)}, id="odd-factors"),
+    pytest.param({"scale_factors": (5, 3, 1), "downsampling": "mean"}, id="odd-factors-mean"),
 ]
+both_kinds = pytest.mark.parametrize("downsampling", ["learned", "mean"])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -49,8 +53,9 @@ def test_decoding_some_scales_equals_that_part_of_decoding_all(grid, overrides):
     torch.testing.assert_close(core.decode(latents), every_scale[-1], atol=1e-5, rtol=0)
 
 
-def test_both_wrappers_decode_some_scales_as_the_core_does():
-    core = random_core()
+@both_kinds
+def test_both_wrappers_decode_some_scales_as_the_core_does(downsampling):
+    core = random_core(downsampling=downsampling)
     model, vae = HieraTokModel.from_core(core), AutoencoderHieraTok.from_core(core)
     latents = noise(2, 4, 7, 5)
     for k in (1, 2, 3, 4, None):
@@ -59,32 +64,52 @@ def test_both_wrappers_decode_some_scales_as_the_core_does():
         assert torch.equal(vae.decode(latents, num_scales=k).sample, expected)
 
 
-def test_a_coarse_picture_depends_on_the_pooled_latent_alone():
-    core = random_core()
+@both_kinds
+def test_a_coarse_picture_depends_on_averages_alone_unless_it_is_learned(downsampling):
+    core = random_core(downsampling=downsampling)
     latents = noise(1, 4, 8, 8)
     swapped = latents.clone()
     swapped[:, :, 0, 0], swapped[:, :, 1, 1] = latents[:, :, 1, 1], latents[:, :, 0, 0]  # the same 2x2 mean
     for k in (1, 2, 3):
-        torch.testing.assert_close(core.decode(swapped, k), core.decode(latents, k), atol=1e-5, rtol=0)
+        same = torch.allclose(core.decode(swapped, k), core.decode(latents, k), atol=1e-5, rtol=0)
+        assert same is (downsampling == "mean")
     assert not torch.allclose(core.decode(swapped), core.decode(latents), atol=1e-2)
 
 
-def test_decode_feeds_the_pooled_latent_to_the_decoder():
-    core = random_core()
+@both_kinds
+def test_coarse_pictures_are_those_of_their_tokens_whatever_finer_ones_hold(downsampling):
+    core, latents = random_core(downsampling=downsampling), noise(2, 4, 7, 5)
+    expected = core.decode_scales(latents)
+    with changed_tokens(core.decoder, lambda tokens: torch.cat([tokens[:, :5], 3 * noise(2, 47, 32)], dim=1)):
+        changed = core.decode_scales(latents)
+    assert [torch.equal(a, b) for a, b in zip(changed, expected)] == [True, True, False, False]
+
+
+@both_kinds
+def test_decode_feeds_the_latent_to_the_decoder(downsampling):
+    core = random_core(downsampling=downsampling)
     latents = noise(2, 4, 7, 5)
     layout = PyramidLayout.from_grid(7, 5, core.config.scale_factors)
-    expected = core.decoder(flatten_pyramid(latents, layout), layout, (7, 5), all_scales=True)
-    for picture, other in zip(core.decode_scales(latents), expected):
+    for picture, other in zip(core.decode_scales(latents), core.decoder(latents, layout, all_scales=True)):
         assert torch.equal(picture, other)
 
 
-def test_single_scale_twin_has_the_same_parameters_but_for_the_scales_it_lacks():
-    twin, multi = (random_core(scale_factors=factors).state_dict() for factors in ((1,), (8, 4, 2, 1)))
-    differing = {
-        name for name in twin.keys() | multi.keys() if getattr(twin.get(name), "shape", None) != multi[name].shape
-    }
-    assert all(name.startswith(("decoder.scale_embedding", "decoder.linear_path.")) for name in differing)
-    assert twin["decoder.scale_embedding"].shape == (1, 32) and multi["decoder.scale_embedding"].shape == (4, 32)
+@both_kinds
+def test_single_scale_twin_has_the_same_parameters_but_for_the_scales_it_lacks(downsampling):
+    twin, multi = (
+        {
+            name: x.shape
+            for name, x in random_core(scale_factors=factors, downsampling=downsampling).state_dict().items()
+        }
+        for factors in ((1,), (8, 4, 2, 1))
+    )
+    finest = ("decoder.linear_path.0.", "decoder.linear_path.3.")
+    twin = {name.replace(*finest): shape for name, shape in twin.items()}
+    lacked = {name for name in multi if twin.get(name) != multi[name]}
+    of_scales = ("decoder.scale_embedding", "decoder.linear_path.", "decoder.coarse_embed.")
+    assert twin.keys() <= multi.keys() and all(name.startswith(of_scales) for name in lacked)
+    assert len(lacked) == 1 + 2 * 3 * (2 if downsampling == "learned" else 1)
+    assert twin["decoder.scale_embedding"] == (1, 32) and multi["decoder.scale_embedding"] == (4, 32)
 
 
 def test_single_scale_twin_is_a_plain_autoencoder():
@@ -121,16 +146,27 @@ def test_linear_path_starts_as_exactly_the_principal_components(linear_path, siz
     assert not torch.allclose(projected, patches, atol=0.1)
 
 
-def test_linear_path_starts_every_scale_from_the_pooled_latent():
-    core = HieraTokCore(tiny()).init_weights().double()
+@pytest.mark.parametrize("grid", [(8, 16), (7, 5), (1, 3)])
+@pytest.mark.parametrize("factors", [(8, 4, 2, 1), (6, 3, 1)])
+@both_kinds
+def test_linear_path_starts_every_scale_from_averages(downsampling, factors, grid):
+    core = HieraTokCore(tiny(downsampling=downsampling, scale_factors=factors)).init_weights().double()
     components, mean, scale = random_basis()
     core.set_linear_path(components, mean, scale)
-    latents = noise(2, 4, 7, 5).double()
-    layout = PyramidLayout.from_grid(7, 5, core.config.scale_factors)
-    tokens = flatten_pyramid(latents, layout)
-    for picture, rows in zip(core.decode_scales(latents), layout.slices):
-        expected = mean + (tokens[:, rows] * scale) @ components
-        torch.testing.assert_close(patches_of(picture).flatten(1, 2), expected, atol=1e-10, rtol=0)
+    latents = noise(2, 4, *grid).double()
+    made = core.decode_scales(latents)
+    if downsampling == "mean":  # the picture of the average latent
+        layout = PyramidLayout.from_grid(*grid, factors)
+        tokens = flatten_pyramid(latents, layout)
+        for picture, rows in zip(made, layout.slices):
+            expected = mean + (tokens[:, rows] * scale) @ components
+            torch.testing.assert_close(patches_of(picture).flatten(1, 2), expected, atol=1e-10, rtol=0)
+        return
+    for picture, factor, expected in zip(made, factors, picture_pyramid(made[-1], core.config), strict=True):
+        assert picture.shape == expected.shape
+        # Beyond the latent what is repeated is an average of pixels, not the last of them.
+        rows, columns = (4 * side // factor for side in grid)
+        torch.testing.assert_close(picture[..., :rows, :columns], expected[..., :rows, :columns], atol=1e-10, rtol=0)
 
 
 def test_a_full_basis_reconstructs_the_picture_itself():
@@ -183,8 +219,9 @@ def test_latents_of_the_training_pictures_are_normalised_after_folding():
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
 
 
-def test_folding_is_undone_by_folding_the_inverse():
-    core = random_core()
+@both_kinds
+def test_folding_is_undone_by_folding_the_inverse(downsampling):
+    core = random_core(downsampling=downsampling)
     before = copy.deepcopy(core.state_dict())
     mean, std = 0.5 * noise(4, seed=7), noise(4, seed=8).abs() + 0.3
     core.fold_latent_statistics(mean, std)
@@ -218,8 +255,9 @@ def test_gradients_reach_every_parameter_and_are_finite(overrides):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
 
 
-def test_gradients_reach_the_latent_from_every_scale():
-    core = random_core()
+@both_kinds
+def test_gradients_reach_the_latent_from_every_scale(downsampling):
+    core = random_core(downsampling=downsampling)
     latents = noise(1, 4, 7, 5).requires_grad_()
     for k in (1, 2, 3, 4):
         (gradient,) = torch.autograd.grad(core.decode(latents, k).square().sum(), latents)
@@ -265,20 +303,20 @@ OTHER_SCALES = [(8, 4, 2, 1), (1,), (4, 1), (16, 3, 1)]
 @pytest.mark.parametrize("overrides", VARIANTS)
 def test_a_copy_with_other_scales_keeps_the_weights_of_those_it_shares(overrides, factors):
     core = random_core(**overrides)
-    own = tuple(core.config.scale_factors)
+    own, kind = tuple(core.config.scale_factors), core.config.downsampling
     before = copy.deepcopy(core.state_dict())
-    other = core.with_scale_factors(factors)
+    other = core.with_scale_factors(factors, kind)
     assert other.config.scale_factors == factors and core.config.scale_factors == own
     assert other.config.model_fields == {**core.config.model_fields, "scale_factors": factors}
     for i, factor in enumerate(factors):
-        row = own.index(factor) if factor in own else len(own) - 1
+        row = own.index(factor) if factor in own else -1
         assert torch.equal(other.decoder.scale_embedding[i], core.decoder.scale_embedding[row])
-        if core.config.linear_path:
-            for ours, theirs in zip(
-                other.decoder.linear_path[i].parameters(), core.decoder.linear_path[row].parameters()
-            ):
-                assert torch.equal(ours, theirs)
-    rest = [name for name in before if not name.startswith(("decoder.scale_embedding", "decoder.linear_path."))]
+        for modules in ("linear_path", "coarse_embed"):
+            ours, theirs = getattr(other.decoder, modules), getattr(core.decoder, modules)
+            if factor in own and i < len(ours) and len(theirs):
+                assert all(torch.equal(*pair) for pair in zip(ours[i].parameters(), theirs[row].parameters()))
+    of_scales = ("decoder.scale_embedding", "decoder.linear_path.", "decoder.coarse_embed.")
+    rest = [name for name in before if not name.startswith(of_scales)]
     assert all(torch.equal(other.state_dict()[name], before[name]) for name in rest)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -286,42 +324,52 @@ def test_a_copy_with_other_scales_keeps_the_weights_of_those_it_shares(overrides
     assert all(torch.equal(x, before[name]) for name, x in core.state_dict().items())
 
 
-def test_a_copy_with_the_same_scales_is_the_same_model():
-    core = random_core()
-    other = core.with_scale_factors((8, 4, 2, 1))
-    batch = pictures(2, 3, 28, 20)
-    assert torch.equal(other.encode(batch).mode(), core.encode(batch).mode())
-    for ours, theirs in zip(
-        other.decode_scales(core.encode(batch).mode()), core.decode_scales(core.encode(batch).mode())
-    ):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("kept", [(8, 4, 1), (8, 1), (8, 3, 1)])
-def test_a_copy_with_fewer_coarse_scales_decodes_those_it_keeps_alike(kept):
-    core = random_core()
-    other, latents = core.with_scale_factors(kept), noise(2, 4, 8, 8)
-    # A scale that has lost no coarser one sees what it saw before.
+@both_kinds
+@pytest.mark.parametrize("kept", [(8, 4, 2, 1), (8, 4, 1), (8, 1), (8, 3, 1)])
+def test_a_copy_decodes_alike_what_has_lost_no_coarser_scale(kept, downsampling):
+    core = random_core(downsampling=downsampling)
+    other, latents = core.with_scale_factors(kept, downsampling), noise(2, 4, 8, 8)
     for k, (ours, own) in enumerate(zip(kept, (8, 4, 2, 1)), start=1):
         if ours != own:
             break
         torch.testing.assert_close(other.decode(latents, k), core.decode(latents, k), atol=1e-5, rtol=0)
     assert other.decode(latents).shape == core.decode(latents).shape
+    assert kept != (8, 4, 2, 1) or torch.equal(other.decode(latents), core.decode(latents))
 
 
-def test_a_new_scale_starts_as_the_finest():
-    single = random_core(scale_factors=(1,))
-    multi, latents = single.with_scale_factors((4, 2, 1)), noise(1, 4, 8, 8)
+@both_kinds
+def test_a_new_scale_starts_as_the_finest_with_average_cells(downsampling):
+    single = random_core(scale_factors=(1,), output_conv=False)
+    multi, latents = single.with_scale_factors((4, 3, 1), downsampling), noise(1, 4, 12, 24)
     assert all(torch.equal(row, single.decoder.scale_embedding[0]) for row in multi.decoder.scale_embedding)
-    layout = PyramidLayout.from_grid(8, 8, (4, 2, 1))
-    coarsest = flatten_pyramid(latents, layout)[:, layout.slices[0]].transpose(1, 2).unflatten(2, (2, 2))
-    assert multi.decode(latents, 1).shape == (1, 3, 8, 8)
-    # Laid out as the finest, it is the old model's picture of a small latent.
-    own_layout = PyramidLayout.from_grid(2, 2, (1,))
-    tokens = flatten_pyramid(coarsest, own_layout)
-    ours = multi.decoder(tokens, own_layout, (2, 2))[0]
-    theirs = single.decoder(tokens, own_layout, (2, 2))[0]
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    assert multi.config.downsampling == downsampling
+    averages = flatten_pyramid(latents, PyramidLayout.from_grid(12, 24, (4, 1)))[:, :18].transpose(1, 2)
+    averages = averages.unflatten(2, (3, 6))
+    if downsampling == "mean":
+        expected = single.decoder.linear_picture(averages, 0)
+    else:
+        expected = F.avg_pool2d(single.decoder.linear_picture(latents, 0), 4)
+    cells = latents if downsampling == "learned" else averages
+    torch.testing.assert_close(multi.decoder.linear_picture(cells, 0), expected, atol=1e-5, rtol=0)
+    seen = []
+    with changed_tokens(multi.decoder, lambda tokens: seen.append(tokens) or tokens):
+        multi.decode(latents, 1)
+    expected = single.decoder.embed(averages.flatten(2).transpose(1, 2)) + single.decoder.scale_embedding
+    torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"linear_path": 0}, DETOK, {"scale_factors": (6, 3, 1)}])
+def test_averages_become_learned_with_the_same_pictures(overrides):
+    core = random_core(downsampling="mean", **overrides)
+    factors = tuple(core.config.scale_factors)
+    learned = core.with_scale_factors(factors)
+    assert (core.config.downsampling, learned.config.downsampling) == ("mean", "learned")
+    for grid in ((24, 24), (24, 48)):  # which all factors divide
+        latents = noise(2, 4, *grid)
+        torch.testing.assert_close(learned.decode(latents), core.decode(latents), atol=1e-5, rtol=0)
+        if not core.config.linear_path:
+            for ours, theirs in zip(learned.decode_scales(latents), core.decode_scales(latents), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 def test_a_copy_keeps_precision_mode_and_attention():
@@ -341,6 +389,12 @@ def test_a_copy_with_scales_that_make_no_pyramid_is_refused(factors):
     with pytest.raises(ValueError, match="`scale_factors` must be integers that decrease strictly and end in 1"):
         core.with_scale_factors(factors)
     assert core.config.scale_factors == (8, 4, 2, 1)
+
+
+@pytest.mark.parametrize("kind", ["mean", "means", None])
+def test_a_copy_that_would_average_what_was_learned_is_refused(kind):
+    with pytest.raises(ValueError, match="`downsampling` must be one of"):
+        random_core().with_scale_factors((8, 4, 2, 1), kind)
 
 
 def test_without_scale_causality_no_scale_is_decoded_alone():

@@ -91,9 +91,9 @@ def test_training_ends_in_a_folder_for_both_libraries(tmp_path):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, vision_model):
-    everything = all_losses(vision_model)
+    everything = [*all_losses(vision_model), "--border_weight", 1, "--latent_jitter", 0.2]
     whole = run(tmp_path / "whole", *everything)
-    assert {"discriminator", "adversarial", "alignment", "perceptual", "coarse"} <= set(whole[-1])
+    assert {"discriminator", "adversarial", "alignment", "perceptual", "coarse", "border"} <= set(whole[-1])
     save, saves = train_tokenizer.TrainingState.save, []
 
     def save_and_stop(*args, **kwargs):
@@ -151,11 +151,13 @@ def test_two_processes_train_as_one(tmp_path, vision_model):
 
 
 def test_accumulated_parts_are_one_step(tmp_path):
-    whole = run(tmp_path / "whole", "--steps", 3)
-    parts = run(tmp_path / "parts", "--steps", 3, "--crop_sizes", 32, 64, "--accumulate", 2)
+    more = ["--steps", 3, "--border_weight", 1, "--latent_jitter", 0.2]
+    whole = run(tmp_path / "whole", *more)
+    parts = run(tmp_path / "parts", *more, "--crop_sizes", 32, 64, "--accumulate", 2)
     wide = [record["step"] for record in whole]
     assert [record["step"] for record in parts] == wide
-    assert parts[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
+    for name in ("loss", "border"):
+        assert parts[0][name] == pytest.approx(whole[0][name], rel=1e-5)
 
 
 def test_fine_tuning_starts_from_the_weights_it_is_given(tmp_path):
@@ -176,12 +178,28 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
     assert "decoder.blocks.0.mlp.linear_in.weight" in changed
 
 
+def trained(output, *more):
+    run(output, *more)
+    return AutoencoderHieraTok.from_pretrained(output)
+
+
 def test_other_scales_can_be_asked_for(tmp_path):
-    run(tmp_path / "single", "--scale_factors", 1)
-    single = AutoencoderHieraTok.from_pretrained(tmp_path / "single")
-    assert single.config.scale_factors == (1,)
-    run(tmp_path / "multi", "--model", tmp_path / "single", "--scale_factors", 2, 1, "--steps", 1)
-    assert AutoencoderHieraTok.from_pretrained(tmp_path / "multi").config.scale_factors == (2, 1)
+    assert trained(tmp_path / "single", "--scale_factors", 1).config.scale_factors == (1,)
+    more = ["--model", tmp_path / "single", "--scale_factors", 2, 1, "--steps", 1]
+    assert trained(tmp_path / "multi", *more).config.scale_factors == (2, 1)
+
+
+def test_averages_can_be_trained_and_become_learned(tmp_path, capsys):
+    mean = trained(tmp_path / "mean", "--downsampling", "mean", "--steps", 2, "--save_every", 1)
+    assert mean.config.downsampling == "mean" and not len(mean.core.decoder.coarse_embed)
+    more = ["--model", tmp_path / "mean", "--steps", 1, "--lr", 0, "--freeze_encoder"]
+    assert trained(tmp_path / "again", *more).config.downsampling == "mean"
+    learned = trained(tmp_path / "learned", *more, "--downsampling", "learned")
+    assert (learned.config.downsampling, learned.config.scale_factors) == ("learned", (4, 2, 1))
+    pixel_values = torch.rand(1, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(learned(pixel_values).sample, mean(pixel_values).sample, rtol=0, atol=1e-4)
+    message = failure(capsys, tmp_path / "back", "--model", tmp_path / "learned", "--downsampling", "mean")
+    assert "`downsampling` must be one of 'learned', as the model has it" in message
 
 
 def test_the_tracker_gets_losses_and_samples(tmp_path):
@@ -246,8 +264,8 @@ def test_a_full_or_unwritable_output_is_named(tmp_path, capsys, monkeypatch):
 def test_states_of_other_runs_are_refused(tmp_path, capsys):
     run(tmp_path, "--steps", 3)
     assert "holds a training state" in failure(capsys, tmp_path)
-    message = failure(capsys, tmp_path, "--resume", "--scale_factors", 2, 1)
-    assert "of another configuration" in message
+    for other in (("--scale_factors", 2, 1), ("--downsampling", "mean")):
+        assert "of another configuration" in failure(capsys, tmp_path, "--resume", *other)
     state = states_in(tmp_path)[-1]
     state.write_bytes(state.read_bytes()[:1000])
     assert f"{state.name}' cannot be read as a training state" in failure(capsys, tmp_path, "--resume")
@@ -260,6 +278,7 @@ def test_arguments_that_cannot_be_are_named(tmp_path, capsys):
     assert "`batch_size` must be a multiple" in failure(capsys, tmp_path, "--accumulate", 3)
     assert "`size` must be one of" in failure(capsys, tmp_path, "--size", "hieratok-xl")
     assert "must be finite and not negative, got -1" in failure(capsys, tmp_path, "--perceptual_weight", -1)
+    assert "`border` must be finite and not negative, got -1" in failure(capsys, tmp_path, "--border_weight", -1)
     assert "no argument 'patches'" in failure(capsys, tmp_path, "--config", '{"patches": 4}')
 
 

@@ -12,7 +12,7 @@ from helpers import noise, pictures, random_core
 from hieratok_hf import HieraTokCore, training_state
 from hieratok_hf.adversarial import PatchDiscriminator
 from hieratok_hf.objective import TokenizerTraining
-from hieratok_hf.training_state import TrainingState, latest_state, learning_rate_factor, states_in
+from hieratok_hf.training_state import TrainingState, latest_state, learning_rate_factor, state_to_resume, states_in
 
 
 class Training:
@@ -261,3 +261,13 @@ def test_the_learning_rate_rises_stays_and_falls_along_a_cosine():
     assert [learning_rate_factor(step, 3, 0, 0) for step in range(3)] == [1, 1, 1]
     whole = [learning_rate_factor(step, 10, 0, 10) for step in range(10)]
     assert whole[0] == 1 and whole == sorted(whole, reverse=True) and len(set(whole)) == 10
+
+
+def test_a_state_from_before_there_was_learned_downsampling_goes_on_as_it_was(tmp_path):
+    config = random_core(downsampling="mean").config.model_fields
+    Training(downsampling="mean").state.save(
+        tmp_path, 1, keep=1, config={name: value for name, value in config.items() if name != "downsampling"}
+    )
+    assert state_to_resume(tmp_path, True, config)["step"] == 1
+    with pytest.raises(ValueError, match=r"another configuration: \['downsampling'\]"):
+        state_to_resume(tmp_path, True, {**config, "downsampling": "learned"})

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "AutoencoderHieraTok": "autoencoder_hieratok",
+    "AutoencoderHieraTokOutput": "autoencoder_hieratok",
     "HieraTokAttnProcessor": "layers",
     "HieraTokCore": "tokenizer",
     "HieraTokDiTPipeline": "pipeline_hieratok_dit",
@@ -41,6 +42,7 @@ __all__ = [
     "convert_to_rgb",
     "open_picture",
     "AutoencoderHieraTok",
+    "AutoencoderHieraTokOutput",
     "HieraTokAttnProcessor",
     "HieraTokCore",
     "HieraTokDiTPipeline",
@@ -53,7 +55,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .attention import scale_causal_attention
-    from .autoencoder_hieratok import AutoencoderHieraTok
+    from .autoencoder_hieratok import AutoencoderHieraTok, AutoencoderHieraTokOutput
     from .layers import HieraTokAttnProcessor
     from .pipeline_hieratok_dit import HieraTokDiTPipeline
     from .pyramid import PyramidLayout

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,29 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
 from .checkpoint import named_in_errors, pop_hub_arguments, share_between_libraries, staged
-from .configuration_hieratok import HieraTokConfig
+from .configuration_hieratok import HieraTokConfig, complete_saved
 from .pyramid import PyramidLayout
 from .tiling import TilingMixin, run_in_tiles
 from .tokenizer import HieraTokCore, check_latents, check_pixel_values
 
-__all__ = ["AutoencoderHieraTok"]
+__all__ = ["AutoencoderHieraTok", "AutoencoderHieraTokOutput"]
 
 # Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
+
+
+@dataclass
+class AutoencoderHieraTokOutput(DecoderOutput):
+    """
+    What `AutoencoderHieraTok.decode` and its call return.
+
+    Attributes:
+        sample (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The picture of the last scale that ran, about
+            [-1, 1], not clamped.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The pictures of all scales that ran, coarse to
+            fine; the last is `sample`.
+    """
+
+    scales: tuple[Tensor, ...] | None = None
 
 
 class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -67,6 +83,7 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
         patch_size: int = 16,
         latent_channels: int = 16,
         scale_factors: tuple[int, ...] = (8, 4, 2, 1),
+        downsampling: str = "learned",
         scale_causal: bool = True,
         encoder_hidden_size: int = 768,
         encoder_num_layers: int = 12,
@@ -117,7 +134,11 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """As diffusers' own, but the keys that transformers keeps in the same `config.json` cause no warning."""
+        """
+        As diffusers' own, but the keys that transformers keeps in the same `config.json` cause no warning, and one
+        saved without `downsampling` is read as `complete_saved` says.
+        """
+        config_dict = complete_saved(config_dict)
         own_keys = cls._get_init_keys(cls)
         foreign = {*PreTrainedConfig().to_dict(), *HieraTokConfig().pipeline_facts, "auto_map"}
         own = {key: value for key, value in config_dict.items() if key in own_keys or key not in foreign}
@@ -152,24 +173,29 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
         return_dict: bool = True,
         generator: torch.Generator | None = None,
         num_scales: int | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
+        return_scales: bool = False,
+    ) -> AutoencoderHieraTokOutput | tuple[Any, ...]:
         """
         Args:
             z (`torch.Tensor` of shape `(B, C, h, w)`): The latent.
-            return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput` rather than a tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
+                tuple.
             generator (`torch.Generator`, *optional*): Ignored; pipelines pass it.
             num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
                 picture of the last of them, for the cost of its tokens and the coarser ones.
+            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
 
         Returns:
-            `sample` of shape `(B, 3, H, W)`, smaller for fewer scales; about [-1, 1], not clamped.
+            `sample` of shape `(B, 3, H, W)`, smaller for fewer scales, about [-1, 1], not clamped; and `scales`, where
+            they were asked for.
 
         Raises:
             ValueError: As `HieraTokCore.decode`.
         """
-        pictures = [self._decode(part, num_scales) for part in self._slices(z)]
-        sample = torch.cat(pictures) if len(pictures) > 1 else pictures[0]
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        parts = [self._decode(part, num_scales, return_scales) for part in self._slices(z)]
+        pictures = tuple(torch.cat(scale) if len(parts) > 1 else scale[0] for scale in zip(*parts))
+        output = AutoencoderHieraTokOutput(sample=pictures[-1], scales=pictures if return_scales else None)
+        return output if return_dict else output.to_tuple()
 
     def forward(
         self,
@@ -177,25 +203,28 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
+        return_scales: bool = False,
+    ) -> AutoencoderHieraTokOutput | tuple[Any, ...]:
         """
         Encode and decode.
 
         Args:
             sample (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; sides are multiples of the patch.
             sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
-            return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput` rather than a tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
+                tuple.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
+            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
 
         Returns:
-            `sample` of shape `(B, 3, H, W)`, about [-1, 1], not clamped.
+            `sample` of shape `(B, 3, H, W)`, about [-1, 1], not clamped; and `scales`, where they were asked for.
 
         Raises:
             ValueError: As `HieraTokCore.encode_moments`.
         """
         posterior = self.encode(sample).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
-        return self.decode(latents, return_dict=return_dict)
+        return self.decode(latents, return_dict=return_dict, return_scales=return_scales)
 
     def _encode(self, x: Tensor) -> Tensor:
         """Moments `(B, 2C, h, w)`, in tiles where they are on and the pictures larger than one."""
@@ -207,17 +236,28 @@ class AutoencoderHieraTok(ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, 
             lambda part: self.core.encode_moments(part)[0], x, *self.tiles(1), (1, patch_size), patch_size
         )
 
-    def _decode(self, z: Tensor, num_scales: int | None) -> Tensor:
-        """The picture of the last scale that runs, in tiles where they are on and the latent larger than one."""
+    def _decode(self, z: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
+        """The picture of the last scale that runs or of all, in tiles where those are on and the latent is larger."""
         patch_size, factors = self.core.config.patch_size, tuple(self.core.config.scale_factors)
         if not self.needs_tiles(z, patch_size):
-            return self.core.decode(z, num_scales)
+            return self.core.decode_scales(z, num_scales) if all_scales else [self.core.decode(z, num_scales)]
         check_latents(z, self.core.config)
         layout = PyramidLayout.from_grid(z.shape[2], z.shape[3], factors)
-        factor = layout.truncate(layout.num_scales if num_scales is None else num_scales).scale_factors[-1]
-        return run_in_tiles(
-            lambda part: self.core.decode(part, num_scales), z, *self.tiles(patch_size), (patch_size, factor), factor
-        )
+        layout = layout.truncate(layout.num_scales if num_scales is None else num_scales)
+
+        def decode_in_tiles(num_scales: int) -> Tensor:
+            # Without scale causality the coarser scales see the finer ones, and cannot be decoded alone.
+            alone = self.core.config.scale_causal or num_scales == layout.num_scales
+
+            def decode(part: Tensor) -> Tensor:
+                if alone:
+                    return self.core.decode(part, num_scales)
+                return self.core.decode_scales(part, layout.num_scales)[num_scales - 1]
+
+            factor = factors[num_scales - 1]
+            return run_in_tiles(decode, z, *self.tiles(patch_size), (patch_size, factor), factor)
+
+        return [decode_in_tiles(k) for k in range(1 if all_scales else layout.num_scales, layout.num_scales + 1)]
 
     def _slices(self, batch: Tensor) -> Sequence[Tensor]:
         """A batch one by one where slicing is on; what is no batch is left for the core to refuse."""

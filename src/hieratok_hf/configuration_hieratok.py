@@ -7,7 +7,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-__all__ = ["SIZES", "HieraTokConfig"]
+__all__ = ["DOWNSAMPLING", "SIZES", "HieraTokConfig", "complete_saved"]
+
+DOWNSAMPLING = ("learned", "mean")
+"""What `HieraTokConfig` takes as `downsampling`."""
 
 _TINY: dict[str, Any] = {
     "latent_channels": 16,
@@ -16,6 +19,7 @@ _TINY: dict[str, Any] = {
     "rotary_base": 50.0,
     "output_conv": True,
     "linear_path": 3,
+    "coarse_weight": 1.0,
     "sample_size": 128,
     # About the inverse root of the width: at the usual 0.02 the blocks add nothing in the first 800 steps.
     "initializer_range": 0.08,
@@ -34,6 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "hieratok-tiny-16x": {
         **_TINY,
+        "coarse_weight": 0.3,
         "patch_size": 16,
         "encoder_hidden_size": 160,
         "encoder_num_layers": 3,
@@ -81,7 +86,11 @@ _POSITIVE = (
     "initializer_range",
     "scaling_factor",
 )
-_CHOICES = {"rotary_coordinates": ("cells", "fraction"), "rotary_pairing": ("proper", "detok")}
+_CHOICES = {
+    "downsampling": DOWNSAMPLING,
+    "rotary_coordinates": ("cells", "fraction"),
+    "rotary_pairing": ("proper", "detok"),
+}
 
 
 @strict
@@ -96,6 +105,9 @@ class HieraTokConfig(PreTrainedConfig):
         latent_channels (`int`, defaults to 16): Channels of the latent.
         scale_factors (`tuple[int, ...]`, defaults to `(8, 4, 2, 1)`): How many cells of the finest grid one cell of
             each scale covers on a side, coarse to fine, ending in 1. `(1,)` is the single-scale twin.
+        downsampling (`str`, defaults to `"learned"`): How the tokens of a coarse scale are made of the latent:
+            `"learned"` by a convolution of each block of cells, or `"mean"` by the block's average. A saved
+            configuration that does not say is one of `"mean"`.
         scale_causal (`bool`, defaults to `True`): A token of the decoder sees its own scale and every coarser one;
             `False` lets all tokens see all, for comparisons: no scale can then be decoded without the finer ones.
         encoder_hidden_size, encoder_num_layers, encoder_num_heads (`int`): Width, depth and heads of the encoder.
@@ -115,11 +127,11 @@ class HieraTokConfig(PreTrainedConfig):
             the table of l-DeTok, which its published weights need.
         output_conv (`bool`, defaults to `False`): A 3x3 convolution on the picture after the patches.
         linear_path (`int`, defaults to 0): Side, in patches, of convolutions from picture to latent mean and from
-            latent to picture beside the transformers, so that training can start from a principal component analysis.
-            An odd number, or 0 for none.
+            latent to picture, one a scale, beside the transformers, so that training can start from a principal
+            component analysis. An odd number, or 0 for none.
         kl_weight (`float`, defaults to 1e-4): Weight of the KL divergence a latent number in the training loss.
-        coarse_weight (`float`, defaults to 0.02): Weight of the mean squared error of the coarser scales' pictures in
-            that loss.
+        coarse_weight (`float`, defaults to 0.02): Weight in that loss of the squared errors of the coarser scales'
+            pictures, each times its factor.
         sample_size (`int`, defaults to 256): Side of the training pictures in pixels. Any other size works.
         initializer_range (`float`, defaults to 0.02): Standard deviation of random weights.
         scaling_factor, shift_factor (`float`, default to 1.0 and 0.0): What diffusers pipelines apply to latents.
@@ -152,6 +164,7 @@ class HieraTokConfig(PreTrainedConfig):
     patch_size: int = 16
     latent_channels: int = 16
     scale_factors: list[int] | tuple[int, ...] = (8, 4, 2, 1)
+    downsampling: str = "learned"
     scale_causal: bool = True
     encoder_hidden_size: int = 768
     encoder_num_layers: int = 12
@@ -208,6 +221,15 @@ class HieraTokConfig(PreTrainedConfig):
             if int(2 / 3 * self.mlp_ratio * hidden_size) < 1:
                 raise ValueError(f"`mlp_ratio` must leave a width of at least 1, got {self.mlp_ratio!r}.")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a configuration as `PreTrainedConfig.from_dict` does, also one saved without `downsampling`."""
+        return super().from_dict(complete_saved(config_dict), **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Give what differs from the defaults, and `downsampling`, whose absence means `"mean"`."""
+        return {**super().to_diff_dict(), "downsampling": self.downsampling}
+
     @property
     def num_hidden_layers(self) -> int:
         """Blocks of the encoder and the decoder together."""
@@ -250,6 +272,20 @@ class HieraTokConfig(PreTrainedConfig):
         if unknown := sorted(set(overrides) - set(cls.__annotations__)):
             raise ValueError(f"HieraTokConfig has no argument {unknown[0]!r}; it has {list(cls.__annotations__)}.")
         return cls(**{**SIZES[size], **overrides})
+
+
+def complete_saved(values: dict[str, Any]) -> dict[str, Any]:
+    """
+    Give a saved configuration its `downsampling`: models that were saved before there was a choice have `"mean"`.
+
+    Args:
+        values (`dict[str, Any]`): What a `config.json` holds, or arguments that no library has saved.
+
+    Returns:
+        `values`, with the key if a library saved them without it.
+    """
+    saved = "transformers_version" in values or "_diffusers_version" in values
+    return {"downsampling": "mean", **values} if saved else values
 
 
 def check_scale_factors(scale_factors: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""How close pictures are to others, on 8 bits as on files: PSNR, SSIM (Wang et al., 2004) and Fréchet distances."""
+"""Closeness of pictures, on 8 bits as on files: PSNR, SSIM (Wang et al., 2004) and Fréchet distances; and seams."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .tokenizer import PIXEL_LIMIT
 from .vision_features import VisionFeatures
 
-__all__ = ["SSIM_WINDOW", "FrechetDistance", "psnr", "ssim"]
+__all__ = ["SSIM_WINDOW", "FrechetDistance", "border_steps", "psnr", "ssim"]
 
 # Shape letters: B batch, H W pixels.
 
@@ -64,6 +64,34 @@ def ssim(pictures: Tensor, targets: Tensor) -> Tensor:
         for pair in zip(levels.split(1), target_levels.split(1))
     ]
     return torch.stack(values)
+
+
+def border_steps(pictures: Tensor, patch_size: int) -> Tensor:
+    """
+    Measure how much neighbouring pixels differ, across the borders of patches and inside of them.
+
+    The ratio of both is about 1 for photographs, and more where a decoder leaves seams between patches.
+
+    Args:
+        pictures (`torch.Tensor` of shape `(B, 3, H, W)`): As those of `psnr`, of at least two patches on a side.
+        patch_size (`int`): Pixels from border to border, at least 2.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 2)`: The mean absolute difference, in levels of 8 bits, across borders and inside.
+
+    Raises:
+        ValueError: As `psnr`, or there is no border or nothing between borders.
+    """
+    levels = _levels("pictures", pictures)
+    if patch_size < 2 or min(levels.shape[2:]) <= patch_size:
+        size = f"{levels.shape[2]}x{levels.shape[3]}"
+        raise ValueError(f"`patch_size` must be at least 2 and less than the pictures' {size}, got {patch_size}.")
+    steps = []
+    for dim in (2, 3):
+        difference = levels.diff(dim=dim).abs().movedim(dim, 1).flatten(2).mean(2)  # (B, H - 1) or (B, W - 1)
+        is_border = torch.arange(1, difference.shape[1] + 1, device=levels.device) % patch_size == 0
+        steps.append(torch.stack([difference[:, is_border].mean(1), difference[:, ~is_border].mean(1)], dim=1))
+    return torch.stack(steps).mean(0)
 
 
 class FrechetDistance:

@@ -62,9 +62,12 @@ class HieraTokDecoderOutput(ModelOutput):
     Attributes:
         reconstruction (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The picture of the last scale that ran,
             about [-1, 1], not clamped.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The pictures of all scales that ran, coarse to
+            fine; the last is `reconstruction`.
     """
 
     reconstruction: Tensor | None = None
+    scales: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -76,6 +79,8 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
         loss (`torch.Tensor` of shape `()`): The sum that `tokenizer_losses` makes. `None` with `return_loss=False`,
             and when only coarser scales were decoded.
         reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded picture, about [-1, 1], not clamped.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The pictures of all scales that ran, coarse to
+            fine; the last is `reconstruction`.
         latents (`torch.Tensor` of shape `(B, C, h, w)`): What was decoded: the posterior's mode, or a sample of it.
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
         posterior (`DiagonalGaussianDistribution`): The distribution that the moments describe.
@@ -86,6 +91,7 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
 
     loss: Tensor | None = None
     reconstruction: Tensor | None = None
+    scales: tuple[Tensor, ...] | None = None
     latents: Tensor | None = None
     moments: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -201,18 +207,25 @@ class HieraTokModel(HieraTokPreTrainedModel):
         return HieraTokEncoderOutput(latents=posterior_of(moments).mode(), moments=moments)
 
     @can_return_tuple
-    def decode(self, latents: Tensor, num_scales: int | None = None) -> HieraTokDecoderOutput:
+    def decode(
+        self, latents: Tensor, num_scales: int | None = None, return_scales: bool = False
+    ) -> HieraTokDecoderOutput:
         """
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
             num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
                 picture of the last of them, for the cost of its tokens and the coarser ones.
+            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
             return_dict (`bool`, *optional*): Whether to return a `HieraTokDecoderOutput` rather than a tuple.
 
         Raises:
             ValueError: As `HieraTokCore.decode`.
         """
-        return HieraTokDecoderOutput(reconstruction=self.core.decode(self._to_own_dtype(latents), num_scales))
+        latents = self._to_own_dtype(latents)
+        if not return_scales:
+            return HieraTokDecoderOutput(reconstruction=self.core.decode(latents, num_scales))
+        pictures = tuple(self.core.decode_scales(latents, num_scales))
+        return HieraTokDecoderOutput(reconstruction=pictures[-1], scales=pictures)
 
     @capture_outputs
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -231,6 +244,7 @@ class HieraTokModel(HieraTokPreTrainedModel):
         generator: torch.Generator | None = None,
         num_scales: int | None = None,
         return_loss: bool = True,
+        return_scales: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HieraTokOutput:
         """
@@ -242,6 +256,7 @@ class HieraTokModel(HieraTokPreTrainedModel):
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
             num_scales (`int`, *optional*): As in `decode`.
             return_loss (`bool`, defaults to `True`): Compute the loss, for which the pictures of all scales are made.
+            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
 
         Raises:
@@ -251,12 +266,18 @@ class HieraTokModel(HieraTokPreTrainedModel):
         moments, _ = self.core.encode_moments(pixel_values)
         posterior = posterior_of(moments)
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
-        if return_loss and num_scales in (None, len(self.config.scale_factors)):
-            pictures = self.core.decode_scales(latents)
-            loss = tokenizer_losses(pictures, pixel_values, moments, self.config)["loss"]
+        has_loss = return_loss and num_scales in (None, len(self.config.scale_factors))
+        if has_loss or return_scales:
+            pictures = self.core.decode_scales(latents, num_scales)
         else:
-            pictures, loss = [self.core.decode(latents, num_scales)], None
-        return HieraTokOutput(loss=loss, reconstruction=pictures[-1], latents=latents, moments=moments)
+            pictures = [self.core.decode(latents, num_scales)]
+        return HieraTokOutput(
+            loss=tokenizer_losses(pictures, pixel_values, moments, self.config)["loss"] if has_loss else None,
+            reconstruction=pictures[-1],
+            scales=tuple(pictures) if return_scales else None,
+            latents=latents,
+            moments=moments,
+        )
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any

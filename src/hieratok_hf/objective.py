@@ -12,7 +12,7 @@ from torch.func import functional_call
 from .adversarial import adaptive_weight, generator_hinge_loss
 from .alignment import LatentAlignment
 from .configuration_hieratok import HieraTokConfig
-from .losses import PIXEL_LOSSES, tokenizer_losses
+from .losses import PIXEL_LOSSES, border_loss, tokenizer_losses
 from .tokenizer import HieraTokCore, posterior_of
 from .training_data import step_generator
 
@@ -28,6 +28,7 @@ class LossWeights:
 
     Attributes:
         pixel (`str`): Kind of the difference of pixels, one of `PIXEL_LOSSES`; its weight is 1.
+        border (`float`): Of seams between patches, see `border_loss`.
         perceptual, lpips (`float`): Of the distances over a vision model, and by the published LPIPS.
         alignment (`float`): Of the latents' alignment with a vision model.
         adversarial (`float`): Of the discriminator's verdict, beside the adaptive weight.
@@ -38,6 +39,7 @@ class LossWeights:
     """
 
     pixel: str = "l1"
+    border: float = 0.0
     perceptual: float = 0.0
     lpips: float = 0.0
     alignment: float = 0.0
@@ -48,7 +50,7 @@ class LossWeights:
     def __post_init__(self) -> None:
         if self.pixel not in PIXEL_LOSSES:
             raise ValueError(f"`pixel` must be one of {list(PIXEL_LOSSES)}, got {self.pixel!r}.")
-        for name in ("perceptual", "lpips", "alignment", "adversarial"):
+        for name in ("border", "perceptual", "lpips", "alignment", "adversarial"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"The weight `{name}` must be finite and not negative, got {value}.")
 
@@ -63,16 +65,26 @@ class TokenizerTraining(nn.Module):
         alignment (`LatentAlignment`, *optional*): Aligns the latents with a vision model.
         latent_noise (`float`, defaults to 0.0): Largest standard deviation of the noise that latents are mixed with
             before they are decoded (l-DeTok, arXiv 2507.15856).
+        latent_jitter (`float`, defaults to 0.0): Largest standard deviation of noise that is added to latents before
+            they are decoded, because those of a generator are never exact; that of a latent is this times the fourth
+            power of its `mix`, so that half of them stay nearly exact.
     """
 
     # What accelerate's FSDP wraps one by one, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`.
     _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
 
-    def __init__(self, core: HieraTokCore, alignment: LatentAlignment | None = None, latent_noise: float = 0.0):
+    def __init__(
+        self,
+        core: HieraTokCore,
+        alignment: LatentAlignment | None = None,
+        latent_noise: float = 0.0,
+        latent_jitter: float = 0.0,
+    ):
         super().__init__()
         self.core = core
         self.alignment = alignment
         self.latent_noise = latent_noise
+        self.latent_jitter = latent_jitter
 
     def forward(self, pixel_values: Tensor, noise: Tensor, mix: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """
@@ -90,6 +102,8 @@ class TokenizerTraining(nn.Module):
         decoded = latents
         if self.latent_noise:
             decoded = (1 - mix) * latents + mix * self.latent_noise * noise[1]
+        if self.latent_jitter:
+            decoded = decoded + mix**4 * self.latent_jitter * noise[1]
         aligned = self.alignment(latents, pixel_values) if self.alignment is not None else None
         return self.core.decode_scales(decoded), moments, aligned
 
@@ -166,6 +180,9 @@ class TrainingLoss:
         parts = tokenizer_losses(pictures, pixel_values, moments, config, weights.pixel)
         picture = pictures[-1].float()
         reconstruction = parts[weights.pixel]
+        if weights.border:
+            parts["border"] = border_loss(picture, config.patch_size)
+            reconstruction = reconstruction + weights.border * parts["border"]
         if weights.perceptual and self.perceptual is not None:
             parts["perceptual"] = self.perceptual(picture, pixel_values).mean()
             reconstruction = reconstruction + weights.perceptual * parts["perceptual"]

@@ -1,18 +1,25 @@
-"""The pyramid of token grids: where each scale lies in the decoder's sequence, and the latent pooled to each scale."""
+"""The pyramid of token grids: where each scale lies in the decoder's sequence, and the latent at each scale."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_hieratok import HieraTokConfig, check_scale_factors
 
-__all__ = ["PyramidCells", "PyramidLayout", "flatten_pyramid", "kept_by_size", "picture_pyramid"]
+__all__ = [
+    "PyramidCells",
+    "PyramidLayout",
+    "convolve_pyramid",
+    "flatten_pyramid",
+    "kept_by_size",
+    "picture_pyramid",
+]
 
 # Larger tables take longer to keep in memory than to make beside what else there is to do.
 _KEPT_TOKENS = 2**14
@@ -199,6 +206,29 @@ def flatten_pyramid(latents: Tensor, layout: PyramidLayout) -> Tensor:
     index, share = _places_in_pooled(layout, grid, latents.device)
     tokens = torch.cat(maps, dim=2)[:, :, index].transpose(1, 2)  # (B, N, C)
     return (tokens * share.to(torch.promote_types(latents.dtype, torch.float32))).to(latents.dtype)
+
+
+def convolve_pyramid(latents: Tensor, layout: PyramidLayout, convolutions: Iterable[nn.Module]) -> Tensor:
+    """
+    Map the block of cells that each token covers to that token, by a convolution a scale.
+
+    Where a block reaches beyond the latent, the border is continued.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
+        layout (`PyramidLayout`): The scales to make, over a finest grid of `h x w`.
+        convolutions (`Iterable[nn.Module]`): Of kernel and stride `f` for each scale of factor `f`, coarse to fine.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, D)`: The tokens of all scales, coarse first, each scale row by row.
+    """
+    grid = (latents.shape[-2], latents.shape[-1])
+    maps = []
+    for factor, (rows, columns), convolution in zip(layout.scale_factors, _pooled_grids(layout), convolutions):
+        padding = (0, columns * factor - grid[1], 0, rows * factor - grid[0])
+        maps.append(convolution(F.pad(latents, padding, mode="replicate")).flatten(2))
+    index, _ = _places_in_pooled(layout, grid, latents.device)
+    return torch.cat(maps, dim=2)[:, :, index].transpose(1, 2)  # (B, N, D)
 
 
 def _pooled_grids(layout: PyramidLayout) -> list[tuple[int, int]]:

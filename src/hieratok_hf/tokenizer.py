@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .configuration_hieratok import HieraTokConfig, check_scale_factors
+from .configuration_hieratok import DOWNSAMPLING, HieraTokConfig, check_scale_factors
 from .decoder import HieraTokDecoder
 from .encoder import HieraTokEncoder
 from .layers import init_weights
-from .pyramid import PyramidLayout, flatten_pyramid
+from .pyramid import PyramidLayout
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -98,42 +98,64 @@ class HieraTokCore(nn.Module):
 
     def _decode(self, latents: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
         check_latents(latents, self.config)
-        grid = (latents.shape[-2], latents.shape[-1])
-        layout = PyramidLayout.from_grid(*grid, tuple(self.config.scale_factors))
+        layout = PyramidLayout.from_grid(latents.shape[-2], latents.shape[-1], tuple(self.config.scale_factors))
         if num_scales is not None:
             layout = layout.truncate(num_scales)
             if layout.num_scales < len(self.config.scale_factors) and not self.config.scale_causal:
                 raise ValueError(
                     f"Without `scale_causal` no scale can be decoded alone, got `num_scales={num_scales}`."
                 )
-        return self.decoder(flatten_pyramid(latents, layout), layout, grid, all_scales)
+        return self.decoder(latents, layout, all_scales)
 
     @torch.no_grad()
-    def with_scale_factors(self, scale_factors: tuple[int, ...]) -> "HieraTokCore":
+    def with_scale_factors(self, scale_factors: tuple[int, ...], downsampling: str = "learned") -> "HieraTokCore":
         """
-        A copy with other scales; a scale that this model does not have starts with the finest one's weights.
+        Copy the model with other scales.
+
+        A coarse scale that this model does not have, or makes of averages where the copy is to learn, starts from the
+        finest one: its tokens are those of the average cell, as with `"mean"`, and its linear path makes the average
+        of the finest one's picture. All other pictures stay as they are, within rounding.
+
+        Args:
+            scale_factors (`tuple[int, ...]`): The scales of the copy.
+            downsampling (`str`, defaults to `"learned"`): That of the copy; `"mean"` only of a model that has it.
 
         Raises:
-            ValueError: The factors do not decrease strictly to 1.
+            ValueError: The factors do not decrease strictly to 1, or averages cannot stand for what was learned.
         """
-        config = copy.deepcopy(self.config)
         check_scale_factors(scale_factors)
-        config.scale_factors = tuple(scale_factors)
-        core = HieraTokCore(config).init_weights()
         own = tuple(self.config.scale_factors)
-        rows = [own.index(factor) if factor in own else -1 for factor in scale_factors]
-        weights = {name: x for name, x in self.state_dict().items() if not name.startswith("decoder.linear_path.")}
-        weights["decoder.scale_embedding"] = self.decoder.scale_embedding[rows]
-        for i, row in enumerate(rows if self.config.linear_path else []):
-            for name, x in self.decoder.linear_path[row].state_dict().items():
-                weights[f"decoder.linear_path.{i}.{name}"] = x
-        core.load_state_dict(weights)
-        return core.to(self.decoder.head.weight).train(self.training)
+        if downsampling not in DOWNSAMPLING or (downsampling == "mean" != self.config.downsampling and len(own) > 1):
+            choices = list(DOWNSAMPLING) if downsampling not in DOWNSAMPLING else "'learned', as the model has it"
+            raise ValueError(f"`downsampling` must be one of {choices}, got {downsampling!r}.")
+        config = copy.deepcopy(self.config)
+        config.scale_factors, config.downsampling = tuple(scale_factors), downsampling
+        core = HieraTokCore(config).init_weights()
+        ours, theirs = self.decoder, core.decoder
+        of_scales = ("decoder.scale_embedding", "decoder.coarse_embed.", "decoder.linear_path.")
+        shared = {name: x for name, x in self.state_dict().items() if not name.startswith(of_scales)}
+        core.load_state_dict(shared, strict=False)
+        for i, factor in reversed(list(enumerate(scale_factors))):
+            if factor > 1:
+                theirs.init_coarse_scale(i)
+            if factor not in own:
+                continue
+            row = own.index(factor)
+            theirs.scale_embedding[i] = ours.scale_embedding[row]
+            if factor > 1 and downsampling != self.config.downsampling:
+                continue
+            if self.config.linear_path:
+                theirs.linear_path[i].load_state_dict(ours.linear_path[row].state_dict())
+            if factor > 1 and downsampling == "learned":
+                theirs.coarse_embed[i].load_state_dict(ours.coarse_embed[row].state_dict())
+        return core.to(ours.head.weight).train(self.training)
 
     @torch.no_grad()
     def set_linear_path(self, components: Tensor, mean: Tensor, scale: Tensor) -> None:
         """
         Start the linear path as a principal component analysis of patches, and the transformers at zero beside it.
+
+        The linear path of a coarse scale starts as the average of what the finest makes.
 
         Args:
             components (`torch.Tensor` of shape `(C, 3 * p * p)`): Orthonormal directions of patches in the order
@@ -163,11 +185,13 @@ class HieraTokCore(nn.Module):
         # A decoded patch has its colours last.
         to_patch = (components * scale[:, None]).view(channels, -1, size, size).permute(2, 3, 1, 0).flatten(0, 2)
         self.decoder.head.weight.zero_()
-        self.decoder.head.bias.copy_(mean.view(-1, size, size).permute(1, 2, 0).flatten())
-        for path in self.decoder.linear_path:
-            path.weight.zero_()
-            path.weight[:, :, middle, middle] = to_patch
-            path.bias.zero_()
+        self.decoder.head.bias.zero_()
+        finest = self.decoder.linear_path[-1]
+        finest.weight.zero_()
+        finest.weight[:, :, middle, middle] = to_patch
+        finest.bias.copy_(mean.view(-1, size, size).permute(1, 2, 0).flatten())
+        for i in range(len(self.config.scale_factors) - 1):
+            self.decoder.init_coarse_path(i)
 
     @torch.no_grad()
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -193,10 +217,10 @@ class HieraTokCore(nn.Module):
         decoder.embed.weight.mul_(std)
         if self.config.linear_path:
             encoder.linear_path.weight.div_(std[:, None, None, None])
-        # Replicated borders keep a constant constant, so a shift of the latent is one of the bias.
-        for path in decoder.linear_path:
-            path.bias.add_(path.weight.sum((2, 3)) @ mean)
-            path.weight.mul_(std[:, None, None])
+        # Continued borders keep a constant constant, so a shift of the latent is one of the bias.
+        for layer in (*decoder.coarse_embed, *decoder.linear_path):
+            layer.bias.add_(layer.weight.sum((2, 3)) @ mean)
+            layer.weight.mul_(std[:, None, None])
 
 
 def posterior_of(moments: Tensor) -> "DiagonalGaussianDistribution":

@@ -170,10 +170,10 @@ def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[
     if not resume:
         raise ValueError(f"--output {str(folder)!r} holds a training state: add --resume, or take another folder.")
     state = latest_state(folder)
-    if state["config"] != config:
-        differing = sorted(
-            name for name in {*state["config"], *config} if state["config"].get(name) != config.get(name)
-        )
+    # A state from before there was a choice does not say what it has.
+    saved = {**({"downsampling": "mean"} if "downsampling" in config else {}), **state["config"]}
+    if saved != config:
+        differing = sorted(name for name in {*saved, *config} if saved.get(name) != config.get(name))
         raise ValueError(f"The state in {str(folder)!r} is that of a model of another configuration: {differing}.")
     return state
 
