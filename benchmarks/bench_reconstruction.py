@@ -1,6 +1,7 @@
 """Tokenizers beside principal components and JPEG of as many numbers and bytes: PSNR, SSIM and a Fréchet distance."""
 
 import argparse
+import copy
 import io
 import sys
 from collections.abc import Callable, Iterable
@@ -105,11 +106,22 @@ def measured(
     return dict(metrics.compute())
 
 
+def linear_path_alone(codec: Codec) -> Callable[[Tensor], Tensor]:
+    """What is left of a HieraTok model when the heads of both transformers are zero."""
+    core = copy.deepcopy(codec.core)
+    assert core is not None
+    for side in (core.encoder, core.decoder):
+        side.head.weight.zero_()
+    return lambda pixel_values: core.decode(core.encode(pixel_values).mode())
+
+
 def baselines(codec: Codec, data: Path) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The codes that a tokenizer is measured beside, with as many numbers, each of a byte."""
+    """What a tokenizer is measured beside: a part of itself, and codes of as many numbers, each of a byte."""
     channels, side, _ = codec.latent_shape(256)
     patch_size = 256 // side
+    has_linear_path = codec.core is not None and codec.core.config.linear_path
     return {
+        **({"its linear path alone": linear_path_alone(codec)} if has_linear_path else {}),
         "principal components": PrincipalComponents(load_pictures(str(data / FITTED_TO)), patch_size, channels),
         "JPEG": Jpeg(channels / patch_size**2),
     }

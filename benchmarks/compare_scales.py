@@ -33,19 +33,25 @@ SHARED = """
     --linear_steps 300 --statistics_batches 32 --perceptual_weight 0.05 --ema 0.99 --fid_size 64
     --validation_every 250 --save_every 500 --sample_every 1000 --log_every 10
 """
-CONFIG = {"latent_channels": 4}
+CONFIG = {"latent_channels": 4, "downsampling": "mean", "coarse_weight": 0.02}
+LEARNED = {"downsampling": "learned"}
 WIDE = {"encoder_hidden_size": 192, "encoder_num_heads": 6, "decoder_hidden_size": 192, "decoder_num_heads": 6}
 CONFIGS = {
     "full": {"scale_causal": False},
     "single_wide": WIDE,
     "multi_wide": WIDE,
+    "learned": LEARNED,
+    "learned_gan": LEARNED,
+    "learned_long": LEARNED,
+    "single_bare": {"linear_path": 0},
+    "learned_bare": {**LEARNED, "linear_path": 0},
 }
 GAN = "--adversarial_weight 0.1 --adversarial_start 500"
 
 # Name: what it is, its twin, arguments beyond SHARED. A row of VARIANTS trains that model.
 ROWS: dict[str, tuple[str, str, str]] = {
     "single": ("one scale", "single", "--scale_factors 1"),
-    "multi": ("4 scales: 8, 4, 2, 1", "single", ""),
+    "multi": ("4 scales of averages: 8, 4, 2, 1", "single", ""),
     "full": ("4 scales, every token sees all", "single", ""),
     "two": ("2 scales: 2, 1", "single", "--scale_factors 2 1"),
     "three": ("3 scales: 4, 2, 1", "single", "--scale_factors 4 2 1"),
@@ -61,13 +67,18 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "coarse_context": ("4 scales, tokens fed the upsampled coarser scale", "single", ""),
     "encoder_too": ("4 scales, in the encoder's last block too", "single", ""),
     "single_gan": ("one scale, adversarial loss from step 500", "single_gan", f"--scale_factors 1 {GAN}"),
-    "multi_gan": ("4 scales, adversarial loss from step 500", "single_gan", GAN),
+    "multi_gan": ("4 scales of averages, adversarial loss from step 500", "single_gan", GAN),
     "single_noise": ("one scale, noise on the latents", "single_noise", "--scale_factors 1 --latent_noise 1"),
-    "multi_noise": ("4 scales, noise on the latents", "single_noise", "--latent_noise 1"),
+    "multi_noise": ("4 scales of averages, noise on the latents", "single_noise", "--latent_noise 1"),
     "single_wide": ("one scale, 1.5 times as wide", "single_wide", "--scale_factors 1"),
-    "multi_wide": ("4 scales, 1.5 times as wide", "single_wide", ""),
+    "multi_wide": ("4 scales of averages, 1.5 times as wide", "single_wide", ""),
     "single_long": ("one scale, 3000 steps", "single_long", "--scale_factors 1 --steps 3000"),
-    "multi_long": ("4 scales, 3000 steps", "single_long", "--steps 3000"),
+    "multi_long": ("4 scales of averages, 3000 steps", "single_long", "--steps 3000"),
+    "learned": ("4 scales, learned tokens", "single", ""),
+    "learned_gan": ("4 scales, learned tokens, adversarial loss from step 500", "single_gan", GAN),
+    "learned_long": ("4 scales, learned tokens, 3000 steps", "single_long", "--steps 3000"),
+    "single_bare": ("one scale, no linear path", "single_bare", "--scale_factors 1"),
+    "learned_bare": ("4 scales, learned tokens, no linear path", "single_bare", ""),
 }
 
 
@@ -167,13 +178,14 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     rows = [row for row in ROWS if any(name.rsplit("-", 1)[0] == row for name in runs)]
+    palettes = ["tab10"] if len(rows) <= 10 else ["tab20", "tab20b"]
+    colours = [colour for palette in palettes for colour in matplotlib.color_sequences[palette]]
     for index, row in enumerate(rows):
         for name, run in runs.items():
             if name.rsplit("-", 1)[0] != row:
                 continue
             first = name == next(x for x in runs if x.rsplit("-", 1)[0] == row)
-            colour = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20")(index)
-            style = {"color": colour, "linestyle": "-" if name.endswith("-0") else "--"}
+            style = {"color": colours[index], "linestyle": "-" if name.endswith("-0") else "--"}
             for axis, key in zip(axes, (DISTANCE, "psnr")):
                 steps = [point["step"] for point in run["curve"]]
                 axis.plot(steps, [point[key] for point in run["curve"]], label=row if first else None, **style)

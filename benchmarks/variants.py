@@ -1,4 +1,4 @@
-"""Other ways to use a pyramid, tried by `compare_scales.py`; none of them is part of the package."""
+"""Other ways to use a pyramid of averages, tried by `compare_scales.py`; none of them is part of the package."""
 
 from itertools import pairwise
 
@@ -7,12 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
+from hieratok_hf.decoder import HieraTokDecoder
 from hieratok_hf.encoder import HieraTokEncoder
 from hieratok_hf.layers import HieraTokBlock, HieraTokSwiGLU, rotary_tables
 from hieratok_hf.pyramid import PyramidLayout, flatten_pyramid
-from hieratok_hf.tokenizer import check_latents
 
 # Shape letters: B batch, H W pixels, h w grid, C latent channels, D hidden size, N tokens of all scales.
+
+
+class AveragesCore(HieraTokCore):
+    """What the variants share: the coarse scales that they were tried with."""
+
+    def __init__(self, config: HieraTokConfig):
+        if config.downsampling != "mean":
+            raise ValueError(f"`downsampling` must be 'mean' for a variant, got {config.downsampling!r}.")
+        super().__init__(config)
 
 
 class ScaleBlock(HieraTokBlock):
@@ -33,7 +42,7 @@ class ScaleBlock(HieraTokBlock):
         return torch.cat([x + mlp(norm(x)) for norm, mlp, x in zip(self.norm2, self.mlp, scales)], dim=1)
 
 
-class ScaleLayers(HieraTokCore):
+class ScaleLayers(AveragesCore):
     """Norms and feed-forward layers of their own for each scale of the decoder."""
 
     def __init__(self, config: HieraTokConfig):
@@ -42,45 +51,38 @@ class ScaleLayers(HieraTokCore):
         self.decoder.blocks = nn.ModuleList(ScaleBlock(config, *shape) for _ in range(config.decoder_num_layers))
 
 
-class FirstChannels(nn.Module):
-    """A layer that sees the first channels of a map alone."""
+class ContextEmbed(nn.Linear):
+    """Embeds each average beside that of the next coarser scale, upsampled; zeros for the coarsest."""
 
-    def __init__(self, layer: nn.Conv2d):
-        super().__init__()
-        self.layer = layer
+    layout: PyramidLayout
 
-    @property
-    def weight(self) -> Tensor:
-        return self.layer.weight
-
-    @property
-    def bias(self) -> Tensor:
-        return self.layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x[:, : self.layer.in_channels])
+    def forward(self, averages: Tensor) -> Tensor:
+        slices, grids = self.layout.slices, self.layout.grids
+        maps = [averages[:, rows].transpose(1, 2).unflatten(2, cells) for rows, cells in zip(slices, grids)]
+        coarser = [torch.zeros_like(maps[0])]
+        coarser += [F.interpolate(x, y.shape[2:], mode="bilinear") for x, y in pairwise(maps)]
+        context = torch.cat([x.flatten(2) for x in coarser], dim=2).transpose(1, 2)  # (B, N, C)
+        return super().forward(torch.cat([averages, context], dim=2))
 
 
-class CoarseContext(HieraTokCore):
+class ContextDecoder(HieraTokDecoder):
+    """A decoder whose embedding knows where each scale lies."""
+
+    def __init__(self, config: HieraTokConfig):
+        super().__init__(config)
+        self.embed = ContextEmbed(2 * config.latent_channels, config.decoder_hidden_size)
+
+    def forward(self, latents: Tensor, layout: PyramidLayout, all_scales: bool = False) -> list[Tensor]:
+        self.embed.layout = layout
+        return super().forward(latents, layout, all_scales)
+
+
+class CoarseContext(AveragesCore):
     """Every token of the decoder is also fed the next coarser scale's latent, upsampled."""
 
     def __init__(self, config: HieraTokConfig):
         super().__init__(config)
-        self.decoder.embed = nn.Linear(2 * config.latent_channels, config.decoder_hidden_size)
-        self.decoder.linear_path = nn.ModuleList(FirstChannels(path) for path in self.decoder.linear_path)
-
-    def _decode(self, latents: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
-        check_latents(latents, self.config)
-        grid = (latents.shape[-2], latents.shape[-1])
-        layout = PyramidLayout.from_grid(*grid, tuple(self.config.scale_factors))
-        tokens = flatten_pyramid(latents, layout)
-        maps = [
-            tokens[:, rows].transpose(1, 2).unflatten(2, cells) for rows, cells in zip(layout.slices, layout.grids)
-        ]
-        coarser = [torch.zeros_like(maps[0])]
-        coarser += [F.interpolate(x, y.shape[2:], mode="bilinear") for x, y in pairwise(maps)]
-        context = torch.cat([x.flatten(2) for x in coarser], dim=2).transpose(1, 2)
-        return self.decoder(torch.cat([tokens, context], dim=2), layout, grid, all_scales)
+        self.decoder = ContextDecoder(config)
 
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Left alone: the two inputs would have to be folded apart."""
@@ -110,7 +112,7 @@ class PyramidEncoder(HieraTokEncoder):
         return moments, hidden_states
 
 
-class EncoderToo(HieraTokCore):
+class EncoderToo(AveragesCore):
     """The pyramid in the last block of the encoder as well."""
 
     def __init__(self, config: HieraTokConfig):

@@ -93,10 +93,10 @@ def test_every_row_is_measured_and_parts_add_up(bench, data, tokenizer, tmp_path
     assert bench.main([*given, "one"]) == 0 and bench.main([*given, "two", "--max_pictures", "4"]) == 0
     report = json.loads(next((tmp_path / "results").iterdir()).read_text())
     rows = {(row["data"], row["code"]): row for row in report["rows"]}
-    codes = ("tokenizer", "principal components", "JPEG")
+    codes = ("tokenizer", "its linear path alone", "principal components", "JPEG")
     assert list(rows) == [(name, code) for name in ("one", "two") for code in codes]
-    assert [row["pictures"] for row in rows.values()] == [3, 3, 3, 4, 4, 4]
-    assert [row["size"] for row in rows.values()] == [32, 32, 32, 48, 48, 48]
+    assert [row["pictures"] for row in rows.values()] == [3] * 4 + [4] * 4
+    assert [row["size"] for row in rows.values()] == [32] * 4 + [48] * 4
     assert bench.table(report).splitlines()[-1] in capsys.readouterr().out
 
     values = torch.stack([bench.as_values(crop(i, 32)) for i in range(3)])

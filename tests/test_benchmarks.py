@@ -13,7 +13,7 @@ import torch
 from helpers import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from hieratok_hf import SIZES, PyramidLayout, scale_causal_attention
+from hieratok_hf import SIZES, HieraTokConfig, PyramidLayout, scale_causal_attention
 from hieratok_hf.attention_choice import FASTEST
 
 ROOT = Path(__file__).parents[1]
@@ -53,15 +53,16 @@ def test_progressive_decoding_costs_its_tokens_only():
 
 
 def reconstruction():
-    return json.loads((ROOT / "benchmarks" / "results" / "reconstruction_cpu_avx512.json").read_text())
+    return json.loads((ROOT / "benchmarks" / "results" / "reconstruction_cpu_avx2.json").read_text())
 
 
 def test_the_figures_of_the_weights_are_those_recorded(load_benchmark):
     report = reconstruction()
     sets = {"kodak": 24, "imagenet_sample_256": 500, "imagenette_128, validation": 3925}
     tokenizers = ("hieratok-tiny", "hieratok-tiny-16x")
+    codes = ("tokenizer", "its linear path alone", "principal components", "JPEG")
     rows = {(row["data"], row["like"], row["code"]): row for row in report["rows"]}
-    assert rows.keys() == set(itertools.product(sets, tokenizers, ("tokenizer", "principal components", "JPEG")))
+    assert rows.keys() == set(itertools.product(sets, tokenizers, codes))
     assert all(row["pictures"] == sets[row["data"]] for row in rows.values())
     assert load_benchmark("bench_reconstruction").table(report) in PAGES
     for (data, tokenizer, code), row in rows.items():
@@ -115,7 +116,7 @@ def test_the_gain_of_tiles_is_that_recorded():
 
 def test_the_figures_of_generation_are_those_recorded():
     folder = ROOT / "benchmarks" / "results"
-    report = json.loads((folder / "generation_cpu_avx512.json").read_text())
+    report = json.loads((folder / "generation_cpu_avx2.json").read_text())
     text = " ".join(PAGES.split())
     assert f"decoding takes {100 * report['decode_share']:.1f} % of the time" in text
     assert f"of 2 scales {100 * report['preview_of_decode']:.1f} % of a decoding" in text
@@ -343,10 +344,25 @@ def test_a_curve_is_followed_to_a_distance(scales):
     assert scales.steps_to_reach(curve, 499) is None
 
 
+def test_rows_of_scales_have_models_and_twins(scales):
+    configs = {row: scales.CONFIG | scales.CONFIGS.get(row, {}) for row in scales.ROWS}
+    for row, (text, twin, arguments) in scales.ROWS.items():
+        core = scales.core_class(row)(HieraTokConfig.from_size("hieratok-tiny", **configs[row]))
+        assert core.config.downsampling == ("learned" if row.startswith("learned") else "mean")
+        assert ("learned tokens" in text, "averages" in text) == (row.startswith("learned"), row.startswith("multi"))
+        assert ("no linear path" in text) is (core.config.linear_path == 0)
+        _, _, of_twin = scales.ROWS[twin]
+        assert "--scale_factors 1" in of_twin and {*of_twin.split()} <= {*arguments.split(), "--scale_factors", "1"}
+        differing = {name for name, value in configs[row].items() if configs[twin].get(name) != value}
+        assert differing <= {"downsampling", "scale_causal"}
+
+
 @pytest.mark.parametrize("name", ["scale_layers", "coarse_context", "encoder_too"])
 def test_the_other_models_of_the_comparison_are_multi_scale_models(name, scales):
     torch.manual_seed(0)
-    core = scales.VARIANTS[name](tiny(scale_factors=(4, 2, 1))).init_weights()
+    with pytest.raises(ValueError, match="`downsampling` must be 'mean' for a variant, got 'learned'"):
+        scales.VARIANTS[name](tiny())
+    core = scales.VARIANTS[name](tiny(scale_factors=(4, 2, 1), downsampling="mean")).init_weights()
     pixel_values = torch.rand(2, 3, 24, 32) * 2 - 1
     moments, _ = core.encode_moments(pixel_values)
     latents = moments.chunk(2, dim=1)[0]
@@ -375,7 +391,7 @@ def test_the_short_table_of_the_readme_says_what_was_recorded():
         if (row["model"], row["pixels"], row["images"]) == ("hieratok-b", 256, 1)
     }
     assert f"encodes {speeds['encode']:.1f} times as fast, decodes {speeds['decode']:.1f} times" in README
-    decoders = json.loads((folder / "generation_cpu_avx512.json").read_text())["decoders"]
+    decoders = json.loads((folder / "generation_cpu_avx2.json").read_text())["decoders"]
     preview = next(row["of_full_decode"]["2"] for row in decoders if row["size"] == "hieratok-b")
     assert f"previews by 2 of 4 scales, hieratok-b at 256x256 | {100 * preview:.1f} % of the time" in README
     judged = json.loads((folder / "hieratok-dit-tiny.json").read_text())

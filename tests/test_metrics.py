@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
-from hieratok_hf.metrics import SSIM_WINDOW, FrechetDistance, psnr, ssim
+from hieratok_hf.metrics import SSIM_WINDOW, FrechetDistance, border_steps, psnr, ssim
 from hieratok_hf.vision_features import VisionFeatures
 
 
@@ -45,6 +45,28 @@ def ssim_by_hand(first, second):
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
     return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
+
+
+def test_border_steps_are_those_of_a_walk_over_the_pixels():
+    levels = random_levels(2, 3, 10, 12).float()
+    found = border_steps(from_levels(levels), 4)
+    for picture, (across, inside) in zip(levels, found):
+        steps = {True: [[], []], False: [[], []]}
+        for axis, length in ((0, 10), (1, 12)):
+            for i in range(1, length):
+                step = (picture.select(axis + 1, i) - picture.select(axis + 1, i - 1)).abs().mean()
+                steps[i % 4 == 0][axis].append(step)
+        for value, kind in ((across, True), (inside, False)):
+            torch.testing.assert_close(value, torch.stack([torch.stack(x).mean() for x in steps[kind]]).mean())
+
+
+def test_seams_are_steps_across_borders_alone():
+    patches = random_levels(1, 3, 4, 4).float().repeat_interleave(8, 2).repeat_interleave(8, 3)
+    across, inside = border_steps(from_levels(patches), 8)[0]
+    assert across > 10 and inside == 0
+    for patch_size in (1, 32):
+        with pytest.raises(ValueError, match="`patch_size`"):
+            border_steps(from_levels(patches), patch_size)
 
 
 def test_psnr_of_a_known_error():
