@@ -97,12 +97,15 @@ def reconstruct(path: str | None, vae: AutoencoderHieraTok) -> tuple[Any, Any, s
         raise Refused("There is none")
     picture, size = read_picture(path)
     try:
-        (original, *scales), figures = encode_and_decode(picture, vae)
+        (*_, original), scales, figures = encode_and_decode(picture, vae)
     except ValueError as error:
         raise Refused(f"{Path(path).name!r}: {one_line(error)}") from error
     # A browser would smooth what it enlarges.
     shown = [(x.resize(original.size, Image.Resampling.NEAREST), x.size) for x in scales]
-    labelled = [(x, f"scale {i}: {w} x {h}") for i, (x, (w, h)) in enumerate(shown, start=1)]
+    labelled = [
+        (x, f"scale {i}: {w} x {h}, {decibels:.1f} dB")
+        for i, ((x, (w, h)), decibels) in enumerate(zip(shown, figures["scales_psnr_db"]), start=1)
+    ]
     difference = amplified_difference(original, scales[-1])
     channels, height, width = figures["latent_shape"]
     rows = {

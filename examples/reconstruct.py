@@ -19,12 +19,13 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_pic
 from hieratok_hf.checkpoint import written_whole
 from hieratok_hf.command_line import one_line, positive
 from hieratok_hf.metrics import SSIM_WINDOW, psnr, ssim
+from hieratok_hf.pyramid import picture_pyramid
 from hieratok_hf.shipped import shipped_or_given
 
 PICTURE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 BUNDLED = Path(__file__).parent / "pictures"
 SHEET = "_reconstruction"
-COLUMNS, MARGIN = 3, 8
+MARGIN = 8
 LARGEST_PANEL, SMALLEST_PANEL = 512, 256
 AMPLIFY = 4
 HEADER = ("picture", "size", "PSNR dB", "SSIM", "latent", "compression (numbers)", "encode s", "decode s")
@@ -64,8 +65,8 @@ def timed(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> tupl
 @torch.inference_mode()
 def encode_and_decode(
     picture: Image.Image, vae: AutoencoderHieraTok, size: int | None = None
-) -> tuple[list[Image.Image], dict[str, Any]]:
-    """What was encoded and then a picture for each scale, coarse to fine; and the figures of the finest."""
+) -> tuple[list[Image.Image], list[Image.Image], dict[str, Any]]:
+    """What was encoded, averaged to the size of every scale, coarse to fine; what was decoded; and the figures."""
     processor = HieraTokImageProcessorPil(size_divisor=vae.spatial_compression_ratio)
     if size:
         crop_size = {"height": min(size, picture.height), "width": min(size, picture.width)}
@@ -74,21 +75,24 @@ def encode_and_decode(
         original = processor(picture, return_tensors="pt").pixel_values  # (1, 3, H, W)
 
     latents, encode_seconds = timed(lambda x: vae.encode(x).latent_dist.mode(), original.to(vae.device, vae.dtype))
-    scales, decode_seconds = timed(vae.core.decode_scales, latents)  # coarse to fine
-    scales = [scale.float().cpu() for scale in scales]
+    decoded, decode_seconds = timed(lambda z: vae.decode(z, return_scales=True).scales, latents)  # coarse to fine
+    decoded = [scale.float().cpu() for scale in decoded]
+    originals = picture_pyramid(original, vae.core.config)
 
     height, width = original.shape[2:]
     figures = {
         "width": width,
         "height": height,
-        "psnr_db": psnr(scales[-1], original).item(),
-        "ssim": ssim(scales[-1], original).item() if min(height, width) >= SSIM_WINDOW else None,
+        "psnr_db": psnr(decoded[-1], original).item(),
+        "scales_psnr_db": [psnr(*pair).item() for pair in zip(decoded, originals)],
+        "ssim": ssim(decoded[-1], original).item() if min(height, width) >= SSIM_WINDOW else None,
         "latent_shape": list(latents.shape[1:]),
         "compression": original.numel() / latents.numel(),
         "encode_seconds": encode_seconds,
         "decode_seconds": decode_seconds,
     }
-    return [processor.postprocess(pixels)[0] for pixels in (original, *scales)], figures
+    as_images = [[processor.postprocess(pixels)[0] for pixels in scales] for scales in (originals, decoded)]
+    return *as_images, figures
 
 
 def amplified_difference(first: Image.Image, second: Image.Image) -> Image.Image:
@@ -98,38 +102,42 @@ def amplified_difference(first: Image.Image, second: Image.Image) -> Image.Image
 
 def reconstruct(path: Path, vae: AutoencoderHieraTok, args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
     """The sheet and the figures of one picture."""
-    images, figures = encode_and_decode(open_picture(path), vae, args.size)
-    difference = amplified_difference(images[0], images[-1])
-    scales = len(images) - 1
-    coarse = [f"scale {i} of {scales}: {x.width} x {x.height}" for i, x in enumerate(images[1:-1], start=1)]
-    original = f"original: {figures['width']} x {figures['height']}"
-    labels = [original, *coarse, f"reconstruction: {figures['psnr_db']:.2f} dB"]
-    sheet = make_sheet([*images, difference], [*labels, f"difference x{AMPLIFY}"], args.full)
-    return sheet, {"picture": str(path), **figures}
+    originals, decoded, figures = encode_and_decode(open_picture(path), vae, args.size)
+    rows = [
+        [
+            (f"original: {original.width} x {original.height}", original),
+            (f"decoded: {decibels:.2f} dB", made),
+            (f"difference x{AMPLIFY}", amplified_difference(original, made)),
+        ]
+        for original, made, decibels in zip(originals, decoded, figures["scales_psnr_db"])
+    ]
+    return make_sheet(rows, args.full), {"picture": str(path), **figures}
 
 
-def make_sheet(images: list[Image.Image], labels: list[str], full: bool) -> Image.Image:
-    """Labelled panels of one size, row by row; the first picture gives their size."""
-    width, height = images[0].size
-    factor = max(1.0, SMALLEST_PANEL // max(width, height))
+def make_sheet(rows: list[list[tuple[str, Image.Image]]], full: bool) -> Image.Image:
+    """Labelled panels, a row a scale at its own size, as far as the last and largest has a handy one."""
+    largest = max(rows[-1][0][1].size)
+    factor = max(1.0, SMALLEST_PANEL // largest)
     if not full:
-        factor = min(factor, LARGEST_PANEL / max(width, height))
-    panel_size = (max(1, round(width * factor)), max(1, round(height * factor)))
-
-    font = ImageFont.load_default(size=max(16, max(panel_size) // 28))
-    boxes = [font.getbbox(label) for label in labels]  # left, top, right, bottom
-    cell_width = max(panel_size[0], *(math.ceil(box[2]) for box in boxes)) + MARGIN
+        factor = min(factor, LARGEST_PANEL / largest)
+    resampling = Image.Resampling.BOX if factor < 1 else Image.Resampling.NEAREST
+    panels = [
+        [image.resize([max(1, round(side * factor)) for side in image.size], resampling) for _, image in row]
+        for row in rows
+    ]
+    font = ImageFont.load_default(size=max(16, round(largest * factor) // 28))
+    boxes = [font.getbbox(label) for row in rows for label, _ in row]  # left, top, right, bottom
+    cell_width = max(panels[-1][0].width, *(math.ceil(box[2]) for box in boxes)) + MARGIN
     label_height = max(math.ceil(box[3]) for box in boxes) + MARGIN // 2
-    cell_height = label_height + panel_size[1] + MARGIN
-    rows = math.ceil(len(images) / COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, label) in enumerate(zip(images, labels)):
-        left, top = MARGIN + i % COLUMNS * cell_width, MARGIN + i // COLUMNS * cell_height
-        shrinks = image.width > panel_size[0] or image.height > panel_size[1]
-        panel = image.resize(panel_size, Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST)
-        draw.text((left, top), label, fill="black", font=font)
-        sheet.paste(panel, (left, top + label_height))
+    height = sum(label_height + row[0].height + MARGIN for row in panels)
+    sheet = Image.new("RGB", (len(rows[0]) * cell_width + MARGIN, height + MARGIN), "white")
+    draw, top = ImageDraw.Draw(sheet), MARGIN
+    for row, row_panels in zip(rows, panels):
+        for column, ((label, _), panel) in enumerate(zip(row, row_panels)):
+            left = MARGIN + column * cell_width
+            draw.text((left, top), label, fill="black", font=font)
+            sheet.paste(panel, (left, top + label_height))
+        top += label_height + row_panels[0].height + MARGIN
     return sheet
 
 
@@ -176,12 +184,16 @@ def mean_of(results: list[dict[str, Any]], key: str) -> float | None:
 def as_json(args: argparse.Namespace, results: list[dict], mean: dict[str, Any], failures: dict[str, str]) -> bytes:
     """The figures as JSON; it knows no infinity, so the PSNR of an exact reconstruction becomes null."""
 
-    def finite(figures: dict[str, Any]) -> dict[str, Any]:
-        return {key: None if value == math.inf else value for key, value in figures.items()}
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [finite(entry) for entry in value]
+        return None if value == math.inf else value
 
     settings = {"model": args.model, "device": args.device, "dtype": args.dtype, "size": args.size}
-    report = {**settings, "pictures": [finite(figures) for figures in results], "mean": finite(mean)}
-    return json.dumps({**report, "failures": failures}, indent=2, allow_nan=False).encode()
+    report = {**settings, "pictures": results, "mean": mean, "failures": failures}
+    return json.dumps(finite(report), indent=2, allow_nan=False).encode()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -75,7 +75,9 @@ def test_figures_are_those_of_the_script(app, reconstruct_script, vae, tmp_path,
 
     images, captions = zip(*pictures)
     sizes = [f"{-(-width // 8 // f) * 8} x {-(-height // 8 // f) * 8}" for f in vae.config.scale_factors]
-    assert captions == ("original", *(f"scale {i}: {x}" for i, x in enumerate(sizes, start=1)), "difference x4")
+    made = zip(sizes, figures["scales_psnr_db"], strict=True)
+    scales = (f"scale {i}: {x}, {decibels:.1f} dB" for i, (x, decibels) in enumerate(made, start=1))
+    assert captions == ("original", *scales, "difference x4")
     assert {image.size for image in images} == {(width, height)}  # coarse ones are enlarged, not smoothed
     assert len(np.unique(np.asarray(images[1]).reshape(-1, 3), axis=0)) <= np.prod(
         [int(x) for x in sizes[0].split(" x ")]

@@ -211,7 +211,8 @@ def test_upload_and_reconstruct(visit, site, tmp_path, monkeypatch):
     error = np.square(np.asarray(original).astype(int) - np.asarray(reconstruction)).mean()
     assert 10 * np.log10(255**2 / error) == pytest.approx(figures["psnr_db"], abs=1e-3)
     captions = page.locator("#scales .caption-label").all_inner_texts()
-    scales = [f"scale {i}: {side} x {side}" for i, side in enumerate((64, 128, 256, 512), start=1)]
+    made = zip((64, 128, 256, 512), figures["scales_psnr_db"], strict=True)
+    scales = [f"scale {i}: {side} x {side}, {decibels:.1f} dB" for i, (side, decibels) in enumerate(made, start=1)]
     assert captions == ["original", *scales, "difference x4"]
     assert page.locator("#scales img").count() == len(captions)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil
 from hieratok_hf.metrics import psnr, ssim
+from hieratok_hf.pyramid import picture_pyramid
 
 pytest.importorskip("torchmetrics")
 
@@ -90,13 +91,12 @@ def test_the_sheet_holds_the_original_and_every_scale(run, model, tmp_path):
     with torch.no_grad():
         pixel_values = processor(Image.fromarray(array), return_tensors="pt").pixel_values
         scales = vae.core.decode_scales(vae.encode(pixel_values).latent_dist.mode())
-    third = processor.postprocess(scales[2])[0].resize((320, 256), Image.Resampling.NEAREST)
-    assert contains(sheet, np.asarray(third))  # the second row's first panel
-    reconstruction = np.asarray(processor.postprocess(scales[3])[0]).astype(int)
-    difference = np.minimum(4 * np.abs(reconstruction - array), 255).astype(np.uint8)
     shift = script.MARGIN + 320
-    assert contains(sheet.crop((shift, 0, *sheet.size)), reconstruction.astype(np.uint8))
-    assert contains(sheet.crop((2 * shift, 0, *sheet.size)), difference)
+    for scale, original in zip(scales, picture_pyramid(pixel_values, vae.core.config)):
+        decoded, averaged = (np.asarray(processor.postprocess(x)[0]) for x in (scale, original))
+        difference = np.minimum(4 * np.abs(decoded.astype(int) - averaged), 255).astype(np.uint8)
+        for column, panel in enumerate((averaged, decoded, difference)):
+            assert contains(sheet.crop((column * shift, 0, *sheet.size)), panel)
 
 
 def test_large_panels_shrink_unless_full(run, tmp_path):
@@ -115,7 +115,7 @@ def test_small_panels_grow_by_whole_factors_and_labels_fit(run, tmp_path):
     sheet = Image.open(tmp_path / "out" / "slim_reconstruction.png")
     assert contains(sheet, array.repeat(4, axis=0).repeat(4, axis=1))
     font = script.ImageFont.load_default(size=16)
-    assert sheet.width > 3 * font.getlength("reconstruction: 10.00 dB")
+    assert sheet.width > 3 * font.getlength("decoded: 10.00 dB")
     assert (np.asarray(sheet)[:, -script.MARGIN :] == 255).all()  # no text runs into the right margin
 
 
@@ -191,9 +191,10 @@ def test_a_picture_too_small_for_ssim_has_none(run, tmp_path, capsys):
 
 
 def test_json_knows_no_infinity():
-    args = script.parse_args(["--device", "cpu"])
-    text = script.as_json(args, [{"psnr_db": float("inf"), "ssim": 1.0}], {"psnr_db": float("inf")}, {})
-    assert json.loads(text)["pictures"] == [{"psnr_db": None, "ssim": 1.0}]
+    args, infinity = script.parse_args(["--device", "cpu"]), float("inf")
+    figures = {"psnr_db": infinity, "scales_psnr_db": [40.0, infinity], "ssim": 1.0}
+    text = script.as_json(args, [figures], {"psnr_db": infinity}, {})
+    assert json.loads(text)["pictures"] == [{"psnr_db": None, "scales_psnr_db": [40.0, None], "ssim": 1.0}]
 
 
 def test_bad_files_are_named_and_the_others_go_on(run, tmp_path, capsys):
