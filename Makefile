@@ -104,22 +104,39 @@ gpu_autoencoders: has_cuda
 gpu_sizes: has_cuda
 	$(BIN)/python benchmarks/bench_picture_sizes.py --json
 
-# What makes the weights of hieratok-tiny, in two stages, without and with a perceptual loss; started again after an
-# interruption, it goes on.
+# What makes the weights of hieratok-tiny: two stages with averages for coarse tokens, without and with a perceptual loss;
+# then the decoder alone, with learned ones and noise on the latents. Started again after an interruption, it goes on.
+TRAIN = $(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --resume --crop_scale 0 0 --pixel_loss mse
+AVERAGES := '{"downsampling": "mean", "coarse_weight": 0.02}'
 train: $(READY)
-	$(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --output runs/hieratok-tiny-1 --resume \
-		--steps 5500 --decay_steps 2000 --lr 1.5e-3 --batch_size 16 --crop_sizes 64 64 64 128 256 --crop_scale 0 0 \
-		--pixel_loss mse --linear_steps 600 --ema 0.995 --save_every 250
-	$(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --output runs/hieratok-tiny --resume \
-		--model runs/hieratok-tiny-1 --steps 4000 --decay_steps 3000 --lr 1e-3 --batch_size 16 \
-		--crop_sizes 64 64 64 128 128 256 --crop_scale 0 0 --pixel_loss mse --perceptual_weight 2e-4 \
+	$(TRAIN) --output runs/hieratok-tiny-1 --config $(AVERAGES) --steps 5500 --decay_steps 2000 --lr 1.5e-3 \
+		--batch_size 16 --crop_sizes 64 64 64 128 256 --linear_steps 600 --ema 0.995 --save_every 250
+	$(TRAIN) --output runs/hieratok-tiny-2 --model runs/hieratok-tiny-1 --steps 4000 --decay_steps 3000 --lr 1e-3 \
+		--batch_size 16 --crop_sizes 64 64 64 128 128 256 --perceptual_weight 2e-4 \
 		--vision_model $(DATA)/mobilenet_v2_1.0_224 --ema 0.995 --save_every 250
+	$(TRAIN) --output runs/hieratok-tiny-3 --model runs/hieratok-tiny-2 --downsampling learned --freeze_encoder \
+		--steps 6000 --decay_steps 3000 --lr 1e-3 --batch_size 16 --crop_sizes 64 64 64 128 256 --coarse_weight 0.3 \
+		--border_weight 0.02 --latent_jitter 0.3 --linear_lr_factor 0.3 --ema 0.997
+	$(TRAIN) --output runs/hieratok-tiny-4 --model runs/hieratok-tiny-3 --freeze_encoder \
+		--steps 2400 --decay_steps 2300 --lr 7e-4 --batch_size 16 --crop_sizes 64 64 128 128 256 --coarse_weight 0.3 \
+		--border_weight 0.02 --latent_jitter 0.3 --linear_lr_factor 0.3 --ema 0.997
+	$(TRAIN) --output runs/hieratok-tiny --model runs/hieratok-tiny-4 --freeze_encoder \
+		--steps 1600 --decay_steps 1550 --lr 6e-4 --batch_size 16 --crop_sizes 64 64 128 128 256 --coarse_weight 1 \
+		--border_weight 0.01 --latent_jitter 0.12 --linear_lr_factor 0.5 --ema 0.997
 
-# What makes hieratok-tiny-16x; as above.
+# What makes hieratok-tiny-16x; as above, but for the encoder, which is trained on.
 train_16x: $(READY)
-	$(BIN)/python examples/train_tokenizer.py --data $(SHARDS) --output runs/hieratok-tiny-16x --resume \
-		--size hieratok-tiny-16x --steps 14000 --decay_steps 5000 --lr 1.5e-3 --batch_size 8 \
-		--crop_sizes 128 128 128 256 --crop_scale 0 0 --pixel_loss mse --ema 0.998 --save_every 500
+	$(TRAIN) --output runs/hieratok-tiny-16x-1 --size hieratok-tiny-16x --config $(AVERAGES) \
+		--steps 14000 --decay_steps 5000 --lr 1.5e-3 --batch_size 8 --crop_sizes 128 128 128 256 --ema 0.998
+	$(TRAIN) --output runs/hieratok-tiny-16x-2 --model runs/hieratok-tiny-16x-1 --downsampling learned \
+		--steps 2000 --decay_steps 1900 --lr 7e-4 --batch_size 8 --crop_sizes 128 128 128 256 --coarse_weight 0.1 \
+		--border_weight 0.02 --latent_jitter 0.2 --linear_lr_factor 0.3 --ema 0.997
+	$(TRAIN) --output runs/hieratok-tiny-16x-3 --model runs/hieratok-tiny-16x-2 \
+		--steps 1500 --decay_steps 1450 --lr 7e-4 --batch_size 8 --crop_sizes 128 128 128 256 --coarse_weight 0.5 \
+		--border_weight 0.01 --latent_jitter 0.1 --linear_lr_factor 0.5 --ema 0.997
+	$(TRAIN) --output runs/hieratok-tiny-16x --model runs/hieratok-tiny-16x-3 \
+		--steps 1000 --decay_steps 990 --warmup_steps 10 --lr 4e-4 --batch_size 8 --crop_sizes 128 128 128 256 \
+		--coarse_weight 0.3 --border_weight 0.015 --latent_jitter 0.08 --linear_lr_factor 0.3 --ema 0.997
 
 # Both on a GPU, for as many steps as there is time for: make train_gpu SIZE=hieratok-tiny-16x STEPS=10000
 SIZE ?= hieratok-tiny
