@@ -39,9 +39,9 @@ def test_loss_weighs_squared_errors_and_divergence(model, pixel_values):
     assert list(output)[:3] == ["loss", "reconstruction", "latents"]
     mse = (output.reconstruction - pixel_values).square().mean()
     kl = output.posterior.kl().sum() / output.latents.numel()
-    pictures = model.core.decode_scales(output.latents)[:-1]
-    targets = picture_pyramid(pixel_values, model.config)[:-1]
-    coarse = sum((a - b).square().mean() for a, b in zip(pictures, targets, strict=True)) / 3
+    pairs = zip(model.core.decode_scales(output.latents), picture_pyramid(pixel_values, model.config), strict=True)
+    errors = [(a - b).square().mean() for a, b in pairs]
+    coarse = (8 * errors[0] + 4 * errors[1] + 2 * errors[2]) / 3
     assert kl > 0 and coarse > 0
     expected = mse + model.config.kl_weight * kl + model.config.coarse_weight * coarse
     torch.testing.assert_close(output.loss, expected)
