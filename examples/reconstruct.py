@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import math
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_picture
 from hieratok_hf.checkpoint import written_whole
-from hieratok_hf.command_line import one_line, positive
+from hieratok_hf.command_line import Problem, one_line, positive, write_report
 from hieratok_hf.metrics import SSIM_WINDOW, psnr, ssim
 from hieratok_hf.pyramid import picture_pyramid
 from hieratok_hf.shipped import shipped_or_given
@@ -181,19 +180,12 @@ def mean_of(results: list[dict[str, Any]], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def as_json(args: argparse.Namespace, results: list[dict], mean: dict[str, Any], failures: dict[str, str]) -> bytes:
-    """The figures as JSON; it knows no infinity, so the PSNR of an exact reconstruction becomes null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [finite(entry) for entry in value]
-        return None if value == math.inf else value
-
+def as_report(
+    args: argparse.Namespace, results: list[dict], mean: dict[str, Any], failures: dict[str, str]
+) -> dict[str, Any]:
+    """What `--json` tells: the settings, every picture's figures, their means, and what failed."""
     settings = {"model": args.model, "device": args.device, "dtype": args.dtype, "size": args.size}
-    report = {**settings, "pictures": results, "mean": mean, "failures": failures}
-    return json.dumps(finite(report), indent=2, allow_nan=False).encode()
+    return {**settings, "pictures": results, "mean": mean, "failures": failures}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -272,10 +264,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"failed: {name!r}: {reason}", file=sys.stderr)
     if args.json:
         try:
-            with written_whole(args.json) as file:
-                file.write(as_json(args, results, mean, failures))
-        except OSError as error:
-            return stop(f"--json {str(args.json)!r} cannot be written: {one_line(error)}")
+            write_report(args.json, as_report(args, results, mean, failures))
+        except Problem as problem:
+            return stop(str(problem))
     return 1 if failures else 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import pictures, random_core
+from helpers import pictures, random_core, recorded
 from hub_server import hub_here as hub_here  # the fixtures
 from hub_server import hub_server as hub_server
 from huggingface_hub import ModelCard, metadata_load
@@ -24,17 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {name: Path(hieratok_hf.pretrained(name)) for name in hieratok_hf.SHIPPED}
 HOSTILE = "a|b\n---\nlicense: mit\n# {{ 7 * 7 }} {% x %} <script>`*_[x](http://evil.example) \\ \x00\u202e![y]"
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
-
-
-def recorded(name):
-    """
-    A report of `benchmarks/results/`, its models with as many parameters as the shipped tokenizer has: the record of a
-    fine-tuning is of earlier weights.
-    """
-    report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    for model in report.get("models", ()) if name == "fine_tune" else ():
-        model["parameters"] = recorded("trade_off")["models"][0]["parameters"]
-    return report
 
 
 def cells(card):
@@ -274,8 +263,7 @@ def test_a_card_that_is_there_gets_figures_only_if_it_has_none(tmp_path):
     (folder / "README.md").write_text("# No head\n")
     card = card_for(folder, repo_id="me/tok", results=[report])
     assert card.text == "# No head\n" and card.data.to_dict()["model-index"][0]["name"] == "tok"
-    measured = [round(report["models"][0][name], 4) for name in ("psnr", "ssim", "perceptual")]
-    assert [figure.metric_value for figure in card.data.eval_results] == measured
+    assert [figure.metric_value for figure in card.data.eval_results] == [30.821, 0.8839, 0.3741]
     card.data.eval_results = card.data.eval_results[:1]
     card.data.eval_results[0].metric_value = 1.0
     card.data.model_name = "another"

@@ -190,11 +190,13 @@ def test_a_picture_too_small_for_ssim_has_none(run, tmp_path, capsys):
     assert "SSIM" not in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_json_knows_no_infinity():
+def test_json_knows_no_infinity(tmp_path):
     args, infinity = script.parse_args(["--device", "cpu"]), float("inf")
     figures = {"psnr_db": infinity, "scales_psnr_db": [40.0, infinity], "ssim": 1.0}
-    text = script.as_json(args, [figures], {"psnr_db": infinity}, {})
-    assert json.loads(text)["pictures"] == [{"psnr_db": None, "scales_psnr_db": [40.0, None], "ssim": 1.0}]
+    script.write_report(tmp_path / "f.json", script.as_report(args, [figures], {"psnr_db": infinity}, {}))
+    assert json.loads((tmp_path / "f.json").read_text())["pictures"] == [
+        {"psnr_db": None, "scales_psnr_db": [40.0, None], "ssim": 1.0}
+    ]
 
 
 def test_bad_files_are_named_and_the_others_go_on(run, tmp_path, capsys):

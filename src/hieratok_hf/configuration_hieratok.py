@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 __all__ = ["DOWNSAMPLING", "SIZES", "HieraTokConfig", "complete_saved"]
 
 DOWNSAMPLING = ("learned", "mean")
-"""What `HieraTokConfig` takes as `downsampling`."""
+"""The kinds of coarse tokens: learned maps of blocks of latents, or averages of them."""
 
 _TINY: dict[str, Any] = {
     "latent_channels": 16,

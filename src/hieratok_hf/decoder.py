@@ -136,11 +136,9 @@ class HieraTokDecoder(nn.Module):
             rows, cells = layout.slices[i], layout.grids[i]
             patches = self.head(self.norm_after(hidden_states[:, rows]))  # (B, n, p * p * 3)
             picture = self.unpatchify(patches, *cells)
-            if self.config.linear_path and averages is not None:
-                average = averages[:, rows].transpose(1, 2).unflatten(2, cells)  # (B, C, n_h, n_w)
-                picture = picture + self.linear_picture(average, i)
-            elif self.config.linear_path:
-                picture = picture + self.linear_picture(latents, i)
+            if self.config.linear_path:
+                source = latents if averages is None else averages[:, rows].transpose(1, 2).unflatten(2, cells)
+                picture = picture + self.linear_picture(source, i)
             pictures.append(picture)
         return pictures if self.output_conv is None else [self.output_conv(picture) for picture in pictures]
 

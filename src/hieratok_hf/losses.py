@@ -8,7 +8,7 @@ from .configuration_hieratok import HieraTokConfig
 from .pyramid import picture_pyramid
 from .tokenizer import posterior_of
 
-__all__ = ["PIXEL_LOSSES", "border_loss", "pixel_loss", "tokenizer_losses"]
+__all__ = ["PIXEL_LOSSES", "border_loss", "pixel_loss", "steps_at_borders", "tokenizer_losses"]
 
 PIXEL_LOSSES = ("mse", "l1", "charbonnier")
 """What `pixel_loss` takes as its `kind`."""
@@ -56,13 +56,29 @@ def border_loss(pictures: Tensor, patch_size: int) -> Tensor:
         `torch.Tensor` of shape `()`: The mean of each picture's, not less than 0; 0 without borders, or nothing but
         borders.
     """
-    excess = []
+    across, inside = steps_at_borders(pictures.float(), patch_size).unbind(1)
+    return (across - inside).relu().mean()
+
+
+def steps_at_borders(values: Tensor, patch_size: int) -> Tensor:
+    """
+    Measure how much neighbouring values differ, across the borders of patches and inside of them.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in any unit, float32.
+        patch_size (`int`): Pixels from border to border.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 2)`: The mean absolute difference across borders and inside, averaged over rows
+        and columns; a direction without borders, or with nothing but borders, is left out, and 0 stands for both.
+    """
+    steps = []
     for dim in (2, 3):
-        steps = pictures.float().diff(dim=dim).abs().movedim(dim, 1).flatten(2).mean(2)  # (B, H - 1) or (B, W - 1)
-        if steps.shape[1] >= patch_size > 1:
-            is_border = torch.arange(1, steps.shape[1] + 1, device=steps.device) % patch_size == 0
-            excess.append(steps[:, is_border].mean(1) - steps[:, ~is_border].mean(1))
-    return torch.stack(excess).mean(0).relu().mean() if excess else pictures.new_zeros((), dtype=torch.float32)
+        if values.shape[dim] > patch_size > 1:
+            difference = values.diff(dim=dim).abs().movedim(dim, 1).flatten(2).mean(2)  # (B, H - 1) or (B, W - 1)
+            is_border = torch.arange(1, difference.shape[1] + 1, device=values.device) % patch_size == 0
+            steps.append(torch.stack([difference[:, is_border].mean(1), difference[:, ~is_border].mean(1)], dim=1))
+    return torch.stack(steps).mean(0) if steps else values.new_zeros(len(values), 2)
 
 
 def tokenizer_losses(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .losses import steps_at_borders
 from .tokenizer import PIXEL_LIMIT
 from .vision_features import VisionFeatures
 
@@ -86,12 +87,7 @@ def border_steps(pictures: Tensor, patch_size: int) -> Tensor:
     if patch_size < 2 or min(levels.shape[2:]) <= patch_size:
         size = f"{levels.shape[2]}x{levels.shape[3]}"
         raise ValueError(f"`patch_size` must be at least 2 and less than the pictures' {size}, got {patch_size}.")
-    steps = []
-    for dim in (2, 3):
-        difference = levels.diff(dim=dim).abs().movedim(dim, 1).flatten(2).mean(2)  # (B, H - 1) or (B, W - 1)
-        is_border = torch.arange(1, difference.shape[1] + 1, device=levels.device) % patch_size == 0
-        steps.append(torch.stack([difference[:, is_border].mean(1), difference[:, ~is_border].mean(1)], dim=1))
-    return torch.stack(steps).mean(0)
+    return steps_at_borders(levels, patch_size)
 
 
 class FrechetDistance:

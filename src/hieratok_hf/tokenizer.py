@@ -125,9 +125,11 @@ class HieraTokCore(nn.Module):
         """
         check_scale_factors(scale_factors)
         own = tuple(self.config.scale_factors)
-        if downsampling not in DOWNSAMPLING or (downsampling == "mean" != self.config.downsampling and len(own) > 1):
-            choices = list(DOWNSAMPLING) if downsampling not in DOWNSAMPLING else "'learned', as the model has it"
-            raise ValueError(f"`downsampling` must be one of {choices}, got {downsampling!r}.")
+        has_averages = self.config.downsampling == "mean" or len(own) == 1
+        if downsampling == "mean" and not has_averages:
+            raise ValueError("`downsampling` must be one of 'learned', as the model has it, got 'mean'.")
+        if downsampling not in DOWNSAMPLING:
+            raise ValueError(f"`downsampling` must be one of {list(DOWNSAMPLING)}, got {downsampling!r}.")
         config = copy.deepcopy(self.config)
         config.scale_factors, config.downsampling = tuple(scale_factors), downsampling
         core = HieraTokCore(config).init_weights()
