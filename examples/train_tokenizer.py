@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
 from hieratok_hf.adversarial import PatchDiscriminator, discriminator_hinge_loss
@@ -144,7 +145,8 @@ def train(args: argparse.Namespace) -> None:
         cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.accumulate,
-        dynamo_backend="inductor" if args.compile else None,
+        # A graph for each of the few crop sizes: of one for all, torch 2.11's compiler fails on a GPU.
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if args.compile else None,
         log_with=args.report_to,
         project_dir=args.output,
     )

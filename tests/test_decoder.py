@@ -295,3 +295,13 @@ def test_the_kind_of_attention_changes_no_weight(downsampling):
     plain = random_core(scale_causal=False, downsampling=downsampling).state_dict()
     causal = random_core(downsampling=downsampling).state_dict()
     assert plain.keys() == causal.keys() and all(torch.equal(plain[name], causal[name]) for name in causal)
+
+
+def test_a_compiled_linear_path_gives_the_gradients_of_a_plain_one():
+    decoder, latents, _ = decoder_and_latents((7, 5))
+    results = []
+    for compute in (decoder.linear_picture, torch.compile(decoder.linear_picture, dynamic=False)):
+        leaves = [latents.clone().requires_grad_(), *decoder.linear_path[0].parameters()]
+        results.append(torch.autograd.grad(compute(leaves[0], 0).square().sum(), leaves))
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-3)

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from .configuration_hieratok import HieraTokConfig
 from .layers import HieraTokDecoderBlock, HieraTokPositions, rotary_tables
 from .linear import HieraTokLinear
-from .pyramid import PyramidLayout, convolve_pyramid, flatten_pyramid
+from .pyramid import PyramidLayout, continue_border, convolve_pyramid, flatten_pyramid
 
 __all__ = ["HieraTokDecoder"]
 
@@ -50,8 +50,6 @@ class HieraTokDecoder(nn.Module):
                 config.latent_channels,
                 self.cell_size(factor) ** 2 * config.in_channels,
                 config.linear_path,
-                padding=config.linear_path // 2,
-                padding_mode="replicate",
             )
             for factor in (config.scale_factors if config.linear_path else ())
         )
@@ -163,15 +161,16 @@ class HieraTokDecoder(nn.Module):
             `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`: What the linear path adds to the picture of the scale.
         """
         height, width = cells.shape[-2:]
-        picture = self.unpatchify(self.linear_path[index](cells).flatten(2).transpose(1, 2), height, width)
+        around = continue_border(cells, *[self.config.linear_path // 2] * 4)
+        picture = self.unpatchify(self.linear_path[index](around).flatten(2).transpose(1, 2), height, width)
         if self.config.downsampling == "mean" or index == len(self.linear_path) - 1:
             return picture
         factor = self.config.scale_factors[index]
         size = self.cell_size(factor)
         # Rounded up without negative numbers, for exporters as in `PyramidLayout.from_grid`.
         bottom, right = ((side + factor - 1) // factor * factor - side for side in (height, width))
-        padding = (0, right * size, 0, bottom * size)
-        return F.avg_pool2d(F.pad(picture, padding, mode="replicate"), factor * size // self.config.patch_size)
+        whole = continue_border(picture, 0, right * size, 0, bottom * size)
+        return F.avg_pool2d(whole, factor * size // self.config.patch_size)
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """

@@ -15,6 +15,7 @@ from .configuration_hieratok import HieraTokConfig, check_scale_factors
 __all__ = [
     "PyramidCells",
     "PyramidLayout",
+    "continue_border",
     "convolve_pyramid",
     "flatten_pyramid",
     "kept_by_size",
@@ -225,10 +226,22 @@ def convolve_pyramid(latents: Tensor, layout: PyramidLayout, convolutions: Itera
     grid = (latents.shape[-2], latents.shape[-1])
     maps = []
     for factor, (rows, columns), convolution in zip(layout.scale_factors, _pooled_grids(layout), convolutions):
-        padding = (0, columns * factor - grid[1], 0, rows * factor - grid[0])
-        maps.append(convolution(F.pad(latents, padding, mode="replicate")).flatten(2))
+        blocks = continue_border(latents, 0, columns * factor - grid[1], 0, rows * factor - grid[0])
+        maps.append(convolution(blocks).flatten(2))
     index, _ = _places_in_pooled(layout, grid, latents.device)
     return torch.cat(maps, dim=2)[:, :, index].transpose(1, 2)  # (B, N, D)
+
+
+def continue_border(maps: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    """
+    Repeat the border of `maps` `(B, C, H, W)` as often as said: `(B, C, top + H + bottom, left + W + right)`.
+
+    It is `F.pad(..., mode="replicate")`, whose gradient has other strides than compiled graphs expect of it.
+    """
+    columns = [maps[..., :1].expand(-1, -1, -1, left), maps, maps[..., -1:].expand(-1, -1, -1, right)]
+    maps = torch.cat(columns, dim=3)
+    rows = [maps[..., :1, :].expand(-1, -1, top, -1), maps, maps[..., -1:, :].expand(-1, -1, bottom, -1)]
+    return torch.cat(rows, dim=2)
 
 
 def _pooled_grids(layout: PyramidLayout) -> list[tuple[int, int]]:
@@ -268,6 +281,6 @@ def picture_pyramid(pixel_values: Tensor, config: HieraTokConfig) -> list[Tensor
     pictures = []
     for factor in config.scale_factors[:-1]:
         cell = factor * config.patch_size
-        padded = F.pad(pixel_values, (0, -width % cell, 0, -height % cell), mode="replicate")
+        padded = continue_border(pixel_values, 0, -width % cell, 0, -height % cell)
         pictures.append(F.avg_pool2d(padded, factor))
     return [*pictures, pixel_values]
