@@ -20,7 +20,8 @@ def with_backend(core: HieraTokCore, backend: str) -> HieraTokCore:
     core = copy.deepcopy(core)
     name, _, extra = backend.partition("+")
     for block in core.decoder.blocks:
-        block.attn.set_processor(HieraTokAttnProcessor(name, fused_rotary=extra == "rotary"))
+        fused = None if name == "auto" else extra == "rotary"
+        block.attn.set_processor(HieraTokAttnProcessor(name, fused_rotary=fused))
     return core
 
 

@@ -5,7 +5,7 @@ import torch
 from helpers import noise, random_core
 from torch import nn
 
-from hieratok_hf import HieraTokAttnProcessor, HieraTokConfig, PyramidLayout
+from hieratok_hf import HieraTokAttnProcessor, HieraTokConfig, PyramidLayout, layers
 from hieratok_hf.layers import apply_rotary, rotary_tables
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -133,6 +133,21 @@ def test_a_model_gives_the_same_pictures_and_gradients(qk_norm):
     assert len(results[0]) == len(results[1]) > 30
     for one, other in zip(*results):
         assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_only_eager_inference_takes_the_kernel_by_itself(monkeypatch):
+    core = random_core().to(DEVICE)
+    latents = noise(1, 4, 7, 5).to(DEVICE)
+    taken = []
+    fused = layers.fused_norm_rotary
+    monkeypatch.setattr(layers, "fused_norm_rotary", lambda *arguments: taken.append(1) or fused(*arguments))
+    expected = core.decode(latents)
+    assert not taken
+    with torch.no_grad():
+        torch.testing.assert_close(core.decode(latents), expected, atol=1e-4, rtol=0)
+    assert len(taken) == 2 * len(core.decoder.blocks)
 
 
 def test_compiles_without_a_graph_break():

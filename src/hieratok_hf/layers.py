@@ -108,6 +108,13 @@ def fused_norm_rotary(hidden_states: Tensor, norm: nn.RMSNorm | None, rotary: tu
     return norm_rotary(hidden_states, norm.weight, *rotary, norm.eps)
 
 
+def prefers_fused_rotary(hidden_states: Tensor) -> bool:
+    """Tell whether `fused_norm_rotary` is the faster way for `hidden_states` `(B, N, A, d)`, and can serve."""
+    if not hidden_states.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return why_not("triton", hidden_states.transpose(1, 2), scale=1.0, needs_gradient=False) is None
+
+
 class HieraTokAttnProcessor:
     """
     What `HieraTokAttention` computes: projections, rotary positions, and the one attention function.
@@ -115,8 +122,9 @@ class HieraTokAttnProcessor:
     Args:
         backend (`str`, *optional*): A backend of `scale_causal_attention`. Unless given, the model's
             `attn_implementation` decides (see `ATTENTION_IMPLEMENTATIONS`), and without one `"auto"`.
-        fused_rotary (`bool`, defaults to `False`): Do QK-norm and rotary positions in one Triton kernel. For models
-            that run on a GPU without `torch.compile`, which fuses these steps by itself.
+        fused_rotary (`bool`, *optional*): Do QK-norm and rotary positions in one Triton kernel. Unless given, where it
+            was measured to be faster: on a CUDA device, without gradients and without `torch.compile`, which fuses
+            these steps by itself.
 
     Raises:
         ValueError: `backend` is none of `scale_causal_attention`, or, when called, cannot serve.
@@ -126,7 +134,7 @@ class HieraTokAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, backend: str | None = None, fused_rotary: bool = False):
+    def __init__(self, backend: str | None = None, fused_rotary: bool | None = None):
         if backend is not None and backend not in ATTENTION_BACKENDS:
             raise ValueError(f"`backend` must be one of {list(ATTENTION_BACKENDS)} or None, got {backend!r}.")
         self.backend = backend
@@ -141,7 +149,8 @@ class HieraTokAttnProcessor:
         else:
             projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)  # (B, N, A, d)
-        if self.fused_rotary:
+        fused = prefers_fused_rotary(query) if self.fused_rotary is None else self.fused_rotary
+        if fused:
             query, key = fused_norm_rotary(query, attn.norm_q, rotary), fused_norm_rotary(key, attn.norm_k, rotary)
         else:
             if attn.norm_q is not None and attn.norm_k is not None:
