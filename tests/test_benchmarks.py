@@ -115,6 +115,36 @@ def test_the_speeds_beside_other_autoencoders_are_those_recorded():
         assert f"| {direction} | {' | '.join(f'{found[model]:.1f}' for model in models)} |" in PAGES
 
 
+def test_the_figures_of_a_gpu_are_those_recorded():
+    def recorded(name):
+        return json.loads((ROOT / "benchmarks" / "results" / f"{name}_cuda_90.json").read_text())
+
+    text = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    found = {
+        (row["model"], row["direction"], mode): f"{ratio:.2f}, {row['images_per_second'][mode]:.0f}"
+        for kind in ("eager", "compiled")
+        for row in recorded(f"autoencoders_{kind}")["rows"]
+        for mode, ratio in row["times_as_fast"].items()
+    }
+    for model in (*SIZES, "AutoencoderKL", "AutoencoderTiny"):
+        if (model, "encode", "eager") in found:
+            keys = [(model, direction, mode) for mode in ("eager", "compiled") for direction in ("encode", "decode")]
+            assert f"| {model} | {' | '.join(found.get(key, '-') for key in keys)} |" in text
+    decoding = recorded("decode_hieratok-b")
+    for name, how in (("plain", ""), ("compiled", ", compiled")):
+        ways = [f"{x}{how}" for x in ("sdpa_mask", "sdpa", "flex", "triton", "triton+rotary")]
+        cells = [f"{decoding['times_as_fast'][way]:.2f}, {decoding['milliseconds'][way]:.1f}" for way in ways]
+        assert f"| {name}: times as fast, ms | {' | '.join(cells)} |" in text
+    assert f"decodes 64 pictures in {decoding['milliseconds']['auto, compiled']:.1f} ms" in README
+    speeds = recorded("train_hieratok-b")["images_per_second"]
+    assert f"{speeds['plain']:.0f} pictures a second, {speeds['compiled']:.0f} compiled" in text
+    generation = recorded("generation")
+    assert f"makes {generation['images_per_second']:.0f} pictures of 64x64 a second" in text
+    for row in generation["decoders"]:
+        shares = " | ".join(f"{100 * row['of_full_decode'][scales]:.1f} %" for scales in "123")
+        assert f"| {row['size']}, {row['pictures']} pictures of {row['pixels']}x{row['pixels']} | {shares} |" in text
+
+
 def test_the_gain_of_tiles_is_that_recorded():
     report = json.loads((ROOT / "benchmarks" / "results" / "positions_hieratok-tiny_cpu_avx512.json").read_text())
     tiles, whole = (report["psnr_db"][variant]["768x512"] for variant in ("tiles", "cells"))

@@ -16,6 +16,12 @@ FASTEST: dict[tuple[str, str, int, bool], dict[int, str]] = {
     ("cpu AVX512", "float32", 32, True): {85: "sdpa_mask", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
     ("cpu AVX512", "bfloat16", 64, False): {85: "sdpa", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
     ("cpu AVX512", "bfloat16", 64, True): {85: "sdpa_mask", 340: "sdpa", 1360: "sdpa", 5440: "sdpa"},
+    ("cuda 9.0", "bfloat16", 64, False): {85: "triton", 340: "triton", 1360: "triton", 5440: "triton"},
+    ("cuda 9.0", "bfloat16", 64, True): {85: "triton", 340: "triton", 1360: "triton", 5440: "triton"},
+    ("cuda 9.0", "bfloat16", 32, False): {85: "triton", 340: "triton", 1360: "triton", 5440: "triton"},
+    ("cuda 9.0", "bfloat16", 32, True): {85: "triton", 340: "triton", 1360: "triton", 5440: "triton"},
+    ("cuda 9.0", "bfloat16", 128, False): {85: "triton", 340: "triton", 1360: "triton", 5440: "sdpa"},
+    ("cuda 9.0", "bfloat16", 128, True): {85: "triton", 340: "triton", 1360: "triton", 5440: "triton"},
 }
 """
 `{(device, dtype, channels of a head, gradients needed): {tokens of all scales: backend}}`, written by
