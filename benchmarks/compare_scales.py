@@ -140,59 +140,71 @@ def steps_to_reach(curve: list[dict[str, float]], distance: float) -> float | No
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """The rows that have run, each seed's figures side by side, in Markdown."""
     lines = [
-        f"| row | | parameters, M | PSNR, dB | SSIM | {DISTANCE} | against its twin | steps to the twin's last |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| row | | parameters, M | PSNR, dB | coarse scales, dB | SSIM | {DISTANCE} | against its twin "
+        "| steps to the twin's last |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row, (text, twin, _) in ROWS.items():
         seeds = sorted(int(name.rsplit("-", 1)[1]) for name in runs if name.rsplit("-", 1)[0] == row)
         if not seeds:
             continue
-        own, others = [runs[f"{row}-{seed}"] for seed in seeds], [runs.get(f"{twin}-{seed}") for seed in seeds]
-        ratios, reached = [], []
-        for mine, other in zip(own, others):
-            if other is None or row == twin:
-                continue
-            ratios.append(f"{100 * (mine[DISTANCE] / other[DISTANCE] - 1):+.1f} %")
-            step = steps_to_reach(mine["curve"], other[DISTANCE])
-            reached.append("not" if step is None else f"{step:.0f}")
+        own = [runs[f"{row}-{seed}"] for seed in seeds]
+        changes, reached = [], []
+        if row != twin:
+            changes = against_twin(runs, row)
+            others = [runs[f"{twin}-{seed}"] for seed in seeds if f"{twin}-{seed}" in runs]
+            steps = [steps_to_reach(mine["curve"], other[DISTANCE]) for mine, other in zip(own, others)]
+            reached = ["not" if step is None else f"{step:.0f}" for step in steps]
+        coarse = [f"{value:.1f}" for value in own[0]["scales_psnr"][:-1]]
         cells = [
             f"`{row}`",
             text,
             f"{own[0]['parameters'] / 1e6:.2f}",
             ", ".join(f"{run['psnr']:.2f}" for run in own),
+            " ".join(coarse),
             ", ".join(f"{run['ssim']:.3f}" for run in own),
             ", ".join(f"{run[DISTANCE]:.0f}" for run in own),
-            ", ".join(ratios),
+            ", ".join(f"{change:+.1f} %" for change in changes),
             ", ".join(reached),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def against_twin(runs: dict[str, dict[str, Any]], row: str) -> list[float]:
+    """Percent by which each seed of a row has another Fréchet distance than its twin with that seed."""
+    twin = ROWS[row][1]
+    seeds = [name.rsplit("-", 1)[1] for name in runs if name.rsplit("-", 1)[0] == row]
+    pairs = [(runs[f"{row}-{seed}"], runs[f"{twin}-{seed}"]) for seed in seeds if f"{twin}-{seed}" in runs]
+    return [100 * (mine[DISTANCE] / other[DISTANCE] - 1) for mine, other in pairs]
+
+
+def spread_of_seeds(runs: dict[str, dict[str, Any]]) -> float:
+    """Percent by which the seeds of the row `single` differ, the measure of what chance does."""
+    first, second = (runs[f"single-{seed}"][DISTANCE] for seed in (0, 1))
+    return 100 * abs(first / second - 1)
+
+
 def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """The curves of all runs: one colour a row, one line a seed."""
+    """Each row's distance against its twin, a dot a seed, beside the band of what seeds differ by."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    rows = [row for row in ROWS if any(name.rsplit("-", 1)[0] == row for name in runs)]
-    palettes = ["tab10"] if len(rows) <= 10 else ["tab20", "tab20b"]
-    colours = [colour for palette in palettes for colour in matplotlib.color_sequences[palette]]
-    for index, row in enumerate(rows):
-        for name, run in runs.items():
-            if name.rsplit("-", 1)[0] != row:
-                continue
-            first = name == next(x for x in runs if x.rsplit("-", 1)[0] == row)
-            style = {"color": colours[index], "linestyle": "-" if name.endswith("-0") else "--"}
-            for axis, key in zip(axes, (DISTANCE, "psnr")):
-                steps = [point["step"] for point in run["curve"]]
-                axis.plot(steps, [point[key] for point in run["curve"]], label=row if first else None, **style)
-    for axis, text in zip(axes, (f"{DISTANCE}, lower is better", "PSNR, dB (solid: seed 0, dashed: seed 1)")):
-        axis.set(xlabel="steps", title=text)
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7, ncols=2)
+    found = {row: against_twin(runs, row) for row, (_, twin, _) in ROWS.items() if row != twin}
+    rows = [row for row, changes in found.items() if changes]
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
+    spread = spread_of_seeds(runs)
+    axis.axvspan(-spread, spread, color="0.9", label=f"seeds of one scale differ by {spread:.1f} %")
+    axis.axvline(0, color="0.6", linewidth=0.8)
+    for place, row in enumerate(rows):
+        axis.plot(found[row], [place] * len(found[row]), "o", color="C0" if "learned" in row else "0.35")
+    axis.set(yticks=range(len(rows)), xlabel=f"{DISTANCE} against the twin with one scale, % (left is better)")
+    axis.set_yticklabels([f"{ROWS[row][0]}, against {ROWS[row][1]}" for row in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -115,7 +115,8 @@ def load_core(args: argparse.Namespace) -> HieraTokCore:
         return HieraTokCore(HieraTokConfig.from_size(args.size, **{**args.config, **given, **scales})).init_weights()
     core = AutoencoderHieraTok.from_pretrained(shipped_or_given(args.model)).core.train()
     if scales:
-        core = core.with_scale_factors(**{"scale_factors": core.config.scale_factors, **scales})
+        own = {name: getattr(core.config, name) for name in ("scale_factors", "downsampling")}
+        core = core.with_scale_factors(**{**own, **scales})
     for name, value in given.items():
         setattr(core.config, name, value)
     return core

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import noise, random_core, tiny
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModel
 
 import hieratok_hf
@@ -215,6 +216,16 @@ def test_compiles_without_a_graph_break_at_two_sizes(model):
     for grid in ((7, 5), (4, 6), (9, 3)):
         latents = torch.randn(1, 4, *grid)
         torch.testing.assert_close(compiled(latents), model.core.decode(latents), rtol=0, atol=1e-6)
+
+
+def test_one_graph_makes_all_scales_of_every_size():
+    core, counted = random_core(scale_factors=(4, 2, 1)), CompileCounterWithBackend("eager")
+    compiled = torch.compile(core.decode_scales, backend=counted, fullgraph=True, dynamic=True)
+    for grid in ((9, 10), (10, 12), (12, 11), (7, 13), (16, 9)):
+        latents = noise(1, 4, *grid)
+        for made, expected in zip(compiled(latents), core.decode_scales(latents), strict=True):
+            torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    assert counted.frame_count == 1
 
 
 def test_public_names_resolve():

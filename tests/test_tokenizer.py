@@ -383,7 +383,7 @@ def test_a_copy_keeps_precision_mode_and_attention():
     assert all(p.requires_grad for p in other.parameters())
 
 
-@pytest.mark.parametrize("factors", [(), (2,), (1, 2), (4, 4, 1), (4, 2), (2.0, 1), (1, 0)])
+@pytest.mark.parametrize("factors", [(), (2,), (1, 2), (4, 4, 1), (4, 2), (2.0, 1), (1, 0), 8])
 def test_a_copy_with_scales_that_make_no_pyramid_is_refused(factors):
     core = random_core()
     with pytest.raises(ValueError, match="`scale_factors` must be integers that decrease strictly and end in 1"):
@@ -405,3 +405,11 @@ def test_without_scale_causality_no_scale_is_decoded_alone():
         ValueError, match=r"Without `scale_causal` no scale can be decoded alone, got `num_scales=2`\."
     ):
         core.decode(latents, num_scales=2)
+
+
+def test_a_copy_of_a_model_with_adapters_is_refused():
+    peft = pytest.importorskip("peft")
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="has adapters"):
+        vae.core.with_scale_factors((4, 1))

@@ -194,6 +194,7 @@ def test_averages_can_be_trained_and_become_learned(tmp_path, capsys):
     assert mean.config.downsampling == "mean" and not len(mean.core.decoder.coarse_embed)
     more = ["--model", tmp_path / "mean", "--steps", 1, "--lr", 0, "--freeze_encoder"]
     assert trained(tmp_path / "again", *more).config.downsampling == "mean"
+    assert trained(tmp_path / "fewer", *more, "--scale_factors", 2, 1).config.downsampling == "mean"
     learned = trained(tmp_path / "learned", *more, "--downsampling", "learned")
     assert (learned.config.downsampling, learned.config.scale_factors) == ("learned", (4, 2, 1))
     pixel_values = torch.rand(1, 3, 32, 32) * 2 - 1

@@ -107,7 +107,7 @@ class HieraTokConfig(PreTrainedConfig):
             each scale covers on a side, coarse to fine, ending in 1. `(1,)` is the single-scale twin.
         downsampling (`str`, defaults to `"learned"`): How the tokens of a coarse scale are made of the latent:
             `"learned"` by a convolution of each block of cells, or `"mean"` by the block's average. A saved
-            configuration that does not say is one of `"mean"`.
+            configuration that does not say is one of `"mean"` (see `complete_saved`).
         scale_causal (`bool`, defaults to `True`): A token of the decoder sees its own scale and every coarser one;
             `False` lets all tokens see all, for comparisons: no scale can then be decoded without the finer ones.
         encoder_hidden_size, encoder_num_layers, encoder_num_heads (`int`): Width, depth and heads of the encoder.
@@ -278,6 +278,8 @@ def complete_saved(values: dict[str, Any]) -> dict[str, Any]:
     """
     Give a saved configuration its `downsampling`: models that were saved before there was a choice have `"mean"`.
 
+    `from_pretrained` and `from_dict` of a configuration ask it, and `from_config` of `AutoencoderHieraTok`.
+
     Args:
         values (`dict[str, Any]`): What a `config.json` holds, or arguments that no library has saved.
 
@@ -290,9 +292,7 @@ def complete_saved(values: dict[str, Any]) -> dict[str, Any]:
 
 def check_scale_factors(scale_factors: tuple[int, ...]) -> None:
     """Raise `ValueError` unless `scale_factors` are positive, strictly decreasing integers that end in 1."""
-    integers = all(isinstance(factor, int) for factor in scale_factors)
-    decreasing = all(coarse > fine for coarse, fine in pairwise(scale_factors))
-    if not scale_factors or not integers or not decreasing or scale_factors[-1] != 1:
-        raise ValueError(
-            f"`scale_factors` must be integers that decrease strictly and end in 1, got {tuple(scale_factors)}."
-        )
+    integers = isinstance(scale_factors, tuple | list) and all(isinstance(factor, int) for factor in scale_factors)
+    decreasing = integers and all(coarse > fine for coarse, fine in pairwise(scale_factors))
+    if not scale_factors or not decreasing or scale_factors[-1] != 1:
+        raise ValueError(f"`scale_factors` must be integers that decrease strictly and end in 1, got {scale_factors}.")

@@ -165,12 +165,14 @@ class HieraTokDecoder(nn.Module):
         picture = self.unpatchify(self.linear_path[index](around).flatten(2).transpose(1, 2), height, width)
         if self.config.downsampling == "mean" or index == len(self.linear_path) - 1:
             return picture
-        factor = self.config.scale_factors[index]
+        factor, patch_size = self.config.scale_factors[index], self.config.patch_size
         size = self.cell_size(factor)
         # Rounded up without negative numbers, for exporters as in `PyramidLayout.from_grid`.
-        bottom, right = ((side + factor - 1) // factor * factor - side for side in (height, width))
-        whole = continue_border(picture, 0, right * size, 0, bottom * size)
-        return F.avg_pool2d(whole, factor * size // self.config.patch_size)
+        rows, columns = ((side + factor - 1) // factor for side in (height, width))
+        # A block too many, because a compiled graph for padding of any size serves neither 0 nor 1.
+        bottom, right = ((rows + 1) * factor - height) * size, ((columns + 1) * factor - width) * size
+        averages = F.avg_pool2d(continue_border(picture, 0, right, 0, bottom), factor * size // patch_size)
+        return averages[:, :, : rows * patch_size, : columns * patch_size]
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """

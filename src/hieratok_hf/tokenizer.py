@@ -113,17 +113,20 @@ class HieraTokCore(nn.Module):
         Copy the model with other scales.
 
         A coarse scale that this model does not have, or makes of averages where the copy is to learn, starts from the
-        finest one: its tokens are those of the average cell, as with `"mean"`, and its linear path makes the average
-        of the finest one's picture. All other pictures stay as they are, within rounding.
+        finest one: its tokens are those of the average cell, and its linear path is that of the finest one, averaged.
+        Where the factors divide the grid and the scales are the same, all pictures stay as they are, within rounding.
 
         Args:
             scale_factors (`tuple[int, ...]`): The scales of the copy.
             downsampling (`str`, defaults to `"learned"`): That of the copy; `"mean"` only of a model that has it.
 
         Raises:
-            ValueError: The factors do not decrease strictly to 1, or averages cannot stand for what was learned.
+            ValueError: The factors do not decrease strictly to 1, averages cannot stand for what was learned, or the
+                model has adapters.
         """
         check_scale_factors(scale_factors)
+        if any(hasattr(module, "base_layer") for module in self.modules()):
+            raise ValueError("The model has adapters, which a copy would lack: fuse them and unload them first.")
         own = tuple(self.config.scale_factors)
         has_averages = self.config.downsampling == "mean" or len(own) == 1
         if downsampling == "mean" and not has_averages:
@@ -199,8 +202,7 @@ class HieraTokCore(nn.Module):
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """
         Fold a normalisation of the latent into the weights: afterwards `encode` gives `(latent - mean) / std`, and
-        `decode` of that gives the same picture as before, because the layers on both sides are linear and pooling
-        commutes with them.
+        `decode` of that gives the same picture as before, because the layers on both sides are linear in it.
 
         Args:
             mean, std (`torch.Tensor` of shape `(C,)`): Statistics of each latent channel over the training pictures.
