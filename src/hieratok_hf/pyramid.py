@@ -236,8 +236,10 @@ def continue_border(maps: Tensor, left: int, right: int, top: int, bottom: int) 
     """
     Repeat the border of `maps` `(B, C, H, W)` as often as said: `(B, C, top + H + bottom, left + W + right)`.
 
-    It is `F.pad(..., mode="replicate")`, whose gradient has other strides than compiled graphs expect of it.
+    Compiled graphs get it in other words, because the gradient of `F.pad` has other strides than they expect of it.
     """
+    if not torch.compiler.is_compiling():
+        return F.pad(maps, (left, right, top, bottom), mode="replicate")
     columns = [maps[..., :1].expand(-1, -1, -1, left), maps, maps[..., -1:].expand(-1, -1, -1, right)]
     maps = torch.cat(columns, dim=3)
     rows = [maps[..., :1, :].expand(-1, -1, top, -1), maps, maps[..., -1:, :].expand(-1, -1, bottom, -1)]
