@@ -261,6 +261,7 @@ def test_a_pipeline_takes_it_for_its_vae(vae, tmp_path):
 
 def test_an_unknown_key_is_warned_of(vae, caplog):
     logger = logging.getLogger("diffusers")
+    caplog.set_level(logging.WARNING, logger="diffusers")  # whatever another test wants of it
     logger.addHandler(caplog.handler)
     AutoencoderHieraTok.from_config({**vae.config, "latent_chanels": 9})
     logger.removeHandler(caplog.handler)
