@@ -204,7 +204,7 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
     axis.set_yticklabels([f"{ROWS[row][0]}, against {ROWS[row][1]}" for row in rows], fontsize=8)
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="upper right", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -53,7 +53,7 @@ def test_progressive_decoding_costs_its_tokens_only():
 
 
 def reconstruction():
-    return json.loads((ROOT / "benchmarks" / "results" / "reconstruction_cpu_avx2.json").read_text())
+    return json.loads((ROOT / "benchmarks" / "results" / "reconstruction_cpu_avx512.json").read_text())
 
 
 def test_the_figures_of_the_weights_are_those_recorded(load_benchmark):
@@ -74,7 +74,7 @@ def test_the_figures_of_the_weights_are_those_recorded(load_benchmark):
 
 
 def test_seams_and_noise_are_what_was_recorded(load_benchmark):
-    report = json.loads((ROOT / "benchmarks" / "results" / "seams_cpu_avx2.json").read_text())
+    report = json.loads((ROOT / "benchmarks" / "results" / "seams_cpu_avx512.json").read_text())
     assert load_benchmark("bench_seams").tables(report) in PAGES
     tokenizers = {row["name"]: row for row in report["tokenizers"]}
     for name in ("hieratok-tiny", "hieratok-tiny-16x"):

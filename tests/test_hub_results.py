@@ -188,7 +188,7 @@ def changed(name, *path, value=None, delete=False):
         (changed("trade_off", "settings", value=[]), "'settings' must be of type dict"),
         (changed("trade_off", "settings", "size", value=None), "'size' must be of type int"),
         (changed("trade_off", "settings", "data", delete=True), "'data' must be of type list"),
-        (recorded("reconstruction_cpu_avx2"), r"lacks the keys \[.*'notes', 'settings'\], and has unknown ones: "),
+        (recorded("reconstruction_cpu_avx512"), r"lacks the keys \[.*'notes', 'settings'\], and has unknown ones: "),
         (recorded("hieratok-dit-tiny"), r"unknown ones: \['class_accuracy'"),
         ([], "lacks the keys"),
     ],
