@@ -41,6 +41,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # The pages of docs/, with a reference made of the docstrings, into site/.
 docs: export NO_MKDOCS_2_WARNING := 1

@@ -19,10 +19,10 @@ from measuring import machine, side_by_side, write_report
 from PIL import Image
 
 from hieratok_hf import HieraTokConfig, HieraTokCore, open_picture
-from hieratok_hf.codec import Codec, load_codec
-from hieratok_hf.evaluation import EvaluationBatches
-from hieratok_hf.latent_cache import LatentCache, write_latents
-from hieratok_hf.picture_data import load_pictures
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.latent_cache import LatentCache, write_latents
+from hieratok_hf.evaluation.reconstruction import EvaluationBatches
+from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
 from hieratok_hf.shipped import SHIPPED
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,12 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf import HieraTokImageProcessorPil
-from hieratok_hf.codec import Codec, load_codec
-from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
-from hieratok_hf.metrics import FrechetDistance
-from hieratok_hf.picture_data import Pictures, load_pictures, picture_of
+from hieratok_hf.data.image_dataset import Pictures, load_pictures, picture_of
+from hieratok_hf.evaluation.metrics import FrechetDistance
+from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
+from hieratok_hf.evaluation.vision_features import VisionFeatures
+from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
 from hieratok_hf.shipped import shipped_or_given
-from hieratok_hf.vision_features import VisionFeatures
 
 RESULTS = Path(__file__).parent / "results"
 # Name: what lies in --data, and the side of the square that is cut from the middle.

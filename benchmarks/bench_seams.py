@@ -11,13 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.codec import Codec, load_codec
-from hieratok_hf.evaluation import EvaluationBatches
-from hieratok_hf.generation_metrics import GeneratedBatches, picture_size
-from hieratok_hf.metrics import border_steps, psnr
-from hieratok_hf.picture_data import load_pictures
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.training_batches import step_generator
+from hieratok_hf.evaluation.generation import GeneratedBatches, picture_size
+from hieratok_hf.evaluation.metrics import border_steps, psnr
+from hieratok_hf.evaluation.reconstruction import EvaluationBatches
+from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
 from hieratok_hf.shipped import shipped_or_given
-from hieratok_hf.training_data import step_generator
 
 RESULTS = Path(__file__).parent / "results"
 PHOTOGRAPHS, SIZE = "kodak", 512

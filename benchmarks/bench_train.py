@@ -9,8 +9,8 @@ from measuring import machine, matrix_rate, side_by_side, write_report
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.losses import tokenizer_losses
-from hieratok_hf.objective import TokenizerTraining
+from hieratok_hf.models.losses import tokenizer_losses
+from hieratok_hf.training.tokenizer_loss import TokenizerTraining
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -14,8 +14,8 @@ from latent_space import plot as plot_spaces
 from latent_space import table as table_of_spaces
 from measuring import machine
 
-from hieratok_hf.checkpoint import written_whole
-from hieratok_hf.latent_cache import LatentCache
+from hieratok_hf.data.latent_cache import LatentCache
+from hieratok_hf.utils.files import written_whole
 
 RESULTS = ROOT / "benchmarks" / "results" / "compare_generation.json"
 PLOT = RESULTS.with_suffix(".png")

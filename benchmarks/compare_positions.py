@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hieratok_hf import AutoencoderHieraTok, open_picture
-from hieratok_hf.metrics import psnr
+from hieratok_hf.evaluation.metrics import psnr
 from hieratok_hf.shipped import shipped_or_given
 
 RESULTS = Path(__file__).parent / "results"

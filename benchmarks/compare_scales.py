@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from variants import VARIANTS
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.checkpoint import written_whole
-from hieratok_hf.codec import Codec
-from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
-from hieratok_hf.picture_data import load_pictures
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
+from hieratok_hf.models.autoencoder_adapter import Codec
+from hieratok_hf.utils.files import written_whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compare_scales.json"

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hieratok_hf.checkpoint import written_whole
-from hieratok_hf.latent_cache import LatentCache
+from hieratok_hf.data.latent_cache import LatentCache
+from hieratok_hf.utils.files import written_whole
 
 # Shape letters: N pictures, C latent channels, h w the latent's grid, D numbers of a vector, R rings of frequencies.
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from hieratok_hf.attention_choice import device_kind
-from hieratok_hf.checkpoint import written_whole
+from hieratok_hf.ops.attention_choice import device_kind
+from hieratok_hf.utils.files import written_whole
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.decoder import HieraTokDecoder
-from hieratok_hf.encoder import HieraTokEncoder
-from hieratok_hf.layers import HieraTokBlock, HieraTokSwiGLU, rotary_tables
-from hieratok_hf.pyramid import PyramidLayout, flatten_pyramid
+from hieratok_hf.models.decoder import HieraTokDecoder
+from hieratok_hf.models.encoder import HieraTokEncoder
+from hieratok_hf.models.layers import HieraTokBlock, HieraTokSwiGLU, rotary_tables
+from hieratok_hf.ops.pyramid import PyramidLayout, flatten_pyramid
 
 # Shape letters: B batch, H W pixels, h w grid, C latent channels, D hidden size, N tokens of all scales.
 

@@ -25,9 +25,10 @@ from hieratok_hf import (
     HieraTokImageProcessorPil,
     HieraTokModel,
 )
-from hieratok_hf.checkpoint import staged, written_whole
-from hieratok_hf.command_line import Problem, one_line, printed
-from hieratok_hf.configuration_hieratok import DOWNSAMPLING, complete_saved
+from hieratok_hf.cli.command_line import Problem, one_line, printed
+from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING, complete_saved
+from hieratok_hf.models.saving import staged
+from hieratok_hf.utils.files import written_whole
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 

@@ -13,11 +13,11 @@ from raw_checkpoint import find_weights, read_checkpoint, without_wrappers
 from torch import Tensor
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil, HieraTokModel
-from hieratok_hf.checkpoint import staged
-from hieratok_hf.command_line import Problem, add_device, loaded, one_line, positive, printed
-from hieratok_hf.evaluation import EvaluationBatches
-from hieratok_hf.linear_start import latent_statistics
-from hieratok_hf.picture_data import load_pictures
+from hieratok_hf.cli.command_line import Problem, add_device, loaded, one_line, positive, printed
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.evaluation.reconstruction import EvaluationBatches
+from hieratok_hf.models.saving import staged
+from hieratok_hf.training.pca_init import latent_statistics
 
 # Shape letters: D width of a side, n side of the grid of patches, p patch size, C latent channels.
 

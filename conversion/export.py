@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.checkpoint import staged
-from hieratok_hf.codec import load_codec
-from hieratok_hf.command_line import Problem, loaded, one_line, positive, printed
+from hieratok_hf.cli.command_line import Problem, loaded, one_line, positive, printed
+from hieratok_hf.models.autoencoder_adapter import load_codec
+from hieratok_hf.models.saving import staged
 
 # Shape letters: B batch, H W pixels, p patch size, C latent channels, h w the latent's grid (H / p, W / p).
 

@@ -9,9 +9,9 @@ from typing import Any
 import diffusers
 import transformers
 
-from hieratok_hf.command_line import Problem, one_line, printed
-from hieratok_hf.hub import HubError, push_folder
-from hieratok_hf.hub_folder import Plan, add_card, prepared
+from hieratok_hf.cli.command_line import Problem, one_line, printed
+from hieratok_hf.hub.folder import Plan, add_card, prepared
+from hieratok_hf.hub.push import HubError, push_folder
 from hieratok_hf.shipped import SHIPPED, shipped_or_given
 
 

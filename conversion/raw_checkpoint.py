@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hieratok_hf.checkpoint import WEIGHTS_STEM
-from hieratok_hf.command_line import Problem, one_line
-from hieratok_hf.training_state import states_in
+from hieratok_hf.cli.command_line import Problem, one_line
+from hieratok_hf.models.saving import WEIGHTS_STEM
+from hieratok_hf.training.state import states_in
 
 __all__ = ["TRAINING_STATE", "find_weights", "read_checkpoint", "without_wrappers"]
 

@@ -20,9 +20,9 @@ from PIL import Image
 from reconstruct import AMPLIFY, BUNDLED, amplified_difference, encode_and_decode, load_model
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
-from hieratok_hf.command_line import Problem, loaded, one_line, printed
-from hieratok_hf.generation_metrics import numbered_pictures
-from hieratok_hf.pictures import PictureError, decode_picture
+from hieratok_hf.cli.command_line import Problem, loaded, one_line, printed
+from hieratok_hf.evaluation.generation import numbered_pictures
+from hieratok_hf.utils.images import PictureError, decode_picture
 
 MAX_BYTES, MAX_PIXELS, MAX_SIDE = 20 * 2**20, 32_000_000, 768
 MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 100, 8, 10.0, 2**31 - 1

@@ -10,8 +10,7 @@ from accelerate import PartialState
 from datasets import disable_progress_bars as disable_data_progress_bars
 from tqdm import tqdm
 
-from hieratok_hf.codec import load_codec
-from hieratok_hf.command_line import (
+from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
     device_of_process,
@@ -20,9 +19,10 @@ from hieratok_hf.command_line import (
     positive,
     printed_by_processes,
 )
-from hieratok_hf.latent_cache import write_latents
-from hieratok_hf.latent_shards import DTYPES, KINDS
-from hieratok_hf.picture_data import load_pictures
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.latent_cache import write_latents
+from hieratok_hf.data.latent_shards import DTYPES, KINDS
+from hieratok_hf.models.autoencoder_adapter import load_codec
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

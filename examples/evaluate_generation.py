@@ -15,8 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.checkpoint import written_whole
-from hieratok_hf.command_line import (
+from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
     device_of_process,
@@ -27,12 +26,20 @@ from hieratok_hf.command_line import (
     printed_by_processes,
     write_report,
 )
-from hieratok_hf.evaluation import EvaluationBatches, gather
-from hieratok_hf.generation_metrics import ClassAccuracy, GeneratedBatches, ImageClassifier, find_classes, picture_size
-from hieratok_hf.metrics import FrechetDistance
-from hieratok_hf.picture_data import load_pictures
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.evaluation.generation import (
+    ClassAccuracy,
+    GeneratedBatches,
+    ImageClassifier,
+    find_classes,
+    picture_size,
+)
+from hieratok_hf.evaluation.metrics import FrechetDistance
+from hieratok_hf.evaluation.reconstruction import EvaluationBatches
+from hieratok_hf.evaluation.vision_features import VisionFeatures
 from hieratok_hf.shipped import shipped_or_given
-from hieratok_hf.vision_features import VisionFeatures
+from hieratok_hf.utils.distributed import gather
+from hieratok_hf.utils.files import written_whole
 
 
 def numbers(text: str) -> range:

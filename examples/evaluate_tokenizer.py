@@ -13,8 +13,7 @@ from datasets import ClassLabel
 from datasets import disable_progress_bars as disable_data_progress_bars
 from tqdm import tqdm
 
-from hieratok_hf.codec import Codec, load_codec
-from hieratok_hf.command_line import (
+from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
     device_of_process,
@@ -25,12 +24,14 @@ from hieratok_hf.command_line import (
     printed_by_processes,
     write_report,
 )
-from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate, gather, throughput
-from hieratok_hf.linear_probe import linear_probe, pooled_features
-from hieratok_hf.metrics import FrechetDistance
-from hieratok_hf.perceptual import PerceptualDistance, load_lpips
-from hieratok_hf.picture_data import Pictures, load_pictures
-from hieratok_hf.vision_features import VisionFeatures
+from hieratok_hf.data.image_dataset import Pictures, load_pictures
+from hieratok_hf.evaluation.linear_probe import linear_probe, pooled_features
+from hieratok_hf.evaluation.metrics import FrechetDistance
+from hieratok_hf.evaluation.perceptual import PerceptualDistance, load_lpips
+from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate, throughput
+from hieratok_hf.evaluation.vision_features import VisionFeatures
+from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
+from hieratok_hf.utils.distributed import gather
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

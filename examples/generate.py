@@ -22,10 +22,10 @@ from diffusers.utils import logging
 from PIL import Image, ImageDraw, ImageFont
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.checkpoint import written_whole
-from hieratok_hf.command_line import Problem, one_line, positive
-from hieratok_hf.generation_metrics import numbered_pictures
+from hieratok_hf.cli.command_line import Problem, one_line, positive
+from hieratok_hf.evaluation.generation import numbered_pictures
 from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.utils.files import written_whole
 
 COLUMNS, MARGIN, SMALLEST_PANEL = 10, 8, 128
 PREVIEWS = 6

@@ -15,11 +15,11 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_picture
-from hieratok_hf.checkpoint import written_whole
-from hieratok_hf.command_line import Problem, one_line, positive, write_report
-from hieratok_hf.metrics import SSIM_WINDOW, psnr, ssim
-from hieratok_hf.pyramid import picture_pyramid
+from hieratok_hf.cli.command_line import Problem, one_line, positive, write_report
+from hieratok_hf.evaluation.metrics import SSIM_WINDOW, psnr, ssim
+from hieratok_hf.models.losses import picture_pyramid
 from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.utils.files import written_whole
 
 PICTURE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 BUNDLED = Path(__file__).parent / "pictures"

@@ -12,19 +12,19 @@ from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.class_names import read_class_names
-from hieratok_hf.codec import load_codec
-from hieratok_hf.command_line import positive, trained
-from hieratok_hf.dit import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
-from hieratok_hf.latent_batches import cached_batches, encoded_batches
-from hieratok_hf.latent_cache import LatentCache
-from hieratok_hf.latent_writing import encoder_facts
-from hieratok_hf.picture_data import load_pictures
-from hieratok_hf.sample_grid import class_grid
+from hieratok_hf.cli.command_line import positive, trained
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.latent_batches import cached_batches, encoded_batches
+from hieratok_hf.data.latent_cache import LatentCache
+from hieratok_hf.data.latent_writer import encoder_facts
+from hieratok_hf.data.training_batches import BatchPlan
+from hieratok_hf.models.autoencoder_adapter import load_codec
+from hieratok_hf.pipelines.class_names import read_class_names
 from hieratok_hf.shipped import shipped_or_given
-from hieratok_hf.training_data import BatchPlan
-from hieratok_hf.training_report import TrainingReport
-from hieratok_hf.training_state import TrainingState, learning_rate_factor, state_to_resume
+from hieratok_hf.training.flow_matching import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
+from hieratok_hf.training.report import TrainingReport
+from hieratok_hf.training.sample_sheets import class_grid
+from hieratok_hf.training.state import TrainingState, learning_rate_factor, state_to_resume
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -11,24 +11,24 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
-from hieratok_hf.adversarial import PatchDiscriminator, discriminator_hinge_loss
-from hieratok_hf.alignment import LatentAlignment
-from hieratok_hf.codec import Codec
-from hieratok_hf.command_line import positive, trained
-from hieratok_hf.configuration_hieratok import DOWNSAMPLING
-from hieratok_hf.evaluation import EvaluationBatches, ReconstructionMetrics, evaluate
-from hieratok_hf.linear_start import fit_linear_path, latent_statistics, start_from_principal_components
-from hieratok_hf.losses import PIXEL_LOSSES
-from hieratok_hf.metrics import FrechetDistance
-from hieratok_hf.objective import LossWeights, TokenizerTraining, TrainingLoss, step_noise
-from hieratok_hf.perceptual import PerceptualDistance, load_lpips
-from hieratok_hf.picture_data import load_pictures
-from hieratok_hf.sample_grid import sample_grid
+from hieratok_hf.cli.command_line import positive, trained
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
+from hieratok_hf.evaluation.metrics import FrechetDistance
+from hieratok_hf.evaluation.perceptual import PerceptualDistance, load_lpips
+from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
+from hieratok_hf.evaluation.vision_features import DEFAULT_VISION_MODEL, VisionFeatures
+from hieratok_hf.models.autoencoder_adapter import Codec
+from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING
+from hieratok_hf.models.losses import PIXEL_LOSSES
 from hieratok_hf.shipped import shipped_or_given
-from hieratok_hf.training_data import BatchPlan, to_pixel_values, training_loader
-from hieratok_hf.training_report import TrainingReport
-from hieratok_hf.training_state import TrainingState, learning_rate_factor, state_to_resume
-from hieratok_hf.vision_features import DEFAULT_VISION_MODEL, VisionFeatures
+from hieratok_hf.training.alignment import LatentAlignment
+from hieratok_hf.training.discriminator import PatchDiscriminator, discriminator_hinge_loss
+from hieratok_hf.training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
+from hieratok_hf.training.report import TrainingReport
+from hieratok_hf.training.sample_sheets import sample_grid
+from hieratok_hf.training.state import TrainingState, learning_rate_factor, state_to_resume
+from hieratok_hf.training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -103,7 +103,7 @@ def device_of(monkeypatch) -> Callable[[str], str]:
     def device(backend: str) -> str:
         if backend != "triton" or not torch.cuda.is_available():
             return "cpu"
-        from hieratok_hf import attention_triton
+        from hieratok_hf.ops import attention_triton
 
         # Timing every tile at every size would take minutes; the last fits every chip.
         for name in ("_attend", "_query_gradient", "_key_gradient"):
@@ -117,7 +117,7 @@ def device_of(monkeypatch) -> Callable[[str], str]:
 @pytest.fixture
 def reached(monkeypatch) -> list[str]:
     """The attention backends that computed something, in order."""
-    from hieratok_hf import attention, attention_flex
+    from hieratok_hf.ops import attention, attention_flex
 
     backends = []
 
@@ -137,7 +137,7 @@ def reached(monkeypatch) -> list[str]:
     watch(attention, "reference_attention", lambda kwargs: "reference")
     watch(attention_flex, "flex_scale_causal_attention", lambda kwargs: "flex")
     if importlib.util.find_spec("triton") is not None:
-        from hieratok_hf import attention_triton
+        from hieratok_hf.ops import attention_triton
 
         watch(attention_triton, "prefix_attention", lambda kwargs: "triton")
     return backends

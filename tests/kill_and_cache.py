@@ -68,7 +68,7 @@ def main() -> None:
     script, folder, arguments = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     for slow in (
         "diffusers.models.autoencoders.autoencoder_kl",
-        "hieratok_hf.autoencoder_hieratok",
+        "hieratok_hf.models.autoencoder_hieratok",
         "torch.distributed",
     ):
         importlib.import_module(slow)  # once, and not in each child

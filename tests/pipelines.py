@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import random_core
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
-from hieratok_hf.dit import dit_from_size
+from hieratok_hf.training.flow_matching import dit_from_size
 
 NAMES = ("tench", "English_springer", "church, church building", "French_horn", "golf_ball")
 SIDE = 2

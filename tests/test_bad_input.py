@@ -260,7 +260,7 @@ def test_wrong_types_are_refused(door, values, message):
 
 
 def test_every_check_of_a_positive_value_has_a_case():
-    from hieratok_hf.configuration_hieratok import _POSITIVE
+    from hieratok_hf.models.configuration_hieratok import _POSITIVE
 
     assert set(POSITIVE) == set(_POSITIVE)
 

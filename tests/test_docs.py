@@ -18,7 +18,12 @@ import pytest
 import hieratok_hf
 
 ROOT = Path(__file__).parents[1]
-SOURCES = {path.stem: path for path in sorted((ROOT / "src" / "hieratok_hf").glob("*.py")) if path.stem != "__init__"}
+PACKAGE = ROOT / "src" / "hieratok_hf"
+SOURCES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
+}
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 MARKDOWN = sorted([*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/*.md")])
 FOREIGN = {"ModelMixin"}  # what the package passes on of other libraries
@@ -207,7 +212,7 @@ def test_sections_and_public_names_of_docstrings_are_rendered(pages, site):
     assert not re.search(r">(Args|Returns|Raises|Attributes|Example):", html)
     assert html.count("<strong>Arguments</strong>") > 10 and html.count("<strong>Raises</strong>") > 10
     assert not re.search(r"<p>[^<]*```|<code>python no-run", "".join(path.read_text() for path in pages))
-    assert "core.html#hieratok_hf.tokenizer.HieraTokCore.encode_moments" in pages[site / "api" / "models.html"].links
+    assert "core.html#hieratok_hf.models.core.HieraTokCore.encode_moments" in pages[site / "api" / "models.html"].links
 
 
 def test_links_within_the_site_resolve(pages, site):

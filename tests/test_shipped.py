@@ -18,9 +18,9 @@ from hieratok_hf import (
     HieraTokModel,
     open_picture,
 )
-from hieratok_hf.generation_metrics import ClassAccuracy, GeneratedBatches, ImageClassifier, find_classes
-from hieratok_hf.metrics import psnr
-from hieratok_hf.pyramid import picture_pyramid
+from hieratok_hf.evaluation.generation import ClassAccuracy, GeneratedBatches, ImageClassifier, find_classes
+from hieratok_hf.evaluation.metrics import psnr
+from hieratok_hf.models.losses import picture_pyramid
 from hieratok_hf.shipped import shipped_or_given
 
 ROOT = Path(__file__).parents[1]

@@ -35,11 +35,12 @@ def _below(parent: griffe.Object) -> list[griffe.Object]:
 def _public_paths(pkg: griffe.Module) -> dict[str, str]:
     """Where the names that prose uses of public objects are documented."""
     paths: dict[str, str] = {}
-    for module in pkg.modules.values():
+    modules = [found for found in _below(pkg) if found.is_module]
+    for module in modules:
         for name in module.exports or ():
             if (found := module.members[str(name)]).is_alias or not found.has_docstring:
                 continue
-            paths[f"{module.name}.{name}"] = found.path
+            paths[f"{module.name}.{name}"] = paths[f"{module.path}.{name}".removeprefix("hieratok_hf.")] = found.path
             # A short name in lower case is as often that of an argument or of a figure.
             if re.search("[A-Z_]", str(name)):
                 paths[str(name)] = found.path

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 from diffusers.models.modeling_utils import ModelMixin
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from .configuration_hieratok import SIZES, HieraTokConfig
-from .image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
-from .modeling_hieratok import HieraTokDecoderOutput, HieraTokEncoderOutput, HieraTokModel, HieraTokOutput
-from .pictures import PictureError, convert_to_rgb, open_picture
+from .models.configuration_hieratok import SIZES, HieraTokConfig
+from .models.image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
+from .models.modeling_hieratok import HieraTokDecoderOutput, HieraTokEncoderOutput, HieraTokModel, HieraTokOutput
+from .utils.images import PictureError, convert_to_rgb, open_picture
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "AutoencoderHieraTok": "autoencoder_hieratok",
-    "AutoencoderHieraTokOutput": "autoencoder_hieratok",
-    "HieraTokAttnProcessor": "layers",
-    "HieraTokCore": "tokenizer",
-    "HieraTokDiTPipeline": "pipeline_hieratok_dit",
-    "PyramidLayout": "pyramid",
+    "AutoencoderHieraTok": "models.autoencoder_hieratok",
+    "AutoencoderHieraTokOutput": "models.autoencoder_hieratok",
+    "HieraTokAttnProcessor": "models.layers",
+    "HieraTokCore": "models.core",
+    "HieraTokDiTPipeline": "pipelines.pipeline_hieratok_dit",
+    "PyramidLayout": "ops.pyramid",
     "SHIPPED": "shipped",
-    "add_remote_code": "remote_code",
+    "add_remote_code": "hub.remote_code",
     "pretrained": "shipped",
-    "scale_causal_attention": "attention",
+    "scale_causal_attention": "ops.attention",
 }
 
 __all__ = [
@@ -54,14 +54,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .attention import scale_causal_attention
-    from .autoencoder_hieratok import AutoencoderHieraTok, AutoencoderHieraTokOutput
-    from .layers import HieraTokAttnProcessor
-    from .pipeline_hieratok_dit import HieraTokDiTPipeline
-    from .pyramid import PyramidLayout
-    from .remote_code import add_remote_code
+    from .hub.remote_code import add_remote_code
+    from .models.autoencoder_hieratok import AutoencoderHieraTok, AutoencoderHieraTokOutput
+    from .models.core import HieraTokCore
+    from .models.layers import HieraTokAttnProcessor
+    from .ops.attention import scale_causal_attention
+    from .ops.pyramid import PyramidLayout
+    from .pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
     from .shipped import SHIPPED, pretrained
-    from .tokenizer import HieraTokCore
 
 AutoConfig.register(HieraTokConfig.model_type, HieraTokConfig)
 AutoModel.register(HieraTokConfig, HieraTokModel)

@@ -1,0 +1,1 @@
+"""Images and latents, from files to batches."""

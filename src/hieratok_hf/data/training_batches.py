@@ -1,0 +1,267 @@
+"""Batches of random crops for training: which step sees which crop is a function of the seed alone."""
+
+import itertools
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from ..utils.images import PictureError
+from .image_dataset import Pictures, Row, picture_of
+
+__all__ = ["BatchPlan", "Draw", "planned_draws", "random_crop", "step_generator", "to_pixel_values", "training_loader"]
+
+# Shape letters: B pictures of this process in one part of a step, S side of a crop in pixels.
+
+_TRIES = 100  # rows after a broken one, before the data counts as broken
+
+
+def random_crop(picture: Image.Image, size: int, rng: random.Random, scale: tuple[float, float]) -> Image.Image:
+    """
+    A random square, mirrored half the time, at `size` pixels a side.
+
+    Args:
+        picture (`PIL.Image.Image`): Of mode RGB.
+        size (`int`): Side of the result.
+        rng (`random.Random`): Decides.
+        scale (`tuple[float, float]`): Least and largest share of the shorter side that the square covers, before it is
+            resized; `(0, 0)` cuts exactly `size` pixels and resizes only pictures that are smaller.
+
+    Returns:
+        `PIL.Image.Image`: Of mode RGB, bicubically resized.
+    """
+    short = min(picture.size)
+    side = min(size, short) if scale[1] == 0 else max(1, round(short * rng.uniform(*scale)))
+    left, top = rng.randint(0, picture.width - side), rng.randint(0, picture.height - side)
+    crop = picture.crop((left, top, left + side, top + side))
+    if side != size:
+        crop = crop.resize((size, size), Image.Resampling.BICUBIC)
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """
+    The pictures of every step, divided over processes and parts so that together they are always the same.
+
+    A step draws one of `crop_sizes` and takes `batch_size` times the pixels of the first size, rounded to a multiple
+    of processes times parts: where that rounds nothing, the pictures are the same however they are divided.
+
+    Attributes:
+        batch_size (`int`): Pictures of a step at the first crop size, of all processes together.
+        crop_sizes (`tuple[int, ...]`): Sides in pixels; repeat one to draw it more often.
+        steps (`int`): Of the whole training.
+        seed (`int`): Decides sizes, order and crops.
+        world_size, rank (`int`): Processes, and which of them this is.
+        parts (`int`): Parts of a step whose gradients are accumulated.
+
+    Raises:
+        ValueError: `batch_size` is no multiple of processes times parts, or a crop size is not positive.
+    """
+
+    batch_size: int
+    crop_sizes: tuple[int, ...]
+    steps: int
+    seed: int = 0
+    world_size: int = 1
+    rank: int = 0
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.batch_size % (self.world_size * self.parts):
+            raise ValueError(
+                f"`batch_size` must be a multiple of processes times accumulated parts, {self.world_size} x "
+                f"{self.parts}, got {self.batch_size}."
+            )
+        if not self.crop_sizes or min(self.crop_sizes) < 1:
+            raise ValueError(f"`crop_sizes` must be positive sides in pixels, got {self.crop_sizes}.")
+
+    def sizes(self, first_step: int = 0) -> Iterator[tuple[int, int, int, int]]:
+        """Of each step from `first_step`: its number, the crops' side, their count, and how many came before."""
+        rng, before, unit = random.Random(self.seed), 0, self.world_size * self.parts
+        for step in range(self.steps):
+            size = rng.choice(self.crop_sizes)
+            count = max(1, self.batch_size * self.crop_sizes[0] ** 2 // (size**2 * unit)) * unit
+            if step >= first_step:
+                yield step, size, count, before
+            before += count
+
+    def share(self, part: int, count: int) -> range:
+        """The rows of a step's `count` that one part of this process takes."""
+        each = count // (self.world_size * self.parts)
+        start = (part * self.world_size + self.rank) * each
+        return range(start, start + each)
+
+
+def training_loader(
+    pictures: Pictures,
+    plan: BatchPlan,
+    *,
+    first_step: int = 0,
+    crop_scale: tuple[float, float] = (0.5, 1.0),
+    num_workers: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """
+    Batches of one process, part after part, from `first_step` to the plan's last.
+
+    A picture that cannot be decoded is replaced by the next one of the data.
+
+    Args:
+        pictures (`Pictures`): The data.
+        plan (`BatchPlan`): What each step sees.
+        first_step (`int`, defaults to 0): To begin with.
+        crop_scale (`tuple[float, float]`, defaults to `(0.5, 1.0)`): The `scale` of `random_crop`.
+        num_workers (`int`, defaults to 0): Processes that read and decode; of a stream at most one.
+
+    Returns:
+        Iterator of dictionaries: `pixel_values` `(B, 3, S, S)` uint8; `step` and `part`; `count`, the pictures of
+        the whole step; `rows`, which of them these are; `labels` `(B,)`, -1 where there is none; `skipped`, the
+        reasons of pictures left out.
+
+    Raises:
+        PictureError: While iterating: a hundred rows in a row cannot be decoded.
+    """
+    pin = torch.cuda.is_available()
+    if pictures.streaming:
+        # One worker: several would each read the whole stream.
+        stream = _StreamedCrops(pictures, plan, first_step, crop_scale)
+        loader = DataLoader(stream, batch_size=None, num_workers=min(num_workers, 1), pin_memory=pin)
+    else:
+        crops, sampler = _Crops(pictures, plan.seed, crop_scale), _PlanSampler(len(pictures), plan, first_step)
+        loader = DataLoader(crops, batch_sampler=sampler, num_workers=num_workers, collate_fn=_collate, pin_memory=pin)
+    try:
+        yield from loader
+    except PictureError as error:
+        # That of a worker holds the worker's traceback in its message, and in its own the loader, with workers that
+        # then wait until a timeout.
+        message = str(error).strip().splitlines()[-1].split("PictureError: ", 1)[-1]
+        raise PictureError(message) from error.with_traceback(None)
+
+
+def to_pixel_values(batch: dict[str, Any]) -> Tensor:
+    """The pictures of a batch as models take them, `(B, 3, S, S)` float32 in [-1, 1]."""
+    return batch["pixel_values"].float() / 127.5 - 1
+
+
+class Draw(NamedTuple):
+    """
+    What decides a sample: its place in the whole training, and in its step.
+
+    Attributes:
+        place, row (`int`): How many samples come before it, in all and in its step.
+        size (`int`): Side of the crop in pixels.
+        step, part, total (`int`): Its step, the part of it, and the step's samples.
+        data_row (`int`): The row of the data, where that has a length.
+    """
+
+    place: int
+    row: int
+    size: int
+    step: int
+    part: int
+    total: int
+    data_row: int = -1
+
+
+def planned_draws(length: int, plan: BatchPlan, first_step: int = 0) -> Iterator[list[Draw]]:
+    """The draws of this process, part after part: all rows of the data in a random order, epoch after epoch."""
+    epoch, order = -1, np.zeros(0, np.int64)
+    for draws in _draws(plan, first_step):
+        placed = []
+        for draw in draws:
+            if draw.place // length != epoch:
+                epoch = draw.place // length
+                order = np.random.default_rng((plan.seed, epoch)).permutation(length)
+            placed.append(draw._replace(data_row=int(order[draw.place % length])))
+        yield placed
+
+
+def step_generator(seed: int | str, step: int) -> torch.Generator:
+    """A source of noise on the CPU for one step: a function of the two."""
+    # torch's generator takes 32 bits of its seed.
+    return torch.Generator().manual_seed(random.Random(f"{seed}:{step}").getrandbits(32))
+
+
+def _draws(plan: BatchPlan, first_step: int) -> Iterator[list[Draw]]:
+    """Those of this process, part after part."""
+    for step, size, count, before in plan.sizes(first_step):
+        for part in range(plan.parts):
+            yield [Draw(before + row, row, size, step, part, count) for row in plan.share(part, count)]
+
+
+class _PlanSampler(Sampler):
+    """The draws of a plan, for a loader."""
+
+    def __init__(self, length: int, plan: BatchPlan, first_step: int):
+        self.length, self.plan, self.first_step = length, plan, first_step
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return planned_draws(self.length, self.plan, self.first_step)
+
+
+class _Crops(Dataset):
+    """Random crops of the drawn rows."""
+
+    def __init__(self, pictures: Pictures, seed: int, scale: tuple[float, float]):
+        self.pictures, self.seed, self.scale = pictures, seed, scale
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        rows = (self.pictures[(draw.data_row + offset) % len(self.pictures)] for offset in range(len(self.pictures)))
+        return _sample(rows, draw, self.pictures.source, self.seed, self.scale)
+
+
+class _StreamedCrops(IterableDataset):
+    """The same over a stream: each process reads all of it and decodes its share."""
+
+    def __init__(self, pictures: Pictures, plan: BatchPlan, first_step: int, scale: tuple[float, float]):
+        self.pictures, self.plan, self.first_step, self.scale = pictures, plan, first_step, scale
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        stream, start = self.pictures.shuffled(self.plan.seed), 0
+        held: deque[Row] = deque()  # the rows of the stream from `start` that were read
+
+        def rows_from(place: int) -> Iterator[Row]:
+            for index in itertools.count(place - start):
+                while len(held) <= index:
+                    held.append(next(stream))
+                yield held[index]
+
+        for draws in _draws(self.plan, self.first_step):
+            while start < draws[0].place - draws[0].row:
+                held.popleft() if held else next(stream)
+                start += 1
+            source, seed = self.pictures.source, self.plan.seed
+            yield _collate([_sample(rows_from(draw.place), draw, source, seed, self.scale) for draw in draws])
+
+
+def _sample(rows: Iterator[Row], draw: Draw, source: str, seed: int, scale: tuple[float, float]) -> dict[str, Any]:
+    """The crop of the first of `rows` that can be decoded."""
+    skipped: list[str] = []
+    for row in itertools.islice(rows, _TRIES):
+        try:
+            crop = random_crop(picture_of(row), draw.size, random.Random(f"{seed}:{draw.place}"), scale)
+        except PictureError as error:
+            skipped.append(str(error))
+        else:
+            return {"crop": np.asarray(crop), "label": row["label"], "draw": draw, "skipped": skipped}
+    raise PictureError(f"{source}: {len(skipped)} pictures in a row cannot be decoded; {skipped[0]}")
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    draw = samples[0]["draw"]
+    return {
+        "pixel_values": torch.from_numpy(np.stack([sample["crop"] for sample in samples])).permute(0, 3, 1, 2),
+        "step": draw.step,
+        "part": draw.part,
+        "count": draw.total,
+        "rows": torch.tensor([sample["draw"].row for sample in samples]),
+        "labels": torch.tensor([-1 if sample["label"] is None else sample["label"] for sample in samples]),
+        "skipped": [reason for sample in samples for reason in sample["skipped"]],
+    }

@@ -1,0 +1,1 @@
+"""Metrics, the networks that they look through, and evaluations over a data set."""

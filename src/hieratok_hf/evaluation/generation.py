@@ -1,0 +1,264 @@
+"""Evaluation of class-conditional generators: numbered samples, and how often a classifier knows their classes."""
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
+
+from ..data.training_batches import step_generator
+from ..pipelines.class_names import plain_name
+from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
+from ..utils.distributed import gather
+from .vision_features import colour_statistics
+
+__all__ = ["ClassAccuracy", "GeneratedBatches", "ImageClassifier", "find_classes", "numbered_pictures", "picture_size"]
+
+# Shape letters: B pictures of a batch, H W pixels, S side of a generated picture, L labels of a classifier.
+
+_SHOWN = 5
+
+
+def picture_size(pipe: HieraTokDiTPipeline) -> int:
+    """Side `S` in pixels of the pictures that a pipeline makes."""
+    return pipe.transformer.config.sample_size * pipe.image_processor.config.vae_scale_factor
+
+
+def numbered_pictures(pipe: HieraTokDiTPipeline, rows: Sequence[int], seed: int, **settings: Any) -> Tensor:
+    """
+    Some of the pictures that a seed numbers: picture `i` is of class `i % num_classes`, and its noise is a function of
+    the seed and `i`. It does not depend on the pictures beside it.
+
+    Args:
+        pipe (`HieraTokDiTPipeline`): Makes them.
+        rows (`Sequence[int]`): Their numbers.
+        seed (`int`): Of all noise.
+        settings: Further arguments of the pipeline's call.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, S, S)`: Levels in uint8, on the CPU.
+
+    Raises:
+        ValueError: As the pipeline's call, or a picture is not finite.
+    """
+    labels = [row % pipe.num_classes for row in rows]
+    generators = [step_generator(seed, row) for row in rows]
+    images = pipe(labels, generator=generators, output_type="pt", **settings).images.float().cpu()
+    if not images.isfinite().all():
+        raise ValueError(f"the pictures of {pipe.transformer.dtype} weights are not finite")
+    return (255 * images).round().byte()
+
+
+class GeneratedBatches:
+    """
+    Pictures of a pipeline in batches as those of `EvaluationBatches`; they can be gone through once or again.
+
+    Iterating gives dictionaries: `pixel_values` `(B, 3, S, S)` in [-1, 1] that lie on 8-bit levels, `rows` and
+    `labels`, a list each.
+
+    Args:
+        pipe (`HieraTokDiTPipeline`): Makes them.
+        rows (`Sequence[int]`): Numbers of the pictures, as those of `numbered_pictures`.
+        seed (`int`, defaults to 0): Of all noise.
+        batch_size (`int`, defaults to 16): Most pictures in a batch.
+        settings: Further arguments of the pipeline's call.
+
+    Attributes:
+        seconds (`float`): What the pipeline took in the last round.
+
+    Raises:
+        ValueError: `batch_size` is not positive.
+    """
+
+    def __init__(
+        self, pipe: HieraTokDiTPipeline, rows: Sequence[int], *, seed: int = 0, batch_size: int = 16, **settings: Any
+    ):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
+        self.pipe, self.rows, self.seed, self.batch_size = pipe, rows, seed, batch_size
+        self.settings, self.seconds = settings, 0.0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.seconds = 0.0
+        for first in range(0, len(self.rows), self.batch_size):
+            rows = list(self.rows[first : first + self.batch_size])
+            start = time.perf_counter()
+            levels = numbered_pictures(self.pipe, rows, self.seed, **self.settings)
+            self.seconds += time.perf_counter() - start
+            labels = [row % self.pipe.num_classes for row in rows]
+            yield {"pixel_values": levels.float() / 127.5 - 1, "rows": rows, "labels": labels}
+
+
+class ImageClassifier(nn.Module):
+    """
+    An image classifier of transformers that never trains.
+
+    Args:
+        model (`PreTrainedModel`): Takes `pixel_values` and gives `logits`; its weights are frozen in place.
+        mean, std (`list[float]`): Of each colour in [0, 1], as the model was trained with.
+
+    Attributes:
+        image_size (`int`): Side that pictures are brought to: that of the model's configuration, or 224.
+        names (`dict[int, str]`): Of its labels.
+    """
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        config: Any = model.config
+        size = getattr(config, "image_size", 224)
+        self.image_size: int = size if isinstance(size, int) else size[0]
+        self.names: dict[int, str] = {int(key): name for key, name in config.id2label.items()}
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str]) -> "ImageClassifier":
+        """
+        A classifier by folder or Hub id, in float32, with the colours' statistics of its image processor, or 0.5 and
+        0.5 where it has none.
+
+        Raises:
+            OSError: There is no such folder or repository, or no network to reach it.
+            ValueError: transformers knows no classifier of its kind, or its weights are not all there.
+        """
+        name = os.fspath(name_or_path)
+        kind = AutoModelForImageClassification
+        model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{name!r} must hold all weights of a classifier, but lacks {missing[:_SHOWN]}.")
+        return cls(model, *colour_statistics(name))
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; they are brought to
+                `image_size` bicubically with antialiasing.
+
+        Returns:
+            `torch.Tensor` of shape `(B, L)`: Logits.
+        """
+        pixel_values, size = pixel_values.float(), (self.image_size, self.image_size)
+        if pixel_values.shape[-2:] != size:
+            pixel_values = F.interpolate(pixel_values, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        return self.model((pixel_values * 0.5 + 0.5 - self.mean) / self.std).logits
+
+
+def find_classes(id2label: Mapping[int, str], num_classes: int, classifier_names: Mapping[int, str]) -> list[int]:
+    """
+    The label of a classifier for each class, by names: upper and lower case, spaces and underscores are the same, and
+    of synonyms, which are divided by commas, one is enough.
+
+    Args:
+        id2label (`Mapping[int, str]`): Names of the classes.
+        num_classes (`int`): Classes go from 0 to one less.
+        classifier_names (`Mapping[int, str]`): Those of the classifier's labels.
+
+    Raises:
+        ValueError: Classes have no name, or not one label each; the message names them.
+    """
+    if unnamed := [key for key in range(num_classes) if key not in id2label]:
+        raise ValueError(f"classes without a name cannot be found: {_some(unnamed)}")
+    whole: dict[str, set[int]] = {}
+    parts: dict[str, set[int]] = {}
+    for label, name in classifier_names.items():
+        whole.setdefault(plain_name(name), set()).add(label)
+        for part in _synonyms(name):
+            parts.setdefault(part, set()).add(label)
+    # Of labels that share a synonym, that with the very same name is meant.
+    found = [
+        whole.get(plain_name(id2label[key]))
+        or set().union(*(parts.get(part, ()) for part in _synonyms(id2label[key])))
+        for key in range(num_classes)
+    ]
+    if missing := [id2label[key] for key, labels in enumerate(found) if not labels]:
+        raise ValueError(f"the classifier has no labels of the names {_some(missing)}")
+    if unclear := [f"{id2label[key]} ({_some(sorted(x))})" for key, x in enumerate(found) if len(x) > 1]:
+        raise ValueError(f"the classifier has more than one label of the names {_some(unclear)}")
+    labels = [label for (label,) in found]
+    if shared := [id2label[key] for key, label in enumerate(labels) if labels.count(label) > 1]:
+        raise ValueError(f"the classifier has one label for several classes: {_some(shared)}")
+    return labels
+
+
+class ClassAccuracy:
+    """
+    How often a classifier finds the class that a picture was made for, over all processes of torch.distributed.
+
+    Args:
+        classifier (`ImageClassifier`): Judges the pictures.
+        labels (`Sequence[int]`): Its label for each class, as those of `find_classes`.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where it is put and pictures go.
+
+    Raises:
+        ValueError: `labels` are none, no labels of the classifier, or one is there twice.
+    """
+
+    def __init__(self, classifier: ImageClassifier, labels: Sequence[int], device: torch.device | str = "cpu"):
+        known = len(classifier.names)
+        if not labels or len(set(labels)) != len(labels) or not all(0 <= label < known for label in labels):
+            raise ValueError(f"`labels` must be different numbers from 0 to {known - 1}, got {_some(labels)}.")
+        self.classifier, self.device = classifier.to(device), torch.device(device)
+        self.labels = torch.tensor(labels, device=self.device)
+        self._counts = torch.zeros(3, len(labels), dtype=torch.int64)
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._counts.zero_()
+
+    def update(self, pixel_values: Tensor, classes: Sequence[int]) -> None:
+        """
+        Add pictures.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
+            classes (`Sequence[int]`): Which each was made for.
+        """
+        logits = self.classifier(pixel_values.to(self.device))
+        made_for = torch.tensor(classes, device=self.device)
+        among = logits[:, self.labels].argmax(1) == made_for
+        first = logits.argmax(1) == self.labels[made_for]
+        for counts, hits in zip(self._counts, (among, first, torch.ones_like(among))):
+            counts += torch.bincount(made_for[hits], minlength=len(counts)).cpu()
+
+    def compute(self) -> dict[str, Any]:
+        """
+        The shares over the pictures of all processes, each of which must call this.
+
+        Returns:
+            `class_accuracy`, of pictures whose class the classifier prefers among those of `labels`; `top1_accuracy`,
+            among all its labels; and for each class, in lists, `pictures_per_class`, `class_accuracy_per_class` and
+            `top1_accuracy_per_class`, NaN where there are no pictures.
+
+        Raises:
+            ValueError: There were no pictures.
+        """
+        among, first, count = torch.stack(gather(self._counts)).sum(0).double()
+        if not count.sum():
+            raise ValueError("There were no pictures to classify.")
+        return {
+            "class_accuracy": float(among.sum() / count.sum()),
+            "top1_accuracy": float(first.sum() / count.sum()),
+            "pictures_per_class": count.long().tolist(),
+            "class_accuracy_per_class": (among / count).tolist(),
+            "top1_accuracy_per_class": (first / count).tolist(),
+        }
+
+
+def _synonyms(name: str) -> list[str]:
+    return [plain_name(part) for part in name.split(",") if plain_name(part)]
+
+
+def _some(values: Sequence[Any]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
+    return ", ".join(map(str, values[:_SHOWN])) + more

@@ -1,0 +1,1 @@
+"""Folders, model cards, code and uploads for the Hugging Face Hub."""

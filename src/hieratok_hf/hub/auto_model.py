@@ -1,0 +1,38 @@
+"""One class for the `AutoModel` of both libraries, where a folder brings its own code."""
+
+from typing import Any
+
+from ..models.autoencoder_hieratok import AutoencoderHieraTok
+from ..models.modeling_hieratok import HieraTokModel
+
+__all__ = ["HieraTokAutoModel"]
+
+
+class HieraTokAutoModel(HieraTokModel):
+    """
+    What the `auto_map` of a folder names: transformers and diffusers read the same entry and want different classes.
+
+    transformers' `AutoModel` hands over the configuration that it has loaded, and gets a `HieraTokModel`; diffusers'
+    hands over none, and gets an `AutoencoderHieraTok`.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        `HieraTokModel.from_pretrained` with `config`, `AutoencoderHieraTok.from_pretrained` without; both say what
+        they raise.
+        """
+        if kwargs.get("config") is None:
+            kwargs.pop("config", None)
+            return AutoencoderHieraTok.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return HieraTokModel.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> AutoencoderHieraTok:
+        """What diffusers' `AutoModel.from_config` asks for."""
+        return AutoencoderHieraTok.from_config(config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> HieraTokModel:
+        """What transformers' `AutoModel.from_config` asks for."""
+        return HieraTokModel._from_config(config, **kwargs)

@@ -1,0 +1,207 @@
+"""A saved folder as it goes to the Hub: what is taken along, what is added, and the test that it must pass."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..models.autoencoder_hieratok import AutoencoderHieraTok
+from ..models.modeling_hieratok import HieraTokModel
+from ..models.saving import WEIGHTS_STEM, index_for_transformers, variant_of
+from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
+from ..utils.files import read_json
+from .card import card_for
+from .remote_code import add_remote_code
+
+__all__ = ["Plan", "add_card", "check_folder", "prepared"]
+
+# What a saved folder is made of. Anything else beside it, such as states of a training, stays where it is.
+_PARTS = re.compile(
+    r"(config|model_index|preprocessor_config|scheduler_config)\.json|README\.md|LICEN[CS]E.*"
+    r"|[^.]*\.([\w-]+\.)?safetensors(\.index(\.[\w-]+)?\.json)?|.*\.(png|jpe?g|webp)"
+)
+_PIPELINE = ("HieraTokDiTPipeline", ["pipeline_hieratok_dit", "HieraTokDiTPipeline"])
+
+
+@dataclass
+class Plan:
+    """
+    What an upload would do.
+
+    Attributes:
+        repo_id (`str`): The repository, `"user/name"` or `"name"`.
+        files (`dict[str, int]`): Path in the repository and bytes of each file.
+        left_out (`list[str]`): Files of the folder that are none of a model's and stay where they are.
+    """
+
+    repo_id: str
+    files: dict[str, int]
+    left_out: list[str]
+
+    @classmethod
+    def of(cls, stage: Path, repo_id: str, left_out: list[str]) -> "Plan":
+        """The plan for a prepared folder."""
+        paths = [path for path in stage.rglob("*") if path.is_file()]
+        return cls(repo_id, {path.relative_to(stage).as_posix(): path.stat().st_size for path in paths}, left_out)
+
+    def __str__(self) -> str:
+        size = sum(self.files.values())
+        lines = [f"{len(self.files)} files, {size / 1e6:.1f} MB, to {self.repo_id} in one commit:"]
+        lines += [f"  {bytes_:>12,}  {name}" for name, bytes_ in sorted(self.files.items())]
+        return "\n".join([*lines, *(f"  left out: {name}" for name in self.left_out)])
+
+
+@contextmanager
+def prepared(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterator[tuple[Path, list[str]]]:
+    """
+    The files of a folder as they are to be pushed, in a temporary folder, and the names of those that stay.
+
+    Weights that stand there under two names for the two libraries go once, and the code that loads them without the
+    package is added. All of it has passed `check_folder`.
+
+    Args:
+        folder (`str` or `os.PathLike`): A saved tokenizer or pipeline.
+        remote_code (`bool`, defaults to `True`): Whether to add the code.
+
+    Raises:
+        ValueError: As `check_folder`.
+    """
+    source = Path(folder)
+    if not source.is_dir():
+        raise ValueError(f"`folder` {str(source)!r} is not a folder.")
+    with tempfile.TemporaryDirectory() as temporary:
+        stage, left_out = Path(temporary), []
+        with _load_test(source, stage):
+            index = read_json(source / "model_index.json") or {}
+            parts = {".", *(name for name, value in index.items() if isinstance(value, list) and name[0] != "_")}
+            for path in sorted(path for path in source.rglob("*") if path.is_file()):
+                name = path.relative_to(source)
+                if name.parent.as_posix() in parts and _PARTS.fullmatch(name.name):
+                    (stage / name).parent.mkdir(exist_ok=True)
+                    _link(path.resolve(), stage / name)
+                else:
+                    left_out.append(name.as_posix())
+            for part in (stage / part for part in parts):
+                if _is_tokenizer(part):
+                    index_for_transformers(part)
+            _try(stage)
+        for path in stage.rglob("*.json"):
+            saved = read_json(path)
+            if saved is not None and (plain := _plain(saved)) != saved:
+                path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if remote_code:
+            add_remote_code(stage)
+        yield stage, left_out
+
+
+def _plain(saved: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without where a model once lay, which concerns nobody, and without code that stays behind."""
+    plain = {key: value for key, value in saved.items() if key not in ("_name_or_path", "auto_map")}
+    if plain.get("_class_name") in _PIPELINE:
+        plain["_class_name"] = _PIPELINE[0]
+    coded = ["autoencoder_hieratok", "AutoencoderHieraTok"]
+    return {key: ["hieratok_hf", value[1]] if value == coded else value for key, value in plain.items()}
+
+
+def add_card(stage: Path, repo_id: str, tags: Sequence[str] = (), existing: str | None = None, **card: Any) -> None:
+    """
+    Write the model card of a prepared folder.
+
+    Args:
+        stage (`Path`): From `prepared`.
+        repo_id (`str`): What the card shall name.
+        tags (`Sequence[str]`): Further tags.
+        existing (`str`, *optional*): A README.md to go on from where the folder has none of its own.
+        card: Further arguments of `hieratok_hf.hub.card.model_card`.
+
+    Raises:
+        ValueError: As `card_for`.
+    """
+    path = stage / "README.md"
+    if existing is not None and not path.exists():
+        path.write_text(existing, encoding="utf-8")
+    made = card_for(stage, repo_id=repo_id, **card)
+    made.data["tags"] = list(dict.fromkeys([*(made.data.get("tags") or []), *tags]))
+    path.unlink(missing_ok=True)
+    made.save(path)
+
+
+def _link(path: Path, target: Path) -> None:
+    # Only weights are large enough to be worth it, and nobody changes them here.
+    if path.suffix == ".safetensors":
+        try:
+            return os.link(path, target)
+        except OSError:
+            pass
+    shutil.copyfile(path, target)
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """
+    Load a folder as its users will, in both classes or as a pipeline, and run it once.
+
+    Raises:
+        ValueError: It does not load, gives numbers that are not finite, or the classes disagree.
+    """
+    with _load_test(Path(folder), Path(folder)):
+        _try(Path(folder))
+
+
+@contextmanager
+def _load_test(named: Path, root: Path) -> Iterator[None]:
+    """What fails with the files in `root` is told in one line, of the folder that the user knows."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0].replace(str(root), str(named))
+        raise ValueError(f"`folder` {str(named)!r} does not pass its load test: {reason}") from error
+
+
+def _try(root: Path) -> None:
+    index = read_json(root / "model_index.json")
+    if index is not None and index.get("_class_name") in _PIPELINE:
+        for variant in _variants(root.glob(f"*/{WEIGHTS_STEM}*.safetensors")):
+            pipe = HieraTokDiTPipeline.from_pretrained(root, variant=variant)
+            pipe.set_progress_bar_config(disable=True)
+            images = pipe([0], num_inference_steps=1, output_type="pt", generator=torch.manual_seed(0)).images
+            if not images.isfinite().all():
+                raise ValueError("its pictures are not finite")
+    for part in [root] if index is None else [path for path in root.glob("*") if _is_tokenizer(path)]:
+        _check_tokenizer(part)
+
+
+def _variants(weights: Iterable[Path]) -> list[str | None]:
+    """The variants of weight files, as `from_pretrained` takes them."""
+    return [name or None for name in sorted({variant_of(path.name) for path in weights})]
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    return (read_json(folder / "config.json") or {}).get("_class_name") == "AutoencoderHieraTok"
+
+
+@torch.no_grad()
+def _check_tokenizer(folder: Path) -> None:
+    variants = _variants(folder.glob(f"{WEIGHTS_STEM}*.safetensors"))
+    if not variants:
+        raise ValueError(f"it has no {WEIGHTS_STEM}.safetensors")
+    for variant in variants:
+        vae = AutoencoderHieraTok.from_pretrained(folder, variant=variant)
+        model = HieraTokModel.from_pretrained(folder, variant=variant, dtype=vae.dtype)
+        patch_size = vae.config.patch_size
+        shape = (1, 3, 3 * patch_size, 2 * patch_size)
+        picture = (torch.rand(shape, generator=torch.manual_seed(0)) * 2 - 1).to(vae.dtype)
+        latents, other = vae.encode(picture).latent_dist.mode(), model.encode(picture).latents
+        decoded = vae.decode(latents).sample
+        if not (latents.isfinite().all() and decoded.isfinite().all()):
+            raise ValueError("its results are not finite")
+        if not torch.equal(latents, other) or not torch.equal(decoded, model.decode(latents).reconstruction):
+            raise ValueError("the two libraries load different weights from it")

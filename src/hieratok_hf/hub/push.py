@@ -1,0 +1,201 @@
+"""Upload of a model or a pipeline to the Hugging Face Hub: tested first, in one commit, nothing half."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from ..models.autoencoder_hieratok import AutoencoderHieraTok
+from ..models.image_processing_hieratok import HieraTokImageProcessorPil
+from ..models.saving import stale_weights
+from .folder import Plan, add_card, prepared
+
+__all__ = ["HubError", "push_folder", "push_model"]
+
+# The HTTP client's own base class of errors, of whichever client huggingface_hub uses.
+_HTTP_ERRORS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, RuntimeError)
+_PLAIN_CARD: Mapping[str, Any] = MappingProxyType({})
+
+
+class HubError(Exception):
+    """An upload that did not happen; the message says why, and what to do."""
+
+
+def push_model(
+    model: Any,
+    repo_id: str,
+    *,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+    safe_serialization: bool = True,
+    subfolder: str | None = None,
+    tags: list[str] | None = None,
+    card: Mapping[str, Any] | None = _PLAIN_CARD,
+    remote_code: bool = True,
+    **upload: Any,
+) -> CommitInfo:
+    """
+    Save a `HieraTokModel`, an `AutoencoderHieraTok` or a `HieraTokDiTPipeline` and push the folder.
+
+    Args:
+        model: One of the three.
+        repo_id (`str`): `"user/name"`, or `"name"` for one's own.
+        variant (`str`, *optional*): As that of `save_pretrained`.
+        max_shard_size (`int` or `str`, defaults to `"10GB"`): As that of `save_pretrained`.
+        safe_serialization (`bool`, defaults to `True`): Nothing but safetensors is pushed.
+        subfolder (`str`, *optional*): Of the repository, for a part of a pipeline; it gets neither card nor code.
+        tags (`list[str]`, *optional*): Further tags of the model card.
+        card, remote_code: As those of `push_folder`.
+        upload: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description` of `push_folder`.
+
+    Returns:
+        `CommitInfo`: As `push_folder`.
+
+    Raises:
+        ValueError: `safe_serialization` is `False`, or the tokenizer has adapters.
+        HubError: As `push_folder`.
+    """
+    if not safe_serialization:
+        raise ValueError("`safe_serialization` must be True: only safetensors are pushed.")
+    tokenizer = model.vae if isinstance(model, DiffusionPipeline) else model
+    if any(hasattr(module, "base_layer") for module in tokenizer.modules()):
+        raise ValueError("The tokenizer has adapters: fuse them and unload them, or delete them, and push then.")
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(model, DiffusionPipeline):
+            model.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+        else:
+            core = model.core
+            AutoencoderHieraTok.from_core(core).save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+            HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(folder)
+        upload |= {"commit_message": upload.get("commit_message") or f"Upload {type(model).__name__}"}
+        if subfolder:
+            return push_folder(folder, repo_id, subfolder=subfolder, card=None, remote_code=False, **upload)
+        return push_folder(folder, repo_id, card=card, remote_code=remote_code, tags=tags, **upload)
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    subfolder: str | None = None,
+    tags: Sequence[str] | None = None,
+    card: Mapping[str, Any] | None = _PLAIN_CARD,
+    remote_code: bool = True,
+) -> CommitInfo:
+    """
+    Upload a saved folder in one commit, after it has passed its own load test.
+
+    Files that the Hub has already, such as those of an upload that broke off, are not sent again. Weights of an
+    earlier push that this one replaces are removed in the same commit; the folder itself is not changed.
+
+    Args:
+        folder (`str` or `os.PathLike`): A saved tokenizer or pipeline.
+        repo_id (`str`): `"user/name"`, or `"name"` for one's own; it is made if it is not there.
+        private (`bool`, *optional*): Of a repository that is made.
+        token (`str` or `bool`, *optional*): Of the Hub; the one that `hf auth login` stored unless given.
+        revision (`str`, *optional*): A branch, made if it is not there; `"main"` unless given.
+        create_pr (`bool`, defaults to `False`): Open a pull request instead.
+        commit_message, commit_description (`str`, *optional*): Of the commit.
+        subfolder (`str`, *optional*): Where the files go in the repository.
+        tags (`Sequence[str]`, *optional*): Further tags of the model card.
+        card (`Mapping`, *optional*): Further arguments of `hieratok_hf.hub.card.model_card`; `None` for no card. The
+            README.md of the folder, or else of the repository, keeps its text.
+        remote_code (`bool`, defaults to `True`): Whether to add the code that loads it without the package.
+
+    Returns:
+        `CommitInfo`: What the Hub says of the commit, a `str` with its URL.
+
+    Raises:
+        ValueError: `folder` is no saved tokenizer or pipeline, or does not pass its load test.
+        HubError: The Hub refused, or could not be reached; the repository is as it was.
+    """
+    api = HfApi(token=token)
+    validate_repo_id(repo_id)
+    with prepared(folder, remote_code) as (stage, left_out):
+        if card is not None:
+            has_own = (stage / "README.md").exists()
+            add_card(stage, repo_id, tags or (), **card)  # what is wrong with it is told before anything is made
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if card is not None and not has_own:
+                (stage / "README.md").unlink()
+                add_card(stage, repo_id, tags or (), _card_there(api, repo_id, revision), **card)
+            if revision is not None and not create_pr:
+                _ensure_branch(api, repo_id, revision)
+            plan = Plan.of(stage, repo_id, left_out)
+            prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+            there = set(api.list_repo_files(repo_id, revision=revision))
+            operations: list[Any] = [CommitOperationAdd(prefix + name, stage / name) for name in plan.files]
+            operations += [CommitOperationDelete(name) for name in sorted(_stale(there, plan, prefix))]
+            return api.create_commit(
+                repo_id,
+                operations,
+                commit_message=commit_message or f"Upload {subfolder or Path(folder).resolve().name}",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        except _HTTP_ERRORS as error:
+            raise HubError(_advice(error, repo_id)) from error
+
+
+def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    """The README.md that the repository has."""
+    with tempfile.TemporaryDirectory() as folder:  # the cache may be one that cannot be written
+        try:
+            path = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=folder)
+        except (EntryNotFoundError, RevisionNotFoundError):
+            return None
+        return Path(path).read_text(encoding="utf-8")
+
+
+def _ensure_branch(api: HfApi, repo_id: str, revision: str) -> None:
+    try:
+        api.repo_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+
+def _stale(there: set[str], plan: Plan, prefix: str) -> set[str]:
+    """Weights in the repository that those of the plan replace, such as shards of another number."""
+    folders = {name.rpartition("/")[0] for name in plan.files}
+    stale = set()
+    for folder in folders:
+        start = prefix + (f"{folder}/" if folder else "")
+        written = {Path(name).name for name in plan.files if name.rpartition("/")[0] == folder}
+        beside = {name.removeprefix(start) for name in there if name.startswith(start)}
+        stale |= {start + name for name in stale_weights({name for name in beside if "/" not in name}, written)}
+    return stale
+
+
+def _advice(error: BaseException, repo_id: str) -> str:
+    """One line: what went wrong, and what to do."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) and cause.response is not None else None
+    what = " ".join(str(cause or error).split()) or type(error).__name__
+    if is_offline_mode():
+        todo = "HF_HUB_OFFLINE is set: unset it"
+    elif status in (401, 403) or isinstance(cause, RepositoryNotFoundError):
+        todo = "log in with `hf auth login`, or give a token that may write there"
+    elif status == 412:
+        todo = "somebody else pushed at the same time: push again"
+    elif status is None or status == 429 or status >= 500:
+        todo = "push again: files that have arrived are not sent twice"
+    else:
+        todo = "nothing was changed"
+    return f"{repo_id!r} was not pushed: {what} ({todo})."

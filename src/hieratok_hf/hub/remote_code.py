@@ -1,0 +1,234 @@
+"""
+The package in one file, for `trust_remote_code=True` on machines without the package.
+
+diffusers downloads one file of code a component and copies the direct imports of a local one alone, so code in several
+files would reach neither a pipeline nor a folder on disk.
+"""
+
+import ast
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import read_json, written_whole
+
+__all__ = ["AUTO_MAP", "add_remote_code", "remote_code"]
+
+_PACKAGE = Path(__file__).parents[1]
+_ENTRIES = ("models.image_processing_hieratok", "hub.auto_model", "pipelines.pipeline_hieratok_dit")
+_MODEL_FILE, _VAE_FILE, _PIPELINE_FILE = "modeling_hieratok", "autoencoder_hieratok", "pipeline_hieratok_dit"
+# What only the installed package does.
+_LEFT_OUT = {
+    "hub.push": "Pushing to the Hub needs the package hieratok_hf, and a model that its own classes have loaded."
+}
+
+AUTO_MAP = {
+    "AutoConfig": f"{_MODEL_FILE}.HieraTokConfig",
+    "AutoModel": f"{_MODEL_FILE}.HieraTokAutoModel",
+}
+"""What `config.json` says of the classes in the file that `add_remote_code` puts beside it."""
+
+# The first for Pillow, the second for torchvision.
+_AUTO_IMAGE_PROCESSOR = [f"{_MODEL_FILE}.HieraTokImageProcessorPil", f"{_MODEL_FILE}.HieraTokImageProcessor"]
+
+_HEAD = '''\
+"""
+HieraTok in one file, for `trust_remote_code=True`: made of the package hieratok_hf {version} by its `remote_code`.
+
+{licence}
+"""
+
+{imports}
+
+_UNAVAILABLE: dict[str, str] = {left_out}
+
+
+def _require(module: str) -> None:
+    """Raise `ImportError` where a part of this file could not be had on this machine."""
+    if module in _UNAVAILABLE:
+        raise ImportError(_UNAVAILABLE[module])
+'''
+
+
+def add_remote_code(folder: str | os.PathLike[str]) -> list[str]:
+    """
+    Let a saved folder load without the package, by `trust_remote_code=True` in both libraries.
+
+    A tokenizer gets the package in one file and an `auto_map` in its configurations, of which a machine that has
+    imported the package takes no notice. A diffusers pipeline gets a file beside its HieraTok tokenizer, and one at
+    the root if it is a `HieraTokDiTPipeline`; the names in `model_index.json` become those of the files, so other
+    pipelines than `HieraTokDiTPipeline` then want `trust_remote_code=True` always.
+
+    Args:
+        folder (`str` or `os.PathLike`): Saved by `save_pretrained` of the model or the pipeline.
+
+    Returns:
+        `list[str]`: The files that were written, relative to `folder`; those that had to change come last.
+
+    Raises:
+        ValueError: `folder` holds neither.
+    """
+    root = Path(folder)
+    index = read_json(root / "model_index.json")
+    if index is not None:
+        ours = {name: value for name, value in index.items() if _is_component(value)}
+        if not ours:
+            raise ValueError(f"`folder` {str(root)!r} is a pipeline without a HieraTok tokenizer.")
+        files = {f"{name}/{_VAE_FILE}.py": remote_code() for name in ours}
+        index |= {name: [_VAE_FILE, value[1]] for name, value in ours.items()}
+        if _class_name(index) == "HieraTokDiTPipeline":
+            files[f"{_PIPELINE_FILE}.py"] = remote_code()
+            index["_class_name"] = [_PIPELINE_FILE, "HieraTokDiTPipeline"]
+        files["model_index.json"] = _to_json(index)
+    else:
+        config = read_json(root / "config.json")
+        if config is None or config.get("_class_name") != "AutoencoderHieraTok":
+            raise ValueError(f"`folder` {str(root)!r} is neither a saved HieraTok model nor a saved pipeline.")
+        files = {f"{_MODEL_FILE}.py": remote_code()}
+        if (processor := read_json(root / "preprocessor_config.json")) is not None:
+            processor["auto_map"] = {"AutoImageProcessor": _AUTO_IMAGE_PROCESSOR}
+            files["preprocessor_config.json"] = _to_json(processor)
+        files["config.json"] = _to_json({**config, "auto_map": AUTO_MAP})
+    for name, text in files.items():
+        with written_whole(root / name) as file:
+            file.write(text.encode())
+    return list(files)
+
+
+def _class_name(index: dict[str, Any]) -> Any:
+    name = index.get("_class_name")
+    return name[1] if isinstance(name, list) and len(name) == 2 else name
+
+
+def _is_component(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and value[1] == "AutoencoderHieraTok"
+
+
+def _to_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+@functools.cache
+def remote_code() -> str:
+    """
+    The source of the models, the image processors and the pipeline, module after module, with one list of imports.
+
+    Modules that the package imports on demand, such as the Triton kernels, stand in a `try`: what the machine lacks is
+    told when it is asked for.
+
+    Raises:
+        ValueError: Two modules give one name two meanings.
+    """
+    modules = {name: _Module(name) for name in _in_order()}
+    eager = _closure(_ENTRIES, lambda module: module.eager)
+    imports: list[str] = []
+    meanings: dict[str, tuple[str, str]] = {}
+    for name, module in modules.items():
+        for bound, meaning in module.bound.items():
+            other = meanings.setdefault(bound, (name, meaning))
+            if other[1] != meaning and bound != "_":
+                raise ValueError(f"{bound!r} is {other[1]} in {other[0]} and {meaning} in {name}.")
+        if name in eager:
+            imports += module.imports
+    lines = (_PACKAGE / "__init__.py").read_text().splitlines()
+    version = next(line for line in lines if line.startswith("__version__"))
+    head = _HEAD.format(
+        version=version.split('"')[1],
+        licence="Apache License 2.0.",
+        imports="\n".join(sorted(set(imports), key=lambda line: (line.startswith("from"), line))),
+        left_out=repr(_LEFT_OUT),
+    )
+    parts = [head]
+    for name, module in modules.items():
+        title = f"# {name}: {module.purpose}\n\n"
+        parts.append(title + (module.body if name in eager else module.optional_body))
+    return "\n\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def _closure(names: tuple[str, ...], imported: Any) -> dict[str, None]:
+    """Modules in the order in which they can be run, each after those that it imports."""
+    found: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        if name not in found and name not in _LEFT_OUT:
+            for other in imported(_Module(name)):
+                visit(other)
+            found[name] = None
+
+    for name in names:
+        visit(name)
+    return found
+
+
+def _in_order() -> dict[str, None]:
+    return _closure(_ENTRIES, lambda module: (*module.eager, *module.lazy))
+
+
+class _Module:
+    """A module's source, apart from what it imports."""
+
+    def __init__(self, name: str):
+        self.name = name
+        source = (_PACKAGE / f"{name.replace('.', '/')}.py").read_text()
+        tree = ast.parse(source)
+        self.lines = source.splitlines()
+        self.purpose = (ast.get_docstring(tree) or "").split("\n")[0].split(": ")[0].rstrip(".")
+        self.eager: list[str] = []
+        self.lazy: list[str] = []
+        self.imports: list[str] = []
+        self.bound: dict[str, str] = {}
+        replaced: dict[int, str | None] = {}  # line: what stands there instead
+
+        def replace(node: ast.stmt, text: str | None = None) -> None:
+            replaced.update(dict.fromkeys(range(node.lineno, (node.end_lineno or node.lineno) + 1)))
+            replaced[node.lineno] = text
+
+        top = {id(node) for node in tree.body}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.module is not None and all(alias.asname is None for alias in node.names)
+                parents = name.split(".")[: -node.level]
+                other = ".".join([*parents, node.module])
+                (self.eager if id(node) in top else self.lazy).append(other)
+                indent = " " * node.col_offset
+                replace(node, None if id(node) in top else f'{indent}_require("{other}")')
+        for node in tree.body:
+            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+                self.imports += [_one_line(node, alias) for alias in node.names]
+                self.bound |= {a.asname or a.name.split(".")[0]: _meaning(node, a) for a in node.names}
+                replace(node)
+            elif node is tree.body[0] or ast.unparse(node).startswith("__all__ ="):  # the docstring is first
+                replace(node)
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                self.bound[node.name] = f"defined in {name}"
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found = [x for target in targets for x in ast.walk(target)]
+                self.bound |= {x.id: f"set in {name}" for x in found if isinstance(x, ast.Name)}
+        kept = [replaced.get(i, line) for i, line in enumerate(self.lines, 1)]
+        self.body = "\n".join(line for line in kept if line is not None).strip("\n") + "\n"
+
+    @property
+    def optional_body(self) -> str:
+        """The body in a `try`, its imports with it."""
+        body = "\n".join([*self.imports, "", self.body])
+        indented = "\n".join(f"    {line}" if line.strip() else "" for line in body.splitlines())
+        needs = "".join(f'    _require("{other}")\n' for other in self.eager)
+        return (
+            f"try:\n{needs}{indented.rstrip()}\n"
+            f'except ImportError as error:\n    _UNAVAILABLE["{self.name}"] = str(error)\n'
+        )
+
+
+def _one_line(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
+    name = alias.name + (f" as {alias.asname}" if alias.asname else "")
+    return f"from {node.module} import {name}" if isinstance(node, ast.ImportFrom) else f"import {name}"
+
+
+def _meaning(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
+    """Of an imported name, the same however it was imported."""
+    if isinstance(node, ast.ImportFrom):
+        return f"{node.module}.{alias.name}"
+    return alias.name if alias.asname else alias.name.split(".")[0]

@@ -1,0 +1,1 @@
+"""The models of both libraries over one core, with their configuration, losses and saved folders."""

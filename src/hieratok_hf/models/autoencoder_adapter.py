@@ -1,0 +1,140 @@
+"""One way to use every image autoencoder, of this package and of diffusers."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..shipped import shipped_or_given
+from .core import HieraTokCore, posterior_of
+
+__all__ = ["Codec", "load_codec"]
+
+# Shape letters: B batch, S side of a square picture in pixels, C latent channels, h w the latent's grid.
+
+
+class Codec:
+    """
+    One way to use every autoencoder: pictures in [-1, 1] to the mode of their latents, and back.
+
+    Args:
+        model (`torch.nn.Module`): A `HieraTokCore`, a model around one, or an image autoencoder of diffusers.
+
+    Attributes:
+        core (`HieraTokCore` or `None`): That of a HieraTok model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        core = model if isinstance(model, HieraTokCore) else getattr(model, "core", None)
+        self.core: HieraTokCore | None = core if isinstance(core, HieraTokCore) else None
+
+    def encode(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
+        """
+        The latent of pictures, in the dtype and on the device of the model.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): In [-1, 1].
+            noise (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal, to draw a sample of the
+                posterior, whose mode is given without. A model without a posterior has only one latent.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, h, w)`.
+
+        Raises:
+            ValueError: Of a HieraTok model, as `HieraTokCore.encode_moments`.
+        """
+        weight = next(self.model.parameters())
+        pixel_values = pixel_values.to(weight.device, weight.dtype)
+        if self.core is not None:
+            posterior: Any = posterior_of(self.core.encode_moments(pixel_values)[0])
+        else:
+            output: Any = self.model.encode(pixel_values)
+            if not hasattr(output, "latent_dist"):
+                return output.latents if hasattr(output, "latents") else output.latent
+            posterior = output.latent_dist
+        return posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """The `scaling_factor` and `shift_factor` of the configuration, 1 and 0 where it has none."""
+        config = getattr(self.model, "config", None)
+        scale, shift = (getattr(config, name, None) for name in ("scaling_factor", "shift_factor"))
+        return {"scaling_factor": scale or 1.0, "shift_factor": shift or 0.0}
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """`latents` `(B, C, h, w)` as a generator of diffusers is fed them; those of HieraTok are so already."""
+        return (latents - self.statistics["shift_factor"]) * self.statistics["scaling_factor"]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The pictures `(B, 3, S, S)` of `latents` `(B, C, h, w)`, about [-1, 1], not clamped."""
+        return self.core.decode(latents) if self.core is not None else self.model.decode(latents).sample
+
+    def decode_scales(self, latents: Tensor) -> list[Tensor]:
+        """
+        The pictures that `latents` `(B, C, h, w)` have at every scale, coarse to fine, the last `(B, 3, S, S)`; of
+        other models than HieraTok the only one.
+        """
+        return [self.decode(latents)] if self.core is None else self.core.decode_scales(latents)
+
+    def latent_shape(self, size: int) -> tuple[int, ...]:
+        """
+        Shape `(C, h, w)` of the latent of a picture of `size` x `size` pixels, which is tried.
+
+        Raises:
+            ValueError: The model cannot take it, or gives a picture of another size back.
+        """
+        blank = torch.zeros(1, 3, size, size)
+        name = type(self.model).__name__
+        try:
+            with torch.no_grad():
+                latents = self.encode(blank)
+                shape = tuple(self.decode(latents).shape)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name} cannot take pictures of {size} x {size} pixels: {reason}") from error
+        if shape != blank.shape:
+            raise ValueError(f"{name} makes pictures of shape {shape[1:]} of those of {tuple(blank.shape[1:])}.")
+        return tuple(latents.shape[1:])
+
+
+def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Codec:
+    """
+    A HieraTok model or an autoencoder of diffusers in float32, from safetensors: a name of `SHIPPED`, a folder, or a
+    Hub id; of a pipeline its part `vae`.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): Where it is.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where it is put.
+
+    Raises:
+        OSError: There is no such folder or repository, no network to reach it, or it holds no safetensors.
+        ValueError: Its configuration names no autoencoder that this package or diffusers has, or its weights do not
+            suit it.
+    """
+    import diffusers
+
+    from .autoencoder_hieratok import AutoencoderHieraTok
+
+    name = shipped_or_given(os.fspath(name_or_path))
+    arguments: dict[str, Any] = {}
+    try:
+        config = AutoencoderHieraTok.load_config(name)
+    except OSError:
+        arguments = {"subfolder": "vae"}
+        try:
+            config = AutoencoderHieraTok.load_config(name, **arguments)
+        except OSError:
+            raise OSError(
+                f"{name!r} is no folder or repository with a config.json, in itself or in its vae."
+            ) from None
+    kind = config.get("_class_name")
+    is_own = kind == AutoencoderHieraTok.__name__ or config.get("model_type") == "hieratok"
+    model_class: Any = AutoencoderHieraTok if is_own else getattr(diffusers, str(kind), None)
+    if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
+        raise ValueError(
+            f"{name!r} must hold an autoencoder of HieraTok or diffusers, its config.json names {kind!r}."
+        )
+    model = model_class.from_pretrained(name, torch_dtype=torch.float32, use_safetensors=True, **arguments)
+    return Codec(model.eval().requires_grad_(False).to(device))

@@ -1,0 +1,323 @@
+"""HieraTok as a diffusers autoencoder: configuration, outputs and flags around `HieraTokCore`."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..ops.pyramid import PyramidLayout
+from .configuration_hieratok import HieraTokConfig, complete_saved
+from .core import HieraTokCore, check_latents, check_pixel_values
+from .saving import HubUploadMixin, named_in_errors, pop_hub_arguments, share_between_libraries, staged
+from .tiling import TilingMixin, run_in_tiles
+
+__all__ = ["AutoencoderHieraTok", "AutoencoderHieraTokOutput"]
+
+# Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
+
+
+@dataclass
+class AutoencoderHieraTokOutput(DecoderOutput):
+    """
+    What `AutoencoderHieraTok.decode` and its call return.
+
+    Attributes:
+        sample (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The picture of the last scale that ran, about
+            [-1, 1], not clamped.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The pictures of all scales that ran, coarse to
+            fine; the last is `sample`.
+    """
+
+    scales: tuple[Tensor, ...] | None = None
+
+
+class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    """
+    The multi-scale visual tokenizer HieraTok (after arXiv 2509.23736) as the VAE of diffusers pipelines.
+
+    Its weights are those of `HieraTokModel`: one folder loads in both. The latents of a trained checkpoint are
+    normalised, so `scaling_factor` is 1 and `shift_factor` 0.
+
+    Args:
+        kwargs: As those of `HieraTokConfig`, with the same defaults.
+
+    Raises:
+        ValueError, StrictDataclassError: As `HieraTokConfig`.
+
+    Example:
+
+    ```python
+    >>> import torch, hieratok_hf
+    >>> vae = hieratok_hf.AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+    >>> latents = vae.encode(torch.zeros(1, 3, 64, 96)).latent_dist.mode()
+    >>> latents.shape, vae.decode(latents).sample.shape, vae.decode(latents, num_scales=2).sample.shape
+    (torch.Size([1, 16, 8, 12]), torch.Size([1, 3, 64, 96]), torch.Size([1, 3, 16, 24]))
+
+    ```
+    """
+
+    # diffusers writes a component's module into a saved pipeline, and finds it there only if it has been imported.
+    __module__ = "hieratok_hf"
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
+    _repeated_blocks = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
+    _group_offload_block_modules = ["core", "encoder", "decoder"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        patch_size: int = 16,
+        latent_channels: int = 16,
+        scale_factors: tuple[int, ...] = (8, 4, 2, 1),
+        downsampling: str = "learned",
+        scale_causal: bool = True,
+        encoder_hidden_size: int = 768,
+        encoder_num_layers: int = 12,
+        encoder_num_heads: int = 12,
+        decoder_hidden_size: int = 768,
+        decoder_num_layers: int = 12,
+        decoder_num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        qk_norm: bool = False,
+        norm_before_blocks: bool = False,
+        norm_after_blocks: bool = True,
+        learned_positions: int = 0,
+        rotary_coordinates: str = "cells",
+        rotary_scale: float = 1.0,
+        rotary_base: float = 100.0,
+        rotary_pairing: str = "proper",
+        output_conv: bool = False,
+        linear_path: int = 0,
+        kl_weight: float = 1e-4,
+        coarse_weight: float = 0.02,
+        sample_size: int = 256,
+        initializer_range: float = 0.02,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        force_upcast: bool = False,
+    ):
+        super().__init__()
+        config = HieraTokConfig(**{name: self.config[name] for name in HieraTokConfig.__annotations__})
+        # JSON turns the tuple into a list.
+        self.register_to_config(scale_factors=config.scale_factors, **config.pipeline_facts)
+        self.core = HieraTokCore(config).init_weights()
+        self.use_slicing = False
+        self.init_tiling(config.patch_size, max(256, 2 * config.patch_size * config.scale_factors[0]))
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> "AutoencoderHieraTok":
+        """A model of a named size with random weights; arguments and errors as those of `HieraTokConfig.from_size`."""
+        return cls(**HieraTokConfig.from_size(size, **overrides).model_fields).eval()
+
+    @classmethod
+    def from_core(cls, core: HieraTokCore) -> "AutoencoderHieraTok":
+        """A model around a core that exists; the weights are shared, not copied."""
+        with torch.device("meta"):
+            model = cls(**core.config.model_fields)
+        model.core = core
+        return model.train(core.training)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """
+        As diffusers' own, but the keys that transformers keeps in the same `config.json` cause no warning, and one
+        saved without `downsampling` is read as `complete_saved` says.
+        """
+        config_dict = complete_saved(config_dict)
+        own_keys = cls._get_init_keys(cls)
+        foreign = {*PreTrainedConfig().to_dict(), *HieraTokConfig().pipeline_facts, "auto_map"}
+        own = {key: value for key, value in config_dict.items() if key in own_keys or key not in foreign}
+        return super().extract_init_dict(own, **kwargs)
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels of a picture's side a cell of the latent's."""
+        return self.core.config.patch_size
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """
+        Args:
+            x (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; sides are multiples of the patch size.
+            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderKLOutput` rather than a tuple.
+
+        Returns:
+            The distribution of the latent `(B, C, h, w)`, as `latent_dist`.
+
+        Raises:
+            ValueError: As `HieraTokCore.encode_moments`.
+        """
+        moments = [self._encode(part) for part in self._slices(x)]
+        posterior = DiagonalGaussianDistribution(torch.cat(moments) if len(moments) > 1 else moments[0])
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        num_scales: int | None = None,
+        return_scales: bool = False,
+    ) -> AutoencoderHieraTokOutput | tuple[Any, ...]:
+        """
+        Args:
+            z (`torch.Tensor` of shape `(B, C, h, w)`): The latent.
+            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
+                tuple.
+            generator (`torch.Generator`, *optional*): Ignored; pipelines pass it.
+            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
+                picture of the last of them, for the cost of its tokens and the coarser ones.
+            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
+
+        Returns:
+            `sample` of shape `(B, 3, H, W)`, smaller for fewer scales, about [-1, 1], not clamped; and `scales`, where
+            they were asked for.
+
+        Raises:
+            ValueError: As `HieraTokCore.decode`.
+        """
+        parts = [self._decode(part, num_scales, return_scales) for part in self._slices(z)]
+        pictures = tuple(torch.cat(scale) if len(parts) > 1 else scale[0] for scale in zip(*parts))
+        output = AutoencoderHieraTokOutput(sample=pictures[-1], scales=pictures if return_scales else None)
+        return output if return_dict else output.to_tuple()
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        return_scales: bool = False,
+    ) -> AutoencoderHieraTokOutput | tuple[Any, ...]:
+        """
+        Encode and decode.
+
+        Args:
+            sample (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; sides are multiples of the patch.
+            sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
+            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
+                tuple.
+            generator (`torch.Generator`, *optional*): Source of the sample's noise.
+            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
+
+        Returns:
+            `sample` of shape `(B, 3, H, W)`, about [-1, 1], not clamped; and `scales`, where they were asked for.
+
+        Raises:
+            ValueError: As `HieraTokCore.encode_moments`.
+        """
+        posterior = self.encode(sample).latent_dist
+        latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        return self.decode(latents, return_dict=return_dict, return_scales=return_scales)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Moments `(B, 2C, h, w)`, in tiles where they are on and the pictures larger than one."""
+        patch_size = self.core.config.patch_size
+        if not self.needs_tiles(x, 1):
+            return self.core.encode_moments(x)[0]
+        check_pixel_values(x, self.core.config)
+        return run_in_tiles(
+            lambda part: self.core.encode_moments(part)[0], x, *self.tiles(1), (1, patch_size), patch_size
+        )
+
+    def _decode(self, z: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
+        """The picture of the last scale that runs or of all, in tiles where those are on and the latent is larger."""
+        patch_size, factors = self.core.config.patch_size, tuple(self.core.config.scale_factors)
+        if not self.needs_tiles(z, patch_size):
+            return self.core.decode_scales(z, num_scales) if all_scales else [self.core.decode(z, num_scales)]
+        check_latents(z, self.core.config)
+        layout = PyramidLayout.from_grid(z.shape[2], z.shape[3], factors)
+        layout = layout.truncate(layout.num_scales if num_scales is None else num_scales)
+
+        def decode_in_tiles(num_scales: int) -> Tensor:
+            # Without scale causality the coarser scales see the finer ones, and cannot be decoded alone.
+            alone = self.core.config.scale_causal or num_scales == layout.num_scales
+
+            def decode(part: Tensor) -> Tensor:
+                if alone:
+                    return self.core.decode(part, num_scales)
+                return self.core.decode_scales(part, layout.num_scales)[num_scales - 1]
+
+            factor = factors[num_scales - 1]
+            return run_in_tiles(decode, z, *self.tiles(patch_size), (patch_size, factor), factor)
+
+        return [decode_in_tiles(k) for k in range(1 if all_scales else layout.num_scales, layout.num_scales + 1)]
+
+    def _slices(self, batch: Tensor) -> Sequence[Tensor]:
+        """A batch one by one where slicing is on; what is no batch is left for the core to refuse."""
+        is_batch = isinstance(batch, Tensor) and batch.ndim == 4 and batch.shape[0] > 1
+        return batch.split(1) if self.use_slicing and is_batch else [batch]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """
+        As `ModelMixin.from_pretrained`, but weights that lack a tensor are refused, where diffusers would leave it
+        random or without storage.
+
+        Raises:
+            OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
+            ValueError: The weights lack a tensor of the model that the configuration describes, or one of another
+                shape was ignored and has no storage.
+        """
+        return_info = kwargs.pop("output_loading_info", False)
+        with named_in_errors(pretrained_model_name_or_path):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        folder = repr(str(pretrained_model_name_or_path))
+        if missing := sorted(info.get("missing_keys", ())):
+            raise ValueError(
+                f"The weights in {folder} lack {len(missing)} of the tensors that `config.json` asks for, such as "
+                f"{missing[0]!r}."
+            )
+        # With a device map, weights may rest on a disk; some quantised ones say of themselves that they are meta.
+        ignored = info.get("mismatched_keys") and kwargs.get("device_map") is None
+        if ignored and any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"Weights in {folder} have other shapes than `config.json` asks for; to start these at random, pass "
+                "`low_cpu_mem_usage=False` beside `ignore_mismatched_sizes=True`."
+            )
+        return (model, info) if return_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """
+        Save to a folder that this class and `HieraTokModel` both load; files appear whole or not at all.
+
+        Arguments are those of `ModelMixin.save_pretrained`, by name, because a pipeline hands on those of the
+        signature alone. What `safe_serialization=False` writes is diffusers' alone.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        kwargs["variant"] = variant
+        hub_arguments = pop_hub_arguments(kwargs, save_directory)
+        with staged(save_directory) as stage:
+            super().save_pretrained(
+                stage, is_main_process, save_function, safe_serialization, max_shard_size=max_shard_size, **kwargs
+            )
+            share_between_libraries(stage, self.core.config)
+        if hub_arguments is not None:
+            self.push_to_hub(**hub_arguments)

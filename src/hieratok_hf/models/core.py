@@ -1,0 +1,284 @@
+"""HieraTok itself: the one file that composes encoder, latent, pyramid and decoder (after arXiv 2509.23736)."""
+
+import copy
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.pyramid import PyramidLayout, check_scale_factors
+from .configuration_hieratok import DOWNSAMPLING, HieraTokConfig
+from .decoder import HieraTokDecoder
+from .encoder import HieraTokEncoder
+from .layers import init_weights
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+__all__ = ["PIXEL_LIMIT", "HieraTokCore", "posterior_of"]
+
+# Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
+
+PIXEL_LIMIT = 16.0
+"""
+Largest magnitude of a pixel that is taken for one in [-1, 1]: noise and resampling overshoot that a little, pictures
+in [0, 255] by far.
+"""
+
+_INITIAL_LOGVAR = -6.0
+
+
+class HieraTokCore(nn.Module):
+    """
+    The tokenizer without a library around it: `pixel_values -> moments -> latents -> pyramid -> pictures`.
+
+    Args:
+        config (`HieraTokConfig`): Sizes and options.
+    """
+
+    def __init__(self, config: HieraTokConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = HieraTokEncoder(config)
+        self.decoder = HieraTokDecoder(config)
+
+    def init_weights(self) -> "HieraTokCore":
+        """Give every module its random weights, and return the core."""
+        for module in self.modules():
+            init_weights(module, self.config.initializer_range)
+        self.decoder.init_weights(self.config.initializer_range)
+        return self
+
+    def encode_moments(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; `H` and `W` are multiples of
+                the patch size. Values are checked on a CPU only, where looking at them stalls nothing.
+
+        Returns:
+            The moments `(B, 2C, h, w)`, mean first, and the encoder's features `(B, h * w, D)`.
+
+        Raises:
+            ValueError: Rank, batch, channels, size, dtype or values are not those above.
+        """
+        check_pixel_values(pixel_values, self.config)
+        return self.encoder(pixel_values)
+
+    def encode(self, pixel_values: Tensor) -> "DiagonalGaussianDistribution":
+        """
+        The distribution of the latent `(B, C, h, w)` of `pixel_values` `(B, 3, H, W)`, with the errors of
+        `encode_moments`.
+        """
+        return posterior_of(self.encode_moments(pixel_values)[0])
+
+    def decode(self, latents: Tensor, num_scales: int | None = None) -> Tensor:
+        """
+        The picture of one scale, for the cost of its tokens and the coarser ones only.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
+            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)` with the grid of the last scale run; `(B, 3, H, W)` for
+            all of them. Values lie about [-1, 1] and are not clamped.
+
+        Raises:
+            ValueError: Rank, batch, channels, dtype or values of `latents`, or `num_scales`, are not those above.
+        """
+        return self._decode(latents, num_scales, all_scales=False)[-1]
+
+    def decode_scales(self, latents: Tensor, num_scales: int | None = None) -> list[Tensor]:
+        """
+        The pictures that `latents` `(B, C, h, w)` have at every scale up to `num_scales`, coarse to fine, each
+        `(B, 3, n_h * p, n_w * p)`; arguments and errors as those of `decode`.
+        """
+        return self._decode(latents, num_scales, all_scales=True)
+
+    def _decode(self, latents: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
+        check_latents(latents, self.config)
+        layout = PyramidLayout.from_grid(latents.shape[-2], latents.shape[-1], tuple(self.config.scale_factors))
+        if num_scales is not None:
+            layout = layout.truncate(num_scales)
+            if layout.num_scales < len(self.config.scale_factors) and not self.config.scale_causal:
+                raise ValueError(
+                    f"Without `scale_causal` no scale can be decoded alone, got `num_scales={num_scales}`."
+                )
+        return self.decoder(latents, layout, all_scales)
+
+    @torch.no_grad()
+    def with_scale_factors(self, scale_factors: tuple[int, ...], downsampling: str = "learned") -> "HieraTokCore":
+        """
+        Copy the model with other scales.
+
+        A coarse scale that this model does not have, or makes of averages where the copy is to learn, starts from the
+        finest one: its tokens are those of the average cell, and its linear path is that of the finest one, averaged.
+        Where the factors divide the grid and the scales are the same, all pictures stay as they are, within rounding.
+
+        Args:
+            scale_factors (`tuple[int, ...]`): The scales of the copy.
+            downsampling (`str`, defaults to `"learned"`): That of the copy; `"mean"` only of a model that has it.
+
+        Raises:
+            ValueError: The factors do not decrease strictly to 1, averages cannot stand for what was learned, or the
+                model has adapters.
+        """
+        check_scale_factors(scale_factors)
+        if any(hasattr(module, "base_layer") for module in self.modules()):
+            raise ValueError("The model has adapters, which a copy would lack: fuse them and unload them first.")
+        own = tuple(self.config.scale_factors)
+        has_averages = self.config.downsampling == "mean" or len(own) == 1
+        if downsampling == "mean" and not has_averages:
+            raise ValueError("`downsampling` must be one of 'learned', as the model has it, got 'mean'.")
+        if downsampling not in DOWNSAMPLING:
+            raise ValueError(f"`downsampling` must be one of {list(DOWNSAMPLING)}, got {downsampling!r}.")
+        config = copy.deepcopy(self.config)
+        config.scale_factors, config.downsampling = tuple(scale_factors), downsampling
+        core = HieraTokCore(config).init_weights()
+        ours, theirs = self.decoder, core.decoder
+        of_scales = ("decoder.scale_embedding", "decoder.coarse_embed.", "decoder.linear_path.")
+        shared = {name: x for name, x in self.state_dict().items() if not name.startswith(of_scales)}
+        core.load_state_dict(shared, strict=False)
+        for i, factor in reversed(list(enumerate(scale_factors))):
+            if factor > 1:
+                theirs.init_coarse_scale(i)
+            if factor not in own:
+                continue
+            row = own.index(factor)
+            theirs.scale_embedding[i] = ours.scale_embedding[row]
+            if factor > 1 and downsampling != self.config.downsampling:
+                continue
+            if self.config.linear_path:
+                theirs.linear_path[i].load_state_dict(ours.linear_path[row].state_dict())
+            if factor > 1 and downsampling == "learned":
+                theirs.coarse_embed[i].load_state_dict(ours.coarse_embed[row].state_dict())
+        return core.to(ours.head.weight).train(self.training)
+
+    @torch.no_grad()
+    def set_linear_path(self, components: Tensor, mean: Tensor, scale: Tensor) -> None:
+        """
+        Start the linear path as a principal component analysis of patches, and the transformers at zero beside it.
+
+        The linear path of a coarse scale starts as the average of what the finest makes.
+
+        Args:
+            components (`torch.Tensor` of shape `(C, 3 * p * p)`): Orthonormal directions of patches in the order
+                (colour, row, column).
+            mean (`torch.Tensor` of shape `(3 * p * p,)`): Mean patch.
+            scale (`torch.Tensor` of shape `(C,)`): Standard deviation along each direction.
+
+        Raises:
+            ValueError: The model was configured without a linear path, a shape is not that above, or a scale is not
+                positive and finite.
+        """
+        if not self.config.linear_path:
+            raise ValueError("The model has no linear path: configure it with `linear_path`.")
+        size, channels, middle = self.config.patch_size, self.config.latent_channels, self.config.linear_path // 2
+        numbers = size**2 * self.config.in_channels
+        _check_statistics("components", components, (channels, numbers))
+        _check_statistics("mean", mean, (numbers,))
+        _check_statistics("scale", scale, (channels,), positive=True)
+        to_latent = components / scale[:, None]
+        cells = slice(middle * size, (middle + 1) * size)
+        self.encoder.linear_path.weight.zero_()
+        self.encoder.linear_path.weight[:, :, cells, cells] = to_latent.view(channels, -1, size, size)
+        self.encoder.head.weight[:channels].zero_()
+        self.encoder.head.bias[:channels].copy_(-(to_latent @ mean))
+        # A posterior as wide as the latents would drown them before training has begun.
+        self.encoder.head.bias[channels:].fill_(_INITIAL_LOGVAR)
+        # A decoded patch has its colours last.
+        to_patch = (components * scale[:, None]).view(channels, -1, size, size).permute(2, 3, 1, 0).flatten(0, 2)
+        self.decoder.head.weight.zero_()
+        self.decoder.head.bias.zero_()
+        finest = self.decoder.linear_path[-1]
+        finest.weight.zero_()
+        finest.weight[:, :, middle, middle] = to_patch
+        finest.bias.copy_(mean.view(-1, size, size).permute(1, 2, 0).flatten())
+        for i in range(len(self.config.scale_factors) - 1):
+            self.decoder.init_coarse_path(i)
+
+    @torch.no_grad()
+    def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """
+        Fold a normalisation of the latent into the weights: afterwards `encode` gives `(latent - mean) / std`, and
+        `decode` of that gives the same picture as before, because the layers on both sides are linear in it.
+
+        Args:
+            mean, std (`torch.Tensor` of shape `(C,)`): Statistics of each latent channel over the training pictures.
+
+        Raises:
+            ValueError: A shape is not `(C,)`, a value is not finite, or a standard deviation is not positive.
+        """
+        channels = self.config.latent_channels
+        _check_statistics("mean", mean, (channels,))
+        _check_statistics("std", std, (channels,), positive=True)
+        encoder, decoder = self.encoder, self.decoder
+        encoder.head.weight[:channels] /= std[:, None]
+        encoder.head.bias[:channels] = (encoder.head.bias[:channels] - mean) / std
+        encoder.head.bias[channels:] -= 2 * std.log()
+        decoder.embed.bias.add_(decoder.embed.weight @ mean)
+        decoder.embed.weight.mul_(std)
+        if self.config.linear_path:
+            encoder.linear_path.weight.div_(std[:, None, None, None])
+        # Continued borders keep a constant constant, so a shift of the latent is one of the bias.
+        for layer in (*decoder.coarse_embed, *decoder.linear_path):
+            layer.bias.add_(layer.weight.sum((2, 3)) @ mean)
+            layer.weight.mul_(std[:, None, None])
+
+
+def posterior_of(moments: Tensor) -> "DiagonalGaussianDistribution":
+    """The distribution of the latent `(B, C, h, w)` from its `moments` `(B, 2C, h, w)`, mean first."""
+    # Importing it loads every autoencoder of diffusers, which `import hieratok_hf` should not wait for.
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    return DiagonalGaussianDistribution(moments)
+
+
+def check_pixel_values(pixel_values: Tensor, config: HieraTokConfig) -> None:
+    """Raise `ValueError` unless `pixel_values` are pictures that a model of this configuration can encode."""
+    _check_map(pixel_values, "pixel_values", config.in_channels)
+    height, width = pixel_values.shape[-2:]
+    if height % config.patch_size or width % config.patch_size:
+        raise ValueError(
+            f"Height and width of `pixel_values` must be multiples of the patch size {config.patch_size}, "
+            f"got {height}x{width}."
+        )
+    if _may_look_at(pixel_values):
+        low, high = (float(x) for x in torch.aminmax(pixel_values.detach()))
+        if low < -PIXEL_LIMIT or high > PIXEL_LIMIT:
+            raise ValueError(f"`pixel_values` must lie in [-1, 1], got values from {low:g} to {high:g}.")
+
+
+def check_latents(latents: Tensor, config: HieraTokConfig) -> None:
+    """Raise `ValueError` unless `latents` are a latent that a model of this configuration can decode."""
+    _check_map(latents, "latents", config.latent_channels)
+
+
+def _check_map(tensor: Tensor, name: str, channels: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.ndim != 4:
+        raise ValueError(f"`{name}` must have shape (batch, channels, height, width), got {tuple(tensor.shape)}.")
+    if tensor.shape[1] != channels:
+        raise ValueError(f"`{name}` must have {channels} channels, got {tensor.shape[1]}.")
+    if 0 in tensor.shape:
+        raise ValueError(f"`{name}` must not be empty, got shape {tuple(tensor.shape)}.")
+    if not tensor.is_floating_point():
+        raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}.")
+    # Their extremes are finite where all are, and need no second tensor of that size.
+    if _may_look_at(tensor) and not all(math.isfinite(x) for x in torch.aminmax(tensor.detach())):
+        raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+
+
+def _check_statistics(name: str, values: Tensor, shape: tuple[int, ...], positive: bool = False) -> None:
+    got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if got != shape:
+        raise ValueError(f"`{name}` must be a tensor of shape {shape}, got {got}.")
+    if not torch.isfinite(values).all() or (positive and not (values > 0).all()):
+        raise ValueError(f"`{name}` must be finite{' and positive' if positive else ''}, got {values.tolist()}.")
+
+
+def _may_look_at(tensor: Tensor) -> bool:
+    """Whether reading values costs no synchronisation with a device and breaks no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,0 +1,298 @@
+"""Layers of both sides, a superset of l-DeTok's: rotary positions on two axes, attention, SwiGLU, pre-norm block."""
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..ops.attention import ATTENTION_BACKENDS, scale_causal_attention, why_not
+from ..ops.onednn_linear import HieraTokLinear
+from ..ops.pyramid import PyramidLayout, kept_by_size
+from .attention_dispatch import preferring, requested_backend
+from .configuration_hieratok import HieraTokConfig
+
+__all__ = [
+    "HieraTokAttention",
+    "HieraTokAttnProcessor",
+    "HieraTokBlock",
+    "HieraTokDecoderBlock",
+    "HieraTokEncoderBlock",
+    "HieraTokPositions",
+    "HieraTokSwiGLU",
+    "apply_rotary",
+    "fused_norm_rotary",
+    "init_weights",
+    "rotary_tables",
+]
+
+# Shape letters: B batch, N tokens, D hidden size, A heads, d channels of a head, h w finest grid.
+
+
+def rotary_tables(
+    config: HieraTokConfig, layout: PyramidLayout, grid: tuple[int, int], head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """
+    Cosines and sines of the rotary angle of every token and channel.
+
+    A token sits at the mean of the finest cells that it covers. The first half of a head's channels turns with the
+    row, the second half with the column; neighbouring channels make a pair.
+
+    Args:
+        config (`HieraTokConfig`): Its `rotary_*` values say how far a position turns each pair.
+        layout (`PyramidLayout`): The scales of the sequence.
+        grid (`tuple[int, int]`): Height and width of the finest grid, which gives positions their unit.
+        head_dim (`int`): Channels of a head, `d`, a multiple of 4.
+        device (`torch.device`): Where the tables are made.
+
+    Returns:
+        Two `torch.Tensor` of shape `(N, 1, d)` in float32; the sines are negative in the first channel of a pair.
+    """
+    settings = config.rotary_coordinates, config.rotary_pairing, config.rotary_scale, config.rotary_base
+    return _rotary_tables(layout, settings, grid, head_dim, device)
+
+
+@kept_by_size
+def _rotary_tables(
+    layout: PyramidLayout,
+    settings: tuple[str, str, float, float],
+    grid: tuple[int, int],
+    head_dim: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    coordinates, pairing, scale, base = settings
+    num_pairs = head_dim // 4
+    exponents = torch.linspace(0, 1, num_pairs, device=device, dtype=torch.float32)
+    frequencies = scale * base**-exponents  # (d / 4,)
+    detok = pairing == "detok"
+    frequencies = torch.cat([frequencies] * 2) if detok else frequencies.repeat_interleave(2)  # (d / 2,)
+
+    angles = []
+    for num_cells, (first, end) in zip(grid, layout.cells(device).spans(grid)):
+        centre = (first + end - 1) / 2  # (N,)
+        if coordinates == "fraction":
+            centre = centre / max(num_cells - 1, 1)
+        angles.append(centre[:, None] * frequencies)  # (N, d / 2)
+    table = torch.cat(angles, dim=-1)[:, None]  # (N, 1, d)
+    # Counted on the device: numbers sent to it would make the host wait.
+    signs = torch.arange(head_dim, device=device) % 2 * 2 - 1
+    return table.cos(), table.sin() * signs
+
+
+def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn `hidden_states` `(B, N, A, d)` by the tables `(N, 1, d)`, in float32; the result has their own dtype."""
+    cos, signed_sin = rotary
+    values = hidden_states.float()
+    pairs = values.unflatten(-1, (-1, 2))
+    partners = torch.stack([pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)  # (B, N, A, d), faster than `flip`
+    return torch.addcmul(values * cos, partners, signed_sin).to(hidden_states.dtype)
+
+
+def fused_norm_rotary(hidden_states: Tensor, norm: nn.RMSNorm | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """
+    `norm`, if there is one, and `apply_rotary` in one Triton kernel, from `hidden_states` `(B, N, A, d)`.
+
+    Raises:
+        ValueError: Triton cannot serve on this device.
+    """
+    reason = why_not("triton", hidden_states.transpose(1, 2), scale=1.0, needs_gradient=False)
+    if reason is not None:
+        raise ValueError(f"`fused_rotary` cannot serve here: {reason}.")
+    from ..ops.rotary_triton import norm_rotary
+
+    if norm is None:
+        return norm_rotary(hidden_states, None, *rotary, 0.0)
+    return norm_rotary(hidden_states, norm.weight, *rotary, norm.eps)
+
+
+def prefers_fused_rotary(hidden_states: Tensor) -> bool:
+    """Tell whether `fused_norm_rotary` is the faster way for `hidden_states` `(B, N, A, d)`, and can serve."""
+    if not hidden_states.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return why_not("triton", hidden_states.transpose(1, 2), scale=1.0, needs_gradient=False) is None
+
+
+class HieraTokAttnProcessor:
+    """
+    What `HieraTokAttention` computes: projections, rotary positions, and the one attention function.
+
+    Args:
+        backend (`str`, *optional*): A backend of `scale_causal_attention`. Unless given, the model's
+            `attn_implementation` decides (see `ATTENTION_IMPLEMENTATIONS`), and without one `"auto"`.
+        fused_rotary (`bool`, *optional*): Do QK-norm and rotary positions in one Triton kernel. Unless given, where it
+            was measured to be faster: on a CUDA device, without gradients and without `torch.compile`, which fuses
+            these steps by itself.
+
+    Raises:
+        ValueError: `backend` is none of `scale_causal_attention`, or, when called, cannot serve.
+    """
+
+    # The libraries' own settings: the first is a name of diffusers' `set_attention_backend`.
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, backend: str | None = None, fused_rotary: bool | None = None):
+        if backend is not None and backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"`backend` must be one of {list(ATTENTION_BACKENDS)} or None, got {backend!r}.")
+        self.backend = backend
+        self.fused_rotary = fused_rotary
+
+    def __call__(
+        self, attn: "HieraTokAttention", hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attn` of `hidden_states` `(B, N, D)`: what `HieraTokAttention.forward` returns."""
+        if attn.fused_projections:
+            projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)  # (B, N, A, d)
+        fused = prefers_fused_rotary(query) if self.fused_rotary is None else self.fused_rotary
+        if fused:
+            query, key = fused_norm_rotary(query, attn.norm_q, rotary), fused_norm_rotary(key, attn.norm_k, rotary)
+        else:
+            if attn.norm_q is not None and attn.norm_k is not None:
+                query, key = attn.norm_q(query), attn.norm_k(key)
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, A, N, d)
+
+        implementation = attn.config._attn_implementation
+        backend, kernel = requested_backend(self.backend, self._attention_backend, implementation)
+        eager = implementation == "eager" and backend == "reference"
+        with preferring(kernel):
+            attended = scale_causal_attention(query, key, value, layout, backend=backend, return_weights=eager)
+        attended, weights = attended if isinstance(attended, tuple) else (attended, None)
+        return attn.to_out[0](attended.transpose(1, 2).flatten(2)), weights
+
+
+class HieraTokAttention(nn.Module, AttentionModuleMixin):
+    """
+    Multi-head attention over a pyramid of tokens; with a layout of one scale, full attention.
+
+    Args:
+        config (`HieraTokConfig`): Whether queries and keys are normed, and the attention implementation.
+        hidden_size, num_heads (`int`): Width and heads.
+    """
+
+    _default_processor_cls = HieraTokAttnProcessor
+    _available_processors = [HieraTokAttnProcessor]
+
+    def __init__(self, config: HieraTokConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.use_bias = True
+        self.is_cross_attention = False
+        self.to_q = HieraTokLinear(hidden_size, hidden_size)
+        self.to_k = HieraTokLinear(hidden_size, hidden_size)
+        self.to_v = HieraTokLinear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([HieraTokLinear(hidden_size, hidden_size)])
+        self.norm_q = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.norm_k = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.set_processor(self._default_processor_cls())
+
+    def fuse_projections(self) -> None:
+        """One linear layer for queries, keys and values, as diffusers has it."""
+        super().fuse_projections()
+        if self.fused_projections:
+            self.to_qkv.__class__ = HieraTokLinear
+
+    def forward(
+        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, N, D)`): Tokens, coarse scale first.
+            rotary (`tuple[torch.Tensor, torch.Tensor]`): Those of `rotary_tables`.
+            layout (`PyramidLayout`): The scales of the sequence.
+
+        Returns:
+            `(B, N, D)`, and the weights `(B, A, N, N)` where the eager implementation is in use, else `None`.
+        """
+        return self.processor(self, hidden_states, rotary, layout)
+
+
+class HieraTokSwiGLU(nn.Module):
+    """Gated feed-forward layer of width `int(2 / 3 * mlp_ratio * D)` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: HieraTokConfig, hidden_size: int):
+        super().__init__()
+        width = int(2 / 3 * config.mlp_ratio * hidden_size)
+        self.linear_in = HieraTokLinear(hidden_size, 2 * width)
+        self.linear_out = HieraTokLinear(width, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`hidden_states` `(B, N, D)` to `(B, N, D)`."""
+        gate, value = self.linear_in(hidden_states).chunk(2, dim=-1)  # (B, N, width)
+        return self.linear_out(F.silu(gate) * value)
+
+
+class HieraTokBlock(GradientCheckpointingLayer):
+    """
+    Pre-norm transformer block.
+
+    The encoder and the decoder have a class each, because the compiler keeps its graphs by function: one graph then
+    serves all blocks of a side.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # transformers puts the same code around every layer's `forward`.
+        cls.forward.__code__ = cls.forward.__code__.replace(co_name=cls.__name__)
+
+    def __init__(self, config: HieraTokConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(hidden_size, config.norm_eps)
+        self.attn = HieraTokAttention(config, hidden_size, num_heads)
+        self.norm2 = nn.RMSNorm(hidden_size, config.norm_eps)
+        self.mlp = HieraTokSwiGLU(config, hidden_size)
+
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
+        """`hidden_states` `(B, N, D)` to `(B, N, D)`; arguments as those of `HieraTokAttention.forward`."""
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary, layout)[0]
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class HieraTokEncoderBlock(HieraTokBlock):
+    """Block of the encoder."""
+
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
+        """`hidden_states` `(B, h * w, D)` to `(B, h * w, D)`, otherwise as `HieraTokBlock`."""
+        return super().forward(hidden_states, rotary, layout)
+
+
+class HieraTokDecoderBlock(HieraTokBlock):
+    """Block of the decoder."""
+
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
+        """`hidden_states` `(B, N, D)` to `(B, N, D)`, otherwise as `HieraTokBlock`."""
+        return super().forward(hidden_states, rotary, layout)
+
+
+class HieraTokPositions(nn.Module):
+    """A learned grid of absolute positions, resampled to the grid of each picture."""
+
+    def __init__(self, config: HieraTokConfig, hidden_size: int):
+        super().__init__()
+        self.grid = nn.Parameter(torch.zeros(1, hidden_size, config.learned_positions, config.learned_positions))
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """The positions of a `height x width` grid, `(1, D, height, width)`."""
+        # Half-pixel linear resampling returns the grid itself at its own size, so no size is a special case.
+        return F.interpolate(self.grid, (height, width), mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, initializer_range: float) -> None:
+    """Give one module its random weights, of that standard deviation; `init` leaves those that were loaded alone."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        init.normal_(module.weight, std=initializer_range)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.RMSNorm):
+        init.ones_(module.weight)
+    elif isinstance(module, HieraTokPositions):
+        init.normal_(module.grid, std=initializer_range)

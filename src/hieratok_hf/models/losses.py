@@ -1,0 +1,138 @@
+"""The losses of a tokenizer that need no other model: differences of pixels at every scale and the KL divergence."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops.pyramid import continue_border
+from .configuration_hieratok import HieraTokConfig
+from .core import posterior_of
+
+__all__ = ["PIXEL_LOSSES", "border_loss", "picture_pyramid", "pixel_loss", "steps_at_borders", "tokenizer_losses"]
+
+PIXEL_LOSSES = ("mse", "l1", "charbonnier")
+"""What `pixel_loss` takes as its `kind`."""
+
+_CHARBONNIER_EPSILON = 1e-3
+
+
+def pixel_loss(pictures: Tensor, targets: Tensor, kind: str = "mse") -> Tensor:
+    """
+    The mean difference of pictures in float32: `"mse"`, `"l1"`, or `"charbonnier"` (Charbonnier et al., 1994), the
+    absolute difference, but smooth within a thousandth of zero.
+
+    Args:
+        pictures, targets (`torch.Tensor` of any shape, the same): In [-1, 1].
+        kind (`str`, defaults to `"mse"`): One of `PIXEL_LOSSES`.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+
+    Raises:
+        ValueError: `kind` is not one of `PIXEL_LOSSES`.
+    """
+    pictures, targets = pictures.float(), targets.float()
+    if kind == "mse":
+        return F.mse_loss(pictures, targets)
+    if kind == "l1":
+        return F.l1_loss(pictures, targets)
+    if kind == "charbonnier":
+        return ((pictures - targets).square() + _CHARBONNIER_EPSILON**2).sqrt().mean() - _CHARBONNIER_EPSILON
+    raise ValueError(f"`kind` must be one of {list(PIXEL_LOSSES)}, got {kind!r}.")
+
+
+def border_loss(pictures: Tensor, patch_size: int) -> Tensor:
+    """
+    By how much neighbouring pixels differ more across the borders of patches than inside of them, in float32.
+
+    A decoder that smooths fine texture keeps more of it at borders, where it shows as a seam. Photographs have 0 on
+    average.
+
+    Args:
+        pictures (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
+        patch_size (`int`): Pixels from border to border.
+
+    Returns:
+        `torch.Tensor` of shape `()`: The mean of each picture's, not less than 0; 0 without borders, or nothing but
+        borders.
+    """
+    across, inside = steps_at_borders(pictures.float(), patch_size).unbind(1)
+    return (across - inside).relu().mean()
+
+
+def steps_at_borders(values: Tensor, patch_size: int) -> Tensor:
+    """
+    Measure how much neighbouring values differ, across the borders of patches and inside of them.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in any unit, float32.
+        patch_size (`int`): Pixels from border to border.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 2)`: The mean absolute difference across borders and inside, averaged over rows
+        and columns; a direction without borders, or with nothing but borders, is left out, and 0 stands for both.
+    """
+    steps = []
+    for dim in (2, 3):
+        if values.shape[dim] > patch_size > 1:
+            difference = values.diff(dim=dim).abs().movedim(dim, 1).flatten(2).mean(2)  # (B, H - 1) or (B, W - 1)
+            is_border = torch.arange(1, difference.shape[1] + 1, device=values.device) % patch_size == 0
+            steps.append(torch.stack([difference[:, is_border].mean(1), difference[:, ~is_border].mean(1)], dim=1))
+    return torch.stack(steps).mean(0) if steps else values.new_zeros(len(values), 2)
+
+
+def tokenizer_losses(
+    pictures: list[Tensor], pixel_values: Tensor, moments: Tensor, config: HieraTokConfig, kind: str = "mse"
+) -> dict[str, Tensor]:
+    """
+    The parts of the loss and their weighted sum, in float32.
+
+    Means per element, unlike sums, keep their balance when pictures change in size.
+
+    Args:
+        pictures (`list[torch.Tensor]`): What `HieraTokCore.decode_scales` gives for all scales.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The pictures that were encoded, in [-1, 1].
+        moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of their latents.
+        config (`HieraTokConfig`): Its `kl_weight` and `coarse_weight`.
+        kind (`str`, defaults to `"mse"`): The difference of pixels, one of `PIXEL_LOSSES`.
+
+    Returns:
+        Scalars: the difference of the finest scale, by the name of its kind; `kl` divergence a latent number;
+        `coarse`, the mean over the coarser scales of their difference times their factor, where there are any; `loss`,
+        the weighted sum.
+
+    Raises:
+        ValueError: `kind` is not one of `PIXEL_LOSSES`.
+    """
+    pairs = zip(pictures, picture_pyramid(pixel_values.float(), config))
+    *coarse, finest = [pixel_loss(picture, target, kind) for picture, target in pairs]
+    posterior = posterior_of(moments.float())
+    losses = {kind: finest, "kl": posterior.kl().mean() / posterior.mean[0].numel()}
+    losses["loss"] = finest + config.kl_weight * losses["kl"]
+    if coarse:
+        # What averages lose falls about as the factor rises, and each scale is to count alike.
+        losses["coarse"] = torch.stack([f * loss for f, loss in zip(config.scale_factors, coarse)]).mean()
+        losses["loss"] = losses["loss"] + config.coarse_weight * losses["coarse"]
+    return losses
+
+
+def picture_pyramid(pixel_values: Tensor, config: HieraTokConfig) -> list[Tensor]:
+    """
+    What each scale's picture should be: the picture at `1 / factor` of its size, by averages.
+
+    Where a coarse cell reaches beyond the picture, its edge is repeated, so that all scales show a thing in one place.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures; sides are multiples of the patch size.
+        config (`HieraTokConfig`): The patch size and the scales.
+
+    Returns:
+        A list of `(B, 3, n_h * p, n_w * p)`, coarse to fine; the last is `pixel_values`.
+    """
+    height, width = pixel_values.shape[-2:]
+    pictures = []
+    for factor in config.scale_factors[:-1]:
+        cell = factor * config.patch_size
+        padded = continue_border(pixel_values, 0, -width % cell, 0, -height % cell)
+        pictures.append(F.avg_pool2d(padded, factor))
+    return [*pictures, pixel_values]

@@ -1,0 +1,309 @@
+"""HieraTok as a transformers model: configuration, outputs and flags around `HieraTokCore`."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_dispatch import ATTENTION_IMPLEMENTATIONS
+from .configuration_hieratok import HieraTokConfig
+from .core import HieraTokCore, posterior_of
+from .decoder import HieraTokDecoder
+from .layers import HieraTokAttention, HieraTokBlock, init_weights
+from .losses import tokenizer_losses
+from .saving import (
+    HubUploadMixin,
+    named_in_errors,
+    pop_hub_arguments,
+    refuse_paths_in_indices,
+    share_between_libraries,
+    staged,
+)
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+__all__ = ["HieraTokDecoderOutput", "HieraTokEncoderOutput", "HieraTokModel", "HieraTokOutput"]
+
+# Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
+
+
+class _HasPosterior:
+    @property
+    def posterior(self) -> "DiagonalGaussianDistribution":
+        """The distribution of the latent: `mode()`, `sample(generator)`, `kl()`."""
+        return posterior_of(self.moments)  # type: ignore[attr-defined]
+
+
+@dataclass
+class HieraTokEncoderOutput(_HasPosterior, ModelOutput):
+    """
+    What `HieraTokModel.encode` returns.
+
+    Attributes:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Mode of the posterior.
+        moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
+        posterior (`DiagonalGaussianDistribution`): The distribution that the moments describe.
+        hidden_states, attentions (`tuple`): As those of `HieraTokOutput`, of the encoder alone.
+    """
+
+    latents: Tensor | None = None
+    moments: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HieraTokDecoderOutput(ModelOutput):
+    """
+    What `HieraTokModel.decode` returns.
+
+    Attributes:
+        reconstruction (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The picture of the last scale that ran,
+            about [-1, 1], not clamped.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The pictures of all scales that ran, coarse to
+            fine; the last is `reconstruction`.
+    """
+
+    reconstruction: Tensor | None = None
+    scales: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HieraTokOutput(_HasPosterior, ModelOutput):
+    """
+    What `HieraTokModel` returns.
+
+    Attributes:
+        loss (`torch.Tensor` of shape `()`): The sum that `tokenizer_losses` makes. `None` with `return_loss=False`,
+            and when only coarser scales were decoded.
+        reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded picture, about [-1, 1], not clamped.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The pictures of all scales that ran, coarse to
+            fine; the last is `reconstruction`.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): What was decoded: the posterior's mode, or a sample of it.
+        moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
+        posterior (`DiagonalGaussianDistribution`): The distribution that the moments describe.
+        hidden_states (`tuple`, with `output_hidden_states=True`): Input of the first block of the encoder, then the
+            output of each of its blocks `(B, h * w, D)` and of each block of the decoder `(B, N, D)`.
+        attentions (`tuple`, with `output_attentions=True` and the eager attention): Weights of each block.
+    """
+
+    loss: Tensor | None = None
+    reconstruction: Tensor | None = None
+    scales: tuple[Tensor, ...] | None = None
+    latents: Tensor | None = None
+    moments: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class HieraTokPreTrainedModel(PreTrainedModel):
+    config_class = HieraTokConfig
+    base_model_prefix = "hieratok"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As that of transformers, with `ATTENTION_IMPLEMENTATIONS` for names; `ValueError` of any other."""
+        # The names of this package stay out of the library's registry, whose functions are given no layout.
+        if requested_attention in ATTENTION_IMPLEMENTATIONS and requested_attention.startswith("hieratok_"):
+            return requested_attention
+        implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        if implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"`attn_implementation` must be one of {list(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}."
+            )
+        return implementation
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config.initializer_range)
+        if isinstance(module, HieraTokDecoder):
+            module.init_weights(self.config.initializer_range)
+
+
+class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
+    """
+    The multi-scale visual tokenizer HieraTok (after arXiv 2509.23736) as a transformers model.
+
+    Its weights are those of `AutoencoderHieraTok`: one folder loads in both.
+
+    Args:
+        config (`HieraTokConfig`): Sizes and options.
+
+    Example:
+
+    ```python
+    >>> import torch, hieratok_hf
+    >>> from transformers import AutoModel
+    >>> model = AutoModel.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+    >>> output = model(torch.zeros(1, 3, 64, 96))
+    >>> output.latents.shape, output.reconstruction.shape
+    (torch.Size([1, 16, 8, 12]), torch.Size([1, 3, 64, 96]))
+
+    ```
+    """
+
+    def __init__(self, config: HieraTokConfig):
+        super().__init__(config)
+        self.core = HieraTokCore(config)
+        self.post_init()
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> "HieraTokModel":
+        """A model of a named size with random weights; arguments and errors as those of `HieraTokConfig.from_size`."""
+        return cls(HieraTokConfig.from_size(size, **overrides)).eval()
+
+    @classmethod
+    def from_core(cls, core: HieraTokCore) -> "HieraTokModel":
+        """A model around a core that exists; the weights are shared, not copied."""
+        with torch.device("meta"):
+            model = cls(core.config)
+        model.core = core
+        return model.train(core.training)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """
+        As that of `PreTrainedModel`, but the error of a model that cannot be had names it and the way out.
+
+        Raises:
+            OSError: There is no such folder or repository, or no network to reach it.
+            ValueError: In a folder, an index of the weights names a file outside of it.
+        """
+        if pretrained_model_name_or_path is not None:
+            refuse_paths_in_indices(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        with named_in_errors(pretrained_model_name_or_path or ""):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The convolution of the patches."""
+        return self.core.encoder.patch_embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace it by another of the same shapes."""
+        self.core.encoder.patch_embed = value  # type: ignore[assignment]
+
+    @capture_outputs
+    def encode(self, pixel_values: Tensor, **kwargs: Any) -> HieraTokEncoderOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1], sides multiples of the patch.
+            kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
+
+        Raises:
+            ValueError: As `HieraTokCore.encode_moments`.
+        """
+        moments, _ = self.core.encode_moments(self._to_own_dtype(pixel_values))
+        return HieraTokEncoderOutput(latents=posterior_of(moments).mode(), moments=moments)
+
+    @can_return_tuple
+    def decode(
+        self, latents: Tensor, num_scales: int | None = None, return_scales: bool = False
+    ) -> HieraTokDecoderOutput:
+        """
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
+            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
+                picture of the last of them, for the cost of its tokens and the coarser ones.
+            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
+            return_dict (`bool`, *optional*): Whether to return a `HieraTokDecoderOutput` rather than a tuple.
+
+        Raises:
+            ValueError: As `HieraTokCore.decode`.
+        """
+        latents = self._to_own_dtype(latents)
+        if not return_scales:
+            return HieraTokDecoderOutput(reconstruction=self.core.decode(latents, num_scales))
+        pictures = tuple(self.core.decode_scales(latents, num_scales))
+        return HieraTokDecoderOutput(reconstruction=pictures[-1], scales=pictures)
+
+    @capture_outputs
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """
+        The encoder's features for understanding tasks, `last_hidden_state` `(B, h * w, D)`, and their mean,
+        `pooler_output` `(B, D)`, of `pixel_values` `(B, 3, H, W)`; arguments and errors as those of `encode`.
+        """
+        _, features = self.core.encode_moments(self._to_own_dtype(pixel_values))
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
+
+    @capture_outputs
+    def forward(
+        self,
+        pixel_values: Tensor,
+        sample_posterior: bool = False,
+        generator: torch.Generator | None = None,
+        num_scales: int | None = None,
+        return_loss: bool = True,
+        return_scales: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HieraTokOutput:
+        """
+        Encode and decode.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1], sides multiples of the patch.
+            sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
+            generator (`torch.Generator`, *optional*): Source of the sample's noise.
+            num_scales (`int`, *optional*): As in `decode`.
+            return_loss (`bool`, defaults to `True`): Compute the loss, for which the pictures of all scales are made.
+            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
+            kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
+
+        Raises:
+            ValueError: As `HieraTokCore.encode_moments` and `HieraTokCore.decode`.
+        """
+        pixel_values = self._to_own_dtype(pixel_values)
+        moments, _ = self.core.encode_moments(pixel_values)
+        posterior = posterior_of(moments)
+        latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        has_loss = return_loss and num_scales in (None, len(self.config.scale_factors))
+        if has_loss or return_scales:
+            pictures = self.core.decode_scales(latents, num_scales)
+        else:
+            pictures = [self.core.decode(latents, num_scales)]
+        return HieraTokOutput(
+            loss=tokenizer_losses(pictures, pixel_values, moments, self.config)["loss"] if has_loss else None,
+            reconstruction=pictures[-1],
+            scales=tuple(pictures) if return_scales else None,
+            latents=latents,
+            moments=moments,
+        )
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """
+        Save to a folder that this class and `AutoencoderHieraTok` both load; files appear whole or not at all.
+
+        Further arguments are those of `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        hub_arguments = pop_hub_arguments(kwargs, save_directory)
+        with staged(save_directory) as stage:
+            super().save_pretrained(stage, is_main_process, **kwargs)
+            share_between_libraries(stage, self.config, for_transformers=True)
+        if hub_arguments is not None:
+            self.push_to_hub(**hub_arguments)
+
+    def _to_own_dtype(self, tensor: Tensor) -> Tensor:
+        """A floating-point tensor in the dtype of the weights; anything else is left for the core to refuse."""
+        return tensor.to(self.dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor

@@ -1,0 +1,217 @@
+"""One folder for both libraries: one name for the weights, one `config.json`, and the way to the Hub."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusers import __version__ as diffusers_version
+from huggingface_hub import is_offline_mode
+from safetensors import safe_open
+
+from ..utils.files import read_json
+from .configuration_hieratok import HieraTokConfig
+
+__all__ = [
+    "WEIGHTS_STEM",
+    "HubUploadMixin",
+    "index_for_transformers",
+    "named_in_errors",
+    "pop_hub_arguments",
+    "refuse_paths_in_indices",
+    "share_between_libraries",
+    "staged",
+    "stale_weights",
+    "variant_of",
+]
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+"""
+How names of weights begin: diffusers looks for this only, and transformers takes any that an index under its own name
+points to.
+"""
+
+_TRANSFORMERS_STEM = "model"
+_WEIGHTS = re.compile(
+    rf"({_TRANSFORMERS_STEM}|{WEIGHTS_STEM})(\.safetensors|[.-].*\.safetensors)(\.index(\..*)?\.json)?"
+)
+_LAST = ("config.json", "model_index.json")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+class HubUploadMixin:
+    """Upload to the Hub, the only way up to `hieratok_hf.hub` from the models and the pipeline."""
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """
+        Upload the model or the pipeline, a model card and the code that loads it without the package, in one commit.
+
+        The weights of a tokenizer serve both libraries. Arguments are those of `hieratok_hf.hub.push.push_model`,
+        which also says what it returns and raises.
+        """
+        from ..hub.push import push_model
+
+        return push_model(self, repo_id, **kwargs)
+
+
+@contextmanager
+def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """
+    A temporary folder whose files replace those of `folder`, one rename each, once the block has ended well.
+
+    Weights that an earlier save left behind, such as shards of another number, go with the rename; `config.json`
+    comes last, and after it the `model_index.json` of a pipeline. If the block raises, `folder` is as it was, and one
+    that was not there is not there again.
+
+    Raises:
+        ValueError: `folder` is a file.
+    """
+    target = Path(folder)
+    if target.is_file():
+        raise ValueError(f"`save_directory` must be a folder, got the file {str(target)!r}.")
+    existed = target.is_dir()
+    target.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield stage
+        files = sorted(stage.rglob("*"), key=lambda path: _LAST.index(path.name) if path.name in _LAST else -1)
+        written = [path.relative_to(stage) for path in files if path.is_file()]
+        stale = []
+        for part in {path.parent for path in written}:
+            names = {path.name for path in written if path.parent == part}
+            there = (path.name for path in (target / part).glob("*"))
+            stale += [target / part / name for name in stale_weights(there, names)]
+        for path in written:
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(stage / path, target / path)
+        for path in stale:
+            path.unlink()
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if not existed and not any(target.iterdir()):
+            target.rmdir()
+
+
+def stale_weights(names: Iterable[str], written: set[str]) -> list[str]:
+    """Those of the file names that a save which wrote `written` makes obsolete: weights of the same variant."""
+    variants = {variant_of(name) for name in written if _WEIGHTS.fullmatch(name)}
+    weights = [name for name in names if _WEIGHTS.fullmatch(name)]
+    return [name for name in weights if name not in written and variant_of(name) in variants]
+
+
+def variant_of(name: str) -> str:
+    """`"fp16"` of `model.fp16-00001-of-00002.safetensors` and of `model.safetensors.index.fp16.json`, else `""`."""
+    name = _SHARD.sub("", name).removesuffix(".json")
+    name = name.replace(".safetensors", "").replace(".index", "")
+    return name.partition(".")[2]
+
+
+def pop_hub_arguments(arguments: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Take what concerns an upload out of the arguments of `save_pretrained`; `None` unless one was asked for."""
+    names = ("repo_id", "commit_message", "private", "create_pr", "token")
+    hub_arguments = {name: arguments.pop(name) for name in names if name in arguments}
+    if not arguments.pop("push_to_hub", False):
+        return None
+    variant = {"variant": arguments["variant"]} if arguments.get("variant") else {}
+    return {"repo_id": Path(folder).resolve().name, **hub_arguments, **variant}
+
+
+@contextmanager
+def named_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
+    """An `OSError` of a model that is neither a folder nor to be had from the Hub names it and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name_or_path).is_dir():
+            raise
+        offline = "HF_HUB_OFFLINE is set and the cache lacks it: unset it" if is_offline_mode() else "Go online"
+        way_out = f"{offline} to download it once, set HF_HOME to where it was downloaded, or give a folder."
+        raise OSError(f"{str(name_or_path)!r} cannot be loaded. {way_out} The cause: {error}") from error
+
+
+def refuse_paths_in_indices(folder: Path) -> None:
+    """
+    transformers opens whatever file an index names, wherever it lies; diffusers refuses by itself.
+
+    Raises:
+        ValueError: An index of weights names a file that does not lie beside it.
+    """
+    for path in folder.glob("*.safetensors.index*.json"):
+        weight_map = (read_json(path) or {}).get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+        for name in names:
+            if not isinstance(name, str) or re.search(r"[\\/:]", name) or name in ("", ".", ".."):
+                raise ValueError(f"{str(path)!r} must name files beside it, got {name!r}.")
+
+
+def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformers: bool = False) -> None:
+    """
+    Turn what either library has saved to `stage` into the folder that both load.
+
+    Weights get the name that diffusers looks for, transformers finds them through an index that names those files,
+    and `config.json` gets the keys of both. With `for_transformers`, weights in one file have transformers' own name
+    as well, a second name of the same file where the file system has such, for tools that look for it.
+    """
+    for path in sorted(stage.glob(f"{_TRANSFORMERS_STEM}*.safetensors*")):
+        renamed = path.rename(stage / _for_diffusers(path.name))
+        if path.suffix == ".json":
+            index = json.loads(renamed.read_text())
+            index["weight_map"] = {key: _for_diffusers(name) for key, name in index["weight_map"].items()}
+            renamed.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    index_for_transformers(stage, keep_own_name=for_transformers)
+    config_path = stage / "config.json"
+    if not config_path.exists():
+        return
+    plain = config.to_dict()
+    merged = {
+        **json.loads(config_path.read_text()),
+        **{key: plain[key] for key in (*config.model_fields, "model_type", "transformers_version")},
+        **config.pipeline_facts,
+        "architectures": ["HieraTokModel"],
+        "_class_name": "AutoencoderHieraTok",
+        "_diffusers_version": diffusers_version,
+    }
+    # The files say their own names; a second place could only disagree. So would the dtype of one of several variants.
+    has_variant = any(variant_of(path.name) for path in stage.glob(f"{WEIGHTS_STEM}*"))
+    for key in ("transformers_weights", "_name_or_path", *(["dtype"] if has_variant else [])):
+        merged.pop(key, None)
+    # Code that was saved along is named, code that stayed where the model came from is not.
+    code = merged.pop("auto_map", None)
+    if code and (stage / "modeling_hieratok.py").exists():
+        merged["auto_map"] = {key: value.rpartition("--")[2] for key, value in code.items()}
+    config_path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+
+
+def index_for_transformers(folder: Path, keep_own_name: bool = False) -> None:
+    """
+    Let transformers find the weights that have diffusers' names in a folder, through an index.
+
+    With `keep_own_name`, weights in one file have transformers' own name as well; without it they lose that one.
+    """
+    indices = {path.name: read_json(path) for path in folder.glob(f"{WEIGHTS_STEM}.safetensors.index*.json")}
+    for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
+        second_name = folder / (_TRANSFORMERS_STEM + path.name.removeprefix(WEIGHTS_STEM))
+        if _SHARD.search(path.name) is None and keep_own_name:
+            try:
+                os.link(path, second_name)
+            except OSError:
+                shutil.copyfile(path, second_name)
+        elif _SHARD.search(path.name) is None:
+            second_name.unlink(missing_ok=True)
+            with safe_open(path, "pt") as weights:
+                index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), path.name)}
+            variant = f".{variant_of(path.name)}" if variant_of(path.name) else ""
+            indices[f"{WEIGHTS_STEM}.safetensors.index{variant}.json"] = index
+    for name, found in indices.items():
+        alias = folder / (_TRANSFORMERS_STEM + name.removeprefix(WEIGHTS_STEM))
+        alias.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+
+
+def _for_diffusers(name: str) -> str:
+    return WEIGHTS_STEM + name.removeprefix(_TRANSFORMERS_STEM)

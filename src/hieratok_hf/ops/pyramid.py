@@ -1,0 +1,272 @@
+"""The pyramid of token grids: where each scale lies in the decoder's sequence, and the latent at each scale."""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "PyramidCells",
+    "PyramidLayout",
+    "check_scale_factors",
+    "continue_border",
+    "convolve_pyramid",
+    "flatten_pyramid",
+    "kept_by_size",
+]
+
+# Larger tables take longer to keep in memory than to make beside what else there is to do.
+_KEPT_TOKENS = 2**14
+
+# Shape letters: B batch, H W pixels, p patch size, C latent channels, h w finest grid, N tokens of all scales.
+
+
+def kept_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Keep what a function of a layout, further sizes and, last, a device has made for the last few of them.
+
+    Nothing is kept inside a graph, which may be traced with tensors without data, and whose memory ends with it.
+    """
+
+    @functools.lru_cache(maxsize=8)
+    def made(*arguments: Any) -> Any:
+        # A table made while no gradient is wanted is used again where one is.
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*arguments)
+
+    @functools.wraps(function)
+    def kept(layout: "PyramidLayout", *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or layout.num_tokens > _KEPT_TOKENS:
+            return function(layout, *arguments)
+        device = torch.device(arguments[-1])
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        has_data = type(torch.empty(0, device=device)) is Tensor
+        return made(layout, *arguments) if has_data and not captured else function(layout, *arguments)
+
+    return kept
+
+
+class PyramidCells(NamedTuple):
+    """
+    The cell of every token of a pyramid.
+
+    Attributes:
+        scale (`torch.Tensor` of shape `(N,)`, int64): Number of its scale, 0 the coarsest.
+        factor (`torch.Tensor` of shape `(N,)`, int64): Cells of the finest grid that it covers on a side.
+        row, column (`torch.Tensor` of shape `(N,)`, int64): Its place in its scale's grid.
+    """
+
+    scale: Tensor
+    factor: Tensor
+    row: Tensor
+    column: Tensor
+
+    def spans(self, grid: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """First and end of the rows, then of the columns, that each token covers of a finest grid: four `(N,)`."""
+        rows, columns = self.row * self.factor, self.column * self.factor
+        return (rows, (rows + self.factor).clamp(max=grid[0])), (columns, (columns + self.factor).clamp(max=grid[1]))
+
+
+@dataclass(frozen=True)
+class PyramidLayout:
+    """
+    Grids of a pyramid of tokens, laid out coarse to fine in one sequence.
+
+    A grid that a factor does not divide is rounded up: its last row or column covers fewer cells.
+
+    Attributes:
+        grids (`tuple[tuple[int, int], ...]`): Height and width of each scale's grid, in tokens.
+        scale_factors (`tuple[int, ...]`): Cells of the finest grid that one cell of each scale covers on a side.
+
+    Example:
+
+    ```python
+    >>> from hieratok_hf import PyramidLayout
+    >>> layout = PyramidLayout.from_grid(8, 10, (4, 2, 1))
+    >>> layout.grids, layout.ends
+    (((2, 3), (4, 5), (8, 10)), (6, 26, 106))
+
+    ```
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    scale_factors: tuple[int, ...]
+
+    @classmethod
+    def from_grid(cls, height: int, width: int, scale_factors: tuple[int, ...]) -> "PyramidLayout":
+        """
+        The layout over a finest grid of `height` x `width` tokens.
+
+        Raises:
+            ValueError: A side is smaller than 1, or the factors do not decrease strictly to 1.
+        """
+        if height < 1 or width < 1:
+            raise ValueError(f"`height` and `width` must be at least 1 token, got {height} and {width}.")
+        check_scale_factors(scale_factors)
+        # Rounded up without negative numbers, because division in ONNX rounds towards zero.
+        grids = tuple(((height + factor - 1) // factor, (width + factor - 1) // factor) for factor in scale_factors)
+        return cls(grids, tuple(scale_factors))
+
+    @property
+    def num_scales(self) -> int:
+        """How many scales there are."""
+        return len(self.grids)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each scale."""
+        return tuple(height * width for height, width in self.grids)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """End of each scale in the sequence, which is also the number of keys that its queries see."""
+        ends, end = [], 0
+        for length in self.lengths:
+            end += length
+            ends.append(end)
+        return tuple(ends)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Place of each scale in the sequence."""
+        return tuple(slice(end - length, end) for end, length in zip(self.ends, self.lengths))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all scales, `N`."""
+        return sum(self.lengths)
+
+    def truncate(self, num_scales: int) -> "PyramidLayout":
+        """
+        The layout of the coarsest `num_scales` scales. Positions keep the unit of the original finest grid.
+
+        Raises:
+            ValueError: `num_scales` is not in `1 ... self.num_scales`.
+        """
+        if isinstance(num_scales, bool) or not isinstance(num_scales, int) or not 1 <= num_scales <= self.num_scales:
+            raise ValueError(f"`num_scales` must be an integer from 1 to {self.num_scales}, got {num_scales!r}.")
+        return PyramidLayout(self.grids[:num_scales], self.scale_factors[:num_scales])
+
+    def cells(self, device: torch.device | None = None) -> PyramidCells:
+        """The cell of every token."""
+        return _cells(self, torch.get_default_device() if device is None else device)
+
+    def visible_ends(self, device: torch.device | None = None) -> Tensor:
+        """`(N,)` int64: a query at row `i` sees the keys `[0, visible_ends[i])`. The one predicate of the mask."""
+        index = torch.arange(self.num_tokens, device=device)
+        ends = torch.zeros_like(index) + self.ends[0]
+        for previous, end in pairwise(self.ends):
+            ends = ends + (index >= previous).long() * (end - previous)
+        return ends
+
+
+@kept_by_size
+def _cells(layout: PyramidLayout, device: torch.device) -> PyramidCells:
+    # Counted over the whole sequence, because the compiler makes a graph of its own for a tensor with a side of 1,
+    # which the grid of a coarse scale often has.
+    index = torch.arange(layout.num_tokens, device=device)
+    scale = torch.zeros_like(index)
+    factor, first, width = scale + layout.scale_factors[0], scale, scale + layout.grids[0][1]
+    for i in range(1, layout.num_scales):
+        # Exporters to ONNX cannot multiply truth values by a size that is not known yet.
+        reached = (index >= layout.ends[i - 1]).long()
+        scale = scale + reached
+        factor = factor + reached * (layout.scale_factors[i] - layout.scale_factors[i - 1])
+        first = first + reached * layout.lengths[i - 1]
+        width = width + reached * (layout.grids[i][1] - layout.grids[i - 1][1])
+    row = (index - first) // width
+    return PyramidCells(scale, factor, row, index - first - row * width)
+
+
+def flatten_pyramid(latents: Tensor, layout: PyramidLayout) -> Tensor:
+    """
+    Average-pool a latent to every scale of a layout.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
+        layout (`PyramidLayout`): The scales to make, over a finest grid of `h x w`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, C)`: The tokens of all scales, coarse first, each scale row by row.
+    """
+    if layout.scale_factors == (1,):
+        return latents.flatten(2).transpose(1, 2)
+    grid = (latents.shape[-2], latents.shape[-1])
+    maps = []
+    for factor, (rows, columns) in zip(layout.scale_factors, _pooled_grids(layout)):
+        padding = (0, columns * factor - grid[1], 0, rows * factor - grid[0])
+        pooled = F.avg_pool2d(F.pad(latents, padding), factor) if factor > 1 else latents
+        maps.append(pooled.flatten(2))
+    index, share = _places_in_pooled(layout, grid, latents.device)
+    tokens = torch.cat(maps, dim=2)[:, :, index].transpose(1, 2)  # (B, N, C)
+    return (tokens * share.to(torch.promote_types(latents.dtype, torch.float32))).to(latents.dtype)
+
+
+def convolve_pyramid(latents: Tensor, layout: PyramidLayout, convolutions: Iterable[nn.Module]) -> Tensor:
+    """
+    Map the block of cells that each token covers to that token, by a convolution a scale.
+
+    Where a block reaches beyond the latent, the border is continued.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
+        layout (`PyramidLayout`): The scales to make, over a finest grid of `h x w`.
+        convolutions (`Iterable[nn.Module]`): Of kernel and stride `f` for each scale of factor `f`, coarse to fine.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, D)`: The tokens of all scales, coarse first, each scale row by row.
+    """
+    grid = (latents.shape[-2], latents.shape[-1])
+    maps = []
+    for factor, (rows, columns), convolution in zip(layout.scale_factors, _pooled_grids(layout), convolutions):
+        blocks = continue_border(latents, 0, columns * factor - grid[1], 0, rows * factor - grid[0])
+        maps.append(convolution(blocks).flatten(2))
+    index, _ = _places_in_pooled(layout, grid, latents.device)
+    return torch.cat(maps, dim=2)[:, :, index].transpose(1, 2)  # (B, N, D)
+
+
+def continue_border(maps: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    """
+    Repeat the border of `maps` `(B, C, H, W)` as often as said: `(B, C, top + H + bottom, left + W + right)`.
+
+    Compiled graphs get it in other words, because the gradient of `F.pad` has other strides than they expect of it.
+    """
+    if not torch.compiler.is_compiling():
+        return F.pad(maps, (left, right, top, bottom), mode="replicate")
+    columns = [maps[..., :1].expand(-1, -1, -1, left), maps, maps[..., -1:].expand(-1, -1, -1, right)]
+    maps = torch.cat(columns, dim=3)
+    rows = [maps[..., :1, :].expand(-1, -1, top, -1), maps, maps[..., -1:, :].expand(-1, -1, bottom, -1)]
+    return torch.cat(rows, dim=2)
+
+
+def _pooled_grids(layout: PyramidLayout) -> list[tuple[int, int]]:
+    """Grids of the pooled maps, a row and a column too many: a side of 1 would get a graph of its own."""
+    extra = [int(factor > 1) for factor in layout.scale_factors]
+    return [(rows + more, columns + more) for more, (rows, columns) in zip(extra, layout.grids)]
+
+
+@kept_by_size
+def _places_in_pooled(layout: PyramidLayout, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each token lies in the pooled maps one after the other, `(N,)`, and what its average lacks, `(N, 1)`."""
+    cells = layout.cells(device)
+    index, start = torch.zeros_like(cells.row), 0
+    for scale, (rows, columns) in enumerate(_pooled_grids(layout)):
+        index = index + (cells.scale == scale) * (start + cells.row * columns + cells.column)
+        start += rows * columns
+    # The averages at the borders hold zeros of the padding.
+    (top, bottom), (left, right) = cells.spans(grid)
+    covered = (bottom - top) * (right - left)
+    return index, (cells.factor.square() / covered)[:, None]
+
+
+def check_scale_factors(scale_factors: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless `scale_factors` are positive, strictly decreasing integers that end in 1."""
+    integers = isinstance(scale_factors, tuple | list) and all(isinstance(factor, int) for factor in scale_factors)
+    decreasing = integers and all(coarse > fine for coarse, fine in pairwise(scale_factors))
+    if not scale_factors or not decreasing or scale_factors[-1] != 1:
+        raise ValueError(f"`scale_factors` must be integers that decrease strictly and end in 1, got {scale_factors}.")

@@ -1,0 +1,1 @@
+"""The class-conditional pipeline of diffusers and its parts."""

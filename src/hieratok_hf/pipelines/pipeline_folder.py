@@ -1,0 +1,71 @@
+"""A pipeline's folder, and its repository on the Hub: written whole, and read with or without code of its own."""
+
+import os
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from ..models.saving import HubUploadMixin, named_in_errors, pop_hub_arguments, staged
+
+__all__ = ["PipelineFolderMixin"]
+
+_CLASS = "AutoencoderHieraTok"
+
+
+class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
+    """
+    Saving, and loading by the class itself, which is installed: what `add_remote_code` put into a folder for machines
+    without the package is not run, so no `trust_remote_code` is needed.
+    """
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        # Read before the download, when names of files would still have to be names of modules.
+        index = super()._dict_from_json_file(json_file)
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = index["_class_name"][-1]
+        for name, value in index.items():
+            if isinstance(value, list) and _CLASS in value[-1:]:
+                # Of a library that it does not know, diffusers wants a file of code.
+                index[name] = ["diffusers", _CLASS]
+        return index
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As that of `ConfigMixin`, but the tokenizer's class is that of the package, not of a file of the folder."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in index.items():
+            if value == ["diffusers", _CLASS]:
+                index[name] = ["hieratok_hf", _CLASS]
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """
+        As that of `DiffusionPipeline`, but the error of a pipeline that cannot be had names it and the way out.
+
+        Raises:
+            OSError: There is no such folder or repository, or no network to reach it.
+        """
+        with named_in_errors(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """As that of `DiffusionPipeline`, which by itself hands on models of the signature's very classes alone."""
+        parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_types()}
+        return super().from_pipe(pipeline, **{**parts, **kwargs})
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """
+        As that of `DiffusionPipeline`, with the same arguments, but files appear whole or not at all.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        hub_arguments = pop_hub_arguments(kwargs, save_directory)
+        with staged(save_directory) as stage:
+            super().save_pretrained(stage, *args, **kwargs)
+        if hub_arguments is not None:
+            self.push_to_hub(**hub_arguments)

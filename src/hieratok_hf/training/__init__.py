@@ -1,0 +1,1 @@
+"""What a training loop of a tokenizer or a generator is made of."""

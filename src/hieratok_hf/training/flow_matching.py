@@ -1,0 +1,157 @@
+"""DiT by name, and its training by flow matching: the velocity of a straight line (SiT, arXiv 2401.08740)."""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from torch import Tensor, nn
+
+from ..data.training_batches import step_generator
+
+__all__ = ["DIT_SIZES", "VelocityTraining", "dit_from_size", "flow_draws"]
+
+# Shape letters: B pictures, C latent channels, h w the latent's grid.
+
+DIT_SIZES: dict[str, dict[str, int]] = {
+    "dit-tiny": {"num_layers": 5, "num_attention_heads": 4, "attention_head_dim": 64},
+    "dit-s": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
+    "dit-b": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
+    "dit-l": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
+    "dit-xl": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
+}
+"""Depths and widths of arXiv 2212.09748 by name, and one for a CPU, `"dit-tiny"`."""
+
+# Schedulers of diffusers count the time from 0 to this.
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def dit_from_size(
+    size: str, *, in_channels: int, sample_size: int, num_classes: int, patch_size: int = 1, **overrides: Any
+) -> DiTTransformer2DModel:
+    """
+    A DiT of a named size with random weights, in evaluation mode. Every block does nothing at first, as in the paper.
+
+    Args:
+        size (`str`): One of `DIT_SIZES`.
+        in_channels (`int`): Channels of the latent.
+        sample_size (`int`): Side of the latent's grid.
+        num_classes (`int`): Classes; the label after the last is that of no class.
+        patch_size (`int`, defaults to 1): Cells of a token's side.
+        overrides: Further values of the configuration.
+
+    Raises:
+        ValueError: There is no such size, a number is not positive, the grid is no multiple of the patch, or an
+            override is no value of the configuration that can be chosen.
+    """
+    if size not in DIT_SIZES:
+        raise ValueError(f"`size` must be one of {list(DIT_SIZES)}, got {size!r}.")
+    for name, value in (("patch_size", patch_size), ("sample_size", sample_size), ("num_classes", num_classes)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be positive, got {value}.")
+    if sample_size % patch_size:
+        raise ValueError(f"The latent's side, {sample_size}, must be a multiple of `patch_size`, got {patch_size}.")
+    sizes = ("in_channels", "out_channels", "sample_size", "patch_size", "num_embeds_ada_norm")
+    known = set(inspect.signature(DiTTransformer2DModel.__init__).parameters) - {"self", *sizes}
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(f"A DiT's configuration has no {unknown[0]!r} to be chosen here, but {sorted(known)}.")
+    model = DiTTransformer2DModel(
+        **{**DIT_SIZES[size], **overrides},
+        in_channels=in_channels,
+        out_channels=in_channels,  # diffusers' DiTPipeline cannot do without it
+        sample_size=sample_size,
+        patch_size=patch_size,
+        num_embeds_ada_norm=num_classes,
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
+    for block in model.transformer_blocks:
+        embedder = block.norm1.emb.timestep_embedder
+        for layer in (embedder.linear_1, embedder.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(block.norm1.linear.weight)
+    nn.init.zeros_(model.proj_out_1.weight)
+    nn.init.zeros_(model.proj_out_2.weight)
+    return model.eval()
+
+
+class VelocityTraining(nn.Module):
+    """
+    The part of a training step that owns the trained weights, so that one wrapper (DDP, FSDP, `torch.compile`) serves.
+
+    Args:
+        transformer (`ModelMixin`): A `DiTTransformer2DModel`, or another model that is called as one.
+    """
+
+    # What accelerate's FSDP wraps one by one, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`.
+    _no_split_modules = ["BasicTransformerBlock"]
+
+    def __init__(self, transformer: ModelMixin):
+        super().__init__()
+        self.transformer = transformer
+
+    def train(self, mode: bool = True) -> "VelocityTraining":
+        """As that of any module, but labels are not dropped inside: each block would drop others."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, LabelEmbedding):
+                module.eval()
+        return self
+
+    def forward(self, latents: Tensor, noise: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+        """
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): Clean ones of about unit variance.
+            noise (`torch.Tensor` of shape `(B, C, h, w)`): Standard normal.
+            times (`torch.Tensor` of shape `(B,)`): In [0, 1], from clean to noise alone.
+            labels (`torch.Tensor` of shape `(B,)`): int64; the number of classes is no class.
+
+        Returns:
+            `torch.Tensor` of shape `()`: The loss, float32: the mean square of the velocity's error.
+        """
+        share = times[:, None, None, None]
+        noisy = (1 - share) * latents + share * noise
+        timestep = times * NUM_TRAIN_TIMESTEPS
+        velocity = self.transformer(noisy, timestep=timestep, class_labels=labels, return_dict=False)[0]
+        velocity = velocity[:, : latents.shape[1]].float()
+        return (velocity - (noise - latents)).square().mean()
+
+
+def flow_draws(
+    seed: int,
+    step: int,
+    count: int,
+    *,
+    rows: Tensor,
+    shape: tuple[int, ...],
+    mean: float = 0.0,
+    std: float = 1.0,
+    shift: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    What some pictures of a step draw: a function of seed and step, however its pictures are divided.
+
+    Args:
+        seed, step (`int`): Of the training.
+        count (`int`): Pictures of the whole step.
+        rows (`torch.Tensor` of shape `(B,)`): Which of them these are.
+        shape (`tuple[int, ...]`): `(C, h, w)` of a latent.
+        mean, std (`float`, default to 0.0 and 1.0): Of the times' logit, which is normal (arXiv 2403.03206).
+        shift (`float`, defaults to 1.0): More than 1 draws noisier times, as the `shift` of diffusers' schedulers.
+
+    Returns:
+        `noise` `(B, C, h, w)`, standard normal; `times` `(B,)` in [0, 1]; `dropping` `(B,)`, uniform in [0, 1): a
+        label is dropped where it is below the rate.
+    """
+    generator = step_generator(seed, step)
+    noise = torch.randn(count, *shape, generator=generator)
+    times = torch.sigmoid(mean + std * torch.randn(count, generator=generator))
+    times = shift * times / (1 + (shift - 1) * times)
+    return noise[rows], times[rows], torch.rand(count, generator=generator)[rows]

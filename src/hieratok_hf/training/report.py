@@ -1,0 +1,143 @@
+"""What a training tells of itself: progress, a file of records, a tracker, and the step at which it went wrong."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..utils.files import written_whole
+
+__all__ = ["JsonLines", "TrainingReport"]
+
+
+class JsonLines:
+    """
+    Records of a training, a line each, for plots and comparisons; a run that goes on drops those after its start.
+
+    Args:
+        path (`Path`): The file, made if it is not there.
+        first_step (`int`): Records of this step and later ones are dropped.
+    """
+
+    def __init__(self, path: Path, first_step: int):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= first_step:
+                    kept.append(line)
+            except ValueError:  # the line that was being written when the run was killed
+                continue
+        with written_whole(path) as file:
+            file.write("".join(f"{line}\n" for line in kept).encode())
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; tensors become numbers, without rounding."""
+        plain = {name: x.item() if isinstance(x, Tensor) else x for name, x in record.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(plain) + "\n")
+
+
+class TrainingReport:
+    """
+    Losses of every process, averaged, on a progress bar, in `losses.jsonl` and in the accelerator's tracker.
+
+    Args:
+        accelerator (`Accelerator`): Knows the processes and the trackers.
+        folder (`Path`): Where the records go.
+        first_step, steps (`int`): Of this run, and of the whole training.
+        every (`int`): Steps from one record to the next; looking at a loss makes a GPU wait.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, first_step: int, steps: int, every: int):
+        self.accelerator, self.every = accelerator, every
+        self.is_main = accelerator.is_main_process
+        self.folder = folder
+        self.records = JsonLines(folder / "losses.jsonl", first_step) if self.is_main else None
+        self.figures = JsonLines(folder / "validation.jsonl", first_step) if self.is_main else None
+        self.bar = tqdm(total=steps, initial=first_step, disable=not self.is_main, unit="step", dynamic_ncols=True)
+        self.sums: dict[str, Tensor] = {}
+        self.parts = self.pictures = 0
+        self.skipped: set[str] = set()
+        # Counted on the device, so that no step has to wait for its own loss.
+        self.bad_step = torch.full((), -1, device=accelerator.device)
+        self.start = time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], skipped: list[str]) -> None:
+        """Take in the losses of one part of a step, and the reasons of pictures that were left out."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.parts += 1
+        for reason in skipped:
+            if reason not in self.skipped:
+                self.skipped.add(reason)
+                tqdm.write(f"left out ({len(self.skipped)} so far): {reason}")
+
+    def end_step(self, step: int, norm: Tensor, count: int, learning_rate: float) -> None:
+        """
+        Close a step of `count` pictures whose gradient has the norm `norm` `()`.
+
+        Raises:
+            FloatingPointError: As `check`; with a GPU only when a record is due.
+        """
+        finite = torch.isfinite(self.sums["loss"])
+        if self.accelerator.scaler is None:  # a scaler of float16 tries scales until one does not overflow
+            finite = finite & torch.isfinite(norm)
+        self.bad_step = torch.where((self.bad_step < 0) & ~finite, step, self.bad_step)
+        if self.bad_step.device.type == "cpu":
+            self.check()
+        self.pictures += count
+        self.bar.update()
+        if (step + 1) % self.every == 0:
+            names = list(self.sums)
+            means = torch.stack([self.sums[name].float() for name in names]) / self.parts
+            means = self.accelerator.reduce(means, "mean").tolist()
+            record = {"step": step + 1, **dict(zip(names, means)), "norm": norm.item(), "lr": learning_rate}
+            self.check()
+            speed = self.pictures / (time.perf_counter() - self.start)
+            if self.records is not None:
+                self.records.write(record)
+            self.bar.set_postfix({"images/s": f"{speed:.1f}"} | {name: f"{record[name]:.4g}" for name in names})
+            self.accelerator.log({**record, "images_per_second": speed}, step=step + 1)
+        self.sums, self.parts = {}, 0
+
+    def validated(self, step: int, figures: dict[str, Any]) -> None:
+        """Write the figures of a validation after `step` steps."""
+        if self.figures is not None:
+            self.figures.write({"step": step, **figures})
+        scalars = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+        tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.5g}" for name, value in scalars.items()))
+        self.accelerator.log({f"validation/{name}": value for name, value in scalars.items()}, step=step)
+
+    def sampled(self, step: int, sheet: Image.Image) -> None:
+        """Keep a sheet of samples after `step` steps as `samples/step-*.png`."""
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        with written_whole(folder / f"step-{step:09d}.png") as file:
+            sheet.save(file, format="png")
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, **order)
+
+    def check(self) -> None:
+        """`FloatingPointError` with the number of the step, if a loss or gradient was not finite."""
+        if (bad_step := int(self.bad_step)) >= 0:
+            raise FloatingPointError(
+                f"The loss or its gradient was not finite at step {bad_step + 1}. The last state is from before; a "
+                "lower --lr or --clip, or bf16 instead of fp16, may help."
+            )
+
+    def close(self) -> None:
+        """End the progress bar, and say how many pictures were left out."""
+        self.bar.close()
+        if self.skipped:
+            tqdm.write(f"{len(self.skipped)} pictures were left out, because they cannot be decoded.")

@@ -1,0 +1,193 @@
+"""States of an interrupted training: one file a step, written whole or not at all, the last few kept."""
+
+import math
+import pickle
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ..utils.files import written_whole
+
+__all__ = ["TrainingState", "latest_state", "learning_rate_factor", "state_to_resume", "states_in"]
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+_PATTERN = "state-{:09d}.pt"
+_GLOB = "state-" + "[0-9]" * 9 + ".pt"
+
+# Names without what DDP, FSDP and `torch.compile` put before them: a state goes on under any of them.
+_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class TrainingState:
+    """
+    Everything that a training changes, and the average of the weights that it exports.
+
+    Args:
+        core (`nn.Module`): The module whose weights are averaged.
+        pairs (`list[tuple[nn.Module, torch.optim.Optimizer]]`): Modules, wrapped or not, with their optimizers; `core`
+            lies in the first.
+        decay (`float`): Of the average, which follows faster at first.
+        name (`str`, defaults to `"core"`): That of `core` in the first module.
+    """
+
+    def __init__(
+        self,
+        core: nn.Module,
+        pairs: list[tuple[nn.Module, torch.optim.Optimizer]],
+        decay: float,
+        name: str = "core",
+    ):
+        self.core, self.pairs, self.prefix = core, pairs, f"{name}."
+        self.average = EMAModel(core.parameters(), decay=decay, foreach=True)
+
+    def averaged_weights(self) -> dict[str, Any]:
+        """The weights of the first module with the average in place of those of `core`, whole, on the CPU."""
+        self.average.store(self.core.parameters())
+        self.average.copy_to(self.core.parameters())
+        try:
+            weights = get_model_state_dict(self.pairs[0][0], options=StateDictOptions(full_state_dict=True))
+            return {name: x.detach().clone().cpu() for name, x in weights.items()}
+        finally:
+            self.average.restore(self.core.parameters())
+
+    def load_average(self, model: ModuleType) -> ModuleType:
+        """Give a model of the kind of `core` the averaged weights; all processes call it, each with its own."""
+        weights = self.averaged_weights()
+        own = {name.removeprefix(self.prefix): x for name, x in weights.items() if name.startswith(self.prefix)}
+        model.load_state_dict(own)
+        return model.eval()
+
+    def save(self, folder: Path, step: int, keep: int, write: bool = True, **facts: Any) -> None:
+        """
+        Write the state after `step` steps, then remove all but the newest `keep`; `facts` are written along.
+
+        All processes call it, the one with `write` writes.
+
+        Raises:
+            OSError: The folder is full or cannot be written; earlier states stay.
+            ValueError: `keep` is less than 1.
+        """
+        if keep < 1:
+            raise ValueError(f"`keep` must be at least 1, got {keep}.")
+        parts = [
+            {
+                "model": get_model_state_dict(module, options=_GATHER),
+                # One that has not begun would be made to take a step, to have something to tell.
+                "optimizer": get_optimizer_state_dict(module, optimizer, options=_GATHER) if optimizer.state else {},
+            }
+            for module, optimizer in self.pairs
+        ]
+        average = self.averaged_weights()
+        if write:
+            state = {"step": step, "parts": parts, "average": average, "updates": self.average.optimization_step}
+            save_state(folder, step, {**state, **facts}, keep)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """
+        Put back what `latest_state` read; all processes call it.
+
+        Raises:
+            ValueError: The state is that of other modules.
+        """
+        distributed = torch.distributed.is_initialized()
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
+        if len(state["parts"]) != len(self.pairs):
+            raise ValueError(f"The state is of {len(state['parts'])} trained modules, these are {len(self.pairs)}.")
+        try:
+            # The average passes through the model, whatever wraps it.
+            set_model_state_dict(self.pairs[0][0], state["average"], options=options)
+            with torch.no_grad():
+                for shadow, parameter in zip(self.average.shadow_params, self.core.parameters()):
+                    shadow.copy_(parameter)
+            self.average.optimization_step = state["updates"]
+            for (module, optimizer), part in zip(self.pairs, state["parts"]):
+                set_model_state_dict(module, part["model"], options=options)
+                if part["optimizer"]:
+                    set_optimizer_state_dict(module, optimizer, part["optimizer"], options=options)
+        except RuntimeError as error:
+            raise ValueError(f"The state does not fit this model: {str(error).splitlines()[-1].strip()}") from error
+
+
+def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """
+    Write `state` as that of `step`, then remove all but the newest `keep`.
+
+    Raises:
+        OSError: The folder cannot be written or is full; states that were there before stay.
+    """
+    path = folder / _PATTERN.format(step)
+    try:
+        with written_whole(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+    for old in states_in(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def latest_state(folder: Path) -> dict[str, Any]:
+    """
+    The newest state of a folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or no state of this package.
+    """
+    states = states_in(folder)
+    if not states:
+        raise FileNotFoundError(f"{str(folder)!r} holds no training state to go on from ({_PATTERN.format(0)} or so).")
+    try:
+        state = torch.load(states[-1], map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{str(states[-1])!r} cannot be read as a training state: {reason}") from error
+    if not isinstance(state, dict) or not {"step", "parts", "average", "updates"} <= state.keys():
+        raise ValueError(f"{str(states[-1])!r} is no training state of this package.")
+    return state
+
+
+def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    The newest state of a script's `--output`, `None` where there is none.
+
+    Raises:
+        ValueError: There is one and `--resume` was not given, its `config` is another, or as `latest_state`.
+    """
+    if not states_in(folder):
+        return None
+    if not resume:
+        raise ValueError(f"--output {str(folder)!r} holds a training state: add --resume, or take another folder.")
+    state = latest_state(folder)
+    # A state from before there was a choice does not say what it has.
+    saved = {**({"downsampling": "mean"} if "downsampling" in config else {}), **state["config"]}
+    if saved != config:
+        differing = sorted(name for name in {*saved, *config} if saved.get(name) != config.get(name))
+        raise ValueError(f"The state in {str(folder)!r} is that of a model of another configuration: {differing}.")
+    return state
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The states in a folder, the newest last."""
+    return sorted(folder.glob(_GLOB))
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, decay: int) -> float:
+    """
+    Of the learning rate at a step, in (0, 1]: linear warm-up, then constant, then half a cosine down over the last
+    `decay` of all `steps`.
+    """
+    rising = min(1.0, (step + 1) / max(1, warmup))
+    falling = min(1.0, (steps - step) / max(1, decay))
+    return rising * 0.5 * (1 - math.cos(math.pi * falling))

@@ -1,0 +1,210 @@
+"""What training a tokenizer minimises: its forward pass with noise, and the weighted sum of all losses."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..data.training_batches import step_generator
+from ..models.configuration_hieratok import HieraTokConfig
+from ..models.core import HieraTokCore, posterior_of
+from ..models.losses import PIXEL_LOSSES, border_loss, tokenizer_losses
+from .alignment import LatentAlignment
+from .discriminator import adaptive_weight, generator_hinge_loss
+
+__all__ = ["LossWeights", "TokenizerTraining", "TrainingLoss", "step_noise"]
+
+# Shape letters: B batch, H W pixels, C latent channels, h w latent grid.
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """
+    Weights of the parts; a part of weight 0 is not computed. Those of `kl` and `coarse` are the configuration's.
+
+    Attributes:
+        pixel (`str`): Kind of the difference of pixels, one of `PIXEL_LOSSES`; its weight is 1.
+        border (`float`): Of seams between patches, see `border_loss`.
+        perceptual, lpips (`float`): Of the distances over a vision model, and by the published LPIPS.
+        alignment (`float`): Of the latents' alignment with a vision model.
+        adversarial (`float`): Of the discriminator's verdict, beside the adaptive weight.
+        adversarial_start, coarse_start (`int`): Steps before which those parts do not count.
+
+    Raises:
+        ValueError: A weight is negative or not finite, or the kind is none of those.
+    """
+
+    pixel: str = "l1"
+    border: float = 0.0
+    perceptual: float = 0.0
+    lpips: float = 0.0
+    alignment: float = 0.0
+    adversarial: float = 0.0
+    adversarial_start: int = 0
+    coarse_start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pixel not in PIXEL_LOSSES:
+            raise ValueError(f"`pixel` must be one of {list(PIXEL_LOSSES)}, got {self.pixel!r}.")
+        for name in ("border", "perceptual", "lpips", "alignment", "adversarial"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"The weight `{name}` must be finite and not negative, got {value}.")
+
+
+class TokenizerTraining(nn.Module):
+    """
+    The part of a training step that owns every trained weight but the discriminator's, so that one wrapper (DDP,
+    FSDP, `torch.compile`) serves.
+
+    Args:
+        core (`HieraTokCore`): The tokenizer.
+        alignment (`LatentAlignment`, *optional*): Aligns the latents with a vision model.
+        latent_noise (`float`, defaults to 0.0): Largest standard deviation of the noise that latents are mixed with
+            before they are decoded (l-DeTok, arXiv 2507.15856).
+        latent_jitter (`float`, defaults to 0.0): Largest standard deviation of noise that is added to latents before
+            they are decoded, because those of a generator are never exact; that of a latent is this times the fourth
+            power of its `mix`, so that half of them stay nearly exact.
+    """
+
+    # What accelerate's FSDP wraps one by one, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`.
+    _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
+
+    def __init__(
+        self,
+        core: HieraTokCore,
+        alignment: LatentAlignment | None = None,
+        latent_noise: float = 0.0,
+        latent_jitter: float = 0.0,
+    ):
+        super().__init__()
+        self.core = core
+        self.alignment = alignment
+        self.latent_noise = latent_noise
+        self.latent_jitter = latent_jitter
+
+    def forward(self, pixel_values: Tensor, noise: Tensor, mix: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1].
+            noise (`torch.Tensor` of shape `(2, B, C, h, w)`): Standard normal: for the posterior, and for the mixing.
+            mix (`torch.Tensor` of shape `(B, 1, 1, 1)`): In [0, 1], how much of a latent the noise replaces.
+
+        Returns:
+            The pictures of all scales, the moments `(B, 2C, h, w)`, and the alignment loss.
+        """
+        moments, _ = self.core.encode_moments(pixel_values)
+        posterior = posterior_of(moments)
+        latents = posterior.mean + posterior.std * noise[0]
+        decoded = latents
+        if self.latent_noise:
+            decoded = (1 - mix) * latents + mix * self.latent_noise * noise[1]
+        if self.latent_jitter:
+            decoded = decoded + mix**4 * self.latent_jitter * noise[1]
+        aligned = self.alignment(latents, pixel_values) if self.alignment is not None else None
+        return self.core.decode_scales(decoded), moments, aligned
+
+
+def step_noise(batch: dict[str, Any], config: HieraTokConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """
+    The `noise` and `mix` that `TokenizerTraining` takes, for a batch of `training_loader`: those of a step are a
+    function of the seed and the step, however its pictures are divided over processes and parts.
+
+    Returns:
+        `noise` `(2, B, C, h, w)`, standard normal, and `mix` `(B, 1, 1, 1)`, uniform in [0, 1), float32 on the CPU.
+    """
+    height, width = (side // config.patch_size for side in batch["pixel_values"].shape[2:])
+    generator = step_generator(seed, batch["step"])
+    noise = torch.randn(2, batch["count"], config.latent_channels, height, width, generator=generator)
+    mix = torch.rand(batch["count"], 1, 1, 1, generator=generator)
+    return noise[:, batch["rows"]], mix[batch["rows"]]
+
+
+class TrainingLoss:
+    """
+    The weighted sum of all losses, in float32.
+
+    Args:
+        weights (`LossWeights`): What counts how much.
+        perceptual, lpips (`nn.Module`, *optional*): Distances of pictures; needed where their weight is not 0.
+        discriminator (`nn.Module`, *optional*): Scores pictures; the same.
+        total (`Callable`, *optional*): Adds a tensor up over all processes.
+
+    Raises:
+        ValueError: A part has a weight and nothing to compute it.
+    """
+
+    def __init__(
+        self,
+        weights: LossWeights,
+        perceptual: nn.Module | None = None,
+        lpips: nn.Module | None = None,
+        discriminator: nn.Module | None = None,
+        total: Callable[[Tensor], Tensor] = lambda x: x,
+    ):
+        for name, module in (("perceptual", perceptual), ("lpips", lpips), ("adversarial", discriminator)):
+            if (value := getattr(weights, name)) and module is None:
+                raise ValueError(f"The weight `{name}` must be 0 where nothing computes that part, got {value}.")
+        self.weights, self.perceptual, self.lpips = weights, perceptual, lpips
+        self.discriminator, self.total = discriminator, total
+
+    def is_adversarial(self, step: int) -> bool:
+        """Whether the discriminator counts at a step, and learns."""
+        return self.weights.adversarial > 0 and step >= self.weights.adversarial_start
+
+    def __call__(
+        self,
+        config: HieraTokConfig,
+        pixel_values: Tensor,
+        pictures: list[Tensor],
+        moments: Tensor,
+        aligned: Tensor | None,
+        step: int,
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            config (`HieraTokConfig`): That of the tokenizer.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): What `TokenizerTraining` was given.
+            pictures (`list[torch.Tensor]`): Those of all scales that it returned.
+            moments (`torch.Tensor` of shape `(B, 2C, h, w)`): That it returned.
+            aligned (`torch.Tensor` of shape `()`, *optional*): That it returned.
+            step (`int`): Of the training, from 0.
+
+        Returns:
+            The parts by name, each a scalar, and `loss`.
+        """
+        weights = self.weights
+        parts = tokenizer_losses(pictures, pixel_values, moments, config, weights.pixel)
+        picture = pictures[-1].float()
+        reconstruction = parts[weights.pixel]
+        if weights.border:
+            parts["border"] = border_loss(picture, config.patch_size)
+            reconstruction = reconstruction + weights.border * parts["border"]
+        if weights.perceptual and self.perceptual is not None:
+            parts["perceptual"] = self.perceptual(picture, pixel_values).mean()
+            reconstruction = reconstruction + weights.perceptual * parts["perceptual"]
+        if weights.lpips and self.lpips is not None:
+            parts["lpips"] = self.lpips(picture, pixel_values.float()).mean()
+            reconstruction = reconstruction + weights.lpips * parts["lpips"]
+        loss = reconstruction + config.kl_weight * parts["kl"]
+        if "coarse" in parts:
+            # A factor of 0 instead of leaving it out: DDP waits for a gradient of every weight.
+            loss = loss + config.coarse_weight * (step >= weights.coarse_start) * parts["coarse"]
+        if aligned is not None:
+            parts["alignment"] = aligned.float()
+            loss = loss + weights.alignment * parts["alignment"]
+        if self.is_adversarial(step) and self.discriminator is not None:
+            # Detached, or this loss would leave its gradient for the discriminator's own step.
+            frozen = {name: x.detach() for name, x in self.discriminator.named_parameters()}
+            parts["adversarial"] = generator_hinge_loss(functional_call(self.discriminator, frozen, picture))
+            squares = [
+                self.total(torch.autograd.grad(part, pictures[-1], retain_graph=True)[0].float().square().sum())
+                for part in (reconstruction, parts["adversarial"])
+            ]
+            parts["adaptive_weight"] = adaptive_weight(*squares)
+            loss = loss + weights.adversarial * parts["adaptive_weight"] * parts["adversarial"]
+        parts["loss"] = loss
+        return parts

@@ -1,0 +1,1 @@
+"""Files, images and processes; nothing here knows the rest of the package."""

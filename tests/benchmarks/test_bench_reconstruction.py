@@ -1,0 +1,117 @@
+"""The benchmark of reconstruction: its baselines are what they say, and every row is measured."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_core, tiny_vision_model
+from PIL import Image
+
+pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")
+
+from hieratok_hf import AutoencoderHieraTok, open_picture
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.evaluation.metrics import psnr, ssim
+from hieratok_hf.models.autoencoder_adapter import load_codec
+
+PHOTOGRAPH = open_picture(next(iter(sorted((Path(__file__).parents[2] / "examples" / "pictures").glob("*.webp")))))
+
+
+@pytest.fixture
+def bench(load_benchmark, monkeypatch):
+    module = load_benchmark("bench_reconstruction")
+    monkeypatch.setattr(module, "SETS", {"one": ("one", 32), "two": ("shards/val-*.tar", 48)})
+    monkeypatch.setattr(module, "FITTED_TO", "shards/train-*.tar")
+    return module
+
+
+def crop(i, size):
+    left, top = 64 + 24 * (i % 4), 64 + 24 * (i // 4)
+    return PHOTOGRAPH.crop((left, top, left + size, top + size))
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    (folder / "one").mkdir(parents=True)
+    (folder / "shards").mkdir()
+    for i in range(3):
+        crop(i, 32).save(folder / "one" / f"{i}.png")
+    for name, count in (("train-0000", 12), ("val-0000", 5)):
+        with tarfile.open(folder / "shards" / f"{name}.tar", "w") as archive:
+            for i in range(count):
+                file = io.BytesIO()
+                crop(i, 48).save(file, "PNG")
+                member = tarfile.TarInfo(f"{i:04}.png")
+                member.size = len(file.getvalue())
+                archive.addfile(member, io.BytesIO(file.getvalue()))
+    tiny_vision_model().save_pretrained(folder / "mobilenet_v2_1.0_224")
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def test_components_are_the_best_linear_code_of_the_patches_that_they_are_fitted_to(bench, data):
+    pictures = load_pictures(str(data / "shards" / "train-*.tar"))
+    values = torch.stack([bench.as_values(crop(i, 48)) for i in range(12)])
+    errors = [(bench.PrincipalComponents(pictures, 4, n)(values) - values).square().mean() for n in (1, 6, 24, 48)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-9
+    patches = torch.nn.functional.unfold(values, 4, stride=4).transpose(1, 2).reshape(-1, 48).double()
+    left_over = torch.linalg.svdvals(patches - patches.mean(0))[6:].square().sum() / patches.numel()
+    assert errors[1].item() == pytest.approx(left_over.item(), rel=1e-4)
+
+
+def test_jpeg_takes_the_bytes_that_there_are_and_no_more(bench):
+    values = bench.as_values(crop(0, 48))[None]
+    found = []
+    for bytes_a_pixel in (0.0, 0.1, 0.25, 1.0):
+        jpeg = bench.Jpeg(bytes_a_pixel)
+        file = jpeg.best(crop(0, 48))
+        quality = next(q for q in range(1, 96) if np.array_equal(_decoded(jpeg, crop(0, 48), q), np.array(file)))
+        room = bytes_a_pixel * 48 * 48
+        assert quality == 1 or jpeg._scan(jpeg._file(crop(0, 48), quality)) <= room
+        assert quality == 95 or jpeg._scan(jpeg._file(crop(0, 48), quality + 1)) > room
+        found.append(psnr(jpeg(values), values).item())
+    assert found == sorted(found) and found[0] < 25 < 35 < found[-1]
+
+
+def _decoded(jpeg, picture, quality):
+    return np.array(Image.open(io.BytesIO(jpeg._file(picture, quality))))
+
+
+def test_every_row_is_measured_and_parts_add_up(bench, data, tokenizer, tmp_path, capsys):
+    given = ["--data", str(data), "--models", str(tokenizer), "--json", "--sets"]
+    assert bench.main([*given, "one"]) == 0 and bench.main([*given, "two", "--max_pictures", "4"]) == 0
+    report = json.loads(next((tmp_path / "results").iterdir()).read_text())
+    rows = {(row["data"], row["code"]): row for row in report["rows"]}
+    codes = ("tokenizer", "its linear path alone", "principal components", "JPEG")
+    assert list(rows) == [(name, code) for name in ("one", "two") for code in codes]
+    assert [row["pictures"] for row in rows.values()] == [3] * 4 + [4] * 4
+    assert [row["size"] for row in rows.values()] == [32] * 4 + [48] * 4
+    assert bench.table(report).splitlines()[-1] in capsys.readouterr().out
+
+    values = torch.stack([bench.as_values(crop(i, 32)) for i in range(3)])
+    codec = load_codec(tokenizer)
+    expected = {"tokenizer": codec.decode(codec.encode(values)).clamp(-1, 1)}
+    expected |= {code: call(values) for code, call in bench.baselines(codec, data).items()}
+    for code, made in expected.items():
+        row = rows["one", code]
+        assert row["psnr"] == pytest.approx(psnr(made, values).mean().item(), abs=1e-3)
+        assert row["ssim"] == pytest.approx(ssim(made, values).mean().item(), abs=1e-3)
+        assert row[report["distance"]] >= 0
+    assert len(rows["one", "tokenizer"]["scales_psnr"]) == 4 and "latent_mean" not in rows["one", "tokenizer"]
+
+
+def test_data_that_is_not_there_is_named(bench, data, capsys):
+    (data / "one").rename(data / "gone")
+    assert bench.main(["--data", str(data)]) == 2
+    assert capsys.readouterr().err == f"error: --data {str(data)!r} lacks one\n"

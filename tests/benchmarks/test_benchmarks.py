@@ -1,0 +1,428 @@
+"""The figures that README.md and model_card.md print are those that the benchmarks compute and record."""
+
+import importlib.util
+import itertools
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from hieratok_hf import SIZES, HieraTokConfig, PyramidLayout, scale_causal_attention
+from hieratok_hf.ops.attention_choice import FASTEST
+
+ROOT = Path(__file__).parents[2]
+DECODED = ("sdpa_mask", "sdpa", "auto")
+README, CARD = (ROOT / "README.md").read_text(), (ROOT / "model_card.md").read_text()
+PAGES = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+
+
+def load(name, path=None):
+    spec = importlib.util.spec_from_file_location(name, path or ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_sizes_is_what_is_counted(tmp_path, capsys):
+    load("model_sizes").main(["--json", str(tmp_path / "sizes.json")])
+    assert "hieratok-b" in capsys.readouterr().out
+    rows = {row["size"]: row for row in json.loads((tmp_path / "sizes.json").read_text())["rows"]}
+    lines = [line for line in PAGES.splitlines() if line.startswith("| hieratok-")]
+    printed = {line.split("|")[1].strip(): line for line in lines if line.count("|") == 10}
+    assert list(printed) == list(rows)
+    for size, row in rows.items():
+        parameters = (row["encoder_parameters"] + row["decoder_parameters"]) / 1e6
+        flops = [row[key] / 1e9 for key in ("encode_flops", "decode_flops_4", "decode_flops_2")]
+        expected = [row["latent"], *(f"{value:.1f}" for value in (parameters, *flops))]
+        assert [cell.strip() for cell in printed[size].split("|")[5:10]] == expected
+        short = f"| {row['latent']} | {expected[1]} | {expected[2]}, {expected[3]} |"
+        assert any(line.startswith(f"| {size} |") and short in line for line in README.splitlines())
+
+
+def test_progressive_decoding_costs_its_tokens_only():
+    row = load("model_sizes").count("hieratok-b", 256, 256)
+    # 4, 20, 84 and 340 tokens
+    assert row["decode_flops_1"] < 0.02 * row["decode_flops_4"]
+    assert row["decode_flops_2"] < 0.06 * row["decode_flops_4"]
+
+
+def reconstruction():
+    return json.loads((ROOT / "benchmarks" / "results" / "reconstruction_cpu_avx512.json").read_text())
+
+
+def test_the_figures_of_the_weights_are_those_recorded(load_benchmark):
+    report = reconstruction()
+    sets = {"kodak": 24}
+    tokenizers = ("hieratok-tiny", "hieratok-tiny-16x")
+    codes = ("tokenizer", "its linear path alone", "principal components", "JPEG")
+    rows = {(row["data"], row["like"], row["code"]): row for row in report["rows"]}
+    assert rows.keys() == set(itertools.product(sets, tokenizers, codes))
+    assert all(row["pictures"] == sets[row["data"]] for row in rows.values())
+    assert load_benchmark("bench_reconstruction").table(report) in PAGES
+    for (data, tokenizer, code), row in rows.items():
+        if data != "kodak":
+            continue
+        assert f" | {row['psnr']:.2f} | {row['ssim']:.3f} |" in CARD, (tokenizer, code)
+        for psnr in row.get("scales_psnr", ()):
+            assert f"{psnr:.2f}" in PAGES and f"{psnr:.2f}" in CARD
+
+
+def test_seams_and_noise_are_what_was_recorded(load_benchmark):
+    report = json.loads((ROOT / "benchmarks" / "results" / "seams_cpu_avx512.json").read_text())
+    assert load_benchmark("bench_seams").tables(report) in PAGES
+    tokenizers = {row["name"]: row for row in report["tokenizers"]}
+    for name in ("hieratok-tiny", "hieratok-tiny-16x"):
+        assert tokenizers[name]["border_ratio"] < tokenizers[f"{name}-averages"]["border_ratio"]
+    now, before = (tokenizers[name]["psnr_with_noise"] for name in ("hieratok-tiny", "hieratok-tiny-averages"))
+    assert all(decibels > before[noise] for noise, decibels in now.items())
+
+
+def test_the_trade_off_of_the_losses_is_that_recorded():
+    report = json.loads((ROOT / "benchmarks" / "results" / "trade_off.json").read_text())
+    assert report["pictures"] == 24 and report["settings"]["size"] == 512
+    for text in (PAGES, CARD):
+        rows = {line for line in text.splitlines() if line.count("|") == 5}
+        for figures in report["models"]:
+            cells = f"| {figures['psnr']:.2f} | {figures['ssim']:.4f} | {figures['perceptual']:.4f} |"
+            assert any(row.endswith(cells) for row in rows), cells
+
+
+def test_the_gain_of_fine_tuning_is_that_recorded():
+    report = json.loads((ROOT / "benchmarks" / "results" / "fine_tune.json").read_text())
+    assert report["pictures"] == 372 and report["settings"]["fid_size"] == 128
+    before, after = report["models"]
+    for name, figures in (("hieratok-tiny", before), ("fine-tuned", after)):
+        cells = f"{figures['psnr']:.2f} | {figures['ssim']:.4f} | {figures['FD-MobileNetV2']:.2f}"
+        assert f"| {name} | {cells} |" in PAGES
+    assert after["psnr"] > before["psnr"] and after["FD-MobileNetV2"] < before["FD-MobileNetV2"]
+
+
+def test_the_speeds_beside_other_autoencoders_are_those_recorded():
+    report = json.loads((ROOT / "benchmarks" / "results" / "autoencoders_eager_cpu_avx512.json").read_text())
+    for direction in ("encode", "decode"):
+        found = {
+            row["model"]: row["times_as_fast"]["eager"]
+            for row in report["rows"]
+            if (row["pixels"], row["images"], row["direction"]) == (256, 1, direction)
+        }
+        models = [*(size for size in SIZES if size in found), "AutoencoderKL-f16", "AutoencoderTiny"]
+        assert f"| {direction} | {' | '.join(f'{found[model]:.1f}' for model in models)} |" in PAGES
+
+
+def test_the_figures_of_a_gpu_are_those_recorded():
+    def recorded(name):
+        return json.loads((ROOT / "benchmarks" / "results" / f"{name}_cuda_90.json").read_text())
+
+    text = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    decoding = recorded("decode_hieratok-b")
+    for name, how in (("plain", ""), ("compiled", ", compiled")):
+        ways = [f"{x}{how}" for x in ("sdpa_mask", "sdpa", "flex", "triton", "triton+rotary")]
+        cells = [f"{decoding['times_as_fast'][way]:.2f}, {decoding['milliseconds'][way]:.1f}" for way in ways]
+        assert f"| {name}: times as fast, ms | {' | '.join(cells)} |" in text
+    assert f"decodes 64 pictures in {decoding['milliseconds']['auto, compiled']:.1f} ms" in README
+    speeds = recorded("train_hieratok-b")["images_per_second"]
+    assert f"{speeds['plain']:.0f} pictures a second, {speeds['compiled']:.0f} compiled" in text
+    generation = recorded("generation")
+    assert f"makes {generation['images_per_second']:.0f} pictures of 64x64 a second" in text
+    for row in generation["decoders"]:
+        shares = " | ".join(f"{100 * row['of_full_decode'][scales]:.1f} %" for scales in "123")
+        assert f"| {row['size']}, {row['pictures']} pictures of {row['pixels']}x{row['pixels']} | {shares} |" in text
+
+
+def test_the_gain_of_tiles_is_that_recorded():
+    report = json.loads((ROOT / "benchmarks" / "results" / "positions_hieratok-tiny_cpu_avx512.json").read_text())
+    tiles, whole = (report["psnr_db"][variant]["768x512"] for variant in ("tiles", "cells"))
+    assert f"{tiles:.2f} dB on the whole Kodak pictures, against {whole:.2f} dB" in PAGES.replace("\n", " ")
+    sizes = json.loads((ROOT / "benchmarks" / "results" / "picture_sizes_hieratok-tiny_cpu_avx512.json").read_text())
+    most = max(row["process_mib"] for row in sizes["rows"] if row["tiled"] and row["side"] == 4096)
+    assert f"to {most:.0f} MiB for all the process at 4096x4096" in PAGES.replace("\n", " ")
+
+
+def test_the_figures_of_generation_are_those_recorded():
+    folder = ROOT / "benchmarks" / "results"
+    report = json.loads((folder / "generation_cpu_avx2.json").read_text())
+    text = " ".join(PAGES.split())
+    assert f"decoding takes {100 * report['decode_share']:.1f} % of the time" in text
+    assert f"of 2 scales {100 * report['preview_of_decode']:.1f} % of a decoding" in text
+    assert report["preview_scales"] == 2
+    first, second, third, last = (f"{value:.2f}" for value in report["correlation_at_each_quarter"])
+    assert f"{first}, {second}, {third} and {last} after each quarter" in text
+    large = next(row for row in report["decoders"] if row["size"] == "hieratok-b")
+    assert f"({100 * large['of_full_decode']['2']:.1f} % of hieratok-b at 256x256 pixels)" in text
+    assert large["of_full_decode"]["2"] < 0.1
+    table = (ROOT / "benchmarks" / "README.md").read_text()
+    for row in report["decoders"]:
+        share = [f"{100 * row['of_full_decode'][scales]:.1f} %" for scales in "123"]
+        picture = f"{row['pictures']} pictures of {row['pixels']}x{row['pixels']}"
+        assert f"| {row['size']}, {picture} | {' | '.join(share)} |" in table
+    cached = json.loads((folder / "cache_hieratok-tiny_cpu_avx512.json").read_text())
+    assert f"shards at {cached['caching_over_encoding']:.2f} of the speed" in table
+    assert cached["caching_over_encoding"] >= 0.9
+    judged = json.loads((folder / "hieratok-dit-tiny.json").read_text())
+    assert judged["settings"]["samples"] == 1000 and judged["settings"]["guidance_scale"] == 4
+    for name, accuracy in zip(judged["classes"].values(), judged["class_accuracy_per_class"]):
+        assert f"| {name} | {100 * accuracy:.0f} |" in CARD
+    assert f"| all | {100 * judged['class_accuracy']:.1f} |" in CARD
+
+
+@pytest.fixture
+def attention(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = load("bench_attention")
+    monkeypatch.setattr(module, "CPU_SIZES", {2: 1, 3: 2})
+    monkeypatch.setattr(module, "CPU_KINDS", [("float32", 8, 2), ("bfloat16", 8, 2)])
+    # Rates of this machine take seconds to measure and do not matter here.
+    monkeypatch.setattr(module, "matrix_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(module, "copy_rate", lambda device: 1e10)
+    return module
+
+
+def test_the_attention_benchmark_measures_every_row(attention, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(attention, "RESULTS", tmp_path / "results")
+    assert attention.main(["--device", "cpu", "--seconds", "0", "--json"]) == 0
+    (path,) = (tmp_path / "results").iterdir()
+    report = json.loads(path.read_text())
+    assert report["machine"]["kind"].startswith("cpu") and report["machine"]["commit"]
+    sizes = [(row["dtype"], row["tokens"], row["gradients"]) for row in report["rows"]]
+    tokens = [PyramidLayout.from_grid(side, side, (8, 4, 2, 1)).num_tokens for side in (2, 3)]
+    assert sizes == list(itertools.product(["float32", "bfloat16"], tokens, [False, True]))
+    for row in report["rows"]:
+        assert row["of_sdpa_mask"].keys() == row["of_sdpa_mask_again"].keys()
+        assert row["of_sdpa_mask"]["sdpa_mask"] == 1 and row["of_sdpa_mask"]["sdpa"] > 0
+        assert "milliseconds" not in row  # speeds of a CPU are ratios
+    assert "tokens (3x3 finest), forward and backward" in capsys.readouterr().out
+
+
+def test_the_attention_benchmark_reports_nothing_when_a_result_is_wrong(attention, monkeypatch, tmp_path, capsys):
+    right = attention.scale_causal_attention
+
+    def wrong(*args, backend, **kwargs):
+        return right(*args, backend=backend, **kwargs) * (1 + 1e-4 * (backend == "sdpa"))
+
+    monkeypatch.setattr(attention, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(attention, "scale_causal_attention", wrong)
+    assert attention.main(["--device", "cpu", "--seconds", "0", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert "of sdpa_mask" not in out and "error: wrong results, so nothing is reported: sdpa, torch.float32" in err
+    assert not (tmp_path / "results").exists()
+
+
+def test_parts_of_the_attention_benchmark_add_up(attention, monkeypatch, tmp_path):
+    monkeypatch.setattr(attention, "RESULTS", tmp_path / "results")
+    for part in (["--kinds", "1", "--sides", "2"], ["--kinds", "0"], ["--kinds", "1"]):
+        assert attention.main(["--device", "cpu", "--seconds", "0", "--json", *part]) == 0
+    report = json.loads(next((tmp_path / "results").iterdir()).read_text())
+    rows = [(row["dtype"], row["grid"][0], row["gradients"]) for row in report["rows"]]
+    assert sorted(rows) == sorted(itertools.product(["float32", "bfloat16"], (2, 3), (False, True)))
+    assert report["measured_rates"].keys() == {"copy_gb_per_s", "float32_tflops", "bfloat16_tflops"}
+
+
+def test_a_backend_that_fails_is_absent_from_the_row(attention, monkeypatch, tmp_path, capsys):
+    right = attention.scale_causal_attention
+
+    def no_compiler(*args, backend, **kwargs):
+        if backend == "flex":
+            raise NotImplementedError("no compiler here\nand more")
+        return right(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(attention, "scale_causal_attention", no_compiler)
+    monkeypatch.setattr(attention, "RESULTS", tmp_path)
+    backends = ["--backends", "sdpa_mask", "sdpa", "flex"]
+    assert attention.main(["--device", "cpu", "--seconds", "0", "--kinds", "0", "--json", *backends]) == 0
+    report = json.loads(next(tmp_path.iterdir()).read_text())
+    assert all(row["absent"] == {"flex": "no compiler here"} for row in report["rows"])
+    assert "absent: no compiler here" in capsys.readouterr().out
+
+
+def test_rows_of_another_machine_are_not_kept(attention, tmp_path):
+    keys = ("size",)
+    machine = {"kind": "cpu", "torch": "1", "commit": "a"}
+    measuring = sys.modules["measuring"]
+    measuring.write_report(tmp_path, "x", {"machine": machine, "rows": [{"size": 1, "time": 3}]}, keys)
+    new = {"machine": {**machine, "commit": "b"}, "rows": [{"size": 2, "time": 4}]}
+    kept = measuring.write_report(tmp_path, "x", new, keys)
+    assert kept["rows"] == [{"commit": "a", "size": 1, "time": 3}, {"size": 2, "time": 4}]
+    other = {"machine": {**machine, "torch": "2"}, "rows": [{"size": 3, "time": 5}]}
+    assert measuring.write_report(tmp_path, "x", other, keys) == other
+    assert json.loads((tmp_path / "x_cpu.json").read_text()) == other and len(list(tmp_path.iterdir())) == 1
+
+
+def test_work_is_what_pytorch_counts(attention):
+    layout = PyramidLayout.from_grid(3, 5, (1,))
+    query, key, value = (torch.randn(2, 3, 15, 8, requires_grad=True) for _ in range(3))
+    with FlopCounterMode(display=False) as counted:
+        attended = scale_causal_attention(query, key, value, layout, backend="reference")
+    assert attention.work(layout, 2, 3, 8, backward=False)[0] == counted.get_total_flops()
+    with FlopCounterMode(display=False) as counted:
+        attended.sum().backward()
+    # Weights are kept there and computed again in a kernel that keeps none: one product more.
+    again = 2 * 2 * 3 * 15 * 15 * 8
+    both = attention.work(layout, 2, 3, 8, backward=True)[0] - attention.work(layout, 2, 3, 8, backward=False)[0]
+    assert both == counted.get_total_flops() + again
+
+
+def test_auto_follows_the_recorded_measurements(attention):
+    assert attention.choices(attention.recorded()) == FASTEST
+    assert attention.markdown(attention.recorded()) in (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def test_recording_writes_a_table_that_python_reads(attention, monkeypatch, tmp_path):
+    times = {"sdpa_mask": 1.0, "sdpa": 0.99, "triton": 0.5, "full": 0.4, "floor": 0.1}
+    row = {"dtype": "bfloat16", "head_dim": 64, "gradients": True, "tokens": 340, "of_sdpa_mask": times}
+    row["of_sdpa_mask_again"] = times
+    close = {**row, "tokens": 1360, "of_sdpa_mask": {**times, "sdpa": 1.01, "triton": 1.0}}
+    unsteady = {**row, "tokens": 5440, "of_sdpa_mask_again": {**times, "sdpa": 0.4}}
+    report = {"machine": {"kind": "cuda 9.0"}, "rows": [row, close, unsteady]}
+    (tmp_path / "attention_cuda_90.json").write_text(json.dumps(report))
+    shutil.copy(attention.CHOICE, tmp_path / "choice.py")
+    monkeypatch.setattr(attention, "RESULTS", tmp_path)
+    monkeypatch.setattr(attention, "CHOICE", tmp_path / "choice.py")
+    shutil.copy(attention.README, tmp_path / "README.md")
+    monkeypatch.setattr(attention, "README", tmp_path / "README.md")
+    attention.record()
+    written = load("hieratok_hf.ops.choice", tmp_path / "choice.py")
+    assert written.FASTEST == {("cuda 9.0", "bfloat16", 64, True): {340: "triton", 1360: "sdpa", 5440: "sdpa"}}
+    assert callable(written.fastest_backend)
+    assert (
+        "| cuda 9.0 | bfloat16 | 64 | 340 | forward, backward | 0.99, 0.99 |  | 0.50, 0.50 |"
+        in attention.README.read_text()
+    )
+    attention.record()
+    assert load("hieratok_hf.ops.choice", tmp_path / "choice.py").FASTEST == written.FASTEST
+
+
+def test_times_side_by_side_tell_slow_from_fast(attention):
+    seconds = attention.side_by_side(
+        {"fast": lambda: None, "slow": lambda: time.sleep(0.01)}, torch.device("cpu"), budget=0
+    )
+    assert seconds["fast"] < 0.005 < 0.01 <= seconds["slow"]
+
+
+@pytest.mark.parametrize("argument", [[], ["--plain_only", "--backends", "sdpa_mask", "sdpa"]])
+def test_the_decoding_benchmark_compares_with_the_dense_mask(argument, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    decode = load("bench_decode")
+    monkeypatch.setattr(decode, "RESULTS", tmp_path)
+    monkeypatch.setattr(decode.torch, "compile", lambda function, **_: function)
+    small = ["--device", "cpu", "--size", "hieratok-tiny", "--pixels", "32", "--images", "1", "--seconds", "0"]
+    assert decode.main([*small, *argument, "--json"]) == 0
+    report = json.loads(next(tmp_path.iterdir()).read_text())
+    assert report["times_as_fast"]["sdpa_mask"] == 1 and len(report["times_as_fast"]) == (2 if argument else 6)
+    assert "times as fast as sdpa_mask" in capsys.readouterr().out
+
+
+def test_the_table_of_decoding_is_what_was_recorded():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    for path in (ROOT / "benchmarks" / "results").glob("decode_*_cpu_*.json"):
+        report = json.loads(path.read_text())
+        cells = [f"{report['times_as_fast'][name + how]:.2f}" for name in DECODED for how in ("", ", compiled")]
+        assert f"| {report['size']}, {report['images']} pictures | {' | '.join(cells)} |" in text
+
+
+def test_the_training_benchmark_takes_real_steps(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    train = load("bench_train")
+    monkeypatch.setattr(train, "RESULTS", tmp_path)
+    monkeypatch.setattr(train, "matrix_rate", lambda device, dtype: 1e11)
+    small = ["--device", "cpu", "--size", "hieratok-tiny", "--pixels", "32", "--images", "1", "--seconds", "0"]
+    assert train.main([*small, "--plain_only", "--json"]) == 0
+    report = json.loads(next(tmp_path.iterdir()).read_text())
+    # Three times the forward pass, but for the first layer's input, which needs no gradient.
+    sizes = load("model_sizes").count("hieratok-tiny", 32, 32)
+    forward = (sizes["encode_flops"] + sizes["decode_flops_4"]) / 1e9
+    assert 2.5 * forward < report["gflop_an_image"] < 3.5 * forward
+    assert 0 < report["share_of_the_matrix_rate"]["plain"] < 10
+    assert "of the measured matrix rate" in capsys.readouterr().out
+
+
+@pytest.fixture
+def scales(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return load("compare_scales")
+
+
+def test_the_table_of_scales_is_what_was_recorded(scales):
+    runs = json.loads(scales.RESULTS.read_text())["runs"]
+    assert {f"{row}-{seed}" for row in ("single", "multi", "full", "two", "three") for seed in (0, 1)} <= set(runs)
+    assert f"{scales.BEGIN}\n{scales.table(runs)}\n{scales.END}" in scales.README.read_text()
+    assert all(run["pictures"] == 3925 and run["curve"][-1]["step"] >= 1000 for run in runs.values())
+
+
+def test_the_tables_of_generation_are_what_was_recorded(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    generation = load("compare_generation")
+    if not generation.RESULTS.exists():
+        pytest.skip("compare_generation.py has not been run yet")
+    results, text = generation.recorded(), generation.README.read_text()
+    for begin, content in generation.sections(results).items():
+        assert f"{begin}\n{content}\n{generation.END}" in text
+    for run in results["runs"].values():
+        assert run["settings"] == generation.SETTINGS and run["reference_pictures"] == 9469
+        assert [point["step"] for point in run["curve"]] == [500, 1000, 1500, 2000]
+
+
+def test_a_curve_is_followed_to_a_distance(scales):
+    curve = [{"step": step, scales.DISTANCE: value} for step, value in ((250, 800.0), (500, 600.0), (750, 500.0))]
+    assert scales.steps_to_reach(curve, 600) == 500
+    assert scales.steps_to_reach(curve, 575) == 562.5
+    assert scales.steps_to_reach(curve, 499) is None
+
+
+def test_rows_of_scales_have_models_and_twins(scales):
+    configs = {row: scales.CONFIG | scales.CONFIGS.get(row, {}) for row in scales.ROWS}
+    for row, (text, twin, arguments) in scales.ROWS.items():
+        core = scales.core_class(row)(HieraTokConfig.from_size("hieratok-tiny", **configs[row]))
+        assert core.config.downsampling == ("learned" if row.startswith("learned") else "mean")
+        assert ("learned tokens" in text, "averages" in text) == (row.startswith("learned"), row.startswith("multi"))
+        assert ("no linear path" in text) is (core.config.linear_path == 0)
+        _, _, of_twin = scales.ROWS[twin]
+        assert "--scale_factors 1" in of_twin and {*of_twin.split()} <= {*arguments.split(), "--scale_factors", "1"}
+        differing = {name for name, value in configs[row].items() if configs[twin].get(name) != value}
+        assert differing <= {"downsampling", "scale_causal"}
+
+
+@pytest.mark.parametrize("name", ["scale_layers", "coarse_context", "encoder_too"])
+def test_the_other_models_of_the_comparison_are_multi_scale_models(name, scales):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="`downsampling` must be 'mean' for a variant, got 'learned'"):
+        scales.VARIANTS[name](tiny())
+    core = scales.VARIANTS[name](tiny(scale_factors=(4, 2, 1), downsampling="mean")).init_weights()
+    pixel_values = torch.rand(2, 3, 24, 32) * 2 - 1
+    moments, _ = core.encode_moments(pixel_values)
+    latents = moments.chunk(2, dim=1)[0]
+    made = core.decode_scales(latents)
+    assert [picture.shape[2:] for picture in made] == [(8, 8), (12, 16), (24, 32)]
+    (sum(picture.square().mean() for picture in made) + moments.square().mean()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in core.parameters())
+    # The mean of a cell decides the coarser scales, what lies within it does not.
+    shuffled = latents.detach().clone()
+    shuffled[:, :, 0, 0], shuffled[:, :, 0, 1] = latents[:, :, 0, 1].detach(), latents[:, :, 0, 0].detach()
+    for before, after in zip(made[:-1], core.decode_scales(shuffled)):
+        torch.testing.assert_close(before, after, rtol=0, atol=1e-5)
+    assert not torch.allclose(made[-1], core.decode_scales(shuffled)[-1], atol=1e-3)
+
+
+def test_the_short_table_of_the_readme_says_what_was_recorded():
+    folder = ROOT / "benchmarks" / "results"
+    rows = {(row["like"], row["code"]): row for row in reconstruction()["rows"] if row["data"] == "kodak"}
+    for name in ("hieratok-tiny", "hieratok-tiny-16x"):
+        ours, components = rows[name, "tokenizer"], rows[name, "principal components"]
+        assert f"{ours['psnr']:.2f} dB, SSIM {ours['ssim']:.3f}" in README
+        assert f"{components['psnr']:.2f} dB, {components['ssim']:.3f})" in README
+    speeds = {
+        row["direction"]: row["times_as_fast"]["eager"]
+        for row in json.loads((folder / "autoencoders_eager_cpu_avx512.json").read_text())["rows"]
+        if (row["model"], row["pixels"], row["images"]) == ("hieratok-b", 256, 1)
+    }
+    assert f"encodes {speeds['encode']:.1f} times as fast, decodes {speeds['decode']:.1f} times" in README
+    decoders = json.loads((folder / "generation_cpu_avx2.json").read_text())["decoders"]
+    preview = next(row["of_full_decode"]["2"] for row in decoders if row["size"] == "hieratok-b")
+    assert f"previews by 2 of 4 scales, hieratok-b at 256x256 | {100 * preview:.1f} % of the time" in README
+    judged = json.loads((folder / "hieratok-dit-tiny.json").read_text())
+    assert f"| {100 * judged['class_accuracy']:.1f} % (10 classes) |" in README

@@ -1,0 +1,133 @@
+"""Tests of `benchmarks/latent_space.py`: signals whose figures are known, and what it draws and prints."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import noise, random_core
+from latent_data import make_pictures
+from PIL import Image
+
+pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("sklearn", reason="t-SNE is that of scikit-learn")
+
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.latent_cache import write_latents
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "latent_space.py"
+SPEC = importlib.util.spec_from_file_location("latent_space", SCRIPT)
+space = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(space)
+
+
+def directions(count, dimensions):
+    return noise(count, dimensions).double()
+
+
+def test_the_power_of_all_frequencies_is_the_variance():
+    latents = noise(5, 3, 4, 6) * torch.tensor([1.0, 2.0, 0.1]).view(3, 1, 1) + 7
+    expected = latents.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(space.power(latents).mean((1, 2)), expected)
+
+
+def test_white_noise_is_flat_and_has_the_share_of_the_frequencies():
+    latents = noise(4000, 2, 8, 8)
+    spectrum = space.power(latents)
+    frequencies, rings = space.radial_spectrum(spectrum)
+    assert frequencies[0] == 0 and (frequencies.diff() > 0).all() and rings.shape == (2, len(frequencies))
+    torch.testing.assert_close(rings, torch.ones_like(rings), rtol=0, atol=0.1)
+    upper = sum(i * i + j * j >= 16 for i in range(8) for j in range(8))
+    torch.testing.assert_close(
+        space.upper_half_share(spectrum), torch.full((2,), upper / 64).double(), rtol=0.01, atol=0
+    )
+    assert space.neighbour_correlation(latents).abs().max() < 0.01
+    assert space.excess_kurtosis(latents).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 4, 6])
+def test_a_cosine_has_its_energy_in_its_own_ring(k):
+    # k half periods across the grid; of k = 0 each picture is a constant of its own.
+    wave = torch.cos(torch.pi / 8 * k * (torch.arange(8) + 0.5))
+    latents = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1) * wave.expand(2, 1, 8, 8)
+    spectrum = space.power(latents)
+    frequencies, rings = space.radial_spectrum(spectrum)
+    assert rings[0].argmax() == k and rings[0].sort().values[-2] < 1e-9
+    assert spectrum[0, 0, k] / spectrum.sum() == pytest.approx(1) and space.radii(8, 8)[0, k] == k / 8
+    assert space.upper_half_share(spectrum).item() == pytest.approx(float(k >= 4), abs=1e-9)
+    assert frequencies[0] == 0
+
+
+def test_neighbours_agree_or_alternate():
+    signs = torch.tensor([1.0, -1.0])
+    constant = signs.view(2, 1, 1, 1).expand(2, 1, 6, 4)
+    board = (signs[torch.arange(6) % 2][:, None] * signs[torch.arange(4) % 2]).expand(2, 1, 6, 4)
+    rows = signs[torch.arange(6) % 2][:, None].expand(2, 1, 6, 4)  # alike side by side, opposite one above the other
+    found = space.neighbour_correlation(torch.cat((constant, board, rows), dim=1))
+    torch.testing.assert_close(found, torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64))
+
+
+def test_kurtosis_of_known_distributions():
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(2000, 1, 8, 8, generator=generator)
+    signs = torch.rand(2000, 1, 8, 8, generator=generator).round()
+    found = space.excess_kurtosis(torch.cat((uniform, signs), dim=1))
+    torch.testing.assert_close(found, torch.tensor([-1.2, -2.0], dtype=torch.float64), rtol=0, atol=0.01)
+
+
+def test_uniformity_tells_a_sphere_from_a_cluster():
+    # On the sphere of three dimensions the mean of exp(-2 |x - y|^2) = exp(4 x.y - 4) is an integral by hand.
+    assert space.uniformity(directions(2000, 3)) == pytest.approx(math.log((1 - math.exp(-8)) / 8), abs=0.03)
+    assert space.uniformity(directions(500, 1000)) == pytest.approx(-4, abs=0.05)
+    cluster = torch.ones(500, 3).double() + 1e-3 * directions(500, 3)
+    assert -1e-4 < space.uniformity(cluster) <= 0
+    lengths = torch.linspace(0.1, 9, 500).double()[:, None]
+    assert space.uniformity(lengths * cluster) == pytest.approx(space.uniformity(cluster))
+    two = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    assert space.uniformity(two) == pytest.approx(-4) and space.uniformity(two, t=1.0) == pytest.approx(-2)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (torch.zeros(2, 4, 4), "must have shape"),
+        (torch.full((2, 1, 4, 4), torch.nan), "must be finite"),
+        (torch.stack((noise(2, 4, 4), torch.ones(2, 4, 4)), dim=1), "every channel, 1 does not"),
+    ],
+)
+def test_latents_without_figures_are_refused(latents, message):
+    with pytest.raises(ValueError, match=message):
+        space.figures(latents)
+
+
+def test_what_has_no_neighbour_or_no_direction_is_refused():
+    with pytest.raises(ValueError, match="neighbours both ways"):
+        space.neighbour_correlation(noise(2, 3, 1, 4))
+    with pytest.raises(ValueError, match="no direction"):
+        space.uniformity(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="N of 2 or more"):
+        space.uniformity(torch.ones(1, 2))
+
+
+@pytest.mark.usefixtures("script_surroundings")
+def test_caches_beside_each_other(tmp_path, capsys):
+    pictures = load_pictures(str(make_pictures(tmp_path / "pictures", count=24)))
+    folders = [tmp_path / name for name in ("single-0", "multi-0")]
+    for folder, factors in zip(folders, ((1,), (2, 1))):
+        write_latents(random_core(scale_factors=factors), pictures, folder, size=16, kind="mode", threads=1)
+    (tmp_path / "meta.json").write_text(json.dumps({"classes": ["hat", "jacket"]}))
+    more = ["--classes", tmp_path / "meta.json", "--plot", tmp_path / "plot.png", "--json", tmp_path / "figures.json"]
+    assert space.main(list(map(str, [*folders, *more]))) == 0
+    spaces = json.loads((tmp_path / "figures.json").read_text())
+    assert list(spaces) == ["single-0", "multi-0", space.NOISE]
+    assert spaces["multi-0"]["pictures"] == 23 and spaces["multi-0"]["shape"] == [4, 4, 4]
+    assert spaces["single-0"]["upper_half_share"] != spaces["multi-0"]["upper_half_share"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and {line.count("|") for line in lines} == {9}
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > picture.height > 400
+    with pytest.raises(SystemExit):
+        space.main([str(folders[0]), str(folders[0])])
+    assert "a name of its own" in capsys.readouterr().err

@@ -1,0 +1,556 @@
+"""Conversion of l-DeTok's weights, against a plain computation of that architecture."""
+
+import argparse
+import importlib.util
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import noise, pictures
+from PIL import Image
+from safetensors.torch import save_file
+from scripts import forget_processes, records
+from torch.nn import functional as F
+
+pytest.importorskip("datasets", reason="pictures are read through it")
+
+from transformers import AutoImageProcessor
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokModel
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["moments", "pictures"]
+NORMS = ("ln_pre.weight", "ln_post.weight", "norm1.weight", "norm2.weight")
+pytestmark = pytest.mark.usefixtures("script_surroundings")
+
+
+@pytest.fixture
+def script(load_conversion):
+    return load_conversion("convert_detok")
+
+
+# Shape letters: B batch, N tokens, D width, A heads, d channels of a head (64), C latent channels, p patch size.
+
+
+def published_shapes(encoder, decoder, patch=16, channels=16, side=16):
+    """Names and shapes of a checkpoint whose sides have so many blocks and such a width."""
+    shapes = {
+        "encoder.patch_embed.0.weight": (encoder[1], 3, patch, patch),
+        "encoder.patch_embed.0.bias": (encoder[1],),
+        "encoder.latent_head.weight": (2 * channels, encoder[1]),
+        "encoder.latent_head.bias": (2 * channels,),
+        "decoder.decoder_embed.weight": (decoder[1], channels),
+        "decoder.decoder_embed.bias": (decoder[1],),
+        "decoder.mask_token": (1, 1, decoder[1]),
+        "decoder.ffn.1.weight": (3 * patch**2, decoder[1], 1, 1),
+        "decoder.ffn.1.bias": (3 * patch**2,),
+        "decoder.conv_out.weight": (3, 3, 3, 3),
+        "decoder.conv_out.bias": (3,),
+    }
+    for name, (depth, width) in {"encoder": encoder, "decoder": decoder}.items():
+        shapes[f"{name}.positional_embedding"] = (1, side**2, width)
+        shapes |= {f"{name}.{norm}.weight": (width,) for norm in ("ln_pre", "ln_post")}
+        hidden = int(2 / 3 * 4 * width)
+        linears = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        linears |= {"mlp.w12": (2 * hidden, width), "mlp.w3": (width, hidden)}
+        for block in (f"{name}.transformer.{i}" for i in range(depth)):
+            shapes |= {f"{block}.{norm}.weight": (width,) for norm in ("norm1", "norm2")}
+            shapes |= {f"{block}.{linear}.weight": shape for linear, shape in linears.items()}
+            shapes |= {f"{block}.{linear}.bias": shape[:1] for linear, shape in linears.items()}
+    return shapes
+
+
+def random_weights(encoder=(2, 64), decoder=(1, 128), patch=4, channels=4, seed=0, **sizes):
+    """Weights that keep values about 1 and let every tensor count."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for key, shape in published_shapes(encoder, decoder, patch, channels, **sizes).items():
+        fan = math.prod(shape[1:]) if len(shape) in (2, 4) else 16
+        weights[key] = torch.randn(shape, generator=generator) / math.sqrt(fan) + key.endswith(NORMS)
+    return weights
+
+
+def norm(x, weight):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def angles(grid, wrong):
+    """`(N, d)`: first half of the channels by the row, second by the column, the frequency list twice in each."""
+    exponents = torch.linspace(0, 1, 16)
+    frequencies = 7 * 10000**-exponents * (1 if wrong == "no 2 pi" else 2 * math.pi)
+    twice = frequencies.repeat_interleave(2) if wrong == "proper pairs" else torch.cat([frequencies, frequencies])
+    height, width = (n if wrong == "cell centres" else max(n - 1, 1) for n in grid)
+    rows = (torch.arange(grid[0]) / height)[:, None, None] * twice
+    columns = (torch.arange(grid[1]) / width)[None, :, None] * twice
+    halves = rows.expand(*grid, 32), columns.expand(*grid, 32)
+    return torch.cat(halves[::-1] if wrong == "column first" else halves, dim=-1).flatten(0, 1)
+
+
+def turned(x, angle, wrong):
+    """Queries or keys `(B, A, N, d)`, pairs of neighbouring channels turned by `(N, d)`."""
+    if wrong == "pairs of halves":
+        return x * angle.cos() + torch.cat([-x[..., 32:], x[..., :32]], -1) * angle.sin()
+    out = torch.empty_like(x)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    out[..., 0::2] = even * angle[:, 0::2].cos() - odd * angle[:, 0::2].sin()
+    out[..., 1::2] = odd * angle[:, 1::2].cos() + even * angle[:, 1::2].sin()
+    return out
+
+
+def blocks(weights, side, x, grid, wrong):
+    """The part `(B, N, D)` to `(B, N, D)` that both sides have: positions, norm, blocks, norm."""
+
+    def linear(name, x):
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    table = weights[f"{side}.positional_embedding"]
+    n = math.isqrt(table.shape[1])
+    if grid != (n, n):
+        squares = table.reshape(1, n, n, -1).permute(0, 3, 1, 2)
+        table = F.interpolate(squares, grid, mode="bilinear").flatten(2).transpose(1, 2)
+    elif wrong == "columns of positions first":
+        table = table.reshape(1, n, n, -1).transpose(1, 2).flatten(1, 2)
+    x = x if wrong == f"no {side} positions" else x + table
+    x = x if wrong == "no norm before" else norm(x, weights[f"{side}.ln_pre.weight"])
+    angle = angles(grid, wrong)
+    for i in range(len([key for key in weights if key.startswith(f"{side}.transformer") and "norm1" in key])):
+        block = f"{side}.transformer.{i}"
+        projected = linear(f"{block}.attn.qkv", norm(x, weights[f"{block}.norm1.weight"]))
+        if wrong == "heads before q, k, v":
+            query, key, value = projected.unflatten(-1, (-1, 3, 64)).permute(3, 0, 2, 1, 4)
+        else:
+            query, key, value = projected.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)
+        if wrong == "q after k":
+            query, key = key, query
+        query, key = turned(query, angle, wrong), turned(key, angle, wrong)
+        attended = (query @ key.mT / 8).softmax(-1) @ value
+        x = x + linear(f"{block}.attn.proj", attended.transpose(1, 2).flatten(2))
+        a, b = linear(f"{block}.mlp.w12", norm(x, weights[f"{block}.norm2.weight"])).chunk(2, -1)
+        if wrong == "gate second":
+            a, b = b, a
+        x = x + linear(f"{block}.mlp.w3", F.silu(a) * b)
+    return x if wrong == "no norm after" else norm(x, weights[f"{side}.ln_post.weight"])
+
+
+def plain_moments(weights, pixel_values, wrong=None):
+    """Pictures `(B, 3, H, W)` to mean and log-variance `(B, 2C, h, w)`; `wrong` names a fact to be left out."""
+    kernel = weights["encoder.patch_embed.0.weight"]
+    x = F.conv2d(pixel_values, kernel, weights["encoder.patch_embed.0.bias"], stride=kernel.shape[-1])
+    grid = tuple(x.shape[-2:])
+    x = blocks(weights, "encoder", x.flatten(2).transpose(1, 2), grid, wrong)
+    x = F.linear(x, weights["encoder.latent_head.weight"], weights["encoder.latent_head.bias"])
+    x = x.transpose(1, 2).unflatten(2, grid)
+    return x.roll(x.shape[1] // 2, 1) if wrong == "log-variance first" else x
+
+
+def plain_pictures(weights, latents, wrong=None):
+    """Latents `(B, C, h, w)` to pictures `(B, 3, H, W)`."""
+    grid = tuple(latents.shape[-2:])
+    x = latents.flatten(2).transpose(1, 2)
+    x = F.linear(x, weights["decoder.decoder_embed.weight"], weights["decoder.decoder_embed.bias"])
+    x = blocks(weights, "decoder", x, grid, wrong)
+    x = F.conv2d(x.transpose(1, 2).unflatten(2, grid), weights["decoder.ffn.1.weight"], weights["decoder.ffn.1.bias"])
+    p = math.isqrt(x.shape[1] // 3)
+    if wrong == "colour first":
+        x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 2, 5, 3)  # (B, 3, h, p, w, p)
+    elif wrong == "column first in a patch":
+        x = x.unflatten(1, (p, p, 3)).permute(0, 3, 4, 2, 5, 1)
+    else:
+        x = x.unflatten(1, (p, p, 3)).permute(0, 3, 4, 1, 5, 2)
+    x = x.flatten(4, 5).flatten(2, 3)
+    if wrong == "no last convolution":
+        return x
+    return F.conv2d(x, weights["decoder.conv_out.weight"], weights["decoder.conv_out.bias"], padding=1)
+
+
+@torch.no_grad()
+def results(model, weights, grid, wrong=None):
+    """Moments and pictures by a converted model, and by the plain computation."""
+    config = model.config
+    pixel_values = pictures(2, 3, grid[0] * config.patch_size, grid[1] * config.patch_size)
+    latents = noise(2, config.latent_channels, *grid)
+    found = model.encode(pixel_values).moments, model.decode(latents).reconstruction
+    return found, (plain_moments(weights, pixel_values, wrong), plain_pictures(weights, latents, wrong))
+
+
+SIZES = [
+    pytest.param({}, id="two sides of other sizes"),
+    pytest.param({"encoder": (1, 128), "decoder": (2, 64), "patch": 8, "channels": 6}, id="the other way round"),
+    pytest.param({"encoder": (1, 64), "decoder": (1, 64), "patch": 16, "channels": 16}, id="published patches"),
+    pytest.param({"side": 8}, id="smaller pictures"),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_moments_and_pictures_are_those_of_the_plain_computation(script, sizes):
+    weights = random_weights(**sizes)
+    model = script.convert(weights)
+    side = sizes.get("side", 16)
+    assert model.config.sample_size == side * sizes.get("patch", 4) and model.config.scale_factors == (1,)
+    found, expected = results(model, weights, (side, side))
+    for x, y in zip(found, expected):
+        assert 0.3 < y.std() < 3
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_other_scales_start_as_averages_and_leave_the_picture(script):
+    model = script.convert(random_weights())
+    assert model.config.downsampling == "learned"
+    learned, mean = (model.core.with_scale_factors((8, 4, 2, 1), kind) for kind in ("learned", "mean"))
+    for embed, factor in zip(learned.decoder.coarse_embed, (8, 4, 2), strict=True):
+        expected = (model.core.decoder.embed.weight / factor**2)[..., None, None].expand(-1, -1, factor, factor)
+        torch.testing.assert_close(embed.weight, expected, atol=0, rtol=0)
+    latents = noise(2, model.config.latent_channels, 16, 16)
+    for x, y in zip(learned.decode_scales(latents), mean.decode_scales(latents), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [(12, 20), (8, 8), (32, 5), (1, 3)])
+def test_other_grids_resample_the_positions(script, grid):
+    weights = random_weights()
+    for x, y in zip(*results(script.convert(weights), weights, grid)):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
+
+
+BOTH = [
+    *("proper pairs", "pairs of halves", "column first", "cell centres", "no 2 pi"),
+    *("columns of positions first", "no norm before", "no norm after"),
+    *("heads before q, k, v", "q after k", "gate second"),
+]
+
+
+@pytest.mark.parametrize(
+    "wrong, differs",
+    [
+        *((fact, NAMES) for fact in BOTH),
+        *(("no encoder positions", ["moments"]), ("log-variance first", ["moments"])),
+        *((fact, ["pictures"]) for fact in ("no decoder positions", "colour first", "column first in a patch")),
+        ("no last convolution", ["pictures"]),
+    ],
+)
+def test_every_fact_of_the_architecture_matters(script, wrong, differs):
+    weights = random_weights(encoder=(2, 128))
+    found, expected = results(script.convert(weights), weights, (16, 16), wrong)
+    apart = [name for name, x, y in zip(NAMES, found, expected) if (x - y).abs().max() > 0.02]
+    assert apart == differs
+
+
+WIDTHS = {"S": (8, 512), "B": (12, 768), "L": (24, 1024)}
+
+
+@pytest.mark.parametrize("pair", ["SS", "BB", "SB", "BL"])
+def test_published_sizes_are_read_off_the_shapes(script, pair):
+    shapes = published_shapes(*(WIDTHS[letter] for letter in pair))
+    config = script.configuration({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    assert (config.patch_size, config.latent_channels, config.sample_size) == (16, 16, 256)
+    for side, letter in zip(("encoder", "decoder"), pair):
+        sizes = [getattr(config, f"{side}_{name}") for name in ("num_layers", "hidden_size", "num_heads")]
+        assert sizes == [*WIDTHS[letter], WIDTHS[letter][1] // 64]
+    with torch.device("meta"):
+        state = HieraTokModel(config).state_dict()
+    del state["core.decoder.scale_embedding"], shapes["decoder.mask_token"]
+    assert {key: tuple(x.shape) for key, x in script.detok_key_map().to_raw(state).items()} == shapes
+    assert pair != "BB" or round(sum(map(math.prod, shapes.values())) / 1e6) == 172
+
+
+def test_the_way_back_gives_the_same_bits(script):
+    weights = random_weights()
+    state = script.convert(weights).state_dict()
+    del state["core.decoder.scale_embedding"]
+    raw = script.detok_key_map().to_raw(state)
+    assert raw.keys() == weights.keys() - {"decoder.mask_token"}
+    assert all(torch.equal(raw[key], weights[key]) for key in raw)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Pictures of 64 x 64 pixels in the order of their brightness, which makes the first of them unlike the rest."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        levels = rng.normal(10 * i, 20, (16, 16, 3)).repeat(4, 0).repeat(4, 1)
+        Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:02}.png")
+    return folder
+
+
+def published_file(path, weights, **more):
+    """A file as the training writes it."""
+    args = argparse.Namespace(model="detok_BB", gamma=3.0, epochs=200, tags=["a"])
+    torch.save({"model": weights, "optimizer": {"state": {}}, "epoch": 199, "args": args, **more}, path)
+    return path
+
+
+def run(script, *argv):
+    return script.main([*map(str, argv)])
+
+
+def loaded(folder):
+    return HieraTokModel.from_pretrained(folder), AutoencoderHieraTok.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_folded_latents_are_normalised_and_pictures_stay(script, tmp_path, data, capsys):
+    weights = random_weights()
+    file = published_file(tmp_path / "detok.pth", weights)
+    assert run(script, file, tmp_path / "out", "--data", data, "--images", 24) == 0
+    said = capsys.readouterr().out
+    assert "encoder 2 x 64, decoder 1 x 128" in said and "24 pictures" in said
+
+    seen = [np.asarray(Image.open(path)) for path in sorted(data.iterdir())]
+    seen = torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2) / 127.5 - 1
+    mean, logvar = plain_moments(weights, seen).chunk(2, 1)
+    shift, scale = mean.mean((0, 2, 3))[:, None, None], mean.std((0, 2, 3))[:, None, None]
+    assert shift.abs().max() > 0.1
+    for model in loaded(tmp_path / "out"):
+        posterior = model.core.encode(seen)
+        torch.testing.assert_close(posterior.mode(), (mean - shift) / scale, atol=1e-4, rtol=0)
+        torch.testing.assert_close(posterior.logvar, logvar - 2 * scale.log(), atol=1e-4, rtol=0)
+        made = model.core.decode(posterior.mode())
+        torch.testing.assert_close(made[:4], plain_pictures(weights, mean[:4]), atol=1e-4, rtol=0)
+    processed = AutoImageProcessor.from_pretrained(tmp_path / "out")(Image.new("RGB", (70, 66)), return_tensors="pt")
+    assert processed.pixel_values.shape == (1, 3, 64, 68)
+
+
+def test_pictures_are_taken_from_all_over_the_data(script, tmp_path, data, capsys):
+    file = published_file(tmp_path / "detok.pth", random_weights())
+    args = script.parse_args([str(file), "out", "--data", str(data), "--images", "8"])
+    mean, _, lines = script.fold(script.convert(random_weights()).core, args)
+    args.images = 24
+    everywhere, *_ = script.fold(script.convert(random_weights()).core, args)
+    seen = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted(data.iterdir())[:8]]))
+    first = plain_moments(random_weights(), seen.permute(0, 3, 1, 2) / 127.5 - 1).chunk(2, 1)[0].mean((0, 2, 3))
+    assert "8 pictures" in lines[-1]
+    assert 1e-3 < (mean - everywhere).norm() < 0.5 * (first - everywhere).norm()
+
+
+def variants(tmp_path, weights):
+    """Each way to keep the same weights, as command-line arguments."""
+    other = {key: x + 1 for key, x in weights.items()}
+    torch.save(weights, tmp_path / "plain.pt")
+    save_file(weights, tmp_path / "plain.safetensors")
+    published_file(tmp_path / "both.pth", weights, model_ema=other)
+    published_file(tmp_path / "ema.pth", other, model_ema=weights)
+    torch.save({"model_ema": weights}, tmp_path / "ema_alone.pth")
+    without = {key: x for key, x in weights.items() if key != "decoder.mask_token"}
+    torch.save(without, tmp_path / "no_mask.pth")
+    names = ["plain.pt", "plain.safetensors", "both.pth", "no_mask.pth"]
+    return [*([name] for name in names), ["ema.pth", "--ema"], ["ema_alone.pth", "--ema"]]
+
+
+@torch.no_grad()
+def test_every_kind_of_file_gives_the_same_folder(script, tmp_path):
+    weights = random_weights()
+    pixel_values = pictures(1, 3, 64, 64)
+    expected = plain_moments(weights, pixel_values)
+    for name, *options in variants(tmp_path, weights):
+        assert run(script, tmp_path / name, tmp_path / "out", "--no_fold", *options) == 0, name
+        for model in loaded(tmp_path / "out"):
+            found = model.core.encode_moments(pixel_values)[0]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_file_of_the_hub_is_fetched_at_its_revision(script, tmp_path, monkeypatch):
+    asked = []
+
+    def fetched(*arguments, **options):
+        asked.append((arguments, options))
+        return str(published_file(tmp_path / "cached.pth", random_weights()))
+
+    monkeypatch.setattr(script, "hf_hub_download", fetched)
+    argv = ["someone/some-model/part/file.pth", tmp_path / "out", "--no_fold", "--revision", "v1"]
+    assert run(script, *argv) == 0 and (tmp_path / "out" / "config.json").is_file()
+    assert asked == [(("someone/some-model", "part/file.pth"), {"revision": "v1"})]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float16", 0.01), ("bfloat16", 0.1)])
+def test_weights_are_written_in_another_dtype(script, tmp_path, dtype, tolerance):
+    weights = random_weights()
+    file = published_file(tmp_path / "detok.pth", weights)
+    assert run(script, file, tmp_path / "out", "--no_fold", "--dtype", dtype) == 0
+    model = HieraTokModel.from_pretrained(tmp_path / "out")
+    assert {x.dtype for x in model.state_dict().values()} == {getattr(torch, dtype)}
+    found, expected = results(model, weights, (16, 16))
+    for x, y in zip(found, expected):
+        assert (x.float() - y).norm() < tolerance * y.norm()
+
+
+def test_half_precision_weights_are_converted(script):
+    weights = {key: x.bfloat16() for key, x in random_weights().items()}
+    model = script.convert(weights)
+    assert {x.dtype for x in model.state_dict().values()} == {torch.float32}
+    for x, y in zip(*results(model, {key: x.float() for key, x in weights.items()}, (16, 16))):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
+
+
+def test_a_dry_run_writes_nothing(script, tmp_path, capsys):
+    file = published_file(tmp_path / "detok.pth", random_weights())
+    assert run(script, file, tmp_path / "out", "--dry_run") == 0
+    assert "decoder 1 x 128" in capsys.readouterr().out and list(tmp_path.iterdir()) == [file]
+
+
+def without(key):
+    return lambda weights: weights.pop(key)
+
+
+def reshaped(key, change):
+    return lambda weights: weights.update({key: change(weights[key])})
+
+
+def poisoned(value):
+    return lambda weights: weights["encoder.transformer.1.mlp.w3.bias"].__setitem__(3, value)
+
+
+QKV = "decoder.transformer.0.attn.qkv.weight"
+BROKEN = {
+    "no qkv": (without(QKV), QKV),
+    "no decoder": (
+        lambda weights: [weights.pop(key) for key in list(weights) if key.startswith("decoder")],
+        "'decoder.decoder_embed.weight' is missing",
+    ),
+    "block left out": (
+        lambda weights: [weights.pop(key) for key in list(weights) if key.startswith("encoder.transformer.0.")],
+        "encoder.transformer.0.attn.qkv.weight",
+    ),
+    "something more": (lambda weights: weights.update({"decoder.extra": torch.ones(2)}), "decoder.extra"),
+    "fused parts": (reshaped(QKV, lambda x: x[:-1]), f"{QKV}: found (383, 128), expected (384, 128)"),
+    "transposed": (
+        reshaped("encoder.transformer.0.mlp.w3.weight", lambda x: x.mT),
+        "encoder.transformer.0.mlp.w3.weight",
+    ),
+    "another width": (reshaped("encoder.patch_embed.0.weight", lambda x: x[:40]), "multiple of 64"),
+    "no picture": (reshaped("encoder.patch_embed.0.weight", lambda x: x.flatten(1)), "must have 4 dimensions"),
+    "patches that are no squares": (
+        reshaped("encoder.patch_embed.0.weight", lambda x: x[..., :2, :]),
+        "patch_embed.0",
+    ),
+    "a patch of three": (reshaped("encoder.patch_embed.0.weight", lambda x: x[..., :3, :3]), "power of two"),
+    "positions of no square": (reshaped("encoder.positional_embedding", lambda x: x[:, :-1]), "square of positions"),
+    "other positions": (
+        reshaped("decoder.positional_embedding", lambda x: x[:, :225]),
+        "decoder.positional_embedding",
+    ),
+    "moments of other channels": (reshaped("encoder.latent_head.weight", lambda x: x[:-2]), "two rows for 4 channels"),
+    "larger kernel": (reshaped("decoder.ffn.1.weight", lambda x: x.repeat(1, 1, 3, 3)), "decoder.ffn.1.weight"),
+    "NaN": (poisoned(math.nan), "encoder.transformer.1.mlp.w3.bias"),
+    "infinite": (poisoned(math.inf), "encoder.transformer.1.mlp.w3.bias"),
+    "whole numbers": (reshaped("decoder.conv_out.bias", lambda x: x.long()), "decoder.conv_out.bias"),
+    "no tensor": (lambda weights: weights.update({"decoder.conv_out.bias": [1.0]}), "no tensors (1)"),
+    "nothing": (lambda weights: weights.clear(), "no tensors by name"),
+}
+
+
+@pytest.mark.parametrize("broken, said", BROKEN.values(), ids=BROKEN)
+def test_broken_weights_are_told_and_leave_nothing(script, tmp_path, capsys, broken, said):
+    weights = random_weights()
+    broken(weights)
+    file = published_file(tmp_path / "detok.pth", weights)
+    assert run(script, file, tmp_path / "out", "--no_fold") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == [file]
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def bad_files(folder):
+    """Files that cannot be read, with what is said of each."""
+    published_file(folder / "whole.pth", random_weights())
+    (folder / "half.pth").write_bytes((folder / "whole.pth").read_bytes()[:5000])
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "text.safetensors").write_bytes(b"no header at all")
+    torch.save([torch.ones(2)], folder / "list.pth")
+    published_file(folder / "code.pth", random_weights(), more=Code(folder / "made"))
+    published_file(folder / "path.pth", random_weights(), more=Path("somewhere"))
+    torch.save({"model_ema": random_weights()}, folder / "averaged.pth")
+    return {
+        "half.pth": "cannot be read",
+        "empty.pth": "cannot be read",
+        "text.safetensors": "cannot be read",
+        "list.pth": "holds a list",
+        "code.pth": "mkdir, which is code",
+        "path.pth": "Path, which is code",
+        "averaged.pth": "add --ema to take them",
+        "missing.pth": "neither a file nor",
+        ".": "neither a file nor",
+    }
+
+
+def test_files_that_cannot_be_read_are_told_and_never_run(script, tmp_path, capsys):
+    files = bad_files(tmp_path)
+    before = set(tmp_path.iterdir())
+    for name, said in files.items():
+        assert run(script, tmp_path / name, tmp_path / "out", "--no_fold") == 2, name
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1 and "weights_only" not in error, (name, error)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_options_that_cannot_be_followed_are_told(script, tmp_path, data, capsys):
+    file = published_file(tmp_path / "detok.pth", random_weights())
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "none").mkdir()
+    large = {key: 1e5 * x if key.startswith("decoder.decoder_embed") else x for key, x in random_weights().items()}
+    published_file(tmp_path / "large.pth", large)
+    out = tmp_path / "out"
+    for argv, said in [
+        ([file, out, "--no_fold", "--ema"], "no averaged weights"),
+        ([file, tmp_path / "file", "--no_fold"], "OUTPUT"),
+        ([file, out, "--data", tmp_path / "none"], "No pictures found"),
+        ([tmp_path / "large.pth", out, "--no_fold", "--dtype", "float16"], "try --dtype float32"),
+    ]:
+        assert run(script, *argv) == 2
+        error = capsys.readouterr().err.splitlines()[-1]  # after the bars of saving and loading
+        assert error.startswith("error: ") and said in error
+        assert not out.exists() and (tmp_path / "file").read_text() == "in the way"
+    for options in ([], ["--no_fold", "--data", str(data)], ["--no_fold", "--images", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            run(script, file, out, *options)
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_folder_that_loads_otherwise_is_not_written(script, tmp_path, monkeypatch, capsys, existed):
+    file = published_file(tmp_path / "detok.pth", random_weights())
+    if existed:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("mine")
+    load = AutoencoderHieraTok.from_pretrained
+
+    def other(*arguments, **options):
+        model = load(*arguments, **options)
+        model.core.decoder.positions.grid.data.zero_()
+        return model
+
+    monkeypatch.setattr(AutoencoderHieraTok, "from_pretrained", other)
+    assert run(script, file, tmp_path / "out", "--no_fold") == 2
+    assert "differs from the checkpoint" in capsys.readouterr().err
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == (["config.json", "detok.pth", "out"] if existed else ["detok.pth"])
+    assert not existed or (tmp_path / "out" / "config.json").read_text() == "mine"
+
+
+def test_training_goes_on_with_several_scales(script, tmp_path, data):
+    file = published_file(tmp_path / "detok.pth", random_weights())
+    assert run(script, file, tmp_path / "twin", "--data", data) == 0
+    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "examples" / "train_tokenizer.py")
+    train_tokenizer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_tokenizer)
+    forget_processes()
+    options = "--scale_factors 8 4 2 1 --crop_sizes 64 --batch_size 4 --steps 2 --lr 1e-4 --statistics_batches 4"
+    argv = ["--model", tmp_path / "twin", "--data", data, "--output", tmp_path / "out", "--log_every", 1]
+    assert train_tokenizer.main([*map(str, argv), *options.split()]) == 0
+    assert [math.isfinite(record["loss"]) for record in records(tmp_path / "out")] == [True, True]
+    vae = AutoencoderHieraTok.from_pretrained(tmp_path / "out")
+    assert vae.config.scale_factors == (8, 4, 2, 1) and vae.config.rotary_pairing == "detok"
+    assert vae.core.decoder.scale_embedding.shape == (4, 128) and vae.core.decoder.scale_embedding.abs().sum() > 0
+    assert [x.shape[-1] for x in vae.core.decode_scales(noise(1, 4, 16, 16))] == [8, 16, 32, 64]

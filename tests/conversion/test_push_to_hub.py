@@ -1,0 +1,102 @@
+"""The script that pushes: its plan, its card, its errors, and what arrives on a Hub on localhost."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import random_core
+from pipelines import make_pipeline
+
+from hieratok_hf import AutoencoderHieraTok
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def push(load_conversion):
+    return load_conversion("push_to_hub").main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_dry_run_prints_the_plan_and_sends_nothing(hub_here, push, folder, capsys):
+    (folder / "log.jsonl").write_text("{}")
+    assert push([str(folder), "org/name", "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    size = (folder / WEIGHTS).stat().st_size
+    assert f"{size:,}  {WEIGHTS}" in printed and "left out: log.jsonl" in printed and "nothing was sent" in printed
+    assert not hub_here.requests
+
+
+def test_options_reach_the_hub_and_the_card(hub_here, push, folder, tmp_path, capsys):
+    training = tmp_path / "training.md"
+    training.write_text("Three steps.\n")
+    options = [
+        "--private",
+        "--commit_message",
+        "First",
+        "--license",
+        "mit",
+        "--datasets",
+        "org/data",
+        "--tags",
+        "mine",
+    ]
+    told = ["--training", str(training), "--hardware", "one lamp", "--base_model", "org/base"]
+    assert push([str(folder), "org/name", *options, *told]) == 0
+    assert "done: http" in capsys.readouterr().out
+    assert hub_here.repo("org/name").private and hub_here.commits("org/name")[0].title == "First"
+    card = hub_here.files("org/name")["README.md"].decode()
+    for text in ("license: mit", "- org/data", "base_model: org/base", "- mine", "Three steps.", "one lamp"):
+        assert text in card, text
+
+
+def test_figures_of_the_evaluation_are_in_the_card(hub_here, push):
+    report = RESULTS / "trade_off.json"
+    assert push(["hieratok-tiny", "org/hieratok-tiny", "--results", str(report)]) == 0
+    card = hub_here.files("org/hieratok-tiny")["README.md"].decode()
+    assert "model-index" in card and "30.821" in card and "PSNR" in card
+
+
+def test_a_pipeline_goes_to_a_branch_or_a_pull_request(hub_here, push, tmp_path, capsys):
+    make_pipeline().save_pretrained(tmp_path / "pipe")
+    assert push([str(tmp_path / "pipe"), "org/pipe", "--revision", "next"]) == 0
+    assert set(hub_here.files("org/pipe")) == {".gitattributes"}
+    assert json.loads(hub_here.files("org/pipe", "next")["model_index.json"])["vae"][0] == "autoencoder_hieratok"
+    assert push([str(tmp_path / "pipe"), "org/pipe", "--create_pr", "--no_code", "--no_card"]) == 0
+    assert "discussions/1" in capsys.readouterr().out
+    names = set(hub_here.files("org/pipe", "refs/pr/1"))
+    assert "vae/config.json" in names and not [name for name in names if name.endswith((".py", ".md"))]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["{none}", "org/name"], "is not a folder"),
+        (["{folder}", "org/na me"], "Repo id"),
+        (["{folder}", "org/name", "--results", "{none}"], "--results"),
+        (["{folder}", "org/name", "--results", "{text}"], "--results"),
+        (["{folder}", "org/name", "--results", "{other}"], "another"),
+        (["{folder}", "org/name", "--training", "{none}"], "--training"),
+        (["{folder}", "org/name", "--license", "No Licence"], "license"),
+        (["{folder}", "org/name", "--token", "hf_wrong"], "hf auth login"),
+        (["{broken}", "org/name"], "does not pass its load test"),
+    ],
+)
+def test_problems_are_one_line_and_leave_the_hub_alone(options, message, hub_here, push, folder, tmp_path, capsys):
+    (tmp_path / "text").write_text("no json")
+    broken = tmp_path / "broken"
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(broken)
+    (broken / WEIGHTS).write_bytes(b"12345678")
+    paths = {"none": tmp_path / "none", "text": tmp_path / "text", "folder": folder, "broken": broken}
+    paths["other"] = RESULTS / "trade_off.json"
+    assert push([option.format(**paths) for option in options]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+    if message != "hf auth login":
+        assert not [r for r in hub_here.requests if "/commit/" in r.path]

@@ -1,0 +1,162 @@
+"""Batches of latents: the same pictures however they are divided, from a cache or encoded on the way."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import random_core
+from latent_data import make_pictures, tiny_kl
+
+from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.latent_batches import cached_batches, encoded_batches
+from hieratok_hf.data.latent_cache import LatentCache, write_latents
+from hieratok_hf.data.training_batches import BatchPlan
+from hieratok_hf.models.autoencoder_adapter import Codec
+
+pytestmark = pytest.mark.usefixtures("script_surroundings")
+COUNT, SIZE, SHAPE = 10, 32, (4, 8, 8)
+PLAN = partial(BatchPlan, 4, (SIZE,), 7, 3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("data"), COUNT, broken=None)
+
+
+@pytest.fixture(scope="module")
+def core():
+    return random_core()
+
+
+@pytest.fixture
+def cache(data, tmp_path, core):
+    def make(kind="moments", flips=True):
+        folder = tmp_path / f"{kind}-{flips}"
+        write_latents(
+            core,
+            load_pictures(str(data)),
+            folder,
+            size=SIZE,
+            kind=kind,
+            flips=flips,
+            dtype=torch.float32,
+            shard_size=4,
+        )
+        return LatentCache(folder)
+
+    return make
+
+
+@pytest.fixture
+def encoded(data, core):
+    def make(plan, first_step=0, codec=None, num_classes=2):
+        codec = codec or Codec(core)
+        pictures = load_pictures(str(data))
+        return encoded_batches(codec, SHAPE, pictures, num_classes, plan, first_step, crop_scale=(1.0, 1.0))
+
+    return make
+
+
+@pytest.fixture(params=["cached", "encoded"])
+def batches(request, cache, encoded):
+    return partial(cached_batches, cache()) if request.param == "cached" else encoded
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in ("latents", "labels"))
+
+
+def test_every_picture_comes_once_in_an_epoch(cache):
+    data = cache("mode", flips=False)
+    seen = torch.cat([batch["latents"] for batch in cached_batches(data, PLAN())])[: 2 * COUNT]
+    stored = data.batch(range(COUNT))[0]
+    for epoch in (seen[:COUNT], seen[COUNT:]):
+        found = [(stored == latent).flatten(1).all(1).nonzero().item() for latent in epoch]
+        assert sorted(found) == list(range(COUNT))
+
+
+def test_half_are_mirrored_and_labels_stay_with_their_pictures(cache):
+    data = cache("mode")
+    plain, mirrored = data.batch(range(COUNT))[0], data.batch(range(COUNT), [True] * COUNT)[0]
+    sides = []
+    for batch in cached_batches(data, BatchPlan(4, (SIZE,), 60)):
+        for latent, label in zip(batch["latents"], batch["labels"]):
+            is_plain = (plain == latent).flatten(1).all(1)
+            row = (is_plain | (mirrored == latent).flatten(1).all(1)).nonzero().item()
+            assert label == data.labels[row]
+            sides.append(bool(is_plain[row]))
+    assert 0.4 < sum(sides) / len(sides) < 0.6
+
+
+def test_later_steps_do_not_need_the_earlier(batches):
+    whole = list(batches(PLAN()))
+    assert [batch["step"] for batch in whole] == list(range(7))
+    rest = list(batches(PLAN(), 4))
+    assert [batch["step"] for batch in rest] == [4, 5, 6]
+    assert all(same(a, b) for a, b in zip(rest, whole[4:], strict=True))
+
+
+def test_processes_and_parts_divide_the_same_pictures(batches):
+    whole = list(batches(PLAN()))
+    shares = [list(batches(PLAN(world_size=2, rank=rank))) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert torch.equal(torch.cat([part["rows"] for part in parts]), torch.arange(4))
+        assert batch["count"] == parts[0]["count"] == 4
+        assert torch.equal(torch.cat([part["labels"] for part in parts]), batch["labels"])
+        torch.testing.assert_close(torch.cat([part["latents"] for part in parts]), batch["latents"])
+    accumulated = list(batches(PLAN(parts=2)))
+    assert [(batch["step"], batch["part"]) for batch in accumulated[:3]] == [(0, 0), (0, 1), (1, 0)]
+    torch.testing.assert_close(torch.cat([batch["latents"] for batch in accumulated[:2]]), whole[0]["latents"])
+
+
+def test_moments_are_drawn_anew_each_time(cache):
+    data = cache("moments")
+    draws = [batch["latents"] for batch in cached_batches(data, BatchPlan(COUNT, (SIZE,), 2))]
+    flipless = [latents.sort(0).values for latents in draws]
+    assert not torch.equal(*flipless)
+    modes = cache("mode")
+    for drawn, mode in zip(cached_batches(data, PLAN()), cached_batches(modes, PLAN())):
+        assert torch.equal(drawn["labels"], mode["labels"])
+        difference = (drawn["latents"] - mode["latents"]).std()
+        assert difference > 0
+
+
+def test_a_cache_gives_what_encoding_on_the_way_gives(cache, encoded, monkeypatch):
+    """The pictures of 32 x 40 pixels are cut otherwise, so both read those cut to the middle."""
+    from hieratok_hf.data import training_batches as training_data
+    from hieratok_hf.utils.images import centre_square
+
+    def middle(picture, size, rng, scale):
+        crop = centre_square(picture, size)
+        return crop.transpose(0) if rng.random() < 0.5 else crop  # Image.Transpose.FLIP_LEFT_RIGHT is 0
+
+    monkeypatch.setattr(training_data, "random_crop", middle)
+    for ours, theirs in zip(cached_batches(cache(), PLAN()), encoded(PLAN()), strict=True):
+        assert torch.equal(ours["labels"], theirs["labels"])
+        torch.testing.assert_close(ours["latents"], theirs["latents"], atol=1e-4, rtol=1e-4)
+
+
+def test_other_tokenizers_are_normalised(cache, encoded):
+    codec = Codec(tiny_kl(scaling_factor=0.5, shift_factor=0.25))
+    plan = BatchPlan(4, (SIZE,), 1)
+    plain = next(encoded_batches_of(codec.model, encoded, plan, 1.0, 0.0))
+    scaled = next(encoded_batches_of(codec.model, encoded, plan, 0.5, 0.25))
+    torch.testing.assert_close(scaled["latents"], (plain["latents"] - 0.25) * 0.5)
+
+
+def encoded_batches_of(model, encoded, plan, scale, shift):
+    model.register_to_config(scaling_factor=scale, shift_factor=shift)
+    return encoded(plan, codec=_Sized(model))
+
+
+class _Sized(Codec):
+    """A codec whose latents are of the shape that the test's noise has."""
+
+    def encode(self, pixel_values, noise=None):
+        return super().encode(pixel_values)
+
+
+def test_a_label_that_is_no_class_is_refused(encoded):
+    with pytest.raises(ValueError, match="labels must be from 0 to 0, one is 1"):
+        list(encoded(PLAN(), num_classes=1))

@@ -1,0 +1,232 @@
+"""Tests of `training_data`: a step sees the same pictures however it is divided, interrupted, loaded or streamed."""
+
+import io
+import random
+from itertools import chain
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from picture_files import noise
+from PIL import Image
+
+from hieratok_hf.data.image_dataset import Pictures
+from hieratok_hf.data.training_batches import BatchPlan, random_crop, to_pixel_values, training_loader
+from hieratok_hf.utils.images import PictureError
+
+ROWS = 7
+BOTH = pytest.mark.parametrize("streaming", [False, True])
+
+
+def as_data(images, streaming, broken=()):
+    """The pictures as PNG files in a data set, two shards if it is streamed."""
+    files = []
+    for i, image in enumerate(images):
+        buffer = io.BytesIO()
+        image.save(buffer, format="png")
+        files.append({"bytes": b"no picture" if i in broken else buffer.getvalue(), "path": f"{i}.png"})
+    table = datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
+    return Pictures(table.to_iterable_dataset(num_shards=min(2, len(files))) if streaming else table, "here")
+
+
+def data(streaming=False, broken=()):
+    """Pictures of one colour each, so that crops tell their row: `(30 * i, 30 * i, 30 * i)` is row `i`."""
+    return as_data([Image.new("RGB", (12 + i, 12), (30 * i,) * 3) for i in range(ROWS)], streaming, broken)
+
+
+def noise_data(streaming=False):
+    """Pictures of noise, so that no two crops are alike."""
+    return as_data([Image.fromarray(noise(20, 14 + i, seed=i)) for i in range(ROWS)], streaming)
+
+
+def rows_of(batch):
+    """Which rows of `data` the pictures of a batch are."""
+    colours = batch["pixel_values"].flatten(1)
+    assert (colours == colours[:, :1]).all()
+    return (colours[:, 0] // 30).tolist()
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a["pixel_values"], b["pixel_values"]) and torch.equal(a["rows"], b["rows"])
+        assert all(a[name] == b[name] for name in ("step", "part", "count", "skipped"))
+
+
+@BOTH
+@pytest.mark.parametrize(("world_size", "parts"), [(1, 4), (2, 1), (2, 2), (4, 1)])
+def test_a_step_is_the_same_however_it_is_divided(streaming, world_size, parts):
+    pictures, sizes = noise_data(streaming), (8, 16, 4)
+    whole = list(training_loader(pictures, BatchPlan(16, sizes, 6, seed=3)))
+    assert {batch["count"] for batch in whole} == {4, 16, 64}
+    shares = [BatchPlan(16, sizes, 6, 3, world_size, rank, parts) for rank in range(world_size)]
+    pieces = [list(training_loader(pictures, share)) for share in shares]
+    for mine in pieces:
+        assert [(x["step"], x["part"]) for x in mine] == [(step, part) for step in range(6) for part in range(parts)]
+    for expected in whole:
+        mine = [piece for piece in chain(*pieces) if piece["step"] == expected["step"]]
+        assert {(piece["count"], len(piece["rows"])) for piece in mine} == {
+            (expected["count"], expected["count"] // (world_size * parts))
+        }
+        rows, crops = (torch.cat([piece[name] for piece in mine]) for name in ("rows", "pixel_values"))
+        assert torch.equal(rows.sort().values, expected["rows"])
+        assert torch.equal(crops[rows.argsort()], expected["pixel_values"])
+
+
+@BOTH
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_from_any_step_on_it_is_the_uninterrupted_sequence(streaming, num_workers):
+    pictures, plan = noise_data(streaming), BatchPlan(4, (8, 12, 8), 7, seed=1, parts=2)
+    whole = list(training_loader(pictures, plan))
+    assert len({batch["pixel_values"].shape[-1] for batch in whole}) == 2
+    assert sum(len(batch["rows"]) for batch in whole) > 2 * ROWS  # several epochs
+    for first_step in (0, 5) if num_workers else range(7):
+        rest = list(training_loader(pictures, plan, first_step=first_step, num_workers=num_workers))
+        same(rest, whole[2 * first_step :])
+    assert list(training_loader(pictures, plan, first_step=7)) == []
+
+
+@BOTH
+def test_the_seed_decides_rows_and_crops(streaming):
+    pictures = noise_data(streaming)
+    plans = [BatchPlan(4, (8,), 3, seed=seed) for seed in (0, 0, 1)]
+    batches = [torch.cat([x["pixel_values"] for x in training_loader(pictures, plan)]) for plan in plans]
+    assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
+
+
+@BOTH
+def test_every_row_is_seen_once_an_epoch_in_another_order(streaming):
+    plan = BatchPlan(3, (8,), 2 * ROWS, seed=2)
+    rows = list(chain(*(rows_of(batch) for batch in training_loader(data(streaming), plan))))
+    epochs = [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
+    assert len(epochs) == 6 and all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 3
+
+
+@BOTH
+def test_a_picture_is_cropped_anew_each_time(streaming):
+    pictures, plan = as_data([Image.fromarray(noise(20, 20))], streaming), BatchPlan(2, (8,), 20)
+    crops = [x for batch in training_loader(pictures, plan, crop_scale=(0, 0)) for x in batch["pixel_values"]]
+    assert len({tuple(crop.flatten().tolist()) for crop in crops}) > 30
+
+
+def test_a_step_has_about_the_same_pixels_at_every_size():
+    plan = BatchPlan(8, (32, 64, 16, 48), 50, seed=0, world_size=2)
+    counts = {size: count for _, size, count, _ in plan.sizes()}
+    assert counts == {32: 8, 64: 2, 16: 32, 48: 2}  # 48 pixels would allow 3.6, which two processes cannot share
+    before = 0
+    for step, (number, _, count, start) in enumerate(plan.sizes()):
+        assert (number, start) == (step, before)
+        before += count
+    assert list(plan.sizes(20)) == list(plan.sizes())[20:]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 8, "world_size": 3}, r"`batch_size` must be a multiple of .*3 x 1, got 8"),
+        ({"batch_size": 6, "world_size": 2, "parts": 2}, r"`batch_size` must be a multiple of .*2 x 2, got 6"),
+        ({"batch_size": 0}, r"`batch_size` must be .*got 0"),
+        ({"crop_sizes": ()}, r"`crop_sizes` must be positive sides in pixels, got \(\)"),
+        ({"crop_sizes": (8, 0)}, r"`crop_sizes` must be positive sides in pixels, got \(8, 0\)"),
+    ],
+)
+def test_a_plan_that_does_not_divide_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        BatchPlan(**{"batch_size": 8, "crop_sizes": (8,), "steps": 1, **values})
+
+
+@BOTH
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_broken_rows_are_replaced_counted_and_named(streaming, num_workers):
+    broken = (1, 4, 5)
+    plan = BatchPlan(7, (8,), 4, seed=0)
+    batches = list(training_loader(data(streaming, broken), plan, num_workers=num_workers))
+    for batch in batches:
+        rows = rows_of(batch)
+        assert len(rows) == 7 and set(rows) == {0, 2, 3, 6}
+        # Row 4 is replaced through row 5, so that row may be met twice in an epoch.
+        assert {reason.split(":")[0] for reason in batch["skipped"]} == {f"'{i}.png'" for i in broken}
+        assert all("is no picture in a format that Pillow reads" in reason for reason in batch["skipped"])
+    clean = list(training_loader(data(streaming), plan))
+    for ours, theirs in zip(batches, clean):
+        unbroken = [(a, b) for a, b in zip(rows_of(ours), rows_of(theirs)) if b not in broken]
+        assert len(unbroken) == 4 and all(a == b for a, b in unbroken)  # the others stay in their places
+
+
+@BOTH
+def test_a_broken_row_alone_in_its_step_is_replaced(streaming):
+    plan = BatchPlan(1, (8,), 3 * ROWS, seed=0)
+    whole = list(training_loader(data(streaming, broken=(0, 3)), plan))
+    assert sum(bool(batch["skipped"]) for batch in whole) == 6
+    for first_step in (1, 8, 20):
+        same(list(training_loader(data(streaming, broken=(0, 3)), plan, first_step=first_step)), whole[first_step:])
+
+
+@BOTH
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_data_set_of_broken_rows_is_refused(streaming, num_workers):
+    pictures = data(streaming, broken=range(ROWS))
+    message = r"^here: \d+ pictures in a row cannot be decoded; '\d\.png': is no picture.*$"
+    with pytest.raises(PictureError, match=message) as caught:
+        next(iter(training_loader(pictures, BatchPlan(2, (8,), 1), num_workers=num_workers)))
+    assert "\n" not in str(caught.value)
+
+
+def test_pixel_values_are_the_levels_in_minus_one_to_one():
+    pictures = noise_data()
+    (batch,) = training_loader(pictures, BatchPlan(4, (8,), 1))
+    levels = batch["pixel_values"]
+    assert levels.shape == (4, 3, 8, 8) and levels.dtype == torch.uint8
+    values = to_pixel_values(batch)
+    assert values.dtype == torch.float32 and values.min() >= -1 and values.max() <= 1
+    assert torch.equal(((values + 1) * 127.5).round().byte(), levels)
+    assert to_pixel_values({"pixel_values": torch.tensor([0, 255], dtype=torch.uint8)}).tolist() == [-1, 1]
+
+
+def places_of(crop, picture):
+    """Where a crop is cut exactly from a picture, mirrored or not."""
+    size, found = len(crop), []
+    for mirrored, candidate in ((False, crop), (True, crop[:, ::-1])):
+        for top in range(len(picture) - size + 1):
+            for left in range(picture.shape[1] - size + 1):
+                if (picture[top : top + size, left : left + size] == candidate).all():
+                    found.append((top, left, mirrored))
+    return found
+
+
+def test_a_scale_of_zero_cuts_pixels_exactly_everywhere_mirrored_half_the_time():
+    levels = noise(12, 10)
+    picture, rng, seen = Image.fromarray(levels), random.Random(0), []
+    for _ in range(600):
+        crop = random_crop(picture, 8, rng, (0, 0))
+        assert crop.size == (8, 8) and crop.mode == "RGB"
+        (place,) = places_of(np.asarray(crop), levels)
+        seen.append(place)
+    assert {place[:2] for place in seen} == {(top, left) for top in range(5) for left in range(3)}
+    assert 240 < sum(mirrored for *_, mirrored in seen) < 360
+
+
+def test_crops_cover_the_share_that_is_asked_for():
+    # A ramp of 2 levels a pixel: how far it rises over a crop says how wide the crop was.
+    ramp = np.broadcast_to(np.arange(0, 120, dtype=np.uint8)[None, :, None] * 2, (80, 120, 3))
+    picture, rng = Image.fromarray(np.ascontiguousarray(ramp)), random.Random(0)
+    shares, colours = [], []
+    for _ in range(200):
+        crop = np.asarray(random_crop(picture, 16, rng, (0.5, 1.0))).astype(float)
+        assert crop.shape == (16, 16, 3)
+        shares.append(abs(crop[8, 12, 0] - crop[8, 4, 0]) / 2 * 2 / 80)
+        colours.append(crop[8, :, 0].mean() / 2)
+    assert 0.45 < min(shares) < 0.55 and 0.95 < max(shares) < 1.05
+    assert np.mean(shares) == pytest.approx(0.75, abs=0.03)
+    assert min(colours) < 30 and max(colours) > 90
+
+
+@pytest.mark.parametrize("scale", [(0, 0), (0.5, 1.0), (1.0, 1.0)])
+def test_small_pictures_are_enlarged(scale):
+    for size in ((5, 9), (9, 5), (1, 1)):
+        crop = random_crop(Image.new("RGB", size, (7, 8, 9)), 16, random.Random(0), scale)
+        assert crop.size == (16, 16) and (np.asarray(crop) == (7, 8, 9)).all()
+    whole = random_crop(Image.fromarray(noise(8, 8)), 8, random.Random(0), (1.0, 1.0))
+    assert len(places_of(np.asarray(whole), noise(8, 8))) == 1

@@ -1,0 +1,302 @@
+"""Tests of `metrics`: known values, other libraries' values, independence of the batch, 8 bits, and refusals."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import ViTConfig, ViTModel
+
+from hieratok_hf.evaluation.metrics import SSIM_WINDOW, FrechetDistance, border_steps, psnr, ssim
+from hieratok_hf.evaluation.vision_features import VisionFeatures
+
+
+def from_levels(levels):
+    """Pictures in [-1, 1] of levels in 0 ... 255."""
+    return torch.as_tensor(levels, dtype=torch.float32) / 127.5 - 1
+
+
+def random_levels(*shape, seed=0):
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noisy(levels, amount, seed=1):
+    noise = torch.randn(levels.shape, generator=torch.Generator().manual_seed(seed))
+    return (levels + amount * noise).round().clamp(0, 255)
+
+
+def ssim_by_hand(first, second):
+    """SSIM of Wang et al. in float64 numpy, `(3, H, W)` levels, edges reflected."""
+    offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    window = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def blur(x):
+        half = SSIM_WINDOW // 2
+        x = np.pad(x, ((0, 0), (half, half), (half, half)), mode="reflect")
+        x = np.apply_along_axis(np.convolve, 1, x, window, mode="valid")
+        return np.apply_along_axis(np.convolve, 2, x, window, mode="valid")
+
+    a, b = (np.asarray(x, dtype=np.float64) for x in (first, second))
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
+
+
+def test_border_steps_are_those_of_a_walk_over_the_pixels():
+    levels = random_levels(2, 3, 10, 12).float()
+    found = border_steps(from_levels(levels), 4)
+    for picture, (across, inside) in zip(levels, found):
+        steps = {True: [[], []], False: [[], []]}
+        for axis, length in ((0, 10), (1, 12)):
+            for i in range(1, length):
+                step = (picture.select(axis + 1, i) - picture.select(axis + 1, i - 1)).abs().mean()
+                steps[i % 4 == 0][axis].append(step)
+        for value, kind in ((across, True), (inside, False)):
+            torch.testing.assert_close(value, torch.stack([torch.stack(x).mean() for x in steps[kind]]).mean())
+
+
+def test_seams_are_steps_across_borders_alone():
+    patches = random_levels(1, 3, 4, 4).float().repeat_interleave(8, 2).repeat_interleave(8, 3)
+    across, inside = border_steps(from_levels(patches), 8)[0]
+    assert across > 10 and inside == 0
+    for patch_size in (1, 32):
+        with pytest.raises(ValueError, match="`patch_size`"):
+            border_steps(from_levels(patches), patch_size)
+
+
+def test_psnr_of_a_known_error():
+    targets = torch.full((2, 3, 4, 5), 100)
+    pictures = targets.clone()
+    pictures[0] += 5  # mean squared error 25
+    pictures[1, 0, 0, 0] += 30  # 900 / 60 = 15
+    values = psnr(from_levels(pictures), from_levels(targets))
+    assert values.dtype == torch.float32
+    expected = [10 * math.log10(255**2 / 25), 10 * math.log10(255**2 / 15)]
+    assert values.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_psnr_of_black_and_white_is_zero_and_of_equal_pictures_infinite():
+    black, white = -torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
+    assert psnr(black, white).tolist() == [0.0]
+    assert psnr(white, white).tolist() == [math.inf]
+
+
+def test_both_sides_are_clamped_and_rounded_to_8_bits():
+    levels = random_levels(1, 3, 16, 16)
+    pictures = from_levels(levels)
+    assert psnr(pictures + 0.4 / 127.5, pictures).item() == math.inf
+    assert psnr(pictures, pictures - 0.4 / 127.5).item() == math.inf
+    assert psnr(torch.full((1, 3, 2, 2), 1.7), torch.ones(1, 3, 2, 2)).item() == math.inf
+    assert psnr(pictures + 0.6 / 127.5, pictures).item() < 60
+
+
+def test_psnr_takes_low_precision_and_gradients():
+    pictures = from_levels(random_levels(1, 3, 16, 16)).requires_grad_()
+    value = psnr(pictures.bfloat16(), pictures)
+    assert value.dtype == torch.float32 and not value.requires_grad
+    assert value.item() == math.inf  # bfloat16 is off by a quarter of a level at most
+
+
+def test_ssim_of_equal_pictures_is_one():
+    pytest.importorskip("torchmetrics")
+    pictures = from_levels(random_levels(2, 3, 24, 17))
+    values = ssim(pictures, pictures)
+    assert values.shape == (2,) and values.dtype == torch.float32
+    assert values.tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
+
+
+def test_ssim_of_flat_pictures():
+    pytest.importorskip("torchmetrics")
+    c1 = (0.01 * 255) ** 2
+    value = ssim(from_levels(torch.full((1, 3, 16, 16), 60)), from_levels(torch.full((1, 3, 16, 16), 120)))
+    assert value.item() == pytest.approx((2 * 60 * 120 + c1) / (60**2 + 120**2 + c1), abs=1e-3)
+
+
+def test_ssim_equals_the_definition():
+    pytest.importorskip("torchmetrics")
+    first = random_levels(1, 3, 21, 30)
+    second = noisy(first, 40)
+    value = ssim(from_levels(second), from_levels(first)).item()
+    assert value == pytest.approx(ssim_by_hand(second[0], first[0]), abs=1e-4)
+
+
+def test_more_noise_is_worse():
+    pytest.importorskip("torchmetrics")
+    levels = random_levels(1, 3, 32, 32)
+    targets = from_levels(levels)
+    for metric in (psnr, ssim):
+        values = [metric(from_levels(noisy(levels, amount)), targets).item() for amount in (2, 10, 40, 120)]
+        assert values == sorted(values, reverse=True) and len(set(values)) == 4
+
+
+def test_a_batch_gives_each_picture_its_own_value():
+    pytest.importorskip("torchmetrics")
+    levels = random_levels(3, 3, 20, 28)
+    pictures = torch.cat([noisy(levels[i : i + 1], 10 + 20 * i) for i in range(3)])
+    pictures, targets = from_levels(pictures), from_levels(levels)
+    for metric in (psnr, ssim):
+        single = torch.cat([metric(pictures[i : i + 1], targets[i : i + 1]) for i in range(3)])
+        torch.testing.assert_close(metric(pictures, targets), single)
+
+
+def test_psnr_and_ssim_agree_with_scikit_image():
+    pytest.importorskip("torchmetrics")
+    library = pytest.importorskip("skimage.metrics", reason="scikit-image is the independent computation")
+    targets = random_levels(2, 3, 33, 26)
+    pictures = noisy(targets, 25)
+    found = psnr(from_levels(pictures), from_levels(targets)), ssim(from_levels(pictures), from_levels(targets))
+    for i in range(2):
+        pair = [x[i].double().numpy() for x in (targets, pictures)]
+        assert found[0][i].item() == pytest.approx(library.peak_signal_noise_ratio(*pair, data_range=255), abs=1e-4)
+        # scikit-image averages over all places but the outermost five: these are added here.
+        padded = [np.pad(x, ((0, 0), (5, 5), (5, 5)), mode="reflect") for x in pair]
+        settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 0}
+        expected = library.structural_similarity(*padded, data_range=255, **settings)
+        assert found[1][i].item() == pytest.approx(expected, abs=1e-4)
+
+
+def small_features(seed=0):
+    """A real vision model whose features are so few that some tens of pictures have a covariance of full rank."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(**sizes, image_size=16, patch_size=4, initializer_range=0.5)
+    return VisionFeatures(ViTModel(config), [0.5] * 3, [0.5] * 3)
+
+
+def frechet_by_hand(features, pictures, targets):
+    """By scipy's matrix square root."""
+    from scipy.linalg import sqrtm
+
+    with torch.no_grad():
+        sets = [features(x, 16)[0].double().numpy() for x in (pictures, targets)]
+    (mean_a, mean_b), (a, b) = [x.mean(0) for x in sets], [np.cov(x, rowvar=False) for x in sets]
+    assert np.linalg.matrix_rank(a) == np.linalg.matrix_rank(b) == 8
+    return ((mean_a - mean_b) ** 2).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
+
+
+def test_the_frechet_distance_agrees_with_scipys_matrix_root():
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("scipy", reason="its matrix root is the independent computation")
+    targets = from_levels(random_levels(48, 3, 20, 20))
+    pictures = from_levels(noisy(random_levels(48, 3, 20, 20, seed=2), 30))
+    features = small_features()
+    distance = FrechetDistance(features)
+    assert (distance.name, distance.size, distance.num_features) == ("FD-ViT", 16, 8)
+    for part in (slice(0, 5), slice(5, 48)):
+        distance.update(pictures[part], targets[part])
+    expected = frechet_by_hand(features, pictures, targets)
+    assert expected > 0.01
+    assert distance.compute() == pytest.approx(expected, rel=1e-3)
+    distance.reset()
+    distance.update(targets, targets)
+    assert 0 <= distance.compute() < 1e-6 * expected
+
+
+def test_the_two_sets_of_a_frechet_distance_may_be_fed_apart():
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("scipy", reason="its matrix root is the independent computation")
+    targets = from_levels(random_levels(48, 3, 20, 20))
+    pictures = from_levels(noisy(random_levels(31, 3, 24, 20, seed=2), 30))  # of another number and size
+    distance = FrechetDistance(small_features())
+    for part in targets.split(20):
+        distance.update(None, part)
+    for part in pictures.split(9):
+        distance.update(part, None)
+    assert distance.compute() == pytest.approx(frechet_by_hand(small_features(), pictures, targets), rel=1e-3)
+
+
+def test_features_of_targets_that_stay_are_computed_once():
+    pytest.importorskip("torchmetrics")
+    features, seen = small_features(), []
+    features.register_forward_hook(lambda module, given, result: seen.append(len(given[0])))
+    targets = from_levels(random_levels(12, 3, 16, 16))
+    pictures = [from_levels(random_levels(12, 3, 16, 16, seed=seed)) for seed in (1, 2)]
+    expected = []
+    for round_pictures in pictures:
+        distance = FrechetDistance(features)
+        distance.update(round_pictures, targets)
+        expected.append(distance.compute())
+    kept = FrechetDistance(features, same_targets=True)
+    seen.clear()
+    for round_pictures, value in zip(pictures, expected):
+        kept.reset()
+        kept.update(round_pictures, targets)
+        assert kept.compute() == pytest.approx(value, rel=1e-9)
+    assert seen == [12] * 3
+    kept.reset()
+    kept.update(pictures[0][:8], targets[:8])
+    with pytest.raises(ValueError, match="same targets in every round, got 8 and 12"):
+        kept.compute()
+
+
+def test_a_frechet_distance_refuses_what_it_cannot_use():
+    pytest.importorskip("torchmetrics")
+    with pytest.raises(ValueError, match=r"`size` must be left out.*got 224"):
+        FrechetDistance(size=224)
+    with pytest.raises(ValueError, match=r"`size` must be a positive.*got 0"):
+        FrechetDistance(small_features(), size=0)
+    distance = FrechetDistance(small_features())
+    with pytest.raises(ValueError, match=r"`targets` must be finite and lie in \[-1, 1\]"):
+        distance.update(GOOD, GOOD + 200)
+    distance.update(GOOD, GOOD)
+    with pytest.raises(RuntimeError, match="More than one sample"):
+        distance.compute()
+
+
+GOOD = torch.zeros(1, 3, 16, 16)
+BAD = [
+    pytest.param(GOOD[0], r"\(B, 3, H, W\).*\(3, 16, 16\)", id="rank"),
+    pytest.param(torch.zeros(1, 1, 16, 16), r"\(B, 3, H, W\).*\(1, 1, 16, 16\)", id="channels"),
+    pytest.param(torch.zeros(0, 3, 16, 16), r"not be empty.*\(0, 3, 16, 16\)", id="empty"),
+    pytest.param(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "floating point.*uint8", id="dtype"),
+    pytest.param(np.zeros((1, 3, 16, 16), np.float32), "torch.Tensor, got ndarray", id="array"),
+    pytest.param(torch.full((1, 3, 16, 16), math.nan), r"finite.*\[-1, 1\].*nan", id="nan"),
+    pytest.param(torch.full((1, 3, 16, 16), 200.0), r"\[-1, 1\].*200", id="levels"),
+]
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize(("bad", "message"), BAD)
+def test_wrong_arguments_are_named(metric, bad, message):
+    if metric is ssim:
+        pytest.importorskip("torchmetrics")
+    with pytest.raises(ValueError, match=f"^`pictures` .*{message}"):
+        metric(bad, GOOD)
+    with pytest.raises(ValueError, match=f"^`targets` .*{message}"):
+        metric(GOOD, bad)
+
+
+def test_pictures_of_different_size_are_refused():
+    with pytest.raises(ValueError, match=r"same shape, got \(2, 3, 16, 16\) and \(1, 3, 16, 16\)"):
+        psnr(GOOD.expand(2, -1, -1, -1), GOOD)  # would broadcast
+
+
+def test_ssim_refuses_pictures_smaller_than_its_window():
+    pytest.importorskip("torchmetrics")
+    small = torch.zeros(1, 3, SSIM_WINDOW - 1, 40)
+    with pytest.raises(ValueError, match="at least 11 pixels high and wide, got 10x40"):
+        ssim(small, small)
+    assert ssim(*[torch.zeros(1, 3, SSIM_WINDOW, SSIM_WINDOW)] * 2).item() == pytest.approx(1)
+
+
+def test_ssim_without_torchmetrics_says_how_to_get_it(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    with pytest.raises(ImportError, match=r'pip install "hieratok_hf\[eval\]"'):
+        ssim(GOOD, GOOD)
+    assert psnr(GOOD, GOOD).item() == math.inf
+
+
+def test_the_package_does_not_import_torchmetrics():
+    # The libraries may, so only what this package adds is looked at.
+    code = (
+        "import sys, torch, transformers, diffusers; before = 'torchmetrics' in sys.modules; "
+        "import hieratok_hf, hieratok_hf.evaluation.metrics; assert before or 'torchmetrics' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

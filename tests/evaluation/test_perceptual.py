@@ -1,0 +1,208 @@
+"""Tests of `perceptual`: agreement with the definition, the order of real pictures, gradients, and LPIPS's door."""
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import pictures
+from transformers import ConvNextConfig, ConvNextModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+
+from hieratok_hf import open_picture
+from hieratok_hf.evaluation.perceptual import PerceptualDistance, load_lpips
+from hieratok_hf.evaluation.vision_features import VisionFeatures
+
+PICTURES = sorted((Path(__file__).parents[2] / "examples" / "pictures").glob("*.webp"))
+REAL = Path(__file__).parents[3] / "shared" / "data" / "mobilenet_v2_1.0_224"
+
+
+def make_distance(kind, **options):
+    torch.manual_seed(0)
+    if kind == "vit":
+        sizes = {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "image_size": 32,
+            "patch_size": 8,
+        }
+        model = ViTModel(ViTConfig(**{"num_hidden_layers": 6, "initializer_range": 0.2, **sizes, **options}))
+    else:
+        sizes = {"hidden_sizes": [8, 12, 16, 20], "depths": [1] * 4, "layer_scale_init_value": 1.0}
+        model = ConvNextModel(ConvNextConfig(**{"initializer_range": 0.2, **sizes, **options}))
+    return PerceptualDistance(VisionFeatures(model, [0.5] * 3, [0.5] * 3))
+
+
+def real_pictures(size=32):
+    """The middle of each example picture `(B, 3, size, size)` in [-1, 1]."""
+    images = [open_picture(path).resize((64, 64)) for path in PICTURES]
+    batch = torch.stack([torch.tensor(np.asarray(image)) for image in images]).permute(0, 3, 1, 2) / 127.5 - 1
+    start = (64 - size) // 2
+    return batch[:, :, start : start + size, start : start + size]
+
+
+def blurred(x, width):
+    return F.avg_pool2d(F.pad(x, [width // 2] * 4, mode="replicate"), width, stride=1)
+
+
+def noisy(x, amount):
+    return (x + amount * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
+
+
+def by_hand(maps, target_maps):
+    """The distance over chosen maps in float64 numpy."""
+    layers = []
+    for x, y in zip(maps, target_maps):
+        x, y = (np.asarray(z.detach().flatten(2), dtype=np.float64) for z in (x, y))
+        x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+        layers.append(((x - y) ** 2).sum(1).mean(1))
+    return np.mean(layers, axis=0)
+
+
+def test_of_a_convolutional_network_the_last_map_of_each_resolution_counts():
+    distance, x, y = make_distance("convnext"), pictures(2, 3, 64, 64), pictures(2, 3, 64, 64, seed=1)
+    chosen = [list({z.shape: z for z in distance.features(inputs)[1]}.values()) for inputs in (x, y)]
+    assert [z.shape[1:] for z in chosen[0]] == [(8, 16, 16), (12, 8, 8), (16, 4, 4), (20, 2, 2)]
+    assert distance(x, y).tolist() == pytest.approx(by_hand(*chosen).tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("num_layers", [3, 6, 12])
+def test_of_a_transformer_four_layers_evenly_spaced_count(num_layers):
+    distance = make_distance("vit", num_hidden_layers=num_layers)
+    x, y = pictures(2, 3, 32, 32), pictures(2, 3, 32, 32, seed=1)
+    maps = [distance.features(inputs)[1] for inputs in (x, y)]
+    assert len(maps[0]) == num_layers + 2  # the embeddings and the last layer's norm as well
+    layers = np.linspace(0, num_layers + 1, 5)[1:].round().astype(int)
+    assert len(set(layers)) == 4 and layers[-1] == num_layers + 1
+    expected = by_hand(*([one[i] for i in layers] for one in maps))
+    assert distance(x, y).tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext"])
+def test_it_is_zero_for_equal_pictures_symmetric_and_bounded(kind):
+    distance, x, y = make_distance(kind), real_pictures(), pictures(2, 3, 32, 32)
+    assert distance(x, x.clone()).tolist() == [0, 0]
+    values = distance(x, y)
+    assert values.shape == (2,) and values.dtype == torch.float32
+    assert (values > 0).all() and (values <= 4).all()
+    torch.testing.assert_close(values, distance(y, x))
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext"])
+def test_more_blur_or_noise_is_farther(kind):
+    distance, x = make_distance(kind), real_pictures()
+    for worse in (blurred, noisy):
+        amounts = (3, 5, 9) if worse is blurred else (0.03, 0.1, 0.3)
+        values = torch.stack([distance(worse(x, amount), x) for amount in amounts])
+        assert (values.diff(dim=0) > 0).all() and (values[0] > 0).all()
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/mobilenet_v2_1.0_224")
+def test_a_trained_network_puts_distortions_in_order():
+    distance, x = PerceptualDistance(VisionFeatures.from_pretrained(REAL)), real_pictures(64)
+    for worse, amounts in ((blurred, (3, 5, 9)), (noisy, (0.03, 0.1, 0.3))):
+        values = torch.stack([distance(worse(x, amount), x) for amount in amounts])
+        assert (values.diff(dim=0) > 0).all() and (values[0] > 0).all()
+    # A shift of a few levels is all but invisible, a blur of the same squared error is not.
+    blur = blurred(x, 3)
+    shift = (blur - x).square().mean((1, 2, 3), keepdim=True).sqrt()
+    assert (distance(x + shift, x) < 0.5 * distance(blur, x)).all()
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext"])
+@pytest.mark.parametrize("case", ["equal", "constant", "one constant", "black"])
+def test_gradients_are_finite_where_features_meet_or_vanish(kind, case):
+    distance = make_distance(kind)
+    x = real_pictures() if case == "equal" else torch.full((2, 3, 32, 32), -1.0 if case == "black" else 0.2)
+    target = real_pictures() if case == "one constant" else x.clone()
+    x.requires_grad_()
+    values = distance(x, target)
+    values.sum().backward()
+    assert values.isfinite().all() and x.grad.isfinite().all()
+    if case == "one constant":
+        assert x.grad.abs().max() > 0
+    else:
+        assert x.grad.abs().max() == 0 and (values == 0).all()
+
+
+def test_features_that_are_all_zero_are_equal_and_have_finite_gradients():
+    model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"))
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            torch.nn.init.constant_(norm.bias, -100)  # nothing passes a rectifier
+    distance = PerceptualDistance(VisionFeatures(model, [0.5] * 3, [0.5] * 3))
+    x = real_pictures().requires_grad_()
+    assert all((z == 0).all() for z in distance.features(x)[1])
+    values = distance(x, pictures(2, 3, 32, 32))
+    values.sum().backward()
+    assert (values == 0).all() and (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext"])
+def test_the_gradient_is_the_slope(kind):
+    distance, y = make_distance(kind), real_pictures()[:1]
+    x = noisy(y, 0.3).requires_grad_()
+    distance(x, y).sum().backward()
+    direction = x.grad / x.grad.norm()
+    with torch.no_grad():
+        step = 2e-2 * direction
+        slope = (distance(x + step, y) - distance(x - step, y)).item() / 4e-2
+    assert slope == pytest.approx(x.grad.norm().item(), rel=0.02)
+
+
+def test_gradients_flow_to_the_pictures_alone():
+    distance = make_distance("convnext")
+    x, y = real_pictures().requires_grad_(), pictures(2, 3, 32, 32).requires_grad_()
+    distance(x, y).sum().backward()
+    assert x.grad.abs().max() > 0 and y.grad is None
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in distance.parameters())
+
+
+def test_following_the_gradient_leads_to_the_target():
+    distance, y = make_distance("convnext"), real_pictures()
+    x = blurred(y, 5).clone().requires_grad_()
+    optimizer, values = torch.optim.Adam([x], 0.01), []
+    for _ in range(15):
+        optimizer.zero_grad()
+        values.append(distance(x, y).mean())
+        values[-1].backward()
+        optimizer.step()
+    assert values[-1] < 0.5 * values[0]
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext"])
+def test_each_pair_has_its_own_value(kind):
+    distance, x, y = make_distance(kind), pictures(3, 3, 32, 32), pictures(3, 3, 32, 32, seed=1)
+    alone = torch.cat([distance(x[i : i + 1], y[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(distance(x, y), alone, rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_float32_under_autocast_and_never_trains():
+    distance, x, y = make_distance("convnext", drop_path_rate=0.9), real_pictures(), pictures(2, 3, 32, 32)
+    plain = distance(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(distance(x, y), plain)
+        assert distance(x.bfloat16(), y).dtype == torch.float32
+    assert torch.equal(distance.train()(x, y), plain)
+
+
+def test_lpips_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ImportError, match="pip install lpips torchvision"):
+        load_lpips()
+
+
+@pytest.mark.parametrize("network", [None, "alex"])
+def test_lpips_is_asked_for_its_network_and_frozen(monkeypatch, network):
+    class LPIPS(torch.nn.Module):
+        def __init__(self, **arguments):
+            super().__init__()
+            self.arguments, self.layer = arguments, torch.nn.Conv2d(3, 1, 1)
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
+    loaded = load_lpips(network) if network else load_lpips()
+    assert loaded.arguments == {"net": network or "vgg", "verbose": False}
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())

@@ -1,0 +1,214 @@
+"""Tests of `vision_features`: the features are the model's own, frozen, whatever the mode, company or precision."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import pictures
+from PIL import Image
+from transformers import (
+    BertConfig,
+    BertModel,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    MobileNetV2Config,
+    MobileNetV2Model,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hieratok_hf import pretrained
+from hieratok_hf.evaluation.vision_features import VisionFeatures
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "mobilenet_v2_1.0_224"
+HALF = [0.5] * 3
+VIT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+
+
+def make_model(kind, **options):
+    torch.manual_seed(0)
+    if kind == "vit":
+        return ViTModel(ViTConfig(**VIT, patch_size=8, **options))
+    if kind == "dinov2":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 2}
+        return Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14, drop_path_rate=0.5))
+    if kind == "convnext":
+        sizes = {"hidden_sizes": [8, 12, 16, 20], "depths": [1] * 4, "layer_scale_init_value": 1.0}
+        return ConvNextModel(ConvNextConfig(**sizes, image_size=32, drop_path_rate=0.5))
+    sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4}
+    model = MobileNetV2Model(MobileNetV2Config(**sizes, image_size=32))
+    with torch.no_grad():
+        model.train()(pictures(8, 3, 64, 64))  # statistics of batches, without which nothing reaches the last layers
+    return model
+
+
+def vision_features(kind, mean=HALF, std=HALF):
+    return VisionFeatures(make_model(kind), mean, std)
+
+
+def assert_equal(first, second, **tolerance):
+    torch.testing.assert_close((first[0], *first[1]), (second[0], *second[1]), **tolerance)
+
+
+def test_a_folder_gives_the_features_of_its_model_and_processor(tmp_path):
+    model, processor = (
+        make_model("vit").eval(),
+        ViTImageProcessorPil(image_mean=[0.4, 0.5, 0.3], image_std=[0.2, 0.3, 0.1]),
+    )
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    levels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    pooled, maps = VisionFeatures.from_pretrained(tmp_path)(torch.tensor(levels).permute(2, 0, 1)[None] / 127.5 - 1)
+    inputs = processor(Image.fromarray(levels), do_resize=False, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True)
+    torch.testing.assert_close(pooled, outputs.pooler_output, rtol=0, atol=1e-5)
+    torch.testing.assert_close(maps[-1], outputs.last_hidden_state.mT, rtol=0, atol=1e-5)
+    for x, y in zip(maps[:-1], outputs.hidden_states, strict=True):
+        torch.testing.assert_close(x, y.mT, rtol=0, atol=1e-5)
+
+
+def test_without_a_processor_pictures_stay_in_their_range(tmp_path):
+    model = make_model("convnext").eval()
+    model.save_pretrained(tmp_path)
+    x = pictures(2, 3, 32, 32)
+    with torch.no_grad():
+        outputs = model(x)
+    pooled, maps = VisionFeatures.from_pretrained(str(tmp_path))(x)
+    torch.testing.assert_close((pooled, maps[-1]), (outputs.pooler_output, outputs.last_hidden_state))
+
+
+def test_shapes_of_convolutional_networks_and_transformers():
+    pooled, maps = vision_features("convnext")(pictures(2, 3, 64, 32))
+    assert pooled.shape == (2, 20)
+    assert [x.shape[1:] for x in maps] == [(8, 16, 8), (8, 16, 8), (12, 8, 4), (16, 4, 2), (20, 2, 1), (20, 2, 1)]
+    pooled, maps = vision_features("dinov2")(pictures(2, 3, 28, 42))
+    assert pooled.shape == (2, 16) and [x.shape[1:] for x in maps] == [(16, 1 + 2 * 3)] * 5
+
+
+def test_without_a_pooler_the_last_map_is_averaged():
+    model = ViTModel(ViTConfig(**VIT, patch_size=8), add_pooling_layer=False)
+    pooled, maps = VisionFeatures(model, HALF, HALF)(pictures(2, 3, 32, 32))
+    torch.testing.assert_close(pooled, maps[-1].mean(2))
+
+
+@pytest.mark.parametrize("kind", ["vit", "mobilenet"])
+def test_a_size_resizes_first(kind):
+    features, x = vision_features(kind), pictures(1, 3, 48, 40)
+    resized = F.interpolate(x, (32, 32), mode="bilinear", antialias=True)
+    assert_equal(features(x, size=32), features(resized), rtol=0, atol=0)
+    assert_equal(features(resized, size=32), features(resized), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "convnext", "mobilenet"])
+def test_it_never_trains(kind):
+    features, x = vision_features(kind), pictures(2, 3, 56, 56).requires_grad_()
+    before, state = features(x), {name: value.clone() for name, value in features.state_dict().items()}
+    parent = torch.nn.Sequential(features).train()
+    assert parent.training and not any(module.training for module in features.modules())
+    assert_equal(features(x), before, rtol=0, atol=0)
+    assert all(torch.equal(value, state[name]) for name, value in features.state_dict().items())
+    # In training mode dropped paths or statistics of batches do show.
+    assert not torch.equal(features.model.train()(x).last_hidden_state.flatten(2), before[1][-1].flatten(2))
+    before[0].square().sum().backward()
+    assert x.grad.abs().max() > 0 and x.grad.isfinite().all()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in features.parameters())
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext", "mobilenet"])
+def test_features_do_not_depend_on_the_company(kind):
+    features, x = vision_features(kind), pictures(3, 3, 32, 32)
+    pooled, maps = features(x)
+    alone = [features(x[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(pooled, torch.cat([one[0] for one in alone]), rtol=1e-4, atol=1e-5)
+    for i, together in enumerate(maps):
+        torch.testing.assert_close(together, torch.cat([one[1][i] for one in alone]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext"])
+def test_features_are_float32_under_autocast(kind):
+    features, x = vision_features(kind), pictures(1, 3, 32, 32)
+    plain = features(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = features(x)
+        assert features(x.bfloat16())[0].dtype == torch.float32
+    assert all(y.dtype == torch.float32 for y in (cast[0], *cast[1]))
+    assert_equal(cast, plain, rtol=0, atol=0)
+
+
+def test_the_name_and_the_size_are_the_models():
+    assert [vision_features(kind).name for kind in ("vit", "mobilenet", "dinov2")] == ["ViT", "MobileNetV2", "Dinov2"]
+    assert vision_features("dinov2").image_size == 28
+    assert (
+        VisionFeatures(ViTModel(ViTConfig(**{**VIT, "image_size": [48, 64]}, patch_size=8)), HALF, HALF).image_size
+        == 48
+    )
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"))
+    assert VisionFeatures(resnet, HALF, HALF).image_size == 224
+
+
+def test_a_pooler_without_weights_is_not_made_up(tmp_path):
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(**VIT, patch_size=8)).save_pretrained(tmp_path)  # has no pooler
+    x = pictures(1, 3, 32, 32)
+    first, second = (VisionFeatures.from_pretrained(tmp_path)(x) for _ in range(2))
+    assert_equal(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first[0], first[1][-1].mean(2))
+
+
+def test_other_layers_without_weights_are_refused(tmp_path):
+    make_model("vit").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match=r"must hold all weights of its model, but lacks \['.*\.3\."):
+        VisionFeatures.from_pretrained(tmp_path)
+
+
+def test_folders_that_are_no_vision_model_are_refused(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(**sizes, vocab_size=9)).save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="text' must be a vision model, got BertModel"):
+        VisionFeatures.from_pretrained(tmp_path / "text")
+    with pytest.raises(OSError, match="missing"):
+        VisionFeatures.from_pretrained(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((OSError, ValueError), match="empty"):
+        VisionFeatures.from_pretrained(tmp_path / "empty")
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text('{"model_type": "nonesuch"}')
+    with pytest.raises(ValueError, match="nonesuch"):
+        VisionFeatures.from_pretrained(tmp_path / "unknown")
+
+
+def test_a_model_without_hidden_states_is_refused():
+    features = VisionFeatures.from_pretrained(pretrained("hieratok-tiny"))
+    with pytest.raises(ValueError, match="must give hidden states, which HieraTokModel does not"):
+        features(pictures(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [([0.5], HALF), (HALF, [0.5] * 4), (HALF, [0.5, 0, 0.5]), (HALF, [-1, 1, 1])]
+)
+def test_wrong_statistics_are_refused(mean, std):
+    with pytest.raises(ValueError, match="`mean` and `std` must be three numbers"):
+        vision_features("mobilenet", mean, std)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/mobilenet_v2_1.0_224")
+def test_the_real_classifier():
+    features = VisionFeatures.from_pretrained(REAL)
+    assert features.name == "MobileNetV2" and features.image_size == 224
+    x = pictures(1, 3, 96, 96)
+    pooled, maps = features(x)
+    assert pooled.shape == (1, 1280) and maps[-1].shape[:2] == (1, 1280)
+    torch.testing.assert_close(features.model(x).pooler_output, pooled)  # it takes [-1, 1]
+    assert features(x, size=64)[1][-1].shape == (1, 1280, 2, 2)

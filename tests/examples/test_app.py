@@ -1,0 +1,300 @@
+"""Tests of `examples/app.py` without a browser: what it shows, limits, messages, and the folder of the Space."""
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import script_of
+from huggingface_hub import constants
+from picture_files import noise, png, saved
+from PIL import Image
+from pipelines import make_pipeline
+
+import hieratok_hf
+from hieratok_hf.evaluation.generation import numbered_pictures
+
+gr = pytest.importorskip("gradio", reason="it is a page of Gradio")
+pytest.importorskip("torchmetrics", reason="it computes the SSIM")
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+HAT = EXAMPLES / "pictures" / "hat.webp"
+
+
+@pytest.fixture(scope="module")
+def app():
+    with pytest.MonkeyPatch.context() as patch:
+        return script_of("examples", "app", patch)
+
+
+@pytest.fixture(scope="module")
+def reconstruct_script():
+    with pytest.MonkeyPatch.context() as patch:
+        return script_of("examples", "reconstruct", patch)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return hieratok_hf.AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+
+
+@pytest.fixture
+def page(app, vae, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    return app.build(vae, make_pipeline())
+
+
+def cells(table):
+    """The rows of a table in Markdown."""
+    return dict(re.fullmatch(r"\| (.*) \| (.*) \|", line).groups() for line in table.splitlines())
+
+
+@pytest.mark.parametrize("size", [None, (203, 91)])
+def test_figures_are_those_of_the_script(app, reconstruct_script, vae, tmp_path, size):
+    path = saved(tmp_path, Image.open(HAT).resize(size), "odd.png") if size else HAT
+    (original, reconstruction), pictures, table = app.reconstruct(str(path), vae)
+    _, figures = reconstruct_script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))
+
+    rows, (width, height) = cells(table), (figures["width"], figures["height"])
+    assert original.size == reconstruction.size == (width, height) == tuple(x // 8 * 8 for x in size or (256, 256))
+    assert rows["PSNR"] == f"{figures['psnr_db']:.2f} dB" and rows["SSIM"] == f"{figures['ssim']:.4f}"
+    assert rows["compression"] == f"{figures['compression']:.1f}x fewer numbers" == "12.0x fewer numbers"
+    shape = figures["latent_shape"]
+    assert rows["latent"] == f"{' x '.join(map(str, shape))}, {np.prod(shape):,} numbers"
+    assert rows["encoded"] == f"{width} x {height} pixels, {3 * width * height:,} numbers"
+
+    images, captions = zip(*pictures)
+    sizes = [f"{-(-width // 8 // f) * 8} x {-(-height // 8 // f) * 8}" for f in vae.config.scale_factors]
+    made = zip(sizes, figures["scales_psnr_db"], strict=True)
+    scales = (f"scale {i}: {x}, {decibels:.1f} dB" for i, (x, decibels) in enumerate(made, start=1))
+    assert captions == ("original", *scales, "difference x4")
+    assert {image.size for image in images} == {(width, height)}  # coarse ones are enlarged, not smoothed
+    assert len(np.unique(np.asarray(images[1]).reshape(-1, 3), axis=0)) <= np.prod(
+        [int(x) for x in sizes[0].split(" x ")]
+    )
+    levels = [np.asarray(x).astype(int) for x in (original, reconstruction)]
+    assert 255**2 / np.square(levels[0] - levels[1]).mean() == pytest.approx(10 ** (figures["psnr_db"] / 10))
+    np.testing.assert_array_equal(images[-1], np.minimum(255, 4 * abs(levels[0] - levels[1])))
+    np.testing.assert_array_equal(images[-2], reconstruction)
+
+
+def test_large_pictures_are_shrunk_and_it_is_said(app, vae, tmp_path):
+    path = saved(tmp_path, Image.open(HAT).resize((2 * app.MAX_SIDE, 512)), "wide.png")
+    picture, size = app.read_picture(str(path))
+    assert (
+        picture.size == (app.MAX_SIDE, 256)
+        and size == f"{2 * app.MAX_SIDE} x 512 pixels, shrunk to at most 768 a side"
+    )
+    assert app.read_picture(str(HAT))[1] == "256 x 256 pixels"
+    assert f"more than {app.MAX_SIDE} pixels is shrunk" in app.LIMITS
+
+
+def test_a_picture_below_the_window_of_ssim(app, vae, tmp_path):
+    _, _, table = app.reconstruct(str(saved(tmp_path, Image.fromarray(noise(8, 8)), "small.png")), vae)
+    assert cells(table)["SSIM"] == "none below 11 pixels"
+
+
+def unusable(folder):
+    """Files that cannot be used, by name, and what their messages hold."""
+    whole = saved(folder, Image.fromarray(noise(64, 64)), "whole.png").read_bytes()
+    files = {
+        "empty.png": (b"", ["is empty (0 bytes)"]),
+        "text.jpg": (b"no picture", ["is no picture"]),
+        "cut.png": (whole[:2000], ["cannot be decoded"]),
+        "huge.png": (png(8000, 6250, 8, 2), ["32 megapixels", "8000 x 6250"]),
+        "bomb.png": (png(60_000, 60_000, 8, 2), ["32 megapixels"]),
+        "heavy.png": (whole + bytes(21 * 2**20), ["20 MB", "21.0 MB"]),
+        "slim.png": (saved(folder, Image.fromarray(noise(7, 30)), "slim.png").read_bytes(), ["got 7 x 30"]),
+    }
+    for name, (content, expected) in files.items():
+        (folder / name).write_bytes(content)
+        yield folder / name, expected
+
+
+def test_files_that_cannot_be_used(app, vae, tmp_path):
+    for path, expected in unusable(tmp_path):
+        with pytest.raises(app.Refused) as refusal:
+            app.reconstruct(str(path), vae)
+        message = str(refusal.value)
+        assert message.startswith(f"{path.name!r}: ") and all(part in message for part in expected)
+        assert str(tmp_path) not in message and "\n" not in message
+    with pytest.raises(app.Refused):
+        app.reconstruct(None, vae)
+
+
+def as_levels(images):
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def test_previews_come_before_the_pictures_of_the_script(app):
+    pipe, scales = make_pipeline(), 3
+    *previews, (images, line) = app.generate(1, 3, 6, 2.0, 5, scales, pipe, threading.Lock())
+    settings = {"num_inference_steps": 6, "guidance_scale": 2.0}
+    expected = numbered_pictures(make_pipeline(), [1, 4, 7], 5, **settings).permute(0, 2, 3, 1).numpy()
+    assert abs(as_levels(images) - expected.astype(int)).max() <= 1
+    assert "seed 5, 6 steps, guidance 2" in line and "8 x 8 pixels" in line
+    assert previews
+    steps = [int(re.fullmatch(r"step (\d) of 6: previews of 4 x 4 pixels", line)[1]) for _, line in previews]
+    assert steps == sorted(set(steps))
+    assert all([image.size for image in shown] == [(4, 4)] * 3 for shown, _ in previews)
+
+
+def test_who_leaves_stops_the_pipeline(app, monkeypatch):
+    pipe, lock = make_pipeline(), threading.Lock()
+    forward, calls = pipe.transformer.forward, []
+    monkeypatch.setattr(
+        pipe.transformer, "forward", lambda *args, **more: calls.append(time.sleep(0.01)) or forward(*args, **more)
+    )
+    visit = app.generate(0, 1, 100, 1.0, 0, 1, pipe, lock)
+    next(visit)
+    visit.close()
+    assert len(calls) < 50 and not lock.locked()
+    *_, (images, _) = app.generate(0, 1, 2, 1.0, 0, 1, pipe, lock)
+    assert len(images) == 1
+
+
+def test_two_visitors_get_their_own_pictures(app):
+    pipe, lock = make_pipeline(), threading.Lock()
+    with ThreadPoolExecutor(2) as threads:
+        visits = [(key, 2, steps, 3.0, seed, 2, pipe, lock) for key, steps, seed in ((0, 9, 1), (2, 5, 8))]
+        together = list(threads.map(lambda visit: list(app.generate(*visit))[-1], visits))
+    for visit, (images, line) in zip(visits, together):
+        alone, same_line = list(app.generate(*visit))[-1]
+        np.testing.assert_array_equal(as_levels(images), as_levels(alone))
+        assert line == same_line
+
+
+@pytest.mark.parametrize("missing", ["key", "seed"])
+def test_a_missing_setting(app, missing):
+    settings = {"key": 0, "count": 1, "steps": 2, "guidance": 1.0, "seed": 0, "scales": 1, missing: None}
+    with pytest.raises(app.Refused):
+        next(app.generate(**settings, pipe=make_pipeline(), lock=threading.Lock()))
+
+
+@pytest.mark.parametrize(
+    ("label", "most", "beyond"),
+    [
+        ("Steps", 100, [0, 101]),
+        ("Pictures", 8, [0, 9]),
+        ("Guidance (1 is none)", 10, [0.5, 10.5]),
+        ("Seed", 7, [-1, 2**31]),
+        ("Scales in the previews", 4, [0, 5]),
+        ("Class", 2, [3, "tench"]),
+    ],
+)
+def test_settings_beyond_the_limits_are_refused_by_the_server(page, label, most, beyond):
+    (block,) = [block for block in page.blocks.values() if getattr(block, "label", None) == label]
+    assert block.preprocess(most) == most
+    for value in beyond:
+        with pytest.raises(gr.Error):
+            block.preprocess(value)
+
+
+def test_the_page_keeps_to_itself(page, app, tmp_path):
+    assert page.analytics_enabled is False and page.delete_cache == (app.SWEEP_EVERY, app.KEEP_FILES)
+    assert sorted(fn.concurrency_limit for fn in page.fns.values()) == [1, app.AT_ONCE, app.AT_ONCE]
+    assert {fn.api_visibility for fn in page.fns.values()} == {"private"}
+    assert page._queue.max_size == app.WAITING
+
+
+def test_a_page_of_one_scale(app, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    pipe = make_pipeline({"scale_factors": (1,)})
+    assert app.build(pipe.vae, pipe).config["components"]
+
+
+@pytest.fixture
+def launched(app, monkeypatch):
+    """What `main` asks of `launch`, and whether the folder for files was there."""
+    calls = []
+
+    def launch(demo, **settings):
+        calls.append({**settings, "folder": os.environ["GRADIO_TEMP_DIR"]})
+        assert Path(calls[-1]["folder"]).is_dir()
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    monkeypatch.setattr(app.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "unset")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
+    return calls
+
+
+def test_main_serves_this_machine_alone_and_leaves_no_files(app, launched):
+    assert app.main(["--port", "7861"]) == 0
+    ((settings),) = launched
+    assert settings["server_name"] is None and settings["server_port"] == 7861
+    assert settings["max_file_size"] == app.MAX_BYTES
+    off = ("share", "show_error", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
+    assert not any(settings[name] for name in off) and all(name in settings for name in off)
+    assert "api" not in settings["footer_links"]
+    assert not Path(settings["folder"]).exists()
+
+
+@pytest.mark.parametrize("option", ["--model", "--generator"])
+def test_unknown_models(app, launched, capsys, option):
+    assert app.main([option, "nobody/nothing"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "'nobody/nothing' cannot be loaded" in err and "Traceback" not in err and not launched
+
+
+def test_a_port_that_is_taken(app, launched, monkeypatch, capsys):
+    def launch(demo, **settings):
+        raise OSError("Cannot find empty port in range: 80-80.")
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    assert app.main(["--port", "80"]) == 2
+    assert capsys.readouterr().err == "error: --host and --port: Cannot find empty port in range: 80-80.\n"
+
+
+def card():
+    _, header, text = (EXAMPLES / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(header), text
+
+
+def pinned():
+    return dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+
+
+def test_the_card_of_the_space():
+    header, _ = card()
+    assert header["sdk"] == "gradio" and header["sdk_version"] == pinned()["gradio"]
+    assert (EXAMPLES / header["app_file"]).is_file() and header["license"] == "apache-2.0"
+    assert isinstance(header["python_version"], str)  # 3.10 as a number is 3.1
+    lines = (EXAMPLES / "requirements.txt").read_text().splitlines()
+    needed = dict(line.split("==") for line in lines if not line.startswith(("#", "-")))
+    assert {"torch", "torchmetrics", "transformers", "diffusers"} <= needed.keys()
+    assert {name: pinned()[name] for name in needed} == needed
+
+
+def test_the_index_names_every_script_and_notebook():
+    _, text = card()
+    assert set(re.findall(r"\| `(\w+\.py)` \|", text)) == {path.name for path in EXAMPLES.glob("*.py")}
+    notebooks = {path.name for path in EXAMPLES.glob("notebooks/*.ipynb")}
+    assert notebooks <= set(re.findall(r"\| `(\w+\.ipynb)` \|", text))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_space_gets_every_script_that_the_page_imports():
+    told = subprocess.run(
+        ["make", "-n", "space", "READY="], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    waiting, needed = ["app"], set()
+    while waiting:
+        needed.add(name := waiting.pop())
+        tree = ast.parse((EXAMPLES / f"{name}.py").read_text())
+        modules = {x.module for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
+        modules |= {alias.name for x in ast.walk(tree) if isinstance(x, ast.Import) for alias in x.names}
+        waiting += [module for module in modules - needed if module and (EXAMPLES / f"{module}.py").is_file()]
+    assert {"app", "generate", "reconstruct"} <= needed
+    assert all(f"examples/{name}.py" in told for name in needed)
+    assert all(f"examples/{name}" in told for name in ("README.md", "requirements.txt", "pictures"))

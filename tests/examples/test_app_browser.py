@@ -1,0 +1,345 @@
+"""Tests of the page of `examples/app.py` in a browser: results, live previews, messages, two visitors, privacy."""
+
+import argparse
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import script_of
+from picture_files import noise, png, saved
+from PIL import Image
+
+import hieratok_hf
+from hieratok_hf import HieraTokDiTPipeline
+from hieratok_hf.evaluation.generation import numbered_pictures
+
+pytest.importorskip("gradio", reason="it is a page of Gradio")
+pytest.importorskip("torchmetrics", reason="it computes the SSIM")
+playwright = pytest.importorskip("playwright.sync_api", reason="it drives the browser")
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 60_000  # milliseconds, for machines with other work
+OBSERVER = """() => {
+    window.seen = [];
+    const look = () => {
+        const line = document.querySelector("#status").innerText.trim();
+        const image = document.querySelector("#generated img");
+        window.seen.push([line, image ? image.src : null]);
+    };
+    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true,
+        characterData: true});
+}"""
+
+# The page gives up its streams before their ends: they are read as they come.
+LISTENER = """
+    window.told = "";
+    const plain = window.fetch;
+    const listen = async (answer) => {
+        const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+        for (let part = await reader.read(); !part.done; part = await reader.read()) window.told += part.value;
+    };
+    window.fetch = async (...request) => {
+        const answer = await plain(...request);
+        if (answer.body) listen(answer.clone()).catch(() => {});
+        return answer;
+    };
+"""
+
+
+class Site:
+    """The page on a port of its own, run in a folder of its own: `cwd`, `home` and, for temporary files, `tmp`."""
+
+    def __init__(self, folder):
+        self.folders = {name: folder / name for name in ("cwd", "home", "tmp")}
+        for path in self.folders.values():
+            path.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", folder / "log.txt"
+        surroundings = {
+            key: value for key, value in os.environ.items() if not key.startswith(("GRADIO_", "HF_", "XDG_"))
+        }
+        surroundings |= {"HOME": str(self.folders["home"]), "TMPDIR": str(self.folders["tmp"]), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(ROOT / "examples" / "app.py"), "--port", str(port)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folders["cwd"], env=surroundings, stdout=log, stderr=subprocess.STDOUT
+            )
+        self.requests = []
+
+    def wait(self):
+        end = time.monotonic() + PATIENCE / 1000
+        while True:
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            try:
+                self.get("/config")
+                break
+            except OSError:
+                time.sleep(0.1)
+        self.at_first = self.files_elsewhere()
+
+    @property
+    def temporary(self):
+        """The folder of the files that visitors send and get, as a list of one until the server ends."""
+        return list(self.folders["tmp"].glob("hieratok-app-*"))
+
+    def files_elsewhere(self):
+        """All files but theirs, and but what onnxruntime, where it is installed, writes when it likes."""
+        paths = {path for folder in self.folders.values() for path in folder.rglob("*") if path.is_file()}
+        paths = {path for path in paths if path.name != ".ses" and ".onnxruntime" not in path.parts}
+        return {path for path in paths if not any(path.is_relative_to(folder) for folder in self.temporary)}
+
+    def get(self, path, data=None):
+        """Status and text of an answer to a request without a browser."""
+        headers = {"Content-Type": "application/json"} if data else {}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=30) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    site = Site(tmp_path_factory.mktemp("site"))
+    try:
+        site.wait()
+        yield site
+    finally:
+        site.process.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def visitors(site, browser):
+    """Two, each with a browser of their own; what they ask for is kept in `site`."""
+    contexts = [browser.new_context() for _ in range(2)]
+    for context in contexts:
+        context.set_default_timeout(PATIENCE)
+        context.on("request", lambda request: site.requests.append(request.url))
+        context.add_init_script(LISTENER)
+    return contexts
+
+
+@pytest.fixture
+def visit(site, visitors):
+    """Open the page as one of the visitors."""
+    pages = []
+
+    def open_page(visitor=0):
+        pages.append(visitors[visitor].new_page())
+        pages[-1].goto(site.url)
+        pages[-1].wait_for_selector("#scales img")
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.close()
+
+
+def upload(page, path):
+    page.set_input_files("#file input[type=file]", path)
+
+
+def result(page, name):
+    """The table of a file, once it is there."""
+    page.wait_for_selector(f"#figures :text-is('{name}')")
+    rows = page.locator("#figures tr").all()
+    return {row.locator("td, th").first.inner_text(): row.locator("td, th").last.inner_text() for row in rows}
+
+
+def hat(folder, name, side):
+    return saved(folder, Image.open(ROOT / "examples" / "pictures" / "hat.webp").resize((side, side)), name)
+
+
+def figures_of(path, monkeypatch):
+    script = script_of("examples", "reconstruct", monkeypatch)
+    vae = script.load_model("hieratok-tiny", "cpu", "float32")
+    return script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))[1]
+
+
+def choose(page, label, value):
+    page.get_by_label(label, exact=False).first.fill(str(value))
+    page.keyboard.press("Tab")
+
+
+def fetched(page, source):
+    return Image.open(io.BytesIO(page.request.get(source).body()))
+
+
+def test_upload_and_reconstruct(visit, site, tmp_path, monkeypatch):
+    page, path = visit(), hat(tmp_path, "photo.png", 512)
+    start = time.perf_counter()
+    upload(page, path)
+    rows = result(page, "photo.png")
+    seconds = time.perf_counter() - start
+    figures = figures_of(path, monkeypatch)
+    assert rows["photo.png"] == "512 x 512 pixels"
+    assert rows["PSNR"] == f"{figures['psnr_db']:.2f} dB" and rows["SSIM"] == f"{figures['ssim']:.4f}"
+    assert rows["latent"] == "16 x 64 x 64, 65,536 numbers" and rows["compression"] == "12.0x fewer numbers"
+
+    original, reconstruction = (fetched(page, x.get_attribute("src")) for x in page.locator("#slider img").all())
+    np.testing.assert_array_equal(original, Image.open(path))
+    error = np.square(np.asarray(original).astype(int) - np.asarray(reconstruction)).mean()
+    assert 10 * np.log10(255**2 / error) == pytest.approx(figures["psnr_db"], abs=1e-3)
+    captions = page.locator("#scales .caption-label").all_inner_texts()
+    made = zip((64, 128, 256, 512), figures["scales_psnr_db"], strict=True)
+    scales = [f"scale {i}: {side} x {side}, {decibels:.1f} dB" for i, (side, decibels) in enumerate(made, start=1)]
+    assert captions == ["original", *scales, "difference x4"]
+    assert page.locator("#scales img").count() == len(captions)
+
+    page.locator("#examples img, #examples button").last.click()
+    assert result(page, "jacket.webp")["jacket.webp"] == "256 x 256 pixels"
+    assert seconds < 20, f"{seconds:.1f} s from the upload to the result"
+
+
+def test_previews_arrive_before_the_pictures(visit):
+    page = visit()
+    page.get_by_role("tab", name="Generate").click()
+    choose(page, "Seed", 7)
+    choose(page, "number input for Steps", 20)
+    choose(page, "number input for Pictures", 2)
+    page.evaluate(OBSERVER)
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector("#status :text('seed 7, 20 steps')")
+    page.wait_for_timeout(500)
+    seen = page.evaluate("window.seen")
+    lines = [line for line, _ in seen if line]
+    steps = [
+        int(found[1])
+        for line in lines
+        if (found := re.fullmatch(r"step (\d+) of 20: previews of 16 x 16 pixels", line))
+    ]
+    assert steps and steps == sorted(steps) and len(set(steps)) > 2
+    assert lines[-1] == "seed 7, 20 steps, guidance 3: pictures of 64 x 64 pixels"
+    # What was shown on the way were the previews.
+    sources = list(dict.fromkeys(source for line, source in seen if source and line.startswith("step")))
+    sizes = {fetched(page, source).size for source in sources}
+    assert (16, 16) in sizes
+    images = [fetched(page, x.get_attribute("src")) for x in page.locator("#generated img").all()]
+    pipe = HieraTokDiTPipeline.from_pretrained(hieratok_hf.pretrained("hieratok-dit-tiny"))
+    pipe.set_progress_bar_config(disable=True)
+    expected = numbered_pictures(pipe, [0, 10], 7, num_inference_steps=20, guidance_scale=3.0)
+    shown = np.stack([np.asarray(image).astype(int) for image in images])
+    assert abs(shown - expected.permute(0, 2, 3, 1).numpy()).max() <= 2
+
+
+def test_files_that_cannot_be_used_are_named_with_the_reason(visit, tmp_path):
+    page = visit()
+    whole = saved(tmp_path, Image.fromarray(noise(64, 64)), "whole.png").read_bytes()
+    Image.new("L", (8000, 6250), 90).save(tmp_path / "large.png")
+    (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 3])
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000, 8, 2))
+    reasons = {
+        "broken.png": "cannot be decoded",
+        "large.png": "is too large for the limit of 32 megapixels (8000 x 6250 pixels)",
+        "notes.txt": "is no picture",
+        "bomb.png": "is too large for the limit of 32 megapixels",
+    }
+    for name, reason in reasons.items():
+        upload(page, tmp_path / name)
+        page.wait_for_selector(f"#message:has-text('{name}')")
+        assert f"'{name}': {reason}" in page.inner_text("#message")
+        assert not page.is_visible("#slider")  # nothing stands there that could be taken for its result
+    (tmp_path / "heavy.png").write_bytes(whole + bytes(21 * 2**20))
+    upload(page, tmp_path / "heavy.png")
+    page.wait_for_selector(".toast-body:has-text('heavy.png')")
+    assert "exceed the maximum allowed size of 20" in page.inner_text(".toast-body")
+    upload(page, tmp_path / "whole.png")
+    assert result(page, "whole.png")["whole.png"] == "64 x 64 pixels"
+    assert page.is_visible("#slider") and not page.is_visible("#message")
+
+
+def test_two_visitors_at_once(visit, tmp_path, monkeypatch):
+    pages = [visit(0), visit(1)]
+    paths = [hat(tmp_path, "one.png", 256), hat(tmp_path, "two.png", 320)]
+    for page, path in zip(pages, paths):
+        upload(page, path)
+    for page, path in zip(pages, paths):
+        assert result(page, path.name)["PSNR"] == f"{figures_of(path, monkeypatch)['psnr_db']:.2f} dB"
+    for seed, page in enumerate(pages, start=1):
+        page.get_by_role("tab", name="Generate").click()
+        choose(page, "Seed", seed)
+        choose(page, "number input for Steps", 8)
+    for page in pages:
+        page.get_by_role("button", name="Generate").click()
+    made = []
+    for seed, page in enumerate(pages, start=1):
+        page.wait_for_selector(f"#status :text('seed {seed}, 8 steps')")
+        page.wait_for_timeout(300)
+        made.append(np.asarray(fetched(page, page.locator("#generated img").first.get_attribute("src"))))
+    assert [picture.shape for picture in made] == [(64, 64, 3)] * 2 and abs(made[0].astype(int) - made[1]).mean() > 5
+
+
+STRANGE = "/etc/hostname"
+
+
+def server_paths(text, temporary):
+    """Paths of this machine in a text, but for the files that visitors sent or got, and what they asked for."""
+    found = {match.rstrip(".") for match in re.findall(r"/(?:[\w.+@~-]+/)+[\w.+@~-]+", text)} - {STRANGE}
+    return {path for path in found if os.path.exists(path) and not Path(path).is_relative_to(temporary)}
+
+
+def test_the_page_keeps_to_itself(visit, site, tmp_path):
+    page = visit()
+    (tmp_path / "notes.txt").write_text("no picture")
+    for path in (hat(tmp_path, "photo.png", 256), tmp_path / "notes.txt"):
+        upload(page, path)
+        page.wait_for_selector(f"#figures :text-is('{path.name}'), #message:has-text('{path.name}')")
+    page.get_by_role("tab", name="Generate").click()
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector("#status :text('step')")
+    page.wait_for_selector("#status :text('seed')")
+
+    hosts = {url.split("/")[2] for url in site.requests if not url.startswith(("data:", "blob:"))}
+    assert hosts == {site.url.split("/")[2]}
+
+    (temporary,) = site.temporary
+    page.wait_for_function("() => window.told.split('process_completed').length - 1 >= 3")
+    texts = [page.evaluate("window.told")]
+    assert str(temporary) in texts[0]  # names of files, by which the page asks for them
+    assert "Traceback" not in site.log.read_text()
+    foreign = {"path": STRANGE, "meta": {"_type": "gradio.FileData"}}
+    stranger = json.dumps({"data": [foreign], "fn_index": 0, "session_hash": "x"}).encode()
+    texts += [text for _, text in (site.get("/config"), site.get("/gradio_api/info"), site.get("/"))]
+    for path, data in ((f"/gradio_api/file={STRANGE}", None), ("/gradio_api/run/predict", stranger)):
+        status, text = site.get(path, data)
+        assert status >= 400
+        texts.append(text)
+    site.get("/gradio_api/queue/join?", stranger)
+    texts.append(site.get("/gradio_api/queue/data?session_hash=x")[1])
+    assert '"success":false' in texts[-1]
+    for text in texts:
+        assert not server_paths(text, temporary)
+
+    site.stop()
+    assert not site.temporary and site.files_elsewhere() == site.at_first  # caches of libraries

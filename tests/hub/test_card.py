@@ -1,0 +1,394 @@
+"""Model cards: metadata that the Hub reads, code that runs, sizes and figures that are true, and nothing escapes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from helpers import pictures, random_core, recorded
+from hub_server import hub_here as hub_here  # the fixtures
+from hub_server import hub_server as hub_server
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from pipelines import tiny_pipeline
+from safetensors.numpy import save_file
+
+import hieratok_hf
+from hieratok_hf import AutoencoderHieraTok, HieraTokModel
+from hieratok_hf.hub.card import card_for, model_card
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = {name: Path(hieratok_hf.pretrained(name)) for name in hieratok_hf.SHIPPED}
+HOSTILE = "a|b\n---\nlicense: mit\n# {{ 7 * 7 }} {% x %} <script>`*_[x](http://evil.example) \\ \x00\u202e![y]"
+CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def cells(card):
+    """Rows of the tables, by their first cell."""
+    rows = [line for line in card.text.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in ([x.strip() for x in re.split(r"(?<!\\)\|", line)[1:-1]] for line in rows)}
+
+
+def section(card, name):
+    return re.search(rf"^## {name}\n\n(.*?)(?=^## |\Z)", card.text, re.DOTALL | re.MULTILINE)[1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return Path(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
+
+
+def edited(folder, target, name, **values):
+    """A copy whose JSON file `name` has these values; `None` takes a key away."""
+    shutil.copytree(folder, target)
+    saved = {**json.loads((target / name).read_text()), **values}
+    (target / name).write_text(json.dumps({key: value for key, value in saved.items() if value is not None}))
+    return target
+
+
+FULL = [
+    ("hieratok-tiny", ["trade_off", "fine_tune"], "image-to-image"),
+    ("hieratok-dit-tiny", ["hieratok-dit-tiny"], "unconditional-image-generation"),
+]
+
+
+@pytest.mark.parametrize(("name", "reports", "task"), FULL)
+def test_the_metadata_is_what_huggingface_hub_reads(name, reports, task, tmp_path, hub_here):
+    given = {"base_model": "some/base", "datasets": ["frgfm/imagenette"], "license": "mit"}
+    card = model_card(SHIPPED[name], repo_id=f"me/{name}", results=[recorded(x) for x in reports], **given)
+    card.save(tmp_path / "README.md")
+    head = metadata_load(tmp_path / "README.md")
+    assert {key: head[key] for key in given} == given
+    assert (head["library_name"], head["pipeline_tag"]) == ("diffusers", task)
+    assert "hieratok" in head["tags"] and all(isinstance(tag, str) for tag in head["tags"])
+    found, figures = model_index_to_eval_results(head["model-index"])
+    # Nothing is lost where huggingface_hub groups figures by data set.
+    assert found == name and len(figures) == {"image-to-image": 6}.get(task, 2)
+    assert figures == card.data.eval_results
+    for figure in figures:
+        assert {figure.task_type} == {task} and figure.metric_args["command"].startswith("python examples/evaluate_")
+        assert str(figure.metric_value) in section(card, "Figures")
+    assert str(ModelCard.load(tmp_path / "README.md")) == (tmp_path / "README.md").read_text() == str(card)
+    card.validate()
+
+
+def test_a_figure_keeps_the_command_that_printed_it():
+    reports = [recorded("trade_off"), recorded("fine_tune")]
+    card = model_card(SHIPPED["hieratok-tiny"], repo_id="me/tok", results=reports)
+    assert len(re.findall(r"^python examples/evaluate_tokenizer.py .*", section(card, "Figures"), re.MULTILINE)) == 2
+    for figure in card.data.eval_results:
+        assert ("trade_off" in figure.metric_args["command"]) == (figure.dataset_name == "kodak")
+        assert figure.metric_args["command"] in card.text
+    assert "FD is no FID" in card.text
+    assert "FD is no FID" not in model_card(SHIPPED["hieratok-tiny"], repo_id="me/tok", results=reports[:1]).text
+    other = model_card(SHIPPED["hieratok-tiny"], repo_id="me/tok", results=reports[1:], result_name="runs/clothing")
+    assert other.data.eval_results[0].metric_value == round(recorded("fine_tune")["models"][1]["psnr"], 4)
+
+
+def test_the_sizes_of_a_tokenizer_are_its_own(tokenizer):
+    model = AutoencoderHieraTok.from_pretrained(tokenizer)
+    rows, config = cells(model_card(tokenizer, repo_id="me/tok")), model.config
+    assert rows["parameters"] == [f"{sum(x.numel() for x in model.parameters()):,} in float32"]
+    side = config.sample_size
+    shape = model.encode(pictures(1, 3, side, side)).latent_dist.mode().shape[1:]
+    assert rows["latent"] == [f"{'x'.join(map(str, shape))} for {side}x{side} pixels"]
+    assert rows["encoder"] == [f"{config.encoder_num_layers} blocks of width 32 with 2 heads"]
+    assert rows["scales: cells of the latent on a side, coarse to fine"][0].startswith("8, 4, 2, 1; `decode(")
+
+
+def test_shards_variants_and_second_names_are_counted_once(tokenizer, tmp_path):
+    expected = cells(model_card(tokenizer, repo_id="me/tok"))["parameters"]
+    model = HieraTokModel.from_pretrained(tokenizer)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("diffusion_pytorch_model-*"))) > 1
+    assert cells(model_card(tmp_path / "shards", repo_id="me/tok"))["parameters"] == expected
+    model.save_pretrained(tmp_path / "both")
+    assert (tmp_path / "both" / "model.safetensors").is_file()
+    model.half().save_pretrained(tmp_path / "both", variant="fp16")
+    (told,) = cells(model_card(tmp_path / "both", repo_id="me/tok"))["parameters"]
+    assert told.split(" in ")[0] == expected[0].split(" in ")[0]
+    assert sorted(told.split(" in ")[1].split(" and ")) == ["float16", "float32"]
+
+
+def test_a_single_scale_has_no_previews(tmp_path):
+    AutoencoderHieraTok.from_core(random_core(scale_factors=(1,))).save_pretrained(tmp_path)
+    card = model_card(tmp_path, repo_id="me/tok")
+    assert cells(card)["scales: cells of the latent on a side, coarse to fine"] == ["1"]
+
+
+def test_the_sizes_of_a_pipeline_are_its_own(pipeline):
+    pipe = hieratok_hf.HieraTokDiTPipeline.from_pretrained(pipeline)
+    rows = cells(model_card(pipeline, repo_id="me/dit"))
+    for name in ("transformer", "vae"):
+        part = getattr(pipe, name)
+        count = sum(x.numel() for x in part.parameters())
+        assert rows[name] == [f"{type(part).__name__}, {count:,} parameters in float32"]
+    picture = pipe(0, num_inference_steps=1).images[0]
+    assert rows["pictures"] == [f"{picture.width}x{picture.height} pixels"]
+    assert rows["latent"] == ["4x2x2"]
+    assert rows["classes"] == [r"3: 0 tench; 1 English\_springer; 2 church, church building"]
+    assert rows["scheduler"] == ["FlowMatchEulerDiscreteScheduler"]
+
+
+@pytest.mark.parametrize(("kind", "names"), [("tokenizer", {"model", "vae"}), ("pipeline", {"pipe", "image"})])
+def test_the_code_for_use_runs(kind, names, request):
+    folder = request.getfixturevalue(kind)
+    (code,) = CODE.findall(model_card(folder, repo_id="me/mine").text)
+    assert '"me/mine"' in code
+    made = {}
+    exec(code.replace("me/mine", str(folder)), made)
+    assert names <= made.keys()
+    if kind == "tokenizer":
+        assert isinstance(made["model"], HieraTokModel) and isinstance(made["vae"], AutoencoderHieraTok)
+
+
+def test_loading_without_the_package_is_shown_where_the_code_is(tokenizer, pipeline, tmp_path):
+    auto_map = {"AutoModel": "modeling_hieratok.HieraTokModel"}
+    with_code = edited(tokenizer, tmp_path / "tokenizer", "config.json", auto_map=auto_map)
+    own = ["pipeline_hieratok_dit", "HieraTokDiTPipeline"]
+    pipe = edited(pipeline, tmp_path / "pipeline", "model_index.json", _class_name=own)
+    calls = {
+        with_code: ("transformers.AutoModel.from_pretrained", "diffusers.AutoModel.from_pretrained"),
+        pipe: ("DiffusionPipeline.from_pretrained",),
+    }
+    for folder, (*expected,) in calls.items():
+        _, code = CODE.findall(model_card(folder, repo_id="me/mine").text)
+        compile(code, "card", "exec")
+        assert all(f'{call}("me/mine", trust_remote_code=True)' in code for call in expected)
+    config_alone = {"AutoConfig": "configuration_hieratok.HieraTokConfig"}
+    partly = edited(tokenizer, tmp_path / "partly", "config.json", auto_map=config_alone)
+    for folder in (tokenizer, pipeline, partly):
+        assert "trust_remote_code" not in model_card(folder, repo_id="me/mine").text
+
+
+def test_what_is_not_known_is_said_and_what_is_given_stands(tokenizer):
+    card = model_card(tokenizer, repo_id="me/tok")
+    assert "none" in section(card, "Figures").lower()
+    assert "not recorded" in section(card, "Training") and "not recorded" in section(card, "Environment")
+    assert not {"datasets", "base_model", "model-index"} & card.data.to_dict().keys()
+    given = {"training": "*Ten* steps.\n\n---\n\nOn CC0 pictures.", "hardware": "One core, an hour."}
+    card = model_card(tokenizer, repo_id="me/tok", datasets=["a/b", "c"], base_model="d/e", **given)
+    assert section(card, "Environment") == "One core, an hour.\n\n"
+    told = section(card, "Training")
+    assert told.endswith(f"{given['training']}\n\n") and "not recorded" not in told
+    for link in ("datasets/a/b", "datasets/c", "d/e"):
+        assert f"(https://huggingface.co/{link})" in told
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_card_says_whose_it_is_and_cites_the_paper(name):
+    card = model_card(SHIPPED[name], repo_id=f"me/{name}")
+    head = " ".join(card.text.split("## ")[0].split())
+    assert "independent implementation" in head and "neither the authors' code nor their model" in head
+    assert "official" not in str(card).lower()
+    assert "eprint = {2509.23736}" in section(card, "Citation")
+    for part in ("Sizes", "Use", "Intended use", "Limits", "Training", "Figures", "Environment"):
+        assert section(card, part).strip()
+
+
+def hostile_card(pipeline, tmp_path):
+    names = {"0": HOSTILE, "1": "---", "2": "b"}
+    folder = edited(pipeline, tmp_path / "hostile", "model_index.json", id2label=names, prediction_type=HOSTILE)
+    report = recorded("hieratok-dit-tiny")
+    report |= {"classes": names, "notes": [HOSTILE], "machine": dict.fromkeys(("cpu", "torch", "device"), HOSTILE)}
+    report["settings"] |= {"classifier": HOSTILE, "reference": [HOSTILE, "---"], HOSTILE: HOSTILE, "fid_size": HOSTILE}
+    report |= {f"{x}_per_class": [1, 1, 1] for x in ("pictures", "class_accuracy", "top1_accuracy")}
+    report[f"FD-{HOSTILE}"] = 1.5
+    return model_card(folder, repo_id="me/dit", results=[report])
+
+
+def test_hostile_names_stay_names(pipeline, tmp_path):
+    card = hostile_card(pipeline, tmp_path)
+    card.save(tmp_path / "README.md")
+    head = metadata_load(tmp_path / "README.md")
+    assert head["license"] == "apache-2.0" and head == yaml.safe_load(card.data.to_yaml())
+    assert model_index_to_eval_results(head["model-index"])[1] == card.data.eval_results
+    assert any("{{ 7 * 7 }}" in figure.metric_name for figure in card.data.eval_results)
+    assert ModelCard(str(card)).text == card.text
+    # Outside of code, where there is no Markdown, every special character is escaped.
+    plain = re.sub(r"```.*?```", "", card.text, flags=re.DOTALL)
+    assert "7 \\* 7" in plain
+    assert not re.search(r"(?<!\\)(\{\{|\{%|<script|!\[y|\[x\])", plain)
+    assert not re.search(r"^\s*(---|license: mit)", plain, re.MULTILINE) and "\x00" not in str(card)
+    for table in re.findall(r"(?:^\|.*\n)+", plain, re.MULTILINE):
+        assert len({len(re.split(r"(?<!\\)(?:\\\\)*\|", row)) for row in table.splitlines()}) == 1
+    assert all(len(block.splitlines()) == 1 for block in re.findall(r"```bash\n(.*?)\n```", card.text, re.DOTALL))
+
+
+def test_hostile_names_render_as_they_are(pipeline, tmp_path):
+    markdown = pytest.importorskip("markdown_it", reason="it renders Markdown as the Hub does")
+    tokens = markdown.MarkdownIt("gfm-like", {"linkify": False}).parse(hostile_card(pipeline, tmp_path).text)
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not {"html_inline", "image", "em", "strong"} & {child.type for child in inline}
+    assert not any(token.type == "html_block" for token in tokens)
+    links = {child.attrGet("href") for child in inline if child.type == "link_open"}
+    assert links == {"https://arxiv.org/abs/2509.23736"}
+    seen = " ".join(character for character in HOSTILE.split()).replace("\x00", "").replace("\u202e", "")
+    texts = ["".join(child.content for child in token.children or ()) for token in tokens if token.type == "inline"]
+    assert texts.count(seen) >= 2  # a row of the classes, and a note
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_card_that_is_there_is_kept(tokenizer, tmp_path, end):
+    folder = edited(tokenizer, tmp_path / "model", "config.json")
+    head = ["---", "license: other", "license_name: mine", "tags:", "- mine", "pipeline_tag: null", "---"]
+    body = end.join(["", "# My own", "", "Words | of mine, {{ untouched }}.", "", "---", "", "The end."])
+    (folder / "README.md").write_bytes((end.join(head) + end + body).encode())
+    card = card_for(folder, repo_id="me/tok", datasets=["a/b"], license="mit")
+    assert card.text == body
+    data = card.data.to_dict()
+    assert (data["license"], data["license_name"], data["tags"]) == ("other", "mine", ["mine"])
+    assert (data["library_name"], data["pipeline_tag"], data["datasets"]) == ("diffusers", "image-to-image", ["a/b"])
+    card.save(folder / "README.md")
+    assert list(metadata_load(folder / "README.md"))[:4] == ["license", "license_name", "tags", "pipeline_tag"]
+    written = (folder / "README.md").read_bytes()
+    assert (b"\r\n" in written) == (end == "\r\n") and written.count(b"\n") == written.count(end.encode())
+    assert str(card_for(folder, repo_id="me/tok", license="mit")) == str(card)
+
+
+def test_a_card_that_is_there_gets_figures_only_if_it_has_none(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED["hieratok-tiny"], folder)
+    report = recorded("trade_off")
+    (folder / "README.md").write_text("# No head\n")
+    card = card_for(folder, repo_id="me/tok", results=[report])
+    assert card.text == "# No head\n" and card.data.to_dict()["model-index"][0]["name"] == "tok"
+    assert [figure.metric_value for figure in card.data.eval_results] == [30.821, 0.8839, 0.3741]
+    card.data.eval_results = card.data.eval_results[:1]
+    card.data.eval_results[0].metric_value = 1.0
+    card.data.model_name = "another"
+    card.save(folder / "README.md")
+    kept = card_for(folder, repo_id="me/tok", results=[report])
+    assert kept.data.model_name == "another"
+    assert [figure.metric_value for figure in kept.data.eval_results] == [1.0]
+
+
+def test_without_a_card_there_is_a_whole_one(tokenizer):
+    assert str(card_for(tokenizer, repo_id="me/tok")) == str(model_card(tokenizer, repo_id="me/tok"))
+
+
+RESULT = {"task": {"type": "t"}, "metrics": [{"type": "psnr", "value": 1, "unknown": "kept"}]}
+RESULTS = [{**RESULT, "dataset": {"type": "d", "name": name}} for name in ("first", "second")]
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_figures_that_huggingface_hub_would_merge_are_kept(tmp_path, names):
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED["hieratok-tiny"], folder)
+    index = [{"name": name, "results": RESULTS} for name in names]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'model-index': index})}---\n# Mine\n")
+    card = card_for(folder, repo_id="me/tok", results=[recorded("trade_off")])
+    card.save(folder / "README.md")
+    head = metadata_load(folder / "README.md")
+    assert head["model-index"] == index and head["license"] == "apache-2.0"
+    assert not {"eval_results", "model_name"} & head.keys()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"---\nlicense: [\n---\n",
+        b"---\n- a list\n---\n",
+        b"---\nmodel-index: [{}]\n---\n",
+        b"---\nmodel-index: 3\n---\n",
+        b"---\n1: a number\n---\n",
+        b"\xff\xfe",
+    ],
+)
+def test_metadata_that_cannot_be_kept_is_an_error(tokenizer, tmp_path, head):
+    folder = edited(tokenizer, tmp_path / "model", "config.json")
+    (folder / "README.md").write_bytes(head)
+    with pytest.raises(ValueError, match=r"README.md' cannot be kept: ."):
+        card_for(folder, repo_id="me/tok")
+    assert (folder / "README.md").read_bytes() == head
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"repo_id": "a/b/c"}, "a/b/c"),
+        ({"repo_id": 'me/x")\nimport os'}, "Repo id"),
+        ({"datasets": ["two words"]}, "two words"),
+        ({"base_model": "/home/me/model"}, "/home/me/model"),
+        ({"license": "apache 2\n"}, "`license` must be an identifier"),
+        ({"results": [{}]}, "lacks the keys"),
+    ],
+)
+def test_arguments_that_are_no_ids_are_refused(tokenizer, given, message):
+    with pytest.raises(ValueError, match=message):
+        model_card(tokenizer, **{"repo_id": "me/tok", **given})
+
+
+def test_a_report_of_another_model_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="a report of another model"):
+        model_card(tokenizer, repo_id="me/tok", results=[recorded("trade_off")])
+
+
+def test_folders_that_are_no_models_are_refused(tokenizer, pipeline, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        model_card(tmp_path, repo_id="me/tok")
+    cases = [
+        (edited(tokenizer, tmp_path / "kl", "config.json", _class_name="AutoencoderKL"), "the class 'AutoencoderKL'"),
+        (edited(tokenizer, tmp_path / "odd", "config.json", patch_size="<b>"), "config.json.*patch_size"),
+        (edited(tokenizer, tmp_path / "map", "config.json", auto_map=3), "'auto_map' must be of type dict"),
+        (edited(pipeline, tmp_path / "sd", "model_index.json", _class_name="DiTPipeline"), "the class 'DiTPipeline'"),
+        (edited(pipeline, tmp_path / "no", "model_index.json", vae="x"), "'vae' must be of type list"),
+        (edited(pipeline, tmp_path / "names", "model_index.json", id2label=["x"]), "'id2label' must be of type dict"),
+        (edited(pipeline, tmp_path / "grid", "transformer/config.json", sample_size="|"), "'sample_size' must be"),
+    ]
+    for name, text in (("json", b"{"), ("list", b"[]"), ("bytes", b"\xff")):
+        cases.append((edited(tokenizer, tmp_path / name, "config.json"), r"config.json' (is no|must hold a) JSON"))
+        (cases[-1][0] / "config.json").write_bytes(text)
+    cases.append((edited(tokenizer, tmp_path / "torn", "config.json"), "is no safetensors file"))
+    (tmp_path / "torn" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10\x00")
+    for folder, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model_card(folder, repo_id="me/tok")
+    (tmp_path / "torn" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        model_card(tmp_path / "torn", repo_id="me/tok")
+
+
+def test_counting_reads_no_weights(tokenizer, tmp_path):
+    folder = edited(tokenizer, tmp_path / "model", "config.json")
+    weights = {"x": np.zeros((3, 5), np.float16), "scalar": np.zeros((), np.float16)}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    assert cells(model_card(folder, repo_id="me/tok"))["parameters"] == ["16 in float16"]
+
+
+CARD = ROOT / "model_card.md"
+
+
+def test_the_repository_s_own_card_has_the_figures_that_are_recorded(hub_here):
+    card = ModelCard.load(CARD)
+    card.validate()
+    same = model_card(SHIPPED["hieratok-tiny"], repo_id="hieratok-tiny", results=[recorded("trade_off")])
+    assert card.data.eval_results == same.data.eval_results and card.data.model_name == "hieratok-tiny"
+    for key in ("license", "library_name", "pipeline_tag", "tags"):
+        assert card.data.get(key) == same.data.get(key)
+    psnr, ssim, perceptual = (figure.metric_value for figure in card.data.eval_results)
+    assert f"| {psnr:.2f} | {ssim:.4f} | {perceptual:.4f} |" in card.text
+    assert card.data.base_model is None and metadata_load(CARD) == card.data.to_dict()
+    for name in card.data.datasets:
+        assert f"`{name}`" in card.text
+    count = int(cells(same)["parameters"][0].split()[0].replace(",", ""))
+    assert f"{count / 1e6:.1f} M parameters in float32" in card.text
+
+
+def test_the_repository_s_own_card_tells_of_its_surroundings():
+    text = CARD.read_text()
+    environment = " ".join(re.search(r"^# Environment\n(.*?)^# ", text, re.DOTALL | re.MULTILINE)[1].split())
+    training = " ".join(text.split("# Environment")[0].split())
+    assert "39 minutes on two CPU cores, and 45 on one that was shared" in training and "in three hours" in training
+    assert "39 and 45 minutes" in environment and "in three hours" in environment
+    assert "eprint = {2509.23736}" in text.split("# Citation")[1]

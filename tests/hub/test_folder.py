@@ -1,0 +1,181 @@
+"""What of a saved folder goes to the Hub, and the test that it must pass before."""
+
+import json
+import os
+
+import pytest
+import torch
+from helpers import random_core
+from pipelines import make_pipeline
+from safetensors.torch import load_file, save_file
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
+from hieratok_hf.hub.folder import Plan, add_card, check_folder, prepared
+from hieratok_hf.hub.remote_code import add_remote_code
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TOKENIZER = {"config.json", WEIGHTS, "model.safetensors.index.json", "modeling_hieratok.py"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "saved"
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(path)
+    return path
+
+
+def contents(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("saved_by", [AutoencoderHieraTok, HieraTokModel])
+def test_the_weights_go_once_for_both_libraries(saved_by, tmp_path):
+    saved_by.from_core(random_core()).save_pretrained(tmp_path)
+    HieraTokImageProcessorPil(size_divisor=4).save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    with prepared(tmp_path) as (stage, left_out):
+        add_card(stage, "org/name")
+        plan = Plan.of(stage, "org/name", left_out)
+        assert plan.files.keys() == {*TOKENIZER, "README.md", "preprocessor_config.json"}
+        assert plan.files[WEIGHTS] == (tmp_path / WEIGHTS).stat().st_size
+        assert {name: (stage / name).stat().st_size for name in plan.files} == plan.files
+        check_folder(stage)
+        assert f"{plan.files[WEIGHTS]:>12,}  {WEIGHTS}" in str(plan) and "org/name in one commit" in str(plan)
+    assert contents(tmp_path) == before and not stage.exists()
+
+
+def test_only_what_belongs_to_a_model_goes(folder):
+    left = [
+        "state-000000100.pt",
+        "log.jsonl",
+        "samples/1.png",
+        "optimizer.bin",
+        ".hidden.json",
+        "train.safetensors.tmp",
+    ]
+    for name in left:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    (folder / "LICENSE").write_text("free")
+    with prepared(folder) as (stage, left_out):
+        plan = Plan.of(stage, "org/name", left_out)
+        assert plan.files.keys() == {*TOKENIZER, "LICENSE"}
+        assert left_out == sorted(left) and "left out: log.jsonl" in str(plan)
+
+
+def test_shards_and_variants_go_whole(folder):
+    vae = AutoencoderHieraTok.from_pretrained(folder)
+    vae.save_pretrained(folder, variant="fp16")
+    vae.save_pretrained(folder, max_shard_size="40KB")
+    with prepared(folder) as (stage, left_out):
+        plan = Plan.of(stage, "org/name", left_out)
+        shards = {name for name in plan.files if "-of-" in name}
+        assert len(shards) > 2 and "diffusion_pytorch_model.fp16.safetensors" in plan.files
+        assert {"diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json"} <= plan.files.keys()
+        index = json.loads((stage / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == shards
+
+
+def test_a_pipeline_goes_with_its_parts(tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with prepared(tmp_path) as (stage, left_out):
+        assert left_out == ["other/config.json"]
+        plan = Plan.of(stage, "org/name", left_out)
+        assert {"vae/autoencoder_hieratok.py", "pipeline_hieratok_dit.py", f"vae/{WEIGHTS}"} <= plan.files.keys()
+        assert "transformer/model.safetensors.index.json" not in plan.files
+        check_folder(stage)
+    assert not list(tmp_path.rglob("*.py"))
+
+
+def test_code_can_be_left_out(folder):
+    with prepared(folder, remote_code=False) as (stage, left_out):
+        assert Plan.of(stage, "org/name", left_out).files.keys() == TOKENIZER - {"modeling_hieratok.py"}
+
+
+def test_code_that_stays_behind_is_not_named(folder, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipe")
+    for path, names in ((folder, ("config.json",)), (tmp_path / "pipe", ("model_index.json", "vae/config.json"))):
+        plain = {name: json.loads((path / name).read_text()) for name in names}
+        add_remote_code(path)
+        with prepared(path, remote_code=False) as (stage, _):
+            assert not list(stage.rglob("*.py"))
+            assert {name: json.loads((stage / name).read_text()) for name in names} == plain
+
+
+def test_a_pipeline_of_one_variant_alone_goes(tmp_path):
+    make_pipeline().save_pretrained(tmp_path, variant="fp16")
+    with prepared(tmp_path) as (stage, _):
+        assert (stage / "transformer" / "diffusion_pytorch_model.fp16.safetensors").exists()
+    broken = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+    broken = {name: x * float("nan") for name, x in broken.items()}
+    save_file(broken, tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(ValueError, match="finite"):
+        check_folder(tmp_path)
+
+
+def test_where_a_pipeline_once_lay_is_nobody_s_concern(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "first")
+    HieraTokDiTPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert str(tmp_path) in (tmp_path / "second" / "model_index.json").read_text()
+    with prepared(tmp_path / "second") as (stage, _):
+        assert not [path for path in stage.rglob("*.json") if str(tmp_path) in path.read_text()]
+
+
+def test_the_card_of_the_folder_goes_before_one_of_the_hub(folder):
+    theirs = "---\nlicense: mit\n---\n\n# Theirs\n"
+    with prepared(folder) as (stage, _):
+        add_card(stage, "org/name", existing=theirs)
+        text = (stage / "README.md").read_text()
+        assert "# Theirs" in text and "license: mit" in text and "library_name: diffusers" in text
+    (folder / "README.md").write_text("# Mine\n")
+    with prepared(folder) as (stage, _):
+        add_card(stage, "org/name", tags=["mine"], existing=theirs)
+        text = (stage / "README.md").read_text()
+        assert "# Mine" in text and "# Theirs" not in text and "- mine" in text and "- hieratok" in text
+    assert (folder / "README.md").read_text() == "# Mine\n"
+
+
+def change(folder, **tensors):
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()  # it may have another name
+    save_file({name: x for name, x in {**weights, **tensors}.items() if x is not None}, folder / WEIGHTS)
+
+
+KEY = "core.encoder.head.weight"
+BROKEN = {
+    "nan": (lambda f: change(f, **{KEY: load_file(f / WEIGHTS)[KEY] * float("nan")}), "must be finite"),
+    "a tensor is missing": (lambda f: change(f, **{KEY: None}), KEY),
+    "another shape": (lambda f: change(f, **{KEY: torch.zeros(3, 3)}), KEY),
+    "half a file": (lambda f: os.truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size // 2), "."),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS),
+    "no configuration": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "broken configuration": (lambda f: (f / "config.json").write_text("{"), "JSON"),
+    "another size": (
+        lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("\": 32", "\": 64")), "."
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_does_not_load_does_not_go(case, folder):
+    spoil, reason = BROKEN[case]
+    spoil(folder)
+    for use in (check_folder, lambda path: prepared(path).__enter__()):
+        with pytest.raises(ValueError, match=reason) as caught:
+            use(folder)
+        text = str(caught.value)
+        assert repr(str(folder)) in text and "does not pass its load test" in text and "\n" not in text
+
+
+def test_a_broken_part_of_a_pipeline_is_found(tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    change(tmp_path / "vae", **{KEY: load_file(tmp_path / "vae" / WEIGHTS)[KEY] * float("nan")})
+    with pytest.raises(ValueError, match="finite"):
+        check_folder(tmp_path)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"), prepared(tmp_path / "none"):
+        pass

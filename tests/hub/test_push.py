@@ -1,0 +1,305 @@
+"""Pushes to a Hub on localhost by huggingface_hub's own client, and models that come back from it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import pictures, random_core
+from hub_server import HubServer
+from pipelines import make_pipeline
+from test_remote_code import expected_results, in_a_clean_process
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
+from hieratok_hf.hub.push import HubError, push_folder
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+UPLOAD = r"PUT "
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "saved"
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(path)
+    HieraTokImageProcessorPil(size_divisor=4).save_pretrained(path)
+    return path
+
+
+def state(hub: HubServer, name: str = "org/name") -> tuple:
+    return hub.files(name), [commit.oid for commit in hub.commits(name)]
+
+
+@pytest.mark.parametrize("kind", [AutoencoderHieraTok, HieraTokModel])
+def test_what_is_pushed_comes_back(kind, hub_here):
+    model, sample = kind.from_core(random_core()), pictures(1, 3, 16, 24)
+    told = model.push_to_hub("org/name", commit_message="Mine", private=True, tags=["mine"])
+    assert told.startswith(hub_here.url) and hub_here.repo("org/name").private
+    assert len(hub_here.commits("org/name")) == 2 and hub_here.commits("org/name")[0].title == "Mine"
+    assert [name for name in hub_here.files("org/name") if name.endswith(".safetensors")] == [WEIGHTS]
+    assert "- mine" in hub_here.files("org/name")["README.md"].decode()
+    with torch.no_grad():
+        expected = AutoencoderHieraTok.from_core(model.core)(sample).sample
+        assert torch.equal(AutoencoderHieraTok.from_pretrained("org/name")(sample).sample, expected)
+        assert torch.equal(HieraTokModel.from_pretrained("org/name")(sample).reconstruction, expected)
+
+
+def test_a_pipeline_comes_back_by_its_class(hub_here):
+    pipe = make_pipeline()
+    pipe.push_to_hub("org/name")
+    loaded = HieraTokDiTPipeline.from_pretrained("org/name")
+    loaded.set_progress_bar_config(disable=True)
+
+    def made(pipe):
+        generator = torch.Generator().manual_seed(0)
+        return pipe("church", num_inference_steps=2, generator=generator, output_type="pt").images
+
+    assert torch.equal(made(loaded), made(pipe)) and type(loaded.vae) is AutoencoderHieraTok
+
+
+def test_saving_can_push(hub_here, tmp_path):
+    HieraTokModel.from_core(random_core()).save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="org/name")
+    make_pipeline().save_pretrained(tmp_path / "pipe", push_to_hub=True, repo_id="org/pipe")
+    assert "modeling_hieratok.py" in hub_here.files("org/name")
+    assert "pipeline_hieratok_dit.py" in hub_here.files("org/pipe")
+
+
+def test_a_part_goes_into_a_subfolder(hub_here):
+    pipe = make_pipeline()
+    pipe.push_to_hub("org/name")
+    before = hub_here.files("org/name")
+    make_pipeline(seed=1).vae.push_to_hub("org/name", subfolder="vae")
+    after = hub_here.files("org/name")
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert f"vae/{WEIGHTS}" in changed and all(name.startswith("vae/") for name in changed)
+
+
+def test_a_later_push_takes_the_earlier_weights_along(hub_here, folder):
+    vae = AutoencoderHieraTok.from_pretrained(folder)
+    vae.push_to_hub("org/name", max_shard_size="40KB")
+    vae.push_to_hub("org/name", variant="fp16")
+    shards = {name for name in hub_here.files("org/name") if "-of-" in name}
+    assert len(shards) > 2
+    vae.push_to_hub("org/name")
+    names = set(hub_here.files("org/name"))
+    assert not shards & names and {WEIGHTS, "diffusion_pytorch_model.fp16.safetensors"} <= names
+    assert AutoencoderHieraTok.from_pretrained("org/name").config.patch_size == 4
+
+
+def test_branches_and_pull_requests_leave_main_alone(hub_here, folder):
+    push_folder(folder, "org/name")
+    before = state(hub_here)
+    other = AutoencoderHieraTok.from_core(random_core(seed=1))
+    other.push_to_hub("org/name", revision="next")
+    told = other.push_to_hub("org/name", create_pr=True)
+    assert told.pr_num == 1 and state(hub_here) == before
+    for revision in ("next", "refs/pr/1"):
+        assert hub_here.files("org/name", revision)[WEIGHTS] != before[0][WEIGHTS]
+        loaded = AutoencoderHieraTok.from_pretrained("org/name", revision=revision)
+        assert torch.equal(loaded.core.encoder.head.weight, other.core.encoder.head.weight)
+
+
+def test_a_card_that_was_written_on_the_hub_stays(hub_here, folder):
+    push_folder(folder, "org/name")
+    hub_here.add_commit("org/name", {"README.md": b"---\nlicense: mit\n---\n\n# By hand\n"})
+    push_folder(folder, "org/name")
+    text = hub_here.files("org/name")["README.md"].decode()
+    assert "# By hand" in text and "license: mit" in text and "library_name: diffusers" in text
+
+
+def test_a_cut_upload_changes_nothing_and_goes_on(hub_here, folder):
+    push_folder(folder, "org/name", card=None)
+    other = AutoencoderHieraTok.from_core(random_core(seed=1))
+    other.save_pretrained(folder, max_shard_size="60KB")
+    before = state(hub_here)
+    first = len(hub_here.sent(UPLOAD))
+    hub_here.cut(UPLOAD, after=1000, times=float("inf"))
+    with pytest.raises(HubError, match=r"'org/name' was not pushed.*push again: files that have arrived"):
+        push_folder(folder, "org/name", card=None)
+    assert state(hub_here) == before and len(hub_here.sent(UPLOAD)) > first
+    hub_here.recover()
+    push_folder(folder, "org/name", card=None)
+    sent = len(hub_here.sent(UPLOAD))
+    hub_here.fail(r"POST .*/commit/", 500, times=1)
+    push_folder(folder, "org/name", card=None)
+    assert len(hub_here.sent(UPLOAD)) == sent  # everything had arrived
+    loaded = HieraTokModel.from_pretrained("org/name")
+    assert torch.equal(loaded.core.encoder.head.weight, other.core.encoder.head.weight)
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_busy_server_is_asked_again_and_named_if_it_stays_so(hub_here, folder, status):
+    push_folder(folder, "org/name", card=None)
+    AutoencoderHieraTok.from_core(random_core(seed=1)).save_pretrained(folder)
+    before = state(hub_here)
+    hub_here.fail(r"POST .*/commit/", status, times=float("inf"), headers={"Retry-After": "0"})
+    with pytest.raises(HubError, match=rf"{status}.*push again"):
+        push_folder(folder, "org/name", card=None)
+    assert state(hub_here) == before
+    hub_here.recover()
+    push_folder(folder, "org/name", card=None)
+    assert hub_here.files("org/name")[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+
+
+def test_a_wrong_token_is_told(hub_here, folder):
+    with pytest.raises(HubError, match="hf auth login"):
+        push_folder(folder, "org/name", token="hf_wrong")
+    push_folder(folder, "org/name")
+    with pytest.raises(HubError, match="hf auth login"):
+        push_folder(folder, "org/name", token="hf_wrong")
+    assert len(hub_here.commits("org/name")) == 2
+
+
+def test_a_broken_folder_reaches_no_branch(hub_here, folder):
+    push_folder(folder, "org/name")
+    before = state(hub_here)
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:5000])
+    with pytest.raises(ValueError, match="does not pass its load test"):
+        push_folder(folder, "org/name")
+    assert state(hub_here) == before
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "org/na me", "", "-x"])
+def test_names_that_the_hub_does_not_take(hub_here, folder, name):
+    with pytest.raises(ValueError):
+        push_folder(folder, name)
+    assert not hub_here.requests
+
+
+def test_what_is_wrong_is_told_before_a_repository_is_made(hub_here, folder, tmp_path):
+    with pytest.raises(ValueError, match="license"):
+        push_folder(folder, "org/name", card={"license": "No Licence"})
+    (folder / WEIGHTS).write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="does not pass its load test"):
+        push_folder(folder, "org/name")
+    assert not hub_here.requests
+
+
+def test_a_pipeline_without_code_comes_back_by_its_class(hub_here):
+    make_pipeline().push_to_hub("org/name", remote_code=False)
+    assert not [name for name in hub_here.files("org/name") if name.endswith(".py")]
+    assert type(HieraTokDiTPipeline.from_pretrained("org/name").vae) is AutoencoderHieraTok
+
+
+def test_the_cache_need_not_be_writable(hub_here, folder, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file"))
+    for _ in range(2):
+        push_folder(folder, "org/name")
+    assert WEIGHTS in hub_here.files("org/name")
+
+
+def test_the_hub_s_own_reason_is_told(hub_here, folder):
+    push_folder(folder, "org/name")
+    oid = hub_here.commits("org/name")[0].oid
+    AutoencoderHieraTok.from_core(random_core(seed=1)).save_pretrained(folder)
+    with pytest.raises(HubError, match=r"404 Client Error.*[Rr]ev"):
+        push_folder(folder, "org/name", revision=oid)
+
+
+def test_adapters_are_not_pushed_unseen(hub_here):
+    peft = pytest.importorskip("peft", reason="adapters are peft's")
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="adapters"):
+        vae.push_to_hub("org/name")
+    vae.delete_adapters("default")
+    assert not hub_here.requests
+
+
+def test_only_safetensors_are_pushed(hub_here):
+    with pytest.raises(ValueError, match="safe_serialization"):
+        AutoencoderHieraTok.from_core(random_core()).push_to_hub("org/name", safe_serialization=False)
+
+
+WITH_THE_PACKAGE = """
+import sys
+import diffusers
+import huggingface_hub
+import torch
+import transformers
+import hieratok_hf
+
+sample = torch.load("sample.pt", weights_only=True)
+tokenizer, pipeline = sys.argv[1:]
+by_diffusers = tokenizer
+if huggingface_hub.is_offline_mode():  # diffusers asks the Hub for the commit of code that it has
+    by_diffusers = huggingface_hub.snapshot_download(tokenizer)
+with torch.no_grad():
+    results = {
+        "AutoModel": transformers.AutoModel.from_pretrained(tokenizer)(sample).reconstruction,
+        "HieraTokModel": hieratok_hf.HieraTokModel.from_pretrained(tokenizer)(sample).reconstruction,
+        "AutoencoderHieraTok": hieratok_hf.AutoencoderHieraTok.from_pretrained(tokenizer)(sample).sample,
+        "diffusers": diffusers.AutoModel.from_pretrained(by_diffusers, trust_remote_code=True)(sample).sample,
+    }
+pipe = hieratok_hf.HieraTokDiTPipeline.from_pretrained(pipeline)
+generator = torch.Generator().manual_seed(0)
+results["pipeline"] = pipe(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
+torch.save(results, "with.pt")
+"""
+
+
+def with_the_package(tmp_path, environment: dict, *names: str) -> dict:
+    torch.save(pictures(1, 3, 16, 24), tmp_path / "sample.pt")
+    code = [sys.executable, "-c", WITH_THE_PACKAGE, *names]
+    done = subprocess.run(code, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(tmp_path / "with.pt", weights_only=True)
+
+
+def test_both_ways_of_loading_in_clean_processes_and_offline(hub_server, folder, tmp_path, monkeypatch):
+    make_pipeline().save_pretrained(tmp_path / "pipe")
+    expected = expected_results(folder, tmp_path / "pipe")
+    code = (
+        "import sys; from hieratok_hf.hub.push import push_folder\n"
+        "push_folder(sys.argv[1], 'org/name'); push_folder(sys.argv[2], 'org/pipe')"
+    )
+    environment = hub_server.environment(tmp_path / "pusher")
+    subprocess.run([sys.executable, "-c", code, folder, tmp_path / "pipe"], env=environment, check=True)
+
+    environment = hub_server.environment(tmp_path / "with")
+    found = with_the_package(tmp_path, environment, "org/name", "org/pipe")
+    assert len(found) == 5
+    for name, value in found.items():
+        assert torch.equal(value, expected["pipeline" if name == "pipeline" else "diffusers"]), name
+    before = len(hub_server.requests)
+    offline = with_the_package(tmp_path, {**environment, "HF_HUB_OFFLINE": "1"}, "org/name", "org/pipe")
+    assert all(torch.equal(offline[name], value) for name, value in found.items())
+    assert len(hub_server.requests) == before
+
+    environment = hub_server.environment(tmp_path / "without")
+    found = in_a_clean_process(tmp_path, "org/name", "org/pipe", environment)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    fetch = "import huggingface_hub as hub; hub.snapshot_download('org/name'); hub.snapshot_download('org/pipe')"
+    subprocess.run([sys.executable, "-c", fetch], env=environment, check=True)
+    before = len(hub_server.requests)
+    again = in_a_clean_process(tmp_path, "org/name", "org/pipe", {**environment, "HF_HUB_OFFLINE": "1"})
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+    assert len(hub_server.requests) == before
+
+
+def test_offline_without_a_cache_the_error_names_the_model_and_the_way_out(tmp_path):
+    code = (
+        "import hieratok_hf\n"
+        "for kind in (hieratok_hf.HieraTokModel, hieratok_hf.AutoencoderHieraTok, hieratok_hf.HieraTokDiTPipeline):\n"
+        "    try:\n"
+        "        kind.from_pretrained('org/name-that-is-not-cached')\n"
+        "    except Exception as error:\n"
+        "        print(repr(str(error)))\n"
+    )
+    with HubServer() as hub:
+        environment = {**hub.environment(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    errors = done.stdout.strip().splitlines()
+    assert len(errors) == 3
+    for error in errors:
+        assert "org/name-that-is-not-cached" in error and "HF_HUB_OFFLINE" in error, error
+
+
+def test_the_index_names_both_classes(hub_here, folder):
+    push_folder(folder, "org/name")
+    config = json.loads(hub_here.files("org/name")["config.json"])
+    assert config["_class_name"] == "AutoencoderHieraTok" and config["architectures"] == ["HieraTokModel"]
+    assert config["auto_map"]["AutoModel"] == "modeling_hieratok.HieraTokAutoModel"

@@ -1,0 +1,265 @@
+"""The package in one file: the same models, in processes that have no package."""
+
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoModel as DiffusersAutoModel
+from diffusers import DDIMScheduler, DiTPipeline
+from helpers import pictures, random_core
+from pipelines import make_pipeline
+from transformers import AutoImageProcessor, AutoModel
+
+import hieratok_hf
+from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
+from hieratok_hf.hub.remote_code import add_remote_code, remote_code
+from hieratok_hf.ops.attention import why_not
+
+MEAN_MODEL = Path(__file__).parents[1] / "data" / "mean_model"
+
+
+def load_copy(tmp_path: Path, name: str):
+    path = tmp_path / f"{name}.py"
+    path.write_text(remote_code())
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path) -> Path:
+    folder = tmp_path / "my.model-1"
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder)
+    HieraTokImageProcessorPil(size_divisor=4).save_pretrained(folder)
+    return folder
+
+
+def test_it_is_one_file_of_the_package_s_own_words():
+    text = remote_code()
+    tree = ast.parse(text)
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    assert "hieratok_hf" not in {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    public = {"HieraTokConfig", "HieraTokModel", "AutoencoderHieraTok", "HieraTokDiTPipeline", "HieraTokAutoModel"}
+    assert public | {"HieraTokImageProcessor", "HieraTokImageProcessorPil"} <= classes
+    assert "scale and every coarser one" in text  # docstrings and comments stay, for those who read what they trust
+
+
+def test_a_copy_computes_the_same_bit_for_bit(tmp_path):
+    copy = load_copy(tmp_path, "copy_of_the_package")
+    core = random_core()
+    vae = AutoencoderHieraTok.from_core(core)
+    other = copy.AutoencoderHieraTok(**core.config.model_fields).eval()
+    other.load_state_dict(vae.state_dict())
+    sample = pictures(2, 3, 20, 28)
+    with torch.no_grad():
+        assert torch.equal(other(sample).sample, vae(sample).sample)
+        assert torch.equal(other.decode(other.encode(sample).latent_dist.mode(), num_scales=2).sample, vae.decode(
+            vae.encode(sample).latent_dist.mode(), num_scales=2).sample)  # fmt: skip
+    vae(sample).sample.mean().backward()
+    other(sample).sample.mean().backward()
+    gradients = [{name: p.grad for name, p in x.named_parameters() if p.grad is not None} for x in (vae, other)]
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 40
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_without_triton_it_says_so_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    copy = load_copy(tmp_path, "copy_without_triton")
+    reason = copy.why_not("triton", torch.zeros(1, 2, 5, 16), 1.0, False)
+    assert reason == "Triton is not installed"
+    assert copy.AutoencoderHieraTok(**random_core().config.model_fields)(pictures(1, 3, 8, 8)).sample.isfinite().all()
+
+
+def test_with_triton_it_has_the_kernels(tmp_path):
+    pytest.importorskip("triton")
+    copy = load_copy(tmp_path, "copy_with_triton")
+    query = torch.zeros(1, 2, 5, 16)
+    assert copy.why_not("triton", query, 1.0, False) == why_not("triton", query, 1.0, False)
+    assert "prefix_attention" in vars(copy) and "norm_rotary" in vars(copy)
+
+
+def test_what_stays_behind_is_named(tmp_path):
+    copy = load_copy(tmp_path, "copy_that_cannot_push")
+    with pytest.raises(ImportError, match="needs the package hieratok_hf"):
+        copy.AutoencoderHieraTok(**random_core().config.model_fields).push_to_hub("org/name")
+
+
+def test_one_name_with_two_meanings_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    shutil.copytree(
+        Path(hieratok_hf.__file__).parent, package, ignore=shutil.ignore_patterns("weights", "__pycache__")
+    )
+    losses = package / "models" / "losses.py"
+    losses.write_text(losses.read_text() + "\n\ndef convert_to_rgb():\n    return 0\n")
+    monkeypatch.setattr("hieratok_hf.hub.remote_code._PACKAGE", package)
+    with pytest.raises(ValueError, match=r"'convert_to_rgb' is defined in utils\.images.*models\.losses"):
+        remote_code.__wrapped__()
+
+
+def test_a_tokenizer_s_folder_loads_in_both_libraries(tokenizer_folder):
+    before = {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}
+    written = add_remote_code(tokenizer_folder)
+    assert written == ["modeling_hieratok.py", "preprocessor_config.json", "config.json"]
+    after = {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {"preprocessor_config.json", "config.json"}
+    add_remote_code(tokenizer_folder)
+    assert {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()} == after
+
+    sample = pictures(1, 3, 16, 24)
+    expected = AutoencoderHieraTok.from_pretrained(tokenizer_folder)
+    with torch.no_grad():
+        expected = expected(sample).sample
+        # With the package imported no trust is needed, and its own classes are used.
+        model = AutoModel.from_pretrained(tokenizer_folder)
+        assert type(model) is HieraTokModel and torch.equal(model(sample).reconstruction, expected)
+        assert type(AutoImageProcessor.from_pretrained(tokenizer_folder)) is HieraTokImageProcessorPil
+        vae = DiffusersAutoModel.from_pretrained(str(tokenizer_folder), trust_remote_code=True)
+        assert torch.equal(vae(sample).sample, expected)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusersAutoModel.from_pretrained(str(tokenizer_folder))
+
+
+def test_what_the_package_saves_again_names_no_code(tokenizer_folder, tmp_path):
+    add_remote_code(tokenizer_folder)
+    for model in (HieraTokModel, AutoencoderHieraTok):
+        model.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "plain")
+        assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def test_a_pipeline_s_folder_gets_code_beside_its_tokenizer(tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    written = add_remote_code(tmp_path)
+    assert written == ["vae/autoencoder_hieratok.py", "pipeline_hieratok_dit.py", "model_index.json"]
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_hieratok_dit", "HieraTokDiTPipeline"]
+    assert index["vae"] == ["autoencoder_hieratok", "AutoencoderHieraTok"]
+    assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+    assert add_remote_code(tmp_path) == written and json.loads((tmp_path / "model_index.json").read_text()) == index
+
+
+def test_other_pipelines_keep_their_class_and_load_the_code_beside_the_tokenizer(tmp_path):
+    ours = make_pipeline()
+    DiTPipeline(ours.transformer, ours.vae, DDIMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["vae"] == ["hieratok_hf", "AutoencoderHieraTok"]
+    assert add_remote_code(tmp_path) == ["vae/autoencoder_hieratok.py", "model_index.json"]
+    found = json.loads((tmp_path / "model_index.json").read_text())
+    assert found == {**index, "vae": ["autoencoder_hieratok", "AutoencoderHieraTok"]}
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiTPipeline.from_pretrained(tmp_path)
+    loaded = DiTPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is DiTPipeline and type(loaded.vae) is not AutoencoderHieraTok
+    sample = pictures(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded.vae(sample).sample, ours.vae(sample).sample)
+
+
+@pytest.mark.parametrize("case", ["empty", "other model", "other pipeline", "no json", "list"])
+def test_other_folders_are_refused_and_left_as_they_are(case, tmp_path):
+    files = {
+        "empty": {},
+        "other model": {"config.json": '{"_class_name": "AutoencoderKL"}'},
+        "other pipeline": {
+            "model_index.json": '{"_class_name": "DiTPipeline", "vae": ["diffusers", "AutoencoderKL"]}'
+        },
+        "no json": {"config.json": "{"},
+        "list": {"config.json": "[]"},
+    }[case]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"neither a saved HieraTok|without a HieraTok|no JSON|JSON object"):
+        add_remote_code(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+IN_A_CLEAN_PROCESS = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"hieratok_hf", *sys.argv[3:]}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import diffusers
+import huggingface_hub
+import torch
+import transformers
+
+tokenizer, pipeline = by_diffusers = sys.argv[1:3]
+if huggingface_hub.is_offline_mode() and tokenizer.startswith("org/"):
+    # diffusers asks the Hub for the commit even of code that it has
+    by_diffusers = [huggingface_hub.snapshot_download(name) for name in by_diffusers]
+sample = torch.load("sample.pt", weights_only=True)
+trust = {"trust_remote_code": True}
+with torch.no_grad():
+    model = transformers.AutoModel.from_pretrained(tokenizer, **trust)
+    vae = diffusers.AutoModel.from_pretrained(by_diffusers[0], **trust)
+    results = {"transformers": model(sample).reconstruction, "diffusers": vae(sample).sample}
+    model.save_pretrained("again")
+    again = diffusers.AutoModel.from_pretrained("again", **trust)
+    results["again"] = again(sample).sample
+    processor = transformers.AutoImageProcessor.from_pretrained(tokenizer, **trust)
+    picture = torch.arange(8 * 12 * 3, dtype=torch.uint8).reshape(8, 12, 3).numpy()
+    results["processor"] = processor(picture, return_tensors="pt").pixel_values
+pipe = diffusers.DiffusionPipeline.from_pretrained(by_diffusers[1], **trust)
+generator = torch.Generator().manual_seed(0)
+results["pipeline"] = pipe(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
+torch.save(results, "results.pt")
+assert "hieratok_hf" not in sys.modules
+"""
+
+
+def in_a_clean_process(tmp_path: Path, tokenizer: str, pipeline: str, environment: dict, *absent: str) -> dict:
+    """What both libraries make of two folders or repositories where the package cannot be imported."""
+    torch.save(pictures(1, 3, 16, 24), tmp_path / "sample.pt")
+    code = [sys.executable, "-c", IN_A_CLEAN_PROCESS, tokenizer, pipeline, *absent]
+    done = subprocess.run(code, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(tmp_path / "results.pt", weights_only=True)
+
+
+def expected_results(tokenizer: Path, pipeline: Path) -> dict:
+    with torch.no_grad():
+        picture = AutoencoderHieraTok.from_pretrained(tokenizer)(pictures(1, 3, 16, 24)).sample
+    pipe = HieraTokDiTPipeline.from_pretrained(pipeline)
+    generator = torch.Generator().manual_seed(0)
+    made = pipe(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
+    array = torch.arange(8 * 12 * 3, dtype=torch.uint8).reshape(8, 12, 3).numpy()
+    processed = HieraTokImageProcessorPil(size_divisor=4)(array, return_tensors="pt").pixel_values
+    return {"transformers": picture, "diffusers": picture, "again": picture, "processor": processed, "pipeline": made}
+
+
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
+def test_folders_load_without_the_package_and_without_triton(tokenizer_folder, tmp_path, downsampling):
+    if downsampling == "mean":  # saved before there was a choice
+        shutil.copytree(MEAN_MODEL, tokenizer_folder, dirs_exist_ok=True)
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    expected = expected_results(tokenizer_folder, tmp_path / "pipeline")
+    add_remote_code(tokenizer_folder)
+    add_remote_code(tmp_path / "pipeline")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    found = in_a_clean_process(tmp_path, str(tokenizer_folder), str(tmp_path / "pipeline"), environment, "triton")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

@@ -1,0 +1,216 @@
+"""Reports of evaluations as figures of a model card: every value, its command and machine, and what is refused."""
+
+import copy
+import importlib.util
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers import recorded
+
+from hieratok_hf.hub.results import TASKS, line, report_results
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {"parameters": 1482399, "channels": 16}
+CLASSES = ("tench", "English springer", "cassette player", "chain saw", "church")
+CLASSES += ("French horn", "garbage truck", "gas pump", "golf ball", "parachute")
+DIT = {"names": {str(label): name for label, name in enumerate(CLASSES)}}
+
+
+def values(figures):
+    return {figure.metric_name: figure.metric_value for figure in figures}
+
+
+@pytest.mark.parametrize(("name", "place"), [(None, 0), ("hieratok-tiny", 0), ("runs/clothing", 1)])
+def test_the_figures_of_a_tokenizer_are_those_of_its_model(name, place):
+    report = recorded("fine_tune")
+    model = report["models"][place]
+    figures, classes = report_results(report, "tokenizer", TINY, name)
+    assert classes == []
+    assert values(figures) == {
+        "PSNR, dB": round(model["psnr"], 4),
+        "SSIM": round(model["ssim"], 4),
+        "FD-MobileNetV2 of pictures resized to 128x128": round(model["FD-MobileNetV2"], 4),
+    }
+    assert [figure.metric_type for figure in figures] == ["psnr", "ssim", "frechet_distance"]
+    for figure in figures:
+        assert figure.task_type == TASKS["tokenizer"]
+        assert figure.dataset_name == figure.dataset_type == "clothing_256/test-0000.tar"
+        assert figure.dataset_config == "372 pictures at 256x256"
+        assert figure.metric_args["machine"] == "AMD EPYC, device cpu, torch 2.13.0+cpu, threads 1, processes 1"
+
+
+def test_every_figure_of_a_tokenizer_is_told_under_its_own_name():
+    report = recorded("trade_off")
+    report["models"][0] |= {"lpips": 0.25, "probe_accuracy": 0.125, "rFID": 3}
+    report["settings"]["fid_size"] = 299
+    figures, _ = report_results(report, "tokenizer", TINY)
+    assert {(figure.metric_type, figure.metric_name, figure.metric_value) for figure in figures} == {
+        ("psnr", "PSNR, dB", 30.821),
+        ("ssim", "SSIM", 0.8839),
+        ("lpips", "LPIPS", 0.25),
+        ("perceptual_distance", "perceptual distance over mobilenet_v2_1.0_224", 0.3741),
+        ("accuracy", "accuracy of a linear probe", 0.125),
+        ("fid", "rFID of pictures resized to 299x299", 3.0),
+    }
+
+
+def test_the_figures_of_a_generator_are_those_recorded():
+    report = recorded("hieratok-dit-tiny")
+    figures, classes = report_results(report, "pipeline", DIT)
+    judge = "accuracy of mobilenet_v2_1.0_224 among"
+    assert values(figures) == {f"{judge} the classes of the model": 0.651, f"{judge} all its labels": 0.061}
+    assert {figure.dataset_config for figure in figures} == {"1000 samples at 64x64, 25 steps, guidance 4, bfloat16"}
+    assert {figure.dataset_type for figure in figures} == {"generated"}
+    assert all(" --seed 0 --batch_size 50 " in figure.metric_args["command"] for figure in figures)
+    shares = zip(report["class_accuracy_per_class"], report["top1_accuracy_per_class"])
+    assert classes == [(name, 100, among, first) for name, (among, first) in zip(CLASSES, shares)]
+
+
+def test_a_distance_of_a_generator_is_to_its_reference_pictures():
+    report = recorded("hieratok-dit-tiny")
+    report["settings"] |= {"reference": ["/data/imagenette_128/val-0000.tar"], "fid_size": 64, "fid_model": "some/net"}
+    report |= {"FD-Net": 12.34567, "reference_pictures": 3925, "skipped": {}}
+    figures, _ = report_results(report, "pipeline", DIT)
+    (distance,) = (figure for figure in figures if figure.metric_type == "frechet_distance")
+    assert (distance.metric_name, distance.metric_value) == ("FD-Net of pictures resized to 64x64", 12.3457)
+    assert distance.dataset_name == "imagenette_128/val-0000.tar"
+    assert {figure.dataset_type for figure in figures} == {"generated", "imagenette_128/val-0000.tar"}
+
+
+def load_script(name):
+    pytest.importorskip("datasets", reason="the scripts read pictures through it")
+    pytest.importorskip("torchmetrics", reason="the scripts measure by it")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+OPTIONS = {
+    "evaluate_tokenizer": ["--model mine --data /a/b/kodak --lpips --streaming --no_fid --size 64 --batch_size 3"],
+    "evaluate_generation": [
+        "--model mine --samples 4 --seed 0 --guidance_scale 1 --guidance_interval 0 0.5",
+        "--model mine --reference /a/x.tar --fid_model some/net --fid_size 32 --classifier c --classifier_labels 0-2",
+    ],
+}
+OPTIONS["evaluate_tokenizer"].append("--data a/pictures --fid_model some/net --fid_size 32 --compare x y --size 64")
+
+
+@pytest.mark.parametrize(("script", "options"), [(name, x) for name, many in OPTIONS.items() for x in many])
+def test_the_command_means_the_settings(script, options):
+    parse = load_script(script).parse_args
+    asked = vars(parse(options.split()))
+    kind = "tokenizer" if script == "evaluate_tokenizer" else "pipeline"
+    report = recorded("trade_off" if kind == "tokenizer" else "hieratok-dit-tiny")
+    # What the scripts add to the options; without a network for the distance there is a size all the same.
+    added = {"fid_size": asked["fid_size"] or 299}
+    if kind == "pipeline":
+        added |= {"labels": "balanced", "size": 64, "scheduler": "EulerDiscreteScheduler"}
+    report["settings"] = json.loads(json.dumps({**asked, **added}, default=str))
+    if kind == "tokenizer":
+        report["models"][0]["model"] = asked["model"]
+    figures, _ = report_results(report, kind, TINY if kind == "tokenizer" else DIT)
+    (command,) = {figure.metric_args["command"] for figure in figures}
+    words = shlex.split(command)
+    assert words[:2] == ["python", f"examples/{script}.py"]
+    told = vars(parse(words[2:]))
+    for key in ("data", "reference"):
+        if asked.get(key) and asked[key][0].startswith("/"):
+            short = {"/a/b/kodak": "kodak", "/a/x.tar": "a/x.tar"}[asked[key][0]]
+            assert told.pop(key) == [short]
+            asked.pop(key)
+    interval = {"guidance_interval"} & told.keys()
+    assert all(list(told.pop(key)) == list(asked.pop(key)) for key in interval)
+    assert told == asked
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("frgfm/imagenette", "frgfm/imagenette"),
+        ("runs/mine", "runs/mine"),
+        ("/home/alice/secret/kodak", "kodak"),
+        ("/home/alice/secret/kodak/", "kodak"),
+        ("../../alice/kodak", "kodak"),
+        ("pictures/../../alice/kodak", "kodak"),
+        ("~/kodak", "kodak"),
+        ("~alice/kodak", "kodak"),
+        (r"C:\Users\alice\kodak", "kodak"),
+        ("https://alice:password@example.com/kodak", "kodak"),
+        ("/home/alice/shards/test-0.tar", "shards/test-0.tar"),
+    ],
+)
+def test_no_place_on_a_machine_is_told(place, told):
+    report = recorded("trade_off")
+    report["settings"] |= {"data": [place], "json": place}
+    figures, _ = report_results(report, "tokenizer", TINY)
+    assert {figure.dataset_name for figure in figures} == {told}
+    words = shlex.split(figures[0].metric_args["command"])
+    assert words[words.index("--data") + 1] == words[words.index("--json") + 1] == told
+
+
+def test_what_is_null_is_left_out():
+    report = recorded("trade_off")
+    report["models"][0]["psnr"] = None
+    figures, _ = report_results(report, "tokenizer", TINY)
+    assert sorted(figure.metric_type for figure in figures) == ["perceptual_distance", "ssim"]
+
+
+def changed(name, *path, value=None, delete=False):
+    report = copy.deepcopy(recorded(name))
+    *parents, last = path
+    owner = report
+    for key in parents:
+        owner = owner[key]
+    if delete:
+        del owner[last]
+    else:
+        owner[last] = value
+    return report
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        (changed("trade_off", "speed", value=1), r"unknown ones: \['speed'\]"),
+        (changed("trade_off", "models", 0, "psnr_hvs", value=1), r"'hieratok-tiny' .* unknown ones: \['psnr_hvs'\]"),
+        (changed("trade_off", "machine", delete=True), r"lacks the keys \['machine'\]"),
+        (changed("trade_off", "models", 0, "psnr", delete=True), r"lacks the keys \['psnr'\]"),
+        (changed("trade_off", "models", 0, "psnr", value="30"), r"'psnr' must be of type int or float, got '30'"),
+        (changed("trade_off", "models", 0, "ssim", value=True), r"'ssim' must be of type"),
+        (changed("trade_off", "models", 0, "ssim", value=float("nan")), r"'ssim' must be finite"),
+        (changed("trade_off", "models", 0, "parameters", value=5), "a report of another model"),
+        (changed("trade_off", "models", 0, "latent_shape", value=[4, 8, 8]), "a report of another model"),
+        (changed("trade_off", "models", 1, "model", value="hieratok-tiny"), "one model 'hieratok-tiny', got 2"),
+        (changed("trade_off", "models", value=[3]), "'model' must be of type str"),
+        (changed("trade_off", "settings", value=[]), "'settings' must be of type dict"),
+        (changed("trade_off", "settings", "size", value=None), "'size' must be of type int"),
+        (changed("trade_off", "settings", "data", delete=True), "'data' must be of type list"),
+        (recorded("reconstruction_cpu_avx512"), r"lacks the keys \[.*'notes', 'settings'\], and has unknown ones: "),
+        (recorded("hieratok-dit-tiny"), r"unknown ones: \['class_accuracy'"),
+        ([], "lacks the keys"),
+    ],
+)
+def test_a_report_that_does_not_fit_is_refused(report, message):
+    with pytest.raises(ValueError, match=message):
+        report_results(report, "tokenizer", TINY)
+
+
+def test_a_report_of_other_classes_is_refused():
+    with pytest.raises(ValueError, match="a report of another model"):
+        report_results(recorded("hieratok-dit-tiny"), "pipeline", {"names": {**DIT["names"], "9": "kite"}})
+    with pytest.raises(ValueError, match=r"unknown ones: \['models'"):
+        report_results(recorded("trade_off"), "pipeline", DIT)
+
+
+def test_a_model_that_is_not_in_the_report_is_refused():
+    with pytest.raises(ValueError, match="one model 'runs/other', got 0"):
+        report_results(recorded("trade_off"), "tokenizer", TINY, "runs/other")
+
+
+def test_a_line_is_one_line_of_characters_that_can_be_written():
+    assert line("a\n---\r\nb\u2028c\x85d\te") == "a --- b c d e"
+    assert line("\x00x\ud800\u202ey\x7f") == "xy"
+    line("\ud800é").encode()

@@ -1,0 +1,91 @@
+"""Names of attention: which of the libraries' settings decides, and what each means."""
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from helpers import pictures, random_core
+from torch.nn.attention import SDPBackend
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor
+from hieratok_hf.models.attention_dispatch import DIFFUSERS_BACKENDS, preferring, requested_backend
+
+NATIVE = [name for name in DIFFUSERS_BACKENDS if name.startswith("_native")]
+
+
+@pytest.fixture
+def vae():
+    yield AutoencoderHieraTok.from_core(random_core()).eval()
+    # `set_attention_backend` of any model is the whole process's.
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+def test_the_model_s_setting_comes_first_and_transformers_last():
+    assert requested_backend(None, None, None) == ("auto", None)
+    assert requested_backend(None, None, "eager") == ("reference", None)
+    assert requested_backend("sdpa", None, "eager") == ("sdpa", None)
+    assert requested_backend("sdpa", "flex", "eager") == ("flex", None)
+    with attention_backend("_native_math"):
+        assert requested_backend(None, None, "eager") == ("sdpa", SDPBackend.MATH)
+        assert requested_backend("reference", None, None) == ("reference", None)
+        assert requested_backend(None, "native", None) == ("sdpa", None)
+    assert requested_backend(None, None, "eager") == ("reference", None)
+
+
+def test_a_choice_of_the_process_that_has_no_meaning_here_is_another_model_s(monkeypatch):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName._NATIVE_NPU)
+    assert requested_backend(None, None, None) == ("auto", None)
+    with pytest.raises(ValueError, match=r"_NATIVE_NPU.* is not supported"):
+        requested_backend(None, AttentionBackendName._NATIVE_NPU, None)
+
+
+@pytest.mark.parametrize("name", ["native", "flex", *NATIVE])
+def test_set_and_context_give_the_same_pictures(vae, name):
+    sample = pictures(2, 3, 28, 20)
+    with torch.no_grad():
+        expected = vae(sample).sample
+        with attention_backend(name):
+            in_context = vae(sample).sample
+        vae.set_attention_backend(name)
+        torch.testing.assert_close(vae(sample).sample, in_context, rtol=0, atol=0)
+        torch.testing.assert_close(in_context, expected, rtol=0, atol=1e-5)
+        vae.reset_attention_backend()
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)  # it leaves the process's alone
+        assert torch.equal(vae(sample).sample, expected)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_kernel_is_preferred_where_it_serves(vae, name, monkeypatch):
+    asked = []
+    remember = lambda kernel: asked.append(kernel) or preferring(kernel)  # noqa: E731
+    monkeypatch.setattr("hieratok_hf.models.layers.preferring", remember)
+    vae.set_attention_backend(name)
+    vae.encode(pictures(1, 3, 16, 16))
+    assert set(asked) == {DIFFUSERS_BACKENDS[name][1]}
+
+
+def test_preferring_sets_the_order_of_kernels_inside_alone():
+    before = torch._C._get_sdp_priority_order()
+    for kernel in SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION:
+        with preferring(kernel):
+            order = torch._C._get_sdp_priority_order()
+            assert order[0] == int(kernel) and {int(SDPBackend.MATH), int(SDPBackend.FLASH_ATTENTION)} < set(order)
+        assert torch._C._get_sdp_priority_order() == before
+    with preferring(None):
+        assert torch._C._get_sdp_priority_order() == before
+
+
+def test_a_preferred_kernel_compiles_without_a_break(vae):
+    sample = pictures(2, 3, 28, 20)
+    with torch.no_grad():
+        expected = vae(sample).sample
+        vae.set_attention_backend("_native_math")
+        torch.compiler.reset()
+        compiled = torch.compile(vae, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(sample).sample, expected, rtol=0, atol=1e-5)
+
+
+def test_a_processor_of_its_own_backend_ignores_the_process(vae, reached):
+    vae.set_attn_processor(HieraTokAttnProcessor(backend="reference"))
+    with attention_backend("_native_math"):
+        vae.encode(pictures(1, 3, 16, 16))
+    assert set(reached) == {"reference"}

@@ -1,0 +1,127 @@
+"""Tests of `codec`: every autoencoder behind one interface gives what its own calls give, and refusals."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
+from helpers import pictures, random_core
+from huggingface_hub import constants
+
+import hieratok_hf
+from hieratok_hf import AutoencoderHieraTok, HieraTokModel
+from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
+
+BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, **BLOCKS}
+DC = {
+    "attention_head_dim": 4,
+    "latent_channels": 4,
+    **{f"{side}_block_types": ("ResBlock", "ResBlock") for side in ("encoder", "decoder")},
+    **{f"{side}_block_out_channels": (8, 16) for side in ("encoder", "decoder")},
+    **{f"{side}_qkv_multiscales": ((), ()) for side in ("encoder", "decoder")},
+    "encoder_layers_per_block": (1, 1),
+    "decoder_layers_per_block": (1, 1),
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu",
+}
+
+
+def kl():
+    return AutoencoderKL(**SMALL, latent_channels=4, sample_size=32)
+
+
+def tiny():
+    channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    return AutoencoderTiny(**channels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+
+
+OTHERS = {
+    "kl": (kl, lambda output: output.latent_dist.mode(), (4, 16, 16)),
+    "tiny": (tiny, lambda output: output.latents, (4, 16, 16)),
+    "vq": (
+        lambda: VQModel(**SMALL, latent_channels=3, num_vq_embeddings=16),
+        lambda output: output.latents,
+        (3, 16, 16),
+    ),
+    "dc": (lambda: AutoencoderDC(**DC), lambda output: output.latent, (4, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_autoencoders_of_diffusers_give_what_their_own_calls_give(kind, tmp_path):
+    make, latents_of, shape = OTHERS[kind]
+    torch.manual_seed(0)
+    model = make().eval()
+    model.save_pretrained(tmp_path)
+    codec = load_codec(tmp_path)
+    assert type(codec.model) is type(model) and not codec.model.training and codec.core is None
+    assert codec.latent_shape(32) == shape
+    pixel_values = pictures(2, 3, 32, 32)
+    latents = codec.encode(pixel_values)
+    torch.testing.assert_close(latents, latents_of(model.encode(pixel_values)), rtol=0, atol=0)
+    decoded = model.decode(latents).sample
+    (only,) = codec.decode_scales(latents)
+    torch.testing.assert_close(only, decoded, rtol=0, atol=0)
+    torch.testing.assert_close(codec.decode(latents), decoded, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_every_form_of_hieratok_is_the_same_codec(tmp_path):
+    core = random_core()
+    AutoencoderHieraTok.from_core(core).save_pretrained(tmp_path / "diffusers")
+    HieraTokModel.from_core(core).save_pretrained(tmp_path / "transformers")
+    pixel_values = pictures(2, 3, 32, 32)
+    expected = core.decode_scales(core.encode(pixel_values).mode())
+    folders = [load_codec(tmp_path / name) for name in ("diffusers", "transformers")]
+    for codec in (Codec(core), Codec(HieraTokModel.from_core(core)), *folders):
+        assert codec.core is not None and codec.latent_shape(32) == (4, 8, 8)
+        latents = codec.encode(pixel_values)
+        for picture, other in zip(codec.decode_scales(latents), expected, strict=True):
+            torch.testing.assert_close(picture, other, rtol=0, atol=0)
+        torch.testing.assert_close(codec.decode(latents), expected[-1])
+
+
+@torch.no_grad()
+def test_pictures_go_to_the_precision_of_the_model():
+    codec = Codec(random_core().bfloat16())
+    latents = codec.encode(pictures(1, 3, 16, 16))
+    assert latents.dtype == codec.decode(latents).dtype == torch.bfloat16
+
+
+def test_shipped_names_and_the_vae_of_a_pipeline_load(tmp_path):
+    assert load_codec("hieratok-tiny").model.config.latent_channels == 16
+    assert hieratok_hf.SHIPPED[0] == "hieratok-tiny"
+    kl().save_pretrained(tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    assert isinstance(load_codec(tmp_path).model, AutoencoderKL)
+
+
+def test_what_is_no_autoencoder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
+    with pytest.raises(OSError, match=r"missing' is no folder or repository with a config.json"):
+        load_codec(tmp_path / "missing")
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    UNet2DModel(block_out_channels=(8, 8), norm_num_groups=4, **blocks).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match=r"must hold an autoencoder.*'UNet2DModel'"):
+        load_codec(tmp_path / "unet")
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ValueError, match=r"must hold an autoencoder.*names None"):
+        load_codec(tmp_path / "vit")
+
+
+def test_weights_that_would_have_to_be_unpickled_are_refused(tmp_path):
+    kl().save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(OSError, match="safetensors"):
+        load_codec(tmp_path)
+
+
+def test_sizes_that_do_not_suit_are_named():
+    with pytest.raises(ValueError, match=r"cannot take pictures of 30 x 30 pixels: .*multiples of the patch size 4"):
+        Codec(random_core()).latent_shape(30)
+    with pytest.raises(ValueError, match=r"makes pictures of shape \(3, 32, 32\) of those of \(3, 33, 33\)"):
+        Codec(kl().eval()).latent_shape(33)

@@ -1,0 +1,156 @@
+"""Tests of `configuration_hieratok`: named sizes, round trips, and that both libraries agree on every default."""
+
+import dataclasses
+import inspect
+import json
+
+import pytest
+from helpers import TINY, random_core, tiny
+from transformers import AutoConfig
+
+from hieratok_hf import SIZES, AutoencoderHieraTok, HieraTokConfig, HieraTokModel
+from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING, complete_saved
+
+
+@pytest.mark.parametrize(
+    ("size", "encoder", "decoder", "patch_size", "latent_channels"),
+    [
+        ("hieratok-tiny", (2, 128, 4), (4, 128, 4), 8, 16),
+        ("hieratok-tiny-16x", (3, 160, 5), (6, 160, 5), 16, 16),
+        ("hieratok-s", (8, 512, 8), (8, 512, 8), 16, 16),
+        ("hieratok-b", (12, 768, 12), (12, 768, 12), 16, 16),
+        ("hieratok-l", (12, 768, 12), (24, 1024, 16), 16, 32),
+    ],
+)
+def test_named_sizes_are_those_of_the_table(size, encoder, decoder, patch_size, latent_channels):
+    config = HieraTokConfig.from_size(size)
+    assert (config.encoder_num_layers, config.encoder_hidden_size, config.encoder_num_heads) == encoder
+    assert (config.decoder_num_layers, config.decoder_hidden_size, config.decoder_num_heads) == decoder
+    assert (config.patch_size, config.latent_channels) == (patch_size, latent_channels)
+    assert (config.scale_factors, config.downsampling) == ((8, 4, 2, 1), "learned")
+
+
+def test_default_configuration_is_hieratok_b():
+    assert HieraTokConfig() == HieraTokConfig.from_size("hieratok-b")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_named_size_survives_json(size, tmp_path):
+    config = HieraTokConfig.from_size(size)
+    config.save_pretrained(tmp_path)
+    loaded = HieraTokConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict() and loaded.model_fields == config.model_fields
+
+
+def test_from_size_replaces_only_what_is_given():
+    config = HieraTokConfig.from_size("hieratok-l", scale_factors=(1,), qk_norm=True)
+    expected = {**HieraTokConfig.from_size("hieratok-l").model_fields, "scale_factors": (1,), "qk_norm": True}
+    assert config.model_fields == expected
+
+
+def test_from_size_leaves_the_table_alone():
+    HieraTokConfig.from_size("hieratok-l", decoder_num_layers=1)
+    assert HieraTokConfig.from_size("hieratok-l").decoder_num_layers == 24
+
+
+def test_json_keeps_equality_type_of_scales_and_every_value(tmp_path):
+    config = tiny(scale_factors=(3, 1), kl_weight=0.5, rotary_pairing="detok", learned_positions=7, force_upcast=True)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, HieraTokConfig)
+    assert loaded.model_fields == config.model_fields and loaded.scale_factors == (3, 1)
+    assert loaded == HieraTokConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
+    assert loaded != AutoConfig.from_pretrained(tmp_path, kl_weight=0.25)
+
+
+@pytest.mark.parametrize("downsampling", DOWNSAMPLING)
+def test_downsampling_is_saved_also_where_it_is_the_default(downsampling, tmp_path):
+    config = tiny(downsampling=downsampling)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["downsampling"] == downsampling
+    written = [json.loads(config.to_json_string(use_diff=use_diff)) for use_diff in (True, False)]
+    loaded = [HieraTokConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)]
+    for again in (*loaded, *map(HieraTokConfig.from_dict, written)):
+        assert again.model_fields == config.model_fields and again.downsampling == downsampling
+    assert AutoencoderHieraTok.from_config(config.model_fields).config.downsampling == downsampling
+
+
+@pytest.mark.parametrize("library", ["transformers_version", "_diffusers_version"])
+def test_a_configuration_from_before_there_was_a_choice_is_one_of_averages(library, tmp_path):
+    old = {**TINY, library: "1.0.0", "model_type": "hieratok"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    loaded = [HieraTokConfig.from_dict(old), HieraTokConfig.from_pretrained(tmp_path)]
+    loaded += [AutoConfig.from_pretrained(tmp_path), AutoencoderHieraTok.from_config(old).config]
+    assert [config.downsampling for config in loaded] == ["mean"] * 4
+    assert "downsampling" not in old
+    # What no library has saved are arguments, and those that say what they mean are taken at their word.
+    assert HieraTokConfig.from_dict(TINY).downsampling == "learned"
+    assert AutoencoderHieraTok.from_config(TINY).config.downsampling == "learned"
+    assert complete_saved({**old, "downsampling": "learned"})["downsampling"] == "learned"
+    assert HieraTokConfig.from_pretrained(tmp_path, downsampling="learned").downsampling == "learned"
+
+
+@pytest.mark.parametrize("saver", [HieraTokModel, AutoencoderHieraTok])
+def test_a_folder_from_before_there_was_a_choice_loads_in_both_classes(saver, tmp_path):
+    core = random_core(downsampling="mean")
+    saver.from_core(core).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    assert values.pop("downsampling") == "mean"
+    path.write_text(json.dumps(values))
+    for cls in (HieraTokModel, AutoencoderHieraTok):
+        loaded = cls.from_pretrained(tmp_path)
+        assert loaded.config.downsampling == loaded.core.config.downsampling == "mean"
+        assert all(x.equal(loaded.core.state_dict()[name]) for name, x in core.state_dict().items())
+
+
+def test_scale_factors_become_a_tuple():
+    assert tiny(scale_factors=[4, 1]).scale_factors == (4, 1)
+    assert tiny(scale_factors=[4, 1]) == tiny(scale_factors=(4, 1))
+
+
+def test_autoencoder_has_the_fields_and_defaults_of_the_configuration_in_order():
+    parameters = inspect.signature(AutoencoderHieraTok.__init__).parameters
+    own = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+    fields = {field.name: field.default for field in dataclasses.fields(HieraTokConfig)}
+    assert list(own) == list(HieraTokConfig.__annotations__)
+    for name, default in own.items():
+        assert default == fields[name] and type(default) is type(fields[name]), name
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("num_channels", "in_channels"),
+        ("image_size", "sample_size"),
+        ("hidden_size", "encoder_hidden_size"),
+        ("num_attention_heads", "encoder_num_heads"),
+    ],
+)
+def test_aliases_read_and_write_the_field(alias, name):
+    config = HieraTokConfig(**{**TINY, alias: 8})
+    assert getattr(config, alias) == getattr(config, name) == 8
+    setattr(config, alias, 4)
+    assert getattr(config, name) == 4
+    assert alias not in config.to_dict()
+
+
+def test_num_hidden_layers_counts_both_sides():
+    assert tiny(encoder_num_layers=3, decoder_num_layers=5).num_hidden_layers == 8
+
+
+def test_model_fields_rebuild_the_configuration():
+    config = tiny(norm_eps=1e-5, rotary_base=50)
+    assert HieraTokConfig(**config.model_fields) == config
+
+
+@pytest.mark.parametrize(("patch_size", "length"), [(1, 1), (2, 2), (8, 4), (16, 5)])
+def test_pipelines_read_the_downsampling_from_block_out_channels(patch_size, length):
+    facts = tiny(patch_size=patch_size).pipeline_facts
+    assert 2 ** (len(facts["block_out_channels"]) - 1) == patch_size
+    assert len(facts["encoder_block_out_channels"]) == length
+    assert facts["latents_mean"] is None and facts["latents_std"] is None
+
+
+def test_no_key_ends_in_std_which_the_suite_of_transformers_overwrites():
+    assert not [name for name in HieraTokConfig.__annotations__ if "_std" in name]

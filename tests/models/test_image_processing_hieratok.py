@@ -1,0 +1,356 @@
+"""Tests of `image_processing_hieratok`: both backends, both directions, and the Auto classes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny
+from picture_files import noise, opened, pixels, saved
+from PIL import Image
+from transformers import AutoImageProcessor, PretrainedConfig, dynamic_module_utils
+from transformers.models.auto import image_processing_auto
+from transformers.utils import is_torchvision_available
+
+from hieratok_hf import AutoencoderHieraTok, add_remote_code
+from hieratok_hf.models import image_processing_hieratok as module
+from hieratok_hf.models.image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
+from hieratok_hf.utils.images import PictureError
+
+KODAK = Path(__file__).resolve().parents[3] / "shared" / "data" / "kodak"
+needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
+BACKENDS = [
+    pytest.param(HieraTokImageProcessorPil, id="pil"),
+    pytest.param(HieraTokImageProcessor, id="torchvision", marks=needs_torchvision),
+]
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@both_backends
+def test_processors_follow_orientation(tmp_path, backend):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = saved(tmp_path, Image.fromarray(noise()), "turned.png", exif=exif)
+    for given in (opened(path), path, str(path)):
+        assert backend()(given, return_tensors="pt").pixel_values.shape == (1, 3, 48, 32)
+
+
+@both_backends
+def test_every_kind_of_input_gives_the_same_values(backend):
+    array, processor = noise(), backend()
+    expected = torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
+    chw = np.ascontiguousarray(array.transpose(2, 0, 1))
+    opaque = np.concatenate([array, np.full_like(array[..., :1], 255)], -1)
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    given = [
+        Image.fromarray(array),
+        array,
+        chw,
+        torch.from_numpy(array),
+        torch.from_numpy(chw),
+        opaque,
+        frozen,
+        [array],
+    ]
+    given += [array[None], torch.from_numpy(chw)[None], [[array]], np.ascontiguousarray(array[:, ::-1])[:, ::-1]]
+    for images in given:
+        values = processor(images, return_tensors="pt").pixel_values
+        assert values.shape == (1, 3, 32, 48) and values.dtype == torch.float32
+        torch.testing.assert_close(values, expected, rtol=0, atol=2e-7)
+        assert values.min() >= -1 and values.max() <= 1
+    floats = torch.from_numpy(chw).double().div(255).requires_grad_()
+    for images in (floats, floats.detach().numpy(), floats.detach().numpy().astype(">f4")):
+        values = processor(images, do_rescale=False, return_tensors="pt").pixel_values
+        torch.testing.assert_close(values, expected, rtol=0, atol=3e-7)
+    mixed = processor([array, Image.fromarray(array), torch.from_numpy(chw)], return_tensors="pt").pixel_values
+    assert mixed.shape == (3, 3, 32, 48) and (mixed[0] == mixed[1]).all() and (mixed[0] == mixed[2]).all()
+
+
+@both_backends
+def test_grey_and_transparent_arrays(backend):
+    grey, rgba = noise(channels=0), noise(channels=4, seed=3)
+    for given in (grey, grey[None], grey[..., None], torch.from_numpy(grey)):
+        values = backend()(given, return_tensors="pt").pixel_values
+        assert (values == values[:, :1]).all() and values.shape == (1, 3, 32, 48)
+    from_pil, from_array = (backend()(x, return_tensors="pt").pixel_values for x in (Image.fromarray(rgba), rgba))
+    assert (from_pil == from_array).all()
+    as_float = backend()(rgba / 255, do_rescale=False, return_tensors="pt").pixel_values
+    assert (as_float - from_pil).abs().max() <= 1.01 / 255
+
+
+@both_backends
+def test_size_is_kept_but_for_a_centre_crop(backend):
+    array = noise(37, 50)
+    values = backend()(array, return_tensors="pt").pixel_values
+    expected = torch.from_numpy(array[2:34, 1:49]).permute(2, 0, 1)[None] / 127.5 - 1
+    torch.testing.assert_close(values, expected, rtol=0, atol=2e-7)
+    assert backend(size_divisor=8)(array, return_tensors="pt").pixel_values.shape == (1, 3, 32, 48)
+    assert backend()(array, size_divisor=1, return_tensors="pt").pixel_values.shape == (1, 3, 37, 50)
+    listed = backend()([array, noise(64, 16)]).pixel_values
+    assert [tuple(item.shape) for item in listed] == [(3, 32, 48), (3, 64, 16)]
+
+
+@both_backends
+def test_resize_and_centre_crop(backend):
+    processor = backend(do_resize=True, size=32, do_center_crop=True, crop_size=32)
+    values = processor([noise(64, 80), noise(100, 70)], return_tensors="pt").pixel_values
+    assert values.shape == (2, 3, 32, 32)
+    exact = backend()(
+        noise(64, 80), do_resize=True, size={"height": 48, "width": 16}, return_tensors="np"
+    ).pixel_values
+    assert isinstance(exact, np.ndarray) and exact.shape == (1, 3, 48, 16) and exact.dtype == np.float32
+
+
+@both_backends
+def test_resized_floats_keep_their_precision_and_range(backend):
+    array = noise(64, 64)
+    options = {"do_resize": True, "size": 32, "return_tensors": "pt"}
+    whole = backend()(array, **options).pixel_values
+    floats = backend()(array / 255, do_rescale=False, **options).pixel_values
+    assert (whole - floats).abs().max() <= 3 / 255  # a level and a half: uint8 is rounded after each of two passes
+    step = np.zeros((3, 32, 32), np.float32)
+    step[..., 16:] = 1
+    edge = backend()(step, do_rescale=False, do_resize=True, size=64, return_tensors="pt").pixel_values
+    assert edge.min() == -1 and edge.max() == 1 and edge.unique().numel() > 3
+
+
+@needs_torchvision
+def test_backends_agree():
+    options = {"do_resize": True, "size": 48, "return_tensors": "pt"}
+    pil, torchvision = (
+        cls()(noise(100, 70), **options).pixel_values for cls in (HieraTokImageProcessorPil, HieraTokImageProcessor)
+    )
+    assert (pil - torchvision).abs().max() <= 3 / 127.5
+
+
+ARGUMENT_ERRORS = [
+    ([], {}, ValueError, "images must hold at least one picture, got none"),
+    (
+        None,
+        {},
+        TypeError,
+        "images must be PIL pictures, numpy arrays, torch tensors, paths or lists of them, got NoneType",
+    ),
+    (
+        [noise(), 7],
+        {},
+        TypeError,
+        "images must be PIL pictures, numpy arrays, torch tensors, paths or lists of them, got int",
+    ),
+    (np.zeros(5, np.uint8), {}, ValueError, "images must be arrays of 2, 3 or 4 dimensions, got shape (5,)"),
+    (noise(32, 32, 7), {}, ValueError, "images must have 1, 3 or 4 channels first or last, got shape (32, 32, 7)"),
+    (noise().astype(np.int64), {}, ValueError, "images must have the dtype uint8 or a floating one, got torch.int64"),
+    (noise() > 3, {}, ValueError, "images must have the dtype uint8 or a floating one, got bool"),
+    (
+        torch.rand(3, 32, 32),
+        {},
+        ValueError,
+        "images of a floating dtype must hold values in [0, 1] and need do_rescale=False",
+    ),
+    (
+        torch.full((3, 32, 32), 1.5),
+        {"do_rescale": False},
+        ValueError,
+        "images of a floating dtype must hold values in [0, 1], got [1.5, 1.5]",
+    ),
+    (
+        torch.full((3, 32, 32), torch.nan),
+        {"do_rescale": False},
+        ValueError,
+        "images of a floating dtype must hold values in [0, 1], got [nan, nan]",
+    ),
+    (
+        noise(15, 64),
+        {},
+        ValueError,
+        "images must have at least size_divisor=16 pixels on each side, got 15 x 64 (height x width)",
+    ),
+    (
+        noise(32, 64),
+        {"do_center_crop": True, "crop_size": 48},
+        ValueError,
+        "crop_size must fit a picture of 32 x 64 (height x width), got {'height': 48, 'width': 48}",
+    ),
+    (
+        Image.new("L", (32, 32)),
+        {"do_convert_rgb": False},
+        ValueError,
+        "images must have 3 channels with do_convert_rgb=False, got 1",
+    ),
+    (
+        [noise(32, 32), noise(32, 48)],
+        {"return_tensors": "pt"},
+        ValueError,
+        "images of one batch must come out at one size, got [(32, 32), (32, 48)] (height, width): "
+        "set do_resize and do_center_crop, or return_tensors=None for a list",
+    ),
+]
+
+
+@both_backends
+@pytest.mark.parametrize(("images", "options", "kind", "text"), ARGUMENT_ERRORS)
+def test_argument_errors(backend, images, options, kind, text):
+    with pytest.raises(kind, match=f"^{re.escape(text)}$"):
+        backend()(images, **options)
+
+
+@both_backends
+@pytest.mark.parametrize("value", [0, -8, 1.5, "16", True, None])
+def test_size_divisor_is_checked(backend, value):
+    with pytest.raises(ValueError, match=f"^size_divisor must be a positive integer, got {re.escape(repr(value))}$"):
+        backend(size_divisor=value)
+
+
+@both_backends
+def test_missing_path(tmp_path, backend):
+    with pytest.raises(PictureError, match="No such file"):
+        backend()([noise(), str(tmp_path / "none.png")])
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_torchvision_backend_asks_for_torchvision():
+    with pytest.raises(ImportError, match="HieraTokImageProcessor requires the Torchvision library"):
+        HieraTokImageProcessor()
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_round_trip_is_bit_identical(backend, dtype, seed):
+    height, width = (16 * int(n) for n in np.random.default_rng(seed).integers(1, 5, 2))
+    pictures = np.stack([noise(height, width, seed=seed), noise(height, width, seed=seed + 10)])
+    pictures.reshape(-1)[:256] = np.arange(256)
+    processor = backend()
+    values = processor(list(pictures), return_tensors="pt").pixel_values.to(dtype)
+    assert (np.stack([pixels(picture) for picture in processor.postprocess(values)]) == pictures).all()
+
+
+@both_backends
+def test_round_trip_with_other_settings(backend):
+    other = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    for options in (
+        other,
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    ):
+        processor = backend(**options)
+        assert (
+            pixels(processor.postprocess(processor(noise(), return_tensors="pt").pixel_values)[0]) == noise()
+        ).all()
+
+
+def test_postprocess_types_ranges_and_rounding():
+    processor = HieraTokImageProcessorPil()
+    values = torch.tensor([-7.0, -1.0, 0.0, 1.0, 9.0]).view(1, 1, 1, 5).repeat(2, 3, 4, 1).requires_grad_()
+    tensor, array, pictures = (processor.postprocess(values, output_type) for output_type in ("pt", "np", "pil"))
+    assert tensor.shape == (2, 3, 4, 5) and tensor.dtype == torch.float32 and not tensor.requires_grad
+    assert array.shape == (2, 4, 5, 3) and array.dtype == np.float32
+    assert tensor[0, 0, 0].tolist() == array[1, 3, :, 2].tolist() == [0, 0, 0.5, 1, 1]
+    assert len(pictures) == 2 and pixels(pictures[1])[0, :, 1].tolist() == [0, 0, 128, 255, 255]
+    nearly = torch.full((1, 3, 1, 1), 2 * 99.6 / 255 - 1)
+    assert pixels(processor.postprocess(nearly)[0]).max() == 100
+    assert processor.postprocess(values.detach().numpy(), "pt").equal(tensor)
+
+
+@pytest.mark.parametrize(
+    ("values", "output_type", "kind", "text"),
+    [
+        (torch.zeros(3, 8, 8), "pil", ValueError, "pixel_values must have the shape (B, 3, H, W), got (3, 8, 8)"),
+        (
+            torch.zeros(1, 16, 8, 8),
+            "np",
+            ValueError,
+            "pixel_values must have the shape (B, 3, H, W), got (1, 16, 8, 8)",
+        ),
+        (torch.zeros(1, 3, 8, 8), "jpg", ValueError, "output_type must be 'pil', 'np' or 'pt', got 'jpg'"),
+        (
+            torch.full((1, 3, 1, 1), torch.nan),
+            "pt",
+            ValueError,
+            "pixel_values must be finite, got 3 NaN or infinite values",
+        ),
+        (
+            torch.full((1, 3, 1, 2), torch.inf),
+            "pt",
+            ValueError,
+            "pixel_values must be finite, got 6 NaN or infinite values",
+        ),
+        (
+            torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+            "pt",
+            ValueError,
+            "pixel_values must have a floating dtype, got torch.uint8",
+        ),
+        ([torch.zeros(3, 8, 8)], "pt", TypeError, "pixel_values must be a torch tensor or a numpy array, got list"),
+    ],
+)
+def test_postprocess_errors(values, output_type, kind, text):
+    with pytest.raises(kind, match=f"^{re.escape(text)}$"):
+        HieraTokImageProcessorPil().postprocess(values, output_type)
+
+
+@pytest.mark.skipif(not KODAK.is_dir(), reason=f"{KODAK} is absent")
+@both_backends
+def test_real_picture(backend):
+    path = KODAK / "kodim23.png"
+    processor = backend()
+    values = processor(path, return_tensors="pt").pixel_values
+    assert values.shape == (1, 3, 512, 768)
+    assert (pixels(processor.postprocess(values)[0]) == np.array(opened(path))).all()
+    resized = processor(path, do_resize=True, return_tensors="pt").pixel_values
+    assert resized.shape == (1, 3, 256, 384)
+
+
+@both_backends
+def test_save_and_load(tmp_path, backend):
+    processor = backend(
+        size_divisor=8, do_resize=True, size=128, do_center_crop=True, crop_size={"height": 128, "width": 64}
+    )
+    processor.save_pretrained(tmp_path)
+    saved_values = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved_values["image_processor_type"] == "HieraTokImageProcessor" and "auto_map" not in saved_values
+    loaded = backend.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict() and loaded.size_divisor == 8
+    assert backend.from_pretrained(tmp_path, size_divisor=32).size_divisor == 32
+    images = noise(140, 150)
+    assert (
+        loaded(images, return_tensors="pt").pixel_values == processor(images, return_tensors="pt").pixel_values
+    ).all()
+
+
+def test_registered_class_is_found(tmp_path, monkeypatch):
+    class ThrowAwayConfig(PretrainedConfig):
+        model_type = "hieratok-throw-away"
+
+    monkeypatch.setattr(image_processing_auto.IMAGE_PROCESSOR_MAPPING, "_extra_content", {})
+    classes = {"pil": HieraTokImageProcessorPil, "torchvision": HieraTokImageProcessor}
+    AutoImageProcessor.register(ThrowAwayConfig, image_processor_classes=classes)
+    HieraTokImageProcessorPil(size_divisor=8).save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is classes["torchvision" if is_torchvision_available() else "pil"] and loaded.size_divisor == 8
+    assert type(AutoImageProcessor.from_pretrained(tmp_path, backend="pil")) is HieraTokImageProcessorPil
+
+
+def test_remote_code_needs_no_torchvision(tmp_path, monkeypatch):
+    """The folder as on the Hub: the code beside the settings, in a process that knows no such class."""
+    assert "torchvision" not in dynamic_module_utils.get_imports(module.__file__)
+    folder, cache = tmp_path / "repository", tmp_path / "modules"
+    monkeypatch.setattr(image_processing_auto.IMAGE_PROCESSOR_MAPPING, "_extra_content", {})
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
+    monkeypatch.syspath_prepend(str(cache))
+    AutoencoderHieraTok.from_config(tiny()).save_pretrained(folder)
+    HieraTokImageProcessorPil(size_divisor=8).save_pretrained(folder)
+    add_remote_code(folder)
+    pair = [f"modeling_hieratok.HieraTokImageProcessor{suffix}" for suffix in ("Pil", "")]
+    assert json.loads((folder / "preprocessor_config.json").read_text())["auto_map"] == {"AutoImageProcessor": pair}
+    loaded = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules.") and loaded.size_divisor == 8
+    assert type(loaded).__name__ == pair[is_torchvision_available()].split(".")[1]
+    assert (pixels(loaded.postprocess(loaded(noise(), return_tensors="pt").pixel_values)[0]) == noise()).all()
+    shutil.rmtree(folder)
+    loaded.save_pretrained(folder)  # saved again, both backends must still be named
+    assert json.loads((folder / "preprocessor_config.json").read_text())["auto_map"] == {"AutoImageProcessor": pair}

@@ -1,0 +1,315 @@
+"""Tests of `layers`: rotary tables against plain computations, attention, SwiGLU, positions and random weights."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import DETOK, noise, random_core, tiny
+from torch import nn
+from torch.nn import functional as F
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokModel, PyramidLayout
+from hieratok_hf.models.layers import (
+    HieraTokAttention,
+    HieraTokAttnProcessor,
+    HieraTokBlock,
+    HieraTokPositions,
+    HieraTokSwiGLU,
+    apply_rotary,
+    rotary_tables,
+)
+
+FACTORS = (8, 4, 2, 1)
+GRIDS = [(7, 5), (4, 6), (1, 3), (1, 1), (16, 16)]
+HEAD_DIM = 16
+
+
+def plain_centres(grid, factors):
+    """Mean row and mean column of the finest cells that each token covers, one cell at a time."""
+    centres = []
+    for factor in factors:
+        for top, left in itertools.product(range(0, grid[0], factor), range(0, grid[1], factor)):
+            cells = list(
+                itertools.product(
+                    range(top, min(top + factor, grid[0])),
+                    range(left, min(left + factor, grid[1])),
+                )
+            )
+            centres.append([sum(cell[axis] for cell in cells) / len(cells) for axis in (0, 1)])
+    return centres
+
+
+def tables(grid, factors=FACTORS, head_dim=HEAD_DIM, **overrides):
+    layout = PyramidLayout.from_grid(*grid, factors)
+    return rotary_tables(tiny(**overrides), layout, grid, head_dim, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("factors", [FACTORS, (3, 1), (1,)])
+@pytest.mark.parametrize("coordinates", ["cells", "fraction"])
+def test_a_token_sits_at_the_mean_of_the_cells_it_covers(grid, factors, coordinates):
+    cos, signed_sin = tables(grid, factors, rotary_coordinates=coordinates, rotary_scale=0.1)
+    slowest_turn = torch.atan2(signed_sin, cos)[:, 0]  # angles below pi: an angle tells its position
+    for axis in (0, 1):
+        unit = 1 if coordinates == "cells" else max(grid[axis] - 1, 1)
+        expected = torch.tensor([0.1 * centre[axis] / unit for centre in plain_centres(grid, factors)])
+        second_channel_of_first_pair = axis * HEAD_DIM // 2 + 1
+        torch.testing.assert_close(slowest_turn[:, second_channel_of_first_pair], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_frequencies_fall_geometrically_from_scale_to_scale_over_base():
+    cos, signed_sin = tables((2, 1), (1,), rotary_scale=0.5, rotary_base=16.0)
+    angles = torch.atan2(signed_sin, cos)[1, 0, : HEAD_DIM // 2]
+    expected = [sign * 0.5 * 16 ** (-t / 3) for t in range(4) for sign in (-1, 1)]
+    torch.testing.assert_close(angles, torch.tensor(expected))
+    assert torch.equal(cos[1, 0, HEAD_DIM // 2 :], torch.ones(HEAD_DIM // 2))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_proper_pairing_keeps_the_norm_of_every_pair(grid):
+    rotary = tables(grid)
+    vectors = noise(1, rotary[0].shape[0], 2, HEAD_DIM)
+    turned = apply_rotary(vectors, rotary)
+    norms, turned_norms = (x.unflatten(-1, (-1, 2)).norm(dim=-1) for x in (vectors, turned))
+    torch.testing.assert_close(turned_norms, norms)
+    if grid != (1, 1):
+        assert not torch.allclose(turned, vectors, atol=0.1)
+
+
+def test_proper_pairing_makes_dot_products_depend_on_the_offset_alone():
+    grid = (5, 6)
+    rotary = tables(grid, (2, 1))
+    centres = plain_centres(grid, (2, 1))
+    query, key = (noise(1, 1, 1, HEAD_DIM, seed=seed).expand(1, len(centres), 1, HEAD_DIM) for seed in (0, 1))
+    query, key = apply_rotary(query, rotary)[0, :, 0], apply_rotary(key, rotary)[0, :, 0]
+    products = query @ key.T
+    by_offset = {}
+    for a, b in itertools.product(range(len(centres)), repeat=2):
+        offset = (centres[a][0] - centres[b][0], centres[a][1] - centres[b][1])
+        by_offset.setdefault(offset, []).append(products[a, b])
+    assert max(len(values) for values in by_offset.values()) > 10
+    for values in by_offset.values():
+        torch.testing.assert_close(torch.stack(values), values[0].expand(len(values)), atol=2e-5, rtol=0)
+    distinct = torch.stack([values[0] for values in by_offset.values()])
+    assert distinct.std() > 0.1
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (7, 5), (4, 6), (1, 3)])
+def test_detok_pairing_is_the_published_table(grid):
+    height, width = grid
+    rotary = tables(grid, (1,), **DETOK)
+    vectors = noise(2, height * width, 3, HEAD_DIM)
+    turned = apply_rotary(vectors, rotary)
+
+    quarter, half = HEAD_DIM // 4, HEAD_DIM // 2
+    once = [7 * 2 * math.pi * 10000.0 ** (-t / (quarter - 1)) for t in range(quarter)]
+    twice = once + once
+    expected = torch.empty_like(vectors)
+    for i, j in itertools.product(range(height), range(width)):
+        row, column = i / max(height - 1, 1), j / max(width - 1, 1)
+        angle = [row * f for f in twice] + [column * f for f in twice]
+        token = vectors[:, i * width + j]
+        for even in range(0, 2 * half, 2):
+            q_even, q_odd = token[..., even], token[..., even + 1]
+            new_even = q_even * math.cos(angle[even]) - q_odd * math.sin(angle[even])
+            new_odd = q_odd * math.cos(angle[even + 1]) + q_even * math.sin(angle[even + 1])
+            expected[:, i * width + j, :, even], expected[:, i * width + j, :, even + 1] = new_even, new_odd
+    torch.testing.assert_close(turned, expected, atol=2e-5, rtol=0)
+
+
+def test_detok_pairing_is_no_rotation():
+    rotary = tables((4, 4), (1,), **DETOK)
+    vectors = noise(1, 16, 1, HEAD_DIM)
+    pairs = (x.unflatten(-1, (-1, 2)).norm(dim=-1) for x in (vectors, apply_rotary(vectors, rotary)))
+    assert not torch.allclose(*pairs, atol=0.1)
+
+
+def test_truncated_layouts_keep_their_positions():
+    layout = PyramidLayout.from_grid(7, 5, FACTORS)
+    for coordinates in ("cells", "fraction"):
+        config = tiny(rotary_coordinates=coordinates)
+        full = rotary_tables(config, layout, (7, 5), HEAD_DIM, torch.device("cpu"))
+        short = rotary_tables(config, layout.truncate(3), (7, 5), HEAD_DIM, torch.device("cpu"))
+        for table, prefix in zip(full, short):
+            assert torch.equal(table[: layout.ends[2]], prefix)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_positions_are_applied_in_float32(dtype):
+    rotary = tables((16, 16))
+    vectors = noise(1, 340, 1, HEAD_DIM).to(dtype)
+    assert rotary[0].dtype == rotary[1].dtype == torch.float32
+    turned = apply_rotary(vectors, rotary)
+    assert turned.dtype == dtype
+    assert torch.equal(turned, apply_rotary(vectors.float(), rotary).to(dtype))
+
+
+def attention_and_inputs(grid=(7, 5), factors=FACTORS, **overrides):
+    block = random_core(**overrides).decoder.blocks[0]
+    layout = PyramidLayout.from_grid(*grid, factors)
+    return block, (noise(2, layout.num_tokens, 32), tables(grid, factors, **overrides), layout)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("grid", [(7, 5), (1, 3)])
+def test_fused_projections_give_equal_outputs(qk_norm, grid):
+    block, (hidden_states, rotary, layout) = attention_and_inputs(grid, qk_norm=qk_norm)
+    expected = block.attn(hidden_states, rotary, layout)[0]
+    block.attn.fuse_projections()
+    assert block.attn.fused_projections and block.attn.to_qkv.weight.shape == (96, 32)
+    with torch.no_grad():
+        block.attn.to_q.weight.zero_()  # only the fused weight may be in use
+    torch.testing.assert_close(block.attn(hidden_states, rotary, layout)[0], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_attention_equals_a_plain_computation(qk_norm):
+    block, (hidden_states, rotary, layout) = attention_and_inputs(qk_norm=qk_norm)
+    attn = block.attn
+    query, key, value = (layer(hidden_states).view(2, -1, 2, 16) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    if qk_norm:
+        query, key = (
+            x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+            for x, norm in ((query, attn.norm_q), (key, attn.norm_k))
+        )
+    query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+    scores = torch.einsum("bqad,bkad->baqk", query, key) / 4
+    ends = layout.visible_ends()
+    for i, end in enumerate(ends.tolist()):
+        scores[:, :, i, end:] = -torch.inf
+    attended = torch.einsum("baqk,bkad->bqad", scores.softmax(-1), value).flatten(2)
+    expected = F.linear(attended, attn.to_out[0].weight, attn.to_out[0].bias)
+    torch.testing.assert_close(attn(hidden_states, rotary, layout)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_block_is_pre_norm_with_two_residual_branches():
+    block, (hidden_states, rotary, layout) = attention_and_inputs()
+    middle = hidden_states + block.attn(block.norm1(hidden_states), rotary, layout)[0]
+    expected = middle + block.mlp(block.norm2(middle))
+    assert torch.equal(block(hidden_states, rotary, layout), expected)
+
+
+def test_norms_are_root_mean_squares_with_the_configured_epsilon():
+    block = HieraTokBlock(tiny(norm_eps=0.5), 32, 2)
+    hidden_states = 0.1 * noise(2, 3, 32)
+    for norm in (block.norm1, block.norm2):
+        expected = hidden_states / (hidden_states.square().mean(-1, keepdim=True) + 0.5).sqrt()
+        torch.testing.assert_close(norm(hidden_states), expected)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "hidden_size", "width"), [(4.0, 32, 85), (4.0, 768, 2048), (3, 32, 64), (1.5, 20, 20)]
+)
+def test_swiglu_has_the_stated_width_and_formula(ratio, hidden_size, width):
+    layer = HieraTokSwiGLU(tiny(mlp_ratio=ratio), hidden_size)
+    assert width == int(2 / 3 * ratio * hidden_size)
+    assert layer.linear_in.weight.shape == (2 * width, hidden_size)
+    assert layer.linear_out.weight.shape == (hidden_size, width)
+    hidden_states = noise(2, 3, hidden_size)
+    projected = hidden_states @ layer.linear_in.weight.T + layer.linear_in.bias
+    gate, value = projected[..., :width], projected[..., width:]
+    expected = (gate * torch.sigmoid(gate) * value) @ layer.linear_out.weight.T + layer.linear_out.bias
+    torch.testing.assert_close(layer(hidden_states), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_eager_returns_weights_and_the_default_returns_none():
+    block, inputs = attention_and_inputs()
+    attended, weights = block.attn(*inputs)
+    assert weights is None
+    block.attn.config._attn_implementation = "eager"
+    eager, weights = block.attn(*inputs)
+    assert weights.shape == (2, 2, inputs[2].num_tokens, inputs[2].num_tokens)
+    torch.testing.assert_close(eager, attended, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "auto"])
+def test_a_named_backend_reaches_the_attention_function(backend, monkeypatch):
+    block, inputs = attention_and_inputs()
+    seen = []
+
+    def recording(query, key, value, layout, *, backend, return_weights):
+        seen.append(backend)
+        return value
+
+    monkeypatch.setattr("hieratok_hf.models.layers.scale_causal_attention", recording)
+    block.attn.set_processor(HieraTokAttnProcessor(backend=backend))
+    block.attn(*inputs)
+    assert seen == [backend]
+
+
+def positions_of(side=5):
+    positions = HieraTokPositions(tiny(learned_positions=side), 32)
+    with torch.no_grad():
+        positions.grid.copy_(noise(1, 32, side, side))
+    return positions
+
+
+@pytest.mark.parametrize("side", [1, 5, 16])
+def test_learned_positions_are_the_grid_itself_at_its_own_size(side):
+    positions = positions_of(side)
+    assert torch.equal(positions(side, side), positions.grid)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (5, 7), (3, 9), (1, 1), (10, 10)])
+def test_learned_positions_are_resampled_elsewhere(size):
+    positions = positions_of(5)
+    grid = positions.grid.detach()
+
+    def mix(num_new):
+        """Half-pixel linear resampling as a matrix `(num_new, 5)`."""
+        matrix = torch.zeros(num_new, 5)
+        for i in range(num_new):
+            place = max((i + 0.5) * 5 / num_new - 0.5, 0)
+            low = min(int(place), 4)
+            matrix[i, low] += 1 - (place - low)
+            matrix[i, min(low + 1, 4)] += place - low
+        return matrix
+
+    expected = torch.einsum("ih,jw,bdhw->bdij", mix(size[0]), mix(size[1]), grid)
+    torch.testing.assert_close(positions(*size), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_learned_positions_from_every_size():
+    positions = positions_of(5)
+    (positions(10, 7) * noise(1, 32, 10, 7)).sum().backward()
+    assert (positions.grid.grad != 0).all()
+
+
+def test_both_wrappers_start_from_the_same_distribution():
+    config = tiny(**{**DETOK, "qk_norm": True, "linear_path": 3, "initializer_range": 0.05})
+    torch.manual_seed(0)
+    ours = HieraTokModel(copy.deepcopy(config)).core.state_dict()
+    torch.manual_seed(0)
+    theirs = AutoencoderHieraTok(**config.model_fields).core.state_dict()
+    assert list(ours) == list(theirs)
+    for name, mine in ours.items():
+        other = theirs[name]
+        assert mine.shape == other.shape
+        if mine.unique().numel() <= 2:  # zeros, ones and the identity
+            assert torch.equal(mine, other), name
+        else:
+            # A block of f x f cells makes one token, which varies as one of a single cell.
+            std = 0.05 / (mine.shape[-1] if "coarse_embed" in name else 1)
+            for weight in (mine, other):
+                tolerance = 6 * std / math.sqrt(weight.numel())
+                assert abs(weight.mean()) < tolerance, name
+                assert abs(weight.std() - std) < tolerance, name
+
+
+def test_biases_start_at_zero_norms_at_one_and_the_output_convolution_as_the_identity():
+    core = AutoencoderHieraTok(**tiny(norm_before_blocks=True).model_fields).core
+    for module in core.modules():
+        if isinstance(module, nn.RMSNorm):
+            assert (module.weight == 1).all()
+        elif getattr(module, "bias", None) is not None:
+            assert (module.bias == 0).all()
+    picture = noise(1, 3, 6, 7)
+    assert torch.equal(core.decoder.output_conv(picture), picture)
+
+
+def test_attention_offers_the_names_that_diffusers_fuses():
+    attn = HieraTokAttention(tiny(), 32, 2)
+    assert isinstance(attn.processor, HieraTokAttnProcessor) and attn.heads == 2 and not attn.is_cross_attention
+    assert {"to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k"} <= {name for name, _ in attn.named_children()}

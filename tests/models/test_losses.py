@@ -1,0 +1,129 @@
+"""The training loss: parts by hand, kinds of pixel differences, borders, and balance over sizes."""
+
+import pytest
+import torch
+from helpers import noise, pictures, random_core
+
+from hieratok_hf.models.losses import PIXEL_LOSSES, border_loss, picture_pyramid, pixel_loss, tokenizer_losses
+
+
+def losses_of(core, pixel_values):
+    moments, _ = core.encode_moments(pixel_values)
+    latents = core.encode(pixel_values).mode()
+    return tokenizer_losses(core.decode_scales(latents), pixel_values, moments, core.config), moments, latents
+
+
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
+def test_parts_are_what_they_say(downsampling):
+    core = random_core(kl_weight=0.5, coarse_weight=0.25, downsampling=downsampling)
+    pixel_values = pictures(2, 3, 28, 20)
+    losses, moments, latents = losses_of(core, pixel_values)
+    decoded = core.decode_scales(latents)
+    squares = [
+        (a - b).square().mean() for a, b in zip(decoded, picture_pyramid(pixel_values, core.config), strict=True)
+    ]
+    mean, logvar = moments.chunk(2, dim=1)
+    torch.testing.assert_close(losses["mse"], squares[-1])
+    torch.testing.assert_close(losses["coarse"], (8 * squares[0] + 4 * squares[1] + 2 * squares[2]) / 3)
+    torch.testing.assert_close(losses["kl"], 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean())
+    torch.testing.assert_close(losses["loss"], losses["mse"] + 0.5 * losses["kl"] + 0.25 * losses["coarse"])
+
+
+def test_a_single_scale_has_no_coarse_part():
+    losses, *_ = losses_of(random_core(scale_factors=(1,)), pictures(1, 3, 8, 8))
+    assert set(losses) == {"mse", "kl", "loss"}
+
+
+def test_parts_do_not_grow_with_the_picture():
+    core, small = random_core(), pictures(1, 3, 32, 32)
+    large = small.repeat(1, 1, 4, 4)
+    for name in ("mse", "kl"):
+        ratio = losses_of(core, large)[0][name] / losses_of(core, small)[0][name]
+        assert 0.5 < ratio < 2, name
+
+
+def test_low_precision_gives_a_float32_loss():
+    core = random_core().to(torch.bfloat16)
+    losses, *_ = losses_of(core, pictures(1, 3, 16, 16).to(torch.bfloat16))
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
+
+
+def test_kinds_of_pixel_differences_by_hand():
+    a, b = pictures(2, 3, 5, 7), pictures(2, 3, 5, 7, seed=1)
+    difference = (a - b).double()
+    expected = {
+        "mse": difference.square().mean(),
+        "l1": difference.abs().mean(),
+        "charbonnier": (difference.square() + 1e-6).sqrt().mean() - 1e-3,
+    }
+    assert set(expected) == set(PIXEL_LOSSES)
+    for kind, value in expected.items():
+        assert pixel_loss(a, b, kind).item() == pytest.approx(value.item(), rel=1e-6)
+    assert pixel_loss(a, b) == pixel_loss(a, b, "mse")
+
+
+@pytest.mark.parametrize("kind", PIXEL_LOSSES)
+def test_a_pixel_difference_is_zero_for_equals_symmetric_and_has_a_finite_gradient(kind):
+    a, b = pictures(1, 3, 4, 4), pictures(1, 3, 4, 4, seed=1)
+    assert pixel_loss(a, a, kind).abs() < 1e-9
+    assert pixel_loss(a, b, kind) == pixel_loss(b, a, kind) > 0
+    same = a.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(pixel_loss(same, a, kind), same)
+    assert (gradient == 0).all()
+    assert pixel_loss(a.bfloat16(), a, kind).dtype == torch.float32
+
+
+def test_charbonnier_is_the_absolute_difference_but_smooth_at_zero():
+    far = torch.tensor([0.5, -2.0], requires_grad=True)
+    assert pixel_loss(far, torch.zeros(2), "charbonnier").item() == pytest.approx(1.25, abs=2e-3)
+    (gradient,) = torch.autograd.grad(pixel_loss(far, torch.zeros(2), "charbonnier"), far)
+    torch.testing.assert_close(gradient, torch.tensor([0.5, -0.5]), atol=1e-5, rtol=0)
+    near = torch.tensor([1e-4], requires_grad=True)
+    (gradient,) = torch.autograd.grad(pixel_loss(near, torch.zeros(1), "charbonnier"), near)
+    assert gradient.item() == pytest.approx(0.1 / (1 + 0.01) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", PIXEL_LOSSES)
+def test_every_scale_is_measured_by_the_kind_that_is_asked_for(kind):
+    core, pixel_values = random_core(kl_weight=0.5, coarse_weight=0.25), pictures(2, 3, 28, 20)
+    moments, _ = core.encode_moments(pixel_values)
+    decoded = core.decode_scales(core.encode(pixel_values).mode())
+    losses = tokenizer_losses(decoded, pixel_values, moments, core.config, kind)
+    assert set(losses) == {kind, "kl", "coarse", "loss"}
+    pairs = zip(decoded, picture_pyramid(pixel_values, core.config), strict=True)
+    *coarse, finest = [pixel_loss(a, b, kind) for a, b in pairs]
+    torch.testing.assert_close(losses[kind], finest)
+    torch.testing.assert_close(losses["coarse"], (8 * coarse[0] + 4 * coarse[1] + 2 * coarse[2]) / 3)
+    torch.testing.assert_close(losses["loss"], finest + 0.5 * losses["kl"] + 0.25 * losses["coarse"])
+
+
+def test_the_border_loss_is_that_of_a_plain_loop_over_steps():
+    made = pictures(3, 3, 10, 12)
+    excess = []
+    for picture in made:
+        means = []
+        for axis, length in ((1, 10), (2, 12)):
+            steps = [(picture.select(axis, i) - picture.select(axis, i - 1)).abs().mean() for i in range(1, length)]
+            across = [step for i, step in enumerate(steps, start=1) if i % 4 == 0]
+            inside = [step for i, step in enumerate(steps, start=1) if i % 4]
+            means.append(sum(across) / len(across) - sum(inside) / len(inside))
+        excess.append(max(0, sum(means) / 2))
+    torch.testing.assert_close(border_loss(made, 4), torch.stack([torch.as_tensor(x) for x in excess]).mean())
+
+
+def test_the_border_loss_sees_seams_alone():
+    offsets = noise(2, 3, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert border_loss(offsets, 4) > 0.5
+    assert border_loss(offsets, 8) == border_loss(offsets, 1) == 0  # no border, and nothing but borders
+    assert border_loss(pictures(2, 3, 8, 8) - 3 * offsets.roll((2, 2), (2, 3)), 4) == 0  # steps inside alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_the_border_loss_are_finite(dtype):
+    offsets = noise(1, 3, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for made, moves in ((torch.zeros(1, 3, 8, 8), False), (offsets, True)):
+        made = made.to(dtype).requires_grad_()
+        loss = border_loss(made, 4)
+        (gradient,) = torch.autograd.grad(loss, made)
+        assert loss.dtype == torch.float32 and gradient.isfinite().all()
+        assert (gradient.abs().max() > 0) == moves

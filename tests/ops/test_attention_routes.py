@@ -1,0 +1,218 @@
+"""Tests of every route to an attention backend: it is the one that computes, and pictures stay scale-causal."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.models import attention_dispatch
+from helpers import changed_tokens, noise, pictures, random_core
+from transformers import AutoModel
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor, HieraTokModel, PyramidLayout
+from hieratok_hf.models.attention_dispatch import ATTENTION_IMPLEMENTATIONS
+from hieratok_hf.ops.attention import ATTENTION_BACKENDS, scale_causal_attention
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),  # norms under autocast
+]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+FACTORS = (4, 2, 1)
+GRID = (5, 3)
+LAYOUT = PyramidLayout.from_grid(*GRID, FACTORS)
+IMPLEMENTATIONS = {
+    "eager": "reference",
+    "sdpa": "auto",
+    "flex_attention": "flex",
+    "hieratok_auto": "auto",
+    "hieratok_reference": "reference",
+    "hieratok_sdpa": "sdpa",
+    "hieratok_sdpa_mask": "sdpa_mask",
+    "hieratok_flex": "flex",
+    "hieratok_triton": "triton",
+}
+# On a CPU `flex` goes forward only. A `sdpa` has one computation a scale, and the encoder has one scale.
+CALLS_OF_TRAINING = {"sdpa": 2 * 1 + 2 * 3, "sdpa_mask": 4, "triton": 4}
+
+
+def tiny_core():
+    torch.manual_seed(0)
+    return random_core(scale_factors=FACTORS)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    HieraTokModel.from_core(tiny_core()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The pictures of all scales by the reference."""
+    core = processed("reference")
+    with torch.no_grad():
+        return core.decode_scales(noise(1, 4, *GRID))
+
+
+def loaded(name, saved):
+    return AutoModel.from_pretrained(saved, attn_implementation=name).core
+
+
+def switched(name, saved):
+    model = HieraTokModel.from_core(tiny_core())
+    model.set_attn_implementation(name)
+    return model.core
+
+
+def switched_by_diffusers(name, saved):
+    vae = AutoencoderHieraTok.from_core(tiny_core())
+    vae.set_attention_backend(name)
+    return vae.core
+
+
+def processed(name, saved=None, **options):
+    vae = AutoencoderHieraTok.from_core(tiny_core())
+    vae.set_attn_processor(HieraTokAttnProcessor(name, **options))
+    return vae.core
+
+
+def rotary_fused(name, saved):
+    return processed(name, fused_rotary=True)
+
+
+def projections_fused(name, saved):
+    vae = AutoencoderHieraTok.from_core(processed(name))
+    vae.fuse_qkv_projections()
+    return vae.core
+
+
+def checkpointed(name, saved):
+    model = HieraTokModel.from_core(processed(name)).train()
+    model.gradient_checkpointing_enable()
+    return model.core
+
+
+def compiled(name, saved):
+    torch.compiler.reset()
+    return processed(name)
+
+
+def autocast(name, saved):
+    return processed(name)
+
+
+ROUTES = [
+    *((loaded, name, backend) for name, backend in IMPLEMENTATIONS.items()),
+    *((switched, name, backend) for name, backend in IMPLEMENTATIONS.items()),
+    *((switched_by_diffusers, name, backend) for name, backend in (("native", "sdpa"), ("flex", "flex"))),
+    *((processed, backend, backend) for backend in ATTENTION_BACKENDS),
+    *((rotary_fused, backend, backend) for backend in ("auto", "triton")),
+    *((projections_fused, backend, backend) for backend in ("auto", "flex", "triton")),
+    *((checkpointed, backend, backend) for backend in ATTENTION_BACKENDS if backend != "flex"),
+    *((compiled, backend, backend) for backend in ("auto", "sdpa_mask", "flex", "triton")),
+    *((autocast, backend, backend) for backend in ATTENTION_BACKENDS),
+]
+
+
+@pytest.fixture(params=ROUTES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+def route(request, saved, device_of, monkeypatch):
+    """A model at the end of a route: its doors, its device, and the backend that should compute."""
+    make, name, backend = request.param
+    in_triton = backend == "triton" or make is rotary_fused
+    if in_triton and importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    # diffusers keeps the backend that was set last for all its models.
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+    device = device_of("triton" if in_triton else backend)
+    core = make(name, saved).to(device)
+
+    def door(function):
+        if make is compiled:
+            return torch.compile(function, backend="aot_eager", fullgraph=True)
+        return torch.autocast(device, torch.bfloat16)(function) if make is autocast else function
+
+    with torch.set_grad_enabled(make is checkpointed):
+        yield SimpleNamespace(
+            core=core,
+            decode=door(core.decode),
+            decoder=door(core.decoder),
+            device=device,
+            backend=backend,
+            tolerance=0.1 if make is autocast else 1e-4,
+        )
+
+
+def test_every_name_has_a_route():
+    assert set(ATTENTION_IMPLEMENTATIONS) == set(IMPLEMENTATIONS)
+    assert set(IMPLEMENTATIONS.values()) == set(ATTENTION_BACKENDS)
+
+
+def test_the_route_ends_at_its_backend(route, reached, monkeypatch):
+    asked_for = []
+
+    def recording(*args, backend, **kwargs):
+        asked_for.append(backend)
+        return scale_causal_attention(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr("hieratok_hf.models.layers.scale_causal_attention", recording)
+    latents = route.core.encode(pictures(1, 3, 20, 12).to(route.device)).mode()
+    route.decode(latents)
+    assert asked_for == [route.backend] * 4  # two layers a side
+    if route.backend != "auto":
+        assert set(reached) == {route.backend}
+
+
+def test_finer_tokens_leave_coarser_pictures_bit_identical(route, expected):
+    latents = noise(1, 4, *GRID).to(route.device)
+    # From the start and added, because a compiled route does not look for hooks again.
+    change = {"tokens": torch.zeros(1, LAYOUT.num_tokens, 32, device=route.device)}
+    with changed_tokens(route.core.decoder, lambda tokens: tokens + change["tokens"]):
+        before = route.decoder(latents, LAYOUT, all_scales=True)
+        for picture, other in zip(before, expected, strict=True):
+            torch.testing.assert_close(picture.float().cpu(), other, atol=route.tolerance, rtol=0)
+        for scale in range(1, LAYOUT.num_scales):
+            start = LAYOUT.slices[scale].start
+            change["tokens"] = 3 * noise(1, LAYOUT.num_tokens, 32, seed=5).to(route.device)
+            change["tokens"][:, :start] = 0
+            after = route.decoder(latents, LAYOUT, all_scales=True)
+            assert all(torch.equal(picture, same) for picture, same in zip(before[:scale], after[:scale]))
+            for picture, other in zip(before[scale:], after[scale:]):
+                assert not torch.allclose(picture, other, atol=0.1)
+
+
+def test_fewer_scales_give_the_same_pictures(route):
+    latents = noise(1, 4, *GRID).to(route.device)
+    full = route.core.decode_scales(latents)
+    for num_scales, picture in enumerate(full[:-1], 1):
+        alone = route.decode(latents, num_scales=num_scales)
+        torch.testing.assert_close(alone.float(), picture.float(), atol=route.tolerance, rtol=0)
+
+
+def gradients_of(core, device):
+    core.to(device).zero_grad()
+    shown = pictures(1, 3, 20, 12).to(device)
+    made = core.decode_scales(core.encode(shown).mode())
+    sum(picture.square().sum() for picture in made).backward()
+    return {name: x.grad.cpu() for name, x in core.named_parameters() if x.grad is not None}
+
+
+@pytest.mark.parametrize("make", [processed, checkpointed, projections_fused])
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa_mask", pytest.param("triton", marks=needs_triton)])
+def test_training_has_the_gradients_of_the_reference(make, backend, device_of, saved, reached):
+    expected = gradients_of(make("reference", saved), "cpu")
+    reached.clear()
+    actual = gradients_of(make(backend, saved), device_of(backend))
+    assert reached == [backend] * CALLS_OF_TRAINING[backend] * (2 if make is checkpointed else 1)
+    assert list(actual) == list(expected) and len(actual) > 40
+    for name, gradient in actual.items():
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("make", [processed, checkpointed])
+def test_training_by_flex_is_refused_on_a_cpu(make, saved):
+    with pytest.raises(ValueError, match="`backend='flex'` cannot serve here: `flex_attention` has no backward pass"):
+        gradients_of(make("flex", saved), "cpu")

@@ -1,0 +1,223 @@
+"""Tests of `pyramid`: where scales lie, and what the tokens of a scale are made of."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import noise, pictures, random_core
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hieratok_hf import HieraTokConfig, PyramidLayout
+from hieratok_hf.models.losses import picture_pyramid
+from hieratok_hf.ops.pyramid import convolve_pyramid, flatten_pyramid, kept_by_size
+
+FACTORS = (8, 4, 2, 1)
+GRIDS = [(7, 5), (1, 1), (16, 16), (4, 6), (1, 3), (9, 2), (8, 17)]
+
+
+def covered_means(latents, factors):
+    """The pyramid as a plain loop: the mean over the cells that each token covers."""
+    height, width = latents.shape[-2:]
+    tokens = []
+    for factor in factors:
+        for top in range(0, height, factor):
+            for left in range(0, width, factor):
+                tokens.append(latents[:, :, top : top + factor, left : left + factor].mean(dim=(2, 3)))
+    return torch.stack(tokens, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("grid", "grids"),
+    [
+        ((7, 5), ((1, 1), (2, 2), (4, 3), (7, 5))),
+        ((1, 1), ((1, 1), (1, 1), (1, 1), (1, 1))),
+        ((16, 16), ((2, 2), (4, 4), (8, 8), (16, 16))),
+        ((17, 8), ((3, 1), (5, 2), (9, 4), (17, 8))),
+    ],
+)
+def test_grids_are_rounded_up(grid, grids):
+    assert PyramidLayout.from_grid(*grid, FACTORS).grids == grids
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("factors", [FACTORS, (1,), (3, 1), (5, 2, 1)])
+def test_slices_cover_the_sequence_once_in_order(grid, factors):
+    layout = PyramidLayout.from_grid(*grid, factors)
+    positions = list(range(layout.num_tokens))
+    assert [i for rows in layout.slices for i in positions[rows]] == positions
+    assert [rows.stop - rows.start for rows in layout.slices] == [h * w for h, w in layout.grids]
+    assert [rows.stop for rows in layout.slices] == list(layout.ends)
+    assert sum(layout.lengths) == layout.ends[-1] == layout.num_tokens
+    assert layout.num_scales == len(factors) and layout.grids[-1] == grid
+
+
+def test_16x16_has_340_tokens():
+    layout = PyramidLayout.from_grid(16, 16, FACTORS)
+    assert layout.num_tokens == 340
+    assert layout.ends == (4, 20, 84, 340)
+
+
+def test_grids_of_2_4_8_16_see_80_2_percent_of_the_score_matrix():
+    layout = PyramidLayout.from_grid(16, 16, FACTORS)
+    assert round(100 * float(layout.visible_ends().sum()) / layout.num_tokens**2, 1) == 80.2
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_visible_prefix_of_a_token_ends_with_its_own_scale(grid):
+    layout = PyramidLayout.from_grid(*grid, FACTORS)
+    expected = [end for end, (height, width) in zip(layout.ends, layout.grids) for _ in range(height * width)]
+    ends = layout.visible_ends()
+    assert ends.dtype == torch.int64 and ends.tolist() == expected
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("factors", [FACTORS, (1,), (3, 1), (7, 3, 1)])
+def test_tokens_are_means_over_the_covered_cells(grid, factors):
+    latents = noise(2, 3, *grid)
+    layout = PyramidLayout.from_grid(*grid, factors)
+    tokens = flatten_pyramid(latents, layout)
+    torch.testing.assert_close(tokens, covered_means(latents, factors), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("factors", [FACTORS, (1,), (3, 1), (7, 3, 1)])
+def test_convolved_tokens_are_those_of_a_loop_over_blocks_with_a_continued_border(grid, factors):
+    torch.manual_seed(0)
+    latents, layout = noise(2, 3, *grid), PyramidLayout.from_grid(*grid, factors)
+    convolutions = [nn.Conv2d(3, 5, factor, stride=factor) for factor in factors]
+    tokens = []
+    for factor, convolution in zip(factors, convolutions):
+        for top in range(0, grid[0], factor):
+            for left in range(0, grid[1], factor):
+                rows = [min(top + i, grid[0] - 1) for i in range(factor)]
+                columns = [min(left + i, grid[1] - 1) for i in range(factor)]
+                block = latents[:, :, rows][..., columns]
+                tokens.append(torch.einsum("bcij,ocij->bo", block, convolution.weight) + convolution.bias)
+    expected = torch.stack(tokens, dim=1)
+    torch.testing.assert_close(convolve_pyramid(latents, layout, convolutions), expected, atol=1e-5, rtol=1e-5)
+    short = layout.truncate(1)
+    made = convolve_pyramid(latents, short, convolutions[:1])
+    torch.testing.assert_close(made, expected[:, : short.num_tokens], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finest_tokens_are_the_latent_bit_for_bit(grid, dtype):
+    latents = noise(2, 3, *grid).to(dtype)
+    layout = PyramidLayout.from_grid(*grid, FACTORS)
+    finest = flatten_pyramid(latents, layout)[:, layout.slices[-1]]
+    assert torch.equal(finest, latents.flatten(2).transpose(1, 2))
+
+
+def test_a_single_coarse_token_is_the_mean_of_an_odd_map():
+    latents = noise(1, 2, 7, 5)
+    tokens = flatten_pyramid(latents, PyramidLayout.from_grid(7, 5, (8, 1)))
+    torch.testing.assert_close(tokens[:, 0], latents.mean((2, 3)))
+
+
+@pytest.mark.parametrize("grid", [(7, 5), (16, 16), (1, 3)])
+def test_pooling_commutes_with_an_affine_map_of_each_channel(grid):
+    latents, gain, offset = noise(2, 3, *grid), noise(3, seed=1), noise(3, seed=2)
+    layout = PyramidLayout.from_grid(*grid, FACTORS)
+    mapped_first = flatten_pyramid(latents * gain[:, None, None] + offset[:, None, None], layout)
+    mapped_last = flatten_pyramid(latents, layout) * gain + offset
+    torch.testing.assert_close(mapped_first, mapped_last, atol=1e-6, rtol=1e-5)
+
+
+def test_gradient_of_a_coarse_average_is_spread_evenly_over_its_cells():
+    latents = noise(1, 1, 3, 3).requires_grad_()
+    layout = PyramidLayout.from_grid(3, 3, (2, 1))
+    flatten_pyramid(latents, layout)[0, 1, 0].backward()
+    expected = torch.tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
+    assert torch.equal(latents.grad[0, 0], expected)
+    latents.grad = None
+    convolution = nn.Conv2d(1, 1, 2, stride=2)
+    convolve_pyramid(latents, layout.truncate(1), [convolution])[0, 1, 0].backward()
+    # What the continued border repeats counts as often.
+    expected[:2, 2] = convolution.weight[0, 0].sum(1)
+    torch.testing.assert_close(latents.grad[0, 0], expected)
+
+
+@pytest.mark.parametrize("num_scales", [1, 2, 3, 4])
+def test_truncated_layout_is_the_prefix(num_scales):
+    layout = PyramidLayout.from_grid(7, 5, FACTORS)
+    short = layout.truncate(num_scales)
+    assert short.grids == layout.grids[:num_scales] and short.scale_factors == FACTORS[:num_scales]
+    assert short.slices == layout.slices[:num_scales] and short.ends == layout.ends[:num_scales]
+    latents = noise(1, 2, 7, 5)
+    full = flatten_pyramid(latents, layout)
+    assert torch.equal(flatten_pyramid(latents, short), full[:, : short.num_tokens])
+
+
+def test_layout_is_frozen_hashable_and_compares_by_value():
+    layout = PyramidLayout.from_grid(7, 5, FACTORS)
+    assert layout == PyramidLayout.from_grid(7, 5, FACTORS) and layout != PyramidLayout.from_grid(5, 7, FACTORS)
+    assert len({layout, PyramidLayout.from_grid(7, 5, FACTORS)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.grids = ()
+
+
+def test_picture_pyramid_averages_and_repeats_the_edge():
+    config = HieraTokConfig(patch_size=2, scale_factors=(4, 2, 1))
+    picture = torch.arange(3 * 10 * 6, dtype=torch.float32).view(1, 3, 10, 6)  # 5x3 tokens
+    coarse, middle, fine = picture_pyramid(picture, config)
+    assert fine is picture
+    assert coarse.shape == (1, 3, 4, 2) and middle.shape == (1, 3, 6, 4)
+    for pooled, factor in ((coarse, 4), (middle, 2)):
+        for row in range(pooled.shape[2]):
+            for column in range(pooled.shape[3]):
+                rows = [min(factor * row + i, 9) for i in range(factor)]
+                columns = [min(factor * column + i, 5) for i in range(factor)]
+                torch.testing.assert_close(pooled[..., row, column], picture[:, :, rows][..., columns].mean((2, 3)))
+
+
+def test_cells_are_those_of_a_walk_over_the_grids():
+    layout = PyramidLayout.from_grid(7, 5, (6, 4, 1))
+    walked = [
+        (scale, factor, row, column)
+        for scale, (factor, (rows, columns)) in enumerate(zip(layout.scale_factors, layout.grids))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    assert torch.stack(layout.cells(), dim=1).tolist() == [list(place) for place in walked]
+    (top, bottom), (left, right) = layout.cells().spans((7, 5))
+    assert [a.item() for a in (top[0], bottom[0], left[0], right[0])] == [0, 6, 0, 5]
+    assert (bottom.max(), right.max()) == (7, 5)
+
+
+def test_what_is_kept_is_that_of_its_own_size():
+    made = []
+
+    @kept_by_size
+    def double(layout, number, device):
+        made.append(layout.num_tokens)
+        return torch.full((layout.num_tokens,), 2 * number, device=device)
+
+    small, large = (PyramidLayout.from_grid(side, side, (2, 1)) for side in (4, 8))
+    for layout, number in ((small, 1), (large, 1), (small, 1), (small, 2), (large, 1)):
+        assert torch.equal(double(layout, number, torch.device("cpu")), torch.full((layout.num_tokens,), 2 * number))
+    assert made == [small.num_tokens, large.num_tokens, small.num_tokens]
+    huge = PyramidLayout.from_grid(200, 200, (1,))
+    assert double(huge, 1, torch.device("cpu")) is not double(huge, 1, torch.device("cpu"))
+
+
+def test_what_is_kept_has_data_and_serves_training_after_inference():
+    layout = PyramidLayout.from_grid(11, 13, (4, 1))
+    with FakeTensorMode() as mode:
+        assert layout.cells().row.fake_mode is mode
+    with torch.inference_mode():
+        first = layout.cells(torch.device("cpu")).row
+    assert type(first) is torch.Tensor and not first.is_inference()
+    with FakeTensorMode() as mode:
+        assert layout.cells(torch.device("cpu")).row.fake_mode is mode
+    assert layout.cells(torch.device("cpu")).row is first
+
+
+@pytest.mark.parametrize("downsampling", ["learned", "mean"])
+def test_a_model_trains_after_inference_at_the_same_size(downsampling):
+    core, sample = random_core(downsampling=downsampling), pictures(1, 3, 44, 52)
+    with torch.inference_mode():
+        core.decode(core.encode(sample).mode())
+    core.decode(core.encode(sample).mode()).square().mean().backward()
+    assert core.encoder.patch_embed.weight.grad.isfinite().all()

@@ -1,0 +1,99 @@
+"""Classes by number or by name."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hieratok_hf.pipelines.class_names import label_ids, names_to_ids, read_class_names
+
+NAMES = names_to_ids({0: "tench, Tinca tinca", 1: "English_springer", 2: "church", 3: "French horn"})
+
+
+def test_every_synonym_has_the_number_of_its_class():
+    assert NAMES == {"tench": 0, "Tinca tinca": 0, "English_springer": 1, "church": 2, "French horn": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("church", [2]),
+        ("english SPRINGER", [1]),
+        ("french_horn", [3]),
+        ("  tinca   tinca ", [0]),
+        (3, [3]),
+        (["church", 0, "tench"], [2, 0, 0]),
+        ((1, 2), [1, 2]),
+        (range(3), [0, 1, 2]),
+        (torch.tensor([3, 1]), [3, 1]),
+        (torch.tensor(2), [2]),
+        (np.int64(1), [1]),
+        ([np.int64(1), torch.tensor(0)], [1, 0]),
+    ],
+)
+def test_names_and_numbers(given, expected):
+    assert label_ids(given, NAMES, 4) == expected
+
+
+@pytest.mark.parametrize("given", [4, -1, 1.0, None, True, [0, 4], "4", torch.tensor([1.5])])
+def test_what_is_no_class_is_refused(given):
+    with pytest.raises(ValueError, match="class_labels"):
+        label_ids(given, NAMES, 4)
+
+
+def test_names_that_differ_in_case_alone_are_kept_apart():
+    names = names_to_ids({0: "Cardigan, Cardigan Welsh corgi", 1: "cardigan", 2: "crane", 3: "crane, machine"})
+    assert names == {"Cardigan": 0, "Cardigan Welsh corgi": 0, "cardigan": 1, "crane": 2, "machine": 3}
+    assert label_ids(["Cardigan", "cardigan", "crane", "Crane"], names, 4) == [0, 1, 2, 2]
+    with pytest.raises(ValueError, match=r"'CARDIGAN' is the name of several classes: \[0, 1\]; give a number"):
+        label_ids("CARDIGAN", names, 4)
+    # What two classes share, and neither is called by, names none of them.
+    assert names_to_ids({0: "a, shared", 1: "b, shared"}) == {"a": 0, "b": 1}
+
+
+def test_near_names_are_offered():
+    with pytest.raises(ValueError, match="'chruch' is no class of this pipeline; did you mean 'church'"):
+        label_ids("chruch", NAMES, 4)
+    with pytest.raises(ValueError, match="did you mean 'French horn'"):
+        label_ids("horn", NAMES, 4)
+    with pytest.raises(ValueError, match="there are 'tench', 'Tinca tinca'"):
+        label_ids("xyz", NAMES, 4)
+    with pytest.raises(ValueError, match="it has no names"):
+        label_ids("church", {}, 4)
+
+
+@pytest.mark.parametrize("given", [[], (), torch.tensor([])])
+def test_no_class_at_all_is_refused(given):
+    with pytest.raises(ValueError, match="`class_labels` is empty"):
+        label_ids(given, NAMES, 4)
+
+
+def test_names_of_a_file(tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps({"classes": ["a", "b"], "wnids": ["n1", "n2"]}))
+    assert read_class_names([str(path)]) == ["a", "b"]
+    path.write_text(json.dumps(["c", "d"]))
+    assert read_class_names([str(path)]) == ["c", "d"]
+    assert read_class_names(["e", "f"]) == ["e", "f"]
+    assert read_class_names(None) == []
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "[1]", "not JSON", '{"classes": "ab"}'])
+def test_a_file_without_names_is_refused(tmp_path, content):
+    path = tmp_path / "names.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"names\.json"):
+        read_class_names([str(path)])
+
+
+def test_a_name_that_is_there_twice_is_refused():
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        read_class_names(["a", "b", "a"])
+
+
+def test_lists_in_a_list_are_taken_one_after_the_other():
+    known = names_to_ids({0: "tench", 1: "church"})
+    assert label_ids([["church"], [0, "tench"], 1], known, 2) == [1, 0, 0, 1]
+    with pytest.raises(ValueError, match="empty"):
+        label_ids([[]], known, 2)

@@ -1,0 +1,108 @@
+"""The noise of a scheduler's steps, and the clean latents that a perfect model predicts from them."""
+
+import math
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from helpers import noise
+
+from hieratok_hf.pipelines.noise_levels import NoiseLevel, noise_levels, predicted_for
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOW_SCHEDULERS = [
+    FlowMatchEulerDiscreteScheduler(),
+    FlowMatchEulerDiscreteScheduler(shift=3.0),
+    FlowMatchHeunDiscreteScheduler(),
+    DPMSolverMultistepScheduler(**FLOW),
+    UniPCMultistepScheduler(**FLOW),
+]
+VARIANCE_PRESERVING = [
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+]
+
+
+@pytest.mark.parametrize("scheduler", FLOW_SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+def test_with_flow_matching_the_share_is_the_time(scheduler):
+    scheduler.set_timesteps(8)
+    times = scheduler.timesteps.float() / scheduler.config.num_train_timesteps
+    levels = noise_levels(scheduler)
+    assert len(levels) == len(times)
+    for index, level in enumerate(levels):
+        assert level.kind == "flow_prediction" and level.signal + level.noise == pytest.approx(1)
+        assert level.share == pytest.approx(times[index].item(), abs=1.1e-3)  # some round the time to whole numbers
+        clean, eps = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1)
+        noisy = level.signal * clean + level.noise * eps
+        torch.testing.assert_close(level.clean(noisy, eps - clean), clean, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("scheduler_class", VARIANCE_PRESERVING, ids=lambda one: one.__name__)
+def test_a_perfect_prediction_gives_the_clean_latents(scheduler_class, kind):
+    scheduler = scheduler_class(prediction_type=kind)
+    scheduler.set_timesteps(6)
+    clean, eps = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1)
+    shares = []
+    for index, t in enumerate(scheduler.timesteps):
+        level = noise_levels(scheduler)[index]
+        shares.append(level.share)
+        # What the model is fed, by the scheduler's own arithmetic.
+        noisy = scheduler.add_noise(clean, eps, t[None])
+        # Of these the latents are not of unit variance, until they are scaled.
+        scaled = scheduler_class in (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler)
+        fed = noisy / math.hypot(1, float(scheduler.sigmas[index])) if scaled else noisy
+        given = {
+            "epsilon": eps,
+            "v_prediction": level.signal * eps - level.noise * clean,
+            "sample": clean,
+        }[kind]
+        torch.testing.assert_close(level.clean(fed, given), clean, atol=2e-2, rtol=1e-3)
+    assert shares == sorted(shares, reverse=True) and 0 <= shares[-1] < shares[0] <= 1
+
+
+def test_clean_latents_and_noise_alone():
+    assert NoiseLevel(1.0, 0.0, "epsilon").share == 0
+    assert NoiseLevel(0.0, 1.0, "epsilon").share == 1
+    zeros = NoiseLevel(0.0, 1.0, "epsilon").clean(noise(1, 4, 2, 2), noise(1, 4, 2, 2))
+    assert torch.isfinite(zeros).all()
+    # Zero terminal signal-to-noise: the first step is noise alone.
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
+    scheduler.set_timesteps(4)
+    assert noise_levels(scheduler)[0].share == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (EDMEulerScheduler(), "EDMEulerScheduler"),
+        (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "needs use_flow_sigmas=True"),
+        (object(), "prediction type None"),
+    ],
+)
+def test_a_scheduler_that_fits_no_transformer_is_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        predicted_for(scheduler)
+
+
+def test_what_each_kind_of_scheduler_wants():
+    assert predicted_for(FlowMatchEulerDiscreteScheduler()) == "flow_prediction"
+    assert predicted_for(UniPCMultistepScheduler(**FLOW)) == "flow_prediction"
+    assert predicted_for(DDIMScheduler()) == "epsilon"
+    assert predicted_for(DDIMScheduler(prediction_type="v_prediction")) == "v_prediction"

@@ -1,0 +1,70 @@
+"""A pipeline's folder that brings code of its own: the installed package has no need of it."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline
+from pipelines import make_pipeline
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
+from hieratok_hf.hub.remote_code import add_remote_code
+
+
+def made(pipe) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+def test_its_class_loads_it_without_running_the_folder_s_code(tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path)
+    add_remote_code(tmp_path)
+    for path in tmp_path.rglob("*.py"):
+        path.write_text("raise RuntimeError('this code was run')")
+    loaded = HieraTokDiTPipeline.from_pretrained(tmp_path)
+    assert type(loaded.vae) is AutoencoderHieraTok
+    assert torch.equal(made(loaded), made(pipe))
+    assert loaded.config["vae"] == ("hieratok_hf", "AutoencoderHieraTok")
+
+
+def test_what_it_saves_again_is_an_ordinary_folder(tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "first")
+    plain = json.loads((tmp_path / "first" / "model_index.json").read_text())
+    add_remote_code(tmp_path / "first")
+    HieraTokDiTPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    saved = json.loads((tmp_path / "second" / "model_index.json").read_text())
+    saved.pop("_name_or_path")  # diffusers keeps it
+    assert saved == plain
+    assert not list((tmp_path / "second").rglob("*.py"))
+
+
+def test_other_classes_ask_for_trust_and_then_run_it(tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path)
+    add_remote_code(tmp_path)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is not HieraTokDiTPipeline and type(loaded).__name__ == "HieraTokDiTPipeline"
+    assert torch.equal(made(loaded), made(pipe))
+
+
+def test_a_part_can_be_handed_over(tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path)
+    add_remote_code(tmp_path)
+    other = make_pipeline(seed=1).vae
+    assert HieraTokDiTPipeline.from_pretrained(tmp_path, vae=other).vae is other
+
+
+def test_a_pipeline_can_be_made_of_another(tmp_path):
+    ours = make_pipeline()
+    theirs = DiTPipeline(ours.transformer, ours.vae, ours.scheduler)
+    for pipe in (ours, theirs):
+        made_of_it = HieraTokDiTPipeline.from_pipe(pipe)
+        assert made_of_it.vae is ours.vae and made_of_it.transformer is ours.transformer
+    other = make_pipeline(seed=1).vae
+    assert HieraTokDiTPipeline.from_pipe(ours, vae=other).vae is other

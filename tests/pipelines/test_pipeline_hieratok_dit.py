@@ -1,0 +1,501 @@
+"""The pipeline: it ends where a perfect transformer points, whatever the scheduler, and refuses what cannot be."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.callbacks import PipelineCallback
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from helpers import TINY, noise, random_core
+
+import hieratok_hf
+from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
+from hieratok_hf.pipelines.noise_levels import noise_levels
+
+CLASSES = 3
+NAMES = {0: "tench, Tinca tinca", 1: "English_springer", 2: "church"}
+SIDE = 8
+CHANNELS = TINY["latent_channels"]
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+class Oracle(ModelMixin, ConfigMixin):
+    """Knows the latent of each class, the last of which is none, and predicts it from any noise."""
+
+    @register_to_config
+    def __init__(self, in_channels: int = CHANNELS, sample_size: int = SIDE, num_embeds_ada_norm: int = CLASSES):
+        super().__init__()
+        targets = noise(num_embeds_ada_norm + 1, in_channels, sample_size, sample_size, seed=5)
+        self.targets = torch.nn.Parameter(targets)
+        self.level, self.asked = None, []
+
+    def forward(self, hidden_states, timestep, class_labels, return_dict=True):
+        self.asked.append((timestep.tolist(), class_labels.tolist()))
+        clean, level = self.targets[class_labels], self.level(timestep)
+        eps = (hidden_states - level.signal * clean) / level.noise
+        kinds = {"epsilon": eps, "flow_prediction": eps - clean, "sample": clean}
+        return (kinds.get(level.kind, level.signal * eps - level.noise * clean),)
+
+
+def oracle_pipeline(scheduler=None, vae=None) -> HieraTokDiTPipeline:
+    vae = AutoencoderHieraTok.from_core(random_core()) if vae is None else vae
+    pipe = HieraTokDiTPipeline(vae, Oracle(), scheduler or FlowMatchEulerDiscreteScheduler(), NAMES)
+    pipe.set_progress_bar_config(disable=True)
+
+    def level(timestep):
+        return noise_levels(pipe.scheduler)[(pipe.scheduler.timesteps == timestep[0]).nonzero()[0].item()]
+
+    pipe.transformer.level = level
+    return pipe
+
+
+def dit_pipeline(seed: int = 0, **overrides) -> HieraTokDiTPipeline:
+    """One with random weights everywhere."""
+    torch.manual_seed(seed)
+    sizes = {"in_channels": CHANNELS, "sample_size": SIDE, "patch_size": 1, "num_embeds_ada_norm": CLASSES}
+    sizes |= {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, **overrides}
+    transformer = DiTTransformer2DModel(**sizes).eval()
+    vae = AutoencoderHieraTok.from_core(random_core())
+    pipe = HieraTokDiTPipeline(vae, transformer, FlowMatchEulerDiscreteScheduler(), NAMES)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+SCHEDULERS = [
+    FlowMatchEulerDiscreteScheduler(),
+    FlowMatchEulerDiscreteScheduler(shift=3.0),
+    FlowMatchHeunDiscreteScheduler(),
+    DPMSolverMultistepScheduler(**FLOW),
+    UniPCMultistepScheduler(**FLOW),
+    DDIMScheduler(),
+    DDIMScheduler(prediction_type="v_prediction", clip_sample=False),
+    DDPMScheduler(clip_sample=False),
+    DPMSolverMultistepScheduler(),
+    EulerDiscreteScheduler(),
+]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+def test_every_scheduler_ends_at_what_the_transformer_knows(scheduler):
+    if isinstance(scheduler, DDIMScheduler):
+        scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    pipe = oracle_pipeline(scheduler)
+    clean = []
+
+    def keep(pipe, step, timestep, tensors):
+        clean.append(tensors["clean_latents"])
+        return {}
+
+    given = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["clean_latents"]}
+    latents = pipe(["church", 0], 6, 1.0, generator=seeds(0, 1), output_type="latent", **given).images
+    expected = pipe.transformer.targets[[2, 0]].detach()
+    # Some end at a step that still has a little noise in it.
+    torch.testing.assert_close(latents, expected, atol=0.05, rtol=0)
+    for predicted in clean:
+        torch.testing.assert_close(predicted, expected, atol=2e-2, rtol=0)
+    assert len(clean) == pipe.num_timesteps == len(pipe.scheduler.timesteps)
+
+
+def test_guidance_leads_away_from_no_class():
+    pipe = oracle_pipeline()
+    latents = pipe([1], 4, 3.0, generator=seeds(0), output_type="latent").images
+    none, wanted = pipe.transformer.targets[3].detach(), pipe.transformer.targets[1].detach()
+    torch.testing.assert_close(latents[0], none + 3 * (wanted - none), atol=1e-4, rtol=1e-4)
+    assert [labels for _, labels in pipe.transformer.asked] == [[1, 3]] * 4  # the null class is the last
+    assert pipe.guidance_scale == 3.0
+
+
+def test_guidance_acts_in_its_interval_of_noise():
+    pipe = oracle_pipeline()
+    pipe([1], 4, 3.0, (0.3, 0.8), generator=seeds(0), output_type="latent")
+    # Noise of 1, 0.75, 0.5 and 0.25: where guidance does not act, half as much is asked.
+    assert [labels for _, labels in pipe.transformer.asked] == [[1], [1, 3], [1, 3], [1]]
+    pipe.transformer.asked.clear()
+    pipe([1], 4, 1.0, generator=seeds(0), output_type="latent")
+    assert [labels for _, labels in pipe.transformer.asked] == [[1]] * 4
+
+
+def test_the_interval_holds_its_ends():
+    pipe = oracle_pipeline()
+    pipe([1], 5, 3.0, (0.2, 0.6), generator=seeds(0), output_type="latent")
+    # 0.6 is a little more in float32.
+    assert [labels for _, labels in pipe.transformer.asked] == [[1], [1], [1, 3], [1, 3], [1, 3]]
+
+
+def test_a_callback_of_diffusers_can_end_guidance():
+    class CutOff(PipelineCallback):
+        tensor_inputs = ["clean_latents"]
+
+        def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+            assert list(callback_kwargs) == ["clean_latents"]
+            if step_index == 1:
+                pipeline._guidance_scale = 1.0
+            return callback_kwargs
+
+    pipe = oracle_pipeline()
+    ending = CutOff(cutoff_step_ratio=None, cutoff_step_index=1)
+    pipe([1], 4, 3.0, generator=seeds(0), output_type="latent", callback_on_step_end=ending)
+    assert [labels for _, labels in pipe.transformer.asked] == [[1, 3], [1, 3], [1], [1]]
+    assert pipe.guidance_scale == 1.0
+
+
+def test_flow_steps_are_even_down_to_none():
+    pipe = oracle_pipeline()
+    pipe([1], 4, 1.0, generator=seeds(0), output_type="latent")
+    assert [times[0] for times, _ in pipe.transformer.asked] == pytest.approx([1000, 750, 500, 250])
+    assert pipe.scheduler.sigmas[-1] == 0
+    pipe([1], guidance_scale=1.0, sigmas=[1.0, 0.5], generator=seeds(0), output_type="latent")
+    assert [times[0] for times, _ in pipe.transformer.asked[4:]] == pytest.approx([1000, 500])
+
+
+def test_several_pictures_of_each_class_stand_together():
+    pipe = oracle_pipeline()
+    latents = pipe([2, 0], 3, 1.0, num_images_per_prompt=2, generator=seeds(0, 1, 2, 3), output_type="latent").images
+    torch.testing.assert_close(latents, pipe.transformer.targets[[2, 2, 0, 0]].detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_equals_single_runs():
+    pipe = dit_pipeline()
+    labels = [0, 1, 2, "church"]
+    batch = pipe(labels, 5, generator=seeds(0, 1, 2, 3), output_type="pt").images
+    for i, label in enumerate(labels):
+        single = pipe(label, 5, generator=seeds(i), output_type="pt").images
+        torch.testing.assert_close(batch[i : i + 1], single, atol=1e-4, rtol=0)
+    again = pipe(labels, 5, generator=seeds(0, 1, 2, 3), output_type="pt").images
+    assert torch.equal(again, batch)
+    assert not torch.allclose(pipe(labels, 5, generator=seeds(4, 5, 6, 7), output_type="pt").images, batch, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_same_as_diffusers_own_pipeline(kind):
+    ours = dit_pipeline(num_embeds_ada_norm=1000, out_channels=CHANNELS)
+    scheduler = DDIMScheduler(prediction_type=kind)
+    ours = HieraTokDiTPipeline(ours.vae, ours.transformer, scheduler, NAMES)
+    theirs = DiTPipeline(ours.transformer, ours.vae, DDIMScheduler(prediction_type=kind), {0: "a"})
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    for scale in (1.0, 4.0):
+        settings = {"guidance_scale": scale, "num_inference_steps": 5, "output_type": "np"}
+        pictures = ours([7, 999], generator=torch.manual_seed(0), **settings).images
+        expected = theirs([7, 999], generator=torch.manual_seed(0), **settings).images
+        np.testing.assert_allclose(pictures, expected, atol=1e-4)
+
+
+def test_a_saved_pipeline_gives_the_same_pictures_in_a_new_process(tmp_path):
+    pipe = dit_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["vae"] == ["hieratok_hf", "AutoencoderHieraTok"]
+    assert index["_class_name"] == "HieraTokDiTPipeline" and index["prediction_type"] == "flow_prediction"
+    expected = pipe(["church", 1], 4, generator=torch.manual_seed(3), output_type="np").images
+    program = """
+import sys, numpy, torch, hieratok_hf
+pipe = hieratok_hf.HieraTokDiTPipeline.from_pretrained(sys.argv[1])
+assert pipe.config.id2label == {0: "tench, Tinca tinca", 1: "English_springer", 2: "church"}, pipe.config.id2label
+pipe.set_progress_bar_config(disable=True)
+numpy.save(sys.argv[2], pipe(["church", 1], 4, generator=torch.manual_seed(3), output_type="np").images)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "pipe"), str(tmp_path / "pictures.npy")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Expected types" not in done.stderr
+    assert np.array_equal(np.load(tmp_path / "pictures.npy"), expected)
+
+
+def test_saving_over_another_pipeline_leaves_none_of_it(tmp_path):
+    dit_pipeline().transformer.save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    dit_pipeline(seed=1).save_pretrained(tmp_path)
+    names = {path.name for path in (tmp_path / "transformer").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    pipe = dit_pipeline()
+    pipe.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = dit_pipeline(seed=1)
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(other.scheduler, "save_pretrained", fail)
+    monkeypatch.setattr(other.vae, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space"):
+        other.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(ValueError, match="must be a folder"):
+        pipe.save_pretrained(next(iter(before)))
+
+
+def test_precision_of_the_parts(tmp_path):
+    pipe = dit_pipeline()
+    pipe.save_pretrained(tmp_path)
+    half = HieraTokDiTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.vae.dtype == half.transformer.dtype == torch.bfloat16
+    expected = pipe([0, 1], 4, 2.0, generator=seeds(0, 1), output_type="pt").images
+    pictures = half([0, 1], 4, 2.0, generator=seeds(0, 1), output_type="pt").images
+    assert (pictures.float() - expected).abs().mean() < 0.02
+    assert half([0], 2, output_type="latent").images.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_what_comes_out(output_type):
+    pipe = dit_pipeline()
+    images = pipe([0, 1], 2, generator=seeds(0, 1), output_type=output_type).images
+    pixels = SIDE * TINY["patch_size"]
+    if output_type == "pil":
+        assert [(image.size, image.mode) for image in images] == [((pixels, pixels), "RGB")] * 2
+    elif output_type == "latent":
+        assert images.shape == (2, CHANNELS, SIDE, SIDE)
+    else:
+        assert images.shape == ((2, pixels, pixels, 3) if output_type == "np" else (2, 3, pixels, pixels))
+        assert 0 <= images.min() < images.max() <= 1
+    as_tuple = pipe([0, 1], 2, generator=seeds(0, 1), output_type=output_type, return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
+
+
+def test_pictures_are_the_decoded_latents():
+    pipe = dit_pipeline()
+    latents = pipe([0, 1], 3, generator=seeds(0, 1), output_type="latent").images
+    pictures = pipe([0, 1], 3, generator=seeds(0, 1), output_type="pt").images
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents).sample
+    torch.testing.assert_close(pictures, (decoded / 2 + 0.5).clamp(0, 1))
+
+
+def test_latents_that_are_given_are_the_noise():
+    pipe = dit_pipeline()
+    drawn = torch.randn(1, CHANNELS, SIDE, SIDE, generator=seeds(4)[0])
+    expected = pipe([1], 3, generator=seeds(4), output_type="pt").images
+    assert torch.equal(pipe([1], 3, latents=drawn, output_type="pt").images, expected)
+
+
+def test_the_callback_sees_and_changes_the_latents():
+    pipe = dit_pipeline()
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), sorted(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else None
+
+    latents = pipe([0], 3, generator=seeds(0), output_type="latent", callback_on_step_end=callback).images
+    assert not latents.any()
+    assert seen == [(i, pytest.approx(1000 * (1 - i / 3), rel=1e-4), ["latents"]) for i in range(3)]
+
+
+def test_a_callback_can_stop_it():
+    pipe = dit_pipeline()
+    steps = []
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return {}
+
+    pipe([0], 6, callback_on_step_end=callback)
+    assert steps == [0, 1]
+
+
+@pytest.mark.parametrize("scales", [1, 2, 4])
+def test_previews_are_the_coarse_pictures_of_the_predicted_latents(scales):
+    pipe = oracle_pipeline()
+    previews = []
+
+    def callback(pipe, step, timestep, tensors):
+        assert sorted(tensors) == ["clean_latents", "preview"]
+        previews.append(tensors["preview"])
+        with torch.no_grad():
+            coarse = pipe.vae.decode(tensors["clean_latents"], num_scales=scales).sample
+        torch.testing.assert_close(tensors["preview"], (coarse / 2 + 0.5).clamp(0, 1))
+        return {}
+
+    given = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["clean_latents"]}
+    final = pipe([0, 2], 3, 1.0, generator=seeds(0, 1), output_type="pt", preview_scales=scales, **given).images
+    factor = pipe.vae.config.scale_factors[scales - 1]
+    assert len(previews) == 3 and previews[0].shape == (2, 3, *(-(-s // factor) for s in final.shape[2:]))
+    if scales == 4:
+        torch.testing.assert_close(previews[-1], final, atol=1e-4, rtol=0)
+
+
+def test_previews_do_not_change_the_picture():
+    pipe = dit_pipeline()
+    plain = pipe([0], 3, generator=seeds(0), output_type="pt").images
+    watched = pipe(
+        [0], 3, generator=seeds(0), output_type="pt", preview_scales=1, callback_on_step_end=lambda *given: {}
+    ).images
+    assert torch.equal(plain, watched)
+
+
+def test_another_autoencoder_serves_without_previews():
+    torch.manual_seed(0)
+    sizes = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1, **sizes
+    ).eval()
+    pipe = oracle_pipeline(vae=vae)
+    pictures = pipe([0], 3, 1.0, generator=seeds(0), output_type="pt").images
+    with torch.no_grad():
+        expected = vae.decode(pipe.transformer.targets[:1] / 0.5 + 0.1).sample
+    torch.testing.assert_close(pictures, (expected / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="needs a tokenizer with scales, `vae` is a AutoencoderKL"):
+        pipe([0], 3, preview_scales=1, callback_on_step_end=lambda *given: {})
+
+
+def test_an_autoencoder_that_says_its_ratio_serves():
+    blocks = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
+    widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    depths = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1)}
+    multiscale = {"encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ())}
+    torch.manual_seed(0)
+    vae = AutoencoderDC(latent_channels=CHANNELS, **blocks, **widths, **depths, **multiscale).eval()
+    pictures = oracle_pipeline(vae=vae)([0], 2, 1.0, output_type="pt").images
+    assert pictures.shape == (1, 3, SIDE * vae.spatial_compression_ratio, SIDE * vae.spatial_compression_ratio)
+
+
+def test_without_a_tokenizer_there_are_latents(tmp_path):
+    dit_pipeline().save_pretrained(tmp_path)
+    pipe = HieraTokDiTPipeline.from_pretrained(tmp_path, vae=None)
+    assert pipe([0], 2, generator=seeds(0), output_type="latent").images.shape == (1, CHANNELS, SIDE, SIDE)
+    with pytest.raises(ValueError, match="'latent' without a `vae`, got 'pil'"):
+        pipe([0], 2)
+
+
+def test_sigmas_suit_every_scheduler_of_flow_matching():
+    pipe = oracle_pipeline(UniPCMultistepScheduler(**FLOW))
+    pipe([1], guidance_scale=1.0, sigmas=[1.0, 0.5], generator=seeds(0), output_type="latent")
+    assert [round(times[0] / 1000, 1) for times, _ in pipe.transformer.asked] == [1.0, 0.5]
+    pipe = oracle_pipeline(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    with pytest.raises(ValueError, match="scheduler with a shift"):
+        pipe([1], timesteps=[1000, 500])
+    pipe = oracle_pipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    with pytest.raises(ValueError, match="use_dynamic_shifting"):
+        pipe([1], 2)
+
+
+def test_a_predicted_variance_is_left_out():
+    pipe = dit_pipeline(out_channels=2 * CHANNELS)
+    assert pipe([0], 2, output_type="latent").images.shape == (1, CHANNELS, SIDE, SIDE)
+
+
+def test_labels_by_name():
+    pipe = dit_pipeline()
+    assert pipe.labels == {"tench": 0, "Tinca tinca": 0, "English_springer": 1, "church": 2}
+    assert pipe.get_label_ids(["Church", "tinca_tinca", 1]) == [2, 0, 1]
+    with warnings.catch_warnings():  # diffusers deprecates its own way to `config` from the pipeline
+        warnings.simplefilter("error")
+        assert pipe.id2label == {0: "tench, Tinca tinca", 1: "English_springer", 2: "church"}
+    nameless = HieraTokDiTPipeline(pipe.vae, pipe.transformer, pipe.scheduler)
+    assert nameless.labels == {} and nameless.num_classes == CLASSES
+    assert len(nameless([0, 2], 1, output_type="latent").images) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": "chruch"}, "did you mean 'church'"),
+        ({"class_labels": 3}, "numbers from 0 to 2, got 3"),
+        ({"class_labels": [0, -1]}, "got -1"),
+        ({"class_labels": []}, "`class_labels` is empty"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be a positive whole number, got 0"),
+        ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be a positive whole number, got 1.5"),
+        ({"guidance_scale": 0.5}, "`guidance_scale` must be at least 1, which is none, and finite; got 0.5"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale`"),
+        ({"guidance_scale": float("inf")}, "`guidance_scale`"),
+        ({"guidance_interval": (0.8, 0.2)}, "`guidance_interval` must be two rising shares"),
+        ({"guidance_interval": (0.0, 1.5)}, "`guidance_interval`"),
+        ({"guidance_interval": (0.5,)}, "`guidance_interval`"),
+        ({"output_type": "jpeg"}, "`output_type` must be one of .*got 'jpeg'"),
+        ({"latents": torch.zeros(1, 3, 8, 8)}, r"`latents` must be .*\(1, 4, 8, 8\), got \(1, 3, 8, 8\)"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, "`latents`"),
+        ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "`latents` must be a tensor of floating point"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, "got ndarray"),
+        ({"generator": seeds(0, 1)}, "one for each of 1 pictures, got 2"),
+        ({"timesteps": [900, 100], "sigmas": [1.0, 0.5]}, "Only one of `timesteps` and `sigmas`"),
+        ({"preview_scales": 2}, "`preview_scales` needs a `callback_on_step_end`"),
+        ({"preview_scales": 5, "callback_on_step_end": print}, "from 1 to the 4 scales of `vae`, got 5"),
+        ({"preview_scales": 0, "callback_on_step_end": print}, "from 1 to the 4 scales of `vae`, got 0"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs` must be among"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dit_pipeline()(**{"class_labels": [0], "num_inference_steps": 2, **arguments})
+
+
+def test_a_scheduler_of_another_kind_is_refused():
+    pipe = dit_pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=r"DDIMScheduler for a transformer of prediction type 'epsilon'.*flow_pred"):
+        pipe([0], 2)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
+    assert len(pipe([0], 2).images) == 1
+    with pytest.raises(ValueError, match="`timesteps` cannot be given to a FlowMatchHeunDiscreteScheduler"):
+        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+        pipe([0], timesteps=[900, 100])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names", "message"),
+    [
+        ({"in_channels": 8}, NAMES, "takes latents of 8 channels, those of `vae` have 4"),
+        ({"out_channels": 6}, NAMES, "must give 4 channels or twice as many, it gives 6"),
+        ({"patch_size": 3}, NAMES, "sample size of 8, which is no multiple of its patch size 3"),
+        ({"num_embeds_ada_norm": 2}, NAMES, "`id2label` names the class 2, `transformer` has the classes 0 to 1"),
+        ({}, {-1: "nothing"}, "`id2label` names the class -1"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(overrides, names, message):
+    whole = dit_pipeline()
+    sizes = {"in_channels": CHANNELS, "sample_size": SIDE, "patch_size": 1, "num_embeds_ada_norm": CLASSES}
+    sizes |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, **overrides}
+    with pytest.raises(ValueError, match=message):
+        HieraTokDiTPipeline(whole.vae, DiTTransformer2DModel(**sizes), whole.scheduler, names)
+
+
+def test_another_pipeline_takes_the_same_parts():
+    pipe = dit_pipeline()
+    other = HieraTokDiTPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    a, b = (one(1, 2, generator=seeds(0), output_type="pt").images for one in (pipe, other))
+    assert torch.equal(a, b) and other.config.prediction_type == "flow_prediction"
+
+
+def test_the_pipeline_is_public():
+    assert hieratok_hf.HieraTokDiTPipeline is HieraTokDiTPipeline
+    assert HieraTokDiTPipeline.__module__ == "hieratok_hf"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offload_and_half_precision_on_a_gpu():
+    expected = dit_pipeline()([0, 1], 4, generator=seeds(0, 1), output_type="pt").images
+    pipe = dit_pipeline()
+    pipe.enable_model_cpu_offload()
+    pictures = pipe([0, 1], 4, generator=seeds(0, 1), output_type="pt").images.cpu()
+    torch.testing.assert_close(pictures, expected, atol=2e-2, rtol=0)
+    assert pipe.transformer.device.type == "cpu"

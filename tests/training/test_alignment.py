@@ -1,0 +1,251 @@
+"""Tests of `alignment`: the definition place by place, the grids of several vision models, and gradients."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import noise, pictures
+from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    MobileNetV2Config,
+    MobileNetV2Model,
+    PvtConfig,
+    PvtModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from hieratok_hf.evaluation.vision_features import VisionFeatures
+from hieratok_hf.training.alignment import LatentAlignment
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
+# Kind of model: side of a patch or cell, feature channels, tokens that are no patches.
+KINDS = {
+    "convnext": (32, 20, 0),
+    "mobilenet": (32, 1280, 0),
+    "vit": (8, 16, 1),
+    "dinov2": (14, 16, 1),
+    "registers": (14, 16, 4),
+}
+
+
+def vision_features(kind):
+    torch.manual_seed(0)
+    if kind == "convnext":
+        sizes = {"hidden_sizes": [8, 12, 16, 20], "depths": [1] * 4, "layer_scale_init_value": 1.0}
+        model = ConvNextModel(ConvNextConfig(**sizes, initializer_range=0.2))
+    elif kind == "mobilenet":
+        sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4}
+        model = MobileNetV2Model(MobileNetV2Config(**sizes, image_size=32))
+        with torch.no_grad():
+            model.train()(pictures(8, 3, 64, 64))  # statistics of batches, without which all features are zero
+    elif kind == "vit":
+        model = ViTModel(ViTConfig(**VIT, intermediate_size=32, image_size=32, patch_size=8))
+    elif kind == "dinov2":
+        model = Dinov2Model(Dinov2Config(**VIT, mlp_ratio=2, image_size=28, patch_size=14))
+    else:
+        config = Dinov2WithRegistersConfig(**VIT, mlp_ratio=2, image_size=28, patch_size=14, num_register_tokens=3)
+        model = Dinov2WithRegistersModel(config)
+    return VisionFeatures(model, [0.5] * 3, [0.5] * 3)
+
+
+def alignment(kind="vit", latent_channels=4, **margins):
+    torch.manual_seed(1)
+    return LatentAlignment(latent_channels, vision_features(kind), **margins)
+
+
+def by_hand(latents, targets, weight, cosine_margin, distance_margin):
+    """The loss in float64, place by place; `targets` on the latents' grid."""
+    latents, targets, weight = (np.asarray(x.detach(), dtype=np.float64) for x in (latents, targets, weight))
+    cosine_terms, distance_terms = [], []
+    for z, f in zip(latents, targets):
+        z, f = weight[:, :, 0, 0] @ z.reshape(len(z), -1), f.reshape(len(f), -1)
+        z, f = z / np.linalg.norm(z, axis=0), f / np.linalg.norm(f, axis=0)
+        for i in range(z.shape[1]):
+            cosine_terms.append(max(0, 1 - cosine_margin - z[:, i] @ f[:, i]))
+            for j in range(z.shape[1]):
+                distance_terms.append(max(0, abs(z[:, i] @ z[:, j] - f[:, i] @ f[:, j]) - distance_margin))
+    return np.mean(cosine_terms) + np.mean(distance_terms)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_is_the_last_map_at_the_models_own_grid(kind):
+    cell, channels, others = KINDS[kind]
+    module = alignment(kind)
+    x = pictures(2, 3, *((32, 32) if kind == "vit" else (2 * cell, 3 * cell)))  # this ViT takes one size
+    height, width = (x.shape[2] // cell, x.shape[3] // cell)
+    with torch.no_grad():
+        last = module.features.model(x).last_hidden_state
+    expected = last if not others else last[:, others:].reshape(2, height, width, channels).permute(0, 3, 1, 2)
+    target = module.target_map(x)
+    assert target.shape == (2, channels, height, width) and module.projection.weight.shape == (channels, 4, 1, 1)
+    torch.testing.assert_close(target, expected, rtol=1e-5, atol=1e-5)
+    assert target.std(dim=(2, 3)).mean() > 1e-3  # or the order of the places would not matter
+
+
+def test_tokens_are_in_the_order_of_the_pictures_rows():
+    module, x = alignment("dinov2"), pictures(1, 3, 28, 42)
+    changed = x.clone()
+    changed[:, :, :14, 28:] += 0.5  # the patch at row 0, column 2
+    change = (module.target_map(changed) - module.target_map(x))[0].norm(dim=0)
+    assert change.argmax().item() == 2
+
+
+@pytest.mark.parametrize("kind", ["vit", "registers", "convnext"])
+@pytest.mark.parametrize("margins", [{}, {"cosine_margin": 0.0, "distance_margin": 0.0}, {"cosine_margin": 1.2}])
+def test_the_loss_is_the_definition(kind, margins):
+    module, x, latents = alignment(kind, **margins), pictures(2, 3, 64, 64), noise(2, 4, 2, 2)
+    if kind == "vit":
+        x, latents = x[:, :, :32, :32], noise(2, 4, 4, 4)
+    if kind == "registers":
+        x, latents = x[:, :, :28, :56], noise(2, 4, 2, 4)
+    both = {"cosine_margin": 0.5, "distance_margin": 0.25, **margins}
+    loss = module(latents, x)
+    assert loss.shape == () and loss.dtype == torch.float32
+    expected = by_hand(latents, module.target_map(x), module.projection.weight, **both)
+    assert loss.item() == pytest.approx(expected, rel=1e-4) and expected > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (8, 8)])
+def test_features_are_resampled_to_the_latents_grid(kind, grid):
+    module, x = alignment(kind, cosine_margin=0.1, distance_margin=0.1), pictures(2, 3, 96, 64)
+    if kind == "vit":
+        x = x[:, :, :32, :32]
+    latents, target = noise(2, 4, *grid), module.target_map(x)
+    resampled = F.interpolate(target, grid, mode="bilinear", antialias=True)
+    expected = by_hand(latents, resampled, module.projection.weight, 0.1, 0.1)
+    assert module(latents, x).item() == pytest.approx(expected, rel=1e-4)
+    if grid[0] >= target.shape[2] and grid[1] >= target.shape[3]:
+        torch.testing.assert_close(resampled, F.interpolate(target, grid, mode="bilinear"))
+    if grid == (1, 1):  # every patch counts
+        assert all(gradient.abs().min() > 0 for gradient in _slopes(target))
+
+
+def _slopes(target):
+    target = target.clone().requires_grad_()
+    return torch.autograd.grad(F.interpolate(target, (1, 1), mode="bilinear", antialias=True).sum(), target)
+
+
+@pytest.mark.parametrize("kind", ["convnext", "mobilenet", "vit", "registers"])
+def test_aligned_latents_cost_nothing(kind):
+    channels = KINDS[kind][1]
+    strict = alignment(kind, channels, cosine_margin=0.0, distance_margin=0.0)
+    x = pictures(2, 3, 64, 96) if kind != "vit" else pictures(2, 3, 32, 32)
+    latents = 3 * F.interpolate(strict.target_map(x), (4, 4), mode="bilinear", antialias=True)
+    loose = LatentAlignment(channels, strict.features)
+    for module in (strict, loose):
+        torch.nn.init.dirac_(module.projection.weight)
+    assert strict(latents, x).item() < 1e-5 and loose(latents, x).item() == 0
+    assert strict(-latents, x).item() == pytest.approx(2, abs=1e-4)  # distances between places are as they were
+    assert loose(-latents, x).item() == pytest.approx(1.5, abs=1e-4)
+
+
+def test_only_directions_count():
+    module, x, latents = alignment(), pictures(2, 3, 32, 32), noise(2, 4, 4, 4)
+    factors = 0.5 + torch.rand(2, 1, 4, 4)
+    torch.testing.assert_close(module(latents * factors, x), module(latents, x))
+
+
+def test_the_loss_is_the_mean_over_the_pictures():
+    module, x, latents = alignment(), pictures(3, 3, 32, 32), noise(3, 4, 4, 4)
+    alone = torch.stack([module(latents[i : i + 1], x[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(module(latents, x), alone.mean())
+    assert not torch.isclose(module(latents, x), module(latents, x.flip(0)))
+
+
+@pytest.mark.parametrize("kind", ["convnext", "dinov2"])
+def test_gradients_flow_to_the_latents_and_the_map_alone(kind):
+    module = alignment(kind).train()
+    latents, x = noise(2, 4, 3, 3).requires_grad_(), pictures(2, 3, 56, 56).requires_grad_()
+    module(latents, x).backward()
+    assert [name for name, weight in module.named_parameters() if weight.requires_grad] == ["projection.weight"]
+    assert [name for name, weight in module.named_parameters() if weight.grad is not None] == ["projection.weight"]
+    assert latents.grad.abs().max() > 0 and module.projection.weight.grad.abs().max() > 0 and x.grad is None
+    assert not any(part.training for part in module.features.modules())
+
+
+def test_the_gradient_is_the_slope():
+    module, x = alignment(cosine_margin=0.0, distance_margin=0.0), pictures(1, 3, 32, 32)
+    latents = noise(1, 4, 4, 4).requires_grad_()
+    module(latents, x).backward()
+    size = latents.grad.norm()
+    with torch.no_grad():
+        step = 1e-2 * latents.grad / size
+        slope = (module(latents + step, x) - module(latents - step, x)) / 2e-2
+    assert slope.item() == pytest.approx(size.item(), rel=0.02)
+
+
+def test_gradients_are_finite_at_zero():
+    module, x = alignment(), pictures(1, 3, 32, 32)
+    latents = torch.zeros(1, 4, 4, 4, requires_grad=True)
+    loss = module(latents, x)
+    loss.backward()
+    assert loss.isfinite() and latents.grad.isfinite().all() and latents.grad.norm() < 1e5
+
+
+def test_training_aligns():
+    module, x = alignment("registers"), pictures(2, 3, 56, 56)
+    latents = noise(2, 4, 4, 4).requires_grad_()
+    optimizer, losses = torch.optim.Adam([latents, module.projection.weight], 0.05), []
+    for _ in range(40):
+        optimizer.zero_grad()
+        losses.append(module(latents, x))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_it_is_float32_under_autocast():
+    module, x, latents = alignment(), pictures(2, 3, 32, 32), noise(2, 4, 4, 4)
+    plain = module(latents, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(latents, x), plain)
+        low = module(latents.bfloat16(), x.bfloat16())
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, plain, rtol=0.05, atol=0.01)
+
+
+def test_its_state_comes_back():
+    module, x, latents = alignment(), pictures(2, 3, 32, 32), noise(2, 4, 4, 4)
+    other = alignment()
+    with torch.no_grad():
+        other.projection.weight.neg_()
+    assert not torch.equal(other(latents, x), module(latents, x))
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(latents, x), module(latents, x))
+    assert list(module.state_dict()) == ["projection.weight"]
+
+
+def test_wrong_arguments_are_named():
+    features = vision_features("vit")
+    with pytest.raises(ValueError, match="`latent_channels` must be at least 1, got 0"):
+        LatentAlignment(0, features)
+    for name, margin in (("cosine_margin", -0.1), ("distance_margin", 2.0), ("cosine_margin", float("nan"))):
+        with pytest.raises(ValueError, match=rf"`{name}` must lie in \[0, 2\), got {margin}"):
+            LatentAlignment(4, features, **{name: margin})
+    module, x, latents = LatentAlignment(4, features), pictures(2, 3, 32, 32), noise(2, 4, 4, 4)
+    for wrong in (latents[0], latents[:, :3]):
+        with pytest.raises(ValueError, match=r"`latents` must have shape \(B, 4, h, w\), got"):
+            module(wrong, x)
+    for wrong in (x[0], x[:1], x[:, :1]):
+        with pytest.raises(ValueError, match=r"`pixel_values` must have shape \(2, 3, H, W\) like `latents`, got"):
+            module(latents, wrong)
+
+
+def test_models_whose_tokens_are_no_grid_of_patches_are_refused():
+    sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4, "image_size": 32}
+    swin = VisionFeatures(SwinModel(SwinConfig(**sizes, patch_size=4)), [0.5] * 3, [0.5] * 3)
+    with pytest.raises(ValueError, match="a token a patch, got 16 of Swin for 8x8 patches"):
+        LatentAlignment(4, swin)
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "image_size": 32}
+    pvt = VisionFeatures(PvtModel(PvtConfig(**sizes)), [0.5] * 3, [0.5] * 3)
+    with pytest.raises(ValueError, match="must give maps, or have a `patch_size`; Pvt has tokens and none"):
+        LatentAlignment(4, pvt)

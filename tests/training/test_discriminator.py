@@ -1,0 +1,218 @@
+"""Tests of `adversarial`: what a score sees, hinge losses by hand, learning, and the balance of gradients."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import noise, pictures
+from torch import nn
+
+from hieratok_hf import open_picture
+from hieratok_hf.training.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_hinge_loss,
+    generator_hinge_loss,
+)
+
+PICTURES = sorted((Path(__file__).parents[2] / "examples" / "pictures").glob("*.webp"))
+
+
+def discriminator(channels=8, num_layers=2, seed=0):
+    torch.manual_seed(seed)
+    return PatchDiscriminator(channels, num_layers)
+
+
+def without_norms(module):
+    module = copy.deepcopy(module)
+    for i, layer in enumerate(module.layers):
+        if isinstance(layer, nn.GroupNorm):
+            module.layers[i] = nn.Identity()
+    return module
+
+
+@pytest.mark.parametrize(("num_layers", "size"), [(1, 16), (2, 34), (3, 70), (4, 142)])
+def test_a_score_sees_a_patch_of_the_documented_size(num_layers, size):
+    side = 3 * size // 2**num_layers * 2**num_layers
+    x = pictures(1, 3, side, side).requires_grad_()
+    module = discriminator(4, num_layers)
+    for local in (without_norms(module), module):
+        scores = local(x)
+        assert scores.shape == (1, 1, side // 2**num_layers - 2, side // 2**num_layers - 2)
+        centre = scores.shape[2] // 2
+        (gradient,) = torch.autograd.grad(scores[0, 0, centre, centre], x)
+        seen = gradient[0].abs().sum(0)  # (side, side)
+        if local is not module:
+            rows, columns = (seen.sum(dim).nonzero().flatten() for dim in (1, 0))
+            window = tuple(slice(int(places[0]), int(places[-1]) + 1) for places in (rows, columns))
+            assert [part.stop - part.start for part in window] == [size, size]
+    # With the norms, which know the whole picture, a score still rests on its own patch.
+    assert seen[window].mean() > 3 * (seen.sum() - seen[window].sum()) / (seen.numel() - size**2)
+
+
+def test_a_changed_pixel_changes_the_scores_nearby_alone():
+    module, x = without_norms(discriminator()), pictures(1, 3, 96, 96)
+    changed = x.clone()
+    changed[0, :, 8, 88] = 1 - changed[0, :, 8, 88]
+    with torch.no_grad():
+        rows, columns = (module(changed) - module(x))[0, 0].nonzero(as_tuple=True)
+    assert len(rows) > 0 and rows.max() <= 6 and columns.min() >= 22 - 7
+
+
+def test_the_convolutions_are_those_of_pix2pix():
+    module = PatchDiscriminator()
+    convolutions = [layer for layer in module.layers if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [64, 128, 256, 512, 1]
+    assert [layer.stride[0] for layer in convolutions] == [2, 2, 2, 1, 1]
+    assert all(layer.kernel_size == (4, 4) and layer.padding == (1, 1) for layer in convolutions)
+    assert [layer.negative_slope for layer in module.layers if isinstance(layer, nn.LeakyReLU)] == [0.2] * 4
+    for layer in convolutions[1:-1]:
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    for tested, groups in ((module, [32, 32, 32]), (PatchDiscriminator(12), [2, 4, 8])):
+        norms = [layer for layer in tested.layers if isinstance(layer, nn.GroupNorm)]
+        assert [norm.num_groups for norm in norms] == groups
+        assert all(norm.num_channels >= 4 * norm.num_groups for norm in norms)
+    assert [layer.out_channels for layer in PatchDiscriminator(4, 6).layers if isinstance(layer, nn.Conv2d)] == [
+        *(4, 8, 16, 32, 32, 32, 32, 1)
+    ]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_scores_do_not_depend_on_the_company_or_the_mode(train):
+    module, x = discriminator().train(train), pictures(4, 3, 40, 52)
+    with torch.no_grad():
+        together = module(x)
+        alone = torch.cat([module(x[i : i + 1]) for i in range(4)])
+        other_mode = module.train(not train)(x)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(together, other_mode) and together.std() > 0.01
+
+
+def test_the_smallest_picture_still_has_a_score_of_its_own():
+    module = discriminator()
+    with torch.no_grad():
+        scores = module(pictures(3, 3, 12, 12))
+    assert module.min_size == 12 and scores.shape == (3, 1, 1, 1) and scores.std() > 1e-3
+    for shape in ((1, 3, 11, 40), (1, 3, 40, 11)):
+        with pytest.raises(ValueError, match=rf"at least 12 pixels high and wide, got {shape[2]}x{shape[3]}"):
+            module(torch.zeros(shape))
+    with pytest.raises(ValueError, match="at least 24 pixels"):
+        discriminator(4, 3)(torch.zeros(1, 3, 23, 23))
+
+
+def test_scores_are_float32_under_autocast():
+    module, x = discriminator(), pictures(2, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = module(x.bfloat16())
+        loss = generator_hinge_loss(scores.bfloat16())
+    assert scores.dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(scores, module(x), rtol=0.1, atol=0.05)
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+def test_hinge_losses_by_hand():
+    real = torch.tensor([[2.0, 0.5], [1.0, -1.0]], requires_grad=True)
+    fake = torch.tensor([[-3.0, 0.0, 0.5, -0.5]], requires_grad=True)
+    loss = discriminator_hinge_loss(real, fake)
+    assert loss.shape == () and loss.item() == pytest.approx(0.5 * ((0 + 0.5 + 0 + 2) / 4 + (0 + 1 + 1.5 + 0.5) / 4))
+    loss.backward()
+    assert real.grad.tolist() == [[0, -0.125], [0, -0.125]] and fake.grad.tolist() == [[0, 0.125, 0.125, 0.125]]
+    assert discriminator_hinge_loss(torch.zeros(2), torch.zeros(3)).item() == 1
+    assert discriminator_hinge_loss(torch.ones(2), -torch.ones(3)).item() == 0
+    fake.grad = None
+    loss = generator_hinge_loss(fake)
+    assert loss.shape == () and loss.item() == pytest.approx(0.75)
+    loss.backward()
+    assert fake.grad.tolist() == [[-0.25] * 4]
+
+
+def test_losses_of_low_precision_are_taken_in_float32():
+    real, fake = (noise(4, 1, 30, 30, seed=i).bfloat16() for i in range(2))
+    expected = discriminator_hinge_loss(real.double().float(), fake.double().float())
+    assert torch.equal(discriminator_hinge_loss(real, fake), expected) and expected.dtype == torch.float32
+    assert generator_hinge_loss(fake).item() == pytest.approx(-fake.double().mean().item(), abs=1e-6)
+
+
+def random_crops(count, left, seed, size=24):
+    """Crops `(count, 3, size, size)` of the example pictures' left or right halves, in [-1, 1]."""
+    images = torch.stack([torch.tensor(np.asarray(open_picture(path))) for path in PICTURES])
+    images = F.interpolate(images.permute(0, 3, 1, 2) / 127.5 - 1, (128, 128), mode="bilinear", antialias=True)
+    generator = np.random.default_rng(seed)
+    rows, columns = generator.integers(0, 128 - size, count), generator.integers(0, 64 - size, count) + (not left) * 64
+    return torch.stack([images[i % 2, :, y : y + size, x : x + size] for i, (y, x) in enumerate(zip(rows, columns))])
+
+
+def test_it_learns_to_tell_blurred_pictures_from_real_ones():
+    def blurred(x):
+        return F.avg_pool2d(F.pad(x, [2] * 4, mode="replicate"), 5, stride=1)
+
+    module, training, held_out = discriminator(16), random_crops(960, True, 0), random_crops(64, False, 1)
+    with torch.no_grad():
+        assert 0.9 < discriminator_hinge_loss(module(held_out), module(blurred(held_out))) < 1.1
+    optimizer = torch.optim.Adam(module.parameters(), 1e-3, betas=(0.5, 0.9))
+    for real in training.split(16):
+        optimizer.zero_grad()
+        discriminator_hinge_loss(module(real), module(blurred(real))).backward()
+        optimizer.step()
+    with torch.no_grad():
+        real, fake = (module(x).mean((1, 2, 3)) for x in (held_out, blurred(held_out)))
+    assert (real > fake).float().mean() > 0.9
+    assert discriminator_hinge_loss(real, fake) < 0.8
+
+
+def test_the_weight_balances_the_gradients():
+    module, target = discriminator(), pictures(2, 3, 32, 32)
+    picture = (target + 0.1 * noise(2, 3, 32, 32)).requires_grad_()
+    losses = (F.l1_loss(picture, target), generator_hinge_loss(module(picture)))
+    gradients = [torch.autograd.grad(loss, picture, retain_graph=True)[0] for loss in losses]
+    squares = [gradient.square().sum() for gradient in gradients]
+    weight = adaptive_weight(*squares)
+    norms = [float(np.linalg.norm(gradient.double().numpy())) for gradient in gradients]
+    assert weight.item() == pytest.approx(norms[0] / (norms[1] + 1e-4), rel=1e-5)
+    (weighted,) = torch.autograd.grad(weight * losses[1], picture)
+    assert weighted.norm().item() == pytest.approx(norms[0], rel=0.01)
+    # Halves on two processes, added up, give the weight of the whole.
+    halves = [[half.square().sum() for half in gradient.chunk(2)] for gradient in gradients]
+    torch.testing.assert_close(adaptive_weight(*[sum(parts) for parts in halves]), weight)
+
+
+def test_the_weight_is_a_number_without_a_graph():
+    square = torch.tensor(4.0, requires_grad=True)
+    weight = adaptive_weight(square * 4, square)
+    assert weight.shape == () and weight.dtype == torch.float32 and not weight.requires_grad
+    assert weight.item() == pytest.approx(2, abs=2e-4)
+    assert adaptive_weight(square.bfloat16(), square.double()).dtype == torch.float32
+
+
+def test_the_weight_stays_in_its_limits():
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    assert adaptive_weight(zero, one).item() == 0 and adaptive_weight(zero, zero).item() == 0
+    assert adaptive_weight(one, zero).item() == pytest.approx(1e4)
+    assert adaptive_weight(torch.tensor(1e12), zero).item() == 1e4
+    assert adaptive_weight(one, zero, limit=7).item() == 7
+    assert adaptive_weight(torch.tensor(4e-10), torch.tensor(1e-10), epsilon=1e-12).item() == pytest.approx(
+        2, rel=1e-5
+    )
+
+
+def test_wrong_arguments_are_named():
+    for channels in (0, 6, -4):
+        with pytest.raises(ValueError, match=f"`channels` must be a positive multiple of 4, got {channels}"):
+            PatchDiscriminator(channels)
+    with pytest.raises(ValueError, match="`num_layers` must be at least 1, got 0"):
+        PatchDiscriminator(8, 0)
+    for shape in ((3, 32, 32), (1, 4, 32, 32)):
+        with pytest.raises(ValueError, match=r"`pictures` must have shape \(B, 3, H, W\), got"):
+            discriminator()(torch.zeros(shape))
+    one = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"`reconstruction_square` must be a tensor of shape \(\), got \(2,\)"):
+        adaptive_weight(torch.ones(2), one)
+    with pytest.raises(ValueError, match=r"`adversarial_square` must be a tensor of shape \(\), got float"):
+        adaptive_weight(one, 1.0)
+    for name in ("limit", "epsilon"):
+        with pytest.raises(ValueError, match=f"`{name}` must be positive, got 0"):
+            adaptive_weight(one, one, **{name: 0})

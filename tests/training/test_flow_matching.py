@@ -1,0 +1,141 @@
+"""DiT by name, its start, and the loss of flow matching."""
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from helpers import noise
+
+from hieratok_hf.training.flow_matching import (
+    DIT_SIZES,
+    NUM_TRAIN_TIMESTEPS,
+    VelocityTraining,
+    dit_from_size,
+    flow_draws,
+)
+
+SMALL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+
+
+def small_dit(**overrides) -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    sizes = {"in_channels": 4, "sample_size": 6, "num_classes": 3, **SMALL, **overrides}
+    return dit_from_size("dit-tiny", **sizes)
+
+
+@pytest.mark.parametrize("size", DIT_SIZES)
+def test_the_named_sizes_have_the_papers_shapes(size):
+    with torch.device("meta"):
+        model = dit_from_size(size, in_channels=4, sample_size=32, num_classes=1000, patch_size=2)
+    width, depth = model.inner_dim, len(model.transformer_blocks)
+    papers = {"dit-s": (384, 12), "dit-b": (768, 12), "dit-l": (1024, 24), "dit-xl": (1152, 28)}
+    assert (width, depth) == papers.get(size, (256, 5))
+    assert model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.num_embeddings == 1001
+
+
+def test_a_dit_begins_as_the_identity_and_gives_nothing():
+    model = small_dit()
+    assert not model.training
+    hidden = noise(2, 36, 16)
+    time, labels = torch.tensor([1.0, 900.0]), torch.tensor([0, 3])
+    for block in model.transformer_blocks:
+        assert torch.equal(block(hidden, timestep=time, class_labels=labels), hidden)
+    assert not model(noise(2, 4, 6, 6), timestep=time, class_labels=labels).sample.any()
+
+
+def test_what_a_size_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="`size` must be one of"):
+        dit_from_size("dit-xxl", in_channels=4, sample_size=8, num_classes=3)
+    for name in ("foo", "num_embeds_ada_norm"):
+        with pytest.raises(ValueError, match=f"has no '{name}' to be chosen here"):
+            small_dit(**{name: 5})
+    with pytest.raises(ValueError, match="multiple of `patch_size`, got 4"):
+        dit_from_size("dit-tiny", in_channels=4, sample_size=6, num_classes=3, patch_size=4)
+    for name in ("sample_size", "num_classes", "patch_size"):
+        with pytest.raises(ValueError, match=f"`{name}` must be positive, got 0"):
+            dit_from_size("dit-tiny", **{"in_channels": 4, "sample_size": 8, "num_classes": 3, name: 0})
+
+
+class Fixed(torch.nn.Module):
+    """Gives a velocity that is known, and keeps what it was asked."""
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.velocity, self.asked = velocity, {}
+
+    def forward(self, hidden_states, **asked):
+        self.asked = {"hidden_states": hidden_states, **asked}
+        return (self.velocity,)
+
+
+def test_the_loss_is_that_of_the_velocity():
+    latents, eps = noise(3, 4, 6, 6), noise(3, 4, 6, 6, seed=1)
+    times, labels = torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0, 1, 3])
+    perfect = Fixed(eps - latents)
+    assert VelocityTraining(perfect)(latents, eps, times, labels) == 0
+    assert torch.equal(perfect.asked["timestep"], times * NUM_TRAIN_TIMESTEPS)
+    assert torch.equal(perfect.asked["class_labels"], labels)
+    # The line between the two, as diffusers' scheduler draws it.
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    fed = perfect.asked["hidden_states"]
+    torch.testing.assert_close(fed[0], latents[0])
+    torch.testing.assert_close(fed[2], eps[2])
+    assert scheduler.config.num_train_timesteps == NUM_TRAIN_TIMESTEPS
+    torch.testing.assert_close(fed[1], 0.75 * latents[1] + 0.25 * eps[1])
+    off = VelocityTraining(Fixed(eps - latents + 2))(latents, eps, times, labels)
+    torch.testing.assert_close(off, torch.tensor(4.0))
+
+
+def test_the_variance_that_a_model_may_predict_does_not_count():
+    latents, eps = noise(2, 4, 6, 6), noise(2, 4, 6, 6, seed=1)
+    both = Fixed(torch.cat([eps - latents, noise(2, 4, 6, 6, seed=2)], dim=1))
+    assert VelocityTraining(both)(latents, eps, torch.tensor([0.2, 0.4]), torch.tensor([0, 1])) == 0
+
+
+def test_labels_are_not_dropped_inside():
+    model = VelocityTraining(small_dit()).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise(*parameter.shape), alpha=0.1)
+    given = noise(64, 4, 6, 6), noise(64, 4, 6, 6, seed=1), torch.full((64,), 0.5), torch.arange(64) % 4
+    losses = [model(*given) for _ in range(4)]
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    assert model.training and model.transformer.training
+    assert not torch.equal(model(*given[:3], torch.full((64,), 3)), losses[0])
+
+
+def test_it_learns():
+    model = VelocityTraining(small_dit()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    labels, losses = torch.arange(16) % 3, []
+    latents = noise(3, 4, 1, 1)[labels].expand(16, 4, 6, 6)
+    for step in range(60):
+        eps, times, _ = flow_draws(0, step, 16, rows=torch.arange(16), shape=(4, 6, 6))
+        loss = model(latents, eps, times, labels)
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_draws_are_a_function_of_seed_and_step_however_divided():
+    whole = flow_draws(1, 7, 12, rows=torch.arange(12), shape=(4, 3, 3))
+    for rows in (torch.arange(0, 6), torch.arange(6, 12), torch.tensor([11, 0, 5])):
+        for part, all_rows in zip(flow_draws(1, 7, 12, rows=rows, shape=(4, 3, 3)), whole):
+            assert torch.equal(part, all_rows[rows])
+    others = (
+        flow_draws(1, 8, 12, rows=torch.arange(12), shape=(4, 3, 3)),
+        flow_draws(2, 7, 12, rows=torch.arange(12), shape=(4, 3, 3)),
+    )
+    assert all(not torch.equal(other[0], whole[0]) for other in others)
+
+
+def test_the_times_are_logit_normal_and_shifted():
+    rows = torch.arange(20_000)
+    _, times, dropping = flow_draws(0, 0, len(rows), rows=rows, shape=(1,), mean=0.3, std=0.8)
+    logits = torch.logit(times.double())
+    assert logits.mean() == pytest.approx(0.3, abs=0.03) and logits.std() == pytest.approx(0.8, abs=0.03)
+    assert (dropping < 0.1).float().mean() == pytest.approx(0.1, abs=0.01)
+    _, shifted, _ = flow_draws(0, 0, len(rows), rows=rows, shape=(1,), mean=0.3, std=0.8, shift=3.0)
+    torch.testing.assert_close(shifted, 3 * times / (1 + 2 * times))

@@ -1,0 +1,62 @@
+"""Tests of `sample_grid`: its size, what stands in which cell, and grids that the scales do not divide."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import pictures, random_core
+
+from hieratok_hf.training.sample_sheets import sample_grid
+
+GAP = 2
+
+
+def levels(pictures):
+    """8-bit pictures `(B, H, W, 3)` of values in [-1, 1] and beyond."""
+    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def cell(sheet, row, column, height, width):
+    top, left = row * (height + GAP), column * (width + GAP)
+    return np.asarray(sheet)[top : top + height, left : left + width]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (28, 20), (4, 12), (36, 40)])
+@pytest.mark.parametrize("factors", [(8, 4, 2, 1), (5, 3, 1), (1,)])
+@torch.no_grad()
+def test_a_sheet_shows_the_picture_every_scale_and_the_reconstruction(size, factors):
+    core, batch = random_core(scale_factors=factors), pictures(3, 3, *size)
+    sheet = sample_grid(core, batch)
+    (height, width), columns = size, len(factors) + 1
+    assert sheet.mode == "RGB"
+    assert sheet.size == (columns * (width + GAP) - GAP, 3 * (height + GAP) - GAP)
+    latents = core.encode(batch).mode()
+    originals = levels(batch)
+    for row in range(3):
+        assert (cell(sheet, row, 0, *size) == originals[row]).all()
+    for column, (picture, factor) in enumerate(zip(core.decode_scales(latents), factors), start=1):
+        enlarged = levels(picture).repeat(factor, 1).repeat(factor, 2)[:, :height, :width]
+        for row in range(3):
+            assert (cell(sheet, row, column, *size) == enlarged[row]).all()
+    assert (np.abs(cell(sheet, 1, columns - 1, *size).astype(int) - levels(core.decode(latents))[1]) <= 1).all()
+
+
+def test_the_gaps_are_white():
+    sheet = np.asarray(sample_grid(random_core(scale_factors=(2, 1)), -torch.ones(2, 3, 8, 12)))
+    assert (sheet[8:10] == 255).all()
+    for left in (12, 26):
+        assert (sheet[:, left : left + 2] == 255).all()
+    assert (sheet[:8, :12] == 0).all() and (sheet[10:, :12] == 0).all()
+
+
+def test_one_picture_has_one_row_and_leaves_no_gradient():
+    core = random_core().train()
+    sheet = sample_grid(core, pictures(1, 3, 8, 8))
+    assert sheet.size == (5 * 10 - 2, 8) and core.training
+    assert all(parameter.grad is None for parameter in core.parameters())
+
+
+def test_low_precision_gives_about_the_same_sheet():
+    core, batch = random_core(), pictures(2, 3, 16, 16)
+    whole = np.asarray(sample_grid(core, batch)).astype(int)
+    low = np.asarray(sample_grid(core.bfloat16(), batch.bfloat16())).astype(int)
+    assert low.shape == whole.shape and np.abs(low - whole).mean() < 4

@@ -1,0 +1,287 @@
+"""Tests of `objective`: each part counts with its weight, in float32, from its step on, for all trained parameters."""
+
+import math
+
+import pytest
+import torch
+from helpers import noise, pictures, random_core, tiny
+from torch import nn
+from transformers import ViTConfig, ViTModel
+
+from hieratok_hf.evaluation.perceptual import PerceptualDistance
+from hieratok_hf.evaluation.vision_features import VisionFeatures
+from hieratok_hf.models.losses import border_loss, picture_pyramid
+from hieratok_hf.training.alignment import LatentAlignment
+from hieratok_hf.training.discriminator import PatchDiscriminator
+from hieratok_hf.training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
+
+
+@pytest.fixture(scope="module")
+def vision():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(**sizes, image_size=16, patch_size=4, initializer_range=0.5)
+    return VisionFeatures(ViTModel(config), [0.5] * 3, [0.5] * 3)
+
+
+@pytest.fixture(scope="module")
+def discriminator():
+    torch.manual_seed(0)
+    return PatchDiscriminator(channels=8, num_layers=1)
+
+
+class Lpips(nn.Module):
+    """A distance in the shape of the `lpips` package's, which is not installed everywhere."""
+
+    def forward(self, pictures, targets):
+        assert pictures.dtype == targets.dtype == torch.float32
+        return (pictures - targets).abs().amax((1, 2, 3), keepdim=True)
+
+
+class Never(nn.Module):
+    def forward(self, *args):
+        raise AssertionError("a part of weight 0 was computed")
+
+
+def forward(core, pixel_values, alignment=None, latent_noise=0.0, mix=0.3, seed=0, latent_jitter=0.0):
+    model = TokenizerTraining(core, alignment, latent_noise, latent_jitter)
+    batch, _, height, width = pixel_values.shape
+    normal = noise(2, batch, core.config.latent_channels, height // 4, width // 4, seed=seed)
+    return model(pixel_values, normal, torch.full((batch, 1, 1, 1), mix)), normal
+
+
+def losses_of(core, weights, step=0, made=None, **modules):
+    pixel_values = pictures(2, 3, 16, 16)
+    made = forward(core, pixel_values, modules.pop("alignment", None))[0] if made is None else made
+    return TrainingLoss(weights, **modules)(core.config, pixel_values, *made, step)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("latent_noise", "latent_jitter"), [(0.0, 0.0), (2.0, 0.0), (0.0, 0.5), (2.0, 0.5)])
+def test_the_forward_pass_is_the_tokenizers_with_the_noise_it_is_given(latent_noise, latent_jitter, mix):
+    core, pixel_values = random_core(), pictures(2, 3, 16, 12)
+    made, normal = forward(core, pixel_values, None, latent_noise, mix, latent_jitter=latent_jitter)
+    made, moments, aligned = made
+    posterior = core.encode(pixel_values)
+    assert torch.equal(moments, core.encode_moments(pixel_values)[0]) and aligned is None
+    if mix == 0:  # neither kind of noise touches such a latent
+        exact, _ = forward(core, pixel_values, None, mix=mix)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, exact[0], strict=True))
+    latents = posterior.mean + (0.5 * posterior.logvar).exp() * normal[0]
+    if latent_noise:
+        latents = (1 - mix) * latents + mix * latent_noise * normal[1]
+    latents = latents + latent_jitter * mix**4 * normal[1]
+    for ours, theirs in zip(made, core.decode_scales(latents), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_alignment_sees_the_latents_without_noise(vision):
+    core, pixel_values = random_core(), pictures(2, 3, 16, 16)
+    alignment = LatentAlignment(4, vision)
+    (_, _, aligned), normal = forward(core, pixel_values, alignment, latent_noise=2.0, latent_jitter=0.5)
+    posterior = core.encode(pixel_values)
+    torch.testing.assert_close(aligned, alignment(posterior.mean + posterior.std * normal[0], pixel_values))
+
+
+@pytest.mark.parametrize("pixel", ["l1", "mse", "charbonnier"])
+def test_every_part_counts_with_its_weight(vision, discriminator, pixel):
+    core = random_core(kl_weight=0.3, coarse_weight=0.7)
+    alignment, perceptual = LatentAlignment(4, vision), PerceptualDistance(vision)
+    pixel_values = pictures(2, 3, 16, 16)
+    made, moments, aligned = forward(core, pixel_values, alignment)[0]
+    weights = LossWeights(pixel, border=0.8, perceptual=0.2, lpips=1.5, alignment=0.4, adversarial=0.6)
+    modules = {"perceptual": perceptual, "lpips": Lpips(), "discriminator": discriminator}
+    losses = losses_of(core, weights, made=(made, moments, aligned), **modules)
+
+    def difference(a, b):
+        if pixel == "charbonnier":
+            return ((a - b).square() + 1e-6).sqrt().mean() - 1e-3
+        return ((a - b).abs() if pixel == "l1" else (a - b).square()).mean()
+
+    targets = picture_pyramid(pixel_values, core.config)
+    mean, logvar = moments.chunk(2, dim=1)
+    expected = {
+        pixel: difference(made[-1], pixel_values),
+        "border": border_loss(made[-1], 4),
+        "coarse": sum(f * difference(a, b) for f, a, b in zip((8, 4, 2), made, targets)) / 3,
+        "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
+        "perceptual": perceptual(made[-1], pixel_values).mean(),
+        "lpips": (made[-1] - pixel_values).abs().amax((1, 2, 3)).mean(),
+        "alignment": aligned,
+        "adversarial": -discriminator(made[-1]).mean(),
+    }
+    reconstruction = (
+        expected[pixel] + 0.8 * expected["border"] + 0.2 * expected["perceptual"] + 1.5 * expected["lpips"]
+    )
+    norms = [
+        torch.autograd.grad(part, made[-1], retain_graph=True)[0].norm()
+        for part in (reconstruction, expected["adversarial"])
+    ]
+    expected["adaptive_weight"] = norms[0] / (norms[1] + 1e-4)
+    expected["loss"] = (
+        reconstruction
+        + 0.3 * expected["kl"]
+        + 0.7 * expected["coarse"]
+        + 0.4 * expected["alignment"]
+        + 0.6 * expected["adaptive_weight"] * expected["adversarial"]
+    )
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert all(value.abs() > 1e-3 for value in losses.values())
+
+
+def test_parts_of_weight_zero_are_not_computed():
+    core = random_core(kl_weight=0.3, coarse_weight=0.0)
+    modules = {name: Never() for name in ("perceptual", "lpips", "discriminator")}
+    losses = losses_of(core, LossWeights(), **modules)
+    assert losses.keys() == {"l1", "kl", "coarse", "loss"}
+    torch.testing.assert_close(losses["loss"], losses["l1"] + 0.3 * losses["kl"])
+    single = losses_of(random_core(scale_factors=(1,)), LossWeights("mse"), **modules)
+    assert single.keys() == {"mse", "kl", "loss"}
+
+
+def test_coarser_scales_count_from_their_step_on_and_get_a_gradient_before():
+    core = random_core(coarse_weight=0.5, kl_weight=0.0)
+    for step, counts in ((0, 0), (4, 0), (5, 1), (6, 1)):
+        core.zero_grad()
+        losses = losses_of(core, LossWeights(coarse_start=5), step)
+        torch.testing.assert_close(losses["loss"], losses["l1"] + counts * 0.5 * losses["coarse"])
+        losses["loss"].backward()
+        gradient = core.decoder.linear_path[0].weight.grad
+        assert gradient is not None and (gradient.abs().max() > 0) == bool(counts)
+
+
+def test_the_discriminator_counts_from_its_step_on(discriminator):
+    core = random_core()
+    weights = LossWeights(adversarial=0.5, adversarial_start=3)
+    assert "adversarial" not in losses_of(core, weights, 2, discriminator=Never())
+    assert "adversarial" in losses_of(core, weights, 3, discriminator=discriminator)
+    objective = TrainingLoss(weights, discriminator=discriminator)
+    assert [objective.is_adversarial(step) for step in (0, 2, 3, 4)] == [False, False, True, True]
+    assert not TrainingLoss(LossWeights(adversarial_start=0)).is_adversarial(5)
+
+
+def test_the_adversarial_gradient_is_as_large_as_that_of_the_reconstruction(discriminator):
+    core = random_core(kl_weight=0.0, coarse_weight=0.0, downsampling="mean")
+    pixel_values = pictures(2, 3, 16, 16)
+    made, moments, aligned = forward(core, pixel_values)[0]
+    losses = losses_of(core, LossWeights(adversarial=0.25), made=(made, moments, aligned), discriminator=discriminator)
+    l1, whole = (torch.autograd.grad(losses[name], made[-1], retain_graph=True)[0] for name in ("l1", "loss"))
+    assert (whole - l1).norm() == pytest.approx(0.25 * l1.norm().item(), rel=1e-2)
+    assert not losses["adaptive_weight"].requires_grad
+
+
+def test_the_adaptive_weight_is_that_of_all_processes_together(discriminator):
+    core, calls = random_core(), []
+
+    def total(square):
+        calls.append(square)
+        return square + (3.0 if len(calls) == 1 else 5.0)  # what another process would add
+
+    losses = losses_of(core, LossWeights(adversarial=0.5), discriminator=discriminator, total=total)
+    assert len(calls) == 2 and all(square.shape == () and square > 0 for square in calls)
+    expected = (calls[0] + 3).sqrt() / ((calls[1] + 5).sqrt() + 1e-4)
+    torch.testing.assert_close(losses["adaptive_weight"], expected)
+
+
+def test_the_tokenizers_loss_leaves_the_discriminator_no_gradient(discriminator):
+    core = random_core()
+    losses_of(core, LossWeights(adversarial=0.5), discriminator=discriminator)["loss"].backward()
+    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
+    discriminator(pictures(1, 3, 16, 16)).sum().backward()
+    assert all(p.grad is not None for p in discriminator.parameters())
+    discriminator.zero_grad()
+
+
+def every_part(core, vision, discriminator):
+    alignment = LatentAlignment(4, vision)
+    # Margins would switch some of the alignment off, and with it its gradient.
+    alignment.cosine_margin = alignment.distance_margin = 0.0
+    weights = LossWeights("charbonnier", border=0.1, perceptual=0.1, lpips=0.1, alignment=0.1, adversarial=0.1)
+    modules = {"perceptual": PerceptualDistance(vision), "lpips": Lpips(), "discriminator": discriminator}
+    return TokenizerTraining(core, alignment, latent_noise=1.0, latent_jitter=0.1), TrainingLoss(weights, **modules)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"downsampling": "mean"}, {"scale_factors": (1,)}, {"linear_path": 0, "scale_causal": False}],
+)
+def test_gradients_reach_every_trained_parameter(vision, discriminator, overrides):
+    core = random_core(**overrides).train()
+    model, objective = every_part(core, vision, discriminator)
+    pixel_values = pictures(2, 3, 16, 16)
+    made = model(pixel_values, noise(2, 2, 4, 4, 4), torch.full((2, 1, 1, 1), 0.5))
+    objective(core.config, pixel_values, *made, 0)["loss"].backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert "alignment.projection.weight" in trained and not [name for name in trained if "features" in name]
+    for name, parameter in trained.items():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+    assert all(p.grad is None for p in vision.parameters())
+
+
+def test_losses_are_float32_under_autocast(vision, discriminator):
+    core = random_core().train()
+    model, objective = every_part(core, vision, discriminator)
+    pixel_values = pictures(2, 3, 16, 16)
+    inputs = pixel_values, noise(2, 2, 4, 4, 4), torch.full((2, 1, 1, 1), 0.5)
+    expected = objective(core.config, pixel_values, *model(*inputs), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = model(*inputs)
+        assert made[0][-1].dtype == torch.bfloat16
+        losses = objective(core.config, pixel_values, *made, 0)
+    losses["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in core.parameters())
+    for name, value in losses.items():
+        assert value.dtype == torch.float32, name
+        assert value.item() == pytest.approx(expected[name].item(), rel=0.1, abs=0.02), name
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"perceptual": 1.0}, "The weight `perceptual` must be 0 where nothing computes that part, got 1"),
+        ({"lpips": 0.5}, "The weight `lpips` must be 0 where nothing"),
+        ({"adversarial": 0.5}, "The weight `adversarial` must be 0 where nothing"),
+        ({"perceptual": -1.0}, "The weight `perceptual` must be finite and not negative, got -1"),
+        ({"adversarial": -0.1}, "The weight `adversarial` must be finite and not negative"),
+        ({"border": -1.0}, "The weight `border` must be finite and not negative, got -1"),
+        ({"lpips": math.nan}, "The weight `lpips` must be finite and not negative, got nan"),
+        ({"pixel": "l3"}, r"`pixel` must be one of \['mse', 'l1', 'charbonnier'\], got 'l3'"),
+        ({"alignment": -0.1}, "The weight `alignment` must be finite and not negative"),
+    ],
+)
+def test_weights_that_cannot_serve_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingLoss(LossWeights(**weights))
+
+
+def batch_of(rows, step=3, count=6, size=(8, 12)):
+    return {"pixel_values": torch.zeros(len(rows), 3, *size), "step": step, "count": count, "rows": torch.tensor(rows)}
+
+
+def test_noise_of_a_step_is_the_same_however_its_rows_are_divided():
+    whole, mix = step_noise(batch_of(list(range(6))), tiny(), seed=5)
+    assert whole.shape == (2, 6, 4, 2, 3) and mix.shape == (6, 1, 1, 1)
+    for division in ([[0, 1, 2], [3, 4, 5]], [[5, 0], [2, 3], [4, 1]], [[i] for i in range(6)]):
+        for rows in division:
+            part, part_mix = step_noise(batch_of(rows), tiny(), seed=5)
+            assert torch.equal(part, whole[:, rows]) and torch.equal(part_mix, mix[rows])
+
+
+def test_noise_differs_between_steps_seeds_rows_and_uses():
+    drawn = [step_noise(batch_of([0, 1], step), tiny(), seed) for step in (0, 1, 2**20) for seed in (0, 1, 2**33, -1)]
+    for values in ([normal for normal, _ in drawn], [mix for _, mix in drawn]):
+        assert len({tuple(x.flatten().tolist()) for x in values}) == 12
+    whole, _ = drawn[0]
+    assert not torch.equal(whole[0], whole[1]) and not torch.equal(whole[:, 0], whole[:, 1])
+
+
+def test_noise_is_standard_normal_and_the_mix_even_in_0_to_1():
+    normal, mix = step_noise(batch_of(list(range(600)), count=600, size=(16, 16)), tiny(), seed=0)
+    assert normal.dtype == mix.dtype == torch.float32
+    for part in normal:
+        assert abs(part.mean()) < 4 / math.sqrt(part.numel()) and part.std() == pytest.approx(1, abs=0.02)
+    assert abs((normal[0] * normal[1]).mean()) < 0.02
+    assert 0 <= mix.min() < 0.02 and 0.98 < mix.max() <= 1 and mix.mean() == pytest.approx(0.5, abs=0.05)
