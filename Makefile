@@ -84,7 +84,7 @@ has_cuda: $(READY)
 # Compiling takes most of the time of the kernels' tests, so several share the device.
 gpu_tests: has_cuda
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pytest -m "not gpu" -n 8 tests/test_attention_triton.py tests/test_rotary_triton.py
+	$(BIN)/python -m pytest -m "not gpu" -n 8 tests/ops/test_attention_triton.py tests/ops/test_rotary_triton.py
 
 gpu_attention: has_cuda
 	$(BIN)/python benchmarks/bench_attention.py --json --record
