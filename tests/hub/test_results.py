@@ -60,8 +60,8 @@ def test_the_figures_of_a_generator_are_those_recorded():
     report = recorded("hieratok-dit-tiny")
     figures, classes = report_results(report, "pipeline", DIT)
     judge = "accuracy of mobilenet_v2_1.0_224 among"
-    assert values(figures) == {f"{judge} the classes of the model": 0.651, f"{judge} all its labels": 0.061}
-    assert {figure.dataset_config for figure in figures} == {"1000 samples at 64x64, 25 steps, guidance 4, bfloat16"}
+    assert values(figures) == {f"{judge} the classes of the model": 0.65, f"{judge} all its labels": 0.058}
+    assert {figure.dataset_config for figure in figures} == {"1000 samples at 64x64, 25 steps, guidance 4, float32"}
     assert {figure.dataset_type for figure in figures} == {"generated"}
     assert all(" --seed 0 --batch_size 50 " in figure.metric_args["command"] for figure in figures)
     shares = zip(report["class_accuracy_per_class"], report["top1_accuracy_per_class"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny
+from helpers import random_core
 from picture_files import noise, opened, pixels, saved
 from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig, dynamic_module_utils
@@ -342,7 +342,7 @@ def test_remote_code_needs_no_torchvision(tmp_path, monkeypatch):
     monkeypatch.setattr(image_processing_auto.IMAGE_PROCESSOR_MAPPING, "_extra_content", {})
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
     monkeypatch.syspath_prepend(str(cache))
-    AutoencoderHieraTok.from_config(tiny()).save_pretrained(folder)
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder)
     HieraTokImageProcessorPil(size_divisor=8).save_pretrained(folder)
     add_remote_code(folder)
     pair = [f"modeling_hieratok.HieraTokImageProcessor{suffix}" for suffix in ("Pil", "")]
