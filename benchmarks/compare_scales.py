@@ -144,17 +144,13 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         "| steps to the twin's last |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row, (text, twin, _) in ROWS.items():
+    for row, (text, _, _) in ROWS.items():
         seeds = sorted(int(name.rsplit("-", 1)[1]) for name in runs if name.rsplit("-", 1)[0] == row)
         if not seeds:
             continue
         own = [runs[f"{row}-{seed}"] for seed in seeds]
-        changes, reached = [], []
-        if row != twin:
-            changes = against_twin(runs, row)
-            others = [runs[f"{twin}-{seed}"] for seed in seeds if f"{twin}-{seed}" in runs]
-            steps = [steps_to_reach(mine["curve"], other[DISTANCE]) for mine, other in zip(own, others)]
-            reached = ["not" if step is None else f"{step:.0f}" for step in steps]
+        steps = [steps_to_reach(mine["curve"], other[DISTANCE]) for mine, other in pairs_with_twin(runs, row)]
+        reached = ["not" if step is None else f"{step:.0f}" for step in steps]
         coarse = [f"{value:.1f}" for value in own[0]["scales_psnr"][:-1]]
         cells = [
             f"`{row}`",
@@ -164,19 +160,23 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
             " ".join(coarse),
             ", ".join(f"{run['ssim']:.3f}" for run in own),
             ", ".join(f"{run[DISTANCE]:.0f}" for run in own),
-            ", ".join(f"{change:+.1f} %" for change in changes),
+            ", ".join(f"{change:+.1f} %" for change in against_twin(runs, row)),
             ", ".join(reached),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def against_twin(runs: dict[str, dict[str, Any]], row: str) -> list[float]:
-    """Percent by which each seed of a row has another Fréchet distance than its twin with that seed."""
+def pairs_with_twin(runs: dict[str, dict[str, Any]], row: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pair each seed of a row with its twin's run of that seed; a twin itself has no pairs."""
     twin = ROWS[row][1]
-    seeds = [name.rsplit("-", 1)[1] for name in runs if name.rsplit("-", 1)[0] == row]
-    pairs = [(runs[f"{row}-{seed}"], runs[f"{twin}-{seed}"]) for seed in seeds if f"{twin}-{seed}" in runs]
-    return [100 * (mine[DISTANCE] / other[DISTANCE] - 1) for mine, other in pairs]
+    seeds = [name.rsplit("-", 1)[1] for name in sorted(runs) if name.rsplit("-", 1)[0] == row != twin]
+    return [(runs[f"{row}-{seed}"], runs[f"{twin}-{seed}"]) for seed in seeds if f"{twin}-{seed}" in runs]
+
+
+def against_twin(runs: dict[str, dict[str, Any]], row: str) -> list[float]:
+    """Give the percent by which each seed of a row has another Fréchet distance than its twin with that seed."""
+    return [100 * (mine[DISTANCE] / other[DISTANCE] - 1) for mine, other in pairs_with_twin(runs, row)]
 
 
 def spread_of_seeds(runs: dict[str, dict[str, Any]]) -> float:
@@ -192,7 +192,7 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = {row: against_twin(runs, row) for row, (_, twin, _) in ROWS.items() if row != twin}
+    found = {row: against_twin(runs, row) for row in ROWS}
     rows = [row for row, changes in found.items() if changes]
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
     spread = spread_of_seeds(runs)

@@ -56,7 +56,11 @@ def test_set_and_context_give_the_same_pictures(vae, name):
 @pytest.mark.parametrize("name", NATIVE)
 def test_a_kernel_is_preferred_where_it_serves(vae, name, monkeypatch):
     asked = []
-    remember = lambda kernel: asked.append(kernel) or preferring(kernel)  # noqa: E731
+
+    def remember(kernel):
+        asked.append(kernel)
+        return preferring(kernel)
+
     monkeypatch.setattr("hieratok_hf.models.layers.preferring", remember)
     vae.set_attention_backend(name)
     vae.encode(pictures(1, 3, 16, 16))

@@ -1,1 +1,1 @@
-"""What the command line scripts share."""
+"""Parts that the command line scripts share."""

@@ -19,7 +19,7 @@ class PerceptualDistance(nn.Module):
     LPIPS without learned weights: at each place the squared difference of the feature vectors, scaled to unit length,
     averaged over the places, then over the layers. In [0, 4]; comparable only for one vision model.
 
-    Of a convolutional network the last map of each resolution counts, of a ViT four layers evenly spaced in depth.
+    The last map of each resolution of a convolutional network counts, and of a ViT four layers evenly spaced in depth.
 
     Args:
         features (`VisionFeatures`): The frozen vision model.

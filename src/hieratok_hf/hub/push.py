@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from huggingface_hub.utils import validate_repo_id
 
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
+from ..models.core import has_adapters
 from ..models.image_processing_hieratok import HieraTokImageProcessorPil
 from ..models.saving import stale_weights
 from .folder import Plan, add_card, prepared
@@ -65,7 +66,7 @@ def push_model(
     if not safe_serialization:
         raise ValueError("`safe_serialization` must be True: only safetensors are pushed.")
     tokenizer = model.vae if isinstance(model, DiffusionPipeline) else model
-    if any(hasattr(module, "base_layer") for module in tokenizer.modules()):
+    if has_adapters(tokenizer):
         raise ValueError("The tokenizer has adapters: fuse them and unload them, or delete them, and push then.")
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, DiffusionPipeline):

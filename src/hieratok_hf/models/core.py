@@ -125,7 +125,7 @@ class HieraTokCore(nn.Module):
                 model has adapters.
         """
         check_scale_factors(scale_factors)
-        if any(hasattr(module, "base_layer") for module in self.modules()):
+        if has_adapters(self):
             raise ValueError("The model has adapters, which a copy would lack: fuse them and unload them first.")
         own = tuple(self.config.scale_factors)
         has_averages = self.config.downsampling == "mean" or len(own) == 1
@@ -233,6 +233,11 @@ def posterior_of(moments: Tensor) -> "DiagonalGaussianDistribution":
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     return DiagonalGaussianDistribution(moments)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Tell whether peft has put adapters around layers of a model."""
+    return any(hasattr(module, "base_layer") for module in model.modules())
 
 
 def check_pixel_values(pixel_values: Tensor, config: HieraTokConfig) -> None:

@@ -13,7 +13,7 @@ __all__ = ["ATTENTION_BACKENDS", "scale_causal_attention", "why_not"]
 # Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
 
 ATTENTION_BACKENDS = ("auto", "reference", "sdpa", "sdpa_mask", "flex", "triton")
-"""What `scale_causal_attention` takes as its `backend`."""
+"""The values that `scale_causal_attention` takes as its `backend`."""
 
 
 def why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> str | None:

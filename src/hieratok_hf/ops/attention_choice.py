@@ -31,7 +31,7 @@ FASTEST: dict[tuple[str, str, int, bool], dict[int, str]] = {
 
 @torch.compiler.assume_constant_result  # what it asks cannot be traced, and never changes
 def device_kind(device: torch.device) -> str:
-    """What measurements are told apart by: the compute capability of a GPU, the vector instructions of a CPU."""
+    """Name the kind of a device: a GPU by its compute capability, a CPU by its vector instructions."""
     if device.type == "cpu":
         return f"cpu {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda" and torch.version.hip is None:

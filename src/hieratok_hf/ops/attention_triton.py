@@ -74,7 +74,7 @@ def why_not_triton(query: Tensor, scale: float) -> str | None:
 
 
 def _arguments(query: Tensor, ends: Sequence[int], scale: float) -> dict[str, Any]:
-    """What every launch is told of the sequence."""
+    """Give the arguments of every launch that describe the sequence."""
     num_tokens, heads, head_dim = query.shape[1:]
     return {
         # An odd number above 1 is never specialised, so one compilation serves all layouts of so many scales.

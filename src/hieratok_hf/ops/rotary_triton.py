@@ -81,7 +81,7 @@ def rotary_gradient_kernel(
 
 
 def _rotary_arguments(states: Tensor, weight: Tensor | None, eps: float) -> dict[str, Any]:
-    """What both launches are told of the states."""
+    """Give the arguments of both launches that describe the states."""
     batch, num_tokens, heads, head_dim = states.shape
     return {
         "num_rows": batch * num_tokens * heads,

@@ -1,1 +1,1 @@
-"""What a training loop of a tokenizer or a generator is made of."""
+"""Parts of a training loop of a tokenizer or a generator."""
