@@ -19,7 +19,7 @@ from hieratok_hf import PyramidLayout, scale_causal_attention
 # Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
 
 RESULTS = Path(__file__).parent / "results"
-CHOICE = Path(__file__).parents[1] / "src" / "hieratok_hf" / "ops" / "attention_choice.py"
+CHOICE = Path(__file__).parents[1] / "src" / "hieratok_hf" / "ops" / "attention.py"
 README = Path(__file__).parent / "README.md"
 SCALE_FACTORS = (8, 4, 2, 1)
 BACKENDS = ("sdpa_mask", "sdpa", "flex", "triton")
@@ -143,7 +143,7 @@ def fastest(row: dict[str, Any]) -> str:
 
 
 def choices(reports: list[dict[str, Any]]) -> dict[tuple[str, str, int, bool], dict[int, str]]:
-    """What `hieratok_hf.ops.attention_choice.FASTEST` should hold after these reports."""
+    """What `hieratok_hf.ops.attention.FASTEST` should hold after these reports."""
     table: dict[tuple[str, str, int, bool], dict[int, str]] = {}
     for report in sorted(reports, key=lambda report: report["machine"]["kind"]):
         for row in report["rows"]:

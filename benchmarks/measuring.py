@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hieratok_hf.ops.attention_choice import device_kind
+from hieratok_hf.ops.attention import device_kind
 from hieratok_hf.utils.files import written_whole
 
 

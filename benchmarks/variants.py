@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.models.decoder import HieraTokDecoder
-from hieratok_hf.models.encoder import HieraTokEncoder
+from hieratok_hf.models.core import HieraTokDecoder, HieraTokEncoder
 from hieratok_hf.models.layers import HieraTokBlock, HieraTokSwiGLU, rotary_tables
 from hieratok_hf.ops.pyramid import PyramidLayout, flatten_pyramid
 

@@ -14,7 +14,7 @@ from helpers import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import SIZES, HieraTokConfig, PyramidLayout, scale_causal_attention
-from hieratok_hf.ops.attention_choice import FASTEST
+from hieratok_hf.ops.attention import FASTEST
 
 ROOT = Path(__file__).parents[2]
 DECODED = ("sdpa_mask", "sdpa", "auto")

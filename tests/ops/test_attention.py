@@ -9,7 +9,7 @@ from helpers import noise
 
 from hieratok_hf import PyramidLayout, scale_causal_attention
 from hieratok_hf.ops import attention
-from hieratok_hf.ops.attention_reference import scale_causal_mask
+from hieratok_hf.ops.attention import scale_causal_mask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
@@ -148,7 +148,7 @@ def test_no_mask_is_built_on_the_sdpa_path(layout, backend, monkeypatch):
         raise AssertionError("a dense mask was built")
 
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recording)
-    monkeypatch.setattr("hieratok_hf.ops.attention_reference.scale_causal_mask", forbidden)
+    monkeypatch.setattr("hieratok_hf.ops.attention.scale_causal_mask", forbidden)
     monkeypatch.setattr(PyramidLayout, "visible_ends", forbidden)
     scale_causal_attention(*projected(layout), layout, backend=backend)
     assert [call[:3] for call in calls] == [(n, end, end) for n, end in zip(layout.lengths, layout.ends)]
@@ -161,7 +161,7 @@ def test_the_watch_for_masks_sees_the_one_of_the_reference(monkeypatch):
         raise AssertionError("a dense mask was built")
 
     layout = PyramidLayout.from_grid(4, 6, (2, 1))
-    monkeypatch.setattr("hieratok_hf.ops.attention_reference.scale_causal_mask", forbidden)
+    monkeypatch.setattr("hieratok_hf.ops.attention.scale_causal_mask", forbidden)
     with pytest.raises(AssertionError, match="a dense mask was built"):
         scale_causal_attention(*projected(layout), layout, backend="reference")
 

@@ -12,8 +12,8 @@ from helpers import noise
 from torch._dynamo.testing import EagerAndRecordGraphs
 
 from hieratok_hf import PyramidLayout, scale_causal_attention
-from hieratok_hf.ops import attention, attention_choice
-from hieratok_hf.ops.attention_choice import FASTEST, device_kind, fastest_backend
+from hieratok_hf.ops import attention
+from hieratok_hf.ops.attention import FASTEST, device_kind, fastest_backend
 from hieratok_hf.ops.pyramid import flatten_pyramid
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
@@ -27,7 +27,7 @@ MEASURED = {85: "flex", 340: "sdpa_mask", 1360: "triton"}
 def fastest(monkeypatch):
     """An empty table, to be filled by the test."""
     table = {}
-    monkeypatch.setattr(attention_choice, "FASTEST", table)
+    monkeypatch.setattr(attention, "FASTEST", table)
     return table
 
 
@@ -184,7 +184,7 @@ def test_auto_is_sdpa_where_the_kernel_cannot_serve(dtype, head_dim, fastest, re
 )
 def test_auto_is_sdpa_where_triton_is_missing_or_old(found, reason, fastest, reached, monkeypatch):
     says(fastest, "triton")
-    for name in ("attention_triton", "attention_kernels"):
+    for name in ("attention_triton",):
         monkeypatch.delitem(sys.modules, f"hieratok_hf.ops.{name}", raising=False)
     for name in ("triton", "triton.language"):
         monkeypatch.setitem(sys.modules, name, found and types.ModuleType(name))
@@ -243,7 +243,7 @@ pixel_values = torch.rand(1, 3, 64, 64)
 model(pixel_values).loss.backward()
 with torch.no_grad():
     model.decode(model.encode(pixel_values).latents)
-kernels = {"attention_kernels", "attention_triton", "rotary_triton"}
+kernels = {"attention_triton", "rotary_triton"}
 assert not kernels & {name.removeprefix("hieratok_hf.") for name in sys.modules}
 """
 WITHOUT_TRITON = """

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from hieratok_hf.ops import attention_triton
-from hieratok_hf.ops.attention_kernels import _locate
+from hieratok_hf.ops.attention_triton import _locate
 
 
 @triton.jit
@@ -65,10 +65,10 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hieratok_hf.ops import attention_kernels
+from hieratok_hf.ops import attention_triton
 
 def compiled(kernel, dtype, head_dim, tile, capability, num_scales, alignment):
-    function = getattr(attention_kernels, kernel)
+    function = getattr(attention_triton, kernel)
     m, k, warps, stages = tile
     constants = {"HEAD_DIM": head_dim, "D": max(16, triton.next_power_of_2(head_dim)), "M": m, "K": k}
     signature, attributes = {}, {}

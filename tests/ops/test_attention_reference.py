@@ -5,7 +5,7 @@ import torch
 from helpers import noise
 
 from hieratok_hf import PyramidLayout
-from hieratok_hf.ops.attention_reference import reference_attention, scale_causal_mask
+from hieratok_hf.ops.attention import reference_attention, scale_causal_mask
 
 LAYOUTS = [
     pytest.param(PyramidLayout.from_grid(*grid, factors), id=f"{grid[0]}x{grid[1]}-{factors}".replace(" ", ""))

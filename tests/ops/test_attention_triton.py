@@ -11,7 +11,7 @@ from helpers import noise
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hieratok_hf import PyramidLayout, scale_causal_attention
-from hieratok_hf.ops.attention_reference import reference_attention
+from hieratok_hf.ops.attention import reference_attention
 from hieratok_hf.ops.pyramid import flatten_pyramid
 
 pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4")

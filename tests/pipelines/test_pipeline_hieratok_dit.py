@@ -435,7 +435,7 @@ def test_labels_by_name():
         ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "`latents` must be a tensor of floating point"),
         ({"latents": np.zeros((1, 4, 8, 8))}, "got ndarray"),
         ({"generator": seeds(0, 1)}, "one for each of 1 pictures, got 2"),
-        ({"timesteps": [900, 100], "sigmas": [1.0, 0.5]}, "Only one of `timesteps` and `sigmas`"),
+        ({"timesteps": [900, 100], "sigmas": [1.0, 0.5]}, "Only one of `timesteps` or `sigmas`"),
         ({"preview_scales": 2}, "`preview_scales` needs a `callback_on_step_end`"),
         ({"preview_scales": 5, "callback_on_step_end": print}, "from 1 to the 4 scales of `vae`, got 5"),
         ({"preview_scales": 0, "callback_on_step_end": print}, "from 1 to the 4 scales of `vae`, got 0"),
@@ -454,9 +454,18 @@ def test_a_scheduler_of_another_kind_is_refused():
         pipe([0], 2)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
     assert len(pipe([0], 2).images) == 1
-    with pytest.raises(ValueError, match="`timesteps` cannot be given to a FlowMatchHeunDiscreteScheduler"):
+    with pytest.raises(ValueError, match=r"FlowMatchHeunDiscreteScheduler.*does not support custom timestep"):
         pipe.scheduler = FlowMatchHeunDiscreteScheduler()
         pipe([0], timesteps=[900, 100])
+    with pytest.raises(ValueError, match="`scheduler` has use_dynamic_shifting=True"):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        pipe([0], 2)
+
+
+def test_previews_need_a_tokenizer_with_scales():
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=CHANNELS, norm_num_groups=8)
+    with pytest.raises(ValueError, match="`preview_scales` needs a tokenizer with scales, `vae` is a AutoencoderKL"):
+        oracle_pipeline(vae=vae)([0], 2, preview_scales=1, callback_on_step_end=print)
 
 
 @pytest.mark.parametrize(

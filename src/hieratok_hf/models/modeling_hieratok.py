@@ -15,8 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_dispatch import ATTENTION_IMPLEMENTATIONS
 from .configuration_hieratok import HieraTokConfig
-from .core import HieraTokCore, posterior_of
-from .decoder import HieraTokDecoder
+from .core import HieraTokCore, HieraTokDecoder, posterior_of
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
 from .saving import (

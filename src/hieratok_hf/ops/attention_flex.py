@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from .exporting import is_exporting
 from .pyramid import PyramidLayout
+from .torch_compat import is_exporting
 
 __all__ = ["flex_scale_causal_attention", "why_not_flex"]
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .exporting import is_exporting
-from .operators import NAMESPACE
+from .torch_compat import NAMESPACE, is_exporting
 
 __all__ = ["HieraTokLinear", "prefers_onednn"]
 

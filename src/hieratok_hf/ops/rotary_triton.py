@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_kernels import tl, triton
-from .attention_triton import channels_last, on_device
-from .operators import NAMESPACE
+from .attention_triton import channels_last, on_device, tl, triton
+from .torch_compat import NAMESPACE
 
 __all__ = ["norm_rotary"]
 

@@ -1,7 +1,8 @@
 """Class-conditional generation: a DiT (Peebles and Xie, arXiv 2212.09748) in the latents of HieraTok."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.latte.pipeline_latte import retrieve_timesteps
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -16,14 +18,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .class_names import label_ids, names_to_ids
-from .generation_checks import check_numbers, check_parts, check_previews, check_scheduler
 from .noise_levels import noise_levels, predicted_for
 from .pipeline_folder import PipelineFolderMixin
 
 __all__ = ["HieraTokDiTPipeline"]
 
 # Shape letters: B pictures of a call, C latent channels, h w the latent's grid, p the tokenizer's patch size.
-
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _ROUNDING = 1e-6  # of a scheduler's noise, which is float32
@@ -83,7 +83,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         names = {int(key): str(value) for key, value in (id2label or {}).items()}
         self.register_to_config(id2label=names, prediction_type=kind)
         if vae is not None and transformer is not None:
-            check_parts(vae, transformer, names)
+            _check_parts(vae, transformer, names)
         self.labels = names_to_ids(names)
         self.image_processor = VaeImageProcessor(vae_scale_factor=_compression(vae) if vae is not None else 8)
 
@@ -171,18 +171,17 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         ids = self.get_label_ids(class_labels)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            num_images_per_prompt,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            preview_scales,
+        )
         previews = {} if preview_scales is None else {"num_scales": preview_scales}
-        check_numbers(num_inference_steps, guidance_scale, guidance_interval, num_images_per_prompt)
-        check_scheduler(self.scheduler, self.config.prediction_type)
-        if output_type not in _OUTPUT_TYPES or (self.vae is None and output_type != "latent"):
-            wanted = list(_OUTPUT_TYPES) if self.vae is not None else "'latent' without a `vae`"
-            raise ValueError(f"`output_type` must be one of {wanted}, got {output_type!r}.")
-        if wrong := [x for x in callback_on_step_end_tensor_inputs if x not in self._callback_tensor_inputs]:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {wrong[0]!r}."
-            )
-        if preview_scales is not None:
-            check_previews(self.vae, preview_scales, callback_on_step_end)
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         device, channels = self._execution_device, self.transformer.config.in_channels
@@ -230,6 +229,63 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def check_inputs(
+        self,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        preview_scales: int | None,
+    ) -> None:
+        """Raise `ValueError` with the name of the argument of `__call__`, or of the part, that cannot serve."""
+        counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
+        for name, value in counts.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
+        if not 1 <= guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be at least 1, which is none, and finite; got {guidance_scale}.")
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` must be two rising shares of noise from 0 to 1, got {guidance_interval}."
+            )
+        self._check_scheduler()
+        if output_type not in _OUTPUT_TYPES or (self.vae is None and output_type != "latent"):
+            wanted = list(_OUTPUT_TYPES) if self.vae is not None else "'latent' without a `vae`"
+            raise ValueError(f"`output_type` must be one of {wanted}, got {output_type!r}.")
+        if wrong := [x for x in callback_on_step_end_tensor_inputs if x not in self._callback_tensor_inputs]:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {wrong[0]!r}."
+            )
+        if preview_scales is None:
+            return
+        if callback_on_step_end is None:
+            raise ValueError("`preview_scales` needs a `callback_on_step_end`, which gets the previews.")
+        if "num_scales" not in inspect.signature(self.vae.decode).parameters:
+            raise ValueError(f"`preview_scales` needs a tokenizer with scales, `vae` is a {type(self.vae).__name__}.")
+        scales = len(self.vae.config.scale_factors)
+        if not isinstance(preview_scales, int) or not 1 <= preview_scales <= scales:
+            raise ValueError(
+                f"`preview_scales` must be from 1 to the {scales} scales of `vae`, got {preview_scales!r}."
+            )
+
+    def _check_scheduler(self) -> None:
+        expected = self.config.prediction_type
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "`scheduler` has use_dynamic_shifting=True, by the length of a prompt's picture: give it False."
+            )
+        if (kind := predicted_for(self.scheduler)) == expected:
+            return
+        flow = ", use_flow_sigmas=True" if expected == "flow_prediction" else ""
+        raise ValueError(
+            f"`scheduler` is a {type(self.scheduler).__name__} for a transformer of prediction type {kind!r}, this "
+            f"one's is {expected!r}: give the scheduler's `from_config` prediction_type={expected!r}{flow}, if it can "
+            "have it, or take another scheduler."
+        )
+
     def prepare_latents(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
     ) -> Tensor:
@@ -256,22 +312,15 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
     def _set_timesteps(
         self, num_inference_steps: int, timesteps: list[int] | None, sigmas: list[float] | None
     ) -> None:
-        given: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas}
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(given) > 1:
-            raise ValueError("Only one of `timesteps` and `sigmas` can be given.")
-        if "timesteps" in given and self.scheduler.config.get("shift", 1.0) != 1:
+        if timesteps is not None and self.scheduler.config.get("shift", 1.0) != 1:
             raise ValueError("`timesteps` cannot be given to a scheduler with a shift, which moves the noise only.")
-        if "sigmas" in given:
-            given["sigmas"] = np.asarray(sigmas, dtype=np.float32)  # some schedulers calculate with them
-        accepted = inspect.signature(self.scheduler.set_timesteps).parameters
-        if wrong := [name for name in given if name not in accepted]:
-            raise ValueError(f"`{wrong[0]}` cannot be given to a {type(self.scheduler).__name__}.")
-        if not given and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+        if timesteps is None and sigmas is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             # Its own last step would begin with hardly any noise; as in diffusers' pipelines, steps are even.
-            given = {"sigmas": [1 - i / num_inference_steps for i in range(num_inference_steps)]}
-        given = given or {"num_inference_steps": num_inference_steps}
-        self.scheduler.set_timesteps(**given, device=self._execution_device)
+            sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        # Some schedulers calculate with them.
+        noise = None if sigmas is None else np.asarray(sigmas, dtype=np.float32)
+        retrieve_timesteps(self.scheduler, num_inference_steps, self._execution_device, timesteps, noise)
+        # Schedulers of the second order ask twice in a step.
         self._num_timesteps = len(self.scheduler.timesteps)
 
     def _decode(self, latents: Tensor, **scales: int) -> Tensor:
@@ -286,3 +335,27 @@ def _compression(vae: ModelMixin) -> int:
     if (ratio := getattr(vae, "spatial_compression_ratio", None)) is not None:
         return ratio
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _check_parts(vae: Any, transformer: Any, id2label: Mapping[int, str]) -> None:
+    """`ValueError` unless a transformer denoises a tokenizer's latents and has the classes that are named."""
+    channels, config = vae.config.latent_channels, transformer.config
+    for name in ("in_channels", "sample_size", "num_embeds_ada_norm"):
+        if not isinstance(config.get(name), int):
+            raise ValueError(f"`transformer` must have a whole number {name!r} in its configuration.")
+    if config.in_channels != channels:
+        raise ValueError(
+            f"`transformer` takes latents of {config.in_channels} channels, those of `vae` have {channels}."
+        )
+    # As many again are a predicted variance, which is not used.
+    if (out := config.get("out_channels") or channels) not in (channels, 2 * channels):
+        raise ValueError(f"`transformer` must give {channels} channels or twice as many, it gives {out}.")
+    if config.sample_size % (patch := config.get("patch_size") or 1):
+        raise ValueError(
+            f"`transformer` has a sample size of {config.sample_size}, which is no multiple of its patch size {patch}."
+        )
+    if wrong := [key for key in id2label if not 0 <= key < config.num_embeds_ada_norm]:
+        raise ValueError(
+            f"`id2label` names the class {wrong[0]}, `transformer` has the classes 0 to "
+            f"{config.num_embeds_ada_norm - 1}."
+        )
