@@ -26,7 +26,7 @@ space: $(READY)
 	rm -rf build/space
 	mkdir -p build/space
 	cp -r examples/app.py examples/generate.py examples/reconstruct.py examples/README.md examples/requirements.txt \
-		examples/pictures build/space
+		examples/images build/space
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/space . >/dev/null
 	cd build/space && for wheel in *.whl; do \
 		echo "hieratok_hf @ https://huggingface.co/spaces/$(SPACE)/resolve/main/$$wheel" >> requirements.txt; done
@@ -103,7 +103,7 @@ gpu_autoencoders: has_cuda
 	$(BIN)/python benchmarks/bench_autoencoders.py --json --seconds 5 --eager
 
 gpu_sizes: has_cuda
-	$(BIN)/python benchmarks/bench_picture_sizes.py --json
+	$(BIN)/python benchmarks/bench_image_sizes.py --json
 
 # What makes the weights of hieratok-tiny: two stages with averages for coarse tokens, without and with a perceptual loss;
 # then the decoder alone, with learned ones and noise on the latents. Started again after an interruption, it goes on.

@@ -44,26 +44,26 @@ def dc() -> nn.Module:
     return AutoencoderDC(encoder_block_types=blocks, decoder_block_types=blocks, **resampling)
 
 
-# Name: what it is, and how it is made with random weights for square pictures of a side.
+# Name: what it is, and how it is made with random weights for square images of a side.
 MODELS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     **{size: ("HieraTok", lambda pixels, size=size: AutoencoderHieraTok.from_size(size)) for size in SIZES},
     BASELINE: ("Stable Diffusion's, f8 with 4 channels", lambda pixels: kl((128, 256, 512, 512), 4)),
     "AutoencoderKL-f16": ("32 channels, widths as VA-VAE's", lambda pixels: kl((128, 128, 256, 256, 512), 32)),
     "AutoencoderDC": ("Sana's, f32 with 32 channels", lambda pixels: dc()),
     "AutoencoderTiny": ("TAESD's", lambda pixels: AutoencoderTiny()),
-    # It resizes every picture to one size, of patches of 14 pixels where those that it makes have 16.
+    # It resizes every image to one size, of patches of 14 pixels where those that it makes have 16.
     "AutoencoderRAE": ("DINOv2-B and 8 x 512", lambda pixels: AutoencoderRAE(encoder_input_size=pixels * 14 // 16)),
 }
 
 
 def encode(vae: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Pictures `(B, 3, H, W)` to their latent `(B, C, h, w)`, the mode where an autoencoder gives a distribution."""
+    """Images `(B, 3, H, W)` to their latent `(B, C, h, w)`, the mode where an autoencoder gives a distribution."""
     encoded = vae.encode(pixel_values, return_dict=False)[0]
     return encoded if isinstance(encoded, Tensor) else encoded.mode()
 
 
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Latents `(B, C, h, w)` to pictures `(B, 3, H, W)`."""
+    """Latents `(B, C, h, w)` to images `(B, 3, H, W)`."""
     return vae.decode(latents, return_dict=False)[0]
 
 
@@ -94,11 +94,11 @@ def prepared(
     """One direction of a model with random weights on random input, and the shape that it must return."""
     torch.manual_seed(0)
     vae = MODELS[name][1](pixels).eval().to(device, dtype)
-    picture = (latent[0], 3, pixels, pixels)
+    image = (latent[0], 3, pixels, pixels)
     if direction == "encode":
-        given, expected = torch.rand(picture, device=device) * 2 - 1, latent
+        given, expected = torch.rand(image, device=device) * 2 - 1, latent
     else:
-        given, expected = torch.randn(latent, device=device), picture
+        given, expected = torch.randn(latent, device=device), image
     given = given.to(dtype)
     return lambda: CALLS[direction](vae, given), expected
 
@@ -134,7 +134,7 @@ def measure(
 
     Args:
         latents (`dict[str, tuple]`): The shape `(B, C, h, w)` of each model's latent.
-        pixels (`int`): Side of the pictures.
+        pixels (`int`): Side of the images.
         direction (`str`): `"encode"` or `"decode"`.
         modes (`list[str]`): Of `MODES`.
         device, dtype: Where and in what they run.
@@ -195,20 +195,20 @@ def figures(
 def one_peak(name: str, pixels: int, images: int, direction: str, dtype: torch.dtype) -> None:
     """Print the bytes that a call on the CPU holds at its peak beyond weights and input, as JSON."""
     device, patches = torch.device("cpu"), 64
-    # Code and buffers that the first call of any size brings along belong to no picture.
+    # Code and buffers that the first call of any size brings along belong to no image.
     prepared(name, patches, count(name, patches, 1)["latent"], direction, device, dtype)[0]()
     call, _ = prepared(name, pixels, count(name, pixels, images)["latent"], direction, device, dtype)
     print(json.dumps({"peak": peak_memory(call, device)}))
 
 
-def pictures(row: dict[str, Any]) -> str:
+def batch_of(row: dict[str, Any]) -> str:
     return f"{row['images']} of {row['pixels']}x{row['pixels']}"
 
 
 def table(report: dict[str, Any]) -> str:
     """A row for each model and size in Markdown; where a cell has two figures of a direction, encode comes first."""
     modes = ", ".join(report["modes"])
-    header = ["pictures", "model", "parameters, M", "latent", "GFLOP: encode, decode"]
+    header = ["images", "model", "parameters, M", "latent", "GFLOP: encode, decode"]
     header += [f"{direction}: {modes}" for direction in (*DIRECTIONS, "both")]
     header += ["of the rate of `@`: encode, decode"]
     rows = {(row["pixels"], row["images"], row["model"], row["direction"]): row for row in report["rows"]}
@@ -225,7 +225,7 @@ def table(report: dict[str, Any]) -> str:
         found = {direction: rows.get((pixels, images, name, direction), {}) for direction in (*DIRECTIONS, "both")}
         both = [found[direction] for direction in DIRECTIONS]
         about = report["models"][name]
-        cells = [pictures({"pixels": pixels, "images": images}), name, f"{about['parameters'] / 1e6:.1f}"]
+        cells = [batch_of({"pixels": pixels, "images": images}), name, f"{about['parameters'] / 1e6:.1f}"]
         cells += [about["latent"], ", ".join(f"{row['gflop']:.1f}" if row else "-" for row in both)]
         cells += [by_mode(row, "times_as_fast", ".2f") for row in found.values()]
         shares = [row.get("share_of_the_matrix_rate", {}).get(report["modes"][0]) for row in both]
@@ -273,14 +273,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
             style = {"linestyle": "-" if ours else "--", "marker": "o" if ours else "s", "markersize": 4}
             axis.plot(*zip(*curve), color=plt.get_cmap("tab10")(k), label=name, **style)
         sides = sorted({row["pixels"] for row in mine})
-        axis.set(xscale="log", yscale="log", xlabel="side of the picture, pixels", title=direction)
+        axis.set(xscale="log", yscale="log", xlabel="side of the image, pixels", title=direction)
         axis.set_xticks(sides, map(str, sides))
         axis.minorticks_off()
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.grid(alpha=0.3)
     axes[0].set(yticks=range(len(names)), yticklabels=names, xscale="log", xlabel=f"times as fast as {BASELINE}")
-    axes[0].set_title(f"{pictures({'images': images, 'pixels': least})} pixels, {mode}, {report['dtype']}")
+    axes[0].set_title(f"{batch_of({'images': images, 'pixels': least})} pixels, {mode}, {report['dtype']}")
     axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[0].xaxis.minorticks_off()
@@ -298,8 +298,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, help="bfloat16 on a GPU, float32 on a CPU unless given")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the pictures")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="pictures at a time")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the images")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images at a time")
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--eager", dest="modes", action="store_const", const=["eager"], help="compile nothing")
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=20, help="time for each size, batch and direction")
     parser.add_argument("--memory", action="store_true", help="peaks on a CPU too, each in a process of its own")
     parser.add_argument("--json", action="store_true", help="write autoencoders_MODES_KIND.json, after each size")
-    parser.add_argument("--plot", type=Path, help="write a picture of the ratios here")
+    parser.add_argument("--plot", type=Path, help="write an image of the ratios here")
     parser.add_argument("--peak_of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     logging.set_verbosity_error()  # it warns of every cast, of no layers at all
@@ -392,10 +392,10 @@ def main(argv: list[str] | None = None) -> int:
             name = "_".join(["autoencoders", *modes])
             report = write_report(RESULTS, name, report, ROW, lists=("rows", "left_out"))
 
-    print(f"{report['dtype']}, times as fast as {BASELINE} ({MODELS[BASELINE][0]}) on the same pictures:")
+    print(f"{report['dtype']}, times as fast as {BASELINE} ({MODELS[BASELINE][0]}) on the same images:")
     print(table(report))
     for row in report["left_out"]:
-        print(f"left out: {row['model']}, {row['direction']}, {pictures(row)}: {row['why']}")
+        print(f"left out: {row['model']}, {row['direction']}, {batch_of(row)}: {row['why']}")
     if args.plot:
         plot(report, args.plot)
     for failure in wrong:

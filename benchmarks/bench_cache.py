@@ -1,4 +1,4 @@
-"""Caching latents from picture files to shards, beside nothing but encoding the same pictures from memory."""
+"""Caching latents from image files to shards, beside nothing but encoding the same images from memory."""
 
 import argparse
 import random
@@ -18,21 +18,21 @@ import torch
 from measuring import machine, side_by_side, write_report
 from PIL import Image
 
-from hieratok_hf import HieraTokConfig, HieraTokCore, open_picture
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf import HieraTokConfig, HieraTokCore, open_image
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_cache import LatentCache, write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
 from hieratok_hf.shipped import SHIPPED
 
 RESULTS = Path(__file__).parent / "results"
-PICTURES = Path(__file__).parents[1] / "examples" / "pictures"
+IMAGES = Path(__file__).parents[1] / "examples" / "images"
 
 
-def make_pictures(folder: Path, number: int, pixels: int) -> Path:
+def make_images(folder: Path, number: int, pixels: int) -> Path:
     """JPEG files cut out of the photographs of the examples, at the size that is encoded."""
     rng = random.Random(0)
-    photographs = [open_picture(path) for path in sorted(PICTURES.glob("*.webp"))]
+    photographs = [open_image(path) for path in sorted(IMAGES.glob("*.webp"))]
     folder.mkdir()
     for i in range(number):
         photograph = photographs[i % len(photographs)]
@@ -48,11 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", default=None, help="a named size or shipped weights; hieratok-b on a GPU, else tiny")
-    parser.add_argument("--data", nargs="+", help="pictures or tar shards; JPEG files are made unless given")
+    parser.add_argument("--data", nargs="+", help="images or tar shards; JPEG files are made unless given")
     parser.add_argument("--images", type=int, default=None, help="4096 on a GPU, 256 on a CPU unless given")
-    parser.add_argument("--pixels", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=4, help="pictures decoded at a time")
+    parser.add_argument("--threads", type=int, default=4, help="images decoded at a time")
     parser.add_argument(
         "--shard_batches", type=int, default=None, help="batches of a shard; an eighth of all unless given"
     )
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         space, numbers = Path(temporary), count()
         datasets.config.HF_DATASETS_CACHE = space / "datasets"
-        pictures = load_pictures(args.data or str(make_pictures(space / "pictures", images, args.pixels)))
-        batches = EvaluationBatches(pictures, args.pixels, args.batch_size, limit=images)
+        data_set = load_images(args.data or str(make_images(space / "images", images, args.pixels)))
+        batches = EvaluationBatches(data_set, args.pixels, args.batch_size, limit=images)
         memory = [batch["pixel_values"] for batch in batches]
         images = sum(map(len, memory))
 
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         def cache() -> None:
             options = {"size": args.pixels, "batch_size": args.batch_size, "shard_size": shard_size, "limit": images}
             with precision():
-                write_latents(codec, pictures, space / f"{next(numbers)}", threads=args.threads, **options)
+                write_latents(codec, data_set, space / f"{next(numbers)}", threads=args.threads, **options)
 
         cache()
         written = LatentCache(space / "0")
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     if on_gpu:
         report["images_per_second"] = rates
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(f"{size}, {images} pictures of {args.pixels}x{args.pixels} and their mirror images, {report['dtype']}")
+    print(f"{size}, {images} images of {args.pixels}x{args.pixels} and their mirror images, {report['dtype']}")
     for name, rate in rates.items():
         print(f"    {name:12}{rate:10.1f} images/s")
     print(f"    caching runs at {report['caching_over_encoding']:.3f} of the speed of encoding alone")

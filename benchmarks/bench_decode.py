@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", default="hieratok-b")
     parser.add_argument("--images", type=int, default=None, help="64 on a GPU, 2 on a CPU unless given")
-    parser.add_argument("--pixels", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
     parser.add_argument("--dtype", default=None, help="bfloat16 on a GPU, float32 on a CPU unless given")
     parser.add_argument("--backends", nargs="+", default=None)
     parser.add_argument("--plain_only", action="store_true", help="compile nothing")
@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
             decode = with_backend(core, backend).decode
             run = torch.compile(decode, fullgraph=True, dynamic=False) if compiled else decode
             error = ((run(latents).float() - expected.float()).norm() / expected.float().norm()).item()
-            # Every block rounds anew, so the pictures differ by more than one rounding.
+            # Every block rounds anew, so the images differ by more than one rounding.
             if not error < (1e-4 if dtype == torch.float32 else 5e-2):
-                print(f"error: the picture by {backend!r} is off by {error:.1e}; nothing is reported", file=sys.stderr)
+                print(f"error: the image by {backend!r} is off by {error:.1e}; nothing is reported", file=sys.stderr)
                 return 1
             calls[f"{backend}, compiled" if compiled else backend] = lambda run=run: run(latents)
     seconds = side_by_side(calls, device, args.seconds, graphs=False)
@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     if on_gpu:
         report["milliseconds"] = {name: round(value * 1e3, 3) for name, value in seconds.items()}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    pictures = f"{images} pictures of {args.pixels}x{args.pixels}"
-    print(f"{args.size}, {pictures}, {report['dtype']}: times as fast as {BASELINE}")
+    batch = f"{images} images of {args.pixels}x{args.pixels}"
+    print(f"{args.size}, {batch}, {report['dtype']}: times as fast as {BASELINE}")
     for name, ratio in report["times_as_fast"].items():
         milliseconds = f"{seconds[name] * 1e3:12.3f} ms" if on_gpu else ""
         print(f"    {name:24}{ratio:8.3f}{milliseconds}")

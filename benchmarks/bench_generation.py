@@ -1,4 +1,4 @@
-"""A pipeline's sampling: the share of decoding, what a preview costs, and how like the final picture it is."""
+"""A pipeline's sampling: the share of decoding, what a preview costs, and how like the final image it is."""
 
 import argparse
 import sys
@@ -11,32 +11,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hieratok_hf import HieraTokConfig, HieraTokCore, HieraTokDiTPipeline
-from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
-# Tokenizers whose decoding is timed with random weights: name, side of the picture, pictures on a CPU and on a GPU.
+# Tokenizers whose decoding is timed with random weights: name, side of the image, images on a CPU and on a GPU.
 DECODERS = [("hieratok-tiny", 64, 16, 256), ("hieratok-tiny", 256, 2, 64), ("hieratok-b", 256, 2, 64)]
 
 
 def correlation(previews: Tensor, finals: Tensor) -> Tensor:
-    """Pearson's, of each picture `(B, 3, h, w)` with the final `(B, 3, H, W)` averaged to its size."""
+    """Pearson's, of each image `(B, 3, h, w)` with the final `(B, 3, H, W)` averaged to its size."""
     shrunk = F.adaptive_avg_pool2d(finals, previews.shape[2:])
     a, b = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (previews, shrunk))
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-12)
 
 
-def preview_correlations(
-    pipe: HieraTokDiTPipeline, scales: int, steps: int, pictures: int, scale: float
-) -> list[float]:
-    """The mean over pictures after each quarter of the steps."""
+def preview_correlations(pipe: HieraTokDiTPipeline, scales: int, steps: int, images: int, scale: float) -> list[float]:
+    """The mean over images after each quarter of the steps."""
     previews: list[Tensor] = []
 
     def keep(pipe: HieraTokDiTPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
         previews.append(tensors["preview"].float())
         return {}
 
-    labels = [i % pipe.num_classes for i in range(pictures)]
-    generators = [torch.Generator().manual_seed(i) for i in range(pictures)]
+    labels = [i % pipe.num_classes for i in range(images)]
+    generators = [torch.Generator().manual_seed(i) for i in range(images)]
     settings: dict[str, Any] = {"preview_scales": scales, "callback_on_step_end": keep, "output_type": "pt"}
     finals = pipe(labels, steps, scale, generator=generators, **settings).images.float()
     quarters = [previews[len(previews) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
@@ -51,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=4.0)
     parser.add_argument("--preview_scales", type=int, default=2)
-    parser.add_argument("--pictures", type=int, default=50, help="for the correlation and the speed")
+    parser.add_argument("--images", type=int, default=50, help="for the correlation and the speed")
     parser.add_argument("--seconds", type=float, default=20, help="time for each comparison")
     parser.add_argument("--json", action="store_true", help="write results/generation_KIND.json")
     args = parser.parse_args(argv)
@@ -67,29 +65,29 @@ def main(argv: list[str] | None = None) -> int:
         calls = {k: (lambda k=k, core=core, z=latents: core.decode(z, k)) for k in range(1, 5)}
         seconds = side_by_side({str(k): call for k, call in calls.items()}, device, args.seconds / 4, graphs=False)
         share = {k: round(value / seconds["4"], 4) for k, value in seconds.items()}
-        costs.append({"size": size, "pixels": pixels, "pictures": batch, "of_full_decode": share})
+        costs.append({"size": size, "pixels": pixels, "images": batch, "of_full_decode": share})
 
-    pipe = HieraTokDiTPipeline.from_pretrained(shipped_or_given(args.model), dtype=torch.float32).to(device)
+    pipe = HieraTokDiTPipeline.from_pretrained(resolve_model(args.model), dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    labels = [i % pipe.num_classes for i in range(args.pictures)]
+    labels = [i % pipe.num_classes for i in range(args.images)]
     latents = pipe(labels, **given, output_type="latent").images
     calls = {
-        "pictures": lambda: pipe(labels, **given, output_type="pt"),
+        "images": lambda: pipe(labels, **given, output_type="pt"),
         "decode": lambda: pipe.vae.decode(latents),
         "preview": lambda: pipe.vae.decode(latents, num_scales=args.preview_scales),
     }
     seconds = side_by_side(calls, device, args.seconds, graphs=False)
     report: dict[str, Any] = {
-        "machine": machine(device), "model": Path(args.model).name, "pictures": args.pictures,
+        "machine": machine(device), "model": Path(args.model).name, "images": args.images,
         "steps": args.steps, "guidance_scale": args.guidance_scale, "preview_scales": args.preview_scales,
-        "images_per_second": round(args.pictures / seconds["pictures"], 2),
-        "decode_share": round(seconds["decode"] / seconds["pictures"], 4),
+        "images_per_second": round(args.images / seconds["images"], 2),
+        "decode_share": round(seconds["decode"] / seconds["images"], 4),
         "preview_of_decode": round(seconds["preview"] / seconds["decode"], 4),
         "correlation_at_each_quarter": [
             round(value, 3)
             for value in preview_correlations(
-                pipe, args.preview_scales, args.steps, args.pictures, args.guidance_scale
+                pipe, args.preview_scales, args.steps, args.images, args.guidance_scale
             )
         ],
         "decoders": costs,
@@ -101,13 +99,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(
         f"    previews of {args.preview_scales} scales cost {100 * report['preview_of_decode']:.1f} % of decoding; "
-        f"correlation with the final picture after each quarter: {report['correlation_at_each_quarter']}"
+        f"correlation with the final image after each quarter: {report['correlation_at_each_quarter']}"
     )
     for row in costs:
         shares = ", ".join(f"{k}: {100 * value:.1f} %" for k, value in row["of_full_decode"].items())
-        print(
-            f"{row['size']}, {row['pictures']} pictures of {row['pixels']}x{row['pixels']}, cost by scales: {shares}"
-        )
+        print(f"{row['size']}, {row['images']} images of {row['pixels']}x{row['pixels']}, cost by scales: {shares}")
     if args.json:
         write_report(RESULTS, "generation", report)
     return 0

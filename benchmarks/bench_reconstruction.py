@@ -17,12 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf import HieraTokImageProcessorPil
-from hieratok_hf.data.image_dataset import Pictures, load_pictures, picture_of
+from hieratok_hf.data.image_dataset import Images, image_of, load_images
 from hieratok_hf.evaluation.metrics import FrechetDistance
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
-from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
 # Name: what lies in --data, and the side of the square that is cut from the middle.
@@ -37,21 +37,21 @@ FITTED_TO = "imagenette_128/train-*.tar"
 ROW = ("data", "like", "code")
 
 
-def as_values(picture: Image.Image) -> Tensor:
-    """A picture as `(3, H, W)` in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+def as_values(image: Image.Image) -> Tensor:
+    """An image as `(3, H, W)` in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class PrincipalComponents:
     """Patches projected to their first principal components and back, the best linear code of single patches."""
 
-    def __init__(self, pictures: Pictures, patch_size: int, channels: int):
+    def __init__(self, images: Images, patch_size: int, channels: int):
         self.patch_size, count = patch_size, 0
         numbers = 3 * patch_size**2
         total, products = torch.zeros(numbers).double(), torch.zeros(numbers, numbers).double()
-        for i in tqdm(range(len(pictures)), desc=f"components of {patch_size}x{patch_size} patches"):
-            picture = as_values(picture_of(pictures[i]))[None]
-            patches = F.unfold(picture, patch_size, stride=patch_size)[0].T.double()  # (n, 3 * p * p)
+        for i in tqdm(range(len(images)), desc=f"components of {patch_size}x{patch_size} patches"):
+            image = as_values(image_of(images[i]))[None]
+            patches = F.unfold(image, patch_size, stride=patch_size)[0].T.double()  # (n, 3 * p * p)
             total, products = total + patches.sum(0), products + patches.T @ patches
             count += len(patches)
         self.mean = (total / count).float()
@@ -66,29 +66,29 @@ class PrincipalComponents:
 
 class Jpeg:
     """
-    The best JPEG of each picture within some bytes, which are those of its scan alone: headers and tables, half a
-    kilobyte that small pictures should not pay for, are not counted.
+    The best JPEG of each image within some bytes, which are those of its scan alone: headers and tables, half a
+    kilobyte that small images should not pay for, are not counted.
     """
 
     def __init__(self, bytes_a_pixel: float):
         self.bytes_a_pixel = bytes_a_pixel
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        return torch.stack([as_values(self.best(picture)) for picture in PROCESSOR.postprocess(pixel_values)])
+        return torch.stack([as_values(self.best(image)) for image in PROCESSOR.postprocess(pixel_values)])
 
-    def best(self, picture: Image.Image) -> Image.Image:
+    def best(self, image: Image.Image) -> Image.Image:
         """By bisection over the quality; the lowest one where even that takes more bytes."""
         low, high = 1, 96  # Pillow advises against more than 95
         while high - low > 1:
             middle = (low + high) // 2
-            within = self._scan(self._file(picture, middle)) <= self.bytes_a_pixel * picture.width * picture.height
+            within = self._scan(self._file(image, middle)) <= self.bytes_a_pixel * image.width * image.height
             low, high = (middle, high) if within else (low, middle)
-        return Image.open(io.BytesIO(self._file(picture, low)))
+        return Image.open(io.BytesIO(self._file(image, low)))
 
     @staticmethod
-    def _file(picture: Image.Image, quality: int) -> bytes:
+    def _file(image: Image.Image, quality: int) -> bytes:
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality)
+        image.save(file, "JPEG", quality=quality)
         return file.getvalue()
 
     @staticmethod
@@ -99,7 +99,7 @@ class Jpeg:
 def measured(
     code: Callable[[Tensor], Tensor], batches: Iterable[dict[str, Any]], metrics: ReconstructionMetrics
 ) -> dict[str, Any]:
-    """The figures of something that takes pictures `(B, 3, H, W)` to what it makes of them."""
+    """The figures of something that takes images `(B, 3, H, W)` to what it makes of them."""
     metrics.reset()
     for batch in batches:
         metrics.update(code(batch["pixel_values"]), batch["pixel_values"])
@@ -122,7 +122,7 @@ def baselines(codec: Codec, data: Path) -> dict[str, Callable[[Tensor], Tensor]]
     has_linear_path = codec.core is not None and codec.core.config.linear_path
     return {
         **({"its linear path alone": linear_path_alone(codec)} if has_linear_path else {}),
-        "principal components": PrincipalComponents(load_pictures(str(data / FITTED_TO)), patch_size, channels),
+        "principal components": PrincipalComponents(load_images(str(data / FITTED_TO)), patch_size, channels),
         "JPEG": Jpeg(channels / patch_size**2),
     }
 
@@ -130,9 +130,9 @@ def baselines(codec: Codec, data: Path) -> dict[str, Callable[[Tensor], Tensor]]
 def table(report: dict[str, Any]) -> str:
     """A row for each data set, tokenizer and code in Markdown."""
     name = report["distance"]
-    lines = [f"| pictures | numbers as | code | PSNR, dB | SSIM | {name} |", "|---|---|---|---|---|---|"]
+    lines = [f"| images | numbers as | code | PSNR, dB | SSIM | {name} |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:
-        cells = [f"{row['pictures']} of {row['data']} at {row['size']}x{row['size']}", row["like"], row["code"]]
+        cells = [f"{row['images']} of {row['data']} at {row['size']}x{row['size']}", row["like"], row["code"]]
         cells += [f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row[name]:.3f}" if name in row else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="what to measure on")
     parser.add_argument("--vision_model", help="of the Fréchet distance; mobilenet_v2_1.0_224 in --data unless given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the tokenizers")
-    parser.add_argument("--max_pictures", type=int, help="take only the first of each set")
+    parser.add_argument("--max_images", type=int, help="take only the first of each set")
     parser.add_argument("--json", action="store_true", help="write results/reconstruction_KIND.json, after each set")
     args = parser.parse_args(argv)
     needed = [args.data / FITTED_TO, *(args.data / SETS[name][0] for name in args.sets)]
@@ -158,20 +158,18 @@ def main(argv: list[str] | None = None) -> int:
     about = machine(torch.device(args.device))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     vision_model = args.vision_model or str(args.data / "mobilenet_v2_1.0_224")
-    codecs = {name: load_codec(shipped_or_given(name), args.device) for name in args.models}
+    codecs = {name: load_codec(resolve_model(name), args.device) for name in args.models}
     codes = {name: baselines(codec, args.data) for name, codec in codecs.items()}
     for data in args.sets:
         where, size = SETS[data]
         # Of one set, the features of the originals are computed once.
         frechet = FrechetDistance(VisionFeatures.from_pretrained(vision_model), same_targets=True)
         metrics = ReconstructionMetrics(frechet=frechet)
-        pictures = load_pictures(str(args.data / where))
+        images = load_images(str(args.data / where))
         rows = []
         for name, codec in codecs.items():
             for code, call in {"tokenizer": codec, **codes[name]}.items():
-                batches = EvaluationBatches(
-                    pictures, size, batch_size=4 if size > 256 else 16, limit=args.max_pictures
-                )
+                batches = EvaluationBatches(images, size, batch_size=4 if size > 256 else 16, limit=args.max_images)
                 progress = tqdm(batches, desc=f"{data}, {code} as {name}")
                 found = evaluate(call, progress, metrics) if call is codec else measured(call, progress, metrics)
                 kept = {key: value for key, value in found.items() if not key.startswith("latent_")}

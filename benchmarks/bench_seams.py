@@ -11,17 +11,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import step_generator
-from hieratok_hf.evaluation.generation import GeneratedBatches, picture_size
+from hieratok_hf.evaluation.generation import GeneratedBatches, image_size
 from hieratok_hf.evaluation.metrics import border_steps, psnr
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
-from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
 PHOTOGRAPHS, SIZE = "kodak", 512
-REAL_PICTURES = "imagenette_128/val-*.tar"
+REAL_IMAGES = "imagenette_128/val-*.tar"
 
 
 def border_ratio(steps: list[Tensor]) -> float:
@@ -42,14 +42,14 @@ def measure_tokenizer(name: str, codec: Codec, batches: EvaluationBatches, devia
             [torch.randn(channels, side, side, generator=step_generator(0, row)) for row in batch["rows"]]
         )
         made = [codec.decode(latents + deviation * noise).float().clamp(-1, 1) for deviation in (0.0, *deviations)]
-        sums += torch.stack([psnr(pictures, pixel_values).sum() for pictures in made])
+        sums += torch.stack([psnr(images, pixel_values).sum() for images in made])
         count += len(pixel_values)
         steps.append(border_steps(made[0], patch_size))
         original_steps.append(border_steps(pixel_values, patch_size))
     decibels = [round(value, 2) for value in (sums / count).tolist()]
     return {
         "name": Path(name).name,
-        "pictures": count,
+        "images": count,
         "psnr": decibels[0],
         "psnr_with_noise": dict(zip(map(str, deviations), decibels[1:])),
         "border_ratio": border_ratio(steps),
@@ -57,16 +57,16 @@ def measure_tokenizer(name: str, codec: Codec, batches: EvaluationBatches, devia
     }
 
 
-def measure_pipeline(name: str, pictures: int, data: Path) -> dict[str, Any]:
-    """The seams of a pipeline's pictures, and of real ones of that size."""
-    pipe = HieraTokDiTPipeline.from_pretrained(shipped_or_given(name), dtype=torch.float32)
+def measure_pipeline(name: str, images: int, data: Path) -> dict[str, Any]:
+    """The seams of a pipeline's images, and of real ones of that size."""
+    pipe = HieraTokDiTPipeline.from_pretrained(resolve_model(name), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    patch_size, size = pipe.vae.spatial_compression_ratio, picture_size(pipe)
-    made = GeneratedBatches(pipe, range(pictures), seed=0, batch_size=50, num_inference_steps=25, guidance_scale=3.0)
-    real = EvaluationBatches(load_pictures(str(data / REAL_PICTURES)), size, 50, limit=pictures)
+    patch_size, size = pipe.vae.spatial_compression_ratio, image_size(pipe)
+    made = GeneratedBatches(pipe, range(images), seed=0, batch_size=50, num_inference_steps=25, guidance_scale=3.0)
+    real = EvaluationBatches(load_images(str(data / REAL_IMAGES)), size, 50, limit=images)
     ratios = [border_ratio([border_steps(x["pixel_values"], patch_size) for x in batches]) for batches in (made, real)]
-    keys = ("border_ratio", "border_ratio_of_real_pictures")
-    return {"name": Path(name).name, "pictures": pictures, **dict(zip(keys, ratios))}
+    keys = ("border_ratio", "border_ratio_of_real_images")
+    return {"name": Path(name).name, "images": images, **dict(zip(keys, ratios))}
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -79,9 +79,9 @@ def tables(report: dict[str, Any]) -> str:
         noisy = (f"{row['psnr_with_noise'][str(deviation)]:.2f}" for deviation in deviations)
         seams = f"{row['border_ratio']:.2f} | {row['border_ratio_of_originals']:.2f}"
         lines.append(f"| {row['name']} | {row['psnr']:.2f} | {' | '.join(noisy)} | {seams} |")
-    lines += ["", "| generator | border ratio | of real pictures |", "|---|---|---|"]
+    lines += ["", "| generator | border ratio | of real images |", "|---|---|---|"]
     for row in report["generators"]:
-        seams = f"{row['border_ratio']:.2f} | {row['border_ratio_of_real_pictures']:.2f}"
+        seams = f"{row['border_ratio']:.2f} | {row['border_ratio_of_real_images']:.2f}"
         lines.append(f"| {row['name']} | {seams} |")
     return "\n".join(lines)
 
@@ -94,23 +94,22 @@ def main(argv: list[str] | None = None) -> int:
     add("--models", nargs="*", default=["hieratok-tiny", "hieratok-tiny-16x"], help="folders, or names that ship")
     add("--pipelines", nargs="*", default=["hieratok-dit-tiny"], help="the same, of generators")
     add("--deviations", nargs="+", type=float, default=[0.1, 0.2, 0.3], help="of the noise, of that of the latents")
-    add("--pictures", type=int, default=200, help="of each generator")
-    add("--max_pictures", type=int, help="take only the first photographs")
+    add("--images", type=int, default=200, help="of each generator")
+    add("--max_images", type=int, help="take only the first photographs")
     add("--json", action="store_true", help="add the figures to results/seams_KIND.json")
     args = parser.parse_args(argv)
-    if missing := [name for name in (PHOTOGRAPHS, REAL_PICTURES) if not list(args.data.glob(name))]:
+    if missing := [name for name in (PHOTOGRAPHS, REAL_IMAGES) if not list(args.data.glob(name))]:
         print(f"error: --data {str(args.data)!r} lacks {missing[0]}", file=sys.stderr)
         return 2
-    photographs = load_pictures(str(args.data / PHOTOGRAPHS))
-    batches = EvaluationBatches(photographs, SIZE, batch_size=2, limit=args.max_pictures)
+    photographs = load_images(str(args.data / PHOTOGRAPHS))
+    batches = EvaluationBatches(photographs, SIZE, batch_size=2, limit=args.max_images)
     report = {
         "machine": machine(torch.device("cpu")),
         "deviations": args.deviations,
         "tokenizers": [
-            measure_tokenizer(name, load_codec(shipped_or_given(name)), batches, args.deviations)
-            for name in args.models
+            measure_tokenizer(name, load_codec(resolve_model(name)), batches, args.deviations) for name in args.models
         ],
-        "generators": [measure_pipeline(name, args.pictures, args.data) for name in args.pipelines],
+        "generators": [measure_pipeline(name, args.images, args.data) for name in args.pipelines],
     }
     if args.json:
         report = write_report(RESULTS, "seams", report, ("name",), ("tokenizers", "generators"))

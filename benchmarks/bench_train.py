@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def model_flops(config: HieraTokConfig, pixels: int) -> int:
-    """Operations of the forward and backward pass of one picture, two a multiply-add, without any recomputation."""
+    """Operations of the forward and backward pass of one image, two a multiply-add, without any recomputation."""
     training = TokenizerTraining(HieraTokCore(config).init_weights())
     side = pixels // config.patch_size
     noise = torch.zeros(2, 1, config.latent_channels, side, side)
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", default="hieratok-b")
     parser.add_argument("--images", type=int, help="64 on a GPU, 2 on a CPU unless given")
-    parser.add_argument("--pixels", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of autocast; bfloat16 on a GPU unless given")
     parser.add_argument("--plain_only", action="store_true", help="compile nothing")
     parser.add_argument("--seconds", type=float, default=20, help="time for all together")
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         report["matrix_tflops"] = round(rate / 1e12, 1)
         report["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(f"{args.size}, {images} pictures of {args.pixels}x{args.pixels}, {report['dtype']}, a training step:")
+    print(f"{args.size}, {images} images of {args.pixels}x{args.pixels}, {report['dtype']}, a training step:")
     for name, share in report["share_of_the_matrix_rate"].items():
         speed = f"{images / seconds[name]:12.1f} images/s" if on_gpu else ""
         print(f"    {name:10}{100 * share:6.1f} % of the measured matrix rate{speed}")

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from compare_scales import DISTANCE, README, ROOT, ROWS, steps_to_reach
-from latent_space import NOISE, PICTURES, figures, latents_of, white_noise
+from latent_space import IMAGES, NOISE, figures, latents_of, white_noise
 from latent_space import plot as plot_spaces
 from latent_space import table as table_of_spaces
 from measuring import machine
 
 from hieratok_hf.data.latent_cache import LatentCache
-from hieratok_hf.utils.files import written_whole
+from hieratok_hf.utils.files import write_whole
 
 RESULTS = ROOT / "benchmarks" / "results" / "compare_generation.json"
 PLOT = RESULTS.with_suffix(".png")
@@ -25,7 +25,7 @@ SPACES_BEGIN = "<!-- compare_generation.py --only_collect writes this of latent_
 
 # What decides a run's figures beside its tokenizer and seed; another value is another comparison.
 SETTINGS: dict[str, Any] = {
-    "picture_size": 64,
+    "image_size": 64,
     "dit": "dit-tiny",
     "dit_config": '{"num_layers": 4, "num_attention_heads": 3}',
     "steps": 2000,
@@ -91,7 +91,7 @@ def evaluated(folder: Path, data: Path, batch_size: int, settings: dict[str, Any
             "--fid_model",
             vision,
             "--fid_size",
-            settings["picture_size"],
+            settings["image_size"],
             "--dtype",
             settings["sample_dtype"],
         ]
@@ -112,9 +112,9 @@ def run(name: str, twin: str, seed: int, args: argparse.Namespace) -> None:
     facts = {"tokenizer": name, "twin": twin, "seed": seed, "settings": settings}
     if (path := folder / "settings.json").exists() and json.loads(path.read_text()) != facts:
         raise SystemExit(f"{path} is of other settings: take another --output, or remove {folder}.")
-    with written_whole(path) as file:
+    with write_whole(path) as file:
         file.write((json.dumps(facts, indent=1) + "\n").encode())
-    latents = cached(tokenizer, folder.parent, args.data, args.picture_size)
+    latents = cached(tokenizer, folder.parent, args.data, args.image_size)
     trained(tokenizer, latents, folder, args.data, seed, settings)
     evaluated(folder, args.data, args.sample_batch_size, settings)
 
@@ -127,7 +127,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
         return None
     curve = [{"step": step, DISTANCE: reports[step][DISTANCE]} for step in sorted(reports)]
     last = reports[curve[-1]["step"]]
-    facts |= {name: last[name] for name in ("class_accuracy", "top1_accuracy", "reference_pictures")}
+    facts |= {name: last[name] for name in ("class_accuracy", "top1_accuracy", "reference_images")}
     return {**facts, "curve": curve}
 
 
@@ -207,8 +207,8 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
     parts = {BEGIN: f"{table(results['runs'])}\n\n![{caption}](results/{PLOT.name})"}
     if results["latent_spaces"]:
         caption = "Spectra of the latents, and a t-SNE of those of each tokenizer"
-        picture = f"![{caption}](results/{SPACES_PLOT.name})"
-        parts[SPACES_BEGIN] = f"{table_of_spaces(results['latent_spaces'])}\n\n{picture}"
+        image = f"![{caption}](results/{SPACES_PLOT.name})"
+        parts[SPACES_BEGIN] = f"{table_of_spaces(results['latent_spaces'])}\n\n{image}"
     return parts
 
 
@@ -231,7 +231,7 @@ def collect(args: argparse.Namespace) -> None:
         raise SystemExit(f"Nothing has finished in {args.output}, and nothing is recorded in {RESULTS}.")
     if len({json.dumps(run["settings"], sort_keys=True) for run in runs.values()}) > 1:
         raise SystemExit(f"The runs of {args.output} and those of {RESULTS} are of several settings.")
-    size = next(iter(runs.values()))["settings"]["picture_size"]
+    size = next(iter(runs.values()))["settings"]["image_size"]
     # Pairs follow each other, each led by its twin.
     runs = dict(
         sorted(runs.items(), key=lambda item: (item[1]["twin"], item[1]["twin"] != item[1]["tokenizer"], item[0]))
@@ -243,9 +243,9 @@ def collect(args: argparse.Namespace) -> None:
     if all(name in done and folder.exists() for name, folder in folders.items()):
         spaces = {name: figures(latents_of(folder)[0]) for name, folder in folders.items()}
         spaces[NOISE] = figures(white_noise(tuple(spaces[args.pair[0]]["shape"])))
-        pictures = {name: latents_of(folder, PICTURES) for name, folder in folders.items()}
+        images = {name: latents_of(folder, IMAGES) for name, folder in folders.items()}
         classes = json.loads((args.data / "imagenette_128" / "meta.json").read_text())["classes"]
-        plot_spaces(spaces, pictures, classes, SPACES_PLOT)
+        plot_spaces(spaces, images, classes, SPACES_PLOT)
     results = {"machine": machine(torch.device("cpu")), "runs": runs, "latent_spaces": spaces}
     plot(runs, PLOT)
     text = README.read_text()
@@ -268,7 +268,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rows", nargs="+", choices=("single", "multi"), default=("single", "multi"), help="which of the pair")
     add("--seeds", type=int, nargs="+", default=[0], help="of the generators")
     add("--only_collect", action="store_true", help="run nothing; add what has finished to the results")
-    memory = "the classifier's memory grows with it; the pictures do not depend on it"
+    memory = "the classifier's memory grows with it; the images do not depend on it"
     add("--sample_batch_size", type=int, default=50, help=memory)
     for name, value in SETTINGS.items():
         add(f"--{name}", type=type(value), default=value, help="the same of all runs")

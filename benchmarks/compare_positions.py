@@ -16,26 +16,26 @@ from measuring import machine, write_report
 from PIL import Image
 from torch import Tensor
 
-from hieratok_hf import AutoencoderHieraTok, open_picture
+from hieratok_hf import AutoencoderHieraTok, open_image
 from hieratok_hf.evaluation.metrics import psnr
-from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("128", "256", "512", "768x512", "1024")
 
 
-def centre(picture: Image.Image, size: int) -> Image.Image:
-    """The square of `size` pixels in the middle of a picture."""
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+def centre(image: Image.Image, size: int) -> Image.Image:
+    """The square of `size` pixels in the middle of an image."""
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
-def at_size(pictures: list[Path], size: str) -> list[Tensor]:
-    """Pictures of one size, in [-1, 1]: centres, whole ones, or four centres of 512 pixels beside each other."""
+def at_size(images: list[Path], size: str) -> list[Tensor]:
+    """Images of one size, in [-1, 1]: centres, whole ones, or four centres of 512 pixels beside each other."""
     if size == "768x512":
-        return [as_values(open_picture(path))[None] for path in pictures]
+        return [as_values(open_image(path))[None] for path in images]
     side = int(size)
-    crops = [as_values(centre(open_picture(path), min(side, 512)))[None] for path in pictures]
+    crops = [as_values(centre(open_image(path), min(side, 512)))[None] for path in images]
     if side <= 512:
         return crops
     rows = [torch.cat([crops[i], crops[i + 1]], dim=3) for i in range(0, len(crops) - 1, 2)]
@@ -43,22 +43,22 @@ def at_size(pictures: list[Path], size: str) -> list[Tensor]:
 
 
 def cells(vae: AutoencoderHieraTok, longest: int, trained: int) -> None:
-    """As the model is: a cell is as far from the next in a large picture as in a small one."""
+    """As the model is: a cell is as far from the next in a large image as in a small one."""
 
 
 def fractions(vae: AutoencoderHieraTok, longest: int, trained: int) -> None:
-    """Positions in fractions of each side, in the unit that a picture of the trained size has."""
+    """Positions in fractions of each side, in the unit that an image of the trained size has."""
     config = vae.core.config
     config.rotary_scale, config.rotary_coordinates = config.rotary_scale * (trained - 1), "fraction"
 
 
 def interpolated(vae: AutoencoderHieraTok, longest: int, trained: int) -> None:
-    """Positions of larger pictures squeezed into the range that was trained (Chen et al., arXiv 2306.15595)."""
+    """Positions of larger images squeezed into the range that was trained (Chen et al., arXiv 2306.15595)."""
     vae.core.config.rotary_scale *= min(trained / longest, 1)
 
 
 def scaled_frequencies(vae: AutoencoderHieraTok, longest: int, trained: int) -> None:
-    """Low frequencies lowered for larger pictures, the highest kept ("NTK-aware", arXiv 2309.00071, section 3.1)."""
+    """Low frequencies lowered for larger images, the highest kept ("NTK-aware", arXiv 2309.00071, section 3.1)."""
     vae.core.config.rotary_base *= max(longest / trained, 1)
 
 
@@ -97,32 +97,32 @@ def table(report: dict[str, Any]) -> str:
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kodak", required=True, type=Path, help="folder of the Kodak pictures")
+    parser.add_argument("--kodak", required=True, type=Path, help="folder of the Kodak images")
     parser.add_argument("--model", default="hieratok-tiny")
-    parser.add_argument("--trained", type=int, default=256, help="largest side of its training pictures, in pixels")
-    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--trained", type=int, default=256, help="largest side of its training images, in pixels")
+    parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--json", action="store_true", help="write results/positions_MODEL_KIND.json")
     args = parser.parse_args(argv)
-    paths = sorted(args.kodak.glob("*.png"))[: args.pictures]
+    paths = sorted(args.kodak.glob("*.png"))[: args.images]
     if len(paths) < 4:
-        parser.error(f"--kodak must hold four pictures or more, found {len(paths)} in {str(args.kodak)!r}")
-    original = AutoencoderHieraTok.from_pretrained(shipped_or_given(args.model)).eval()
+        parser.error(f"--kodak must hold four images or more, found {len(paths)} in {str(args.kodak)!r}")
+    original = AutoencoderHieraTok.from_pretrained(resolve_model(args.model)).eval()
     patch_size = original.config.patch_size
 
     psnr_db: dict[str, dict[str, float]] = {variant: {} for variant in args.variants}
     for size in args.sizes:
-        pictures = at_size(paths, size)
+        images = at_size(paths, size)
         for variant in args.variants:
             vae = copy.deepcopy(original)
-            VARIANTS[variant](vae, max(pictures[0].shape[2:]) // patch_size, args.trained // patch_size)
-            values = [psnr(vae(picture).sample, picture).item() for picture in pictures]
+            VARIANTS[variant](vae, max(images[0].shape[2:]) // patch_size, args.trained // patch_size)
+            values = [psnr(vae(image).sample, image).item() for image in images]
             psnr_db[variant][size] = round(statistics.mean(values), 2)
             print(f"{size:8} {variant:20} {psnr_db[variant][size]:6.2f} dB", flush=True)
     report = {
         "machine": machine(torch.device("cpu")), "model": args.model, "trained": args.trained,
-        "pictures": len(paths), "psnr_db": psnr_db,
+        "images": len(paths), "psnr_db": psnr_db,
     }  # fmt: skip
     print(table(report) if "cells" in psnr_db else json.dumps(psnr_db))
     if args.json:

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from variants import VARIANTS
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.models.autoencoder_adapter import Codec
-from hieratok_hf.utils.files import written_whole
+from hieratok_hf.utils.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compare_scales.json"
@@ -27,7 +27,7 @@ BEGIN, END = "<!-- compare_scales.py --only_collect writes this -->", "<!-- unti
 PLOT = ROOT / "benchmarks" / "results" / "compare_scales.png"
 DISTANCE = "FD-MobileNetV2"
 
-# What all rows share: compression as that of hieratok-b, 48 numbers of a picture to one of the latent.
+# What all rows share: compression as that of hieratok-b, 48 numbers of an image to one of the latent.
 SHARED = """
     --size hieratok-tiny --crop_sizes 64 --crop_scale 0.5 1 --batch_size 16 --steps 1000 --lr 1.5e-3 --warmup_steps 50
     --linear_steps 300 --statistics_batches 32 --perceptual_weight 0.05 --ema 0.99 --fid_size 64
@@ -109,7 +109,7 @@ def measure(row: str, folder: Path, data: Path) -> dict[str, Any]:
     core = core_class(row)(config)
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     core.load_state_dict({name.removeprefix("core."): x for name, x in weights.items()})
-    held_out = EvaluationBatches(load_pictures(str(data / "imagenette_128" / "val-*.tar")), 64, 64)
+    held_out = EvaluationBatches(load_images(str(data / "imagenette_128" / "val-*.tar")), 64, 64)
     figures = evaluate(Codec(core.eval()), held_out, ReconstructionMetrics())
     curve = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
     return {
@@ -118,7 +118,7 @@ def measure(row: str, folder: Path, data: Path) -> dict[str, Any]:
         "ssim": figures["ssim"],
         DISTANCE: curve[-1][DISTANCE],
         "scales_psnr": figures["scales_psnr"],
-        "pictures": figures["pictures"],
+        "images": figures["images"],
         "parameters": sum(p.numel() for p in core.parameters()),
     }
 
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
                 with (folder / "log.txt").open("a") as log:
                     subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
             if not args.in_process and (folder / "config.json").exists() and not (folder / "final.json").exists():
-                with written_whole(folder / "final.json") as file:
+                with write_whole(folder / "final.json") as file:
                     file.write(json.dumps(measure(row, folder, args.data), indent=1).encode())
     if args.only_collect:
         runs = recorded() | {

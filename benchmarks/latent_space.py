@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hieratok_hf.data.latent_cache import LatentCache
-from hieratok_hf.utils.files import written_whole
+from hieratok_hf.utils.files import write_whole
 
-# Shape letters: N pictures, C latent channels, h w the latent's grid, D numbers of a vector, R rings of frequencies.
+# Shape letters: N images, C latent channels, h w the latent's grid, D numbers of a vector, R rings of frequencies.
 
-PICTURES = 2000
+IMAGES = 2000
 """Of the t-SNE and of uniformity, which looks at all pairs."""
 NOISE = "white noise"
 
@@ -43,7 +43,7 @@ def cosines(size: int) -> Tensor:
 
 def power(latents: Tensor) -> Tensor:
     """
-    Mean energy of each frequency once each channel's mean over all pictures and cells is taken away.
+    Mean energy of each frequency once each channel's mean over all images and cells is taken away.
 
     Args:
         latents (`torch.Tensor` of shape `(N, C, h, w)`): Latents.
@@ -90,7 +90,7 @@ def upper_half_share(spectrum: Tensor) -> Tensor:
 
 
 def neighbour_correlation(latents: Tensor) -> Tensor:
-    """Correlation `(C,)` of cells side by side and one above the other, over all pictures; the mean of both ways."""
+    """Correlation `(C,)` of cells side by side and one above the other, over all images; the mean of both ways."""
     latents = checked(latents)
     if min(latents.shape[2:]) < 2:
         raise ValueError(f"`latents` must have neighbours both ways, got the grid {tuple(latents.shape[2:])}.")
@@ -100,7 +100,7 @@ def neighbour_correlation(latents: Tensor) -> Tensor:
 
 
 def excess_kurtosis(latents: Tensor) -> Tensor:
-    """Of each channel `(C,)`, over all pictures and cells: 0 of a normal distribution, -1.2 of a uniform one."""
+    """Of each channel `(C,)`, over all images and cells: 0 of a normal distribution, -1.2 of a uniform one."""
     values = checked(latents).transpose(0, 1).flatten(1)
     values = values - values.mean(1, keepdim=True)
     return values.pow(4).mean(1) / values.square().mean(1).square() - 3
@@ -138,7 +138,7 @@ def figures(latents: Tensor) -> dict[str, Any]:
     frequencies, spectra = radial_spectrum(spectrum)
     some = latents[chosen(len(latents))]
     return {
-        "pictures": len(latents),
+        "images": len(latents),
         "shape": list(latents.shape[1:]),
         "frequencies": frequencies.tolist(),
         "spectra": spectra.tolist(),
@@ -152,14 +152,14 @@ def figures(latents: Tensor) -> dict[str, Any]:
     }
 
 
-def chosen(count: int, most: int = PICTURES) -> Tensor:
-    """Numbers of at most so many pictures, the same ones of every cache of the same pictures."""
+def chosen(count: int, most: int = IMAGES) -> Tensor:
+    """Numbers of at most so many images, the same ones of every cache of the same images."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
 def white_noise(shape: tuple[int, ...]) -> Tensor:
     """What the figures are of latents without any structure."""
-    return torch.randn(PICTURES, *shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(IMAGES, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def embedded(latents: Tensor) -> np.ndarray:
@@ -196,14 +196,14 @@ def table(spaces: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(
-    spaces: dict[str, dict[str, Any]], pictures: dict[str, tuple[Tensor, Tensor]], classes: list[str], path: Path
+    spaces: dict[str, dict[str, Any]], images: dict[str, tuple[Tensor, Tensor]], classes: list[str], path: Path
 ) -> None:
     """
     The spectra of all spaces, and a t-SNE of each beside them.
 
     Args:
         spaces (`dict`): `figures` by name.
-        pictures (`dict`): Latents `(N, C, h, w)` and labels `(N,)` by name.
+        images (`dict`): Latents `(N, C, h, w)` and labels `(N,)` by name.
         classes (`list[str]`): Names of the labels.
         path (`Path`): A PNG file.
     """
@@ -212,8 +212,8 @@ def plot(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (5 * (len(pictures) + 1), 5.4)
-    figure, axes = plt.subplots(1, len(pictures) + 1, figsize=size, layout="constrained")
+    size = (5 * (len(images) + 1), 5.4)
+    figure, axes = plt.subplots(1, len(images) + 1, figsize=size, layout="constrained")
     styles: dict[str, Any] = {NOISE: {"color": "grey", "linestyle": ":"}}
     styles |= {
         name: {"color": f"C{i}", "marker": ".ox^"[i % 4], "markersize": 4}
@@ -230,13 +230,13 @@ def plot(
     )
     axes[0].grid(alpha=0.3)
     axes[0].legend()
-    for axis, (name, (latents, labels)) in zip(axes[1:], pictures.items()):
+    for axis, (name, (latents, labels)) in zip(axes[1:], images.items()):
         points = embedded(latents)
         for label, title in enumerate(classes):
             mine = points[(labels == label).numpy()]
             axis.scatter(*mine.T, s=6, color=plt.get_cmap("tab10")(label % 10), label=title.replace("_", " "))
         axis.set(title=f"{name}: t-SNE of {len(latents)} latents", xticks=[], yticks=[])
-    if pictures:
+    if images:
         handles = axes[1].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower right", ncols=5, markerscale=2.5)
     figure.savefig(path, dpi=110)
@@ -244,7 +244,7 @@ def plot(
 
 
 def latents_of(folder: Path, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Latents `(N, C, h, w)` and labels `(N,)` of a cache, of all its pictures or of `chosen` ones, unmirrored."""
+    """Latents `(N, C, h, w)` and labels `(N,)` of a cache, of all its images or of `chosen` ones, unmirrored."""
     cache = LatentCache(folder)
     return cache.batch(torch.arange(len(cache)) if most is None else chosen(len(cache), most))
 
@@ -264,13 +264,13 @@ def main(argv: list[str] | None = None) -> int:
     spaces = {name: figures(latents_of(folder)[0]) for name, folder in folders.items()}
     spaces[NOISE] = figures(white_noise(tuple(spaces[names[0]]["shape"])))
     if args.json:
-        with written_whole(args.json) as file:
+        with write_whole(args.json) as file:
             file.write((json.dumps(spaces, indent=1) + "\n").encode())
     if args.plot:
-        pictures = {name: latents_of(folder, PICTURES) for name, folder in folders.items()}
-        count = 1 + max(int(labels.max()) for _, labels in pictures.values())
+        images = {name: latents_of(folder, IMAGES) for name, folder in folders.items()}
+        count = 1 + max(int(labels.max()) for _, labels in images.values())
         classes = json.loads(args.classes.read_text())["classes"] if args.classes else list(map(str, range(count)))
-        plot(spaces, pictures, classes, args.plot)
+        plot(spaces, images, classes, args.plot)
     print(table(spaces))
     return 0
 

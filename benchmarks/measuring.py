@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hieratok_hf.ops.attention import device_kind
-from hieratok_hf.utils.files import written_whole
+from hieratok_hf.utils.files import write_whole
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def write_report(
     path = folder / f"{name}_{kind}.json"
     if key and path.exists():
         report = with_earlier_rows(report, json.loads(path.read_text()), key, lists)
-    with written_whole(path) as file:
+    with write_whole(path) as file:
         file.write((json.dumps(report, indent=1) + "\n").encode())
     print(f"wrote {path.name}")
     return report

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of every named size at one picture size, counted by PyTorch without computing anything."""
+"""Parameters and FLOPs of every named size at one image size, counted by PyTorch without computing anything."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from hieratok_hf import SIZES, HieraTokConfig, HieraTokCore
 
 
 def count(size: str, height: int, width: int) -> dict[str, int | str]:
-    """Parameters, and FLOPs (two a multiply-add) to encode and to decode one picture, of a named size."""
+    """Parameters, and FLOPs (two a multiply-add) to encode and to decode one image, of a named size."""
     with torch.device("meta"):
         core = HieraTokCore(HieraTokConfig.from_size(size)).eval()
         pixel_values = torch.empty(1, 3, height, width)
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = [count(size, args.height, args.width) for size in SIZES]
 
-    print(f"{args.height}x{args.width} pixels, one picture; decoding up to scale k of 4")
+    print(f"{args.height}x{args.width} pixels, one image; decoding up to scale k of 4")
     print(
         f"{'size':20}{'parameters, M':>24}{'latent':>12}{'GFLOP: encode':>15}"
         f"{'decode k=1':>12}{'k=2':>8}{'k=3':>8}{'k=4':>8}"

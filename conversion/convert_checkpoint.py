@@ -25,10 +25,10 @@ from hieratok_hf import (
     HieraTokImageProcessorPil,
     HieraTokModel,
 )
-from hieratok_hf.cli.command_line import Problem, one_line, printed
+from hieratok_hf.cli.command_line import Problem, one_line, run_script
 from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING, complete_saved
-from hieratok_hf.models.saving import staged
-from hieratok_hf.utils.files import written_whole
+from hieratok_hf.models.saving import stage_folder
+from hieratok_hf.utils.files import write_whole
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -131,7 +131,7 @@ def core_of(config: HieraTokConfig, weights: Mapping[str, Tensor], dtype: torch.
 
 
 def figures(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor, int], Tensor], config: Any) -> list[Tensor]:
-    """The moments of a picture of noise, and the pictures of every number of scales that can be decoded alone."""
+    """The moments of an image of noise, and the images of every number of scales that can be decoded alone."""
     side, count = config.patch_size * config.scale_factors[0], len(config.scale_factors)
     generator = torch.Generator().manual_seed(0)
     # Twice as wide as high: rows and columns that changed places would show.
@@ -145,7 +145,7 @@ def figures_of_core(config: HieraTokConfig, weights: Mapping[str, Tensor]) -> li
     core = core_of(config, weights, torch.float32)
     made = figures(lambda x: core.encode_moments(x)[0], core.decode, config)
     if not all(x.isfinite().all() for x in made):
-        raise Problem("the weights give moments or pictures that are not finite")
+        raise Problem("the weights give moments or images that are not finite")
     return made
 
 
@@ -160,7 +160,7 @@ def check_folder(folder: Path, weights: Mapping[str, Tensor], expected: list[Ten
         if state.keys() != weights.keys() or any(not torch.equal(state[k], x.float()) for k, x in weights.items()):
             raise Problem(f"{name} loads other weights than were saved")
         made = figures(encode, lambda z, k, decode=loaded.decode: decode(z, num_scales=k)[0], model.config)
-        for what, x, y in zip(["moments", *["picture"] * len(made)], made, expected):
+        for what, x, y in zip(["moments", *["image"] * len(made)], made, expected):
             if not torch.equal(x, y):
                 off = float((x - y).abs().max())
                 raise Problem(f"{name} gives another {what} than the weights alone, by up to {off:.3g}")
@@ -195,11 +195,11 @@ def to_folder(args: argparse.Namespace) -> list[str]:
     ]
     if any(not torch.equal(x.to(rounded[name].dtype).to(x.dtype), x) for name, x in weights.items()):
         exact = figures_of_core(config, weights)
-        moments, *pictures = [float((x - y).abs().max()) for x, y in zip(expected, exact)]
-        lines.append(f"rounding changes moments by up to {moments:.3g}, pictures by up to {max(pictures):.3g}")
+        moments, *images = [float((x - y).abs().max()) for x, y in zip(expected, exact)]
+        lines.append(f"rounding changes moments by up to {moments:.3g}, images by up to {max(images):.3g}")
     if args.dry_run:
         return [*lines, "everything fits; nothing was written"]
-    with staged(args.output) as stage:
+    with stage_folder(args.output) as stage:
         vae = AutoencoderHieraTok.from_core(core_of(config, rounded, dtype))
         vae.save_pretrained(stage, max_shard_size=args.shard_size)
         HieraTokImageProcessorPil(size_divisor=config.patch_size).save_pretrained(stage)
@@ -219,7 +219,7 @@ def to_raw(args: argparse.Namespace) -> list[str]:
     if any(not torch.equal(back[name], x) for name, x in state.items()):
         raise Problem("the names do not lead back to the same weights")
     if not args.dry_run:
-        with written_whole(args.output) as file:
+        with write_whole(args.output) as file:
             file.write(save(raw))
     made = "everything fits; nothing was written" if args.dry_run else f"done: {str(args.output)!r}"
     return [f"read {str(args.checkpoint)!r}: {len(state)} tensors", f"{made}, {len(raw)} tensors"]
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    return printed(run, args)
+    return run_script(run, args)
 
 
 if __name__ == "__main__":

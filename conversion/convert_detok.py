@@ -13,16 +13,16 @@ from raw_checkpoint import find_weights, read_checkpoint, without_wrappers
 from torch import Tensor
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil, HieraTokModel
-from hieratok_hf.cli.command_line import Problem, add_device, loaded, one_line, positive, printed
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.cli.command_line import Problem, add_device, load_or_explain, one_line, positive, run_script
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
-from hieratok_hf.models.saving import staged
+from hieratok_hf.models.saving import stage_folder
 from hieratok_hf.training.pca_init import latent_statistics
 
 # Shape letters: D width of a side, n side of the grid of patches, p patch size, C latent channels.
 
 HEAD_DIM = 64
-# How far rounding may take the folder's latents and pictures from the checkpoint's, as a share of them.
+# How far rounding may take the folder's latents and images from the checkpoint's, as a share of them.
 DTYPES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("output", type=Path, help="folder to write, for HieraTokModel and AutoencoderHieraTok")
     add("--revision", help="branch, tag or commit of the Hub repository")
     add("--ema", action="store_true", help="take the averaged weights of a file that has both")
-    data = "pictures whose latents are brought to mean 0 and deviation 1: folders, tar shards, or a Hub data set"
+    data = "images whose latents are brought to mean 0 and deviation 1: folders, tar shards, or a Hub data set"
     add("--data", nargs="+", help=data)
     add("--split", default="train", help="split of folders and data sets; shards have but one")
     add("--images", type=positive, default=2048, help="how many of them to take, from all over the data (2048)")
@@ -168,28 +168,28 @@ def convert(weights: Mapping[str, Tensor]) -> HieraTokModel:
 
 @torch.no_grad()
 def fold(core: HieraTokCore, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[str]]:
-    """Normalise the latents over the pictures of `--data`: mean and deviation `(C,)`, and lines to print."""
+    """Normalise the latents over the images of `--data`: mean and deviation `(C,)`, and lines to print."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = args.device or found or torch.device("cpu")
     try:
-        pictures = load_pictures(args.data, split=args.split)
+        images = load_images(args.data, split=args.split)
         # Data sets are often in the order of their classes.
-        pictures.dataset = pictures.dataset.shuffle(seed=0)
-        batches = EvaluationBatches(pictures, core.config.sample_size, limit=args.images)
+        images.dataset = images.dataset.shuffle(seed=0)
+        batches = EvaluationBatches(images, core.config.sample_size, limit=args.images)
         core.to(device)
         mean, std = latent_statistics(core, (batch["pixel_values"].to(device) for batch in batches))
         core.cpu().fold_latent_statistics(mean, std)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise Problem(f"--data {args.data}: {one_line(error)}") from error
-    count = min(args.images, len(pictures)) - len(batches.skipped)
+    count = min(args.images, len(images)) - len(batches.skipped)
     before = f"means from {mean.min():.3f} to {mean.max():.3f}, deviations from {std.min():.3f} to {std.max():.3f}"
     lines = [f"left out: {reason}" for reason in batches.skipped.values()]
-    return mean, std, [*lines, f"latents of {count} pictures had {before}; that is folded into the weights"]
+    return mean, std, [*lines, f"latents of {count} images had {before}; that is folded into the weights"]
 
 
 @torch.no_grad()
 def computed(core: HieraTokCore, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and log-variance `(B, C, n, n)` of the latents of pictures, and the pictures made of that mean."""
+    """Mean and log-variance `(B, C, n, n)` of the latents of images, and the images made of that mean."""
     mean, logvar = core.encode_moments(pixel_values)[0].chunk(2, dim=1)
     return mean, logvar, core.decode(mean)
 
@@ -198,7 +198,7 @@ def distance(folder: Path, pixel_values: Tensor, expected: tuple[Tensor, ...]) -
     """The largest distance, as a share, of what both classes compute with a saved folder from what is expected."""
     distances = []
     for loader in (HieraTokModel, AutoencoderHieraTok):
-        core = loaded(loader.from_pretrained, "the folder just written", str(folder)).core
+        core = load_or_explain(loader.from_pretrained, "the folder just written", str(folder)).core
         found = computed(core, pixel_values.to(core.decoder.head.weight.dtype))
         distances += [(x.float() - y).norm() / y.norm() for x, y in zip(found, expected)]
     return torch.stack(distances).max().item()  # NaN where one is
@@ -207,7 +207,7 @@ def distance(folder: Path, pixel_values: Tensor, expected: tuple[Tensor, ...]) -
 def save(model: HieraTokModel, args: argparse.Namespace, pixel_values: Tensor, expected: tuple[Tensor, ...]) -> float:
     """Write the folder, whole or not at all, and give its distance from the checkpoint."""
     try:
-        with staged(args.output) as stage:
+        with stage_folder(args.output) as stage:
             model.to(getattr(torch, args.dtype)).save_pretrained(stage)
             HieraTokImageProcessorPil(size_divisor=model.config.patch_size).save_pretrained(stage)
             found = distance(stage, pixel_values, expected)
@@ -221,26 +221,26 @@ def save(model: HieraTokModel, args: argparse.Namespace, pixel_values: Tensor, e
 
 def run(args: argparse.Namespace) -> list[str]:
     """Convert, check, write, and return the lines to print."""
-    path = loaded(fetch, "CHECKPOINT", args.checkpoint, args.revision)
+    path = load_or_explain(fetch, "CHECKPOINT", args.checkpoint, args.revision)
     model = convert(without_wrappers(find_weights(read_checkpoint(path), args.ema)[0]))
     config, core = model.config, model.core
     lines = [
         f"l-DeTok of {sum(x.numel() for x in core.parameters()) / 1e6:.1f} M parameters: encoder "
         f"{config.encoder_num_layers} x {config.encoder_hidden_size}, decoder {config.decoder_num_layers} x "
-        f"{config.decoder_hidden_size}, patch {config.patch_size}, {config.latent_channels} channels, pictures of "
+        f"{config.decoder_hidden_size}, patch {config.patch_size}, {config.latent_channels} channels, images of "
         f"{config.sample_size} x {config.sample_size} pixels"
     ]
     if args.dry_run:
         return [*lines, "every tensor has its place; nothing was written"]
     size = config.sample_size
     pixel_values = torch.rand(1, config.in_channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, logvar, pictures = computed(core, pixel_values)
+    mean, logvar, images = computed(core, pixel_values)
     if args.data:
         shift, scale, more = fold(core, args)
         shift, scale = shift[:, None, None], scale[:, None, None]
         mean, logvar = (mean - shift) / scale, logvar - 2 * scale.log()
         lines += more
-    found = save(model, args, pixel_values, (mean, logvar, pictures))
+    found = save(model, args, pixel_values, (mean, logvar, images))
     return [
         *lines,
         f"{str(args.output)!r} in {args.dtype} agrees with the checkpoint within {found:.1e} of its values",
@@ -248,7 +248,7 @@ def run(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return printed(run, parse_args(argv))
+    return run_script(run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.cli.command_line import Problem, loaded, one_line, positive, printed
+from hieratok_hf.cli.command_line import Problem, load_or_explain, one_line, positive, run_script
 from hieratok_hf.models.autoencoder_adapter import load_codec
-from hieratok_hf.models.saving import staged
+from hieratok_hf.models.saving import stage_folder
 
 # Shape letters: B batch, H W pixels, p patch size, C latent channels, h w the latent's grid (H / p, W / p).
 
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`latents (B, C, h, w) -> picture (B, 3, H, W)`, smaller with fewer scales, without the encoder's weights."""
+    """`latents (B, C, h, w) -> image (B, 3, H, W)`, smaller with fewer scales, without the encoder's weights."""
 
     def __init__(self, core: HieraTokCore, num_scales: int | None):
         super().__init__()
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("output", type=Path, help="folder to write; must not be there yet, or be empty")
     add("--format", nargs="+", choices=SUFFIXES, default=list(SUFFIXES), help="what to write (both)")
     add("--parts", nargs="+", choices=("encoder", "decoder"), default=["encoder", "decoder"], help="of what (both)")
-    add("--num_scales", type=positive, help="decode only this many scales, to a smaller picture (all)")
+    add("--num_scales", type=positive, help="decode only this many scales, to a smaller image (all)")
     add("--dtype", choices=DTYPES, default="float32", help="of weights, inputs and outputs (float32)")
     add("--dry_run", action="store_true", help="say what would be written, and write nothing")
     args = parser.parse_args(argv)
@@ -100,12 +100,12 @@ def interface(part: str, config: HieraTokConfig, factor: int) -> dict[str, dict[
     latents = ["batch", channels, "rows", "columns"]
     return {
         "input": {"name": "latents", "shape": latents, "values": "mode or sample", **least},
-        "output": {"name": "picture", "shape": shape, "values": "about [-1, 1], not clamped"},
+        "output": {"name": "image", "shape": shape, "values": "about [-1, 1], not clamped"},
     }
 
 
 def make_inputs(part: str, config: HieraTokConfig, batch: int, rows: int, columns: int) -> Tensor:
-    """Random pictures in [-1, 1] for the encoder, standard normal latents for the decoder."""
+    """Random images in [-1, 1] for the encoder, standard normal latents for the decoder."""
     generator = torch.Generator().manual_seed(0)
     if part == "decoder":
         return torch.randn(batch, config.latent_channels, rows, columns, generator=generator)
@@ -222,7 +222,7 @@ def prepare(args: argparse.Namespace) -> HieraTokCore:
         raise Problem(f"OUTPUT {str(args.output)!r} must be a folder, got a file")
     if args.output.is_dir() and any(args.output.iterdir()):
         raise Problem(f"OUTPUT {str(args.output)!r} must be a new or an empty folder, this one has files")
-    core = loaded(load_codec, "MODEL", args.model).core
+    core = load_or_explain(load_codec, "MODEL", args.model).core
     if core is None:
         raise Problem(f"MODEL {args.model!r} is no HieraTok tokenizer")
     if args.num_scales:
@@ -243,7 +243,7 @@ def run(args: argparse.Namespace) -> list[str]:
         names = [f"{part}{SUFFIXES[kind]}" for part in parts for kind in dict.fromkeys(args.format)]
         return [f"would write {', '.join([*names, FACTS])} to {str(args.output)!r}; nothing was written"]
     try:
-        with staged(args.output) as stage:
+        with stage_folder(args.output) as stage:
             programs = [facts for part in parts for facts in export_part(part, core, args, stage)]
             packages = ["hieratok_hf", "torch", *dict.fromkeys(x for kind in args.format for x in PACKAGES[kind])]
             report = {
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, of which nothing is needed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporters use parts of PyTorch that will go
-        return printed(run, args)
+        return run_script(run, args)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from typing import Any
 import diffusers
 import transformers
 
-from hieratok_hf.cli.command_line import Problem, one_line, printed
+from hieratok_hf.cli.command_line import Problem, one_line, run_script
 from hieratok_hf.hub.folder import Plan, add_card, prepared
 from hieratok_hf.hub.push import HubError, push_folder
-from hieratok_hf.shipped import SHIPPED, shipped_or_given
+from hieratok_hf.shipped import SHIPPED, resolve_model
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -65,7 +65,7 @@ def card_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Push, or with `--dry_run` only prepare, and return the lines to print."""
-    folder = shipped_or_given(args.folder)
+    folder = resolve_model(args.folder)
     card = None if args.no_card else card_of(args)
     try:
         if args.dry_run:
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    return printed(run, args)
+    return run_script(run, args)
 
 
 if __name__ == "__main__":

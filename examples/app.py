@@ -17,15 +17,15 @@ import torch
 from diffusers.utils import logging
 from generate import as_images, class_label, load_pipeline
 from PIL import Image
-from reconstruct import AMPLIFY, BUNDLED, amplified_difference, encode_and_decode, load_model
+from reconstruct import AMPLIFY, BUNDLED, amplify_difference, encode_and_decode, load_model
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import Problem, loaded, one_line, printed
-from hieratok_hf.evaluation.generation import numbered_pictures
-from hieratok_hf.utils.images import PictureError, decode_picture
+from hieratok_hf.cli.command_line import Problem, load_or_explain, one_line, run_script
+from hieratok_hf.evaluation.generation import number_images
+from hieratok_hf.utils.images import ImageError, decode_image
 
 MAX_BYTES, MAX_PIXELS, MAX_SIDE = 20 * 2**20, 32_000_000, 768
-MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 100, 8, 10.0, 2**31 - 1
+MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE, MAX_SEED = 100, 8, 10.0, 2**31 - 1
 WAITING, AT_ONCE = 40, 2
 SWEEP_EVERY, KEEP_FILES = 600, 3600
 """Seconds: how often files are looked through, and how old those grow that a visitor sent or was sent."""
@@ -34,8 +34,8 @@ INTRODUCTION = """# HieraTok
 A multi-scale image tokenizer, for transformers and diffusers: an independent implementation of
 [arXiv 2509.23736](https://arxiv.org/abs/2509.23736). These weights are small and were trained on a CPU."""
 LIMITS = (
-    f"Files of up to {MAX_BYTES / 2**20:.0f} MB and {MAX_PIXELS / 1e6:.0f} megapixels. A picture with a side of more "
-    f"than {MAX_SIDE} pixels is shrunk to that, and all figures are of the smaller picture."
+    f"Files of up to {MAX_BYTES / 2**20:.0f} MB and {MAX_PIXELS / 1e6:.0f} megapixels. An image with a side of more "
+    f"than {MAX_SIDE} pixels is shrunk to that, and all figures are of the smaller image."
 )
 GALLERY = {
     "format": "png",
@@ -44,7 +44,7 @@ GALLERY = {
     "fit_columns": False,
     "interactive": False,
 }
-# Generated pictures have few pixels: they are shown as they are, not smoothed.
+# Generated images have few pixels: they are shown as they are, not smoothed.
 CSS = """
 #generated img { image-rendering: pixelated; }
 #figures table { width: 100%; }
@@ -59,7 +59,7 @@ class Refused(Exception):
     """A file or a setting of a visitor that cannot be used; the message is for them."""
 
 
-def read_picture(path: str) -> tuple[Image.Image, str]:
+def read_image(path: str) -> tuple[Image.Image, str]:
     """
     A file that a visitor sent, upright and in RGB, with sides of at most `MAX_SIDE` pixels.
 
@@ -67,37 +67,37 @@ def read_picture(path: str) -> tuple[Image.Image, str]:
         path (`str`): The file; messages show its name without the folders.
 
     Returns:
-        The picture, and one line that says what it was and, if so, that it was shrunk.
+        The image, and one line that says what it was and, if so, that it was shrunk.
 
     Raises:
-        Refused: The file is too large, or no picture, or damaged; the message names the limit that it exceeds.
+        Refused: The file is too large, or no image, or damaged; the message names the limit that it exceeds.
     """
     name = Path(path).name
     if (size := os.stat(path).st_size) > MAX_BYTES:
         raise Refused(f"{name!r}: is too large for the limit of {MAX_BYTES / 2**20:.0f} MB ({size / 2**20:.1f} MB)")
     try:
-        picture = decode_picture(Path(path).read_bytes(), name, max_pixels=MAX_PIXELS)
-    except PictureError as error:
+        image = decode_image(Path(path).read_bytes(), name, max_pixels=MAX_PIXELS)
+    except ImageError as error:
         limit = f"the limit of {MAX_PIXELS / 1e6:.0f} megapixels"
         raise Refused(str(error).replace(f"max_pixels={MAX_PIXELS}", limit)) from error
-    width, height = picture.size
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    shrunk = picture.size != (width, height)
-    return picture, f"{width} x {height} pixels" + (f", shrunk to at most {MAX_SIDE} a side" if shrunk else "")
+    width, height = image.size
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    shrunk = image.size != (width, height)
+    return image, f"{width} x {height} pixels" + (f", shrunk to at most {MAX_SIDE} a side" if shrunk else "")
 
 
 def reconstruct(path: str | None, vae: AutoencoderHieraTok) -> tuple[Any, Any, str]:
     """
-    What the page shows of a file: the pair under the slider, labelled pictures, and a table in Markdown.
+    What the page shows of a file: the pair under the slider, labelled images, and a table in Markdown.
 
     Raises:
-        Refused: As `read_picture`, or there is no file, or the picture is smaller than a patch.
+        Refused: As `read_image`, or there is no file, or the image is smaller than a patch.
     """
     if path is None:
         raise Refused("There is none")
-    picture, size = read_picture(path)
+    image, size = read_image(path)
     try:
-        (*_, original), scales, figures = encode_and_decode(picture, vae)
+        (*_, original), scales, figures = encode_and_decode(image, vae)
     except ValueError as error:
         raise Refused(f"{Path(path).name!r}: {one_line(error)}") from error
     # A browser would smooth what it enlarges.
@@ -106,7 +106,7 @@ def reconstruct(path: str | None, vae: AutoencoderHieraTok) -> tuple[Any, Any, s
         (x, f"scale {i}: {w} x {h}, {decibels:.1f} dB")
         for i, ((x, (w, h)), decibels) in enumerate(zip(shown, figures["scales_psnr_db"]), start=1)
     ]
-    difference = amplified_difference(original, scales[-1])
+    difference = amplify_difference(original, scales[-1])
     channels, height, width = figures["latent_shape"]
     rows = {
         f"`{Path(path).name}`": size,
@@ -117,8 +117,8 @@ def reconstruct(path: str | None, vae: AutoencoderHieraTok) -> tuple[Any, Any, s
         "latent": f"{channels} x {height} x {width}, {channels * height * width:,} numbers",
         "compression": f"{figures['compression']:.1f}x fewer numbers",
     }
-    pictures = [(original, "original"), *labelled, (difference, f"difference x{AMPLIFY}")]
-    return (original, scales[-1]), pictures, "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    images = [(original, "original"), *labelled, (difference, f"difference x{AMPLIFY}")]
+    return (original, scales[-1]), images, "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
 def generate(
@@ -132,7 +132,7 @@ def generate(
     lock: threading.Lock,
 ) -> Iterator[tuple[list[Image.Image], str]]:
     """
-    Pictures of a class while they are made: previews of the steps, as many as are asked for in time, then the pictures
+    Images of a class while they are made: previews of the steps, as many as are asked for in time, then the images
     themselves, which are those that `generate.py` makes of that class and seed.
 
     Args:
@@ -142,7 +142,7 @@ def generate(
         lock (`threading.Lock`): Held while it is used.
 
     Yields:
-        `count` pictures, and a line that says what they are.
+        `count` images, and a line that says what they are.
 
     Raises:
         Refused: There is no class or no seed.
@@ -161,7 +161,7 @@ def generate(
     def work() -> torch.Tensor:
         settings = {"num_inference_steps": steps, "guidance_scale": guidance}
         with lock:
-            return numbered_pictures(pipe, rows, seed, callback_on_step_end=show, preview_scales=scales, **settings)
+            return number_images(pipe, rows, seed, callback_on_step_end=show, preview_scales=scales, **settings)
 
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(work)
@@ -175,7 +175,7 @@ def generate(
         finally:
             left.set()
     width, height = images[0].size
-    yield images, f"seed {seed}, {steps} steps, guidance {guidance:g}: pictures of {width} x {height} pixels"
+    yield images, f"seed {seed}, {steps} steps, guidance {guidance:g}: images of {width} x {height} pixels"
 
 
 def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
@@ -185,7 +185,7 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
     scales = list(range(1, len(pipe.vae.config.scale_factors) + 1))
     first = {"key": 0, "count": 4, "steps": 25, "guidance": 3.0, "seed": 0, "scales": scales[:2][-1]}
     *_, (made, line) = generate(**first, pipe=pipe, lock=lock)
-    pair, pictures, figures = reconstruct(examples[0], vae) if examples else (None, None, None)
+    pair, images, figures = reconstruct(examples[0], vae) if examples else (None, None, None)
 
     def of_file(path: str | None) -> dict[Any, Any]:
         try:
@@ -210,7 +210,7 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Tab("Reconstruct"), gr.Row():
             with gr.Column(scale=1, min_width=300):
-                file = gr.File(label="A picture of yours", height=160, elem_id="file")
+                file = gr.File(label="An image of yours", height=160, elem_id="file")
                 message = gr.Markdown(visible=False, elem_id="message")
                 gr.Markdown(LIMITS)
                 thumbnails = {"components": [gr.Image(visible=False)], "samples": [[path] for path in examples]}
@@ -219,8 +219,8 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320) as column:
                 gr.Markdown("### Original on the left, reconstruction on the right")
                 slider = gr.ImageSlider(pair, format="png", interactive=False, show_label=False, elem_id="slider")
-                gr.Markdown("### A picture a scale, and the difference")
-                gallery = gr.Gallery(pictures, columns=3, **GALLERY, show_label=False, elem_id="scales")
+                gr.Markdown("### An image a scale, and the difference")
+                gallery = gr.Gallery(images, columns=3, **GALLERY, show_label=False, elem_id="scales")
             outputs = [file, message, column, slider, gallery, table]
             made_by = {"concurrency_limit": AT_ONCE, "show_progress_on": [slider, table], "api_visibility": "private"}
             file.upload(of_file, file, outputs, **made_by)
@@ -229,7 +229,7 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
             with gr.Column(scale=1, min_width=300):
                 settings = [
                     gr.Dropdown(choices, value=first["key"], label="Class"),
-                    gr.Slider(1, MAX_PICTURES, value=first["count"], step=1, precision=0, label="Pictures"),
+                    gr.Slider(1, MAX_IMAGES, value=first["count"], step=1, precision=0, label="Images"),
                     gr.Slider(1, MAX_STEPS, value=first["steps"], step=1, precision=0, label="Steps"),
                     gr.Slider(1.0, MAX_GUIDANCE, value=first["guidance"], step=0.1, label="Guidance (1 is none)"),
                     gr.Number(first["seed"], precision=0, minimum=0, maximum=MAX_SEED, label="Seed"),
@@ -258,7 +258,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Load the models, serve the page until it is stopped, and return no lines to print."""
-    vae = loaded(load_model, "--model", args.model, args.device, "float32")
+    vae = load_or_explain(load_model, "--model", args.model, args.device, "float32")
     more = {"model": args.generator, "dtype": "float32", "scheduler": None}
     pipe = load_pipeline(argparse.Namespace(**{**vars(args), **more}))
     if not isinstance(pipe.vae, AutoencoderHieraTok):
@@ -290,7 +290,7 @@ def run(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.disable_progress_bar()  # of loading
-    return printed(run, args)
+    return run_script(run, args)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
     device_of_process,
-    loaded,
+    load_or_explain,
     one_line,
     positive,
-    printed_by_processes,
+    run_on_processes,
 )
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_cache import write_latents
 from hieratok_hf.data.latent_shards import DTYPES, KINDS
 from hieratok_hf.models.autoencoder_adapter import load_codec
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     model = "a name that ships with the package, a folder, or a Hub id; of a pipeline its VAE"
-    data = "folders of pictures, tar shards in webdataset style, or a Hub data set"
+    data = "folders of images, tar shards in webdataset style, or a Hub data set"
     add("--model", default="hieratok-tiny", help=model)
     add("--data", nargs="+", required=True, help=data)
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the shards go; one that is begun goes on")
@@ -47,11 +47,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--size", type=positive, help="side of the middle square; the model's own unless given")
     kinds = "what is kept of a posterior: mean and log-variance, one sample, or the mode"
     add("--kind", choices=KINDS, default="moments", help=kinds)
-    add("--no_flips", action="store_true", help="leave the mirrored pictures out")
+    add("--no_flips", action="store_true", help="leave the mirrored images out")
     add("--dtype", choices=DTYPES, default="float16", help="of what is stored")
     add("--shard_size", type=positive, default=1024, help="rows of a file")
-    add("--batch_size", type=positive, default=32, help="pictures of a batch in each process")
-    add("--threads", type=positive, default=4, help="pictures that each process decodes at a time")
+    add("--batch_size", type=positive, default=32, help="images of a batch in each process")
+    add("--threads", type=positive, default=4, help="images that each process decodes at a time")
     add("--seed", type=number, default=0, help="of the samples")
     add("--mixed_precision", choices=["no", *AUTOCAST], default="no", help="encode under torch.autocast")
     add_device(parser)
@@ -61,12 +61,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     """Write the cache, and return the lines to print; every process runs all of it."""
     device = device_of_process(args, state)
-    codec = loaded(load_codec, "--model", args.model, device)
+    codec = load_or_explain(load_codec, "--model", args.model, device)
     size = args.size or getattr(codec.model.config, "sample_size", None)
     if not isinstance(size, int):
-        raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its pictures")
+        raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
     try:
-        pictures = load_pictures(args.data, split=args.split, streaming=args.streaming)
+        images = load_images(args.data, split=args.split, streaming=args.streaming)
     except (ImportError, OSError, ValueError) as error:
         raise Problem(one_line(error)) from error
     settings = {name: getattr(args, name) for name in ("kind", "shard_size", "batch_size", "seed", "limit", "threads")}
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
         try:
             summary = write_latents(
                 codec,
-                pictures,
+                images,
                 args.output,
                 size=size,
                 flips=not args.no_flips,
@@ -93,9 +93,9 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
                 **settings,
             )
         except (OSError, ValueError) as error:
-            message = f"{args.model!r} and {pictures.source} to --output {str(args.output)!r}: {one_line(error)}"
+            message = f"{args.model!r} and {images.source} to --output {str(args.output)!r}: {one_line(error)}"
             raise Problem(message) from error
-    counts = f"{summary['pictures']} pictures in {summary['shards']} shards, {len(summary['skipped'])} left out"
+    counts = f"{summary['images']} images in {summary['shards']} shards, {len(summary['skipped'])} left out"
     rate = f"{summary['encoded']} encoded now at {summary['encoded'] / max(summary['seconds'], 1e-9):.1f} images/s"
     return [*(f"left out: {reason}" for reason in summary["skipped"].values()), f"{counts}; {rate}"]
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     disable_data_progress_bars()
-    return printed_by_processes(run, args)
+    return run_on_processes(run, args)
 
 
 if __name__ == "__main__":

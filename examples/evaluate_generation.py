@@ -19,27 +19,27 @@ from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
     device_of_process,
-    loaded,
+    load_or_explain,
     machine,
     one_line,
     positive,
-    printed_by_processes,
+    run_on_processes,
     write_report,
 )
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.generation import (
     ClassAccuracy,
     GeneratedBatches,
     ImageClassifier,
     find_classes,
-    picture_size,
+    image_size,
 )
 from hieratok_hf.evaluation.metrics import FrechetDistance
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.evaluation.vision_features import VisionFeatures
-from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.shipped import resolve_model
 from hieratok_hf.utils.distributed import gather
-from hieratok_hf.utils.files import written_whole
+from hieratok_hf.utils.files import write_whole
 
 
 def numbers(text: str) -> range:
@@ -52,19 +52,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     interval = "shares of noise between which guidance acts, from 0, clean, to 1 (default: 0 1)"
-    data = "folders of pictures, tar shards in webdataset style, or a Hub data set: measure a Fréchet distance to them"
+    data = "folders of images, tar shards in webdataset style, or a Hub data set: measure a Fréchet distance to them"
     add("--model", default="hieratok-dit-tiny", help="a folder, a name that ships, or a Hub repository")
-    add("--samples", type=positive, default=5000, help="pictures to make, of all classes in turn (default: 5000)")
+    add("--samples", type=positive, default=5000, help="images to make, of all classes in turn (default: 5000)")
     add("--steps", type=positive, default=50, help="of the scheduler (default: 50)")
     add("--guidance_scale", type=float, default=4.0, help="1 is no guidance (default: 4)")
     add("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
     add("--seed", type=int, default=0, help="of all noise (default: 0)")
-    add("--batch_size", type=positive, default=16, help="pictures of a batch in each process (default: 16)")
+    add("--batch_size", type=positive, default=16, help="images of a batch in each process (default: 16)")
     add("--reference", nargs="+", metavar="DATA", help=data)
     add("--reference_split", default="train", help="split of folders and data sets; shards have but one")
-    add("--streaming", action="store_true", help="read the reference pictures without first making a copy of them")
+    add("--streaming", action="store_true", help="read the reference images without first making a copy of them")
     add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
-    add("--fid_size", type=positive, help="side that its pictures are resized to; its own unless given")
+    add("--fid_size", type=positive, help="side that its images are resized to; its own unless given")
     add("--classifier", metavar="MODEL", help="measure how often this image classifier finds the classes")
     add(
         "--classifier_labels",
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="ID",
         help="its label for each class of the pipeline, such as 0 217 or 0-999; found by name unless given",
     )
-    add("--save", type=Path, metavar="FOLDER", help="write the pictures here, as PNG files in a new or empty folder")
+    add("--save", type=Path, metavar="FOLDER", help="write the images here, as PNG files in a new or empty folder")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add_device(parser)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the pipeline")
@@ -106,7 +106,7 @@ def make_frechet(args: argparse.Namespace, device: torch.device, notes: list[str
     if not args.reference:
         return None
     if args.fid_model:
-        features = loaded(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
+        features = load_or_explain(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
         try:
             frechet = FrechetDistance(features, size=args.fid_size, device=device)
         except (ImportError, ValueError) as error:
@@ -120,7 +120,7 @@ def make_frechet(args: argparse.Namespace, device: torch.device, notes: list[str
             notes.append(f"gFID was left out: {one_line(error)}; --fid_model takes another network")
             return None
         frechet.name = "gFID"  # of no reconstructions
-    notes.append(f"{frechet.name} is taken of pictures resized to {frechet.size} x {frechet.size} pixels")
+    notes.append(f"{frechet.name} is taken of images resized to {frechet.size} x {frechet.size} pixels")
     if args.samples <= frechet.num_features:
         notes.append(f"{frechet.name} has few samples for {frechet.num_features} features: compare only equal numbers")
     return frechet
@@ -132,7 +132,7 @@ def make_accuracy(
     """The classifier, and its labels for the pipeline's classes."""
     if not args.classifier:
         return None
-    classifier = loaded(ImageClassifier.from_pretrained, "--classifier", args.classifier)
+    classifier = load_or_explain(ImageClassifier.from_pretrained, "--classifier", args.classifier)
     try:
         if not args.classifier_labels:
             args.classifier_labels = find_classes(names, pipe.num_classes, classifier.names)
@@ -144,11 +144,11 @@ def make_accuracy(
         raise Problem(f"--classifier {args.classifier!r}: {one_line(error).removesuffix('.')}{hint}") from error
 
 
-def save_pictures(batch: dict[str, Any], folder: Path) -> None:
+def save_images(batch: dict[str, Any], folder: Path) -> None:
     levels = ((batch["pixel_values"] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-    for picture, row, label in zip(levels, batch["rows"], batch["labels"]):
-        with written_whole(folder / f"{row:06}_class{label:04}.png") as file:
-            Image.fromarray(picture).save(file, format="PNG")
+    for image, row, label in zip(levels, batch["rows"], batch["labels"]):
+        with write_whole(folder / f"{row:06}_class{label:04}.png") as file:
+            Image.fromarray(image).save(file, format="PNG")
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -166,8 +166,8 @@ def tables(figures: dict[str, Any], names: dict[int, str]) -> list[str]:
     shown["images/s"] = f"{figures['images_per_second']:.2f}"
     lines = [table([tuple(shown), tuple(shown.values())])]
     if "class_accuracy_per_class" in figures:
-        rows: list[tuple[str, ...]] = [("class", "pictures", "class accuracy, %", "top-1 accuracy, %")]
-        columns = (f"{name}_per_class" for name in ("pictures", "class_accuracy", "top1_accuracy"))
+        rows: list[tuple[str, ...]] = [("class", "images", "class accuracy, %", "top-1 accuracy, %")]
+        columns = (f"{name}_per_class" for name in ("images", "class_accuracy", "top1_accuracy"))
         for label, (count, *shares) in enumerate(zip(*(figures[name] for name in columns))):
             rows.append((names.get(label, str(label)), str(count), *(f"{100 * share:.2f}" for share in shares)))
         lines += ["", table(rows)]
@@ -180,23 +180,23 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     check_writable(args)
 
     def load(name: str) -> HieraTokDiTPipeline:
-        folder, dtype = shipped_or_given(name), getattr(torch, args.dtype)
+        folder, dtype = resolve_model(name), getattr(torch, args.dtype)
         return HieraTokDiTPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
 
     notes: list[str] = []
-    pipe = loaded(load, "--model", args.model)
+    pipe = load_or_explain(load, "--model", args.model)
     pipe.set_progress_bar_config(disable=True)
     names = pipe.id2label
     accuracy = make_accuracy(args, pipe, names, device)
     frechet = make_frechet(args, device, notes)
     facts: dict[str, Any] = {}
-    size, bar = picture_size(pipe), {"unit": "batch", "disable": not state.is_local_main_process, "leave": False}
+    size, bar = image_size(pipe), {"unit": "batch", "disable": not state.is_local_main_process, "leave": False}
     try:
         source = {"split": args.reference_split, "streaming": args.streaming}
-        reference = load_pictures(args.reference, **source) if frechet else None
+        reference = load_images(args.reference, **source) if frechet else None
     except (ImportError, OSError, ValueError) as error:
         raise Problem(f"--reference: {one_line(error)}") from error
-    # No process writes pictures before all have seen that the folder is empty.
+    # No process writes images before all have seen that the folder is empty.
     state.wait_for_everyone()
 
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
@@ -210,7 +210,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
             if accuracy:
                 accuracy.update(batch["pixel_values"], batch["labels"])
             if args.save:
-                save_pictures(batch, args.save)
+                save_images(batch, args.save)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
         raise Problem(one_line(error)) from error
     if frechet and reference is not None:
@@ -218,12 +218,12 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
         for batch in tqdm(batches, desc="reference", **bar):
             frechet.update(None, batch["pixel_values"])
             count += len(batch["rows"])
-        facts["reference_pictures"] = sum(gather(count))
+        facts["reference_images"] = sum(gather(count))
         facts["skipped"] = {name: reason for part in gather(batches.skipped) for name, reason in part.items()}
         if skipped := len(facts["skipped"]):
-            notes.append(f"reference pictures that could not be decoded and were skipped: {skipped}")
-        if min(facts["reference_pictures"], args.samples) < 2:
-            raise Problem(f"a Fréchet distance needs two samples and two pictures or more of {reference.source}")
+            notes.append(f"reference images that could not be decoded and were skipped: {skipped}")
+        if min(facts["reference_images"], args.samples) < 2:
+            raise Problem(f"a Fréchet distance needs two samples and two images or more of {reference.source}")
 
     figures: dict[str, Any] = {frechet.name: frechet.compute()} if frechet else {}
     figures |= accuracy.compute() if accuracy else {}
@@ -234,7 +234,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
         report |= {"machine": machine(device, state.num_processes), "classes": names, "notes": notes, **facts}
         write_report(args.json, {**report, **figures})
     guidance = f"guidance {args.guidance_scale:g} from {args.guidance_interval[0]:g} to {args.guidance_interval[1]:g}"
-    title = f"{args.samples} pictures of {args.model!r} at {size} x {size} pixels, balanced labels, {args.steps} steps"
+    title = f"{args.samples} images of {args.model!r} at {size} x {size} pixels, balanced labels, {args.steps} steps"
     return [f"{title}, {guidance}", *tables(figures, names), *(f"note: {x}" for x in notes)]
 
 
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     disable_data_progress_bars()
     logging.disable_progress_bar()  # of loading
-    return printed_by_processes(run, args)
+    return run_on_processes(run, args)
 
 
 if __name__ == "__main__":

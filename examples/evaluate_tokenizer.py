@@ -1,4 +1,4 @@
-"""Evaluate a tokenizer beside other autoencoders on the same pictures: a table, and all figures as JSON."""
+"""Evaluate a tokenizer beside other autoencoders on the same images: a table, and all figures as JSON."""
 
 import argparse
 import importlib.util
@@ -17,15 +17,15 @@ from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
     device_of_process,
-    loaded,
+    load_or_explain,
     machine,
     one_line,
     positive,
-    printed_by_processes,
+    run_on_processes,
     write_report,
 )
-from hieratok_hf.data.image_dataset import Pictures, load_pictures
-from hieratok_hf.evaluation.linear_probe import linear_probe, pooled_features
+from hieratok_hf.data.image_dataset import Images, load_images
+from hieratok_hf.evaluation.linear_probe import linear_probe, pool_features
 from hieratok_hf.evaluation.metrics import FrechetDistance
 from hieratok_hf.evaluation.perceptual import PerceptualDistance, load_lpips
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate, throughput
@@ -38,15 +38,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     model = "a name that ships with the package, a folder, or a Hub id; of a pipeline its VAE"
-    data = "folders of pictures, tar shards in webdataset style, or a Hub data set"
+    data = "folders of images, tar shards in webdataset style, or a Hub data set"
     add("--model", default="hieratok-tiny", help=model)
     add("--compare", nargs="+", default=[], metavar="MODEL", help="further models, also diffusers' own")
     add("--data", nargs="+", required=True, help=data)
     add("--split", default="train", help="split of folders and data sets; shards have but one")
     add("--streaming", action="store_true", help="read while evaluating instead of first making a copy in the cache")
-    add("--max_pictures", type=positive, help="take only the first pictures of the data")
+    add("--max_images", type=positive, help="take only the first images of the data")
     add("--size", type=positive, help="side of the middle square; the model's own unless given")
-    add("--batch_size", type=positive, default=16, help="pictures of a batch in each process")
+    add("--batch_size", type=positive, default=16, help="images of a batch in each process")
     add("--no_ssim", action="store_true", help="leave SSIM out, which is slow")
     add("--lpips", action="store_true", help="measure LPIPS; needs the package lpips")
     add(
@@ -56,10 +56,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--fid_size",
         type=positive,
-        help="side that its pictures are resized to; what it was trained with unless given",
+        help="side that its images are resized to; what it was trained with unless given",
     )
     add("--no_fid", action="store_true", help="leave the Fréchet distance out")
-    add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled pictures")
+    add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled images")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add_device(parser)
     args = parser.parse_args(argv)
@@ -90,11 +90,11 @@ def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str
         except (ImportError, OSError) as error:
             raise Problem(f"--lpips: {one_line(error)}") from error
     if args.perceptual_model:
-        features = loaded(VisionFeatures.from_pretrained, "--perceptual_model", args.perceptual_model)
+        features = load_or_explain(VisionFeatures.from_pretrained, "--perceptual_model", args.perceptual_model)
         perceptual = PerceptualDistance(features)
         notes.append(f"the perceptual distance is taken over {features.name}")
     if args.fid_model:
-        features = loaded(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
+        features = load_or_explain(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
         try:
             frechet = FrechetDistance(features, size=args.fid_size, same_targets=True, device=device)
         except (ImportError, ValueError) as error:
@@ -108,7 +108,7 @@ def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str
         except (ImportError, OSError) as error:
             notes.append(f"rFID was left out: {one_line(error)}; --fid_model takes another network")
     if frechet is not None:
-        notes.append(f"{frechet.name} is taken of pictures resized to {frechet.size} x {frechet.size} pixels")
+        notes.append(f"{frechet.name} is taken of images resized to {frechet.size} x {frechet.size} pixels")
     ssim = not args.no_ssim
     return ReconstructionMetrics(ssim=ssim, lpips=lpips, perceptual=perceptual, frechet=frechet, device=device)
 
@@ -129,7 +129,7 @@ def evaluate_model(
     state.wait_for_everyone()
     parameters = sum(parameter.numel() for parameter in codec.model.parameters())
     facts = {"model": name, "class": type(codec.model).__name__, "latent_shape": latent, "parameters": parameters}
-    return {**facts, **figures, "pictures_per_second": rates}
+    return {**facts, **figures, "images_per_second": rates}
 
 
 def columns(figures: dict[str, Any]) -> dict[str, str]:
@@ -149,8 +149,8 @@ def columns(figures: dict[str, Any]) -> dict[str, str]:
     row["std"] = f"{min(figures['latent_std']):.3f} ... {max(figures['latent_std']):.3f}"
     if "probe_accuracy" in figures:
         row["probe, %"] = f"{100 * figures['probe_accuracy']:.2f}"
-    for name, value in figures["pictures_per_second"].items():
-        row[f"{name}, pictures/s"] = f"{value:.1f}"
+    for name, value in figures["images_per_second"].items():
+        row[f"{name}, images/s"] = f"{value:.1f}"
     return row
 
 
@@ -164,23 +164,23 @@ def table(models: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
-def load_data(args: argparse.Namespace) -> tuple[Pictures, Pictures | None]:
-    """The pictures to evaluate on, and those to fit a probe to."""
+def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
+    """The images to evaluate on, and those to fit a probe to."""
     try:
-        pictures = load_pictures(args.data, split=args.split, streaming=args.streaming)
+        images = load_images(args.data, split=args.split, streaming=args.streaming)
         if not args.probe_data:
-            return pictures, None
-        train = load_pictures(args.probe_data, streaming=args.streaming)
+            return images, None
+        train = load_images(args.probe_data, streaming=args.streaming)
     except (ImportError, OSError, ValueError) as error:
         raise Problem(one_line(error)) from error
-    for option, data in (("--data", pictures), ("--probe_data", train)):
+    for option, data in (("--data", images), ("--probe_data", train)):
         if data.label is None:
             raise Problem(f"a probe needs labels, and {option} {data.source} has none")
-    classes = [data.dataset.features[data.label] for data in (pictures, train)]
+    classes = [data.dataset.features[data.label] for data in (images, train)]
     names = [feature.names for feature in classes if isinstance(feature, ClassLabel)]
     if len(names) == 2 and names[0] != names[1]:
         raise Problem(f"--data and --probe_data must have the same classes, got {names[0][:5]} and {names[1][:5]}")
-    return pictures, train
+    return images, train
 
 
 def run(args: argparse.Namespace, state: PartialState) -> list[str]:
@@ -189,15 +189,15 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     if args.json:
         check_writable(args.json)
     # All of them before any work, so that a wrong name is told at once.
-    codecs = {args.model: loaded(load_codec, "--model", args.model, device)}
-    codecs |= {name: loaded(load_codec, "--compare", name, device) for name in args.compare}
+    codecs = {args.model: load_or_explain(load_codec, "--model", args.model, device)}
+    codecs |= {name: load_or_explain(load_codec, "--compare", name, device) for name in args.compare}
     size = args.size or getattr(codecs[args.model].model.config, "sample_size", None)
     if not isinstance(size, int):
-        raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its pictures")
+        raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
     notes: list[str] = []
     metrics = make_metrics(args, device, notes)
-    pictures, train = load_data(args)
-    batches = EvaluationBatches(pictures, size, args.batch_size, limit=args.max_pictures)
+    images, train = load_data(args)
+    batches = EvaluationBatches(images, size, args.batch_size, limit=args.max_images)
     probe_batches = EvaluationBatches(train, size, args.batch_size) if train else None
 
     models: list[dict[str, Any]] = []
@@ -205,32 +205,32 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
         try:
             figures = evaluate_model(name, codec, batches, metrics, state)
             if probe_batches and codec.core is not None:
-                fitted = pooled_features(codec, probe_batches)
-                figures["probe_accuracy"] = linear_probe(*fitted, *pooled_features(codec, batches))
+                fitted = pool_features(codec, probe_batches)
+                figures["probe_accuracy"] = linear_probe(*fitted, *pool_features(codec, batches))
         except ValueError as error:
-            raise Problem(f"{name!r} cannot be evaluated on {pictures.source}: {one_line(error)}") from error
+            raise Problem(f"{name!r} cannot be evaluated on {images.source}: {one_line(error)}") from error
         models.append(figures)
 
     mine = batches.skipped | (probe_batches.skipped if probe_batches else {})
     skipped = {name: reason for part in gather(mine) for name, reason in part.items()}
     if skipped:
-        notes.append(f"pictures that could not be decoded and were skipped: {len(skipped)}")
-    count = models[0]["pictures"]
+        notes.append(f"images that could not be decoded and were skipped: {len(skipped)}")
+    count = models[0]["images"]
     if metrics.frechet and count <= metrics.frechet.num_features:
-        few = f"few pictures for {metrics.frechet.num_features} features: it compares only on the same pictures"
+        few = f"few images for {metrics.frechet.num_features} features: it compares only on the same images"
         notes.append(f"{metrics.frechet.name} has {few}")
     if args.json and state.is_main_process:
         settings = {**vars(args), "size": size, "fid_size": metrics.frechet and metrics.frechet.size}
-        report = {"settings": settings, "machine": machine(device, state.num_processes), "pictures": count}
+        report = {"settings": settings, "machine": machine(device, state.num_processes), "images": count}
         write_report(args.json, {**report, "notes": notes, "skipped": skipped, "models": models})
-    title = f"{count} pictures of {pictures.source} at {size} x {size} pixels, mode of the posterior, float32"
+    title = f"{count} images of {images.source} at {size} x {size} pixels, mode of the posterior, float32"
     return [title, table(models), *(f"note: {x}" for x in notes), *(f"skipped: {x}" for x in skipped.values())]
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     disable_data_progress_bars()
-    return printed_by_processes(run, args)
+    return run_on_processes(run, args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make pictures of classes: one sheet with a labelled column a class, and if asked for, one of previews."""
+"""Make images of classes: one sheet with a labelled column a class, and if asked for, one of previews."""
 
 import argparse
 import io
@@ -23,9 +23,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hieratok_hf import HieraTokDiTPipeline
 from hieratok_hf.cli.command_line import Problem, one_line, positive
-from hieratok_hf.evaluation.generation import numbered_pictures
-from hieratok_hf.shipped import shipped_or_given
-from hieratok_hf.utils.files import written_whole
+from hieratok_hf.evaluation.generation import number_images
+from hieratok_hf.shipped import resolve_model
+from hieratok_hf.utils.files import write_whole
 
 COLUMNS, MARGIN, SMALLEST_PANEL = 10, 8, 128
 PREVIEWS = 6
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("classes", nargs="*", metavar="CLASS", help="names or numbers; all classes of the pipeline unless given")
     add("--model", default="hieratok-dit-tiny", help="a folder, a name that ships, or a Hub repository")
-    add("--rows", type=positive, default=4, help="pictures of a class (default: 4)")
+    add("--rows", type=positive, default=4, help="images of a class (default: 4)")
     add("--steps", type=positive, default=50, help="of the scheduler (default: 50)")
     add("--guidance_scale", type=float, default=4.0, help="1 is no guidance (default: 4)")
     add(
@@ -55,11 +55,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--scheduler", choices=("euler", "heun", "dpm", "ddim"), help="that of the pipeline unless given")
     add("--seed", type=int, default=0, help="of all noise (default: 0)")
-    add("--batch_size", type=positive, default=16, help="pictures made at a time (default: 16)")
+    add("--batch_size", type=positive, default=16, help="images made at a time (default: 16)")
     add("--device", default="auto", help="a device of torch; auto takes an accelerator if there is one")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--output", type=Path, default=Path("outputs/generated.png"), metavar="FILE", help="PNG file for the sheet")
-    add("--pictures", type=Path, metavar="FOLDER", help="write each picture here as well")
+    add("--images", type=Path, metavar="FOLDER", help="write each image here as well")
     add(
         "--previews",
         type=positive,
@@ -89,7 +89,7 @@ def load_pipeline(args: argparse.Namespace) -> HieraTokDiTPipeline:
     try:
         if Path(args.model).is_file():
             raise ValueError("it is a file, not a folder")
-        folder, dtype = shipped_or_given(args.model), getattr(torch, args.dtype)
+        folder, dtype = resolve_model(args.model), getattr(torch, args.dtype)
         pipe = HieraTokDiTPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(args.device)
     except Exception as error:  # diffusers, safetensors, the Hub and torch raise many types
         raise Problem(f"--model {args.model!r} cannot be loaded on {args.device!r}: {one_line(error)}") from error
@@ -126,13 +126,13 @@ class Previews:
     """A callback for the pipeline that keeps what it shows at some steps, evenly spread."""
 
     def __init__(self) -> None:
-        self.pictures: dict[str, list[Image.Image]] = {}
+        self.images: dict[str, list[Image.Image]] = {}
 
     def __call__(self, pipe: HieraTokDiTPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         last = pipe.num_timesteps - 1
         if step in {round(i * last / (PREVIEWS - 1)) for i in range(PREVIEWS)}:
             levels = (255 * tensors["preview"].float().cpu()).round().byte()
-            self.pictures.setdefault(f"step {step + 1} of {last + 1}", []).extend(as_images(levels))
+            self.images.setdefault(f"step {step + 1} of {last + 1}", []).extend(as_images(levels))
         return {}
 
 
@@ -142,29 +142,29 @@ def class_label(pipe: HieraTokDiTPipeline, key: int) -> str:
 
 
 def as_images(levels: torch.Tensor) -> list[Image.Image]:
-    """Pictures of levels `(B, 3, H, W)` in uint8."""
+    """Images of levels `(B, 3, H, W)` in uint8."""
     return [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in levels]
 
 
-def make_pictures(
+def make_images(
     pipe: HieraTokDiTPipeline, ids: list[int], args: argparse.Namespace
 ) -> tuple[dict[int, list[Image.Image]], Previews | None, float]:
-    """Pictures by class, previews of the first of each, and the seconds that it took."""
+    """Images by class, previews of the first of each, and the seconds that it took."""
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     settings |= {"guidance_interval": tuple(args.guidance_interval)}
     previews = Previews() if args.previews else None
     watched = {"callback_on_step_end": previews, "preview_scales": args.previews} if previews else {}
-    # The first pictures are in batches of their own, which alone are watched.
+    # The first images are in batches of their own, which alone are watched.
     numbers = [[row * pipe.num_classes + key for row in rows for key in ids] for rows in ([0], range(1, args.rows))]
     batches = [x[i : i + args.batch_size] for x in numbers for i in range(0, len(x), args.batch_size)]
-    pictures: dict[int, list[Image.Image]] = {key: [] for key in ids}
+    images: dict[int, list[Image.Image]] = {key: [] for key in ids}
     start = time.perf_counter()
     for i, batch in enumerate(batches, start=1):
         pipe.set_progress_bar_config(desc=f"batch {i} of {len(batches)}", leave=False)
         more = watched if batch[0] < pipe.num_classes else {}
-        for number, image in zip(batch, as_images(numbered_pictures(pipe, batch, args.seed, **settings, **more))):
-            pictures[number % pipe.num_classes].append(image)
-    return pictures, previews, time.perf_counter() - start
+        for number, image in zip(batch, as_images(number_images(pipe, batch, args.seed, **settings, **more))):
+            images[number % pipe.num_classes].append(image)
+    return images, previews, time.perf_counter() - start
 
 
 def wrapped(text: str, font: Any, width: float) -> str:
@@ -180,8 +180,8 @@ def wrapped(text: str, font: Any, width: float) -> str:
 
 
 def make_sheet(labels: list[str], columns: list[list[Image.Image]], sides: Sequence[str] = ()) -> Image.Image:
-    """Columns of pictures under their labels, at most `COLUMNS` beside each other; `sides` are labels of the rows."""
-    # A picture of few pixels shows them; the last of a column has the size of all.
+    """Columns of images under their labels, at most `COLUMNS` beside each other; `sides` are labels of the rows."""
+    # An image of few pixels shows them; the last of a column has the size of all.
     width, height = columns[0][-1].size
     factor = max(1, math.ceil(SMALLEST_PANEL / min(width, height)))
     panel = (width * factor, height * factor)
@@ -201,9 +201,9 @@ def make_sheet(labels: list[str], columns: list[list[Image.Image]], sides: Seque
     for i, (head, column) in enumerate(zip(heads, columns)):
         left, top = MARGIN + side_width + i % COLUMNS * cell_width, MARGIN + i // COLUMNS * band_height
         draw.multiline_text((left, top), head, fill="black", font=font)
-        for j, picture in enumerate(column):
+        for j, image in enumerate(column):
             down = top + head_height + j * (panel[1] + MARGIN)
-            sheet.paste(picture.resize(panel, Image.Resampling.NEAREST), (left, down))
+            sheet.paste(image.resize(panel, Image.Resampling.NEAREST), (left, down))
             if sides and i % COLUMNS == 0:
                 draw.text((MARGIN, down + panel[1] // 2), sides[j], fill="black", font=font, anchor="lm")
     return sheet
@@ -213,7 +213,7 @@ def save(image: Image.Image, path: Path, option: str) -> Path:
     encoded = io.BytesIO()
     image.save(encoded, format="PNG")
     try:
-        with written_whole(path) as file:
+        with write_whole(path) as file:
             file.write(encoded.getvalue())
     except OSError as error:
         raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
@@ -225,30 +225,30 @@ def run(args: argparse.Namespace) -> list[str]:
     prepare_folder(args.output.parent, "--output", args.output)
     if args.output.is_dir():
         raise Problem(f"--output {str(args.output)!r} cannot be written: it is a folder")
-    if args.pictures:
-        prepare_folder(args.pictures, "--pictures", args.pictures)
+    if args.images:
+        prepare_folder(args.images, "--images", args.images)
     pipe = load_pipeline(args)
     ids = find_classes(pipe, args.classes)
     try:
-        pictures, previews, seconds = make_pictures(pipe, ids, args)
+        images, previews, seconds = make_images(pipe, ids, args)
     except (ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
         raise Problem(one_line(error)) from error
 
     labels = [class_label(pipe, key) for key in ids]
-    lines = [f"sheet: {save(make_sheet(labels, list(pictures.values())), args.output, '--output')}"]
+    lines = [f"sheet: {save(make_sheet(labels, list(images.values())), args.output, '--output')}"]
     if previews:
-        finals = [column[0] for column in pictures.values()]
-        rows = [*previews.pictures.values(), finals]
-        sheet = make_sheet(labels, [list(column) for column in zip(*rows)], [*previews.pictures, "picture"])
+        finals = [column[0] for column in images.values()]
+        rows = [*previews.images.values(), finals]
+        sheet = make_sheet(labels, [list(column) for column in zip(*rows)], [*previews.images, "image"])
         path = args.output.with_name(f"{args.output.stem}_previews.png")
         lines.append(f"previews of {args.previews} scales: {save(sheet, path, '--previews')}")
-    for key, label in zip(ids, labels) if args.pictures else ():
+    for key, label in zip(ids, labels) if args.images else ():
         stem = f"{key:04}_{re.sub(r'[^0-9A-Za-z-]+', '_', label)}"
-        for row, picture in enumerate(pictures[key]):
-            lines.append(f"picture: {save(picture, args.pictures / f'{stem}_{row:03}.png', '--pictures')}")
+        for row, image in enumerate(images[key]):
+            lines.append(f"image: {save(image, args.images / f'{stem}_{row:03}.png', '--images')}")
     count = len(ids) * args.rows
     more = ", previews included" if previews else ""
-    lines.append(f"{count} pictures in {seconds:.1f} s{more}: {count / seconds:.2f} images/s on {args.device}")
+    lines.append(f"{count} images in {seconds:.1f} s{more}: {count / seconds:.2f} images/s on {args.device}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Encode pictures and decode them again: one sheet a picture with every scale, and a table of the figures."""
+"""Encode images and decode them again: one sheet an image with every scale, and a table of the figures."""
 
 import argparse
 import io
@@ -14,24 +14,24 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_picture
+from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_image
 from hieratok_hf.cli.command_line import Problem, one_line, positive, write_report
 from hieratok_hf.evaluation.metrics import SSIM_WINDOW, psnr, ssim
-from hieratok_hf.models.losses import picture_pyramid
-from hieratok_hf.shipped import shipped_or_given
-from hieratok_hf.utils.files import written_whole
+from hieratok_hf.models.losses import image_pyramid
+from hieratok_hf.shipped import resolve_model
+from hieratok_hf.utils.files import write_whole
 
-PICTURE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-BUNDLED = Path(__file__).parent / "pictures"
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+BUNDLED = Path(__file__).parent / "images"
 SHEET = "_reconstruction"
 MARGIN = 8
 LARGEST_PANEL, SMALLEST_PANEL = 512, 256
 AMPLIFY = 4
-HEADER = ("picture", "size", "PSNR dB", "SSIM", "latent", "compression (numbers)", "encode s", "decode s")
+HEADER = ("image", "size", "PSNR dB", "SSIM", "latent", "compression (numbers)", "encode s", "decode s")
 
 
-def find_pictures(sources: list[Path]) -> list[Path]:
-    """Files as they are, and folders' pictures in a fixed order, without hidden files and sheets made earlier."""
+def find_images(sources: list[Path]) -> list[Path]:
+    """Files as they are, and folders' images in a fixed order, without hidden files and sheets made earlier."""
     paths: list[Path] = []
     for source in sources:
         if not source.is_dir():
@@ -39,7 +39,7 @@ def find_pictures(sources: list[Path]) -> list[Path]:
             continue
         for path in sorted(source.rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-            if path.suffix.lower() in PICTURE_SUFFIXES and not (hidden or path.is_dir() or path.stem.endswith(SHEET)):
+            if path.suffix.lower() in IMAGE_SUFFIXES and not (hidden or path.is_dir() or path.stem.endswith(SHEET)):
                 paths.append(path)
     return list(dict.fromkeys(paths))
 
@@ -48,7 +48,7 @@ def load_model(name: str, device: str, dtype: str) -> AutoencoderHieraTok:
     """The model of a folder, of a name that ships with the package, or of the Hub, in this order."""
     if Path(name).is_file():
         raise ValueError("it is a file, not a folder")
-    folder = shipped_or_given(name)
+    folder = resolve_model(name)
     dtype = getattr(torch, dtype)
     return AutoencoderHieraTok.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
 
@@ -63,20 +63,20 @@ def timed(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> tupl
 
 @torch.inference_mode()
 def encode_and_decode(
-    picture: Image.Image, vae: AutoencoderHieraTok, size: int | None = None
+    image: Image.Image, vae: AutoencoderHieraTok, size: int | None = None
 ) -> tuple[list[Image.Image], list[Image.Image], dict[str, Any]]:
     """What was encoded, averaged to the size of every scale, coarse to fine; what was decoded; and the figures."""
     processor = HieraTokImageProcessorPil(size_divisor=vae.spatial_compression_ratio)
     if size:
-        crop_size = {"height": min(size, picture.height), "width": min(size, picture.width)}
-        original = processor(picture, do_center_crop=True, crop_size=crop_size, return_tensors="pt").pixel_values
+        crop_size = {"height": min(size, image.height), "width": min(size, image.width)}
+        original = processor(image, do_center_crop=True, crop_size=crop_size, return_tensors="pt").pixel_values
     else:
-        original = processor(picture, return_tensors="pt").pixel_values  # (1, 3, H, W)
+        original = processor(image, return_tensors="pt").pixel_values  # (1, 3, H, W)
 
     latents, encode_seconds = timed(lambda x: vae.encode(x).latent_dist.mode(), original.to(vae.device, vae.dtype))
     decoded, decode_seconds = timed(lambda z: vae.decode(z, return_scales=True).scales, latents)  # coarse to fine
     decoded = [scale.float().cpu() for scale in decoded]
-    originals = picture_pyramid(original, vae.core.config)
+    originals = image_pyramid(original, vae.core.config)
 
     height, width = original.shape[2:]
     figures = {
@@ -94,23 +94,23 @@ def encode_and_decode(
     return *as_images, figures
 
 
-def amplified_difference(first: Image.Image, second: Image.Image) -> Image.Image:
-    """Levels of `AMPLIFY` times the distance of two pictures of one size."""
+def amplify_difference(first: Image.Image, second: Image.Image) -> Image.Image:
+    """Levels of `AMPLIFY` times the distance of two images of one size."""
     return ImageChops.difference(first, second).point(lambda level: min(255, AMPLIFY * level))
 
 
 def reconstruct(path: Path, vae: AutoencoderHieraTok, args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
-    """The sheet and the figures of one picture."""
-    originals, decoded, figures = encode_and_decode(open_picture(path), vae, args.size)
+    """The sheet and the figures of one image."""
+    originals, decoded, figures = encode_and_decode(open_image(path), vae, args.size)
     rows = [
         [
             (f"original: {original.width} x {original.height}", original),
             (f"decoded: {decibels:.2f} dB", made),
-            (f"difference x{AMPLIFY}", amplified_difference(original, made)),
+            (f"difference x{AMPLIFY}", amplify_difference(original, made)),
         ]
         for original, made, decibels in zip(originals, decoded, figures["scales_psnr_db"])
     ]
-    return make_sheet(rows, args.full), {"picture": str(path), **figures}
+    return make_sheet(rows, args.full), {"image": str(path), **figures}
 
 
 def make_sheet(rows: list[list[tuple[str, Image.Image]]], full: bool) -> Image.Image:
@@ -140,7 +140,7 @@ def make_sheet(rows: list[list[tuple[str, Image.Image]]], full: bool) -> Image.I
     return sheet
 
 
-def unused_name(stem: str, used: set[str]) -> str:
+def choose_unused_name(stem: str, used: set[str]) -> str:
     """The file name of a sheet, unlike those in `used`, to which it is added."""
     names = (f"{stem}{'' if i == 1 else f'-{i}'}{SHEET}.png" for i in range(1, len(used) + 2))
     name = next(name for name in names if name.casefold() not in used)  # some file systems ignore case
@@ -155,12 +155,12 @@ def prepare_folder(folder: Path) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The figures in aligned columns, a line a picture."""
+    """The figures in aligned columns, a line an image."""
     lines = [HEADER]
     for figures in results:
         lines.append(
             (
-                repr(figures["picture"])[1:-1],  # line breaks in a name would break the table
+                repr(figures["image"])[1:-1],  # line breaks in a name would break the table
                 f"{figures['width']} x {figures['height']}",
                 f"{figures['psnr_db']:.2f}",
                 f"{figures['ssim']:.4f}" if figures["ssim"] is not None else "-",
@@ -175,7 +175,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def mean_of(results: list[dict[str, Any]], key: str) -> float | None:
-    """The mean of a figure over the pictures that have it, if any has."""
+    """The mean of a figure over the images that have it, if any has."""
     values = [figures[key] for figures in results if figures[key] is not None]
     return sum(values) / len(values) if values else None
 
@@ -183,14 +183,14 @@ def mean_of(results: list[dict[str, Any]], key: str) -> float | None:
 def as_report(
     args: argparse.Namespace, results: list[dict], mean: dict[str, Any], failures: dict[str, str]
 ) -> dict[str, Any]:
-    """What `--json` tells: the settings, every picture's figures, their means, and what failed."""
+    """What `--json` tells: the settings, every image's figures, their means, and what failed."""
     settings = {"model": args.model, "device": args.device, "dtype": args.dtype, "size": args.size}
-    return {**settings, "pictures": results, "mean": mean, "failures": failures}
+    return {**settings, "images": results, "mean": mean, "failures": failures}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help="files, or folders to search")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="files, or folders to search")
     parser.add_argument("--model", default="hieratok-tiny", help="a folder, a name that ships, or a Hub repository")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the sheets")
     parser.add_argument("--size", type=positive, help="cut at most SIZE x SIZE pixels out of the centre")
@@ -214,9 +214,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
         return 2
 
-    sources = args.pictures or [BUNDLED]
-    if not (paths := find_pictures(sources)):
-        return stop(f"no pictures found in {', '.join(repr(str(source)) for source in sources)}")
+    sources = args.images or [BUNDLED]
+    if not (paths := find_images(sources)):
+        return stop(f"no images found in {', '.join(repr(str(source)) for source in sources)}")
     try:
         prepare_folder(args.output)
     except OSError as error:
@@ -242,13 +242,13 @@ def main(argv: list[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
     used: set[str] = set()
-    for path in tqdm(paths, unit="picture", disable=len(paths) < 2):
+    for path in tqdm(paths, unit="image", disable=len(paths) < 2):
         try:
             sheet, figures = reconstruct(path, vae, args)
             encoded = io.BytesIO()
             sheet.save(encoded, format="PNG")
-            output = args.output / unused_name(path.stem, used)
-            with written_whole(output) as file:
+            output = args.output / choose_unused_name(path.stem, used)
+            with write_whole(output) as file:
                 file.write(encoded.getvalue())
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
             failures[str(path)] = one_line(error).removeprefix(f"{str(path)!r}: ")

@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import positive, trained
-from hieratok_hf.data.image_dataset import load_pictures
-from hieratok_hf.data.latent_batches import cached_batches, encoded_batches
+from hieratok_hf.cli.command_line import positive, run_training
+from hieratok_hf.data.image_dataset import load_images
+from hieratok_hf.data.latent_batches import iterate_cached, iterate_encoded
 from hieratok_hf.data.latent_cache import LatentCache
 from hieratok_hf.data.latent_writer import encoder_facts
 from hieratok_hf.data.training_batches import BatchPlan
 from hieratok_hf.models.autoencoder_adapter import load_codec
 from hieratok_hf.pipelines.class_names import read_class_names
-from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.shipped import resolve_model
 from hieratok_hf.training.flow_matching import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
 from hieratok_hf.training.report import TrainingReport
 from hieratok_hf.training.sample_sheets import class_grid
@@ -46,10 +46,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--data", nargs="+", help="folders, tar shards, or data sets of the Hub, encoded every time")
     data.add_argument("--split", default="train")
     data.add_argument("--streaming", action="store_true", help="read while training, without a copy in the cache")
-    data.add_argument("--picture_size", type=int, default=256, help="side in pixels, with --data")
+    data.add_argument("--image_size", type=int, default=256, help="side in pixels, with --data")
     data.add_argument("--crop_scale", type=float, nargs=2, default=(1.0, 1.0), help="of the shorter side")
     data.add_argument("--class_names", nargs="+", help="one for each class, or a JSON file")
-    data.add_argument("--batch_size", type=positive, default=64, help="pictures a step, of all processes")
+    data.add_argument("--batch_size", type=positive, default=64, help="images a step, of all processes")
     data.add_argument("--num_workers", type=int, default=0, help="with --data")
     flow = parser.add_argument_group("flow matching")
     flow.add_argument("--class_dropout", type=float, default=0.1, help="share of labels left out, for guidance")
@@ -91,7 +91,7 @@ def load_transformer(args: argparse.Namespace, shape: tuple[int, ...], num_class
     if args.transformer is None:
         sizes = {"in_channels": shape[0], "sample_size": shape[1], "num_classes": num_classes}
         return dit_from_size(args.size, **sizes, patch_size=args.patch_size, **args.config)
-    folder = shipped_or_given(args.transformer)
+    folder = resolve_model(args.transformer)
     try:
         found = DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True)
     except OSError:
@@ -121,7 +121,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     plan = BatchPlan(
         args.batch_size,
-        (args.picture_size,),
+        (args.image_size,),
         args.steps,
         args.seed,
         accelerator.num_processes,
@@ -135,19 +135,19 @@ def train(args: argparse.Namespace) -> None:
         cache = LatentCache(args.latents)
         cache.check_encoder(codec)
         if not len(cache):
-            raise ValueError(f"--latents {str(args.latents)!r} holds no pictures: none could be decoded.")
+            raise ValueError(f"--latents {str(args.latents)!r} holds no images: none could be decoded.")
         shape, names = cache.latent_shape, given_names or cache.class_names
         num_classes = len(names) or int(cache.labels.max()) + 1
         if int(cache.labels.min()) < 0 or int(cache.labels.max()) >= num_classes:
             raise ValueError(f"The labels of --latents {str(args.latents)!r} must be from 0 to {num_classes - 1}.")
-        batches = partial(cached_batches, cache)
+        batches = partial(iterate_cached, cache)
     else:
-        pictures = load_pictures(args.data, split=args.split, streaming=args.streaming)
-        shape, names = codec.latent_shape(args.picture_size), given_names or pictures.class_names
+        images = load_images(args.data, split=args.split, streaming=args.streaming)
+        shape, names = codec.latent_shape(args.image_size), given_names or images.class_names
         if not (num_classes := len(names)):
             raise ValueError("--class_names is needed: the data does not name its classes.")
         given = {"crop_scale": tuple(args.crop_scale), "num_workers": args.num_workers}
-        batches = partial(encoded_batches, codec, shape, pictures, num_classes, **given)
+        batches = partial(iterate_encoded, codec, shape, images, num_classes, **given)
 
     transformer = load_transformer(args, shape, num_classes)
     times = [args.time_mean, args.time_std, args.time_shift]
@@ -223,7 +223,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return trained(train, parse_args(argv))
+    return run_training(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
-from hieratok_hf.cli.command_line import positive, trained
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.cli.command_line import positive, run_training
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
 from hieratok_hf.evaluation.metrics import FrechetDistance
 from hieratok_hf.evaluation.perceptual import PerceptualDistance, load_lpips
@@ -21,7 +21,7 @@ from hieratok_hf.evaluation.vision_features import DEFAULT_VISION_MODEL, VisionF
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING
 from hieratok_hf.models.losses import PIXEL_LOSSES
-from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.shipped import resolve_model
 from hieratok_hf.training.alignment import LatentAlignment
 from hieratok_hf.training.discriminator import PatchDiscriminator, discriminator_hinge_loss
 from hieratok_hf.training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--crop_sizes", type=int, nargs="+", default=[128], help="a step draws one; same pixels a step")
     data.add_argument("--crop_scale", type=float, nargs=2, default=(0.5, 1.0), help="of the shorter side; 0 0: as is")
     data.add_argument(
-        "--batch_size", type=positive, default=16, help="pictures of the first size a step, of all processes"
+        "--batch_size", type=positive, default=16, help="images of the first size a step, of all processes"
     )
     data.add_argument("--num_workers", type=int, default=0)
     loss = parser.add_argument_group("losses (a weight of 0 switches one off)")
@@ -93,11 +93,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--statistics_batches", type=positive, default=64, help="for the start and the latent statistics"
     )
     report.add_argument("--report_to", help="a tracker of accelerate, as tensorboard")
-    report.add_argument("--validation_data", nargs="+", help="pictures to measure on while training")
+    report.add_argument("--validation_data", nargs="+", help="images to measure on while training")
     report.add_argument("--validation_split", default="train")
-    report.add_argument(
-        "--fid_size", type=int, help="side that pictures get for the vision model; its own unless given"
-    )
+    report.add_argument("--fid_size", type=int, help="side that images get for the vision model; its own unless given")
     report.add_argument("--validation_every", type=positive, default=1000)
     args = parser.parse_args(argv)
     args.decay_steps = args.steps if args.decay_steps is None else args.decay_steps
@@ -113,7 +111,7 @@ def load_core(args: argparse.Namespace) -> HieraTokCore:
         scales["downsampling"] = args.downsampling
     if args.model is None:
         return HieraTokCore(HieraTokConfig.from_size(args.size, **{**args.config, **given, **scales})).init_weights()
-    core = AutoencoderHieraTok.from_pretrained(shipped_or_given(args.model)).core.train()
+    core = AutoencoderHieraTok.from_pretrained(resolve_model(args.model)).core.train()
     if scales:
         own = {name: getattr(core.config, name) for name in ("scale_factors", "downsampling")}
         core = core.with_scale_factors(**{**own, **scales})
@@ -157,8 +155,8 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
 
     # The plan says what each step sees, however many processes share it.
-    pictures = load_pictures(args.data, split=args.split, streaming=args.streaming)
-    batches = partial(training_loader, pictures, crop_scale=tuple(args.crop_scale), num_workers=args.num_workers)
+    images = load_images(args.data, split=args.split, streaming=args.streaming)
+    batches = partial(training_loader, images, crop_scale=tuple(args.crop_scale), num_workers=args.num_workers)
     plan = partial(BatchPlan, args.batch_size, tuple(args.crop_sizes))
     steps = plan(args.steps, seed=args.seed, parts=args.accumulate, **world)
 
@@ -207,7 +205,7 @@ def train(args: argparse.Namespace) -> None:
     report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every)
     accelerator.init_trackers("tokenizer", {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)})
     if args.validation_data:
-        held_out = load_pictures(args.validation_data, split=args.validation_split)
+        held_out = load_images(args.validation_data, split=args.validation_split)
         validation = EvaluationBatches(held_out, args.crop_sizes[0], args.batch_size)
         frechet = FrechetDistance(vision, size=args.fid_size, same_targets=True, device=device)
         measured = ReconstructionMetrics(ssim=False, frechet=frechet, device=device)
@@ -261,7 +259,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return trained(train, parse_args(argv))
+    return run_training(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small pictures and autoencoders that the tests of cached latents share."""
+"""Small images and autoencoders that the tests of cached latents share."""
 
 import numpy as np
 import torch
@@ -6,11 +6,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file
 
-BROKEN = 5  # the row whose picture cannot be decoded
+BROKEN = 5  # the row whose image cannot be decoded
 
 
-def make_pictures(folder, count=14, broken=BROKEN):
-    """Noise of 32 x 40 pixels in two classes, one of the pictures cut short."""
+def make_images(folder, count=14, broken=BROKEN):
+    """Noise of 32 x 40 pixels in two classes, one of the images cut short."""
     rng = np.random.default_rng(0)
     for i in range(count):
         path = folder / ("hat", "jacket")[2 * i // count] / f"{i:03}.png"

@@ -18,7 +18,7 @@ def make_pipeline(
     vae_overrides: dict[str, Any] | None = None, classes: int = 3, scheduler: Any = None, seed: int = 0
 ) -> HieraTokDiTPipeline:
     """
-    A pipeline on the CPU that makes pictures of 8 x 8 pixels; classes after those of `NAMES` are called by number.
+    A pipeline on the CPU that makes images of 8 x 8 pixels; classes after those of `NAMES` are called by number.
 
     Args:
         vae_overrides (`dict`, *optional*): Configuration values of the tiny tokenizer.

@@ -49,10 +49,10 @@ def vae(core):
     return AutoencoderHieraTok.from_core(core).eval()
 
 
-def picture_with(value, shape=(1, 3, 8, 8)):
-    picture = torch.zeros(shape)
-    picture[0, 0, -1, -1] = value
-    return picture
+def image_with(value, shape=(1, 3, 8, 8)):
+    image = torch.zeros(shape)
+    image[0, 0, -1, -1] = value
+    return image
 
 
 PIXELS = {
@@ -66,14 +66,14 @@ PIXELS = {
     "int64": (torch.zeros(1, 3, 8, 8, dtype=torch.int64), "must be floating point, got torch.int64."),
     "bool": (torch.zeros(1, 3, 8, 8, dtype=torch.bool), "must be floating point, got torch.bool."),
     "complex": (torch.zeros(1, 3, 8, 8, dtype=torch.complex64), "must be floating point, got torch.complex64."),
-    "0-to-255": (picture_with(255.0), "must lie in [-1, 1], got values from 0 to 255."),
-    "far-below": (picture_with(-20.5), "must lie in [-1, 1], got values from -20.5 to 0."),
+    "0-to-255": (image_with(255.0), "must lie in [-1, 1], got values from 0 to 255."),
+    "far-below": (image_with(-20.5), "must lie in [-1, 1], got values from -20.5 to 0."),
     "empty-batch": (torch.zeros(0, 3, 8, 8), "must not be empty, got shape (0, 3, 8, 8)."),
     "no-rows": (torch.zeros(1, 3, 0, 8), "must not be empty, got shape (1, 3, 0, 8)."),
     "no-columns": (torch.zeros(1, 3, 8, 0), "must not be empty, got shape (1, 3, 8, 0)."),
-    "nan": (picture_with(NAN), "must be finite, got NaN or infinity."),
-    "inf": (picture_with(INF), "must be finite, got NaN or infinity."),
-    "minus-inf": (picture_with(-INF), "must be finite, got NaN or infinity."),
+    "nan": (image_with(NAN), "must be finite, got NaN or infinity."),
+    "inf": (image_with(INF), "must be finite, got NaN or infinity."),
+    "minus-inf": (image_with(-INF), "must be finite, got NaN or infinity."),
     "array": (np.zeros((1, 3, 8, 8), dtype=np.float32), "must be a torch.Tensor, got ndarray."),
     "list": ([[0.0]], "must be a torch.Tensor, got list."),
     "none": (None, "must be a torch.Tensor, got NoneType."),
@@ -111,13 +111,13 @@ def test_overshoot_of_noise_and_resampling_is_no_bad_input(core):
 LATENTS = {
     "no-batch": (torch.zeros(4, 2, 2), "must have shape (batch, channels, height, width), got (4, 2, 2)."),
     "tokens": (torch.zeros(1, 4, 4), "must have shape (batch, channels, height, width), got (1, 4, 4)."),
-    "picture": (torch.zeros(1, 3, 8, 8), "must have 4 channels, got 3."),
+    "image": (torch.zeros(1, 3, 8, 8), "must have 4 channels, got 3."),
     "moments": (torch.zeros(1, 8, 2, 2), "must have 4 channels, got 8."),
     "int64": (torch.zeros(1, 4, 2, 2, dtype=torch.int64), "must be floating point, got torch.int64."),
     "empty-batch": (torch.zeros(0, 4, 2, 2), "must not be empty, got shape (0, 4, 2, 2)."),
     "no-rows": (torch.zeros(1, 4, 0, 2), "must not be empty, got shape (1, 4, 0, 2)."),
-    "nan": (picture_with(NAN, (1, 4, 2, 2)), "must be finite, got NaN or infinity."),
-    "inf": (picture_with(INF, (1, 4, 2, 2)), "must be finite, got NaN or infinity."),
+    "nan": (image_with(NAN, (1, 4, 2, 2)), "must be finite, got NaN or infinity."),
+    "inf": (image_with(INF, (1, 4, 2, 2)), "must be finite, got NaN or infinity."),
     "array": (np.zeros((1, 4, 2, 2), dtype=np.float32), "must be a torch.Tensor, got ndarray."),
     "none": (None, "must be a torch.Tensor, got NoneType."),
 }

@@ -121,7 +121,7 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch):
     assert names["output"].latents.shape == (1, 16, 32, 32) and names["features"].shape == (1, 1024, 128)
     assert (tmp_path / "hat.png").stat().st_size > 10_000
     exec(diffusers_code, names)
-    assert names["latents"].shape == (1, 16, 32, 48) and names["picture"].shape == (1, 3, 256, 384)
+    assert names["latents"].shape == (1, 16, 32, 48) and names["image"].shape == (1, 3, 256, 384)
     assert names["preview"].shape == (1, 3, 64, 96)
     names = {}
     exec(generation_code.replace(*few_steps), names)

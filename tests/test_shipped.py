@@ -16,21 +16,21 @@ from hieratok_hf import (
     HieraTokDiTPipeline,
     HieraTokImageProcessorPil,
     HieraTokModel,
-    open_picture,
+    open_image,
 )
 from hieratok_hf.evaluation.generation import ClassAccuracy, GeneratedBatches, ImageClassifier, find_classes
 from hieratok_hf.evaluation.metrics import psnr
-from hieratok_hf.models.losses import picture_pyramid
-from hieratok_hf.shipped import shipped_or_given
+from hieratok_hf.models.losses import image_pyramid
+from hieratok_hf.shipped import resolve_model
 
 ROOT = Path(__file__).parents[1]
-PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.webp"))
+IMAGES = sorted((ROOT / "examples" / "images").glob("*.webp"))
 CLASSIFIER = ROOT.parent / "shared" / "data" / "mobilenet_v2_1.0_224"
 KODAK = ROOT.parent / "shared" / "data" / "kodak"
 IMAGENETTE = ROOT.parent / "shared" / "data" / "imagenette_128" / "val-0000.tar"
 
 
-# Name: least PSNR of the bundled photographs, and of three Kodak pictures, where principal components of as many
+# Name: least PSNR of the bundled photographs, and of three Kodak images, where principal components of as many
 # numbers have 25.9 and 22.6 dB.
 TOKENIZERS = {"hieratok-tiny": (28, 27), "hieratok-tiny-16x": (24, 23.5)}
 
@@ -48,7 +48,7 @@ def vae(name):
 def load(path, name, size=None):
     processor = HieraTokImageProcessorPil.from_pretrained(hieratok_hf.pretrained(name))
     crop = {"do_center_crop": True, "crop_size": {"height": size, "width": size}} if size else {}
-    return processor(open_picture(path), return_tensors="pt", **crop).pixel_values
+    return processor(open_image(path), return_tensors="pt", **crop).pixel_values
 
 
 def test_both_libraries_load_the_shipped_weights(name, vae):
@@ -70,21 +70,21 @@ def test_an_unknown_name_is_refused():
         hieratok_hf.pretrained("hieratok-b")
 
 
-@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.stem)
 @torch.no_grad()
 def test_bundled_photographs_come_back(path, name, vae):
     pixel_values = load(path, name)
-    pictures = vae.core.decode_scales(vae.encode(pixel_values).latent_dist.mode())
-    assert psnr(pictures[-1], pixel_values).item() > TOKENIZERS[name][0]
-    targets = picture_pyramid(pixel_values, vae.core.config)
-    for picture, target in zip(pictures, targets, strict=True):
-        assert (picture.mean((2, 3)) - target.mean((2, 3))).abs().max() < 0.05  # no shift of colour
-        assert psnr(picture, target).item() > 18
+    images = vae.core.decode_scales(vae.encode(pixel_values).latent_dist.mode())
+    assert psnr(images[-1], pixel_values).item() > TOKENIZERS[name][0]
+    targets = image_pyramid(pixel_values, vae.core.config)
+    for image, target in zip(images, targets, strict=True):
+        assert (image.mean((2, 3)) - target.mean((2, 3))).abs().max() < 0.05  # no shift of colour
+        assert psnr(image, target).item() > 18
 
 
 @torch.no_grad()
 def test_no_seams_between_patches(name, vae):
-    pixel_values = load(PICTURES[0], name)
+    pixel_values = load(IMAGES[0], name)
     error = vae(pixel_values).sample - pixel_values
     steps = (error[..., 1:] - error[..., :-1]).abs().mean((0, 1, 2))
     across = steps[vae.spatial_compression_ratio - 1 :: vae.spatial_compression_ratio].mean()
@@ -114,10 +114,10 @@ def test_kodak_beats_principal_components(name, vae):
 
 def test_names_that_ship_become_folders_and_all_else_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shipped_or_given("hieratok-tiny") == hieratok_hf.pretrained("hieratok-tiny")
-    assert shipped_or_given("somebody/hieratok-b") == "somebody/hieratok-b"
+    assert resolve_model("hieratok-tiny") == hieratok_hf.pretrained("hieratok-tiny")
+    assert resolve_model("somebody/hieratok-b") == "somebody/hieratok-b"
     (tmp_path / "hieratok-tiny").mkdir()
-    assert shipped_or_given("hieratok-tiny") == "hieratok-tiny"
+    assert resolve_model("hieratok-tiny") == "hieratok-tiny"
 
 
 def test_the_shipped_pipeline_has_the_shipped_tokenizer():

@@ -7,13 +7,13 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 PAGES = ("CHANGELOG.md", "model_card.md", "benchmarks/README.md")
-PICTURES = "benchmarks/results/*.png"
+IMAGES = "benchmarks/results/*.png"
 
 
 def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
-    """Add the pages and their pictures, at their places in the repository."""
+    """Add the pages and their images, at their places in the repository."""
     root = Path(config.config_file_path).parent
-    for path in [*(root / page for page in PAGES), *sorted(root.glob(PICTURES))]:
+    for path in [*(root / page for page in PAGES), *sorted(root.glob(IMAGES))]:
         files.append(File.generated(config, path.relative_to(root).as_posix(), abs_src_path=str(path)))
     return files
 

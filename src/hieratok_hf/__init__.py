@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from .models.configuration_hieratok import SIZES, HieraTokConfig
 from .models.image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
 from .models.modeling_hieratok import HieraTokDecoderOutput, HieraTokEncoderOutput, HieraTokModel, HieraTokOutput
-from .utils.images import PictureError, convert_to_rgb, open_picture
+from .utils.images import ImageError, convert_to_rgb, open_image
 
 __version__ = "0.1.0"
 
@@ -38,9 +38,9 @@ __all__ = [
     "HieraTokModel",
     "HieraTokOutput",
     "ModelMixin",
-    "PictureError",
+    "ImageError",
     "convert_to_rgb",
-    "open_picture",
+    "open_image",
     "AutoencoderHieraTok",
     "AutoencoderHieraTokOutput",
     "HieraTokAttnProcessor",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["SHIPPED", "pretrained", "shipped_or_given"]
+__all__ = ["SHIPPED", "pretrained", "resolve_model"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -38,6 +38,6 @@ def pretrained(name: str) -> str:
     return str(folder)
 
 
-def shipped_or_given(name_or_path: str) -> str:
+def resolve_model(name_or_path: str) -> str:
     """The folder of a name that ships; a folder of that name goes first, and anything else is given back as it is."""
     return pretrained(name_or_path) if name_or_path in SHIPPED and not Path(name_or_path).is_dir() else name_or_path

@@ -212,7 +212,7 @@ def test_a_peak_is_that_of_one_call(bench, capsys):
     # In this process the peak before could be higher, so only a fresh one is trusted with the figure.
     given = ["--device", "cpu", "--dtype", "float32", "--peak_of", "AutoencoderTiny", 256, 4, "decode"]
     told = bench.in_fresh_process(bench.__file__, given, seconds=120)
-    # Two maps of 64 channels at the picture's size are held at once, and no more than a few.
+    # Two maps of 64 channels at the image's size are held at once, and no more than a few.
     assert 2 <= told["peak"] / (4 * 64 * 256 * 256 * 4) < 8
 
 

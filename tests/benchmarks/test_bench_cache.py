@@ -1,11 +1,11 @@
-"""The benchmark of caching: it measures both sides on the same pictures and records what it prints."""
+"""The benchmark of caching: it measures both sides on the same images and records what it prints."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import pictures
+from helpers import images
 from pipelines import tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -19,16 +19,16 @@ def bench(load_benchmark, monkeypatch):
 
 
 def test_the_correlation_is_pearsons(bench):
-    finals = pictures(3, 3, 16, 16)
+    finals = images(3, 3, 16, 16)
     shrunk = finals.unflatten(2, (4, 4)).unflatten(4, (4, 4)).mean((3, 5))
     torch.testing.assert_close(bench.correlation(2 * shrunk + 1, finals), torch.ones(3))
     torch.testing.assert_close(bench.correlation(-shrunk, finals), -torch.ones(3))
-    others = pictures(3, 3, 4, 4, seed=1)
+    others = images(3, 3, 4, 4, seed=1)
     expected = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] for a, b in zip(others, shrunk)]
     torch.testing.assert_close(bench.correlation(others, finals), torch.stack(expected))
 
 
-def test_the_last_preview_of_all_scales_is_the_picture(bench, tmp_path):
+def test_the_last_preview_of_all_scales_is_the_image(bench, tmp_path):
     pipe = bench.HieraTokDiTPipeline.from_pretrained(tiny_pipeline(tmp_path))
     pipe.set_progress_bar_config(disable=True)
     quarters = bench.preview_correlations(pipe, 4, 8, 3, 1.5)
@@ -38,7 +38,7 @@ def test_the_last_preview_of_all_scales_is_the_picture(bench, tmp_path):
 
 def test_everything_is_measured_and_recorded(bench, tmp_path, capsys):
     folder = tiny_pipeline(tmp_path / "pipe")
-    given = ["--model", folder, "--device", "cpu", "--steps", "4", "--pictures", "3", "--seconds", "0", "--json"]
+    given = ["--model", folder, "--device", "cpu", "--steps", "4", "--images", "3", "--seconds", "0", "--json"]
     assert bench.main(given) == 0
     (path,) = (tmp_path / "results").iterdir()
     report = json.loads(path.read_text())

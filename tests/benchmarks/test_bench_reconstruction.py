@@ -11,15 +11,15 @@ import torch
 from helpers import random_core, tiny_vision_model
 from PIL import Image
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")
 
-from hieratok_hf import AutoencoderHieraTok, open_picture
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf import AutoencoderHieraTok, open_image
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.metrics import psnr, ssim
 from hieratok_hf.models.autoencoder_adapter import load_codec
 
-PHOTOGRAPH = open_picture(next(iter(sorted((Path(__file__).parents[2] / "examples" / "pictures").glob("*.webp")))))
+PHOTOGRAPH = open_image(next(iter(sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.webp")))))
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def tokenizer(tmp_path):
 
 
 def test_components_are_the_best_linear_code_of_the_patches_that_they_are_fitted_to(bench, data):
-    pictures = load_pictures(str(data / "shards" / "train-*.tar"))
+    images = load_images(str(data / "shards" / "train-*.tar"))
     values = torch.stack([bench.as_values(crop(i, 48)) for i in range(12)])
-    errors = [(bench.PrincipalComponents(pictures, 4, n)(values) - values).square().mean() for n in (1, 6, 24, 48)]
+    errors = [(bench.PrincipalComponents(images, 4, n)(values) - values).square().mean() for n in (1, 6, 24, 48)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-9
     patches = torch.nn.functional.unfold(values, 4, stride=4).transpose(1, 2).reshape(-1, 48).double()
     left_over = torch.linalg.svdvals(patches - patches.mean(0))[6:].square().sum() / patches.numel()
@@ -84,18 +84,18 @@ def test_jpeg_takes_the_bytes_that_there_are_and_no_more(bench):
     assert found == sorted(found) and found[0] < 25 < 35 < found[-1]
 
 
-def _decoded(jpeg, picture, quality):
-    return np.array(Image.open(io.BytesIO(jpeg._file(picture, quality))))
+def _decoded(jpeg, image, quality):
+    return np.array(Image.open(io.BytesIO(jpeg._file(image, quality))))
 
 
 def test_every_row_is_measured_and_parts_add_up(bench, data, tokenizer, tmp_path, capsys):
     given = ["--data", str(data), "--models", str(tokenizer), "--json", "--sets"]
-    assert bench.main([*given, "one"]) == 0 and bench.main([*given, "two", "--max_pictures", "4"]) == 0
+    assert bench.main([*given, "one"]) == 0 and bench.main([*given, "two", "--max_images", "4"]) == 0
     report = json.loads(next((tmp_path / "results").iterdir()).read_text())
     rows = {(row["data"], row["code"]): row for row in report["rows"]}
     codes = ("tokenizer", "its linear path alone", "principal components", "JPEG")
     assert list(rows) == [(name, code) for name in ("one", "two") for code in codes]
-    assert [row["pictures"] for row in rows.values()] == [3] * 4 + [4] * 4
+    assert [row["images"] for row in rows.values()] == [3] * 4 + [4] * 4
     assert [row["size"] for row in rows.values()] == [32] * 4 + [48] * 4
     assert bench.table(report).splitlines()[-1] in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ from helpers import random_core
 from pipelines import tiny_pipeline
 from test_bench_reconstruction import crop
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.evaluation.metrics import border_steps, psnr
@@ -19,7 +19,7 @@ from hieratok_hf.evaluation.metrics import border_steps, psnr
 def bench(load_benchmark, monkeypatch, tmp_path):
     module = load_benchmark("bench_seams")
     monkeypatch.setattr(module, "SIZE", 32)
-    monkeypatch.setattr(module, "REAL_PICTURES", "kodak")
+    monkeypatch.setattr(module, "REAL_IMAGES", "kodak")
     (tmp_path / "kodak").mkdir()
     for i in range(3):
         crop(i, 32).save(tmp_path / "kodak" / f"{i}.png")
@@ -33,12 +33,12 @@ def originals():
 
 def test_every_row_is_measured_and_parts_add_up(bench, tmp_path, capsys):
     AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path / "tokenizer")
-    given = ["--data", str(tmp_path), "--deviations", "0.5", "2", "--pictures", "3", "--json"]
+    given = ["--data", str(tmp_path), "--deviations", "0.5", "2", "--images", "3", "--json"]
     assert bench.main([*given, "--models", str(tmp_path / "tokenizer"), "--pipelines"]) == 0
     assert bench.main([*given, "--models", "--pipelines", tiny_pipeline(tmp_path / "generator")]) == 0
     report = json.loads(next((tmp_path / "results").iterdir()).read_text())
     ((tokenizer,), (generator,)) = report["tokenizers"], report["generators"]
-    assert tokenizer["pictures"] == generator["pictures"] == 3
+    assert tokenizer["images"] == generator["images"] == 3
     core = random_core()
     with torch.no_grad():
         made = core.decode(core.encode(originals()).mode()).clamp(-1, 1)
@@ -46,7 +46,7 @@ def test_every_row_is_measured_and_parts_add_up(bench, tmp_path, capsys):
     assert len({tokenizer["psnr"], *tokenizer["psnr_with_noise"].values()}) == 3
     steps = border_steps(originals(), 4).mean(0)
     assert tokenizer["border_ratio_of_originals"] == pytest.approx((steps[0] / steps[1]).item(), abs=1e-3)
-    assert tokenizer["border_ratio"] > 0 and generator["border_ratio_of_real_pictures"] > 0
+    assert tokenizer["border_ratio"] > 0 and generator["border_ratio_of_real_images"] > 0
     assert bench.tables(report) in capsys.readouterr().out
 
 

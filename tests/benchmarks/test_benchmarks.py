@@ -63,7 +63,7 @@ def test_the_figures_of_the_weights_are_those_recorded(load_benchmark):
     codes = ("tokenizer", "its linear path alone", "principal components", "JPEG")
     rows = {(row["data"], row["like"], row["code"]): row for row in report["rows"]}
     assert rows.keys() == set(itertools.product(sets, tokenizers, codes))
-    assert all(row["pictures"] == sets[row["data"]] for row in rows.values())
+    assert all(row["images"] == sets[row["data"]] for row in rows.values())
     assert load_benchmark("bench_reconstruction").table(report) in PAGES
     for (data, tokenizer, code), row in rows.items():
         if data != "kodak":
@@ -85,7 +85,7 @@ def test_seams_and_noise_are_what_was_recorded(load_benchmark):
 
 def test_the_trade_off_of_the_losses_is_that_recorded():
     report = json.loads((ROOT / "benchmarks" / "results" / "trade_off.json").read_text())
-    assert report["pictures"] == 24 and report["settings"]["size"] == 512
+    assert report["images"] == 24 and report["settings"]["size"] == 512
     for text in (PAGES, CARD):
         rows = {line for line in text.splitlines() if line.count("|") == 5}
         for figures in report["models"]:
@@ -95,7 +95,7 @@ def test_the_trade_off_of_the_losses_is_that_recorded():
 
 def test_the_gain_of_fine_tuning_is_that_recorded():
     report = json.loads((ROOT / "benchmarks" / "results" / "fine_tune.json").read_text())
-    assert report["pictures"] == 372 and report["settings"]["fid_size"] == 128
+    assert report["images"] == 372 and report["settings"]["fid_size"] == 128
     before, after = report["models"]
     for name, figures in (("hieratok-tiny", before), ("fine-tuned", after)):
         cells = f"{figures['psnr']:.2f} | {figures['ssim']:.4f} | {figures['FD-MobileNetV2']:.2f}"
@@ -125,21 +125,21 @@ def test_the_figures_of_a_gpu_are_those_recorded():
         ways = [f"{x}{how}" for x in ("sdpa_mask", "sdpa", "flex", "triton", "triton+rotary")]
         cells = [f"{decoding['times_as_fast'][way]:.2f}, {decoding['milliseconds'][way]:.1f}" for way in ways]
         assert f"| {name}: times as fast, ms | {' | '.join(cells)} |" in text
-    assert f"decodes 64 pictures in {decoding['milliseconds']['auto, compiled']:.1f} ms" in README
+    assert f"decodes 64 images in {decoding['milliseconds']['auto, compiled']:.1f} ms" in README
     speeds = recorded("train_hieratok-b")["images_per_second"]
-    assert f"{speeds['plain']:.0f} pictures a second, {speeds['compiled']:.0f} compiled" in text
+    assert f"{speeds['plain']:.0f} images a second, {speeds['compiled']:.0f} compiled" in text
     generation = recorded("generation")
-    assert f"makes {generation['images_per_second']:.0f} pictures of 64x64 a second" in text
+    assert f"makes {generation['images_per_second']:.0f} images of 64x64 a second" in text
     for row in generation["decoders"]:
         shares = " | ".join(f"{100 * row['of_full_decode'][scales]:.1f} %" for scales in "123")
-        assert f"| {row['size']}, {row['pictures']} pictures of {row['pixels']}x{row['pixels']} | {shares} |" in text
+        assert f"| {row['size']}, {row['images']} images of {row['pixels']}x{row['pixels']} | {shares} |" in text
 
 
 def test_the_gain_of_tiles_is_that_recorded():
     report = json.loads((ROOT / "benchmarks" / "results" / "positions_hieratok-tiny_cpu_avx512.json").read_text())
     tiles, whole = (report["psnr_db"][variant]["768x512"] for variant in ("tiles", "cells"))
-    assert f"{tiles:.2f} dB on the whole Kodak pictures, against {whole:.2f} dB" in PAGES.replace("\n", " ")
-    sizes = json.loads((ROOT / "benchmarks" / "results" / "picture_sizes_hieratok-tiny_cpu_avx512.json").read_text())
+    assert f"{tiles:.2f} dB on the whole Kodak images, against {whole:.2f} dB" in PAGES.replace("\n", " ")
+    sizes = json.loads((ROOT / "benchmarks" / "results" / "image_sizes_hieratok-tiny_cpu_avx512.json").read_text())
     most = max(row["process_mib"] for row in sizes["rows"] if row["tiled"] and row["side"] == 4096)
     assert f"to {most:.0f} MiB for all the process at 4096x4096" in PAGES.replace("\n", " ")
 
@@ -159,8 +159,8 @@ def test_the_figures_of_generation_are_those_recorded():
     table = (ROOT / "benchmarks" / "README.md").read_text()
     for row in report["decoders"]:
         share = [f"{100 * row['of_full_decode'][scales]:.1f} %" for scales in "123"]
-        picture = f"{row['pictures']} pictures of {row['pixels']}x{row['pixels']}"
-        assert f"| {row['size']}, {picture} | {' | '.join(share)} |" in table
+        image = f"{row['images']} images of {row['pixels']}x{row['pixels']}"
+        assert f"| {row['size']}, {image} | {' | '.join(share)} |" in table
     cached = json.loads((folder / "cache_hieratok-tiny_cpu_avx512.json").read_text())
     assert f"shards at {cached['caching_over_encoding']:.2f} of the speed" in table
     assert cached["caching_over_encoding"] >= 0.9
@@ -322,7 +322,7 @@ def test_the_table_of_decoding_is_what_was_recorded():
     for path in (ROOT / "benchmarks" / "results").glob("decode_*_cpu_*.json"):
         report = json.loads(path.read_text())
         cells = [f"{report['times_as_fast'][name + how]:.2f}" for name in DECODED for how in ("", ", compiled")]
-        assert f"| {report['size']}, {report['images']} pictures | {' | '.join(cells)} |" in text
+        assert f"| {report['size']}, {report['images']} images | {' | '.join(cells)} |" in text
 
 
 def test_the_training_benchmark_takes_real_steps(monkeypatch, tmp_path, capsys):
@@ -351,7 +351,7 @@ def test_the_table_of_scales_is_what_was_recorded(scales):
     runs = json.loads(scales.RESULTS.read_text())["runs"]
     assert {f"{row}-{seed}" for row in ("single", "multi", "full", "two", "three") for seed in (0, 1)} <= set(runs)
     assert f"{scales.BEGIN}\n{scales.table(runs)}\n{scales.END}" in scales.README.read_text()
-    assert all(run["pictures"] == 3925 and run["curve"][-1]["step"] >= 1000 for run in runs.values())
+    assert all(run["images"] == 3925 and run["curve"][-1]["step"] >= 1000 for run in runs.values())
 
 
 def test_the_tables_of_generation_are_what_was_recorded(monkeypatch):
@@ -363,7 +363,7 @@ def test_the_tables_of_generation_are_what_was_recorded(monkeypatch):
     for begin, content in generation.sections(results).items():
         assert f"{begin}\n{content}\n{generation.END}" in text
     for run in results["runs"].values():
-        assert run["settings"] == generation.SETTINGS and run["reference_pictures"] == 9469
+        assert run["settings"] == generation.SETTINGS and run["reference_images"] == 9469
         assert [point["step"] for point in run["curve"]] == [500, 1000, 1500, 2000]
 
 
@@ -397,8 +397,8 @@ def test_the_other_models_of_the_comparison_are_multi_scale_models(name, scales)
     moments, _ = core.encode_moments(pixel_values)
     latents = moments.chunk(2, dim=1)[0]
     made = core.decode_scales(latents)
-    assert [picture.shape[2:] for picture in made] == [(8, 8), (12, 16), (24, 32)]
-    (sum(picture.square().mean() for picture in made) + moments.square().mean()).backward()
+    assert [image.shape[2:] for image in made] == [(8, 8), (12, 16), (24, 32)]
+    (sum(image.square().mean() for image in made) + moments.square().mean()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in core.parameters())
     # The mean of a cell decides the coarser scales, what lies within it does not.
     shuffled = latents.detach().clone()

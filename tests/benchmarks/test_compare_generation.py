@@ -1,4 +1,4 @@
-"""Tests of `benchmarks/compare_generation.py`: both rows from pictures to table, going on, and what the table says."""
+"""Tests of `benchmarks/compare_generation.py`: both rows from images to table, going on, and what the table says."""
 
 import importlib.util
 import io
@@ -14,7 +14,7 @@ from PIL import Image
 from scripts import forget_processes
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("sklearn", reason="t-SNE is that of scikit-learn")
 pytest.importorskip("torchmetrics", reason="it measures the distance")
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["English_springer", "golf_ball", "tench"]
 DIT = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 TINY = [
-    *("--picture_size", 16, "--dit_config", json.dumps(DIT), "--steps", 4, "--export_every", 2, "--batch_size", 4),
+    *("--image_size", 16, "--dit_config", json.dumps(DIT), "--steps", 4, "--export_every", 2, "--batch_size", 4),
     *("--lr", 1e-2, "--warmup_steps", 1, "--ema", 0.5, "--mixed_precision", "no"),
     *("--samples", 6, "--sample_steps", 2, "--sample_batch_size", 4),
 ]
@@ -45,7 +45,7 @@ def compare(monkeypatch):
 
 @pytest.fixture
 def world(compare, tmp_path, monkeypatch):
-    """Pictures, a classifier, tokenizers, and a README and results of its own; scripts run in this process."""
+    """Images, a classifier, tokenizers, and a README and results of its own; scripts run in this process."""
     data = tmp_path / "data"
     (data / "imagenette_128").mkdir(parents=True)
     (data / "imagenette_128" / "meta.json").write_text(json.dumps({"classes": CLASSES}))
@@ -64,7 +64,7 @@ def world(compare, tmp_path, monkeypatch):
     network = MobileNetV2ForImageClassification(MobileNetV2Config(**sizes, **names, image_size=32))
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)  # the model's own would leave next to nothing of a picture
+            torch.nn.init.kaiming_normal_(module.weight)  # the model's own would leave next to nothing of an image
     network.save_pretrained(data / "mobilenet_v2_1.0_224")
     for row, factors in (("single", (1,)), ("multi", (2, 1))):
         vae = AutoencoderHieraTok.from_core(random_core(scale_factors=factors))
@@ -93,7 +93,7 @@ def begins(compare):
 
 
 @pytest.mark.usefixtures("script_surroundings")
-def test_both_rows_from_pictures_to_the_table(compare, world, capsys, monkeypatch):
+def test_both_rows_from_images_to_the_table(compare, world, capsys, monkeypatch):
     calls, arguments, folder = world
     assert compare.main([*arguments, "--rows", "single"]) == 0
     stages = ["cache_latents", "train_dit", "evaluate_generation", "evaluate_generation"]
@@ -111,7 +111,7 @@ def test_both_rows_from_pictures_to_the_table(compare, world, capsys, monkeypatc
     last = json.loads((multi / "seed-0" / "evaluation-000000004.json").read_text())
     settings = last["settings"]
     assert settings["guidance_scale"] == 1 and settings["samples"] == 6 and settings["fid_size"] == 16
-    assert last["reference_pictures"] == 12 and last["pictures_per_class"] == [2, 2, 2]
+    assert last["reference_images"] == 12 and last["images_per_class"] == [2, 2, 2]
 
     capsys.readouterr()
     assert compare.main([*arguments, "--only_collect"]) == 0

@@ -1,4 +1,4 @@
-"""The comparison of positions: what each variant changes, the pictures of each size, and the table."""
+"""The comparison of positions: what each variant changes, the images of each size, and the table."""
 
 import copy
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import pictures, random_core
+from helpers import images, random_core
 from PIL import Image
 
 from hieratok_hf import AutoencoderHieraTok
@@ -24,23 +24,23 @@ def folder(tmp_path):
     generator = torch.Generator().manual_seed(0)
     for i in range(5):
         values = torch.randint(0, 256, (48, 64, 3), generator=generator, dtype=torch.uint8)
-        picture = Image.fromarray(values.numpy()).resize((768, 512) if i % 2 else (512, 768))
-        picture.save(tmp_path / f"{i}.png")
+        image = Image.fromarray(values.numpy()).resize((768, 512) if i % 2 else (512, 768))
+        image.save(tmp_path / f"{i}.png")
     return tmp_path
 
 
 @pytest.mark.parametrize("variant", ["fractions", "interpolated", "scaled_frequencies", "sharper_attention", "tiles"])
-def test_a_variant_changes_pictures_beyond_the_trained_size_alone(bench, variant):
+def test_a_variant_changes_images_beyond_the_trained_size_alone(bench, variant):
     original = AutoencoderHieraTok.from_core(random_core()).eval()
     for side, same in ((32, True), (64, False)):
         vae = copy.deepcopy(original)
         with torch.inference_mode():
             bench.VARIANTS[variant](vae, side // 4, 8)
-            ours, plain = vae(pictures(1, 3, side, side)).sample, original(pictures(1, 3, side, side)).sample
+            ours, plain = vae(images(1, 3, side, side)).sample, original(images(1, 3, side, side)).sample
         assert torch.allclose(ours, plain, atol=1e-5) == same
 
 
-def test_sizes_are_centres_whole_pictures_and_four_beside_each_other(bench, folder):
+def test_sizes_are_centres_whole_images_and_four_beside_each_other(bench, folder):
     paths = sorted(folder.glob("*.png"))
     assert [tuple(x.shape) for x in bench.at_size(paths, "128")] == [(1, 3, 128, 128)] * 5
     assert {tuple(x.shape[2:]) for x in bench.at_size(paths, "768x512")} == {(512, 768), (768, 512)}
@@ -54,15 +54,15 @@ def test_it_reports_what_it_measures(bench, folder, tmp_path, capsys):
     arguments += ["--trained", "128", "--json"]
     assert bench.main(arguments) == 0
     report = json.loads(next((tmp_path / "results").iterdir()).read_text())
-    assert report["pictures"] == 5 and report["psnr_db"]["cells"]["128"] == report["psnr_db"]["tiles"]["128"]
+    assert report["images"] == 5 and report["psnr_db"]["cells"]["128"] == report["psnr_db"]["tiles"]["128"]
     assert report["psnr_db"]["cells"]["256"] != report["psnr_db"]["tiles"]["256"]
     assert bench.table(report) in capsys.readouterr().out
 
 
-def test_too_few_pictures_are_refused(bench, tmp_path, capsys):
+def test_too_few_images_are_refused(bench, tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--kodak", str(tmp_path)])
-    assert "four pictures or more, found 0" in capsys.readouterr().err
+    assert "four images or more, found 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)

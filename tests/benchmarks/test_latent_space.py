@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import noise, random_core
-from latent_data import make_pictures
+from latent_data import make_images
 from PIL import Image
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("sklearn", reason="t-SNE is that of scikit-learn")
 
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_cache import write_latents
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "latent_space.py"
@@ -49,7 +49,7 @@ def test_white_noise_is_flat_and_has_the_share_of_the_frequencies():
 
 @pytest.mark.parametrize("k", [0, 1, 3, 4, 6])
 def test_a_cosine_has_its_energy_in_its_own_ring(k):
-    # k half periods across the grid; of k = 0 each picture is a constant of its own.
+    # k half periods across the grid; of k = 0 each image is a constant of its own.
     wave = torch.cos(torch.pi / 8 * k * (torch.arange(8) + 0.5))
     latents = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1) * wave.expand(2, 1, 8, 8)
     spectrum = space.power(latents)
@@ -113,21 +113,21 @@ def test_what_has_no_neighbour_or_no_direction_is_refused():
 
 @pytest.mark.usefixtures("script_surroundings")
 def test_caches_beside_each_other(tmp_path, capsys):
-    pictures = load_pictures(str(make_pictures(tmp_path / "pictures", count=24)))
+    images = load_images(str(make_images(tmp_path / "images", count=24)))
     folders = [tmp_path / name for name in ("single-0", "multi-0")]
     for folder, factors in zip(folders, ((1,), (2, 1))):
-        write_latents(random_core(scale_factors=factors), pictures, folder, size=16, kind="mode", threads=1)
+        write_latents(random_core(scale_factors=factors), images, folder, size=16, kind="mode", threads=1)
     (tmp_path / "meta.json").write_text(json.dumps({"classes": ["hat", "jacket"]}))
     more = ["--classes", tmp_path / "meta.json", "--plot", tmp_path / "plot.png", "--json", tmp_path / "figures.json"]
     assert space.main(list(map(str, [*folders, *more]))) == 0
     spaces = json.loads((tmp_path / "figures.json").read_text())
     assert list(spaces) == ["single-0", "multi-0", space.NOISE]
-    assert spaces["multi-0"]["pictures"] == 23 and spaces["multi-0"]["shape"] == [4, 4, 4]
+    assert spaces["multi-0"]["images"] == 23 and spaces["multi-0"]["shape"] == [4, 4, 4]
     assert spaces["single-0"]["upper_half_share"] != spaces["multi-0"]["upper_half_share"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and {line.count("|") for line in lines} == {9}
-    with Image.open(tmp_path / "plot.png") as picture:
-        assert picture.width > picture.height > 400
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width > image.height > 400
     with pytest.raises(SystemExit):
         space.main([str(folders[0]), str(folders[0])])
     assert "a name of its own" in capsys.readouterr().err

@@ -10,13 +10,13 @@ from accelerate import PartialState
 from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
-    loaded,
+    load_or_explain,
     machine,
     one_line,
     positive,
-    printed,
-    printed_by_processes,
-    trained,
+    run_on_processes,
+    run_script,
+    run_training,
     write_report,
 )
 
@@ -36,13 +36,13 @@ def test_whole_numbers_from_one():
 
 
 def test_what_cannot_be_loaded_is_named():
-    assert loaded(lambda name, more: (name, more), "--model", "x", 2) == ("x", 2)
+    assert load_or_explain(lambda name, more: (name, more), "--model", "x", 2) == ("x", 2)
 
     def fail(name):
         raise KeyError("no\nsuch key")
 
     with pytest.raises(Problem, match=r"--model 'x' cannot be loaded: .*such key"):
-        loaded(fail, "--model", "x")
+        load_or_explain(fail, "--model", "x")
 
 
 def test_reports_are_json_and_written_whole(tmp_path):
@@ -70,9 +70,9 @@ def test_lines_are_printed_and_problems_become_the_status(capsys):
         return [args.text, "more"]
 
     given = argparse.Namespace(device=torch.device("cpu"), text="good")
-    assert printed_by_processes(run, given) == 0
+    assert run_on_processes(run, given) == 0
     assert capsys.readouterr().out == "good\nmore\n"
-    assert printed_by_processes(run, argparse.Namespace(device=None, text="bad")) == 2
+    assert run_on_processes(run, argparse.Namespace(device=None, text="bad")) == 2
     assert capsys.readouterr() == ("", "error: it cannot be done\n")
     parser = argparse.ArgumentParser()
     add_device(parser)
@@ -87,20 +87,20 @@ def test_errors_of_a_training_become_the_status(capsys):
     def fail(args):
         raise args.error
 
-    assert trained(lambda args: None, argparse.Namespace()) == 0
+    assert run_training(lambda args: None, argparse.Namespace()) == 0
     for error in (FloatingPointError("not finite"), ImportError("lpips"), OSError("full"), ValueError("wrong")):
-        assert trained(fail, argparse.Namespace(error=error)) == 2
+        assert run_training(fail, argparse.Namespace(error=error)) == 2
         assert capsys.readouterr().err == f"error: {error}\n"
     with pytest.raises(KeyError):
-        trained(fail, argparse.Namespace(error=KeyError("a defect")))
+        run_training(fail, argparse.Namespace(error=KeyError("a defect")))
 
 
 def test_lines_are_printed_and_a_problem_is_the_exit_status(capsys):
-    assert printed(lambda args: [f"a {args.x}", "b"], argparse.Namespace(x=1)) == 0
+    assert run_script(lambda args: [f"a {args.x}", "b"], argparse.Namespace(x=1)) == 0
     assert capsys.readouterr() == ("a 1\nb\n", "")
 
     def fail(args):
         raise Problem("no such thing")
 
-    assert printed(fail, argparse.Namespace()) == 2
+    assert run_script(fail, argparse.Namespace()) == 2
     assert capsys.readouterr() == ("", "error: no such thing\n")

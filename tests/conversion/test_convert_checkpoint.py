@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DETOK, TINY, noise, pictures, random_core
+from helpers import DETOK, TINY, images, noise, random_core
 from safetensors.torch import load_file, save_file
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProcessorPil, HieraTokModel
@@ -70,12 +70,12 @@ def assert_folder_is(folder, core, dtype=torch.float32):
     vae = AutoencoderHieraTok.from_pretrained(folder, torch_dtype=dtype).eval()
     for loaded in (model, vae):
         assert_same(dict(loaded.state_dict()), expected)
-    x = pictures(2, 3, 32, 64, seed=3)
+    x = images(2, 3, 32, 64, seed=3)
     with torch.no_grad():
         moments, _ = core.to(dtype).encode_moments(x.to(dtype))
-        picture = core.decode(moments[:, :4])
+        image = core.decode(moments[:, :4])
         assert torch.equal(model.encode(x).moments, moments)
-        assert torch.equal(vae.decode(moments[:, :4]).sample, picture)
+        assert torch.equal(vae.decode(moments[:, :4]).sample, image)
     core.float()
 
 
@@ -288,14 +288,14 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, config_file):
 
 
 @pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("fault", ["weights", "picture"])
+@pytest.mark.parametrize("fault", ["weights", "image"])
 def test_a_folder_that_is_not_what_it_should_be_does_not_stay(
     tmp_path, capsys, config_file, monkeypatch, exists, fault
 ):
     def spoil(model):
         with torch.no_grad():
             model.core.decoder.head.weight[0, 0] += 1e-6 if fault == "weights" else 0.0
-        if fault == "picture":
+        if fault == "image":
             plain = model.core.decode
             monkeypatch.setattr(model.core, "decode", lambda *args: plain(*args) + 1e-6)
 
@@ -310,7 +310,7 @@ def test_a_folder_that_is_not_what_it_should_be_does_not_stay(
     (tmp_path / "folder").mkdir() if exists else None
     monkeypatch.setattr(AutoencoderHieraTok, "from_pretrained", classmethod(load))
     told = refused(capsys, tmp_path / "raw.safetensors", tmp_path / "folder", "--config", config_file)
-    assert f"AutoencoderHieraTok {'loads other weights' if fault == 'weights' else 'gives another picture'}" in told
+    assert f"AutoencoderHieraTok {'loads other weights' if fault == 'weights' else 'gives another image'}" in told
 
 
 def test_nothing_that_is_there_is_overwritten(tmp_path, capsys, config_file):

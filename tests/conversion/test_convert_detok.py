@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import noise, pictures
+from helpers import images, noise
 from PIL import Image
 from safetensors.torch import save_file
 from scripts import forget_processes, records
 from torch.nn import functional as F
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 
 from transformers import AutoImageProcessor
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["moments", "pictures"]
+NAMES = ["moments", "images"]
 NORMS = ("ln_pre.weight", "ln_post.weight", "norm1.weight", "norm2.weight")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
@@ -136,7 +136,7 @@ def blocks(weights, side, x, grid, wrong):
 
 
 def plain_moments(weights, pixel_values, wrong=None):
-    """Pictures `(B, 3, H, W)` to mean and log-variance `(B, 2C, h, w)`; `wrong` names a fact to be left out."""
+    """Images `(B, 3, H, W)` to mean and log-variance `(B, 2C, h, w)`; `wrong` names a fact to be left out."""
     kernel = weights["encoder.patch_embed.0.weight"]
     x = F.conv2d(pixel_values, kernel, weights["encoder.patch_embed.0.bias"], stride=kernel.shape[-1])
     grid = tuple(x.shape[-2:])
@@ -146,8 +146,8 @@ def plain_moments(weights, pixel_values, wrong=None):
     return x.roll(x.shape[1] // 2, 1) if wrong == "log-variance first" else x
 
 
-def plain_pictures(weights, latents, wrong=None):
-    """Latents `(B, C, h, w)` to pictures `(B, 3, H, W)`."""
+def plain_images(weights, latents, wrong=None):
+    """Latents `(B, C, h, w)` to images `(B, 3, H, W)`."""
     grid = tuple(latents.shape[-2:])
     x = latents.flatten(2).transpose(1, 2)
     x = F.linear(x, weights["decoder.decoder_embed.weight"], weights["decoder.decoder_embed.bias"])
@@ -168,24 +168,24 @@ def plain_pictures(weights, latents, wrong=None):
 
 @torch.no_grad()
 def results(model, weights, grid, wrong=None):
-    """Moments and pictures by a converted model, and by the plain computation."""
+    """Moments and images by a converted model, and by the plain computation."""
     config = model.config
-    pixel_values = pictures(2, 3, grid[0] * config.patch_size, grid[1] * config.patch_size)
+    pixel_values = images(2, 3, grid[0] * config.patch_size, grid[1] * config.patch_size)
     latents = noise(2, config.latent_channels, *grid)
     found = model.encode(pixel_values).moments, model.decode(latents).reconstruction
-    return found, (plain_moments(weights, pixel_values, wrong), plain_pictures(weights, latents, wrong))
+    return found, (plain_moments(weights, pixel_values, wrong), plain_images(weights, latents, wrong))
 
 
 SIZES = [
     pytest.param({}, id="two sides of other sizes"),
     pytest.param({"encoder": (1, 128), "decoder": (2, 64), "patch": 8, "channels": 6}, id="the other way round"),
     pytest.param({"encoder": (1, 64), "decoder": (1, 64), "patch": 16, "channels": 16}, id="published patches"),
-    pytest.param({"side": 8}, id="smaller pictures"),
+    pytest.param({"side": 8}, id="smaller images"),
 ]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_moments_and_pictures_are_those_of_the_plain_computation(script, sizes):
+def test_moments_and_images_are_those_of_the_plain_computation(script, sizes):
     weights = random_weights(**sizes)
     model = script.convert(weights)
     side = sizes.get("side", 16)
@@ -197,7 +197,7 @@ def test_moments_and_pictures_are_those_of_the_plain_computation(script, sizes):
 
 
 @torch.no_grad()
-def test_other_scales_start_as_averages_and_leave_the_picture(script):
+def test_other_scales_start_as_averages_and_leave_the_image(script):
     model = script.convert(random_weights())
     assert model.config.downsampling == "learned"
     learned, mean = (model.core.with_scale_factors((8, 4, 2, 1), kind) for kind in ("learned", "mean"))
@@ -228,8 +228,8 @@ BOTH = [
     [
         *((fact, NAMES) for fact in BOTH),
         *(("no encoder positions", ["moments"]), ("log-variance first", ["moments"])),
-        *((fact, ["pictures"]) for fact in ("no decoder positions", "colour first", "column first in a patch")),
-        ("no last convolution", ["pictures"]),
+        *((fact, ["images"]) for fact in ("no decoder positions", "colour first", "column first in a patch")),
+        ("no last convolution", ["images"]),
     ],
 )
 def test_every_fact_of_the_architecture_matters(script, wrong, differs):
@@ -268,8 +268,8 @@ def test_the_way_back_gives_the_same_bits(script):
 
 @pytest.fixture
 def data(tmp_path):
-    """Pictures of 64 x 64 pixels in the order of their brightness, which makes the first of them unlike the rest."""
-    folder = tmp_path / "pictures"
+    """Images of 64 x 64 pixels in the order of their brightness, which makes the first of them unlike the rest."""
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(24):
@@ -294,12 +294,12 @@ def loaded(folder):
 
 
 @torch.no_grad()
-def test_folded_latents_are_normalised_and_pictures_stay(script, tmp_path, data, capsys):
+def test_folded_latents_are_normalised_and_images_stay(script, tmp_path, data, capsys):
     weights = random_weights()
     file = published_file(tmp_path / "detok.pth", weights)
     assert run(script, file, tmp_path / "out", "--data", data, "--images", 24) == 0
     said = capsys.readouterr().out
-    assert "encoder 2 x 64, decoder 1 x 128" in said and "24 pictures" in said
+    assert "encoder 2 x 64, decoder 1 x 128" in said and "24 images" in said
 
     seen = [np.asarray(Image.open(path)) for path in sorted(data.iterdir())]
     seen = torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -311,12 +311,12 @@ def test_folded_latents_are_normalised_and_pictures_stay(script, tmp_path, data,
         torch.testing.assert_close(posterior.mode(), (mean - shift) / scale, atol=1e-4, rtol=0)
         torch.testing.assert_close(posterior.logvar, logvar - 2 * scale.log(), atol=1e-4, rtol=0)
         made = model.core.decode(posterior.mode())
-        torch.testing.assert_close(made[:4], plain_pictures(weights, mean[:4]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(made[:4], plain_images(weights, mean[:4]), atol=1e-4, rtol=0)
     processed = AutoImageProcessor.from_pretrained(tmp_path / "out")(Image.new("RGB", (70, 66)), return_tensors="pt")
     assert processed.pixel_values.shape == (1, 3, 64, 68)
 
 
-def test_pictures_are_taken_from_all_over_the_data(script, tmp_path, data, capsys):
+def test_images_are_taken_from_all_over_the_data(script, tmp_path, data, capsys):
     file = published_file(tmp_path / "detok.pth", random_weights())
     args = script.parse_args([str(file), "out", "--data", str(data), "--images", "8"])
     mean, _, lines = script.fold(script.convert(random_weights()).core, args)
@@ -324,7 +324,7 @@ def test_pictures_are_taken_from_all_over_the_data(script, tmp_path, data, capsy
     everywhere, *_ = script.fold(script.convert(random_weights()).core, args)
     seen = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted(data.iterdir())[:8]]))
     first = plain_moments(random_weights(), seen.permute(0, 3, 1, 2) / 127.5 - 1).chunk(2, 1)[0].mean((0, 2, 3))
-    assert "8 pictures" in lines[-1]
+    assert "8 images" in lines[-1]
     assert 1e-3 < (mean - everywhere).norm() < 0.5 * (first - everywhere).norm()
 
 
@@ -345,7 +345,7 @@ def variants(tmp_path, weights):
 @torch.no_grad()
 def test_every_kind_of_file_gives_the_same_folder(script, tmp_path):
     weights = random_weights()
-    pixel_values = pictures(1, 3, 64, 64)
+    pixel_values = images(1, 3, 64, 64)
     expected = plain_moments(weights, pixel_values)
     for name, *options in variants(tmp_path, weights):
         assert run(script, tmp_path / name, tmp_path / "out", "--no_fold", *options) == 0, name
@@ -423,7 +423,7 @@ BROKEN = {
         "encoder.transformer.0.mlp.w3.weight",
     ),
     "another width": (reshaped("encoder.patch_embed.0.weight", lambda x: x[:40]), "multiple of 64"),
-    "no picture": (reshaped("encoder.patch_embed.0.weight", lambda x: x.flatten(1)), "must have 4 dimensions"),
+    "no image": (reshaped("encoder.patch_embed.0.weight", lambda x: x.flatten(1)), "must have 4 dimensions"),
     "patches that are no squares": (
         reshaped("encoder.patch_embed.0.weight", lambda x: x[..., :2, :]),
         "patch_embed.0",
@@ -506,7 +506,7 @@ def test_options_that_cannot_be_followed_are_told(script, tmp_path, data, capsys
     for argv, said in [
         ([file, out, "--no_fold", "--ema"], "no averaged weights"),
         ([file, tmp_path / "file", "--no_fold"], "OUTPUT"),
-        ([file, out, "--data", tmp_path / "none"], "No pictures found"),
+        ([file, out, "--data", tmp_path / "none"], "No images found"),
         ([tmp_path / "large.pth", out, "--no_fold", "--dtype", "float16"], "try --dtype float32"),
     ]:
         assert run(script, *argv) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers import DETOK, noise, pictures, random_core
+from helpers import DETOK, images, noise, random_core
 from safetensors.torch import save_file
 
 from hieratok_hf import HieraTokModel
@@ -87,7 +87,7 @@ def differences(run, core, part, num_scales=None, sizes=()):
     size, found = core.config.patch_size, []
     for batch, rows, columns in sizes:
         if part == "encoder":
-            x = pictures(batch, 3, rows * size, columns * size)
+            x = images(batch, 3, rows * size, columns * size)
             expected = core.encode_moments(x)[0]
         else:
             x = noise(batch, core.config.latent_channels, rows, columns)
@@ -120,7 +120,7 @@ def test_programs_of_pytorch_compute_what_the_model_computes(exported):
 
 def test_programs_run_without_this_package(exported, tmp_path):
     core, folder, _ = exported("scales")
-    x = pictures(1, 3, 10, 14)
+    x = images(1, 3, 10, 14)
     with torch.no_grad():
         expected = core.decode(core.encode_moments(x)[0].chunk(2, dim=1)[0])
     save_file({"x": x, "expected": expected}, tmp_path / "tensors.safetensors")
@@ -132,7 +132,7 @@ encode, decode = (torch.export.load({str(folder)!r} + name).module() for name in
 print((decode(encode(x)[:, :4]) - expected).abs().max().item())
 encode, decode = (onnxruntime.InferenceSession({str(folder)!r} + name) for name in ("/encoder.onnx", "/decoder.onnx"))
 moments = encode.run(["moments"], {{"pixel_values": x.numpy()}})[0]
-print((torch.from_numpy(decode.run(["picture"], {{"latents": moments[:, :4]}})[0]) - expected).abs().max().item())
+print((torch.from_numpy(decode.run(["image"], {{"latents": moments[:, :4]}})[0]) - expected).abs().max().item())
 print(any(name.startswith(("hieratok_hf", "transformers", "diffusers")) for name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -145,7 +145,7 @@ print(any(name.startswith(("hieratok_hf", "transformers", "diffusers")) for name
 def test_mode_and_sample_follow_from_the_moments_as_the_facts_say(exported):
     core, folder, facts = exported("scales")
     channels = facts["latent_channels"]
-    x = pictures(2, 3, 8, 12)
+    x = images(2, 3, 8, 12)
     moments = export.opened(folder / "encoder.onnx")(x)
     mean, logvar = moments[:, :channels], moments[:, channels:]
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_half_precision_and_weights_in_a_second_file(small_model, tmp_path, monk
     assert facts["programs"][0]["files"] == ["encoder.onnx", "encoder.onnx.data"]
     session = onnxruntime.InferenceSession(tmp_path / "moved" / "encoder.onnx")
     assert session.get_inputs()[0].type == session.get_outputs()[0].type == "tensor(float16)"
-    assert session.run(None, {"pixel_values": pictures(1, 3, 24, 16).half().numpy()})[0].shape == (1, 8, 3, 2)
+    assert session.run(None, {"pixel_values": images(1, 3, 24, 16).half().numpy()})[0].shape == (1, 8, 3, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tests of `picture_data`: folders, tar shards and data sets of the Hub, whole and streamed, and what is refused."""
+"""Tests of `image_data`: folders, tar shards and data sets of the Hub, whole and streamed, and what is refused."""
 
 import io
 import tarfile
@@ -7,11 +7,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from picture_files import noise
+from image_files import noise
 from PIL import Image
 
-from hieratok_hf.data.image_dataset import Pictures, load_pictures, picture_of
-from hieratok_hf.utils.images import PictureError
+from hieratok_hf.data.image_dataset import Images, image_of, load_images
+from hieratok_hf.utils.images import ImageError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -58,50 +58,50 @@ def write_parquet(folder, columns, **features):
     return str(folder)
 
 
-def seen(pictures, seeds):
-    """Assert that these are the very pictures of the seeds, and return their labels."""
-    rows = list(pictures)
+def seen(images, seeds):
+    """Assert that these are the very images of the seeds, and return their labels."""
+    rows = list(images)
     for row, seed in zip(rows, seeds, strict=True):
-        assert (np.asarray(picture_of(row)) == noise(10, 12, seed=seed)).all(), row["name"]
+        assert (np.asarray(image_of(row)) == noise(10, 12, seed=seed)).all(), row["name"]
     return [row["label"] for row in rows]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_class_folders_give_pictures_and_labels(tmp_path, streaming):
+def test_class_folders_give_images_and_labels(tmp_path, streaming):
     folder = write_folder(tmp_path / "data", cat=[0, 1], dog=[2])
-    pictures = load_pictures(folder, streaming=streaming)
-    assert seen(pictures, [0, 1, 2]) == [0, 0, 1]
-    assert [row["name"] for row in pictures] == [f"{folder}/{name}.png" for name in ("cat/0", "cat/1", "dog/2")]
-    assert pictures.streaming is streaming and (streaming or len(pictures) == 3)
+    images = load_images(folder, streaming=streaming)
+    assert seen(images, [0, 1, 2]) == [0, 0, 1]
+    assert [row["name"] for row in images] == [f"{folder}/{name}.png" for name in ("cat/0", "cat/1", "dog/2")]
+    assert images.streaming is streaming and (streaming or len(images) == 3)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_folders_that_are_named_so_are_splits(tmp_path, streaming):
     for split, seeds in (("train", [0, 1]), ("test", [2, 3])):
         write_folder(tmp_path / split, cat=seeds[:1], dog=seeds[1:])
-    assert seen(load_pictures(str(tmp_path), streaming=streaming), [0, 1]) == [0, 1]
-    assert seen(load_pictures(str(tmp_path), split="test", streaming=streaming), [2, 3]) == [0, 1]
+    assert seen(load_images(str(tmp_path), streaming=streaming), [0, 1]) == [0, 1]
+    assert seen(load_images(str(tmp_path), split="test", streaming=streaming), [2, 3]) == [0, 1]
     # One of them by its own path is a folder like any other.
-    assert seen(load_pictures(str(tmp_path / "test"), streaming=streaming), [2, 3]) == [0, 1]
+    assert seen(load_images(str(tmp_path / "test"), streaming=streaming), [2, 3]) == [0, 1]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_names_of_pictures_decide_no_split(tmp_path, streaming):
+def test_names_of_images_decide_no_split(tmp_path, streaming):
     for seed, name in enumerate(["a", "bullet_train", "crash test", "valid-ticket"]):
         (tmp_path / f"{name}.png").write_bytes(encoded(seed))
-    assert seen(load_pictures(str(tmp_path), streaming=streaming), range(4)) == [None] * 4
+    assert seen(load_images(str(tmp_path), streaming=streaming), range(4)) == [None] * 4
 
 
 @pytest.mark.parametrize("kind", ["webp", "png", "jpg"])
-def test_a_shard_gives_pictures_and_labels(tmp_path, kind):
+def test_a_shard_gives_images_and_labels(tmp_path, kind):
     path = write_shard(tmp_path / "a.tar", [4, 5], kind)
-    pictures = load_pictures(path)
+    images = load_images(path)
     if kind == "jpg":
-        assert [picture_of(row).size for row in pictures] == [(12, 10)] * 2
-        assert [row["label"] for row in pictures] == [1, 2]
+        assert [image_of(row).size for row in images] == [(12, 10)] * 2
+        assert [row["label"] for row in images] == [1, 2]
     else:
-        assert seen(pictures, [4, 5]) == [1, 2]
-    assert pictures[1]["name"] == f"{path}:000005.{kind}"
+        assert seen(images, [4, 5]) == [1, 2]
+    assert images[1]["name"] == f"{path}:000005.{kind}"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -109,37 +109,37 @@ def test_a_pattern_takes_the_shards_that_match_in_order(tmp_path, streaming):
     for i in (3, 0, 4, 1, 2):
         write_shard(tmp_path / f"train-{i}.tar", [i, i + 5])
     write_shard(tmp_path / "val-0.tar", [10])
-    pictures = load_pictures(str(tmp_path / "train-*.tar"), streaming=streaming)
-    assert seen(pictures, [0, 5, 1, 6, 2, 7, 3, 8, 4, 9]) == [0, 2, 1, 0, 2, 1, 0, 2, 1, 0]
+    images = load_images(str(tmp_path / "train-*.tar"), streaming=streaming)
+    assert seen(images, [0, 5, 1, 6, 2, 7, 3, 8, 4, 9]) == [0, 2, 1, 0, 2, 1, 0, 2, 1, 0]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_several_sources_are_read_as_one(tmp_path, streaming):
     shards = [write_shard(tmp_path / f"{i}.tar", [i], labels=i < 2) for i in (1, 0, 2)]
-    pictures = load_pictures(shards, streaming=streaming)
-    assert seen(pictures, [1, 0, 2]) == [1, 0, None]
+    images = load_images(shards, streaming=streaming)
+    assert seen(images, [1, 0, 2]) == [1, 0, None]
     folders = [write_folder(tmp_path / name, cat=[seed], dog=[seed + 1]) for name, seed in (("b", 3), ("a", 5))]
-    assert seen(load_pictures(folders, streaming=streaming), [3, 4, 5, 6]) == [0, 1, 0, 1]
+    assert seen(load_images(folders, streaming=streaming), [3, 4, 5, 6]) == [0, 1, 0, 1]
 
 
 def test_a_folder_may_hold_shards_or_parquet(tmp_path):
     (tmp_path / "shards").mkdir()
     write_shard(tmp_path / "shards" / "train-0.tar", [7, 8])
     write_shard(tmp_path / "shards" / "test-0.tar", [9])
-    assert seen(load_pictures(str(tmp_path / "shards")), [7, 8]) == [1, 2]
-    assert seen(load_pictures(str(tmp_path / "shards"), split="test"), [9]) == [0]
+    assert seen(load_images(str(tmp_path / "shards")), [7, 8]) == [1, 2]
+    assert seen(load_images(str(tmp_path / "shards"), split="test"), [9]) == [0]
     columns = {"img": [{"bytes": encoded(3), "path": None}], "fine_label": [4]}
     kinds = {"img": datasets.Image(), "fine_label": datasets.ClassLabel(5)}
-    pictures = load_pictures(write_parquet(tmp_path / "parquet", columns, **kinds))
-    assert seen(pictures, [3]) == [4] and pictures[0]["name"] == "row 0"
+    images = load_images(write_parquet(tmp_path / "parquet", columns, **kinds))
+    assert seen(images, [3]) == [4] and images[0]["name"] == "row 0"
 
 
 def test_a_shuffled_stream_gives_every_row_once_an_epoch(tmp_path):
     shards = [write_shard(tmp_path / f"{i}.tar", range(4 * i, 4 * i + 4)) for i in range(2)]
-    pictures = load_pictures(shards, streaming=True)
+    images = load_images(shards, streaming=True)
 
     def names(seed):
-        stream = pictures.shuffled(seed, buffer_size=3)
+        stream = images.shuffled(seed, buffer_size=3)
         return [[next(stream)["name"][-10:] for _ in range(8)] for _ in range(2)]
 
     first = names(0)
@@ -152,12 +152,12 @@ def test_a_hub_id_is_looked_up_by_datasets(monkeypatch):
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
-        picture = {"bytes": encoded(1), "path": None}
-        return datasets.Dataset.from_dict({"image": [picture]}).cast_column("image", datasets.Image())
+        image = {"bytes": encoded(1), "path": None}
+        return datasets.Dataset.from_dict({"image": [image]}).cast_column("image", datasets.Image())
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert seen(load_pictures("owner/name"), [1]) == [None]
-    load_pictures(["owner/name-v1.5:a.b", "name"], split="test", streaming=True)
+    assert seen(load_images("owner/name"), [1]) == [None]
+    load_images(["owner/name-v1.5:a.b", "name"], split="test", streaming=True)
     assert asked == [
         (("owner/name", None), {"split": "train", "streaming": False}),
         (("owner/name-v1.5", "a.b"), {"split": "test", "streaming": True}),
@@ -170,12 +170,12 @@ def test_what_the_hub_does_not_have_is_said_in_one_line(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/none'\ndoesn't exist on the Hub.")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    refused("owner/none", "No pictures found in 'owner/none': Dataset 'owner/none' doesn't exist on the Hub.")
+    refused("owner/none", "No images found in 'owner/none': Dataset 'owner/none' doesn't exist on the Hub.")
 
 
 def refused(source, message, **options):
     with pytest.raises(ValueError) as caught:
-        load_pictures(source, **options)
+        load_images(source, **options)
     text = str(caught.value)
     assert message in text and "\n" not in text, text
     assert all(name in text for name in ([source] if isinstance(source, str) else source)), text
@@ -187,7 +187,7 @@ def test_nothing_there_is_refused(tmp_path):
     for name in ("none.tar", "none/a.tar", "none/*", "./none", "a/b/none"):  # relative ones might be of the Hub
         refused(name, "there is no such file, folder or pattern")
     with pytest.raises(ValueError, match="no source was given"):
-        load_pictures([])
+        load_images([])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -195,13 +195,13 @@ def test_nothing_in_it_is_refused(tmp_path, streaming):
     (tmp_path / "empty").mkdir()
     refused(str(tmp_path / "empty"), "doesn't contain any data files", streaming=streaming)
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("no picture")
+    (tmp_path / "text" / "a.txt").write_text("no image")
     refused(str(tmp_path / "text"), "no column of them in [", streaming=streaming)
     with tarfile.open(tmp_path / "text.tar", "w") as archive:
         archive.add(tmp_path / "text" / "a.txt", "a.txt")
     refused(str(tmp_path / "text.tar"), "no column of them in", streaming=streaming)
     tarfile.open(tmp_path / "empty.tar", "w").close()
-    refused(str(tmp_path / "empty.tar"), "No pictures found in", streaming=streaming)
+    refused(str(tmp_path / "empty.tar"), "No images found in", streaming=streaming)
     numbers = write_parquet(tmp_path / "numbers", {"a": [1]}, a=datasets.Value("int64"))
     refused(numbers, "no column of them in ['a']", streaming=streaming)
     (tmp_path / "data" / "test").mkdir(parents=True)
@@ -211,22 +211,22 @@ def test_nothing_in_it_is_refused(tmp_path, streaming):
 
 def test_a_data_set_without_rows_is_refused():
     kinds = datasets.Features({"image": datasets.Image()})
-    with pytest.raises(ValueError, match="No pictures found in here: it has no rows"):
-        Pictures(datasets.Dataset.from_dict({"image": []}, features=kinds), "here")
+    with pytest.raises(ValueError, match="No images found in here: it has no rows"):
+        Images(datasets.Dataset.from_dict({"image": []}, features=kinds), "here")
     stream = datasets.IterableDataset.from_generator(lambda: iter(()), features=kinds)
-    with pytest.raises(ValueError, match="No pictures found in here: it has no rows"):
-        next(Pictures(stream, "here").shuffled(0))
+    with pytest.raises(ValueError, match="No images found in here: it has no rows"):
+        next(Images(stream, "here").shuffled(0))
 
 
 def test_files_of_the_wrong_kind_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("no picture")
+    (tmp_path / "a.txt").write_text("no image")
     refused(str(tmp_path / "a.txt"), "must be a folder, a data set or a tar shard in webdataset style")
     (tmp_path / "garbage.tar").write_bytes(b"garbage" * 300)
-    refused(str(tmp_path / "garbage.tar"), "No pictures found in")
+    refused(str(tmp_path / "garbage.tar"), "No images found in")
     shard = write_shard(tmp_path / "label.tar", range(8))
     data = (tmp_path / "label.tar").read_bytes()
     (tmp_path / "label.tar").write_bytes(data.replace(b"000007.cls", b"000007.xyz"))
-    assert load_pictures(shard)[7]["label"] is None
+    assert load_images(shard)[7]["label"] is None
     last = data.rindex(b"000007.cls")
     (tmp_path / "label.tar").write_bytes(data[: last + 512] + b"x" + data[last + 513 :])
     refused(shard, "invalid literal for int() with base 10: b'x'")
@@ -237,41 +237,41 @@ def test_sources_that_do_not_go_together_are_refused(tmp_path, streaming):
     folder = write_folder(tmp_path / "data", cat=[0])
     shards = [write_shard(tmp_path / f"{kind}.tar", [1], kind) for kind in ("png", "webp")]
     for pair in ([folder, shards[0]], shards):
-        refused(pair, "must have their pictures and labels in the same columns", streaming=streaming)
+        refused(pair, "must have their images and labels in the same columns", streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_picture_that_cannot_be_decoded_is_named(tmp_path, streaming):
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, streaming):
     folder = write_folder(tmp_path / "data", cat=[0, 1])
     (tmp_path / "data" / "cat" / "1.png").write_bytes(encoded(1)[:200])
-    good, bad = load_pictures(folder, streaming=streaming)
-    assert picture_of(good).size == (12, 10)
-    with pytest.raises(PictureError, match=r"^'.*data/cat/1\.png': cannot be decoded \(.*truncated"):
-        picture_of(bad)
+    good, bad = load_images(folder, streaming=streaming)
+    assert image_of(good).size == (12, 10)
+    with pytest.raises(ImageError, match=r"^'.*data/cat/1\.png': cannot be decoded \(.*truncated"):
+        image_of(bad)
     shard = write_shard(tmp_path / "a.tar", [0, 1])
     data = (tmp_path / "a.tar").read_bytes()
     start = data.index(b"\x89PNG", data.index(b"000001.png"))
-    (tmp_path / "a.tar").write_bytes(data[:start] + b"no picture" + data[start + 10 :])
-    good, bad = load_pictures(shard, streaming=streaming)
-    assert (np.asarray(picture_of(good)) == noise(10, 12, seed=0)).all()
-    with pytest.raises(PictureError, match=r"^'.*/a\.tar:000001\.png': is no picture"):
-        picture_of(bad)
+    (tmp_path / "a.tar").write_bytes(data[:start] + b"no image" + data[start + 10 :])
+    good, bad = load_images(shard, streaming=streaming)
+    assert (np.asarray(image_of(good)) == noise(10, 12, seed=0)).all()
+    with pytest.raises(ImageError, match=r"^'.*/a\.tar:000001\.png': is no image"):
+        image_of(bad)
 
 
-def test_a_row_without_a_picture_is_named():
+def test_a_row_without_an_image_is_named():
     rows = [{"bytes": encoded(0), "path": None}, None]
     data = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
-    good, missing = Pictures(data, "here")
-    assert picture_of(good).mode == "RGB"
-    with pytest.raises(PictureError, match=r"^'row 1': is empty"):
-        picture_of(missing)
+    good, missing = Images(data, "here")
+    assert image_of(good).mode == "RGB"
+    with pytest.raises(ImageError, match=r"^'row 1': is empty"):
+        image_of(missing)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real shards of ../shared/data are not here")
 @pytest.mark.parametrize(("name", "size"), [("clothing_256", 256), ("imagenette_128", 128)])
 def test_real_shards(name, size):
-    rows = iter(load_pictures(str(DATA / name / "val-*.tar"), streaming=True))
+    rows = iter(load_images(str(DATA / name / "val-*.tar"), streaming=True))
     found = [next(rows) for _ in range(20)]
-    assert {picture_of(row).size for row in found} == {(size, size)}
+    assert {image_of(row).size for row in found} == {(size, size)}
     assert all(0 <= row["label"] < 10 for row in found)
     assert found[3]["name"].endswith("/val-0000.tar:000003.webp")

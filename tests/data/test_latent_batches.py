@@ -1,14 +1,14 @@
-"""Batches of latents: the same pictures however they are divided, from a cache or encoded on the way."""
+"""Batches of latents: the same images however they are divided, from a cache or encoded on the way."""
 
 from functools import partial
 
 import pytest
 import torch
 from helpers import random_core
-from latent_data import make_pictures, tiny_kl
+from latent_data import make_images, tiny_kl
 
-from hieratok_hf.data.image_dataset import load_pictures
-from hieratok_hf.data.latent_batches import cached_batches, encoded_batches
+from hieratok_hf.data.image_dataset import load_images
+from hieratok_hf.data.latent_batches import iterate_cached, iterate_encoded
 from hieratok_hf.data.latent_cache import LatentCache, write_latents
 from hieratok_hf.data.training_batches import BatchPlan
 from hieratok_hf.models.autoencoder_adapter import Codec
@@ -20,7 +20,7 @@ PLAN = partial(BatchPlan, 4, (SIZE,), 7, 3)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("data"), COUNT, broken=None)
+    return make_images(tmp_path_factory.mktemp("data"), COUNT, broken=None)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def cache(data, tmp_path, core):
         folder = tmp_path / f"{kind}-{flips}"
         write_latents(
             core,
-            load_pictures(str(data)),
+            load_images(str(data)),
             folder,
             size=SIZE,
             kind=kind,
@@ -51,35 +51,35 @@ def cache(data, tmp_path, core):
 def encoded(data, core):
     def make(plan, first_step=0, codec=None, num_classes=2):
         codec = codec or Codec(core)
-        pictures = load_pictures(str(data))
-        return encoded_batches(codec, SHAPE, pictures, num_classes, plan, first_step, crop_scale=(1.0, 1.0))
+        images = load_images(str(data))
+        return iterate_encoded(codec, SHAPE, images, num_classes, plan, first_step, crop_scale=(1.0, 1.0))
 
     return make
 
 
 @pytest.fixture(params=["cached", "encoded"])
 def batches(request, cache, encoded):
-    return partial(cached_batches, cache()) if request.param == "cached" else encoded
+    return partial(iterate_cached, cache()) if request.param == "cached" else encoded
 
 
 def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in ("latents", "labels"))
 
 
-def test_every_picture_comes_once_in_an_epoch(cache):
+def test_every_image_comes_once_in_an_epoch(cache):
     data = cache("mode", flips=False)
-    seen = torch.cat([batch["latents"] for batch in cached_batches(data, PLAN())])[: 2 * COUNT]
+    seen = torch.cat([batch["latents"] for batch in iterate_cached(data, PLAN())])[: 2 * COUNT]
     stored = data.batch(range(COUNT))[0]
     for epoch in (seen[:COUNT], seen[COUNT:]):
         found = [(stored == latent).flatten(1).all(1).nonzero().item() for latent in epoch]
         assert sorted(found) == list(range(COUNT))
 
 
-def test_half_are_mirrored_and_labels_stay_with_their_pictures(cache):
+def test_half_are_mirrored_and_labels_stay_with_their_images(cache):
     data = cache("mode")
     plain, mirrored = data.batch(range(COUNT))[0], data.batch(range(COUNT), [True] * COUNT)[0]
     sides = []
-    for batch in cached_batches(data, BatchPlan(4, (SIZE,), 60)):
+    for batch in iterate_cached(data, BatchPlan(4, (SIZE,), 60)):
         for latent, label in zip(batch["latents"], batch["labels"]):
             is_plain = (plain == latent).flatten(1).all(1)
             row = (is_plain | (mirrored == latent).flatten(1).all(1)).nonzero().item()
@@ -96,7 +96,7 @@ def test_later_steps_do_not_need_the_earlier(batches):
     assert all(same(a, b) for a, b in zip(rest, whole[4:], strict=True))
 
 
-def test_processes_and_parts_divide_the_same_pictures(batches):
+def test_processes_and_parts_divide_the_same_images(batches):
     whole = list(batches(PLAN()))
     shares = [list(batches(PLAN(world_size=2, rank=rank))) for rank in (0, 1)]
     for step, batch in enumerate(whole):
@@ -112,27 +112,27 @@ def test_processes_and_parts_divide_the_same_pictures(batches):
 
 def test_moments_are_drawn_anew_each_time(cache):
     data = cache("moments")
-    draws = [batch["latents"] for batch in cached_batches(data, BatchPlan(COUNT, (SIZE,), 2))]
+    draws = [batch["latents"] for batch in iterate_cached(data, BatchPlan(COUNT, (SIZE,), 2))]
     flipless = [latents.sort(0).values for latents in draws]
     assert not torch.equal(*flipless)
     modes = cache("mode")
-    for drawn, mode in zip(cached_batches(data, PLAN()), cached_batches(modes, PLAN())):
+    for drawn, mode in zip(iterate_cached(data, PLAN()), iterate_cached(modes, PLAN())):
         assert torch.equal(drawn["labels"], mode["labels"])
         difference = (drawn["latents"] - mode["latents"]).std()
         assert difference > 0
 
 
 def test_a_cache_gives_what_encoding_on_the_way_gives(cache, encoded, monkeypatch):
-    """The pictures of 32 x 40 pixels are cut otherwise, so both read those cut to the middle."""
+    """The images of 32 x 40 pixels are cut otherwise, so both read those cut to the middle."""
     from hieratok_hf.data import training_batches as training_data
     from hieratok_hf.utils.images import centre_square
 
-    def middle(picture, size, rng, scale):
-        crop = centre_square(picture, size)
+    def middle(image, size, rng, scale):
+        crop = centre_square(image, size)
         return crop.transpose(0) if rng.random() < 0.5 else crop  # Image.Transpose.FLIP_LEFT_RIGHT is 0
 
     monkeypatch.setattr(training_data, "random_crop", middle)
-    for ours, theirs in zip(cached_batches(cache(), PLAN()), encoded(PLAN()), strict=True):
+    for ours, theirs in zip(iterate_cached(cache(), PLAN()), encoded(PLAN()), strict=True):
         assert torch.equal(ours["labels"], theirs["labels"])
         torch.testing.assert_close(ours["latents"], theirs["latents"], atol=1e-4, rtol=1e-4)
 

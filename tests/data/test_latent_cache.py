@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 from helpers import noise, random_core
-from latent_data import BROKEN, make_pictures, shards_in, tiny_kl
+from latent_data import BROKEN, make_images, shards_in, tiny_kl
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 
 import datasets
 from torch.utils.data import DataLoader
 
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_cache import LatentCache, write_latents
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.models.core import posterior_of
@@ -25,15 +25,15 @@ ROWS = [row for row in range(14) if row != BROKEN]
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """Caches of the same pictures: `moments`, `sample` without flips, and `kl` of a model that is not normalised."""
+    """Caches of the same images: `moments`, `sample` without flips, and `kl` of a model that is not normalised."""
     folder = tmp_path_factory.mktemp("caches")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        pictures = load_pictures(str(make_pictures(folder / "pictures")))
-        write_latents(random_core(), pictures, folder / "moments", **SMALL)
-        write_latents(random_core(), pictures, folder / "sample", kind="sample", flips=False, **SMALL)
+        images = load_images(str(make_images(folder / "images")))
+        write_latents(random_core(), images, folder / "moments", **SMALL)
+        write_latents(random_core(), images, folder / "sample", kind="sample", flips=False, **SMALL)
         kl = tiny_kl(scaling_factor=0.5, shift_factor=0.25)
-        write_latents(kl, pictures, folder / "kl", dtype=torch.bfloat16, **SMALL)
+        write_latents(kl, images, folder / "kl", dtype=torch.bfloat16, **SMALL)
         yield folder
 
 
@@ -54,7 +54,7 @@ def test_rows_are_as_they_are_stored(space, stored):
             assert entry["row"] == ROWS[i] and entry["label"] == ROWS[i] // 7 and set(entry) == {key, "row", "label"}
             assert entry[key].dtype == torch.float32 and torch.equal(entry[key], stored(name, key)[i])
         for i in (13, -14):
-            with pytest.raises(IndexError, match=f"There are 13 pictures in '.*{name}', got index {i}"):
+            with pytest.raises(IndexError, match=f"There are 13 images in '.*{name}', got index {i}"):
                 cache[i]
 
 
@@ -108,7 +108,7 @@ def test_bad_batches_are_refused(space):
         cache.batch([0, 1], [False, True])
     with pytest.raises(ValueError, match="`flipped` must have the length of `indices`, 2, got 1"):
         cache.batch([0, 1], [False])
-    with pytest.raises(IndexError, match=r"There are 13 pictures in .*, got index 13"):
+    with pytest.raises(IndexError, match=r"There are 13 images in .*, got index 13"):
         cache.batch([0, 13])
 
 
@@ -148,20 +148,20 @@ def test_a_stream_divides_its_files_over_workers(space):
 
 def test_a_changed_cache_is_not_mistaken_for_the_old_one(space, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    pictures = load_pictures(str(space / "pictures" / "hat"))
+    images = load_images(str(space / "images" / "hat"))
     found = []
     for seed in (0, 1):
         for path in (tmp_path / "latents").glob("*"):
             path.unlink()
-        write_latents(random_core(seed=seed), pictures, tmp_path / "latents", kind="mode", **SMALL)
+        write_latents(random_core(seed=seed), images, tmp_path / "latents", kind="mode", **SMALL)
         found.append(LatentCache(tmp_path / "latents").to_dataset().with_format("torch")[0]["latents"])
         assert torch.equal(found[-1], LatentCache(tmp_path / "latents")[0]["latents"])
     assert not torch.equal(*found)
 
 
-def test_pictures_without_labels_have_minus_one(space, tmp_path, monkeypatch):
+def test_images_without_labels_have_minus_one(space, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    write_latents(random_core(), load_pictures(str(space / "pictures" / "hat")), tmp_path / "latents", **SMALL)
+    write_latents(random_core(), load_images(str(space / "images" / "hat")), tmp_path / "latents", **SMALL)
     cache = LatentCache(tmp_path / "latents")
     assert cache.class_names == [] and cache.labels.tolist() == [-1] * 6 and cache[0]["label"] == -1
     data = cache.to_dataset()
@@ -190,5 +190,5 @@ def test_unfinished_damaged_and_other_folders_are_refused(space, tmp_path):
         (tmp_path / "cache.json").write_text(json.dumps(settings | change))
         with pytest.raises(ValueError, match=message):
             LatentCache(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"pictures' is no cache of latents: it has no cache\.json"):
-        LatentCache(space / "pictures")
+    with pytest.raises(FileNotFoundError, match=r"images' is no cache of latents: it has no cache\.json"):
+        LatentCache(space / "images")

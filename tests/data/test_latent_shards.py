@@ -1,15 +1,15 @@
-"""Tests of `latent_shards`: what `cache.json` and shards must be, and which pictures make up a batch."""
+"""Tests of `latent_shards`: what `cache.json` and shards must be, and which images make up a batch."""
 
 import pytest
 import torch
-from latent_data import BROKEN, make_pictures, shards_in
+from latent_data import BROKEN, make_images, shards_in
 from safetensors.torch import save_file
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 
 import datasets
 
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_shards import (
     ShardBatches,
     read_header,
@@ -95,13 +95,13 @@ def test_settings_go_on_only_where_they_agree(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_processes_share_the_shards_that_are_missing(world, streaming, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    pictures = load_pictures(str(make_pictures(tmp_path / "pictures", 8)), streaming=streaming)
+    images = load_images(str(make_images(tmp_path / "images", 8)), streaming=streaming)
     folder, settings = tmp_path / "shards", SETTINGS | ({"rows": None} if streaming else {})
     folder.mkdir()
     write_shard(shard_path(folder, 0), [batch(0, 1, 2)], SETTINGS)
     found = {}
     for rank in range(world):
-        batches = ShardBatches(pictures, folder, settings, batch_size=2, threads=2, rank=rank, world=world)
+        batches = ShardBatches(images, folder, settings, batch_size=2, threads=2, rank=rank, world=world)
         for part in batches:
             rows = [*part["rows"], *part["skipped"]]
             assert {row // 3 for row in rows} == {part["shard"]} and part["shard"] % world == rank

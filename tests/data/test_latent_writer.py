@@ -6,15 +6,15 @@ import json
 import pytest
 import torch
 from helpers import random_core
-from latent_data import BROKEN, bytes_in, make_pictures, shards_in, tiny_kl, tiny_without_posterior
+from latent_data import BROKEN, bytes_in, make_images, shards_in, tiny_kl, tiny_without_posterior
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 
 import datasets
 
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data import latent_writer as module
-from hieratok_hf.data.image_dataset import Pictures, load_pictures
+from hieratok_hf.data.image_dataset import Images, load_images
 from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec
@@ -25,14 +25,14 @@ SMALL = {"size": 32, "shard_size": 4, "batch_size": 3, "dtype": torch.float32}
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
-    make_pictures(folder / "pictures")
+    make_images(folder / "images")
     return folder
 
 
 @pytest.fixture
-def pictures(space, monkeypatch):
+def images(space, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", space / "cache")
-    return lambda **options: load_pictures(str(space / "pictures"), **options)
+    return lambda **options: load_images(str(space / "images"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def core():
 
 
 def directly(codec, data, kind):
-    """Latents or moments of every picture and of its mirror image, encoded at once."""
+    """Latents or moments of every image and of its mirror image, encoded at once."""
     (batch,) = EvaluationBatches(data, 32, 100)
     found = []
     with torch.no_grad():
@@ -57,12 +57,12 @@ def directly(codec, data, kind):
 
 @pytest.mark.parametrize("kind", ["moments", "mode"])
 @pytest.mark.parametrize("model", [random_core, tiny_kl, lambda: AutoencoderHieraTok.from_core(random_core())])
-def test_shards_hold_what_encoding_gives(model, kind, pictures, tmp_path):
+def test_shards_hold_what_encoding_gives(model, kind, images, tmp_path):
     codec = Codec(model())
-    summary = write_latents(codec, pictures(), tmp_path, kind=kind, **SMALL)
+    summary = write_latents(codec, images(), tmp_path, kind=kind, **SMALL)
     shards = shards_in(tmp_path)
     assert list(shards) == [f"shard-0000{i}.safetensors" for i in range(4)]
-    (plain, flipped), rows, labels = directly(codec, pictures(), kind)
+    (plain, flipped), rows, labels = directly(codec, images(), kind)
     name = "moments" if kind == "moments" else "latents"
     expected = {name: plain, f"{name}_flipped": flipped, "rows": torch.tensor(rows), "labels": torch.tensor(labels)}
     for key, values in expected.items():
@@ -71,25 +71,25 @@ def test_shards_hold_what_encoding_gives(model, kind, pictures, tmp_path):
     assert [len(x["rows"]) for x in shards.values()] == [4, 3, 4, 2]
     reason = summary["skipped"].pop(BROKEN)
     assert "005.png" in reason and "cannot be decoded" in reason and not summary["skipped"]
-    counts = {name: summary[name] for name in ("rows", "pictures", "shards", "encoded", "written")}
-    assert counts == {"rows": 14, "pictures": 13, "shards": 4, "encoded": 13, "written": 4}
+    counts = {name: summary[name] for name in ("rows", "images", "shards", "encoded", "written")}
+    assert counts == {"rows": 14, "images": 13, "shards": 4, "encoded": 13, "written": 4}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_dtypes_flips_and_limit(dtype, core, pictures, tmp_path):
-    write_latents(core, pictures(), tmp_path, **{**SMALL, "dtype": dtype}, flips=False, limit=7)
+def test_dtypes_flips_and_limit(dtype, core, images, tmp_path):
+    write_latents(core, images(), tmp_path, **{**SMALL, "dtype": dtype}, flips=False, limit=7)
     shards = shards_in(tmp_path)
     assert [set(x) for x in shards.values()] == [{"moments", "labels", "rows"}] * 2
     assert [x["rows"].tolist() for x in shards.values()] == [[0, 1, 2, 3], [4, 6]]
-    (plain, _), *_ = directly(Codec(core), pictures(), "moments")
+    (plain, _), *_ = directly(Codec(core), images(), "moments")
     found = torch.cat([x["moments"] for x in shards.values()])
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), plain[:6], rtol=2**-7, atol=1e-3)
 
 
-def test_a_sample_is_decided_by_seed_and_row(core, pictures, tmp_path):
+def test_a_sample_is_decided_by_seed_and_row(core, images, tmp_path):
     def write(name, **options):
-        write_latents(core, pictures(), tmp_path / name, kind="sample", **{**SMALL, **options})
+        write_latents(core, images(), tmp_path / name, kind="sample", **{**SMALL, **options})
         shards = shards_in(tmp_path / name).values()
         return {key: torch.cat([x[key] for x in shards]) for key in ("latents", "latents_flipped", "rows")}
 
@@ -97,23 +97,23 @@ def test_a_sample_is_decided_by_seed_and_row(core, pictures, tmp_path):
     close = {"rtol": 1e-4, "atol": 1e-5}
     for key in one:
         torch.testing.assert_close(one[key], other[key], **close)
-    (plain, flipped), *_ = directly(Codec(core), pictures(), "moments")
+    (plain, flipped), *_ = directly(Codec(core), images(), "moments")
     drawn = []
     for moments, key in ((plain, "latents"), (flipped, "latents_flipped")):
         mean, logvar = moments.chunk(2, 1)
         drawn.append((one[key] - mean) / (0.5 * logvar.clamp(-30, 20)).exp())
-    # Every picture, and its mirror image, has noise of its own, and that is normal.
+    # Every image, and its mirror image, has noise of its own, and that is normal.
     noise = torch.stack(drawn).flatten(2).flatten(0, 1)
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     assert (torch.corrcoef(noise) - torch.eye(len(noise))).abs().max() < 0.3
     assert not torch.allclose(write("seed", seed=1)["latents"], one["latents"], atol=0.1)
 
 
-def test_the_settings_tell_what_was_encoded(pictures, tmp_path):
+def test_the_settings_tell_what_was_encoded(images, tmp_path):
     vae = tiny_kl(scaling_factor=0.5, shift_factor=0.25)
-    write_latents(vae, pictures(), tmp_path, **SMALL, limit=3)
+    write_latents(vae, images(), tmp_path, **SMALL, limit=3)
     settings = json.loads((tmp_path / "cache.json").read_text())
-    assert len(settings.pop("encoder")) == 64 and settings.pop("source") == pictures().source
+    assert len(settings.pop("encoder")) == 64 and settings.pop("source") == images().source
     assert settings == {
         "format": 1,
         "kind": "moments",
@@ -133,8 +133,8 @@ def test_the_settings_tell_what_was_encoded(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_is_there_is_not_made_again(streaming, core, pictures, tmp_path, monkeypatch):
-    write_latents(core, pictures(), tmp_path, **SMALL)
+def test_what_is_there_is_not_made_again(streaming, core, images, tmp_path, monkeypatch):
+    write_latents(core, images(), tmp_path, **SMALL)
     whole = bytes_in(tmp_path)
     for shard, content in ((1, None), (3, whole["shard-00003.safetensors"][:-9])):
         path = tmp_path / f"shard-0000{shard}.safetensors"
@@ -148,33 +148,33 @@ def test_what_is_there_is_not_made_again(streaming, core, pictures, tmp_path, mo
         return lambda pixel_values: (seen.append(len(pixel_values)), run(pixel_values))[1]
 
     monkeypatch.setattr(module, "_encoder", watched)
-    data = pictures(streaming=streaming)
+    data = images(streaming=streaming)
     summary = write_latents(core, data, tmp_path, **SMALL, progress=lambda *x: told.append(x))
     assert bytes_in(tmp_path) == whole
-    assert (summary["encoded"], summary["written"], summary["pictures"]) == (5, 2, 13)
+    assert (summary["encoded"], summary["written"], summary["images"]) == (5, 2, 13)
     assert list(summary["skipped"]) == [BROKEN]  # although its shard may not have been made in this call
-    assert seen == [2, 2, 1, 1, 2, 2]  # a picture is left out of the first batch
+    assert seen == [2, 2, 1, 1, 2, 2]  # an image is left out of the first batch
     assert told == [(3, 6), (4, 6), (6, 6)]
     summary = write_latents(core, data, tmp_path, **SMALL)
     assert (summary["encoded"], summary["written"]) == (0, 0) and bytes_in(tmp_path) == whole
 
 
 @pytest.mark.parametrize("limit", [None, 8, 100])
-def test_a_stream_gives_the_same_files(limit, core, pictures, tmp_path):
+def test_a_stream_gives_the_same_files(limit, core, images, tmp_path):
     told = []
     for streaming in (False, True):
-        data, folder = pictures(streaming=streaming), tmp_path / str(streaming)
+        data, folder = images(streaming=streaming), tmp_path / str(streaming)
         write_latents(core, data, folder, **SMALL, limit=limit, progress=lambda *x: told.append(x))
     assert bytes_in(tmp_path / "False") == bytes_in(tmp_path / "True")
     rows = limit if limit == 8 else 14
     assert (rows, rows) in told and (rows, None) in told
 
 
-def test_a_stream_that_breaks_off_goes_on(core, pictures, tmp_path):
-    write_latents(core, pictures(), tmp_path / "whole", **SMALL)
-    data = pictures(streaming=True)
+def test_a_stream_that_breaks_off_goes_on(core, images, tmp_path):
+    write_latents(core, images(), tmp_path / "whole", **SMALL)
+    data = images(streaming=True)
 
-    class Breaking(Pictures):
+    class Breaking(Images):
         """Ends in an error, as a connection does."""
 
         def __init__(self):
@@ -195,60 +195,60 @@ def test_a_stream_that_breaks_off_goes_on(core, pictures, tmp_path):
     assert bytes_in(folder) == bytes_in(tmp_path / "whole")
 
 
-def test_an_error_of_the_writer_surfaces(core, pictures, tmp_path, monkeypatch):
+def test_an_error_of_the_writer_surfaces(core, images, tmp_path, monkeypatch):
     def full(path, batches, settings):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_shard", full)
     with pytest.raises(OSError, match="No space left"):
-        write_latents(core, pictures(), tmp_path, **SMALL)
+        write_latents(core, images(), tmp_path, **SMALL)
     with pytest.raises(OSError, match="No space left"):
-        write_latents(core, pictures(), tmp_path / "one shard", **{**SMALL, "shard_size": 100})
+        write_latents(core, images(), tmp_path / "one shard", **{**SMALL, "shard_size": 100})
 
 
-def test_another_cache_in_the_folder_is_refused(core, pictures, tmp_path):
-    write_latents(core, pictures(), tmp_path, **SMALL)
+def test_another_cache_in_the_folder_is_refused(core, images, tmp_path):
+    write_latents(core, images(), tmp_path, **SMALL)
     before = bytes_in(tmp_path)
     changes = {"kind": "mode", "flips": False, "dtype": torch.float16, "size": 16, "shard_size": 5, "seed": 1}
     for name, value in {**changes, "limit": 3}.items():
         stored = "float16" if name == "dtype" else value
         with pytest.raises(ValueError, match=f"holds another cache: (.*; )?{name} .*, not {stored!r}"):
-            write_latents(core, pictures(), tmp_path, **{**SMALL, name: value})
+            write_latents(core, images(), tmp_path, **{**SMALL, name: value})
     with pytest.raises(ValueError, match=r"another cache: encoder '\w{64}', not '\w{64}'\."):
-        write_latents(random_core(seed=1), pictures(), tmp_path, **SMALL)
+        write_latents(random_core(seed=1), images(), tmp_path, **SMALL)
     with (
         pytest.raises(ValueError, match="precision 'float32', not 'bfloat16'"),
         torch.autocast("cpu", torch.bfloat16),
     ):
-        write_latents(core, pictures(), tmp_path, **SMALL)
-    with pytest.raises(ValueError, match=r"source .*pictures'., not .*pictures/hat'.;"):
-        write_latents(core, load_pictures(pictures().source.strip("'") + "/hat"), tmp_path, **SMALL)
+        write_latents(core, images(), tmp_path, **SMALL)
+    with pytest.raises(ValueError, match=r"source .*images'., not .*images/hat'.;"):
+        write_latents(core, load_images(images().source.strip("'") + "/hat"), tmp_path, **SMALL)
     assert bytes_in(tmp_path) == before
     other = copy.deepcopy(core)
     with torch.no_grad():
         other.decoder.head.bias += 1  # of no concern to latents
-    assert write_latents(other, pictures(), tmp_path, **SMALL)["encoded"] == 0
+    assert write_latents(other, images(), tmp_path, **SMALL)["encoded"] == 0
 
 
-def test_folders_that_hold_something_else_are_refused(core, pictures, tmp_path):
+def test_folders_that_hold_something_else_are_refused(core, images, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"file' cannot be written: .*exists"):
-        write_latents(core, pictures(), tmp_path / "file", **SMALL)
+        write_latents(core, images(), tmp_path / "file", **SMALL)
     for content, message in (("{", "is damaged"), ("[]", "format 1, got 'list'"), ('{"format": 2}', "1, got 2")):
         (tmp_path / "cache.json").write_text(content)
         with pytest.raises(ValueError, match=f"cache.json' .*{message}"):
-            write_latents(core, pictures(), tmp_path, **SMALL)
+            write_latents(core, images(), tmp_path, **SMALL)
     (tmp_path / "cache.json").unlink()
     (tmp_path / "shard-00000.safetensors").write_text("x")
     with pytest.raises(ValueError, match=r"holds shards, but no cache\.json"):
-        write_latents(core, pictures(), tmp_path, **SMALL)
+        write_latents(core, images(), tmp_path, **SMALL)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"size": 0}, "`size` must be positive, got 0"),
-        ({"size": 30}, "cannot take pictures of 30 x 30 pixels"),
+        ({"size": 30}, "cannot take images of 30 x 30 pixels"),
         ({"shard_size": 0}, "`shard_size` must be positive"),
         ({"batch_size": -1}, "`batch_size` must be positive, got -1"),
         ({"limit": 0}, "`limit` must be positive, got 0"),
@@ -258,41 +258,41 @@ def test_folders_that_hold_something_else_are_refused(core, pictures, tmp_path):
         ({"dtype": torch.int8}, "`dtype` must be one of .*'float16'.*, got 'int8'"),
     ],
 )
-def test_bad_arguments_are_refused_before_any_file(settings, message, core, pictures, tmp_path):
+def test_bad_arguments_are_refused_before_any_file(settings, message, core, images, tmp_path):
     with pytest.raises(ValueError, match=message):
-        write_latents(core, pictures(), tmp_path / "new", **{**SMALL, **settings})
+        write_latents(core, images(), tmp_path / "new", **{**SMALL, **settings})
     assert not (tmp_path / "new").exists()
 
 
-def test_a_model_without_a_posterior_gives_modes_only(pictures, tmp_path):
+def test_a_model_without_a_posterior_gives_modes_only(images, tmp_path):
     vae = tiny_without_posterior()
     for kind in ("moments", "sample"):
         with pytest.raises(ValueError, match=f"AutoencoderTiny has no posterior: `kind` must be 'mode', got '{kind}'"):
-            write_latents(vae, pictures(), tmp_path, kind=kind, **SMALL)
-    write_latents(vae, pictures(), tmp_path, kind="mode", **SMALL)
-    (plain, _), *_ = directly(Codec(vae), pictures(), "mode")
+            write_latents(vae, images(), tmp_path, kind=kind, **SMALL)
+    write_latents(vae, images(), tmp_path, kind="mode", **SMALL)
+    (plain, _), *_ = directly(Codec(vae), images(), "mode")
     found = torch.cat([x["latents"] for x in shards_in(tmp_path).values()])
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_latents_that_overflow_are_refused(core, pictures, tmp_path):
+def test_latents_that_overflow_are_refused(core, images, tmp_path):
     loud = random_core()
     with torch.no_grad():
         loud.encoder.head.bias[0] = 1e5
     options = {**SMALL, "dtype": torch.float16}
     with pytest.raises(ValueError, match="latents of row 0 are not finite in float16; try another `dtype`"):
-        write_latents(loud, pictures(), tmp_path, **options)
+        write_latents(loud, images(), tmp_path, **options)
     assert not shards_in(tmp_path)
 
 
-def test_only_broken_pictures_make_an_empty_shard_and_no_rows_are_refused(core, pictures, tmp_path):
-    row = {"bytes": b"no picture", "path": None}
+def test_only_broken_images_make_an_empty_shard_and_no_rows_are_refused(core, images, tmp_path):
+    row = {"bytes": b"no image", "path": None}
     kinds = datasets.Features({"image": datasets.Image()})
-    data = Pictures(datasets.Dataset.from_dict({"image": [row] * 3}, features=kinds), "here")
+    data = Images(datasets.Dataset.from_dict({"image": [row] * 3}, features=kinds), "here")
     for kind in ("moments", "sample"):
         summary = write_latents(core, data, tmp_path / kind, kind=kind, **SMALL)
-        assert (summary["pictures"], summary["shards"], list(summary["skipped"])) == (0, 1, [0, 1, 2])
+        assert (summary["images"], summary["shards"], list(summary["skipped"])) == (0, 1, [0, 1, 2])
         assert shards_in(tmp_path / kind)["shard-00000.safetensors"]["labels"].shape == (0,)
-    stream = Pictures(datasets.IterableDataset.from_generator(lambda: iter(()), features=kinds), "here")
-    with pytest.raises(ValueError, match="No pictures found in here: it has no rows"):
+    stream = Images(datasets.IterableDataset.from_generator(lambda: iter(()), features=kinds), "here")
+    with pytest.raises(ValueError, match="No images found in here: it has no rows"):
         write_latents(core, stream, tmp_path / "stream", **SMALL)

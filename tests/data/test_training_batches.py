@@ -1,4 +1,4 @@
-"""Tests of `training_data`: a step sees the same pictures however it is divided, interrupted, loaded or streamed."""
+"""Tests of `training_data`: a step sees the same images however it is divided, interrupted, loaded or streamed."""
 
 import io
 import random
@@ -8,40 +8,40 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from picture_files import noise
+from image_files import noise
 from PIL import Image
 
-from hieratok_hf.data.image_dataset import Pictures
+from hieratok_hf.data.image_dataset import Images
 from hieratok_hf.data.training_batches import BatchPlan, random_crop, to_pixel_values, training_loader
-from hieratok_hf.utils.images import PictureError
+from hieratok_hf.utils.images import ImageError
 
 ROWS = 7
 BOTH = pytest.mark.parametrize("streaming", [False, True])
 
 
 def as_data(images, streaming, broken=()):
-    """The pictures as PNG files in a data set, two shards if it is streamed."""
+    """The images as PNG files in a data set, two shards if it is streamed."""
     files = []
     for i, image in enumerate(images):
         buffer = io.BytesIO()
         image.save(buffer, format="png")
-        files.append({"bytes": b"no picture" if i in broken else buffer.getvalue(), "path": f"{i}.png"})
+        files.append({"bytes": b"no image" if i in broken else buffer.getvalue(), "path": f"{i}.png"})
     table = datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
-    return Pictures(table.to_iterable_dataset(num_shards=min(2, len(files))) if streaming else table, "here")
+    return Images(table.to_iterable_dataset(num_shards=min(2, len(files))) if streaming else table, "here")
 
 
 def data(streaming=False, broken=()):
-    """Pictures of one colour each, so that crops tell their row: `(30 * i, 30 * i, 30 * i)` is row `i`."""
+    """Images of one colour each, so that crops tell their row: `(30 * i, 30 * i, 30 * i)` is row `i`."""
     return as_data([Image.new("RGB", (12 + i, 12), (30 * i,) * 3) for i in range(ROWS)], streaming, broken)
 
 
 def noise_data(streaming=False):
-    """Pictures of noise, so that no two crops are alike."""
+    """Images of noise, so that no two crops are alike."""
     return as_data([Image.fromarray(noise(20, 14 + i, seed=i)) for i in range(ROWS)], streaming)
 
 
 def rows_of(batch):
-    """Which rows of `data` the pictures of a batch are."""
+    """Which rows of `data` the images of a batch are."""
     colours = batch["pixel_values"].flatten(1)
     assert (colours == colours[:, :1]).all()
     return (colours[:, 0] // 30).tolist()
@@ -57,11 +57,11 @@ def same(ours, theirs):
 @BOTH
 @pytest.mark.parametrize(("world_size", "parts"), [(1, 4), (2, 1), (2, 2), (4, 1)])
 def test_a_step_is_the_same_however_it_is_divided(streaming, world_size, parts):
-    pictures, sizes = noise_data(streaming), (8, 16, 4)
-    whole = list(training_loader(pictures, BatchPlan(16, sizes, 6, seed=3)))
+    images, sizes = noise_data(streaming), (8, 16, 4)
+    whole = list(training_loader(images, BatchPlan(16, sizes, 6, seed=3)))
     assert {batch["count"] for batch in whole} == {4, 16, 64}
     shares = [BatchPlan(16, sizes, 6, 3, world_size, rank, parts) for rank in range(world_size)]
-    pieces = [list(training_loader(pictures, share)) for share in shares]
+    pieces = [list(training_loader(images, share)) for share in shares]
     for mine in pieces:
         assert [(x["step"], x["part"]) for x in mine] == [(step, part) for step in range(6) for part in range(parts)]
     for expected in whole:
@@ -77,21 +77,21 @@ def test_a_step_is_the_same_however_it_is_divided(streaming, world_size, parts):
 @BOTH
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_from_any_step_on_it_is_the_uninterrupted_sequence(streaming, num_workers):
-    pictures, plan = noise_data(streaming), BatchPlan(4, (8, 12, 8), 7, seed=1, parts=2)
-    whole = list(training_loader(pictures, plan))
+    images, plan = noise_data(streaming), BatchPlan(4, (8, 12, 8), 7, seed=1, parts=2)
+    whole = list(training_loader(images, plan))
     assert len({batch["pixel_values"].shape[-1] for batch in whole}) == 2
     assert sum(len(batch["rows"]) for batch in whole) > 2 * ROWS  # several epochs
     for first_step in (0, 5) if num_workers else range(7):
-        rest = list(training_loader(pictures, plan, first_step=first_step, num_workers=num_workers))
+        rest = list(training_loader(images, plan, first_step=first_step, num_workers=num_workers))
         same(rest, whole[2 * first_step :])
-    assert list(training_loader(pictures, plan, first_step=7)) == []
+    assert list(training_loader(images, plan, first_step=7)) == []
 
 
 @BOTH
 def test_the_seed_decides_rows_and_crops(streaming):
-    pictures = noise_data(streaming)
+    images = noise_data(streaming)
     plans = [BatchPlan(4, (8,), 3, seed=seed) for seed in (0, 0, 1)]
-    batches = [torch.cat([x["pixel_values"] for x in training_loader(pictures, plan)]) for plan in plans]
+    batches = [torch.cat([x["pixel_values"] for x in training_loader(images, plan)]) for plan in plans]
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
 
@@ -105,9 +105,9 @@ def test_every_row_is_seen_once_an_epoch_in_another_order(streaming):
 
 
 @BOTH
-def test_a_picture_is_cropped_anew_each_time(streaming):
-    pictures, plan = as_data([Image.fromarray(noise(20, 20))], streaming), BatchPlan(2, (8,), 20)
-    crops = [x for batch in training_loader(pictures, plan, crop_scale=(0, 0)) for x in batch["pixel_values"]]
+def test_an_image_is_cropped_anew_each_time(streaming):
+    images, plan = as_data([Image.fromarray(noise(20, 20))], streaming), BatchPlan(2, (8,), 20)
+    crops = [x for batch in training_loader(images, plan, crop_scale=(0, 0)) for x in batch["pixel_values"]]
     assert len({tuple(crop.flatten().tolist()) for crop in crops}) > 30
 
 
@@ -148,7 +148,7 @@ def test_broken_rows_are_replaced_counted_and_named(streaming, num_workers):
         assert len(rows) == 7 and set(rows) == {0, 2, 3, 6}
         # Row 4 is replaced through row 5, so that row may be met twice in an epoch.
         assert {reason.split(":")[0] for reason in batch["skipped"]} == {f"'{i}.png'" for i in broken}
-        assert all("is no picture in a format that Pillow reads" in reason for reason in batch["skipped"])
+        assert all("is no image in a format that Pillow reads" in reason for reason in batch["skipped"])
     clean = list(training_loader(data(streaming), plan))
     for ours, theirs in zip(batches, clean):
         unbroken = [(a, b) for a, b in zip(rows_of(ours), rows_of(theirs)) if b not in broken]
@@ -167,16 +167,16 @@ def test_a_broken_row_alone_in_its_step_is_replaced(streaming):
 @BOTH
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_data_set_of_broken_rows_is_refused(streaming, num_workers):
-    pictures = data(streaming, broken=range(ROWS))
-    message = r"^here: \d+ pictures in a row cannot be decoded; '\d\.png': is no picture.*$"
-    with pytest.raises(PictureError, match=message) as caught:
-        next(iter(training_loader(pictures, BatchPlan(2, (8,), 1), num_workers=num_workers)))
+    images = data(streaming, broken=range(ROWS))
+    message = r"^here: \d+ images in a row cannot be decoded; '\d\.png': is no image.*$"
+    with pytest.raises(ImageError, match=message) as caught:
+        next(iter(training_loader(images, BatchPlan(2, (8,), 1), num_workers=num_workers)))
     assert "\n" not in str(caught.value)
 
 
 def test_pixel_values_are_the_levels_in_minus_one_to_one():
-    pictures = noise_data()
-    (batch,) = training_loader(pictures, BatchPlan(4, (8,), 1))
+    images = noise_data()
+    (batch,) = training_loader(images, BatchPlan(4, (8,), 1))
     levels = batch["pixel_values"]
     assert levels.shape == (4, 3, 8, 8) and levels.dtype == torch.uint8
     values = to_pixel_values(batch)
@@ -185,22 +185,22 @@ def test_pixel_values_are_the_levels_in_minus_one_to_one():
     assert to_pixel_values({"pixel_values": torch.tensor([0, 255], dtype=torch.uint8)}).tolist() == [-1, 1]
 
 
-def places_of(crop, picture):
-    """Where a crop is cut exactly from a picture, mirrored or not."""
+def places_of(crop, image):
+    """Where a crop is cut exactly from an image, mirrored or not."""
     size, found = len(crop), []
     for mirrored, candidate in ((False, crop), (True, crop[:, ::-1])):
-        for top in range(len(picture) - size + 1):
-            for left in range(picture.shape[1] - size + 1):
-                if (picture[top : top + size, left : left + size] == candidate).all():
+        for top in range(len(image) - size + 1):
+            for left in range(image.shape[1] - size + 1):
+                if (image[top : top + size, left : left + size] == candidate).all():
                     found.append((top, left, mirrored))
     return found
 
 
 def test_a_scale_of_zero_cuts_pixels_exactly_everywhere_mirrored_half_the_time():
     levels = noise(12, 10)
-    picture, rng, seen = Image.fromarray(levels), random.Random(0), []
+    image, rng, seen = Image.fromarray(levels), random.Random(0), []
     for _ in range(600):
-        crop = random_crop(picture, 8, rng, (0, 0))
+        crop = random_crop(image, 8, rng, (0, 0))
         assert crop.size == (8, 8) and crop.mode == "RGB"
         (place,) = places_of(np.asarray(crop), levels)
         seen.append(place)
@@ -211,10 +211,10 @@ def test_a_scale_of_zero_cuts_pixels_exactly_everywhere_mirrored_half_the_time()
 def test_crops_cover_the_share_that_is_asked_for():
     # A ramp of 2 levels a pixel: how far it rises over a crop says how wide the crop was.
     ramp = np.broadcast_to(np.arange(0, 120, dtype=np.uint8)[None, :, None] * 2, (80, 120, 3))
-    picture, rng = Image.fromarray(np.ascontiguousarray(ramp)), random.Random(0)
+    image, rng = Image.fromarray(np.ascontiguousarray(ramp)), random.Random(0)
     shares, colours = [], []
     for _ in range(200):
-        crop = np.asarray(random_crop(picture, 16, rng, (0.5, 1.0))).astype(float)
+        crop = np.asarray(random_crop(image, 16, rng, (0.5, 1.0))).astype(float)
         assert crop.shape == (16, 16, 3)
         shares.append(abs(crop[8, 12, 0] - crop[8, 4, 0]) / 2 * 2 / 80)
         colours.append(crop[8, :, 0].mean() / 2)
@@ -224,7 +224,7 @@ def test_crops_cover_the_share_that_is_asked_for():
 
 
 @pytest.mark.parametrize("scale", [(0, 0), (0.5, 1.0), (1.0, 1.0)])
-def test_small_pictures_are_enlarged(scale):
+def test_small_images_are_enlarged(scale):
     for size in ((5, 9), (9, 5), (1, 1)):
         crop = random_crop(Image.new("RGB", size, (7, 8, 9)), 16, random.Random(0), scale)
         assert crop.size == (16, 16) and (np.asarray(crop) == (7, 8, 9)).all()

@@ -1,10 +1,10 @@
-"""Tests of `generation_metrics`: numbered pictures, classes found by name, and accuracy against a count by hand."""
+"""Tests of `generation_metrics`: numbered images, classes found by name, and accuracy against a count by hand."""
 
 import json
 
 import pytest
 import torch
-from helpers import pictures
+from helpers import images
 from pipelines import NAMES, make_pipeline
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
@@ -13,8 +13,8 @@ from hieratok_hf.evaluation.generation import (
     GeneratedBatches,
     ImageClassifier,
     find_classes,
-    numbered_pictures,
-    picture_size,
+    image_size,
+    number_images,
 )
 
 STEPS = {"num_inference_steps": 3}
@@ -38,12 +38,12 @@ def level_difference(first, second):
     return (first.int() - second.int()).abs().max().item()
 
 
-def test_a_numbered_picture_depends_on_seed_and_number_alone(pipe):
-    together = numbered_pictures(pipe, range(6), 5, **STEPS)
-    assert together.shape == (6, 3, picture_size(pipe), picture_size(pipe)) and together.dtype == torch.uint8
-    alone = torch.cat([numbered_pictures(pipe, [row], 5, **STEPS) for row in (4, 1)])
+def test_a_numbered_image_depends_on_seed_and_number_alone(pipe):
+    together = number_images(pipe, range(6), 5, **STEPS)
+    assert together.shape == (6, 3, image_size(pipe), image_size(pipe)) and together.dtype == torch.uint8
+    alone = torch.cat([number_images(pipe, [row], 5, **STEPS) for row in (4, 1)])
     assert level_difference(alone, together[[4, 1]]) <= 1  # sums of other batches are rounded otherwise
-    other_seed = numbered_pictures(pipe, range(6), 6, **STEPS)
+    other_seed = number_images(pipe, range(6), 6, **STEPS)
     for i in range(6):
         assert level_difference(other_seed[i], together[i]) > 8
         assert all(level_difference(together[j], together[i]) > 8 for j in range(i))
@@ -52,7 +52,7 @@ def test_a_numbered_picture_depends_on_seed_and_number_alone(pipe):
 def test_numbers_go_through_the_classes_in_turn(pipe):
     from hieratok_hf.data.training_batches import step_generator
 
-    levels = numbered_pictures(pipe, [0, 4, 8], 2, **STEPS)
+    levels = number_images(pipe, [0, 4, 8], 2, **STEPS)
     generators = [step_generator(2, row) for row in (0, 4, 8)]
     expected = pipe(["tench", "English springer", "church"], generator=generators, output_type="np", **STEPS).images
     assert abs(levels.permute(0, 2, 3, 1).numpy() - 255 * expected).max() <= 0.5 + 1e-4
@@ -77,11 +77,11 @@ def test_batches_do_not_depend_on_their_size_or_on_shares(pipe):
         GeneratedBatches(pipe, range(2), batch_size=0)
 
 
-def test_pictures_that_are_not_finite_are_refused():
+def test_images_that_are_not_finite_are_refused():
     pipe = make_pipeline()
     list(pipe.vae.parameters())[-1].data.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
-        numbered_pictures(pipe, [0], 0, **STEPS)
+        number_images(pipe, [0], 0, **STEPS)
 
 
 def test_classes_are_found_by_name():
@@ -118,7 +118,7 @@ def test_classes_that_are_not_found_are_named(names, message):
 
 def test_accuracy_is_that_of_a_count_by_hand():
     model, labels = tiny_classifier(), [1, 3, 2]
-    pixel_values = (pictures(40, 3, 16, 16) + 2 * pictures(40, 3, 1, 1, seed=1)).clamp(-1, 1)
+    pixel_values = (images(40, 3, 16, 16) + 2 * images(40, 3, 1, 1, seed=1)).clamp(-1, 1)
     made_for = [i % 3 for i in range(40)]
     with torch.no_grad():
         logits = model(pixel_values).logits.tolist()  # of mean and standard deviation 0.5, so values stay
@@ -134,11 +134,11 @@ def test_accuracy_is_that_of_a_count_by_hand():
     found = accuracy.compute()
     assert found["class_accuracy"] == pytest.approx(sum(among) / 40)
     assert found["top1_accuracy"] == pytest.approx(sum(first) / 40)
-    assert found["pictures_per_class"] == counts
+    assert found["images_per_class"] == counts
     assert found["class_accuracy_per_class"] == pytest.approx([a / n for a, n in zip(among, counts)])
     assert found["top1_accuracy_per_class"] == pytest.approx([a / n for a, n in zip(first, counts)])
     accuracy.reset()
-    with pytest.raises(ValueError, match="no pictures to classify"):
+    with pytest.raises(ValueError, match="no images to classify"):
         accuracy.compute()
     accuracy.update(pixel_values[:1], [2])
     assert str(accuracy.compute()["class_accuracy_per_class"][0]) == "nan"
@@ -164,7 +164,7 @@ def test_a_saved_classifier_gets_its_own_size_and_colours(tmp_path):
     ]
     with torch.no_grad():
         expected = model(torch.tensor(normalised).view(1, 3, 1, 1).expand(1, 3, 16, 16)).logits
-    for size in (8, 16, 40):  # a flat picture stays flat at any size
+    for size in (8, 16, 40):  # a flat image stays flat at any size
         torch.testing.assert_close(classifier(flat.expand(1, 3, size, size)), expected, atol=1e-4, rtol=1e-4)
 
 

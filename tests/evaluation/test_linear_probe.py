@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers import noise, pictures, random_core
+from helpers import images, noise, random_core
 
-from hieratok_hf.evaluation.linear_probe import _PENALTIES, linear_probe, pooled_features
+from hieratok_hf.evaluation.linear_probe import _PENALTIES, linear_probe, pool_features
 from hieratok_hf.models.autoencoder_adapter import Codec
 
 
@@ -64,29 +64,29 @@ def test_labels_that_were_not_fitted_count_as_missed():
 
 def test_too_little_to_fit_is_refused():
     features, labels = clusters(9)
-    with pytest.raises(ValueError, match="ten pictures of two classes, got 9 of 3"):
+    with pytest.raises(ValueError, match="ten images of two classes, got 9 of 3"):
         linear_probe(features, labels, features, labels)
-    with pytest.raises(ValueError, match="ten pictures of two classes, got 12 of 1"):
+    with pytest.raises(ValueError, match="ten images of two classes, got 12 of 1"):
         linear_probe(clusters(12)[0], torch.zeros(12), features, labels)
 
 
 def test_pooled_features_are_means_over_the_tokens_in_the_order_of_the_rows():
-    core, pixel_values = random_core(), pictures(5, 3, 16, 24)
+    core, pixel_values = random_core(), images(5, 3, 16, 24)
     batches = [
         {"pixel_values": pixel_values[part], "rows": list(part), "labels": [row * 2 for row in part]}
         for part in ([3, 1], [0, 4, 2])
     ]
-    features, labels = pooled_features(Codec(core), batches)
+    features, labels = pool_features(Codec(core), batches)
     assert labels.tolist() == [0, 2, 4, 6, 8]
     with torch.no_grad():
         torch.testing.assert_close(features, core.encode_moments(pixel_values)[1].mean(1))
 
 
-def test_pooled_features_need_pictures_labels_and_hieratok():
-    batch = {"pixel_values": pictures(2, 3, 16, 16), "rows": [4, 5], "labels": [1, None]}
+def test_pooled_features_need_images_labels_and_hieratok():
+    batch = {"pixel_values": images(2, 3, 16, 16), "rows": [4, 5], "labels": [1, None]}
     with pytest.raises(ValueError, match="needs labels: row 5 "):
-        pooled_features(Codec(random_core()), [batch])
-    with pytest.raises(ValueError, match="no pictures"):
-        pooled_features(Codec(random_core()), [])
+        pool_features(Codec(random_core()), [batch])
+    with pytest.raises(ValueError, match="no images"):
+        pool_features(Codec(random_core()), [])
     with pytest.raises(ValueError, match="features of a HieraTok encoder, got Linear"):
-        pooled_features(Codec(torch.nn.Linear(2, 2)), [batch])
+        pool_features(Codec(torch.nn.Linear(2, 2)), [batch])

@@ -14,7 +14,7 @@ from hieratok_hf.evaluation.vision_features import VisionFeatures
 
 
 def from_levels(levels):
-    """Pictures in [-1, 1] of levels in 0 ... 255."""
+    """Images in [-1, 1] of levels in 0 ... 255."""
     return torch.as_tensor(levels, dtype=torch.float32) / 127.5 - 1
 
 
@@ -50,11 +50,11 @@ def ssim_by_hand(first, second):
 def test_border_steps_are_those_of_a_walk_over_the_pixels():
     levels = random_levels(2, 3, 10, 12).float()
     found = border_steps(from_levels(levels), 4)
-    for picture, (across, inside) in zip(levels, found):
+    for image, (across, inside) in zip(levels, found):
         steps = {True: [[], []], False: [[], []]}
         for axis, length in ((0, 10), (1, 12)):
             for i in range(1, length):
-                step = (picture.select(axis + 1, i) - picture.select(axis + 1, i - 1)).abs().mean()
+                step = (image.select(axis + 1, i) - image.select(axis + 1, i - 1)).abs().mean()
                 steps[i % 4 == 0][axis].append(step)
         for value, kind in ((across, True), (inside, False)):
             torch.testing.assert_close(value, torch.stack([torch.stack(x).mean() for x in steps[kind]]).mean())
@@ -71,16 +71,16 @@ def test_seams_are_steps_across_borders_alone():
 
 def test_psnr_of_a_known_error():
     targets = torch.full((2, 3, 4, 5), 100)
-    pictures = targets.clone()
-    pictures[0] += 5  # mean squared error 25
-    pictures[1, 0, 0, 0] += 30  # 900 / 60 = 15
-    values = psnr(from_levels(pictures), from_levels(targets))
+    images = targets.clone()
+    images[0] += 5  # mean squared error 25
+    images[1, 0, 0, 0] += 30  # 900 / 60 = 15
+    values = psnr(from_levels(images), from_levels(targets))
     assert values.dtype == torch.float32
     expected = [10 * math.log10(255**2 / 25), 10 * math.log10(255**2 / 15)]
     assert values.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_psnr_of_black_and_white_is_zero_and_of_equal_pictures_infinite():
+def test_psnr_of_black_and_white_is_zero_and_of_equal_images_infinite():
     black, white = -torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
     assert psnr(black, white).tolist() == [0.0]
     assert psnr(white, white).tolist() == [math.inf]
@@ -88,29 +88,29 @@ def test_psnr_of_black_and_white_is_zero_and_of_equal_pictures_infinite():
 
 def test_both_sides_are_clamped_and_rounded_to_8_bits():
     levels = random_levels(1, 3, 16, 16)
-    pictures = from_levels(levels)
-    assert psnr(pictures + 0.4 / 127.5, pictures).item() == math.inf
-    assert psnr(pictures, pictures - 0.4 / 127.5).item() == math.inf
+    images = from_levels(levels)
+    assert psnr(images + 0.4 / 127.5, images).item() == math.inf
+    assert psnr(images, images - 0.4 / 127.5).item() == math.inf
     assert psnr(torch.full((1, 3, 2, 2), 1.7), torch.ones(1, 3, 2, 2)).item() == math.inf
-    assert psnr(pictures + 0.6 / 127.5, pictures).item() < 60
+    assert psnr(images + 0.6 / 127.5, images).item() < 60
 
 
 def test_psnr_takes_low_precision_and_gradients():
-    pictures = from_levels(random_levels(1, 3, 16, 16)).requires_grad_()
-    value = psnr(pictures.bfloat16(), pictures)
+    images = from_levels(random_levels(1, 3, 16, 16)).requires_grad_()
+    value = psnr(images.bfloat16(), images)
     assert value.dtype == torch.float32 and not value.requires_grad
     assert value.item() == math.inf  # bfloat16 is off by a quarter of a level at most
 
 
-def test_ssim_of_equal_pictures_is_one():
+def test_ssim_of_equal_images_is_one():
     pytest.importorskip("torchmetrics")
-    pictures = from_levels(random_levels(2, 3, 24, 17))
-    values = ssim(pictures, pictures)
+    images = from_levels(random_levels(2, 3, 24, 17))
+    values = ssim(images, images)
     assert values.shape == (2,) and values.dtype == torch.float32
     assert values.tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
 
 
-def test_ssim_of_flat_pictures():
+def test_ssim_of_flat_images():
     pytest.importorskip("torchmetrics")
     c1 = (0.01 * 255) ** 2
     value = ssim(from_levels(torch.full((1, 3, 16, 16), 60)), from_levels(torch.full((1, 3, 16, 16), 120)))
@@ -134,24 +134,24 @@ def test_more_noise_is_worse():
         assert values == sorted(values, reverse=True) and len(set(values)) == 4
 
 
-def test_a_batch_gives_each_picture_its_own_value():
+def test_a_batch_gives_each_image_its_own_value():
     pytest.importorskip("torchmetrics")
     levels = random_levels(3, 3, 20, 28)
-    pictures = torch.cat([noisy(levels[i : i + 1], 10 + 20 * i) for i in range(3)])
-    pictures, targets = from_levels(pictures), from_levels(levels)
+    images = torch.cat([noisy(levels[i : i + 1], 10 + 20 * i) for i in range(3)])
+    images, targets = from_levels(images), from_levels(levels)
     for metric in (psnr, ssim):
-        single = torch.cat([metric(pictures[i : i + 1], targets[i : i + 1]) for i in range(3)])
-        torch.testing.assert_close(metric(pictures, targets), single)
+        single = torch.cat([metric(images[i : i + 1], targets[i : i + 1]) for i in range(3)])
+        torch.testing.assert_close(metric(images, targets), single)
 
 
 def test_psnr_and_ssim_agree_with_scikit_image():
     pytest.importorskip("torchmetrics")
     library = pytest.importorskip("skimage.metrics", reason="scikit-image is the independent computation")
     targets = random_levels(2, 3, 33, 26)
-    pictures = noisy(targets, 25)
-    found = psnr(from_levels(pictures), from_levels(targets)), ssim(from_levels(pictures), from_levels(targets))
+    images = noisy(targets, 25)
+    found = psnr(from_levels(images), from_levels(targets)), ssim(from_levels(images), from_levels(targets))
     for i in range(2):
-        pair = [x[i].double().numpy() for x in (targets, pictures)]
+        pair = [x[i].double().numpy() for x in (targets, images)]
         assert found[0][i].item() == pytest.approx(library.peak_signal_noise_ratio(*pair, data_range=255), abs=1e-4)
         # scikit-image averages over all places but the outermost five: these are added here.
         padded = [np.pad(x, ((0, 0), (5, 5), (5, 5)), mode="reflect") for x in pair]
@@ -161,19 +161,19 @@ def test_psnr_and_ssim_agree_with_scikit_image():
 
 
 def small_features(seed=0):
-    """A real vision model whose features are so few that some tens of pictures have a covariance of full rank."""
+    """A real vision model whose features are so few that some tens of images have a covariance of full rank."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = ViTConfig(**sizes, image_size=16, patch_size=4, initializer_range=0.5)
     return VisionFeatures(ViTModel(config), [0.5] * 3, [0.5] * 3)
 
 
-def frechet_by_hand(features, pictures, targets):
+def frechet_by_hand(features, images, targets):
     """By scipy's matrix square root."""
     from scipy.linalg import sqrtm
 
     with torch.no_grad():
-        sets = [features(x, 16)[0].double().numpy() for x in (pictures, targets)]
+        sets = [features(x, 16)[0].double().numpy() for x in (images, targets)]
     (mean_a, mean_b), (a, b) = [x.mean(0) for x in sets], [np.cov(x, rowvar=False) for x in sets]
     assert np.linalg.matrix_rank(a) == np.linalg.matrix_rank(b) == 8
     return ((mean_a - mean_b) ** 2).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
@@ -183,13 +183,13 @@ def test_the_frechet_distance_agrees_with_scipys_matrix_root():
     pytest.importorskip("torchmetrics")
     pytest.importorskip("scipy", reason="its matrix root is the independent computation")
     targets = from_levels(random_levels(48, 3, 20, 20))
-    pictures = from_levels(noisy(random_levels(48, 3, 20, 20, seed=2), 30))
+    images = from_levels(noisy(random_levels(48, 3, 20, 20, seed=2), 30))
     features = small_features()
     distance = FrechetDistance(features)
     assert (distance.name, distance.size, distance.num_features) == ("FD-ViT", 16, 8)
     for part in (slice(0, 5), slice(5, 48)):
-        distance.update(pictures[part], targets[part])
-    expected = frechet_by_hand(features, pictures, targets)
+        distance.update(images[part], targets[part])
+    expected = frechet_by_hand(features, images, targets)
     assert expected > 0.01
     assert distance.compute() == pytest.approx(expected, rel=1e-3)
     distance.reset()
@@ -201,13 +201,13 @@ def test_the_two_sets_of_a_frechet_distance_may_be_fed_apart():
     pytest.importorskip("torchmetrics")
     pytest.importorskip("scipy", reason="its matrix root is the independent computation")
     targets = from_levels(random_levels(48, 3, 20, 20))
-    pictures = from_levels(noisy(random_levels(31, 3, 24, 20, seed=2), 30))  # of another number and size
+    images = from_levels(noisy(random_levels(31, 3, 24, 20, seed=2), 30))  # of another number and size
     distance = FrechetDistance(small_features())
     for part in targets.split(20):
         distance.update(None, part)
-    for part in pictures.split(9):
+    for part in images.split(9):
         distance.update(part, None)
-    assert distance.compute() == pytest.approx(frechet_by_hand(small_features(), pictures, targets), rel=1e-3)
+    assert distance.compute() == pytest.approx(frechet_by_hand(small_features(), images, targets), rel=1e-3)
 
 
 def test_features_of_targets_that_stay_are_computed_once():
@@ -215,21 +215,21 @@ def test_features_of_targets_that_stay_are_computed_once():
     features, seen = small_features(), []
     features.register_forward_hook(lambda module, given, result: seen.append(len(given[0])))
     targets = from_levels(random_levels(12, 3, 16, 16))
-    pictures = [from_levels(random_levels(12, 3, 16, 16, seed=seed)) for seed in (1, 2)]
+    images = [from_levels(random_levels(12, 3, 16, 16, seed=seed)) for seed in (1, 2)]
     expected = []
-    for round_pictures in pictures:
+    for round_images in images:
         distance = FrechetDistance(features)
-        distance.update(round_pictures, targets)
+        distance.update(round_images, targets)
         expected.append(distance.compute())
     kept = FrechetDistance(features, same_targets=True)
     seen.clear()
-    for round_pictures, value in zip(pictures, expected):
+    for round_images, value in zip(images, expected):
         kept.reset()
-        kept.update(round_pictures, targets)
+        kept.update(round_images, targets)
         assert kept.compute() == pytest.approx(value, rel=1e-9)
     assert seen == [12] * 3
     kept.reset()
-    kept.update(pictures[0][:8], targets[:8])
+    kept.update(images[0][:8], targets[:8])
     with pytest.raises(ValueError, match="same targets in every round, got 8 and 12"):
         kept.compute()
 
@@ -265,18 +265,18 @@ BAD = [
 def test_wrong_arguments_are_named(metric, bad, message):
     if metric is ssim:
         pytest.importorskip("torchmetrics")
-    with pytest.raises(ValueError, match=f"^`pictures` .*{message}"):
+    with pytest.raises(ValueError, match=f"^`images` .*{message}"):
         metric(bad, GOOD)
     with pytest.raises(ValueError, match=f"^`targets` .*{message}"):
         metric(GOOD, bad)
 
 
-def test_pictures_of_different_size_are_refused():
+def test_images_of_different_size_are_refused():
     with pytest.raises(ValueError, match=r"same shape, got \(2, 3, 16, 16\) and \(1, 3, 16, 16\)"):
         psnr(GOOD.expand(2, -1, -1, -1), GOOD)  # would broadcast
 
 
-def test_ssim_refuses_pictures_smaller_than_its_window():
+def test_ssim_refuses_images_smaller_than_its_window():
     pytest.importorskip("torchmetrics")
     small = torch.zeros(1, 3, SSIM_WINDOW - 1, 40)
     with pytest.raises(ValueError, match="at least 11 pixels high and wide, got 10x40"):

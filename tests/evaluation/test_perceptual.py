@@ -1,4 +1,4 @@
-"""Tests of `perceptual`: agreement with the definition, the order of real pictures, gradients, and LPIPS's door."""
+"""Tests of `perceptual`: agreement with the definition, the order of real images, gradients, and LPIPS's door."""
 
 import sys
 import types
@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import pictures
+from helpers import images
 from transformers import ConvNextConfig, ConvNextModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from hieratok_hf import open_picture
+from hieratok_hf import open_image
 from hieratok_hf.evaluation.perceptual import PerceptualDistance, load_lpips
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 
-PICTURES = sorted((Path(__file__).parents[2] / "examples" / "pictures").glob("*.webp"))
+IMAGES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.webp"))
 REAL = Path(__file__).parents[3] / "shared" / "data" / "mobilenet_v2_1.0_224"
 
 
@@ -36,9 +36,9 @@ def make_distance(kind, **options):
     return PerceptualDistance(VisionFeatures(model, [0.5] * 3, [0.5] * 3))
 
 
-def real_pictures(size=32):
-    """The middle of each example picture `(B, 3, size, size)` in [-1, 1]."""
-    images = [open_picture(path).resize((64, 64)) for path in PICTURES]
+def real_images(size=32):
+    """The middle of each example image `(B, 3, size, size)` in [-1, 1]."""
+    images = [open_image(path).resize((64, 64)) for path in IMAGES]
     batch = torch.stack([torch.tensor(np.asarray(image)) for image in images]).permute(0, 3, 1, 2) / 127.5 - 1
     start = (64 - size) // 2
     return batch[:, :, start : start + size, start : start + size]
@@ -63,7 +63,7 @@ def by_hand(maps, target_maps):
 
 
 def test_of_a_convolutional_network_the_last_map_of_each_resolution_counts():
-    distance, x, y = make_distance("convnext"), pictures(2, 3, 64, 64), pictures(2, 3, 64, 64, seed=1)
+    distance, x, y = make_distance("convnext"), images(2, 3, 64, 64), images(2, 3, 64, 64, seed=1)
     chosen = [list({z.shape: z for z in distance.features(inputs)[1]}.values()) for inputs in (x, y)]
     assert [z.shape[1:] for z in chosen[0]] == [(8, 16, 16), (12, 8, 8), (16, 4, 4), (20, 2, 2)]
     assert distance(x, y).tolist() == pytest.approx(by_hand(*chosen).tolist(), rel=1e-4)
@@ -72,7 +72,7 @@ def test_of_a_convolutional_network_the_last_map_of_each_resolution_counts():
 @pytest.mark.parametrize("num_layers", [3, 6, 12])
 def test_of_a_transformer_four_layers_evenly_spaced_count(num_layers):
     distance = make_distance("vit", num_hidden_layers=num_layers)
-    x, y = pictures(2, 3, 32, 32), pictures(2, 3, 32, 32, seed=1)
+    x, y = images(2, 3, 32, 32), images(2, 3, 32, 32, seed=1)
     maps = [distance.features(inputs)[1] for inputs in (x, y)]
     assert len(maps[0]) == num_layers + 2  # the embeddings and the last layer's norm as well
     layers = np.linspace(0, num_layers + 1, 5)[1:].round().astype(int)
@@ -82,8 +82,8 @@ def test_of_a_transformer_four_layers_evenly_spaced_count(num_layers):
 
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
-def test_it_is_zero_for_equal_pictures_symmetric_and_bounded(kind):
-    distance, x, y = make_distance(kind), real_pictures(), pictures(2, 3, 32, 32)
+def test_it_is_zero_for_equal_images_symmetric_and_bounded(kind):
+    distance, x, y = make_distance(kind), real_images(), images(2, 3, 32, 32)
     assert distance(x, x.clone()).tolist() == [0, 0]
     values = distance(x, y)
     assert values.shape == (2,) and values.dtype == torch.float32
@@ -93,7 +93,7 @@ def test_it_is_zero_for_equal_pictures_symmetric_and_bounded(kind):
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 def test_more_blur_or_noise_is_farther(kind):
-    distance, x = make_distance(kind), real_pictures()
+    distance, x = make_distance(kind), real_images()
     for worse in (blurred, noisy):
         amounts = (3, 5, 9) if worse is blurred else (0.03, 0.1, 0.3)
         values = torch.stack([distance(worse(x, amount), x) for amount in amounts])
@@ -102,7 +102,7 @@ def test_more_blur_or_noise_is_farther(kind):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/mobilenet_v2_1.0_224")
 def test_a_trained_network_puts_distortions_in_order():
-    distance, x = PerceptualDistance(VisionFeatures.from_pretrained(REAL)), real_pictures(64)
+    distance, x = PerceptualDistance(VisionFeatures.from_pretrained(REAL)), real_images(64)
     for worse, amounts in ((blurred, (3, 5, 9)), (noisy, (0.03, 0.1, 0.3))):
         values = torch.stack([distance(worse(x, amount), x) for amount in amounts])
         assert (values.diff(dim=0) > 0).all() and (values[0] > 0).all()
@@ -116,8 +116,8 @@ def test_a_trained_network_puts_distortions_in_order():
 @pytest.mark.parametrize("case", ["equal", "constant", "one constant", "black"])
 def test_gradients_are_finite_where_features_meet_or_vanish(kind, case):
     distance = make_distance(kind)
-    x = real_pictures() if case == "equal" else torch.full((2, 3, 32, 32), -1.0 if case == "black" else 0.2)
-    target = real_pictures() if case == "one constant" else x.clone()
+    x = real_images() if case == "equal" else torch.full((2, 3, 32, 32), -1.0 if case == "black" else 0.2)
+    target = real_images() if case == "one constant" else x.clone()
     x.requires_grad_()
     values = distance(x, target)
     values.sum().backward()
@@ -134,16 +134,16 @@ def test_features_that_are_all_zero_are_equal_and_have_finite_gradients():
         if isinstance(norm, torch.nn.BatchNorm2d):
             torch.nn.init.constant_(norm.bias, -100)  # nothing passes a rectifier
     distance = PerceptualDistance(VisionFeatures(model, [0.5] * 3, [0.5] * 3))
-    x = real_pictures().requires_grad_()
+    x = real_images().requires_grad_()
     assert all((z == 0).all() for z in distance.features(x)[1])
-    values = distance(x, pictures(2, 3, 32, 32))
+    values = distance(x, images(2, 3, 32, 32))
     values.sum().backward()
     assert (values == 0).all() and (x.grad == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 def test_the_gradient_is_the_slope(kind):
-    distance, y = make_distance(kind), real_pictures()[:1]
+    distance, y = make_distance(kind), real_images()[:1]
     x = noisy(y, 0.3).requires_grad_()
     distance(x, y).sum().backward()
     direction = x.grad / x.grad.norm()
@@ -153,16 +153,16 @@ def test_the_gradient_is_the_slope(kind):
     assert slope == pytest.approx(x.grad.norm().item(), rel=0.02)
 
 
-def test_gradients_flow_to_the_pictures_alone():
+def test_gradients_flow_to_the_images_alone():
     distance = make_distance("convnext")
-    x, y = real_pictures().requires_grad_(), pictures(2, 3, 32, 32).requires_grad_()
+    x, y = real_images().requires_grad_(), images(2, 3, 32, 32).requires_grad_()
     distance(x, y).sum().backward()
     assert x.grad.abs().max() > 0 and y.grad is None
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in distance.parameters())
 
 
 def test_following_the_gradient_leads_to_the_target():
-    distance, y = make_distance("convnext"), real_pictures()
+    distance, y = make_distance("convnext"), real_images()
     x = blurred(y, 5).clone().requires_grad_()
     optimizer, values = torch.optim.Adam([x], 0.01), []
     for _ in range(15):
@@ -175,13 +175,13 @@ def test_following_the_gradient_leads_to_the_target():
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 def test_each_pair_has_its_own_value(kind):
-    distance, x, y = make_distance(kind), pictures(3, 3, 32, 32), pictures(3, 3, 32, 32, seed=1)
+    distance, x, y = make_distance(kind), images(3, 3, 32, 32), images(3, 3, 32, 32, seed=1)
     alone = torch.cat([distance(x[i : i + 1], y[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(distance(x, y), alone, rtol=1e-4, atol=1e-6)
 
 
 def test_it_is_float32_under_autocast_and_never_trains():
-    distance, x, y = make_distance("convnext", drop_path_rate=0.9), real_pictures(), pictures(2, 3, 32, 32)
+    distance, x, y = make_distance("convnext", drop_path_rate=0.9), real_images(), images(2, 3, 32, 32)
     plain = distance(x, y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(distance(x, y), plain)

@@ -6,16 +6,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, random_core, tiny_vision_model
+from helpers import images, random_core, tiny_vision_model
 from PIL import Image
 from torch.nn import functional as F
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")
 
 import datasets
 
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.metrics import FrechetDistance, psnr, ssim
 from hieratok_hf.evaluation.perceptual import PerceptualDistance
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate, throughput
@@ -30,21 +30,21 @@ def features():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Seven pictures of two classes, the fourth of them broken."""
+    """Seven images of two classes, the fourth of them broken."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rng = np.random.default_rng(0)
     for i in range(7):
-        path = tmp_path / "pictures" / "ab"[i > 3] / f"{i}.png"
+        path = tmp_path / "images" / "ab"[i > 3] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32 + i, 40, 3), dtype=np.uint8)).save(path)
         if i == 3:
             path.write_bytes(path.read_bytes()[:200])
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_batches_hold_every_picture_but_broken_ones(folder, streaming):
-    batches = EvaluationBatches(load_pictures(str(folder), streaming=streaming), 32, 3)
+def test_batches_hold_every_image_but_broken_ones(folder, streaming):
+    batches = EvaluationBatches(load_images(str(folder), streaming=streaming), 32, 3)
     for _ in range(2):
         found = list(batches)
         assert [batch["rows"] for batch in found] == [[0, 1, 2], [4, 5], [6]]
@@ -55,21 +55,21 @@ def test_batches_hold_every_picture_but_broken_ones(folder, streaming):
     assert first.shape == (3, 3, 32, 32) and first.dtype == torch.float32
     levels = np.asarray(Image.open(folder / "a" / "0.png"))[:, 4:36]
     assert torch.equal((first[0] * 127.5 + 127.5).round().byte().permute(1, 2, 0), torch.from_numpy(levels.copy()))
-    few = EvaluationBatches(batches.pictures, 32, 3, limit=5)
+    few = EvaluationBatches(batches.images, 32, 3, limit=5)
     assert [batch["rows"] for batch in few] == [[0, 1, 2], [4]]
     if not streaming:
         assert (len(batches), len(few)) == (3, 2)
 
 
 def test_batches_refuse_numbers_that_are_not_positive(folder):
-    data = load_pictures(str(folder))
+    data = load_images(str(folder))
     for settings in ({"size": 0}, {"size": 8, "batch_size": 0}, {"size": 8, "limit": 0}, {"size": 8, "threads": 0}):
         with pytest.raises(ValueError, match=f"`{list(settings)[-1]}` must be positive, got 0"):
             EvaluationBatches(data, **settings)
 
 
-def test_figures_are_means_over_pictures_however_they_are_divided(features):
-    targets, rebuilt = pictures(5, 3, 32, 32), pictures(5, 3, 32, 32, seed=1)
+def test_figures_are_means_over_images_however_they_are_divided(features):
+    targets, rebuilt = images(5, 3, 32, 32), images(5, 3, 32, 32, seed=1)
     perceptual = PerceptualDistance(features)
     with torch.no_grad():
         levels = [((x + 1) * 127.5).round() / 127.5 - 1 for x in (rebuilt, targets)]
@@ -82,8 +82,8 @@ def test_figures_are_means_over_pictures_however_they_are_divided(features):
         for pair in zip(rebuilt.split(parts), targets.split(parts)):
             metrics.update(*pair)
         found.append(metrics.compute())
-        assert list(found[-1]) == ["psnr", "ssim", "perceptual", "FD-MobileNetV2", "pictures"]
-        assert found[-1]["pictures"] == 5
+        assert list(found[-1]) == ["psnr", "ssim", "perceptual", "FD-MobileNetV2", "images"]
+        assert found[-1]["images"] == 5
         for name, values in expected.items():
             assert found[-1][name] == pytest.approx(values.double().mean().item(), rel=1e-5)
         assert found[-1]["FD-MobileNetV2"] == pytest.approx(found[0]["FD-MobileNetV2"], rel=1e-4)
@@ -91,7 +91,7 @@ def test_figures_are_means_over_pictures_however_they_are_divided(features):
     assert set(ReconstructionMetrics(ssim=False).networks) == set()
 
 
-def test_lpips_is_any_module_of_a_pair_of_pictures(features):
+def test_lpips_is_any_module_of_a_pair_of_images(features):
     class Lpips(torch.nn.Module):
         """The shape that the package lpips gives."""
 
@@ -104,12 +104,12 @@ def test_lpips_is_any_module_of_a_pair_of_pictures(features):
     assert metrics.compute()["lpips"] == pytest.approx(0.25, abs=1 / 255)
 
 
-def test_too_few_pictures_are_refused(features):
+def test_too_few_images_are_refused(features):
     metrics = ReconstructionMetrics(ssim=False, frechet=FrechetDistance(features, size=32))
-    with pytest.raises(ValueError, match="no pictures to measure"):
+    with pytest.raises(ValueError, match="no images to measure"):
         metrics.compute()
     metrics.update(*[torch.zeros(1, 3, 8, 8)] * 2)
-    with pytest.raises(ValueError, match="two pictures or more, got 1"):
+    with pytest.raises(ValueError, match="two images or more, got 1"):
         metrics.compute()
 
 
@@ -119,13 +119,13 @@ def batches_of(pixel_values, *parts):
 
 @torch.no_grad()
 def test_evaluation_measures_the_mode_every_scale_and_every_channel():
-    core, pixel_values = random_core(), pictures(5, 3, 32, 32)
+    core, pixel_values = random_core(), images(5, 3, 32, 32)
     figures = evaluate(Codec(core), batches_of(pixel_values, 2, 3), ReconstructionMetrics())
     latents = core.encode(pixel_values).mode()
     scales = [scale.clamp(-1, 1) for scale in core.decode_scales(latents)]
     assert figures["psnr"] == pytest.approx(psnr(scales[-1], pixel_values).mean().item(), rel=1e-4)
     assert figures["ssim"] == pytest.approx(ssim(scales[-1], pixel_values).mean().item(), rel=1e-3)
-    assert figures["pictures"] == 5 and len(figures["scales_psnr"]) == len(scales) == 4
+    assert figures["images"] == 5 and len(figures["scales_psnr"]) == len(scales) == 4
     assert figures["scales_psnr"][-1] == pytest.approx(figures["psnr"])
     for value, scale, factor in zip(figures["scales_psnr"], scales, core.config.scale_factors):
         target = F.interpolate(pixel_values, scale_factor=1 / factor, mode="area")
@@ -135,11 +135,11 @@ def test_evaluation_measures_the_mode_every_scale_and_every_channel():
     assert figures["latent_std"] == pytest.approx(flat.std(1, correction=0).tolist(), rel=1e-5)
 
 
-def test_a_second_evaluation_starts_afresh_and_no_pictures_are_refused():
+def test_a_second_evaluation_starts_afresh_and_no_images_are_refused():
     codec, metrics = Codec(random_core()), ReconstructionMetrics(ssim=False)
-    batches = batches_of(pictures(3, 3, 16, 16), 3)
+    batches = batches_of(images(3, 3, 16, 16), 3)
     assert evaluate(codec, batches, metrics) == evaluate(codec, batches, metrics)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         evaluate(codec, [], metrics)
 
 
@@ -147,10 +147,10 @@ def test_a_second_evaluation_starts_afresh_and_no_pictures_are_refused():
 def test_values_that_overshoot_are_clamped_and_nan_is_refused():
     core, metrics = random_core(output_conv=False, linear_path=0), ReconstructionMetrics(ssim=False)
     batches = batches_of(torch.ones(1, 3, 16, 16), 1)
-    core.decoder.head.bias.fill_(100.0)  # beyond what a picture may hold, and white once clamped
+    core.decoder.head.bias.fill_(100.0)  # beyond what an image may hold, and white once clamped
     assert evaluate(Codec(core), batches, metrics)["psnr"] == math.inf
     core.decoder.head.bias.fill_(math.nan)
-    with pytest.raises(ValueError, match="`pictures` must be finite"):
+    with pytest.raises(ValueError, match="`images` must be finite"):
         evaluate(Codec(core), batches, metrics)
 
 
@@ -166,7 +166,7 @@ class SlowCodec(Codec):
         return super().decode(latents)
 
 
-def test_speed_is_pictures_over_the_time_that_they_take():
-    rates = throughput(SlowCodec(random_core()), pictures(2, 3, 16, 16), seconds=0.05)
+def test_speed_is_images_over_the_time_that_they_take():
+    rates = throughput(SlowCodec(random_core()), images(2, 3, 16, 16), seconds=0.05)
     assert 1 < rates["encode"] <= 2 / 0.01
     assert 1 < rates["decode"] <= 2 / 0.03

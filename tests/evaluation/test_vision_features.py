@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import pictures
+from helpers import images
 from PIL import Image
 from transformers import (
     BertConfig,
@@ -47,7 +47,7 @@ def make_model(kind, **options):
     sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4}
     model = MobileNetV2Model(MobileNetV2Config(**sizes, image_size=32))
     with torch.no_grad():
-        model.train()(pictures(8, 3, 64, 64))  # statistics of batches, without which nothing reaches the last layers
+        model.train()(images(8, 3, 64, 64))  # statistics of batches, without which nothing reaches the last layers
     return model
 
 
@@ -77,10 +77,10 @@ def test_a_folder_gives_the_features_of_its_model_and_processor(tmp_path):
         torch.testing.assert_close(x, y.mT, rtol=0, atol=1e-5)
 
 
-def test_without_a_processor_pictures_stay_in_their_range(tmp_path):
+def test_without_a_processor_images_stay_in_their_range(tmp_path):
     model = make_model("convnext").eval()
     model.save_pretrained(tmp_path)
-    x = pictures(2, 3, 32, 32)
+    x = images(2, 3, 32, 32)
     with torch.no_grad():
         outputs = model(x)
     pooled, maps = VisionFeatures.from_pretrained(str(tmp_path))(x)
@@ -88,22 +88,22 @@ def test_without_a_processor_pictures_stay_in_their_range(tmp_path):
 
 
 def test_shapes_of_convolutional_networks_and_transformers():
-    pooled, maps = vision_features("convnext")(pictures(2, 3, 64, 32))
+    pooled, maps = vision_features("convnext")(images(2, 3, 64, 32))
     assert pooled.shape == (2, 20)
     assert [x.shape[1:] for x in maps] == [(8, 16, 8), (8, 16, 8), (12, 8, 4), (16, 4, 2), (20, 2, 1), (20, 2, 1)]
-    pooled, maps = vision_features("dinov2")(pictures(2, 3, 28, 42))
+    pooled, maps = vision_features("dinov2")(images(2, 3, 28, 42))
     assert pooled.shape == (2, 16) and [x.shape[1:] for x in maps] == [(16, 1 + 2 * 3)] * 5
 
 
 def test_without_a_pooler_the_last_map_is_averaged():
     model = ViTModel(ViTConfig(**VIT, patch_size=8), add_pooling_layer=False)
-    pooled, maps = VisionFeatures(model, HALF, HALF)(pictures(2, 3, 32, 32))
+    pooled, maps = VisionFeatures(model, HALF, HALF)(images(2, 3, 32, 32))
     torch.testing.assert_close(pooled, maps[-1].mean(2))
 
 
 @pytest.mark.parametrize("kind", ["vit", "mobilenet"])
 def test_a_size_resizes_first(kind):
-    features, x = vision_features(kind), pictures(1, 3, 48, 40)
+    features, x = vision_features(kind), images(1, 3, 48, 40)
     resized = F.interpolate(x, (32, 32), mode="bilinear", antialias=True)
     assert_equal(features(x, size=32), features(resized), rtol=0, atol=0)
     assert_equal(features(resized, size=32), features(resized), rtol=0, atol=0)
@@ -111,7 +111,7 @@ def test_a_size_resizes_first(kind):
 
 @pytest.mark.parametrize("kind", ["dinov2", "convnext", "mobilenet"])
 def test_it_never_trains(kind):
-    features, x = vision_features(kind), pictures(2, 3, 56, 56).requires_grad_()
+    features, x = vision_features(kind), images(2, 3, 56, 56).requires_grad_()
     before, state = features(x), {name: value.clone() for name, value in features.state_dict().items()}
     parent = torch.nn.Sequential(features).train()
     assert parent.training and not any(module.training for module in features.modules())
@@ -126,7 +126,7 @@ def test_it_never_trains(kind):
 
 @pytest.mark.parametrize("kind", ["vit", "convnext", "mobilenet"])
 def test_features_do_not_depend_on_the_company(kind):
-    features, x = vision_features(kind), pictures(3, 3, 32, 32)
+    features, x = vision_features(kind), images(3, 3, 32, 32)
     pooled, maps = features(x)
     alone = [features(x[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(pooled, torch.cat([one[0] for one in alone]), rtol=1e-4, atol=1e-5)
@@ -136,7 +136,7 @@ def test_features_do_not_depend_on_the_company(kind):
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 def test_features_are_float32_under_autocast(kind):
-    features, x = vision_features(kind), pictures(1, 3, 32, 32)
+    features, x = vision_features(kind), images(1, 3, 32, 32)
     plain = features(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = features(x)
@@ -159,7 +159,7 @@ def test_the_name_and_the_size_are_the_models():
 def test_a_pooler_without_weights_is_not_made_up(tmp_path):
     torch.manual_seed(0)
     ViTForImageClassification(ViTConfig(**VIT, patch_size=8)).save_pretrained(tmp_path)  # has no pooler
-    x = pictures(1, 3, 32, 32)
+    x = images(1, 3, 32, 32)
     first, second = (VisionFeatures.from_pretrained(tmp_path)(x) for _ in range(2))
     assert_equal(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first[0], first[1][-1].mean(2))
@@ -192,7 +192,7 @@ def test_folders_that_are_no_vision_model_are_refused(tmp_path):
 def test_a_model_without_hidden_states_is_refused():
     features = VisionFeatures.from_pretrained(pretrained("hieratok-tiny"))
     with pytest.raises(ValueError, match="must give hidden states, which HieraTokModel does not"):
-        features(pictures(1, 3, 32, 32))
+        features(images(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_wrong_statistics_are_refused(mean, std):
 def test_the_real_classifier():
     features = VisionFeatures.from_pretrained(REAL)
     assert features.name == "MobileNetV2" and features.image_size == 224
-    x = pictures(1, 3, 96, 96)
+    x = images(1, 3, 96, 96)
     pooled, maps = features(x)
     assert pooled.shape == (1, 1280) and maps[-1].shape[:2] == (1, 1280)
     torch.testing.assert_close(features.model(x).pooler_output, pooled)  # it takes [-1, 1]

@@ -16,19 +16,19 @@ import pytest
 import yaml
 from conftest import script_of
 from huggingface_hub import constants
-from picture_files import noise, png, saved
+from image_files import noise, png, saved
 from PIL import Image
 from pipelines import make_pipeline
 
 import hieratok_hf
-from hieratok_hf.evaluation.generation import numbered_pictures
+from hieratok_hf.evaluation.generation import number_images
 
 gr = pytest.importorskip("gradio", reason="it is a page of Gradio")
 pytest.importorskip("torchmetrics", reason="it computes the SSIM")
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-HAT = EXAMPLES / "pictures" / "hat.webp"
+HAT = EXAMPLES / "images" / "hat.webp"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def cells(table):
 @pytest.mark.parametrize("size", [None, (203, 91)])
 def test_figures_are_those_of_the_script(app, reconstruct_script, vae, tmp_path, size):
     path = saved(tmp_path, Image.open(HAT).resize(size), "odd.png") if size else HAT
-    (original, reconstruction), pictures, table = app.reconstruct(str(path), vae)
+    (original, reconstruction), gallery, table = app.reconstruct(str(path), vae)
     _, figures = reconstruct_script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))
 
     rows, (width, height) = cells(table), (figures["width"], figures["height"])
@@ -73,7 +73,7 @@ def test_figures_are_those_of_the_script(app, reconstruct_script, vae, tmp_path,
     assert rows["latent"] == f"{' x '.join(map(str, shape))}, {np.prod(shape):,} numbers"
     assert rows["encoded"] == f"{width} x {height} pixels, {3 * width * height:,} numbers"
 
-    images, captions = zip(*pictures)
+    images, captions = zip(*gallery)
     sizes = [f"{-(-width // 8 // f) * 8} x {-(-height // 8 // f) * 8}" for f in vae.config.scale_factors]
     made = zip(sizes, figures["scales_psnr_db"], strict=True)
     scales = (f"scale {i}: {x}, {decibels:.1f} dB" for i, (x, decibels) in enumerate(made, start=1))
@@ -88,18 +88,17 @@ def test_figures_are_those_of_the_script(app, reconstruct_script, vae, tmp_path,
     np.testing.assert_array_equal(images[-2], reconstruction)
 
 
-def test_large_pictures_are_shrunk_and_it_is_said(app, vae, tmp_path):
+def test_large_images_are_shrunk_and_it_is_said(app, vae, tmp_path):
     path = saved(tmp_path, Image.open(HAT).resize((2 * app.MAX_SIDE, 512)), "wide.png")
-    picture, size = app.read_picture(str(path))
+    image, size = app.read_image(str(path))
     assert (
-        picture.size == (app.MAX_SIDE, 256)
-        and size == f"{2 * app.MAX_SIDE} x 512 pixels, shrunk to at most 768 a side"
+        image.size == (app.MAX_SIDE, 256) and size == f"{2 * app.MAX_SIDE} x 512 pixels, shrunk to at most 768 a side"
     )
-    assert app.read_picture(str(HAT))[1] == "256 x 256 pixels"
+    assert app.read_image(str(HAT))[1] == "256 x 256 pixels"
     assert f"more than {app.MAX_SIDE} pixels is shrunk" in app.LIMITS
 
 
-def test_a_picture_below_the_window_of_ssim(app, vae, tmp_path):
+def test_an_image_below_the_window_of_ssim(app, vae, tmp_path):
     _, _, table = app.reconstruct(str(saved(tmp_path, Image.fromarray(noise(8, 8)), "small.png")), vae)
     assert cells(table)["SSIM"] == "none below 11 pixels"
 
@@ -109,7 +108,7 @@ def unusable(folder):
     whole = saved(folder, Image.fromarray(noise(64, 64)), "whole.png").read_bytes()
     files = {
         "empty.png": (b"", ["is empty (0 bytes)"]),
-        "text.jpg": (b"no picture", ["is no picture"]),
+        "text.jpg": (b"no image", ["is no image"]),
         "cut.png": (whole[:2000], ["cannot be decoded"]),
         "huge.png": (png(8000, 6250, 8, 2), ["32 megapixels", "8000 x 6250"]),
         "bomb.png": (png(60_000, 60_000, 8, 2), ["32 megapixels"]),
@@ -136,11 +135,11 @@ def as_levels(images):
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
-def test_previews_come_before_the_pictures_of_the_script(app):
+def test_previews_come_before_the_images_of_the_script(app):
     pipe, scales = make_pipeline(), 3
     *previews, (images, line) = app.generate(1, 3, 6, 2.0, 5, scales, pipe, threading.Lock())
     settings = {"num_inference_steps": 6, "guidance_scale": 2.0}
-    expected = numbered_pictures(make_pipeline(), [1, 4, 7], 5, **settings).permute(0, 2, 3, 1).numpy()
+    expected = number_images(make_pipeline(), [1, 4, 7], 5, **settings).permute(0, 2, 3, 1).numpy()
     assert abs(as_levels(images) - expected.astype(int)).max() <= 1
     assert "seed 5, 6 steps, guidance 2" in line and "8 x 8 pixels" in line
     assert previews
@@ -163,7 +162,7 @@ def test_who_leaves_stops_the_pipeline(app, monkeypatch):
     assert len(images) == 1
 
 
-def test_two_visitors_get_their_own_pictures(app):
+def test_two_visitors_get_their_own_images(app):
     pipe, lock = make_pipeline(), threading.Lock()
     with ThreadPoolExecutor(2) as threads:
         visits = [(key, 2, steps, 3.0, seed, 2, pipe, lock) for key, steps, seed in ((0, 9, 1), (2, 5, 8))]
@@ -185,7 +184,7 @@ def test_a_missing_setting(app, missing):
     ("label", "most", "beyond"),
     [
         ("Steps", 100, [0, 101]),
-        ("Pictures", 8, [0, 9]),
+        ("Images", 8, [0, 9]),
         ("Guidance (1 is none)", 10, [0.5, 10.5]),
         ("Seed", 7, [-1, 2**31]),
         ("Scales in the previews", 4, [0, 5]),
@@ -297,4 +296,4 @@ def test_the_space_gets_every_script_that_the_page_imports():
         waiting += [module for module in modules - needed if module and (EXAMPLES / f"{module}.py").is_file()]
     assert {"app", "generate", "reconstruct"} <= needed
     assert all(f"examples/{name}.py" in told for name in needed)
-    assert all(f"examples/{name}" in told for name in ("README.md", "requirements.txt", "pictures"))
+    assert all(f"examples/{name}" in told for name in ("README.md", "requirements.txt", "images"))

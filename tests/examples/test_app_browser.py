@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import script_of
-from picture_files import noise, png, saved
+from image_files import noise, png, saved
 from PIL import Image
 
 import hieratok_hf
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.evaluation.generation import numbered_pictures
+from hieratok_hf.evaluation.generation import number_images
 
 pytest.importorskip("gradio", reason="it is a page of Gradio")
 pytest.importorskip("torchmetrics", reason="it computes the SSIM")
@@ -177,7 +177,7 @@ def result(page, name):
 
 
 def hat(folder, name, side):
-    return saved(folder, Image.open(ROOT / "examples" / "pictures" / "hat.webp").resize((side, side)), name)
+    return saved(folder, Image.open(ROOT / "examples" / "images" / "hat.webp").resize((side, side)), name)
 
 
 def figures_of(path, monkeypatch):
@@ -221,12 +221,12 @@ def test_upload_and_reconstruct(visit, site, tmp_path, monkeypatch):
     assert seconds < 20, f"{seconds:.1f} s from the upload to the result"
 
 
-def test_previews_arrive_before_the_pictures(visit):
+def test_previews_arrive_before_the_images(visit):
     page = visit()
     page.get_by_role("tab", name="Generate").click()
     choose(page, "Seed", 7)
     choose(page, "number input for Steps", 20)
-    choose(page, "number input for Pictures", 2)
+    choose(page, "number input for Images", 2)
     page.evaluate(OBSERVER)
     page.get_by_role("button", name="Generate").click()
     page.wait_for_selector("#status :text('seed 7, 20 steps')")
@@ -239,7 +239,7 @@ def test_previews_arrive_before_the_pictures(visit):
         if (found := re.fullmatch(r"step (\d+) of 20: previews of 16 x 16 pixels", line))
     ]
     assert steps and steps == sorted(steps) and len(set(steps)) > 2
-    assert lines[-1] == "seed 7, 20 steps, guidance 3: pictures of 64 x 64 pixels"
+    assert lines[-1] == "seed 7, 20 steps, guidance 3: images of 64 x 64 pixels"
     # What was shown on the way were the previews.
     sources = list(dict.fromkeys(source for line, source in seen if source and line.startswith("step")))
     sizes = {fetched(page, source).size for source in sources}
@@ -247,7 +247,7 @@ def test_previews_arrive_before_the_pictures(visit):
     images = [fetched(page, x.get_attribute("src")) for x in page.locator("#generated img").all()]
     pipe = HieraTokDiTPipeline.from_pretrained(hieratok_hf.pretrained("hieratok-dit-tiny"))
     pipe.set_progress_bar_config(disable=True)
-    expected = numbered_pictures(pipe, [0, 10], 7, num_inference_steps=20, guidance_scale=3.0)
+    expected = number_images(pipe, [0, 10], 7, num_inference_steps=20, guidance_scale=3.0)
     shown = np.stack([np.asarray(image).astype(int) for image in images])
     assert abs(shown - expected.permute(0, 2, 3, 1).numpy()).max() <= 2
 
@@ -257,12 +257,12 @@ def test_files_that_cannot_be_used_are_named_with_the_reason(visit, tmp_path):
     whole = saved(tmp_path, Image.fromarray(noise(64, 64)), "whole.png").read_bytes()
     Image.new("L", (8000, 6250), 90).save(tmp_path / "large.png")
     (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 3])
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000, 8, 2))
     reasons = {
         "broken.png": "cannot be decoded",
         "large.png": "is too large for the limit of 32 megapixels (8000 x 6250 pixels)",
-        "notes.txt": "is no picture",
+        "notes.txt": "is no image",
         "bomb.png": "is too large for the limit of 32 megapixels",
     }
     for name, reason in reasons.items():
@@ -297,7 +297,7 @@ def test_two_visitors_at_once(visit, tmp_path, monkeypatch):
         page.wait_for_selector(f"#status :text('seed {seed}, 8 steps')")
         page.wait_for_timeout(300)
         made.append(np.asarray(fetched(page, page.locator("#generated img").first.get_attribute("src"))))
-    assert [picture.shape for picture in made] == [(64, 64, 3)] * 2 and abs(made[0].astype(int) - made[1]).mean() > 5
+    assert [image.shape for image in made] == [(64, 64, 3)] * 2 and abs(made[0].astype(int) - made[1]).mean() > 5
 
 
 STRANGE = "/etc/hostname"
@@ -311,7 +311,7 @@ def server_paths(text, temporary):
 
 def test_the_page_keeps_to_itself(visit, site, tmp_path):
     page = visit()
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     for path in (hat(tmp_path, "photo.png", 256), tmp_path / "notes.txt"):
         upload(page, path)
         page.wait_for_selector(f"#figures :text-is('{path.name}'), #message:has-text('{path.name}')")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from helpers import random_core
 from huggingface_hub import constants
-from latent_data import BROKEN, bytes_in, make_pictures, shards_in, tiny_kl, tiny_without_posterior
+from latent_data import BROKEN, bytes_in, make_images, shards_in, tiny_kl, tiny_without_posterior
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 
 import datasets
 
@@ -30,12 +30,12 @@ SPEC.loader.exec_module(script)
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """A folder with models and pictures, a broken one among them."""
+    """A folder with models and images, a broken one among them."""
     folder = tmp_path_factory.mktemp("caching")
     AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "hieratok")
     tiny_kl().save_pretrained(folder / "kl")
     tiny_without_posterior().save_pretrained(folder / "tiny")
-    make_pictures(folder / "pictures")
+    make_images(folder / "images")
     return folder
 
 
@@ -45,7 +45,7 @@ def run(space, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", space / "cache")
 
-    def call(output, *argv, model=space / "hieratok", data=space / "pictures"):
+    def call(output, *argv, model=space / "hieratok", data=space / "images"):
         given = ["--model", model, "--data", data, "--output", output, "--device", "cpu", *argv]
         status = script.main(list(map(str, given)))
         printed, errors = capsys.readouterr()
@@ -55,8 +55,8 @@ def run(space, monkeypatch, capsys):
 
 
 def test_killed_at_any_moment_every_row_is_there_once(space, tmp_path):
-    pictures = make_pictures(tmp_path / "pictures", 120)
-    more = ["--model", space / "hieratok", "--data", pictures, "--shard_size", 2, "--batch_size", 1]
+    images = make_images(tmp_path / "images", 120)
+    more = ["--model", space / "hieratok", "--data", images, "--shard_size", 2, "--batch_size", 1]
     more += ["--kind", "sample", "--device", "cpu"]
     command = [sys.executable, ROOT / "tests" / "kill_and_cache.py", SCRIPT, tmp_path, *more]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -81,7 +81,7 @@ def test_what_it_prints_and_writes(run, tmp_path):
     assert status == 0
     left_out, summary = printed.strip().splitlines()
     assert re.match(r"left out: '.*005\.png': cannot be decoded", left_out)
-    assert re.fullmatch(r"11 pictures in 3 shards, 1 left out; 11 encoded now at \d+\.\d images/s", summary)
+    assert re.fullmatch(r"11 images in 3 shards, 1 left out; 11 encoded now at \d+\.\d images/s", summary)
     shards = shards_in(tmp_path / "new" / "latents").values()
     assert {(x["moments"].dtype, tuple(x["moments"].shape[1:]), len(x)) for x in shards} == {
         (torch.bfloat16, (8, 4, 4), 3)
@@ -100,8 +100,8 @@ def test_mixed_precision_is_recorded_and_close(run, space, tmp_path):
 
 BAD = {
     "a missing model": (["--model", "missing/model"], "--model 'missing/model' cannot be loaded: .*no folder or repo"),
-    "no data": (["--data", "missing/data/folder"], "No pictures found in 'missing/data/folder'"),
-    "a size that does not fit": (["--size", "30"], "cannot take pictures of 30 x 30 pixels: .*patch size 4"),
+    "no data": (["--data", "missing/data/folder"], "No images found in 'missing/data/folder'"),
+    "a size that does not fit": (["--size", "30"], "cannot take images of 30 x 30 pixels: .*patch size 4"),
     "no posterior": (["--model", "{space}/tiny", "--size", "32"], "AutoencoderTiny has no posterior: `kind` must be"),
     "a file for a folder": (["--output", "{space}/kl/config.json"], "--output .*config.json' cannot be written: "),
     "shards without settings": (["--output", "{space}/strange"], r"holds shards, but no cache\.json"),

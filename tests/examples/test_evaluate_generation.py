@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import pictures
+from helpers import images
 from huggingface_hub import constants
 from PIL import Image
 from pipelines import tiny_pipeline
 from scripts import two_processes
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("torchmetrics", reason="Fréchet distances are its own")
 
 import datasets
@@ -35,7 +35,7 @@ SAMPLES, SIDE = 26, 8
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """A folder with a pipeline, a classifier, whose features serve too, and pictures, one of them broken."""
+    """A folder with a pipeline, a classifier, whose features serve too, and images, one of them broken."""
     folder = tmp_path_factory.mktemp("generation")
     tiny_pipeline(folder / "pipe")
     torch.manual_seed(3)
@@ -44,11 +44,11 @@ def space(tmp_path_factory):
     names = {"id2label": dict(enumerate(LABELS))}
     ViTForImageClassification(ViTConfig(**sizes, **names)).save_pretrained(folder / "classifier")
     ViTForImageClassification(ViTConfig(**sizes, num_labels=2)).save_pretrained(folder / "nameless")
-    (folder / "pictures").mkdir()
-    levels = ((pictures(20, 12, SIDE, 3) + 1) * 127.5).round().byte().numpy()
-    for i, picture in enumerate(levels):
-        Image.fromarray(picture).save(folder / "pictures" / f"{i:02}.png")
-    (folder / "pictures" / "07.png").write_bytes(b"no picture")
+    (folder / "images").mkdir()
+    levels = ((images(20, 12, SIDE, 3) + 1) * 127.5).round().byte().numpy()
+    for i, image in enumerate(levels):
+        Image.fromarray(image).save(folder / "images" / f"{i:02}.png")
+    (folder / "images" / "07.png").write_bytes(b"no image")
     (folder / "empty").mkdir()
     return folder
 
@@ -68,7 +68,7 @@ def run(space, monkeypatch, capsys):
 
 
 def options(space):
-    measured = {"reference": "pictures", "fid_model": "classifier", "classifier": "classifier"}
+    measured = {"reference": "images", "fid_model": "classifier", "classifier": "classifier"}
     return [str(x) for option, name in measured.items() for x in (f"--{option}", space / name)]
 
 
@@ -86,7 +86,7 @@ def rows_of(output):
     return [[dict(zip(header, row, strict=True)) for row in rows] for header, *rows in split]
 
 
-def test_the_figures_are_those_of_the_saved_pictures(run, space, tmp_path):
+def test_the_figures_are_those_of_the_saved_images(run, space, tmp_path):
     linalg = pytest.importorskip("scipy.linalg", reason="its matrix root is the independent computation")
     path = tmp_path / "new" / "figures.json"
     status, output, _ = run(*options(space), "--save", tmp_path / "samples", "--json", path, "--guidance_scale", 2)
@@ -98,7 +98,7 @@ def test_the_figures_are_those_of_the_saved_pictures(run, space, tmp_path):
     samples = loaded(files)
     assert samples.shape == (SAMPLES, 3, SIDE, SIDE)
 
-    whole = [file for file in sorted((space / "pictures").iterdir()) if file.name != "07.png"]
+    whole = [file for file in sorted((space / "images").iterdir()) if file.name != "07.png"]
     middle = loaded(whole)[:, :, 2:10]  # of 8 x 12 pixels
     features = VisionFeatures.from_pretrained(space / "classifier")
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_the_figures_are_those_of_the_saved_pictures(run, space, tmp_path):
     assert report["top1_accuracy"] == pytest.approx(first.double().mean())
     assert report["class_accuracy_per_class"] == pytest.approx([among[i::3].double().mean().item() for i in range(3)])
     assert report["top1_accuracy_per_class"] == pytest.approx([first[i::3].double().mean().item() for i in range(3)])
-    assert report["pictures_per_class"] == [9, 9, 8]
+    assert report["images_per_class"] == [9, 9, 8]
 
     (figures,), per_class = rows_of(output)
     assert figures["FD-ViT"] == f"{report['FD-ViT']:.4f}"
@@ -129,17 +129,17 @@ def test_the_figures_are_those_of_the_saved_pictures(run, space, tmp_path):
     assert [row["class"] for row in per_class] == ["tench", "English_springer", "church, church building"]
     shares = report["class_accuracy_per_class"]
     assert [row["class accuracy, %"] for row in per_class] == [f"{100 * share:.2f}" for share in shares]
-    assert [row["pictures"] for row in per_class] == ["9", "9", "8"]
+    assert [row["images"] for row in per_class] == ["9", "9", "8"]
 
     settings = report["settings"]
     assert settings["labels"] == "balanced" and settings["samples"] == SAMPLES and settings["size"] == SIDE
     assert settings["classifier_labels"] == labels and settings["fid_size"] == 16
     assert settings["guidance_scale"] == 2 and settings["scheduler"] == "FlowMatchEulerDiscreteScheduler"
     assert report["machine"]["torch"] == torch.__version__ and report["machine"]["processes"] == 1
-    assert report["reference_pictures"] == 19
+    assert report["reference_images"] == 19
     (name,) = report["skipped"]
     assert name.endswith("07.png") and "skipped: 1" in output
-    assert "note: FD-ViT is taken of pictures resized to 16 x 16 pixels" in output
+    assert "note: FD-ViT is taken of images resized to 16 x 16 pixels" in output
 
 
 def test_processes_and_batch_size_change_nothing(run, space, tmp_path):
@@ -166,10 +166,10 @@ def test_what_is_not_asked_for_is_left_out(run, tmp_path):
     ((figures,),) = rows_of(output)
     assert status == 0 and list(figures) == ["images/s"]
     report = json.loads((tmp_path / "a.json").read_text())
-    assert not {"class_accuracy", "gFID", "reference_pictures"} & set(report) and report["notes"] == []
+    assert not {"class_accuracy", "gFID", "reference_images"} & set(report) and report["notes"] == []
 
 
-def test_classes_without_pictures_are_null_and_labels_may_be_given(run, space, tmp_path):
+def test_classes_without_images_are_null_and_labels_may_be_given(run, space, tmp_path):
     labels = ["--classifier_labels", "4", "1-2"]
     status, output, _ = run("--classifier", space / "classifier", *labels, "--json", tmp_path / "a.json", samples=2)
     report = json.loads((tmp_path / "a.json").read_text())
@@ -177,7 +177,7 @@ def test_classes_without_pictures_are_null_and_labels_may_be_given(run, space, t
     assert report["class_accuracy_per_class"][2] is None and rows_of(output)[1][2]["class accuracy, %"] == "nan"
 
 
-def test_saved_pictures_are_those_of_a_classifier_with_8_bits(run, space, tmp_path):
+def test_saved_images_are_those_of_a_classifier_with_8_bits(run, space, tmp_path):
     assert run("--save", tmp_path / "x", samples=4)[0] == 0
     classifier = ImageClassifier.from_pretrained(space / "classifier")
     assert classifier(loaded(sorted((tmp_path / "x").iterdir()))).shape == (4, len(LABELS))
@@ -185,7 +185,7 @@ def test_saved_pictures_are_those_of_a_classifier_with_8_bits(run, space, tmp_pa
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity would be used")
 def test_an_fid_that_cannot_be_measured_becomes_a_note(run, space):
-    status, output, _ = run("--reference", space / "pictures", samples=2)
+    status, output, _ = run("--reference", space / "images", samples=2)
     assert status == 0 and list(rows_of(output)[0][0]) == ["images/s"]
     assert re.search(r"note: gFID was left out: it needs torch-fidelity .*; --fid_model takes another", output)
 
@@ -193,10 +193,10 @@ def test_an_fid_that_cannot_be_measured_becomes_a_note(run, space):
 BAD = {
     "a missing pipeline": (["--model", "missing/model"], "--model 'missing/model' cannot be loaded: "),
     "no pipeline": (["--model", "{space}/empty"], "--model .* cannot be loaded: .*model_index.json"),
-    "no reference": (["--reference", "missing/data/folder"], "--reference: No pictures found in 'missing/data"),
-    "one sample": (["--samples", "1"], "a Fréchet distance needs two samples and two pictures"),
+    "no reference": (["--reference", "missing/data/folder"], "--reference: No images found in 'missing/data"),
+    "one sample": (["--samples", "1"], "a Fréchet distance needs two samples and two images"),
     "no vision model": (["--fid_model", "{space}/empty"], "--fid_model .* cannot be loaded: "),
-    "no such size": (["--fid_size", "2"], "--fid_model .*ViT takes no pictures of 2 x 2 pixels"),
+    "no such size": (["--fid_size", "2"], "--fid_model .*ViT takes no images of 2 x 2 pixels"),
     "no classifier": (["--classifier", "{space}/empty"], "--classifier .* cannot be loaded: "),
     "a classifier of others": (
         ["--classifier", "{space}/nameless"],
@@ -205,8 +205,8 @@ BAD = {
     "too few labels": (["--classifier_labels", "1", "2"], "the pipeline has 3 classes, not 2"),
     "labels that are not there": (["--classifier_labels", "3-5"], "different numbers from 0 to 4, got 3, 4, 5"),
     "no guidance": (["--guidance_scale", "0"], "`guidance_scale` must be at least 1"),
-    "a folder that is not empty": (["--save", "{space}/pictures"], "--save .* cannot be written: it is not empty"),
-    "a file for a folder": (["--json", "{space}/pictures/00.png/x.json"], "--json .* cannot be written: "),
+    "a folder that is not empty": (["--save", "{space}/images"], "--save .* cannot be written: it is not empty"),
+    "a file for a folder": (["--json", "{space}/images/00.png/x.json"], "--json .* cannot be written: "),
     "a folder for a file": (["--json", "{space}/empty"], "--json .* cannot be written: .*it is a folder"),
     "no device": (["--device", "cuda:99"], "--model .* cannot be loaded: "),
 }

@@ -14,12 +14,12 @@ from PIL import Image
 from scripts import two_processes
 from transformers import ViTConfig, ViTModel
 
-pytest.importorskip("datasets", reason="pictures are read through it")
+pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")
 
 import datasets
 
-from hieratok_hf import AutoencoderHieraTok, open_picture
+from hieratok_hf import AutoencoderHieraTok, open_image
 from hieratok_hf.evaluation.metrics import psnr
 from hieratok_hf.models.autoencoder_adapter import load_codec
 from hieratok_hf.utils.images import centre_square
@@ -32,8 +32,8 @@ SPEC.loader.exec_module(script)
 
 
 def crops(folder, count, sizes=(32, 40)):
-    """Small pictures of two classes, cut out of photographs, the first half of the one and the others of the other."""
-    photographs = [open_picture(path) for path in sorted((ROOT / "examples" / "pictures").glob("*.webp"))]
+    """Small images of two classes, cut out of photographs, the first half of the one and the others of the other."""
+    photographs = [open_image(path) for path in sorted((ROOT / "examples" / "images").glob("*.webp"))]
     for i in range(count):
         width, height = sizes[i % 2], sizes[(i + 1) % 2]
         left, top = 16 * (i % 6) + 64, 24 * (i // 6) + 64
@@ -45,7 +45,7 @@ def crops(folder, count, sizes=(32, 40)):
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """A folder with models, pictures, and a broken one among them."""
+    """A folder with models, images, and a broken one among them."""
     folder = tmp_path_factory.mktemp("evaluation")
     torch.manual_seed(0)
     AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "hieratok")
@@ -57,7 +57,7 @@ def space(tmp_path_factory):
     tiny_vision_model().save_pretrained(folder / "vision")
     sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(folder / "vit")
-    broken = crops(folder / "pictures", 8) / "hat" / "01.png"
+    broken = crops(folder / "images", 8) / "hat" / "01.png"
     broken.write_bytes(broken.read_bytes()[:300])
     crops(folder / "train", 24)
     return folder
@@ -69,7 +69,7 @@ def run(space, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", space / "cache")
 
-    def call(*argv, model=space / "hieratok", data=space / "pictures"):
+    def call(*argv, model=space / "hieratok", data=space / "images"):
         status = script.main([*map(str, argv), "--model", str(model), "--data", str(data), "--device", "cpu"])
         return status, *capsys.readouterr()
 
@@ -108,8 +108,8 @@ def test_models_side_by_side_and_the_json_equals_the_table(run, space, tmp_path)
         assert row["latent"] == "x".join(map(str, figures["latent_shape"]))
         assert row["largest |mean|"] == f"{max(abs(x) for x in figures['latent_mean']):.3f}"
         assert row["std"] == f"{min(figures['latent_std']):.3f} ... {max(figures['latent_std']):.3f}"
-        assert row["decode, pictures/s"] == f"{figures['pictures_per_second']['decode']:.1f}"
-        assert len(figures["latent_std"]) == figures["latent_shape"][0] and figures["pictures"] == 7
+        assert row["decode, images/s"] == f"{figures['images_per_second']['decode']:.1f}"
+        assert len(figures["latent_std"]) == figures["latent_shape"][0] and figures["images"] == 7
         coarse = " ".join(f"{x:.2f}" for x in figures.get("scales_psnr", [])[:-1])
         assert row["coarser scales, dB"] == (coarse or "-")
         accuracy = figures.get("probe_accuracy")
@@ -117,12 +117,12 @@ def test_models_side_by_side_and_the_json_equals_the_table(run, space, tmp_path)
     assert "scales_psnr" in models[str(space / "hieratok")] and "scales_psnr" not in models[str(space / "kl")]
     assert 0 <= models[str(space / "hieratok")]["probe_accuracy"] <= 1
 
-    # Independent of the script: the mean over the pictures that are whole.
+    # Independent of the script: the mean over the images that are whole.
     codec = load_codec(space / "tiny")
     values = []
-    for picture in sorted((space / "pictures").rglob("*.png")):
-        if picture.name != "01.png":
-            square = torch.tensor(list(centre_square(Image.open(picture), 32).tobytes())).view(1, 32, 32, 3)
+    for image in sorted((space / "images").rglob("*.png")):
+        if image.name != "01.png":
+            square = torch.tensor(list(centre_square(Image.open(image), 32).tobytes())).view(1, 32, 32, 3)
             pixel_values = square.permute(0, 3, 1, 2) / 127.5 - 1
             values.append(psnr(codec.decode(codec.encode(pixel_values)), pixel_values).item())
     assert models[str(space / "tiny")]["psnr"] == pytest.approx(sum(values) / 7, abs=1e-3)
@@ -131,32 +131,32 @@ def test_models_side_by_side_and_the_json_equals_the_table(run, space, tmp_path)
     assert report["machine"]["torch"] == torch.__version__ and report["machine"]["processes"] == 1
     (name,) = report["skipped"]
     assert name.endswith("01.png") and f"skipped: {report['skipped'][name]}" in output
-    assert "note: pictures that could not be decoded and were skipped: 1" in output
-    assert "note: FD-MobileNetV2 is taken of pictures resized to 16 x 16 pixels" in output
+    assert "note: images that could not be decoded and were skipped: 1" in output
+    assert "note: FD-MobileNetV2 is taken of images resized to 16 x 16 pixels" in output
 
 
 def test_two_processes_give_the_figures_of_one(run, space, tmp_path):
     options = ["--fid_model", space / "vision", "--batch_size", 3, "--probe_data", space / "train"]
     assert run(*options, "--json", tmp_path / "one.json")[0] == 0
-    options += ["--model", space / "hieratok", "--data", space / "pictures", "--json", tmp_path / "two.json"]
+    options += ["--model", space / "hieratok", "--data", space / "images", "--json", tmp_path / "two.json"]
     output, silent = two_processes(SCRIPT, [*options, "--device", "cpu"], space / "cache")
     assert "note: FD-MobileNetV2 is taken" in output and not silent
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert (one["machine"]["processes"], two["machine"]["processes"]) == (1, 2)
-    assert one["pictures"] == two["pictures"] == 7 and one["skipped"] == two["skipped"]
+    assert one["images"] == two["images"] == 7 and one["skipped"] == two["skipped"]
     (first,), (second,) = one["models"], two["models"]
     assert list(first) == list(second)
     for name, value in first.items():
-        if name != "pictures_per_second":
+        if name != "images_per_second":
             exact = isinstance(value, str | int) or name == "latent_shape"
             assert second[name] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-5)), name
 
 
 def test_what_is_not_asked_for_is_left_out(run, tmp_path):
-    status, output, _ = run("--no_ssim", "--no_fid", "--max_pictures", 3, "--json", tmp_path / "a.json")
+    status, output, _ = run("--no_ssim", "--no_fid", "--max_images", 3, "--json", tmp_path / "a.json")
     (row,) = rows_of(output).values()
     assert status == 0 and not {"SSIM", "FD-MobileNetV2", "rFID", "probe, %"} & set(row)
-    assert json.loads((tmp_path / "a.json").read_text())["pictures"] == 2  # the second is broken
+    assert json.loads((tmp_path / "a.json").read_text())["images"] == 2  # the second is broken
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity would be used")
@@ -168,7 +168,7 @@ def test_rfid_that_cannot_be_measured_becomes_a_note(run):
 
 def test_an_exact_reconstruction_is_infinite_in_the_table():
     figures = {"model": "m", "parameters": 1, "latent_shape": [1], "latent_mean": [0.0], "latent_std": [1.0]}
-    figures |= {"psnr": float("inf"), "pictures_per_second": {}}
+    figures |= {"psnr": float("inf"), "images_per_second": {}}
     assert "inf" in script.table([figures])
 
 
@@ -178,22 +178,22 @@ BAD = {
         r"--model 'missing/model' cannot be loaded: .*no folder or repo",
     ),
     "a missing second model": (["--compare", "missing/model"], "--compare 'missing/model' cannot be loaded"),
-    "no data": (["--data", "missing/data/folder"], "No pictures found in 'missing/data/folder'"),
-    "an empty folder": (["--data", "{space}/empty"], "No pictures found in "),
-    "only broken pictures": (["--data", "{space}/broken"], "cannot be evaluated .*no pictures to measure"),
+    "no data": (["--data", "missing/data/folder"], "No images found in 'missing/data/folder'"),
+    "an empty folder": (["--data", "{space}/empty"], "No images found in "),
+    "only broken images": (["--data", "{space}/broken"], "cannot be evaluated .*no images to measure"),
     "no labels": (["--probe_data", "{space}/train/hat"], "a probe needs labels, and --probe_data .* has none"),
     "other classes": (["--probe_data", "{space}/other"], "must have the same classes, got .*hat.* and .*b.*"),
     "a size that does not fit": (["--size", "30"], "--size 30 does not suit .*multiples of the patch size 4"),
     "no vision model": (["--fid_model", "{space}/kl"], "--fid_model .* cannot be loaded: "),
     "a size that a ViT does not take": (
         ["--fid_model", "{space}/vit", "--fid_size", "2"],
-        "--fid_model .* at 2 pixels: ViT takes no pictures of 2 x 2 pixels",
+        "--fid_model .* at 2 pixels: ViT takes no images of 2 x 2 pixels",
     ),
     "a file for a folder": (["--json", "{space}/kl/config.json/x.json"], "--json .* cannot be written: "),
     "a folder for a file": (["--json", "{space}/kl"], "--json .* cannot be written: .*it is a folder"),
-    "one picture for a distance": (
-        ["--fid_model", "{space}/vision", "--max_pictures", "1"],
-        "Fréchet distance needs two pictures or more, got 1",
+    "one image for a distance": (
+        ["--fid_model", "{space}/vision", "--max_images", "1"],
+        "Fréchet distance needs two images or more, got 1",
     ),
     "no device": (["--device", "cuda:99"], "--model .* cannot be loaded: "),
 }
@@ -206,9 +206,9 @@ def test_bad_input_is_one_line_and_no_file(case, space, monkeypatch, capsys, tmp
     (space / "empty").mkdir(exist_ok=True)
     for name in ("broken/a.png", "other/a/a.png", "other/b/b.png"):
         (space / name).parent.mkdir(parents=True, exist_ok=True)
-        (space / name).write_bytes(b"no picture")
+        (space / name).write_bytes(b"no image")
     argv, message = BAD[case]
-    defaults = {"--model": space / "hieratok", "--data": space / "pictures", "--json": tmp_path / "figures.json"}
+    defaults = {"--model": space / "hieratok", "--data": space / "images", "--json": tmp_path / "figures.json"}
     given = [text.format(space=space) for text in argv]
     more = [str(x) for pair in defaults.items() if pair[0] not in given for x in pair]
     more += [] if "--device" in given else ["--device", "cpu"]

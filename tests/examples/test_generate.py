@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from PIL import Image, ImageDraw, ImageFont
 from pipelines import make_pipeline, tiny_pipeline
 
-from hieratok_hf.evaluation.generation import numbered_pictures
+from hieratok_hf.evaluation.generation import number_images
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = importlib.util.spec_from_file_location("generate", ROOT / "examples" / "generate.py")
@@ -46,35 +46,35 @@ def array(path):
 
 
 def panels(sheet, columns, rows):
-    """The pictures of a sheet, column by column: its right lower part is a regular grid."""
+    """The images of a sheet, column by column: its right lower part is a regular grid."""
     panel, step = script.SMALLEST_PANEL, script.SMALLEST_PANEL + script.MARGIN
     left, top = sheet.shape[1] - columns * step, sheet.shape[0] - rows * step
     corners = [[(left + i * step, top + j * step) for j in range(rows)] for i in range(columns)]
     return [[sheet[y : y + panel, x : x + panel] for x, y in column] for column in corners]
 
 
-def test_a_column_a_class_and_every_picture_as_a_file(run, folder, tmp_path):
-    status, output, _ = run("church", "English springer", "--rows", 2, "--pictures", tmp_path / "new", "--seed", 7)
+def test_a_column_a_class_and_every_image_as_a_file(run, folder, tmp_path):
+    status, output, _ = run("church", "English springer", "--rows", 2, "--images", tmp_path / "new", "--seed", 7)
     assert status == 0
     names = ["0001_English_springer_000", "0001_English_springer_001", "0002_church_000", "0002_church_001"]
     files = sorted((tmp_path / "new").iterdir())
     assert [file.name for file in files] == [f"{name}.png" for name in names]
-    assert all(f"picture: {file}" in output for file in files) and f"sheet: {tmp_path / 'sheet.png'}" in output
-    assert re.search(r"^4 pictures in .* s: [\d.]+ images/s on cpu$", output, re.MULTILINE)
+    assert all(f"image: {file}" in output for file in files) and f"sheet: {tmp_path / 'sheet.png'}" in output
+    assert re.search(r"^4 images in .* s: [\d.]+ images/s on cpu$", output, re.MULTILINE)
     columns = panels(array(tmp_path / "sheet.png"), 2, 2)
-    pictures = [array(file) for file in files]
-    for column, expected in zip(columns, (pictures[2:], pictures[:2])):  # in the order that was asked for
-        for panel, picture in zip(column, expected, strict=True):
-            np.testing.assert_array_equal(panel, picture.repeat(16, 0).repeat(16, 1))
+    images = [array(file) for file in files]
+    for column, expected in zip(columns, (images[2:], images[:2])):  # in the order that was asked for
+        for panel, image in zip(column, expected, strict=True):
+            np.testing.assert_array_equal(panel, image.repeat(16, 0).repeat(16, 1))
     # They are those that the seed numbers.
-    levels = numbered_pictures(make_pipeline(), [1, 4, 2, 5], 7, num_inference_steps=3).permute(0, 2, 3, 1)
-    assert abs(np.stack(pictures) - levels.numpy().astype(int)).max() <= 1
+    levels = number_images(make_pipeline(), [1, 4, 2, 5], 7, num_inference_steps=3).permute(0, 2, 3, 1)
+    assert abs(np.stack(images) - levels.numpy().astype(int)).max() <= 1
 
 
-def test_pictures_do_not_depend_on_batch_size_or_on_other_classes(run, tmp_path):
+def test_images_do_not_depend_on_batch_size_or_on_other_classes(run, tmp_path):
     kinds = {"whole": ["--batch_size", 16], "small": ["--batch_size", 1], "watched": ["--previews", 2], "one": ["2"]}
     for name, options in kinds.items():
-        assert run(*options, "--rows", 3, "--pictures", tmp_path / name)[0] == 0
+        assert run(*options, "--rows", 3, "--images", tmp_path / name)[0] == 0
     files = {name: sorted(file.name for file in (tmp_path / name).iterdir()) for name in kinds}
     assert len(files["whole"]) == 9 and files["whole"] == files["small"] == files["watched"]
     assert files["one"] == [name for name in files["whole"] if name.startswith("0002")]
@@ -83,14 +83,14 @@ def test_pictures_do_not_depend_on_batch_size_or_on_other_classes(run, tmp_path)
             assert abs(array(tmp_path / name / file) - array(tmp_path / "whole" / file)).max() <= 1
 
 
-def test_previews_end_with_the_picture(run, tmp_path):
-    status, output, _ = run("--rows", 2, "--previews", 4, "--pictures", tmp_path / "all", steps=9, output="x.png")
+def test_previews_end_with_the_image(run, tmp_path):
+    status, output, _ = run("--rows", 2, "--previews", 4, "--images", tmp_path / "all", steps=9, output="x.png")
     assert status == 0 and "previews of 4 scales: x_previews.png" in output and "previews included" in output
     columns = panels(array("x_previews.png"), 3, script.PREVIEWS + 1)
     for key, column in enumerate(columns):
         final = array(next((tmp_path / "all").glob(f"{key:04}_*_000.png"))).repeat(16, 0).repeat(16, 1)
         np.testing.assert_array_equal(column[-1], final)
-        # With all scales the last step's prediction is the picture, and the first step's is not.
+        # With all scales the last step's prediction is the image, and the first step's is not.
         assert abs(column[-2] - final).max() <= 1 < abs(column[0] - final).max()
 
 
@@ -117,7 +117,7 @@ LONG = ["a", "great white shark man-eater", "Rindfleischetikettierungsüberwachu
 
 
 @pytest.mark.parametrize("size", [1, 100, 130, 300])
-@pytest.mark.parametrize("sides", [[], ["step 1 of 1000", "the picture itself"]])
+@pytest.mark.parametrize("sides", [[], ["step 1 of 1000", "the image itself"]])
 def test_no_label_is_cut_off_or_covered(size, sides):
     white = Image.new("RGB", (size, size), "white")
     sheet = script.make_sheet(LONG, [[white, white]] * len(LONG), sides)
@@ -133,9 +133,9 @@ def test_no_label_is_cut_off_or_covered(size, sides):
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm"])
-def test_schedulers_go_to_one_picture(run, tmp_path, name):
-    run("0", "--rows", 1, "--pictures", tmp_path / "own", steps=60)
-    assert run("0", "--rows", 1, "--pictures", tmp_path / name, "--scheduler", name, steps=60)[0] == 0
+def test_schedulers_go_to_one_image(run, tmp_path, name):
+    run("0", "--rows", 1, "--images", tmp_path / "own", steps=60)
+    assert run("0", "--rows", 1, "--images", tmp_path / name, "--scheduler", name, steps=60)[0] == 0
     own, other = (array(tmp_path / kind / "0000_tench_000.png") for kind in ("own", name))
     assert abs(own - other).mean() < (1e-9 if name == "euler" else 12)
     assert name == "euler" or (own != other).any()
@@ -154,7 +154,7 @@ def test_schedulers_keep_the_shift_and_the_kind():
         other = script.other_scheduler(pipe, name)
         assert type(other) is kind and other.config.prediction_type == "v_prediction" and other.config.beta_end == 0.03
         pipe.scheduler = other
-        assert numbered_pictures(pipe, [0], 0, num_inference_steps=2).shape == (1, 3, SIDE, SIDE)
+        assert number_images(pipe, [0], 0, num_inference_steps=2).shape == (1, 3, SIDE, SIDE)
     with pytest.raises(script.Problem, match=r"one of ddim, dpm for a pipeline of 'v_prediction', got 'heun'"):
         script.other_scheduler(pipe, "heun")
 
@@ -171,7 +171,7 @@ BAD = {
     "an interval that falls": (["--guidance_interval", "0.9", "0.1"], "`guidance_interval` must be two rising"),
     "a folder for the sheet": (["--output", "folder.png"], "--output 'folder.png' cannot be written: it is a folder"),
     "a file for a folder": (["--output", "file/x.png"], "--output 'file/x.png' cannot be written: "),
-    "a file for pictures": (["--pictures", "file"], "--pictures 'file' cannot be written: "),
+    "a file for images": (["--images", "file"], "--images 'file' cannot be written: "),
     "no device": (["--device", "cuda:99"], "cannot be loaded on 'cuda:99': "),
 }
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil
 from hieratok_hf.evaluation.metrics import psnr, ssim
-from hieratok_hf.models.losses import picture_pyramid
+from hieratok_hf.models.losses import image_pyramid
 
 pytest.importorskip("torchmetrics")
 
@@ -92,7 +92,7 @@ def test_the_sheet_holds_the_original_and_every_scale(run, model, tmp_path):
         pixel_values = processor(Image.fromarray(array), return_tensors="pt").pixel_values
         scales = vae.core.decode_scales(vae.encode(pixel_values).latent_dist.mode())
     shift = script.MARGIN + 320
-    for scale, original in zip(scales, picture_pyramid(pixel_values, vae.core.config)):
+    for scale, original in zip(scales, image_pyramid(pixel_values, vae.core.config)):
         decoded, averaged = (np.asarray(processor.postprocess(x)[0]) for x in (scale, original))
         difference = np.minimum(4 * np.abs(decoded.astype(int) - averaged), 255).astype(np.uint8)
         for column, panel in enumerate((averaged, decoded, difference)):
@@ -139,7 +139,7 @@ def test_size_crops_at_most_that_much(run, tmp_path, capsys):
     assert "264 x 264" in lines[1] and "24 x 16" in lines[2]
 
 
-def test_grey_and_transparent_pictures(run, tmp_path):
+def test_grey_and_transparent_images(run, tmp_path):
     grey = levels(256, 256, channels=1)
     clear = levels(256, 256, channels=4)
     clear[..., 3] = 0
@@ -158,12 +158,12 @@ def test_figures_equal_the_recomputed_ones(run, model, tmp_path, capsys):
 
     vae = AutoencoderHieraTok.from_pretrained(model)
     processor = HieraTokImageProcessorPil(size_divisor=PATCH)
-    for path, array, figures in zip(paths, arrays.values(), report["pictures"]):
+    for path, array, figures in zip(paths, arrays.values(), report["images"]):
         height, width = (side // PATCH * PATCH for side in array.shape[:2])
         pixel_values = processor(Image.fromarray(array), return_tensors="pt").pixel_values
         with torch.no_grad():
             sample = vae(pixel_values).sample
-        assert figures["picture"] == str(path)
+        assert figures["image"] == str(path)
         assert figures["output"] == str(tmp_path / "out" / f"{path.stem}_reconstruction.png")
         assert (figures["width"], figures["height"]) == (width, height)
         assert figures["latent_shape"] == [16, height // PATCH, width // PATCH]
@@ -172,20 +172,20 @@ def test_figures_equal_the_recomputed_ones(run, model, tmp_path, capsys):
         assert figures["ssim"] == pytest.approx(ssim(sample, pixel_values).item(), abs=1e-4)
         assert figures["encode_seconds"] > 0 and figures["decode_seconds"] > 0
     for key in ("psnr_db", "ssim"):
-        assert report["mean"][key] == pytest.approx(np.mean([x[key] for x in report["pictures"]]))
+        assert report["mean"][key] == pytest.approx(np.mean([x[key] for x in report["images"]]))
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == " ".join(script.HEADER).split() and "compression (numbers)" in lines[0]
     assert len({len(line) for line in lines[:3]}) == 1
-    assert f"{report['pictures'][0]['psnr_db']:.2f}" in lines[1] and "16 x 6 x 5" in lines[1] and "12.0x" in lines[1]
+    assert f"{report['images'][0]['psnr_db']:.2f}" in lines[1] and "16 x 6 x 5" in lines[1] and "12.0x" in lines[1]
     assert f"{report['mean']['psnr_db']:.2f} dB" in lines[3] and f"{report['mean']['ssim']:.4f}" in lines[3]
 
 
-def test_a_picture_too_small_for_ssim_has_none(run, tmp_path, capsys):
+def test_an_image_too_small_for_ssim_has_none(run, tmp_path, capsys):
     small, large = save(tmp_path / "small.png", levels(8, 8)), save(tmp_path / "large.png", levels(16, 16))
     assert run(small, large, "--json", tmp_path / "f.json") == 0
     report = json.loads((tmp_path / "f.json").read_text())
-    assert report["pictures"][0]["ssim"] is None and report["mean"]["ssim"] == report["pictures"][1]["ssim"]
+    assert report["images"][0]["ssim"] is None and report["mean"]["ssim"] == report["images"][1]["ssim"]
     assert run(small) == 0
     assert "SSIM" not in capsys.readouterr().out.splitlines()[-1]
 
@@ -194,7 +194,7 @@ def test_json_knows_no_infinity(tmp_path):
     args, infinity = script.parse_args(["--device", "cpu"]), float("inf")
     figures = {"psnr_db": infinity, "scales_psnr_db": [40.0, infinity], "ssim": 1.0}
     script.write_report(tmp_path / "f.json", script.as_report(args, [figures], {"psnr_db": infinity}, {}))
-    assert json.loads((tmp_path / "f.json").read_text())["pictures"] == [
+    assert json.loads((tmp_path / "f.json").read_text())["images"] == [
         {"psnr_db": None, "scales_psnr_db": [40.0, None], "ssim": 1.0}
     ]
 
@@ -207,7 +207,7 @@ def test_bad_files_are_named_and_the_others_go_on(run, tmp_path, capsys):
     Image.fromarray(levels(64, 64)).save(buffer, format="PNG")
     (folder / "broken.png").write_bytes(buffer.getvalue()[:2000])
     (folder / "empty.png").touch()
-    (folder / "text.jpg").write_text("no picture")
+    (folder / "text.jpg").write_text("no image")
     (folder / "huge.png").write_bytes(announced_png(60_000, 60_000))
     (folder / "lost.png").symlink_to(folder / "nowhere.png")
     save(folder / "tiny.png", levels(7, 30))
@@ -224,7 +224,7 @@ def test_bad_files_are_named_and_the_others_go_on(run, tmp_path, capsys):
     reasons = {
         folder / "broken.png": "cannot be decoded",
         folder / "empty.png": "is empty (0 bytes)",
-        folder / "text.jpg": "is no picture",
+        folder / "text.jpg": "is no image",
         folder / "huge.png": "is too large",
         folder / "lost.png": "cannot be read",
         folder / "tiny.png": "at least size_divisor=8 pixels on each side, got 7 x 30",
@@ -285,7 +285,7 @@ def error_of(capsys):
 
 
 def test_unknown_and_broken_models(run, model, tmp_path, capsys):
-    picture = save(tmp_path / "a.png", levels())
+    image = save(tmp_path / "a.png", levels())
     (tmp_path / "hollow").mkdir()
     partial = tmp_path / "partial"
     vae = AutoencoderHieraTok.from_pretrained(model)
@@ -299,10 +299,10 @@ def test_unknown_and_broken_models(run, model, tmp_path, capsys):
         ("nobody/nothing", "nobody/nothing"),
         ("hieratok-huge", "hieratok-huge"),
         (tmp_path / "hollow", "config.json"),
-        (picture, "is a file"),
+        (image, "is a file"),
         (partial, "lack 1 of the tensors"),
     ]:
-        assert run(picture, model=name) == 2
+        assert run(image, model=name) == 2
         line = error_of(capsys)
         assert f"--model {str(name)!r} cannot be loaded" in line and reason in line
 
@@ -318,13 +318,13 @@ def test_models_are_looked_for_as_folder_then_shipped_name(model, tmp_path, monk
     assert seen == ["hieratok-tiny"]
 
 
-def test_no_pictures_found(run, tmp_path, capsys):
+def test_no_images_found(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(tmp_path / "empty") == 2
-    assert "no pictures found in" in error_of(capsys)
+    assert "no images found in" in error_of(capsys)
 
 
-def test_without_arguments_the_bundled_pictures_are_used(run, tmp_path, monkeypatch):
+def test_without_arguments_the_bundled_images_are_used(run, tmp_path, monkeypatch):
     save(tmp_path / "bundled" / "photograph.png", levels())
     monkeypatch.setattr(script, "BUNDLED", tmp_path / "bundled")
     assert run() == 0
@@ -332,14 +332,14 @@ def test_without_arguments_the_bundled_pictures_are_used(run, tmp_path, monkeypa
 
 
 def test_outputs_that_cannot_be_written(run, tmp_path, capsys):
-    picture = save(tmp_path / "a.png", levels())
-    for output in (picture, picture / "below"):
-        assert run(picture, output=output) == 2
+    image = save(tmp_path / "a.png", levels())
+    for output in (image, image / "below"):
+        assert run(image, output=output) == 2
         assert f"--output {str(output)!r}" in error_of(capsys)
-    for report in (tmp_path, picture / "below.json"):
-        assert run(picture, "--json", report) == 2
+    for report in (tmp_path, image / "below.json"):
+        assert run(image, "--json", report) == 2
         assert f"--json {str(report)!r}" in error_of(capsys)
-    assert np.array_equal(np.asarray(Image.open(picture)), levels())
+    assert np.array_equal(np.asarray(Image.open(image)), levels())
 
 
 def test_a_sheet_that_cannot_be_written_is_a_failure_and_leaves_nothing(run, tmp_path, capsys):
@@ -352,19 +352,19 @@ def test_a_sheet_that_cannot_be_written_is_a_failure_and_leaves_nothing(run, tmp
 
 
 def test_sizes_that_make_no_sense(run, tmp_path, capsys):
-    picture = save(tmp_path / "a.png", levels())
-    assert run(picture, "--size", PATCH - 1) == 2
+    image = save(tmp_path / "a.png", levels())
+    assert run(image, "--size", PATCH - 1) == 2
     assert "at least the model's patch size 8, got 7" in error_of(capsys)
     for size in ("0", "-8", "large"):
         with pytest.raises(SystemExit) as stop:
-            run(picture, f"--size={size}")
+            run(image, f"--size={size}")
         assert stop.value.code == 2
     assert "--size" in capsys.readouterr().err
 
 
 def test_an_unknown_device(model, tmp_path, capsys):
-    picture = save(tmp_path / "a.png", levels())
-    argv = [str(picture), "--model", str(model), "--output", str(tmp_path / "out"), "--device", "abacus"]
+    image = save(tmp_path / "a.png", levels())
+    argv = [str(image), "--model", str(model), "--output", str(tmp_path / "out"), "--device", "abacus"]
     assert script.main(argv) == 2
     assert "'abacus'" in error_of(capsys)
 

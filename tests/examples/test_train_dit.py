@@ -17,7 +17,7 @@ from PIL import Image
 from scripts import forget_processes, records
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_cache import write_latents
 from hieratok_hf.training.state import states_in
 
@@ -42,7 +42,7 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A folder a class, its pictures about of one colour."""
+    """A folder a class, its images about of one colour."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for channel, name in enumerate(reversed(NAMES)):
         (folder / name).mkdir()
@@ -57,7 +57,7 @@ def data(tmp_path_factory):
 def latents(tmp_path_factory, vae, data):
     folder = tmp_path_factory.mktemp("latents")
     model = AutoencoderHieraTok.from_pretrained(vae)
-    write_latents(model, load_pictures(str(data)), folder, size=PIXELS, shard_size=8)
+    write_latents(model, load_images(str(data)), folder, size=PIXELS, shard_size=8)
     return folder
 
 
@@ -111,9 +111,9 @@ def test_it_learns(tmp_path, run):
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
 
 
-@pytest.mark.parametrize("encoded", [False, True], ids=["latents", "pictures"])
+@pytest.mark.parametrize("encoded", [False, True], ids=["latents", "images"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, run, arguments, data, encoded):
-    source = ["--data", data, "--picture_size", PIXELS] if encoded else []
+    source = ["--data", data, "--image_size", PIXELS] if encoded else []
     whole = run(tmp_path / "whole", *source)
     save = train_dit.TrainingState.save
 
@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_named(tmp_path, capsys, arguments, run, data, late
     flat = tmp_path / "flat"
     flat.mkdir()
     Image.new("RGB", (PIXELS, PIXELS)).save(flat / "a.png")
-    unnamed = arguments(tmp_path / "g", "--data", flat, "--picture_size", PIXELS)
+    unnamed = arguments(tmp_path / "g", "--data", flat, "--image_size", PIXELS)
     assert "--class_names is needed" in failure(capsys, unnamed)
     assert "one is none" in failure(capsys, [*unnamed, "--class_names", "a", "b"])
     (tmp_path / "file").write_text("in the way")

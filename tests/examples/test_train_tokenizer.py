@@ -18,7 +18,7 @@ from scripts import forget_processes, records
 from transformers import MobileNetV2Config, MobileNetV2Model
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
-from hieratok_hf.data.image_dataset import load_pictures
+from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
 from hieratok_hf.training.pca_init import latent_statistics
 from hieratok_hf.training.state import latest_state, states_in
@@ -28,7 +28,7 @@ SCRIPT = ROOT / "examples" / "train_tokenizer.py"
 SPEC = importlib.util.spec_from_file_location("train_tokenizer", SCRIPT)
 train_tokenizer = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(train_tokenizer)
-PICTURES = str(ROOT / "examples" / "pictures")
+IMAGES = str(ROOT / "examples" / "images")
 CONFIG = {**TINY, "scale_factors": [4, 2, 1]}
 
 
@@ -42,7 +42,7 @@ def vision_model(tmp_path_factory):
     model = MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.1, min_depth=4, image_size=32))
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)  # the model's own would leave next to nothing of a picture
+            torch.nn.init.kaiming_normal_(module.weight)  # the model's own would leave next to nothing of an image
     model.save_pretrained(folder)
     return folder
 
@@ -51,7 +51,7 @@ def arguments(output, *more):
     settings = "--crop_sizes 32 64 --batch_size 8 --steps 6 --warmup_steps 2 --decay_steps 2 --linear_steps 20"
     schedule = "--log_every 1 --save_every 3 --statistics_batches 4 --ema 0.5"
     return [
-        *("--data", PICTURES, "--output", str(output), *settings.split(), *schedule.split()),
+        *("--data", IMAGES, "--output", str(output), *settings.split(), *schedule.split()),
         *("--config", json.dumps(CONFIG), *map(str, more)),
     ]
 
@@ -79,14 +79,14 @@ def test_training_ends_in_a_folder_for_both_libraries(tmp_path):
     vae, model = AutoencoderHieraTok.from_pretrained(tmp_path), HieraTokModel.from_pretrained(tmp_path)
     assert vae.config.scale_factors == (4, 2, 1)
     plan = BatchPlan(8, (32, 64), 4, seed=1)
-    batches = list(map(to_pixel_values, training_loader(load_pictures(PICTURES), plan)))
+    batches = list(map(to_pixel_values, training_loader(load_images(IMAGES), plan)))
     mean, std = latent_statistics(vae.core, batches)
     torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-4)
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-4)
     assert torch.equal(vae(batches[0]).sample, model(batches[0]).reconstruction)
     assert (vae(batches[0]).sample - batches[0]).square().mean() < 0.02
     sheet = Image.open(tmp_path / "samples" / "step-000000006.png")
-    # The picture and three scales side by side; eight pictures of 32 pixels below each other, or two of 64.
+    # The image and three scales side by side; eight images of 32 pixels below each other, or two of 64.
     assert sheet.size in {(4 * 32 + 6, 8 * 32 + 14), (4 * 64 + 6, 2 * 64 + 2)} and np.asarray(sheet).std() > 10
 
 
@@ -128,10 +128,10 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path):
 
 def test_two_processes_train_as_one(tmp_path, vision_model):
     everything = all_losses(vision_model)
-    one = run(tmp_path / "one", *everything, "--validation_data", PICTURES, "--validation_every", "3")
+    one = run(tmp_path / "one", *everything, "--validation_data", IMAGES, "--validation_every", "3")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    more = arguments(tmp_path / "two", *everything, "--validation_data", PICTURES, "--validation_every", "3")
+    more = arguments(tmp_path / "two", *everything, "--validation_data", IMAGES, "--validation_every", "3")
     finished = subprocess.run([*command, str(SCRIPT), *more], capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
     two = records(tmp_path / "two")
@@ -142,7 +142,7 @@ def test_two_processes_train_as_one(tmp_path, vision_model):
             exact = ours["step"] <= 5 and name not in ("norm", "adaptive_weight")
             assert value == pytest.approx(theirs[name], rel=1e-5 if exact else 1e-3, abs=1e-5 if exact else 1e-3), name
     ours, theirs = (records(tmp_path / name, "validation.jsonl") for name in ("two", "one"))
-    assert [record["pictures"] for record in ours] == [2, 2]
+    assert [record["images"] for record in ours] == [2, 2]
     for key in ("psnr", "FD-MobileNetV2"):
         assert [x[key] for x in ours] == pytest.approx([x[key] for x in theirs], rel=1e-3)
     a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
@@ -173,7 +173,7 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
     run(tmp_path / "second", "--model", tmp_path / "first", "--freeze_encoder", "--lr", 0.01)
     a, b = (AutoencoderHieraTok.from_pretrained(tmp_path / name).core for name in ("first", "second"))
     changed = {name for name, x in b.named_parameters() if not torch.equal(x, a.get_parameter(name))}
-    # Not even by the statistics of the new pictures: what generates its latents must fit the new decoder.
+    # Not even by the statistics of the new images: what generates its latents must fit the new decoder.
     assert not {name for name in changed if name.startswith("encoder.")}
     assert "decoder.blocks.0.mlp.linear_in.weight" in changed
 
@@ -241,12 +241,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
 def test_bad_data_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     output = tmp_path / "output"
-    assert "No pictures found in" in failure(capsys, output, "--data", tmp_path / "empty")
+    assert "No images found in" in failure(capsys, output, "--data", tmp_path / "empty")
     assert "no such file" in failure(capsys, output, "--data", tmp_path / "missing" / "train-*.tar")
     (tmp_path / "broken").mkdir()
     for i in range(3):
-        (tmp_path / "broken" / f"{i}.png").write_bytes(b"no picture")
-    assert "3 pictures in a row cannot be decoded" in failure(capsys, output, "--data", tmp_path / "broken")
+        (tmp_path / "broken" / f"{i}.png").write_bytes(b"no image")
+    assert "3 images in a row cannot be decoded" in failure(capsys, output, "--data", tmp_path / "broken")
 
 
 def test_a_full_or_unwritable_output_is_named(tmp_path, capsys, monkeypatch):

@@ -2,7 +2,7 @@
 
 import torch
 from diffusers import AutoModel as DiffusersAutoModel
-from helpers import pictures, random_core, tiny
+from helpers import images, random_core, tiny
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokModel
 from hieratok_hf.hub.auto_model import HieraTokAutoModel
@@ -16,7 +16,7 @@ def test_a_configuration_means_transformers_and_none_means_diffusers(tmp_path):
     for_both = HieraTokAutoModel.from_pretrained(tmp_path, config=None)
     assert type(for_transformers) is HieraTokModel
     assert type(for_diffusers) is type(for_both) is AutoencoderHieraTok
-    sample = pictures(1, 3, 16, 24)
+    sample = images(1, 3, 16, 24)
     with torch.no_grad():
         expected = core.decode(core.encode_moments(sample)[0][:, : core.config.latent_channels])
         assert torch.equal(for_transformers(sample).reconstruction, expected)

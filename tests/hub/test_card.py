@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import pictures, random_core, recorded
+from helpers import images, random_core, recorded
 from hub_server import hub_here as hub_here  # the fixtures
 from hub_server import hub_server as hub_server
 from huggingface_hub import ModelCard, metadata_load
@@ -100,7 +100,7 @@ def test_the_sizes_of_a_tokenizer_are_its_own(tokenizer):
     rows, config = cells(model_card(tokenizer, repo_id="me/tok")), model.config
     assert rows["parameters"] == [f"{sum(x.numel() for x in model.parameters()):,} in float32"]
     side = config.sample_size
-    shape = model.encode(pictures(1, 3, side, side)).latent_dist.mode().shape[1:]
+    shape = model.encode(images(1, 3, side, side)).latent_dist.mode().shape[1:]
     assert rows["latent"] == [f"{'x'.join(map(str, shape))} for {side}x{side} pixels"]
     assert rows["encoder"] == [f"{config.encoder_num_layers} blocks of width 32 with 2 heads"]
     assert rows["scales: cells of the latent on a side, coarse to fine"][0].startswith("8, 4, 2, 1; `decode(")
@@ -133,8 +133,8 @@ def test_the_sizes_of_a_pipeline_are_its_own(pipeline):
         part = getattr(pipe, name)
         count = sum(x.numel() for x in part.parameters())
         assert rows[name] == [f"{type(part).__name__}, {count:,} parameters in float32"]
-    picture = pipe(0, num_inference_steps=1).images[0]
-    assert rows["pictures"] == [f"{picture.width}x{picture.height} pixels"]
+    image = pipe(0, num_inference_steps=1).images[0]
+    assert rows["images"] == [f"{image.width}x{image.height} pixels"]
     assert rows["latent"] == ["4x2x2"]
     assert rows["classes"] == [r"3: 0 tench; 1 English\_springer; 2 church, church building"]
     assert rows["scheduler"] == ["FlowMatchEulerDiscreteScheduler"]
@@ -176,7 +176,7 @@ def test_what_is_not_known_is_said_and_what_is_given_stands(tokenizer):
     assert "none" in section(card, "Figures").lower()
     assert "not recorded" in section(card, "Training") and "not recorded" in section(card, "Environment")
     assert not {"datasets", "base_model", "model-index"} & card.data.to_dict().keys()
-    given = {"training": "*Ten* steps.\n\n---\n\nOn CC0 pictures.", "hardware": "One core, an hour."}
+    given = {"training": "*Ten* steps.\n\n---\n\nOn CC0 images.", "hardware": "One core, an hour."}
     card = model_card(tokenizer, repo_id="me/tok", datasets=["a/b", "c"], base_model="d/e", **given)
     assert section(card, "Environment") == "One core, an hour.\n\n"
     told = section(card, "Training")
@@ -202,7 +202,7 @@ def hostile_card(pipeline, tmp_path):
     report = recorded("hieratok-dit-tiny")
     report |= {"classes": names, "notes": [HOSTILE], "machine": dict.fromkeys(("cpu", "torch", "device"), HOSTILE)}
     report["settings"] |= {"classifier": HOSTILE, "reference": [HOSTILE, "---"], HOSTILE: HOSTILE, "fid_size": HOSTILE}
-    report |= {f"{x}_per_class": [1, 1, 1] for x in ("pictures", "class_accuracy", "top1_accuracy")}
+    report |= {f"{x}_per_class": [1, 1, 1] for x in ("images", "class_accuracy", "top1_accuracy")}
     report[f"FD-{HOSTILE}"] = 1.5
     return model_card(folder, repo_id="me/dit", results=[report])
 

@@ -37,7 +37,7 @@ FILES = {
     "empty.txt": b"",
     "model.safetensors": WEIGHTS,
     "vae/a name + more.txt": b"text",
-    "vae/picture": b"\x89PNG\0\0",
+    "vae/image": b"\x89PNG\0\0",
 }
 
 
@@ -114,7 +114,7 @@ def test_a_tree_in_pages(api, hub_here):
     assert top == {"vae"} | {name for name in names if "/" not in name}
     vae = {x.path: x for x in api.list_repo_tree("org/name", "vae", expand=True)}
     assert set(vae) == {name for name in names if name.startswith("vae/")}
-    assert vae["vae/later.txt"].last_commit.oid == second != vae["vae/picture"].last_commit.oid
+    assert vae["vae/later.txt"].last_commit.oid == second != vae["vae/image"].last_commit.oid
     told = api.get_paths_info("org/name", ["vae", "model.safetensors", "missing"], expand=True)
     assert [x.path for x in told] == ["vae", "model.safetensors"] and told[0].last_commit.oid == second
     with pytest.raises(EntryNotFoundError):

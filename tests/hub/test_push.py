@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import pictures, random_core
+from helpers import images, random_core
 from hub_server import HubServer
 from pipelines import make_pipeline
 from test_remote_code import expected_results, in_a_clean_process
@@ -32,7 +32,7 @@ def state(hub: HubServer, name: str = "org/name") -> tuple:
 
 @pytest.mark.parametrize("kind", [AutoencoderHieraTok, HieraTokModel])
 def test_what_is_pushed_comes_back(kind, hub_here):
-    model, sample = kind.from_core(random_core()), pictures(1, 3, 16, 24)
+    model, sample = kind.from_core(random_core()), images(1, 3, 16, 24)
     told = model.push_to_hub("org/name", commit_message="Mine", private=True, tags=["mine"])
     assert told.startswith(hub_here.url) and hub_here.repo("org/name").private
     assert len(hub_here.commits("org/name")) == 2 and hub_here.commits("org/name")[0].title == "Mine"
@@ -240,7 +240,7 @@ torch.save(results, "with.pt")
 
 
 def with_the_package(tmp_path, environment: dict, *names: str) -> dict:
-    torch.save(pictures(1, 3, 16, 24), tmp_path / "sample.pt")
+    torch.save(images(1, 3, 16, 24), tmp_path / "sample.pt")
     code = [sys.executable, "-c", WITH_THE_PACKAGE, *names]
     done = subprocess.run(code, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoModel as DiffusersAutoModel
 from diffusers import DDIMScheduler, DiTPipeline
-from helpers import pictures, random_core
+from helpers import images, random_core
 from pipelines import make_pipeline
 from transformers import AutoImageProcessor, AutoModel
 
@@ -69,7 +69,7 @@ def test_a_copy_computes_the_same_bit_for_bit(tmp_path):
     vae = AutoencoderHieraTok.from_core(core)
     other = copy.AutoencoderHieraTok(**core.config.model_fields).eval()
     other.load_state_dict(vae.state_dict())
-    sample = pictures(2, 3, 20, 28)
+    sample = images(2, 3, 20, 28)
     with torch.no_grad():
         assert torch.equal(other(sample).sample, vae(sample).sample)
         assert torch.equal(other.decode(other.encode(sample).latent_dist.mode(), num_scales=2).sample, vae.decode(
@@ -87,7 +87,7 @@ def test_without_triton_it_says_so_when_asked(tmp_path, monkeypatch):
     copy = load_copy(tmp_path, "copy_without_triton")
     reason = copy.why_not("triton", torch.zeros(1, 2, 5, 16), 1.0, False)
     assert reason == "Triton is not installed"
-    assert copy.AutoencoderHieraTok(**random_core().config.model_fields)(pictures(1, 3, 8, 8)).sample.isfinite().all()
+    assert copy.AutoencoderHieraTok(**random_core().config.model_fields)(images(1, 3, 8, 8)).sample.isfinite().all()
 
 
 def test_with_triton_it_has_the_kernels(tmp_path):
@@ -125,7 +125,7 @@ def test_a_tokenizer_s_folder_loads_in_both_libraries(tokenizer_folder):
     add_remote_code(tokenizer_folder)
     assert {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()} == after
 
-    sample = pictures(1, 3, 16, 24)
+    sample = images(1, 3, 16, 24)
     expected = AutoencoderHieraTok.from_pretrained(tokenizer_folder)
     with torch.no_grad():
         expected = expected(sample).sample
@@ -169,7 +169,7 @@ def test_other_pipelines_keep_their_class_and_load_the_code_beside_the_tokenizer
         DiTPipeline.from_pretrained(tmp_path)
     loaded = DiTPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(loaded) is DiTPipeline and type(loaded.vae) is not AutoencoderHieraTok
-    sample = pictures(1, 3, 8, 8)
+    sample = images(1, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(loaded.vae(sample).sample, ours.vae(sample).sample)
 
@@ -220,8 +220,8 @@ with torch.no_grad():
     again = diffusers.AutoModel.from_pretrained("again", **trust)
     results["again"] = again(sample).sample
     processor = transformers.AutoImageProcessor.from_pretrained(tokenizer, **trust)
-    picture = torch.arange(8 * 12 * 3, dtype=torch.uint8).reshape(8, 12, 3).numpy()
-    results["processor"] = processor(picture, return_tensors="pt").pixel_values
+    image = torch.arange(8 * 12 * 3, dtype=torch.uint8).reshape(8, 12, 3).numpy()
+    results["processor"] = processor(image, return_tensors="pt").pixel_values
 pipe = diffusers.DiffusionPipeline.from_pretrained(by_diffusers[1], **trust)
 generator = torch.Generator().manual_seed(0)
 results["pipeline"] = pipe(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
@@ -232,7 +232,7 @@ assert "hieratok_hf" not in sys.modules
 
 def in_a_clean_process(tmp_path: Path, tokenizer: str, pipeline: str, environment: dict, *absent: str) -> dict:
     """What both libraries make of two folders or repositories where the package cannot be imported."""
-    torch.save(pictures(1, 3, 16, 24), tmp_path / "sample.pt")
+    torch.save(images(1, 3, 16, 24), tmp_path / "sample.pt")
     code = [sys.executable, "-c", IN_A_CLEAN_PROCESS, tokenizer, pipeline, *absent]
     done = subprocess.run(code, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -241,13 +241,13 @@ def in_a_clean_process(tmp_path: Path, tokenizer: str, pipeline: str, environmen
 
 def expected_results(tokenizer: Path, pipeline: Path) -> dict:
     with torch.no_grad():
-        picture = AutoencoderHieraTok.from_pretrained(tokenizer)(pictures(1, 3, 16, 24)).sample
+        image = AutoencoderHieraTok.from_pretrained(tokenizer)(images(1, 3, 16, 24)).sample
     pipe = HieraTokDiTPipeline.from_pretrained(pipeline)
     generator = torch.Generator().manual_seed(0)
     made = pipe(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
     array = torch.arange(8 * 12 * 3, dtype=torch.uint8).reshape(8, 12, 3).numpy()
     processed = HieraTokImageProcessorPil(size_divisor=4)(array, return_tensors="pt").pixel_values
-    return {"transformers": picture, "diffusers": picture, "again": picture, "processor": processed, "pipeline": made}
+    return {"transformers": image, "diffusers": image, "again": image, "processor": processed, "pipeline": made}
 
 
 @pytest.mark.parametrize("downsampling", ["learned", "mean"])

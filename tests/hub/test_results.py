@@ -31,13 +31,13 @@ def test_the_figures_of_a_tokenizer_are_those_of_its_model(name, place):
     assert values(figures) == {
         "PSNR, dB": round(model["psnr"], 4),
         "SSIM": round(model["ssim"], 4),
-        "FD-MobileNetV2 of pictures resized to 128x128": round(model["FD-MobileNetV2"], 4),
+        "FD-MobileNetV2 of images resized to 128x128": round(model["FD-MobileNetV2"], 4),
     }
     assert [figure.metric_type for figure in figures] == ["psnr", "ssim", "frechet_distance"]
     for figure in figures:
         assert figure.task_type == TASKS["tokenizer"]
         assert figure.dataset_name == figure.dataset_type == "clothing_256/test-0000.tar"
-        assert figure.dataset_config == "372 pictures at 256x256"
+        assert figure.dataset_config == "372 images at 256x256"
         assert figure.metric_args["machine"] == "AMD EPYC, device cpu, torch 2.13.0+cpu, threads 1, processes 1"
 
 
@@ -52,7 +52,7 @@ def test_every_figure_of_a_tokenizer_is_told_under_its_own_name():
         ("lpips", "LPIPS", 0.25),
         ("perceptual_distance", "perceptual distance over mobilenet_v2_1.0_224", 0.3741),
         ("accuracy", "accuracy of a linear probe", 0.125),
-        ("fid", "rFID of pictures resized to 299x299", 3.0),
+        ("fid", "rFID of images resized to 299x299", 3.0),
     }
 
 
@@ -68,19 +68,19 @@ def test_the_figures_of_a_generator_are_those_recorded():
     assert classes == [(name, 100, among, first) for name, (among, first) in zip(CLASSES, shares)]
 
 
-def test_a_distance_of_a_generator_is_to_its_reference_pictures():
+def test_a_distance_of_a_generator_is_to_its_reference_images():
     report = recorded("hieratok-dit-tiny")
     report["settings"] |= {"reference": ["/data/imagenette_128/val-0000.tar"], "fid_size": 64, "fid_model": "some/net"}
-    report |= {"FD-Net": 12.34567, "reference_pictures": 3925, "skipped": {}}
+    report |= {"FD-Net": 12.34567, "reference_images": 3925, "skipped": {}}
     figures, _ = report_results(report, "pipeline", DIT)
     (distance,) = (figure for figure in figures if figure.metric_type == "frechet_distance")
-    assert (distance.metric_name, distance.metric_value) == ("FD-Net of pictures resized to 64x64", 12.3457)
+    assert (distance.metric_name, distance.metric_value) == ("FD-Net of images resized to 64x64", 12.3457)
     assert distance.dataset_name == "imagenette_128/val-0000.tar"
     assert {figure.dataset_type for figure in figures} == {"generated", "imagenette_128/val-0000.tar"}
 
 
 def load_script(name):
-    pytest.importorskip("datasets", reason="the scripts read pictures through it")
+    pytest.importorskip("datasets", reason="the scripts read images through it")
     pytest.importorskip("torchmetrics", reason="the scripts measure by it")
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -95,7 +95,7 @@ OPTIONS = {
         "--model mine --reference /a/x.tar --fid_model some/net --fid_size 32 --classifier c --classifier_labels 0-2",
     ],
 }
-OPTIONS["evaluate_tokenizer"].append("--data a/pictures --fid_model some/net --fid_size 32 --compare x y --size 64")
+OPTIONS["evaluate_tokenizer"].append("--data a/images --fid_model some/net --fid_size 32 --compare x y --size 64")
 
 
 @pytest.mark.parametrize(("script", "options"), [(name, x) for name, many in OPTIONS.items() for x in many])
@@ -134,7 +134,7 @@ def test_the_command_means_the_settings(script, options):
         ("/home/alice/secret/kodak", "kodak"),
         ("/home/alice/secret/kodak/", "kodak"),
         ("../../alice/kodak", "kodak"),
-        ("pictures/../../alice/kodak", "kodak"),
+        ("images/../../alice/kodak", "kodak"),
         ("~/kodak", "kodak"),
         ("~alice/kodak", "kodak"),
         (r"C:\Users\alice\kodak", "kodak"),

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
-from helpers import pictures, random_core
+from helpers import images, random_core
 from torch.nn.attention import SDPBackend
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor
-from hieratok_hf.models.attention_dispatch import DIFFUSERS_BACKENDS, preferring, requested_backend
+from hieratok_hf.models.attention_dispatch import DIFFUSERS_BACKENDS, backend_of, preferring
 
 NATIVE = [name for name in DIFFUSERS_BACKENDS if name.startswith("_native")]
 
@@ -20,27 +20,27 @@ def vae():
 
 
 def test_the_model_s_setting_comes_first_and_transformers_last():
-    assert requested_backend(None, None, None) == ("auto", None)
-    assert requested_backend(None, None, "eager") == ("reference", None)
-    assert requested_backend("sdpa", None, "eager") == ("sdpa", None)
-    assert requested_backend("sdpa", "flex", "eager") == ("flex", None)
+    assert backend_of(None, None, None) == ("auto", None)
+    assert backend_of(None, None, "eager") == ("reference", None)
+    assert backend_of("sdpa", None, "eager") == ("sdpa", None)
+    assert backend_of("sdpa", "flex", "eager") == ("flex", None)
     with attention_backend("_native_math"):
-        assert requested_backend(None, None, "eager") == ("sdpa", SDPBackend.MATH)
-        assert requested_backend("reference", None, None) == ("reference", None)
-        assert requested_backend(None, "native", None) == ("sdpa", None)
-    assert requested_backend(None, None, "eager") == ("reference", None)
+        assert backend_of(None, None, "eager") == ("sdpa", SDPBackend.MATH)
+        assert backend_of("reference", None, None) == ("reference", None)
+        assert backend_of(None, "native", None) == ("sdpa", None)
+    assert backend_of(None, None, "eager") == ("reference", None)
 
 
 def test_a_choice_of_the_process_that_has_no_meaning_here_is_another_model_s(monkeypatch):
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName._NATIVE_NPU)
-    assert requested_backend(None, None, None) == ("auto", None)
+    assert backend_of(None, None, None) == ("auto", None)
     with pytest.raises(ValueError, match=r"_NATIVE_NPU.* is not supported"):
-        requested_backend(None, AttentionBackendName._NATIVE_NPU, None)
+        backend_of(None, AttentionBackendName._NATIVE_NPU, None)
 
 
 @pytest.mark.parametrize("name", ["native", "flex", *NATIVE])
-def test_set_and_context_give_the_same_pictures(vae, name):
-    sample = pictures(2, 3, 28, 20)
+def test_set_and_context_give_the_same_images(vae, name):
+    sample = images(2, 3, 28, 20)
     with torch.no_grad():
         expected = vae(sample).sample
         with attention_backend(name):
@@ -63,7 +63,7 @@ def test_a_kernel_is_preferred_where_it_serves(vae, name, monkeypatch):
 
     monkeypatch.setattr("hieratok_hf.models.layers.preferring", remember)
     vae.set_attention_backend(name)
-    vae.encode(pictures(1, 3, 16, 16))
+    vae.encode(images(1, 3, 16, 16))
     assert set(asked) == {DIFFUSERS_BACKENDS[name][1]}
 
 
@@ -79,7 +79,7 @@ def test_preferring_sets_the_order_of_kernels_inside_alone():
 
 
 def test_a_preferred_kernel_compiles_without_a_break(vae):
-    sample = pictures(2, 3, 28, 20)
+    sample = images(2, 3, 28, 20)
     with torch.no_grad():
         expected = vae(sample).sample
         vae.set_attention_backend("_native_math")
@@ -91,5 +91,5 @@ def test_a_preferred_kernel_compiles_without_a_break(vae):
 def test_a_processor_of_its_own_backend_ignores_the_process(vae, reached):
     vae.set_attn_processor(HieraTokAttnProcessor(backend="reference"))
     with attention_backend("_native_math"):
-        vae.encode(pictures(1, 3, 16, 16))
+        vae.encode(images(1, 3, 16, 16))
     assert set(reached) == {"reference"}

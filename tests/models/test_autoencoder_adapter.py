@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
-from helpers import pictures, random_core
+from helpers import images, random_core
 from huggingface_hub import constants
 
 import hieratok_hf
@@ -60,7 +60,7 @@ def test_autoencoders_of_diffusers_give_what_their_own_calls_give(kind, tmp_path
     codec = load_codec(tmp_path)
     assert type(codec.model) is type(model) and not codec.model.training and codec.core is None
     assert codec.latent_shape(32) == shape
-    pixel_values = pictures(2, 3, 32, 32)
+    pixel_values = images(2, 3, 32, 32)
     latents = codec.encode(pixel_values)
     torch.testing.assert_close(latents, latents_of(model.encode(pixel_values)), rtol=0, atol=0)
     decoded = model.decode(latents).sample
@@ -74,21 +74,21 @@ def test_every_form_of_hieratok_is_the_same_codec(tmp_path):
     core = random_core()
     AutoencoderHieraTok.from_core(core).save_pretrained(tmp_path / "diffusers")
     HieraTokModel.from_core(core).save_pretrained(tmp_path / "transformers")
-    pixel_values = pictures(2, 3, 32, 32)
+    pixel_values = images(2, 3, 32, 32)
     expected = core.decode_scales(core.encode(pixel_values).mode())
     folders = [load_codec(tmp_path / name) for name in ("diffusers", "transformers")]
     for codec in (Codec(core), Codec(HieraTokModel.from_core(core)), *folders):
         assert codec.core is not None and codec.latent_shape(32) == (4, 8, 8)
         latents = codec.encode(pixel_values)
-        for picture, other in zip(codec.decode_scales(latents), expected, strict=True):
-            torch.testing.assert_close(picture, other, rtol=0, atol=0)
+        for image, other in zip(codec.decode_scales(latents), expected, strict=True):
+            torch.testing.assert_close(image, other, rtol=0, atol=0)
         torch.testing.assert_close(codec.decode(latents), expected[-1])
 
 
 @torch.no_grad()
-def test_pictures_go_to_the_precision_of_the_model():
+def test_images_go_to_the_precision_of_the_model():
     codec = Codec(random_core().bfloat16())
-    latents = codec.encode(pictures(1, 3, 16, 16))
+    latents = codec.encode(images(1, 3, 16, 16))
     assert latents.dtype == codec.decode(latents).dtype == torch.bfloat16
 
 
@@ -121,7 +121,7 @@ def test_weights_that_would_have_to_be_unpickled_are_refused(tmp_path):
 
 
 def test_sizes_that_do_not_suit_are_named():
-    with pytest.raises(ValueError, match=r"cannot take pictures of 30 x 30 pixels: .*multiples of the patch size 4"):
+    with pytest.raises(ValueError, match=r"cannot take images of 30 x 30 pixels: .*multiples of the patch size 4"):
         Codec(random_core()).latent_shape(30)
-    with pytest.raises(ValueError, match=r"makes pictures of shape \(3, 32, 32\) of those of \(3, 33, 33\)"):
+    with pytest.raises(ValueError, match=r"makes images of shape \(3, 32, 32\) of those of \(3, 33, 33\)"):
         Codec(kl().eval()).latent_shape(33)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel
-from helpers import changed_tokens, pictures, random_core, tiny
+from helpers import changed_tokens, images, random_core, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor, HieraTokModel
@@ -80,17 +80,17 @@ def test_all_scales_are_returned_where_they_are_asked_for(vae, sample, num_scale
     assert output.sample is output.scales[-1]
     plain = vae.decode(latents, num_scales=num_scales)
     assert plain.scales is None and plain.to_tuple() == (plain.sample,)
-    picture, scales = vae.decode(latents, num_scales=num_scales, return_scales=True, return_dict=False)
+    image, scales = vae.decode(latents, num_scales=num_scales, return_scales=True, return_dict=False)
     (alone,) = vae.decode(latents, num_scales=num_scales, return_dict=False)
-    assert torch.equal(picture, output.sample) and torch.equal(alone, plain.sample)
+    assert torch.equal(image, output.sample) and torch.equal(alone, plain.sample)
     for ours, same, theirs in zip(output.scales, scales, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
         assert torch.equal(ours, same)
     torch.testing.assert_close(plain.sample, expected[-1], rtol=0, atol=1e-5)
     if num_scales is None:
         called = vae(sample, return_scales=True)
-        picture, scales = vae(sample, return_scales=True, return_dict=False)
-        assert torch.equal(called.sample, picture) and vae(sample).scales is None
+        image, scales = vae(sample, return_scales=True, return_dict=False)
+        assert torch.equal(called.sample, image) and vae(sample).scales is None
         assert all(torch.equal(*pair) for pair in zip(called.scales, scales, strict=True))
         torch.testing.assert_close(called.scales, output.scales, rtol=0, atol=1e-5)
 
@@ -104,7 +104,7 @@ def test_slicing_changes_nothing(vae, sample):
     assert torch.equal(vae(sample).sample, expected)
 
 
-def test_fused_projections_give_the_same_picture(vae, sample):
+def test_fused_projections_give_the_same_image(vae, sample):
     expected, keys = vae(sample).sample, list(vae.state_dict())
     vae.fuse_qkv_projections()
     assert any("to_qkv" in name for name, _ in vae.named_parameters())
@@ -204,12 +204,12 @@ def test_one_graph_serves_every_size(scale_factors, coordinates, downsampling):
     vae = AutoencoderHieraTok.from_core(core)
     torch.compiler.reset()
     compiled = torch.compile(vae, backend="aot_eager", fullgraph=True, dynamic=True)
-    # That the first picture's sides are equal says nothing of the others'.
+    # That the first image's sides are equal says nothing of the others'.
     any_sides = torch.fx.experimental._config.patch(use_duck_shape=False)
     with any_sides, torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         # Coarse grids of one cell, of one row, and of many.
         for height, width in ((32, 32), (16, 16), (8, 64), (28, 20), (96, 160)):
-            sample = pictures(2, 3, height, width)
+            sample = images(2, 3, height, width)
             torch.testing.assert_close(compiled(sample).sample, vae(sample).sample, rtol=0, atol=1e-5)
 
 

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DETOK, LINEAR_PATH, changed_tokens, noise, pictures, random_core, tiny
+from helpers import DETOK, LINEAR_PATH, changed_tokens, images, noise, random_core, tiny
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokCore, HieraTokModel, PyramidLayout
-from hieratok_hf.models.losses import picture_pyramid
+from hieratok_hf.models.losses import image_pyramid
 from hieratok_hf.ops.pyramid import flatten_pyramid
 
 SIZES = [(32, 32), (48, 20), (20, 48), (28, 20), (4, 12), (4, 4)]
@@ -27,9 +27,9 @@ both_kinds = pytest.mark.parametrize("downsampling", ["learned", "mean"])
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("overrides", VARIANTS)
-def test_pictures_come_back_in_their_own_size(size, overrides):
+def test_images_come_back_in_their_own_size(size, overrides):
     core = random_core(**overrides)
-    posterior = core.encode(pictures(2, 3, *size))
+    posterior = core.encode(images(2, 3, *size))
     latents = posterior.mode()
     assert latents.shape == (2, 4, size[0] // 4, size[1] // 4)
     assert posterior.sample(torch.Generator().manual_seed(0)).shape == latents.shape
@@ -46,9 +46,9 @@ def test_decoding_some_scales_equals_that_part_of_decoding_all(grid, overrides):
     assert len(every_scale) == len(core.config.scale_factors)
     for k in range(1, len(every_scale) + 1):
         factor = core.config.scale_factors[k - 1]
-        picture = core.decode(latents, num_scales=k)
-        assert picture.shape == (2, 3, 4 * -(-grid[0] // factor), 4 * -(-grid[1] // factor))
-        torch.testing.assert_close(picture, every_scale[k - 1], atol=1e-5, rtol=0)
+        image = core.decode(latents, num_scales=k)
+        assert image.shape == (2, 3, 4 * -(-grid[0] // factor), 4 * -(-grid[1] // factor))
+        torch.testing.assert_close(image, every_scale[k - 1], atol=1e-5, rtol=0)
         for ours, theirs in zip(core.decode_scales(latents, num_scales=k), every_scale):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(core.decode(latents), every_scale[-1], atol=1e-5, rtol=0)
@@ -66,7 +66,7 @@ def test_both_wrappers_decode_some_scales_as_the_core_does(downsampling):
 
 
 @both_kinds
-def test_a_coarse_picture_depends_on_averages_alone_unless_it_is_learned(downsampling):
+def test_a_coarse_image_depends_on_averages_alone_unless_it_is_learned(downsampling):
     core = random_core(downsampling=downsampling)
     latents = noise(1, 4, 8, 8)
     swapped = latents.clone()
@@ -78,7 +78,7 @@ def test_a_coarse_picture_depends_on_averages_alone_unless_it_is_learned(downsam
 
 
 @both_kinds
-def test_coarse_pictures_are_those_of_their_tokens_whatever_finer_ones_hold(downsampling):
+def test_coarse_images_are_those_of_their_tokens_whatever_finer_ones_hold(downsampling):
     core, latents = random_core(downsampling=downsampling), noise(2, 4, 7, 5)
     expected = core.decode_scales(latents)
     with changed_tokens(core.decoder, lambda tokens: torch.cat([tokens[:, :5], 3 * noise(2, 47, 32)], dim=1)):
@@ -91,8 +91,8 @@ def test_decode_feeds_the_latent_to_the_decoder(downsampling):
     core = random_core(downsampling=downsampling)
     latents = noise(2, 4, 7, 5)
     layout = PyramidLayout.from_grid(7, 5, core.config.scale_factors)
-    for picture, other in zip(core.decode_scales(latents), core.decoder(latents, layout, all_scales=True)):
-        assert torch.equal(picture, other)
+    for image, other in zip(core.decode_scales(latents), core.decoder(latents, layout, all_scales=True)):
+        assert torch.equal(image, other)
 
 
 @both_kinds
@@ -125,9 +125,9 @@ def random_basis(channels=4, size=48):
     return basis, noise(size, seed=4).double() * 0.1, noise(channels, seed=5).double().abs() + 0.5
 
 
-def patches_of(picture):
+def patches_of(image):
     """`(B, h, w, 3 * p * p)` in the order (colour, row, column)."""
-    return picture.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)
+    return image.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)
 
 
 @pytest.mark.parametrize("linear_path", [1, LINEAR_PATH])
@@ -136,10 +136,10 @@ def test_linear_path_starts_as_exactly_the_principal_components(linear_path, siz
     core = HieraTokCore(tiny(linear_path=linear_path)).init_weights().double()
     components, mean, scale = random_basis()
     core.set_linear_path(components, mean, scale)
-    picture = pictures(2, 3, *size).double()
-    patches = patches_of(picture)
+    image = images(2, 3, *size).double()
+    patches = patches_of(image)
     expected_latents = ((patches - mean) @ components.T / scale).permute(0, 3, 1, 2)
-    latents = core.encode(picture).mode()
+    latents = core.encode(image).mode()
     torch.testing.assert_close(latents, expected_latents, atol=1e-10, rtol=0)
 
     projected = mean + (patches - mean) @ components.T @ components
@@ -156,49 +156,49 @@ def test_linear_path_starts_every_scale_from_averages(downsampling, factors, gri
     core.set_linear_path(components, mean, scale)
     latents = noise(2, 4, *grid).double()
     made = core.decode_scales(latents)
-    if downsampling == "mean":  # the picture of the average latent
+    if downsampling == "mean":  # the image of the average latent
         layout = PyramidLayout.from_grid(*grid, factors)
         tokens = flatten_pyramid(latents, layout)
-        for picture, rows in zip(made, layout.slices):
+        for image, rows in zip(made, layout.slices):
             expected = mean + (tokens[:, rows] * scale) @ components
-            torch.testing.assert_close(patches_of(picture).flatten(1, 2), expected, atol=1e-10, rtol=0)
+            torch.testing.assert_close(patches_of(image).flatten(1, 2), expected, atol=1e-10, rtol=0)
         return
-    for picture, factor, expected in zip(made, factors, picture_pyramid(made[-1], core.config), strict=True):
-        assert picture.shape == expected.shape
+    for image, factor, expected in zip(made, factors, image_pyramid(made[-1], core.config), strict=True):
+        assert image.shape == expected.shape
         # Beyond the latent what is repeated is an average of pixels, not the last of them.
         rows, columns = (4 * side // factor for side in grid)
-        torch.testing.assert_close(picture[..., :rows, :columns], expected[..., :rows, :columns], atol=1e-10, rtol=0)
+        torch.testing.assert_close(image[..., :rows, :columns], expected[..., :rows, :columns], atol=1e-10, rtol=0)
 
 
-def test_a_full_basis_reconstructs_the_picture_itself():
+def test_a_full_basis_reconstructs_the_image_itself():
     core = HieraTokCore(tiny(latent_channels=48)).init_weights().double()
     core.set_linear_path(*random_basis(channels=48))
-    picture = pictures(2, 3, 28, 20).double()
-    torch.testing.assert_close(core.decode(core.encode(picture).mode()), picture, atol=1e-10, rtol=0)
+    image = images(2, 3, 28, 20).double()
+    torch.testing.assert_close(core.decode(core.encode(image).mode()), image, atol=1e-10, rtol=0)
 
 
 def test_linear_path_forgets_what_was_there_before():
     fresh, trained = HieraTokCore(tiny()).init_weights().double(), random_core().double()
     trained.decoder.output_conv = None
     fresh.decoder.output_conv = None
-    picture = pictures(1, 3, 28, 20).double()
+    image = images(1, 3, 28, 20).double()
     for core in (fresh, trained):
         core.set_linear_path(*random_basis())
-    means = [core.encode(picture).mode() for core in (fresh, trained)]
+    means = [core.encode(image).mode() for core in (fresh, trained)]
     torch.testing.assert_close(means[1], means[0], atol=1e-10, rtol=0)
     torch.testing.assert_close(trained.decode(means[0]), fresh.decode(means[0]), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS)
 @pytest.mark.parametrize("size", [(32, 32), (28, 20), (4, 12)])
-def test_folded_statistics_normalise_the_latent_and_keep_the_pictures(overrides, size):
+def test_folded_statistics_normalise_the_latent_and_keep_the_images(overrides, size):
     core = random_core(**overrides)
     mean, std = 0.5 * noise(4, seed=7), noise(4, seed=8).abs() + 0.3
-    picture = pictures(2, 3, *size)
-    before = core.encode(picture)
+    image = images(2, 3, *size)
+    before = core.encode(image)
     every_scale = core.decode_scales(before.mode())
     core.fold_latent_statistics(mean, std)
-    after = core.encode(picture)
+    after = core.encode(image)
     expected = (before.mode() - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(after.mode(), expected, atol=1e-4, rtol=1e-4)
     shift = 2 * std.log()[:, None, None]
@@ -210,9 +210,9 @@ def test_folded_statistics_normalise_the_latent_and_keep_the_pictures(overrides,
     assert not torch.allclose(core.decode(before.mode()), every_scale[-1], atol=1e-2)
 
 
-def test_latents_of_the_training_pictures_are_normalised_after_folding():
+def test_latents_of_the_training_images_are_normalised_after_folding():
     core = random_core()
-    batch = pictures(8, 3, 32, 32)
+    batch = images(8, 3, 32, 32)
     latents = core.encode(batch).mode()
     core.fold_latent_statistics(latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
     latents = core.encode(batch).mode()
@@ -233,9 +233,9 @@ def test_folding_is_undone_by_folding_the_inverse(downsampling):
 
 
 @pytest.mark.parametrize("overrides", VARIANTS)
-def test_a_batch_gives_what_its_pictures_give_alone(overrides):
+def test_a_batch_gives_what_its_images_give_alone(overrides):
     core = random_core(**overrides)
-    batch = pictures(3, 3, 28, 20)
+    batch = images(3, 3, 28, 20)
     latents = core.encode(batch).mode()
     torch.testing.assert_close(latents, torch.cat([core.encode(x[None]).mode() for x in batch]), atol=1e-5, rtol=1e-5)
     decoded = torch.cat([core.decode(x[None]) for x in latents])
@@ -245,11 +245,9 @@ def test_a_batch_gives_what_its_pictures_give_alone(overrides):
 @pytest.mark.parametrize("overrides", VARIANTS)
 def test_gradients_reach_every_parameter_and_are_finite(overrides):
     core = random_core(**overrides).train()
-    posterior = core.encode(pictures(2, 3, 28, 20))
+    posterior = core.encode(images(2, 3, 28, 20))
     latents = posterior.sample(torch.Generator().manual_seed(0))
-    loss = sum(
-        (picture * noise(*picture.shape, seed=i)).sum() for i, picture in enumerate(core.decode_scales(latents))
-    )
+    loss = sum((image * noise(*image.shape, seed=i)).sum() for i, image in enumerate(core.decode_scales(latents)))
     loss.backward()
     for name, parameter in core.named_parameters():
         assert parameter.grad is not None, name
@@ -268,11 +266,11 @@ def test_gradients_reach_the_latent_from_every_scale(downsampling):
 @pytest.mark.parametrize("overrides", VARIANTS)
 def test_bfloat16_is_finite_and_close_to_float32(overrides):
     core = random_core(**overrides)
-    picture = pictures(2, 3, 28, 20)
-    expected_latents = core.encode(picture).mode()
+    image = images(2, 3, 28, 20)
+    expected_latents = core.encode(image).mode()
     expected = core.decode_scales(expected_latents)
     core = core.bfloat16()
-    latents = core.encode(picture.bfloat16()).mode()
+    latents = core.encode(image.bfloat16()).mode()
     decoded = core.decode_scales(expected_latents.bfloat16())
     for ours, theirs in zip([latents, *decoded], [expected_latents, *expected]):
         assert ours.dtype == torch.bfloat16 and ours.isfinite().all()
@@ -282,17 +280,17 @@ def test_bfloat16_is_finite_and_close_to_float32(overrides):
 
 def test_encode_and_decode_are_deterministic():
     core = random_core()
-    picture = pictures(2, 3, 28, 20)
-    latents = core.encode(picture).mode()
-    assert torch.equal(core.encode(picture).mode(), latents)
+    image = images(2, 3, 28, 20)
+    latents = core.encode(image).mode()
+    assert torch.equal(core.encode(image).mode(), latents)
     assert torch.equal(core.decode(latents), core.decode(latents))
 
 
 def test_posterior_takes_the_mean_first_and_the_log_variance_second():
     core = random_core()
-    picture = pictures(1, 3, 28, 20)
-    moments, _ = core.encode_moments(picture)
-    posterior = core.encode(picture)
+    image = images(1, 3, 28, 20)
+    moments, _ = core.encode_moments(image)
+    posterior = core.encode(image)
     assert torch.equal(posterior.mode(), moments[:, :4])
     assert torch.equal(posterior.logvar, moments[:, 4:].clamp(-30, 20))
 
@@ -347,11 +345,11 @@ def test_a_new_scale_starts_as_the_finest_with_average_cells(downsampling):
     averages = flatten_pyramid(latents, PyramidLayout.from_grid(12, 24, (4, 1)))[:, :18].transpose(1, 2)
     averages = averages.unflatten(2, (3, 6))
     if downsampling == "mean":
-        expected = single.decoder.linear_picture(averages, 0)
+        expected = single.decoder.linear_image(averages, 0)
     else:
-        expected = F.avg_pool2d(single.decoder.linear_picture(latents, 0), 4)
+        expected = F.avg_pool2d(single.decoder.linear_image(latents, 0), 4)
     cells = latents if downsampling == "learned" else averages
-    torch.testing.assert_close(multi.decoder.linear_picture(cells, 0), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(multi.decoder.linear_image(cells, 0), expected, atol=1e-5, rtol=0)
     seen = []
     with changed_tokens(multi.decoder, lambda tokens: seen.append(tokens) or tokens):
         multi.decode(latents, 1)
@@ -360,7 +358,7 @@ def test_a_new_scale_starts_as_the_finest_with_average_cells(downsampling):
 
 
 @pytest.mark.parametrize("overrides", [{}, {"linear_path": 0}, DETOK, {"scale_factors": (6, 3, 1)}])
-def test_averages_become_learned_with_the_same_pictures(overrides):
+def test_averages_become_learned_with_the_same_images(overrides):
     core = random_core(downsampling="mean", **overrides)
     factors = tuple(core.config.scale_factors)
     learned = core.with_scale_factors(factors)

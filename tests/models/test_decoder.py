@@ -1,4 +1,4 @@
-"""Tests of `decoder`: patch order, tokens, causality of the whole stack bit for bit, and pictures of every scale."""
+"""Tests of `decoder`: patch order, tokens, causality of the whole stack bit for bit, and images of every scale."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from helpers import DETOK, changed_tokens, noise, random_core
 from torch.nn import functional as F
 
 from hieratok_hf import HieraTokConfig, PyramidLayout
-from hieratok_hf.models.losses import picture_pyramid
+from hieratok_hf.models.losses import image_pyramid
 from hieratok_hf.ops.pyramid import flatten_pyramid
 
 FACTORS = (8, 4, 2, 1)
@@ -49,24 +49,24 @@ def means(latents, factor):
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 5), (4, 6), (1, 3), (1, 1), (9, 2)])
 @pytest.mark.parametrize("overrides", VARIANTS)
-def test_pictures_of_every_scale_of_any_grid(grid, overrides):
+def test_images_of_every_scale_of_any_grid(grid, overrides):
     decoder, latents, layout = decoder_and_latents(grid, **overrides)
-    shapes = [tuple(picture.shape) for picture in decoder(latents, layout, all_scales=True)]
+    shapes = [tuple(image.shape) for image in decoder(latents, layout, all_scales=True)]
     assert shapes == [(2, 3, 4 * -(-grid[0] // factor), 4 * -(-grid[1] // factor)) for factor in FACTORS]
 
 
 def test_unpatchify_inverts_a_plain_extraction_of_patches():
     decoder = random_core().decoder
-    picture = noise(2, 3, 12, 20)
+    image = noise(2, 3, 12, 20)
     patches = torch.zeros(2, 15, 48)
     for i in range(3):
         for j in range(5):
             for row in range(4):
                 for column in range(4):
                     for colour in range(3):
-                        pixel = picture[:, colour, 4 * i + row, 4 * j + column]
+                        pixel = image[:, colour, 4 * i + row, 4 * j + column]
                         patches[:, 5 * i + j, 12 * row + 3 * column + colour] = pixel
-    assert torch.equal(decoder.unpatchify(patches, 3, 5), picture)
+    assert torch.equal(decoder.unpatchify(patches, 3, 5), image)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5])
@@ -81,7 +81,7 @@ def test_unpatchify_is_a_pixel_shuffle_of_squares_of_any_side_with_colours_first
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("overrides", VARIANTS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_finer_tokens_leave_coarser_pictures_bit_identical(grid, overrides, attention):
+def test_finer_tokens_leave_coarser_images_bit_identical(grid, overrides, attention):
     decoder, latents, layout = decoder_and_latents(grid, **overrides)
     decoder.config._attn_implementation = attention
     before = decoder(latents, layout, all_scales=True)
@@ -92,14 +92,14 @@ def test_finer_tokens_leave_coarser_pictures_bit_identical(grid, overrides, atte
         for value in values:
             with changed_tokens(decoder, partial(with_end, value)):
                 after = decoder(latents, layout, all_scales=True)
-            for picture, same in zip(before[:scale], after[:scale]):
-                assert torch.equal(picture, same)
-            for picture, other in zip(before[scale:], after[scale:]):
-                assert not torch.allclose(picture, other, atol=1e-2)
+            for image, same in zip(before[:scale], after[:scale]):
+                assert torch.equal(image, same)
+            for image, other in zip(before[scale:], after[scale:]):
+                assert not torch.allclose(image, other, atol=1e-2)
 
 
 def tokens_read(decoder, latents, layout):
-    """For each picture, which tokens its gradient reaches, `(N,)`."""
+    """For each image, which tokens its gradient reaches, `(N,)`."""
     leaves = []
 
     def as_leaf(tokens):
@@ -108,14 +108,14 @@ def tokens_read(decoder, latents, layout):
 
     with changed_tokens(decoder, as_leaf):
         made = decoder(latents, layout, all_scales=True)
-    gradients = [torch.autograd.grad(picture.sum(), leaves[0], retain_graph=True)[0] for picture in made]
+    gradients = [torch.autograd.grad(image.sum(), leaves[0], retain_graph=True)[0] for image in made]
     return [gradient[0].abs().sum(-1) > 0 for gradient in gradients]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("overrides", VARIANTS)
 @pytest.mark.parametrize("scale_causal", [True, False])
-def test_a_picture_reads_every_token_that_it_may(grid, overrides, scale_causal):
+def test_an_image_reads_every_token_that_it_may(grid, overrides, scale_causal):
     decoder, latents, layout = decoder_and_latents(grid, batch=1, scale_causal=scale_causal, **overrides)
     for read, end in zip(tokens_read(decoder, latents, layout), layout.ends, strict=True):
         end = end if scale_causal else layout.num_tokens
@@ -125,14 +125,14 @@ def test_a_picture_reads_every_token_that_it_may(grid, overrides, scale_causal):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("num_scales", [1, 2, 3, 4])
 @pytest.mark.parametrize("overrides", VARIANTS)
-def test_fewer_scales_give_the_same_pictures(grid, num_scales, overrides):
+def test_fewer_scales_give_the_same_images(grid, num_scales, overrides):
     decoder, latents, layout = decoder_and_latents(grid, **overrides)
     full = decoder(latents, layout, all_scales=True)
     short = layout.truncate(num_scales)
     made = decoder(latents, short, all_scales=True)
     assert len(made) == num_scales
-    for picture, expected in zip(made, full):
-        torch.testing.assert_close(picture, expected, atol=1e-5, rtol=0)
+    for image, expected in zip(made, full):
+        torch.testing.assert_close(image, expected, atol=1e-5, rtol=0)
     (alone,) = decoder(latents, short)
     torch.testing.assert_close(alone, made[-1], atol=1e-6, rtol=0)
 
@@ -179,7 +179,7 @@ def test_the_linear_path_of_averages_is_a_convolution_of_them(linear_path):
         weight, bias = decoder.linear_path[i].parameters()
         patches = F.conv2d(padded, weight, bias).flatten(2).transpose(1, 2)
         expected = decoder.unpatchify(patches, *cells)
-        torch.testing.assert_close(decoder.linear_picture(average, i), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(decoder.linear_image(average, i), expected, atol=1e-5, rtol=1e-5)
 
 
 PATHS = [(4, (8, 4, 2, 1)), (4, (16, 6, 3, 1)), (8, (16, 6, 3, 1)), (8, (12, 4, 1))]
@@ -188,7 +188,7 @@ PATHS = [(4, (8, 4, 2, 1)), (4, (16, 6, 3, 1)), (8, (16, 6, 3, 1)), (8, (12, 4, 
 @pytest.mark.parametrize("linear_path", [1, 3])
 @pytest.mark.parametrize("grid", [(7, 5), (1, 3), (16, 12)])
 @pytest.mark.parametrize(("patch_size", "factors"), PATHS)
-def test_a_learned_linear_path_averages_a_picture_with_its_edge_repeated(linear_path, grid, patch_size, factors):
+def test_a_learned_linear_path_averages_an_image_with_its_edge_repeated(linear_path, grid, patch_size, factors):
     overrides = {"linear_path": linear_path, "patch_size": patch_size}
     decoder, latents, layout = decoder_and_latents(grid, factors, **overrides)
     for i, (factor, cells) in enumerate(zip(factors, layout.grids)):
@@ -196,22 +196,22 @@ def test_a_learned_linear_path_averages_a_picture_with_its_edge_repeated(linear_
         padded = F.pad(latents, (linear_path // 2,) * 4, mode="replicate")
         weight, bias = decoder.linear_path[i].parameters()
         assert weight.shape[0] == 3 * size**2
-        picture = decoder.unpatchify(F.conv2d(padded, weight, bias).flatten(2).transpose(1, 2), *grid)
-        picture = F.pad(picture, (0, -grid[1] % factor * size, 0, -grid[0] % factor * size), mode="replicate")
-        expected = F.adaptive_avg_pool2d(picture, (cells[0] * patch_size, cells[1] * patch_size))
-        torch.testing.assert_close(decoder.linear_picture(latents, i), expected, atol=1e-5, rtol=1e-5)
+        image = decoder.unpatchify(F.conv2d(padded, weight, bias).flatten(2).transpose(1, 2), *grid)
+        image = F.pad(image, (0, -grid[1] % factor * size, 0, -grid[0] % factor * size), mode="replicate")
+        expected = F.adaptive_avg_pool2d(image, (cells[0] * patch_size, cells[1] * patch_size))
+        torch.testing.assert_close(decoder.linear_image(latents, i), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("patch_size", "factors"), PATHS)
-def test_a_linear_path_that_starts_from_the_finest_makes_the_average_of_its_picture(patch_size, factors):
+def test_a_linear_path_that_starts_from_the_finest_makes_the_average_of_its_image(patch_size, factors):
     core = random_core(scale_factors=factors, patch_size=patch_size)
     decoder, whole = core.decoder, noise(2, 4, 48, 96)
     for i in range(len(factors) - 1):
         decoder.init_coarse_path(i)
     for latents in (whole, whole[..., :31, :17], whole[..., :1, :3]):
-        finest = decoder.linear_picture(latents, len(factors) - 1)
-        for i, (factor, expected) in enumerate(zip(factors[:-1], picture_pyramid(finest, core.config))):
-            made = decoder.linear_picture(latents, i)
+        finest = decoder.linear_image(latents, len(factors) - 1)
+        for i, (factor, expected) in enumerate(zip(factors[:-1], image_pyramid(finest, core.config))):
+            made = decoder.linear_image(latents, i)
             assert made.shape == expected.shape
             # At a border beyond which a block reaches, what is repeated is an average of pixels, not the last of them.
             rows, columns = (side * patch_size // factor for side in latents.shape[2:])
@@ -230,26 +230,26 @@ def test_a_scale_that_starts_from_the_finest_has_tokens_of_average_cells(downsam
 
 
 @both_kinds
-def test_a_picture_is_the_patches_of_its_tokens_and_its_linear_picture(downsampling):
+def test_an_image_is_the_patches_of_its_tokens_and_its_linear_image(downsampling):
     decoder, latents, layout = decoder_and_latents((7, 5), downsampling=downsampling, output_conv=False)
     whole = decoder(latents, layout, all_scales=True)
     with torch.no_grad():
         decoder.head.weight.zero_()
         decoder.head.bias.zero_()
-    for i, (picture, factor) in enumerate(zip(decoder(latents, layout, all_scales=True), FACTORS)):
+    for i, (image, factor) in enumerate(zip(decoder(latents, layout, all_scales=True), FACTORS)):
         cells = latents if downsampling == "learned" else means(latents, factor)
-        torch.testing.assert_close(picture, decoder.linear_picture(cells, i), atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(whole[i], picture, atol=1e-2)
+        torch.testing.assert_close(image, decoder.linear_image(cells, i), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(whole[i], image, atol=1e-2)
 
 
 @both_kinds
-def test_output_convolution_runs_on_each_picture(downsampling):
+def test_output_convolution_runs_on_each_image(downsampling):
     decoder, latents, layout = decoder_and_latents((7, 5), downsampling=downsampling)
     outputs = decoder(latents, layout, all_scales=True)
     convolution, decoder.output_conv = decoder.output_conv, None
-    for output, picture in zip(outputs, decoder(latents, layout, all_scales=True), strict=True):
-        torch.testing.assert_close(output, convolution(picture), atol=1e-6, rtol=1e-6)
-        assert not torch.allclose(output, picture, atol=1e-2)
+    for output, image in zip(outputs, decoder(latents, layout, all_scales=True), strict=True):
+        torch.testing.assert_close(output, convolution(image), atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(output, image, atol=1e-2)
 
 
 @both_kinds
@@ -257,8 +257,8 @@ def test_a_batch_gives_what_its_members_give_alone(downsampling):
     decoder, latents, layout = decoder_and_latents((7, 5), batch=3, downsampling=downsampling)
     together = decoder(latents, layout, all_scales=True)
     alone = [decoder(one[None], layout, all_scales=True) for one in latents]
-    for k, pictures in enumerate(together):
-        torch.testing.assert_close(pictures, torch.cat([x[k] for x in alone]), atol=1e-5, rtol=1e-5)
+    for k, images in enumerate(together):
+        torch.testing.assert_close(images, torch.cat([x[k] for x in alone]), atol=1e-5, rtol=1e-5)
 
 
 @both_kinds
@@ -301,7 +301,7 @@ def test_the_kind_of_attention_changes_no_weight(downsampling):
 def test_a_compiled_linear_path_gives_the_gradients_of_a_plain_one():
     decoder, latents, _ = decoder_and_latents((7, 5))
     results = []
-    for compute in (decoder.linear_picture, torch.compile(decoder.linear_picture, dynamic=False)):
+    for compute in (decoder.linear_image, torch.compile(decoder.linear_image, dynamic=False)):
         leaves = [latents.clone().requires_grad_(), *decoder.linear_path[0].parameters()]
         results.append(torch.autograd.grad(compute(leaves[0], 0).square().sum(), leaves))
     for plain, compiled in zip(*results, strict=True):

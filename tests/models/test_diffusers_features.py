@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
-from helpers import noise, pictures, random_core
+from helpers import images, noise, random_core
 from pipelines import make_pipeline
 from torch import nn
 
@@ -22,7 +22,7 @@ from hieratok_hf import (
 )
 
 SHIPPED = Path(hieratok_hf.pretrained("hieratok-tiny"))
-PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "examples" / "pictures").glob("*.webp"))
+PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.webp"))
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def vae() -> AutoencoderHieraTok:
 
 @pytest.fixture
 def sample() -> torch.Tensor:
-    return pictures(2, 3, 28, 20)  # 7x5 cells
+    return images(2, 3, 28, 20)  # 7x5 cells
 
 
 @torch.no_grad()
 def everything(vae: AutoencoderHieraTok, sample: torch.Tensor) -> list[torch.Tensor]:
-    """What every entry computes: moments, pictures of the mode, of two scales, of a forward pass, in this order."""
+    """What every entry computes: moments, images of the mode, of two scales, of a forward pass, in this order."""
     posterior = vae.encode(sample).latent_dist
     latents = noise(2, 8, 7, 5).to(sample)
     decoded = [vae.decode(latents, num_scales=scales).sample for scales in (None, 2)]
@@ -309,8 +309,8 @@ def shipped() -> AutoencoderHieraTok:
     return AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
 
 
-def psnr(picture: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (picture.float().clamp(-1, 1) - expected.clamp(-1, 1)).square().mean() / 4
+def psnr(image: torch.Tensor, expected: torch.Tensor) -> float:
+    error = (image.float().clamp(-1, 1) - expected.clamp(-1, 1)).square().mean() / 4
     return (-10 * error.log10()).item()
 
 
@@ -359,8 +359,8 @@ def load_quantised(library: str, **given: Any) -> AutoencoderHieraTok:
 
 @pytest.mark.filterwarnings("ignore:Quanto:FutureWarning")
 @pytest.mark.parametrize("library", ["torchao", "quanto"])
-def test_quantised_weights_give_the_same_pictures(shipped, library, tmp_path):
-    quantised, sample = load_quantised(library), pictures(1, 3, 64, 96)
+def test_quantised_weights_give_the_same_images(shipped, library, tmp_path):
+    quantised, sample = load_quantised(library), images(1, 3, 64, 96)
     with torch.no_grad():
         expected, made = shipped(sample).sample, quantised(sample).sample
         latents = shipped.encode(sample).latent_dist.mode()
@@ -376,7 +376,7 @@ def test_quantised_weights_give_the_same_pictures(shipped, library, tmp_path):
 
 
 def test_the_other_library_loads_what_torchao_quantised(tmp_path):
-    quantised, sample = load_quantised("torchao"), pictures(1, 3, 64, 96)
+    quantised, sample = load_quantised("torchao"), images(1, 3, 64, 96)
     quantised.save_pretrained(tmp_path)
     model = HieraTokModel.from_pretrained(tmp_path).eval()
     assert type(model.core.decoder.blocks[0].attn.to_q.weight) is type(
@@ -387,7 +387,7 @@ def test_the_other_library_loads_what_torchao_quantised(tmp_path):
 
 
 def test_an_adapter_on_quantised_weights():
-    quantised, sample = load_quantised("torchao"), pictures(1, 3, 64, 96)
+    quantised, sample = load_quantised("torchao"), images(1, 3, 64, 96)
     quantised.requires_grad_(False)
     quantised.add_adapter(adapter_config(init_lora_weights=True, target_modules=["to_q", "to_v"]))
     quantised(sample).sample.square().mean().backward()

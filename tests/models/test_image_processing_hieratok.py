@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_core
-from picture_files import noise, opened, pixels, saved
+from image_files import noise, opened, pixels, saved
 from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig, dynamic_module_utils
 from transformers.models.auto import image_processing_auto
@@ -18,7 +18,7 @@ from transformers.utils import is_torchvision_available
 from hieratok_hf import AutoencoderHieraTok, add_remote_code
 from hieratok_hf.models import image_processing_hieratok as module
 from hieratok_hf.models.image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
-from hieratok_hf.utils.images import PictureError
+from hieratok_hf.utils.images import ImageError
 
 KODAK = Path(__file__).resolve().parents[3] / "shared" / "data" / "kodak"
 needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
@@ -128,18 +128,18 @@ def test_backends_agree():
 
 
 ARGUMENT_ERRORS = [
-    ([], {}, ValueError, "images must hold at least one picture, got none"),
+    ([], {}, ValueError, "images must hold at least one image, got none"),
     (
         None,
         {},
         TypeError,
-        "images must be PIL pictures, numpy arrays, torch tensors, paths or lists of them, got NoneType",
+        "images must be PIL images, numpy arrays, torch tensors, paths or lists of them, got NoneType",
     ),
     (
         [noise(), 7],
         {},
         TypeError,
-        "images must be PIL pictures, numpy arrays, torch tensors, paths or lists of them, got int",
+        "images must be PIL images, numpy arrays, torch tensors, paths or lists of them, got int",
     ),
     (np.zeros(5, np.uint8), {}, ValueError, "images must be arrays of 2, 3 or 4 dimensions, got shape (5,)"),
     (noise(32, 32, 7), {}, ValueError, "images must have 1, 3 or 4 channels first or last, got shape (32, 32, 7)"),
@@ -173,7 +173,7 @@ ARGUMENT_ERRORS = [
         noise(32, 64),
         {"do_center_crop": True, "crop_size": 48},
         ValueError,
-        "crop_size must fit a picture of 32 x 64 (height x width), got {'height': 48, 'width': 48}",
+        "crop_size must fit an image of 32 x 64 (height x width), got {'height': 48, 'width': 48}",
     ),
     (
         Image.new("L", (32, 32)),
@@ -207,7 +207,7 @@ def test_size_divisor_is_checked(backend, value):
 
 @both_backends
 def test_missing_path(tmp_path, backend):
-    with pytest.raises(PictureError, match="No such file"):
+    with pytest.raises(ImageError, match="No such file"):
         backend()([noise(), str(tmp_path / "none.png")])
 
 
@@ -222,11 +222,11 @@ def test_torchvision_backend_asks_for_torchvision():
 @pytest.mark.parametrize("seed", range(3))
 def test_round_trip_is_bit_identical(backend, dtype, seed):
     height, width = (16 * int(n) for n in np.random.default_rng(seed).integers(1, 5, 2))
-    pictures = np.stack([noise(height, width, seed=seed), noise(height, width, seed=seed + 10)])
-    pictures.reshape(-1)[:256] = np.arange(256)
+    images = np.stack([noise(height, width, seed=seed), noise(height, width, seed=seed + 10)])
+    images.reshape(-1)[:256] = np.arange(256)
     processor = backend()
-    values = processor(list(pictures), return_tensors="pt").pixel_values.to(dtype)
-    assert (np.stack([pixels(picture) for picture in processor.postprocess(values)]) == pictures).all()
+    values = processor(list(images), return_tensors="pt").pixel_values.to(dtype)
+    assert (np.stack([pixels(image) for image in processor.postprocess(values)]) == images).all()
 
 
 @both_backends
@@ -246,11 +246,11 @@ def test_round_trip_with_other_settings(backend):
 def test_postprocess_types_ranges_and_rounding():
     processor = HieraTokImageProcessorPil()
     values = torch.tensor([-7.0, -1.0, 0.0, 1.0, 9.0]).view(1, 1, 1, 5).repeat(2, 3, 4, 1).requires_grad_()
-    tensor, array, pictures = (processor.postprocess(values, output_type) for output_type in ("pt", "np", "pil"))
+    tensor, array, images = (processor.postprocess(values, output_type) for output_type in ("pt", "np", "pil"))
     assert tensor.shape == (2, 3, 4, 5) and tensor.dtype == torch.float32 and not tensor.requires_grad
     assert array.shape == (2, 4, 5, 3) and array.dtype == np.float32
     assert tensor[0, 0, 0].tolist() == array[1, 3, :, 2].tolist() == [0, 0, 0.5, 1, 1]
-    assert len(pictures) == 2 and pixels(pictures[1])[0, :, 1].tolist() == [0, 0, 128, 255, 255]
+    assert len(images) == 2 and pixels(images[1])[0, :, 1].tolist() == [0, 0, 128, 255, 255]
     nearly = torch.full((1, 3, 1, 1), 2 * 99.6 / 255 - 1)
     assert pixels(processor.postprocess(nearly)[0]).max() == 100
     assert processor.postprocess(values.detach().numpy(), "pt").equal(tensor)
@@ -295,7 +295,7 @@ def test_postprocess_errors(values, output_type, kind, text):
 
 @pytest.mark.skipif(not KODAK.is_dir(), reason=f"{KODAK} is absent")
 @both_backends
-def test_real_picture(backend):
+def test_real_image(backend):
     path = KODAK / "kodim23.png"
     processor = backend()
     values = processor(path, return_tensors="pt").pixel_values

@@ -305,8 +305,8 @@ def test_biases_start_at_zero_norms_at_one_and_the_output_convolution_as_the_ide
             assert (module.weight == 1).all()
         elif getattr(module, "bias", None) is not None:
             assert (module.bias == 0).all()
-    picture = noise(1, 3, 6, 7)
-    assert torch.equal(core.decoder.output_conv(picture), picture)
+    image = noise(1, 3, 6, 7)
+    assert torch.equal(core.decoder.output_conv(image), image)
 
 
 def test_attention_offers_the_names_that_diffusers_fuses():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import noise, pictures, random_core
+from helpers import images, noise, random_core
 
-from hieratok_hf.models.losses import PIXEL_LOSSES, border_loss, picture_pyramid, pixel_loss, tokenizer_losses
+from hieratok_hf.models.losses import PIXEL_LOSSES, border_loss, image_pyramid, pixel_loss, tokenizer_losses
 
 
 def losses_of(core, pixel_values):
@@ -16,12 +16,10 @@ def losses_of(core, pixel_values):
 @pytest.mark.parametrize("downsampling", ["learned", "mean"])
 def test_parts_are_what_they_say(downsampling):
     core = random_core(kl_weight=0.5, coarse_weight=0.25, downsampling=downsampling)
-    pixel_values = pictures(2, 3, 28, 20)
+    pixel_values = images(2, 3, 28, 20)
     losses, moments, latents = losses_of(core, pixel_values)
     decoded = core.decode_scales(latents)
-    squares = [
-        (a - b).square().mean() for a, b in zip(decoded, picture_pyramid(pixel_values, core.config), strict=True)
-    ]
+    squares = [(a - b).square().mean() for a, b in zip(decoded, image_pyramid(pixel_values, core.config), strict=True)]
     mean, logvar = moments.chunk(2, dim=1)
     torch.testing.assert_close(losses["mse"], squares[-1])
     torch.testing.assert_close(losses["coarse"], (8 * squares[0] + 4 * squares[1] + 2 * squares[2]) / 3)
@@ -30,12 +28,12 @@ def test_parts_are_what_they_say(downsampling):
 
 
 def test_a_single_scale_has_no_coarse_part():
-    losses, *_ = losses_of(random_core(scale_factors=(1,)), pictures(1, 3, 8, 8))
+    losses, *_ = losses_of(random_core(scale_factors=(1,)), images(1, 3, 8, 8))
     assert set(losses) == {"mse", "kl", "loss"}
 
 
-def test_parts_do_not_grow_with_the_picture():
-    core, small = random_core(), pictures(1, 3, 32, 32)
+def test_parts_do_not_grow_with_the_image():
+    core, small = random_core(), images(1, 3, 32, 32)
     large = small.repeat(1, 1, 4, 4)
     for name in ("mse", "kl"):
         ratio = losses_of(core, large)[0][name] / losses_of(core, small)[0][name]
@@ -44,12 +42,12 @@ def test_parts_do_not_grow_with_the_picture():
 
 def test_low_precision_gives_a_float32_loss():
     core = random_core().to(torch.bfloat16)
-    losses, *_ = losses_of(core, pictures(1, 3, 16, 16).to(torch.bfloat16))
+    losses, *_ = losses_of(core, images(1, 3, 16, 16).to(torch.bfloat16))
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
 
 
 def test_kinds_of_pixel_differences_by_hand():
-    a, b = pictures(2, 3, 5, 7), pictures(2, 3, 5, 7, seed=1)
+    a, b = images(2, 3, 5, 7), images(2, 3, 5, 7, seed=1)
     difference = (a - b).double()
     expected = {
         "mse": difference.square().mean(),
@@ -64,7 +62,7 @@ def test_kinds_of_pixel_differences_by_hand():
 
 @pytest.mark.parametrize("kind", PIXEL_LOSSES)
 def test_a_pixel_difference_is_zero_for_equals_symmetric_and_has_a_finite_gradient(kind):
-    a, b = pictures(1, 3, 4, 4), pictures(1, 3, 4, 4, seed=1)
+    a, b = images(1, 3, 4, 4), images(1, 3, 4, 4, seed=1)
     assert pixel_loss(a, a, kind).abs() < 1e-9
     assert pixel_loss(a, b, kind) == pixel_loss(b, a, kind) > 0
     same = a.clone().requires_grad_()
@@ -85,12 +83,12 @@ def test_charbonnier_is_the_absolute_difference_but_smooth_at_zero():
 
 @pytest.mark.parametrize("kind", PIXEL_LOSSES)
 def test_every_scale_is_measured_by_the_kind_that_is_asked_for(kind):
-    core, pixel_values = random_core(kl_weight=0.5, coarse_weight=0.25), pictures(2, 3, 28, 20)
+    core, pixel_values = random_core(kl_weight=0.5, coarse_weight=0.25), images(2, 3, 28, 20)
     moments, _ = core.encode_moments(pixel_values)
     decoded = core.decode_scales(core.encode(pixel_values).mode())
     losses = tokenizer_losses(decoded, pixel_values, moments, core.config, kind)
     assert set(losses) == {kind, "kl", "coarse", "loss"}
-    pairs = zip(decoded, picture_pyramid(pixel_values, core.config), strict=True)
+    pairs = zip(decoded, image_pyramid(pixel_values, core.config), strict=True)
     *coarse, finest = [pixel_loss(a, b, kind) for a, b in pairs]
     torch.testing.assert_close(losses[kind], finest)
     torch.testing.assert_close(losses["coarse"], (8 * coarse[0] + 4 * coarse[1] + 2 * coarse[2]) / 3)
@@ -98,12 +96,12 @@ def test_every_scale_is_measured_by_the_kind_that_is_asked_for(kind):
 
 
 def test_the_border_loss_is_that_of_a_plain_loop_over_steps():
-    made = pictures(3, 3, 10, 12)
+    made = images(3, 3, 10, 12)
     excess = []
-    for picture in made:
+    for image in made:
         means = []
         for axis, length in ((1, 10), (2, 12)):
-            steps = [(picture.select(axis, i) - picture.select(axis, i - 1)).abs().mean() for i in range(1, length)]
+            steps = [(image.select(axis, i) - image.select(axis, i - 1)).abs().mean() for i in range(1, length)]
             across = [step for i, step in enumerate(steps, start=1) if i % 4 == 0]
             inside = [step for i, step in enumerate(steps, start=1) if i % 4]
             means.append(sum(across) / len(across) - sum(inside) / len(inside))
@@ -115,7 +113,7 @@ def test_the_border_loss_sees_seams_alone():
     offsets = noise(2, 3, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert border_loss(offsets, 4) > 0.5
     assert border_loss(offsets, 8) == border_loss(offsets, 1) == 0  # no border, and nothing but borders
-    assert border_loss(pictures(2, 3, 8, 8) - 3 * offsets.roll((2, 2), (2, 3)), 4) == 0  # steps inside alone
+    assert border_loss(images(2, 3, 8, 8) - 3 * offsets.roll((2, 2), (2, 3)), 4) == 0  # steps inside alone
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel
 import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokModel
 from hieratok_hf.models.layers import HieraTokAttnProcessor
-from hieratok_hf.models.losses import picture_pyramid
+from hieratok_hf.models.losses import image_pyramid
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_loss_weighs_squared_errors_and_divergence(model, pixel_values):
     assert list(output)[:3] == ["loss", "reconstruction", "latents"]
     mse = (output.reconstruction - pixel_values).square().mean()
     kl = output.posterior.kl().sum() / output.latents.numel()
-    pairs = zip(model.core.decode_scales(output.latents), picture_pyramid(pixel_values, model.config), strict=True)
+    pairs = zip(model.core.decode_scales(output.latents), image_pyramid(pixel_values, model.config), strict=True)
     errors = [(a - b).square().mean() for a, b in pairs]
     coarse = (8 * errors[0] + 4 * errors[1] + 2 * errors[2]) / 3
     assert kl > 0 and coarse > 0
@@ -79,7 +79,7 @@ def test_encode_and_decode_are_the_forward_in_two(model, pixel_values):
     assert torch.equal(model.decode(encoded.latents, return_dict=False)[0], output.reconstruction)
 
 
-def test_progressive_decode_returns_the_smaller_picture(model, pixel_values):
+def test_progressive_decode_returns_the_smaller_image(model, pixel_values):
     latents = model.encode(pixel_values).latents
     sizes = [tuple(model.decode(latents, num_scales=k).reconstruction.shape[-2:]) for k in (1, 2, 3, 4)]
     assert sizes == [(4, 4), (8, 8), (16, 12), (28, 20)]
@@ -106,7 +106,7 @@ def test_all_scales_are_returned_where_they_are_asked_for(model, pixel_values, n
     assert len(model(pixel_values, return_scales=True, return_dict=False)) == 5
 
 
-def test_without_a_loss_only_the_picture_is_made(model, pixel_values):
+def test_without_a_loss_only_the_image_is_made(model, pixel_values):
     expected, output = model(pixel_values), model(pixel_values, return_loss=False)
     assert output.loss is None and torch.equal(output.reconstruction, expected.reconstruction)
 
@@ -178,15 +178,15 @@ def test_random_weights_are_those_of_the_other_class(tiny_config):
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in reference.items()}
 
 
-def test_pictures_are_cast_to_the_weights(model, pixel_values):
+def test_images_are_cast_to_the_weights(model, pixel_values):
     output = model.to(torch.bfloat16)(pixel_values)
     assert output.reconstruction.dtype == torch.bfloat16 and torch.isfinite(output.reconstruction).all()
     assert output.loss.dtype == torch.float32
 
 
-def test_a_batch_is_its_pictures(model, pixel_values):
+def test_a_batch_is_its_images(model, pixel_values):
     together = model(pixel_values).reconstruction
-    alone = torch.cat([model(picture).reconstruction for picture in pixel_values.split(1)])
+    alone = torch.cat([model(image).reconstruction for image in pixel_values.split(1)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
@@ -239,7 +239,7 @@ def test_public_names_resolve():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_gpu_gives_the_pictures_of_the_cpu(dtype, tiny_config):
+def test_a_gpu_gives_the_images_of_the_cpu(dtype, tiny_config):
     torch.manual_seed(0)
     model = HieraTokModel(tiny_config).eval()
     pixel_values = torch.rand(2, 3, 64, 48) * 2 - 1

@@ -9,16 +9,16 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from helpers import pictures, random_core
+from helpers import images, random_core
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
-from hieratok_hf.models.saving import WEIGHTS_STEM, staged
+from hieratok_hf.models.saving import WEIGHTS_STEM, stage_folder
 from hieratok_hf.utils.files import read_json
 
-# Saved by the package before there was `downsampling`, with the pictures that it made.
+# Saved by the package before there was `downsampling`, with the images that it made.
 MEAN_MODEL = Path(__file__).parents[1] / "data" / "mean_model"
 CLASSES = {"transformers": HieraTokModel, "diffusers": AutoencoderHieraTok}
 
@@ -36,7 +36,7 @@ def assert_same_weights(model, other):
 @pytest.mark.parametrize("max_shard_size", ["1GB", "40KB"])
 @pytest.mark.parametrize("route", ["td", "dt", "tdt", "dtd"])
 def test_a_folder_survives_both_libraries(route, max_shard_size, tmp_path):
-    core, sample = random_core(), pictures(2, 3, 28, 20)
+    core, sample = random_core(), images(2, 3, 28, 20)
     libraries = [{"t": "transformers", "d": "diffusers"}[letter] for letter in route]
     model = CLASSES[libraries[0]].from_core(core)
     for i in range(len(libraries)):
@@ -133,7 +133,7 @@ def test_a_trainer_resumes(tmp_path):
             per_device_train_batch_size=2, logging_strategy="no",
         )  # fmt: skip
         torch.manual_seed(0)
-        data = [{"pixel_values": picture} for picture in pictures(8, 3, 8, 8)]
+        data = [{"pixel_values": image} for image in images(8, 3, 8, 8)]
         return Trainer(HieraTokModel.from_core(random_core()), arguments, train_dataset=data, eval_dataset=data)
 
     whole = trainer(4)
@@ -165,7 +165,7 @@ def test_an_interrupted_save_changes_nothing(tmp_path, monkeypatch):
 
 def test_a_stage_replaces_files_only_at_its_end(tmp_path):
     (tmp_path / "config.json").write_text("old")
-    with staged(tmp_path) as stage:
+    with stage_folder(tmp_path) as stage:
         (stage / "config.json").write_text("new")
         (stage / "part").mkdir()
         (stage / "part" / "a.txt").write_text("a")
@@ -194,12 +194,12 @@ def test_a_filled_hub_cache_serves_offline(tmp_path):
 
 
 def test_a_folder_that_was_not_there_is_not_there_after_a_failure(tmp_path):
-    with pytest.raises(RuntimeError), staged(tmp_path / "new") as stage:
+    with pytest.raises(RuntimeError), stage_folder(tmp_path / "new") as stage:
         (stage / "config.json").write_text("{}")
         raise RuntimeError
     assert not (tmp_path / "new").exists()
     (tmp_path / "old").mkdir()
-    with pytest.raises(RuntimeError), staged(tmp_path / "old"):
+    with pytest.raises(RuntimeError), stage_folder(tmp_path / "old"):
         raise RuntimeError
     assert not list((tmp_path / "old").iterdir())
 
@@ -215,15 +215,15 @@ def test_the_error_of_a_model_that_is_nowhere_names_it_and_the_way_out(monkeypat
 
 
 @pytest.mark.parametrize("cls", [*CLASSES.values(), AutoModel], ids=[*CLASSES, "auto"])
-def test_a_folder_from_before_there_was_learned_downsampling_gives_its_pictures(cls, tmp_path):
+def test_a_folder_from_before_there_was_learned_downsampling_gives_its_images(cls, tmp_path):
     assert "downsampling" not in read_json(MEAN_MODEL / "config.json")
-    recorded = load_file(MEAN_MODEL / "pictures.safetensors")
+    recorded = load_file(MEAN_MODEL / "images.safetensors")
     latents, model = recorded.pop("latents"), cls.from_pretrained(MEAN_MODEL)
     model.save_pretrained(tmp_path)
     for loaded in (model, cls.from_pretrained(tmp_path)):
         assert loaded.config.downsampling == "mean"
         with torch.no_grad():
             scales = loaded.core.decode_scales(latents)
-        for i, picture in enumerate(scales):
-            torch.testing.assert_close(picture, recorded[f"scale_{i}"], rtol=0, atol=1e-6)
+        for i, image in enumerate(scales):
+            torch.testing.assert_close(image, recorded[f"scale_{i}"], rtol=0, atol=1e-6)
     assert len(scales) == len(recorded)

@@ -1,4 +1,4 @@
-"""Tiling: tiles cover a side, their weights sum to one, and tiled results are those of the whole picture."""
+"""Tiling: tiles cover a side, their weights sum to one, and tiled results are those of the whole image."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import noise, pictures, random_core
+from helpers import images, noise, random_core
 from PIL import Image
 
 from hieratok_hf import AutoencoderHieraTok, pretrained
@@ -62,7 +62,7 @@ def test_a_function_of_single_cells_is_unchanged(size, function):
     torch.testing.assert_close(made, call(x), atol=1e-6, rtol=1e-6)
 
 
-def test_a_flat_picture_stays_flat_in_half_precision():
+def test_a_flat_image_stays_flat_in_half_precision():
     x = torch.full((1, 1, 100, 90), 0.7, dtype=torch.bfloat16)
     made = run_in_tiles(lambda part: part, x, (32, 32), (24, 20), (1, 1))
     assert made.dtype == torch.bfloat16 and (made.float() - x.float()).abs().max() <= 2**-8
@@ -79,8 +79,8 @@ def local_vae(**overrides) -> AutoencoderHieraTok:
 
 @pytest.mark.parametrize("size", [(160, 224), (164, 260), (64, 300), (68, 36)])
 @pytest.mark.parametrize(("slicing", "downsampling"), [(False, "learned"), (True, "learned"), (True, "mean")])
-def test_every_scale_is_that_of_the_whole_picture_where_nothing_looks_beyond_a_tile(size, slicing, downsampling):
-    vae, sample = local_vae(downsampling=downsampling), pictures(2, 3, *size)
+def test_every_scale_is_that_of_the_whole_image_where_nothing_looks_beyond_a_tile(size, slicing, downsampling):
+    vae, sample = local_vae(downsampling=downsampling), images(2, 3, *size)
     with torch.no_grad():
         moments = vae.encode(sample).latent_dist.parameters
         latents = noise(2, 4, size[0] // 4, size[1] // 4)
@@ -89,8 +89,8 @@ def test_every_scale_is_that_of_the_whole_picture_where_nothing_looks_beyond_a_t
         if slicing:
             vae.enable_slicing()
         torch.testing.assert_close(vae.encode(sample).latent_dist.parameters, moments, atol=1e-5, rtol=0)
-        for k, picture in zip((1, 2, 3, None), whole):
-            torch.testing.assert_close(vae.decode(latents, num_scales=k).sample, picture, atol=1e-5, rtol=0)
+        for k, image in zip((1, 2, 3, None), whole):
+            torch.testing.assert_close(vae.decode(latents, num_scales=k).sample, image, atol=1e-5, rtol=0)
         for ours, theirs in zip(vae.decode(latents, return_scales=True).scales, whole, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -105,12 +105,12 @@ def test_a_tile_is_encoded_and_decoded_by_itself(vae, monkeypatch):
     plain = vae.core.encode_moments
     monkeypatch.setattr(vae.core, "encode_moments", lambda x: seen.append(tuple(x.shape)) or plain(x))
     vae.enable_tiling(32, 64, 24, 48)
-    vae.encode(pictures(2, 3, 100, 64))
+    vae.encode(images(2, 3, 100, 64))
     assert seen == [(2, 3, 32, 64)] * 4
 
 
-def test_pictures_no_larger_than_a_tile_are_left_alone_and_disabling_restores(vae):
-    small, large = pictures(2, 3, 64, 64), pictures(1, 3, 96, 64)
+def test_images_no_larger_than_a_tile_are_left_alone_and_disabling_restores(vae):
+    small, large = images(2, 3, 64, 64), images(1, 3, 96, 64)
     with torch.no_grad():
         expected = vae(small).sample, vae(large).sample
         vae.enable_tiling(64, 64)
@@ -142,7 +142,7 @@ def test_without_scale_causality_all_scales_come_in_tiles_but_none_alone():
             vae.decode(latents, num_scales=2, return_scales=return_scales)
 
 
-def test_gradients_are_those_of_the_whole_picture():
+def test_gradients_are_those_of_the_whole_image():
     gradients = []
     for tiling in (False, True):
         vae, latents = local_vae(), noise(1, 4, 24, 40).requires_grad_()
@@ -208,8 +208,8 @@ def test_what_cannot_be_encoded_is_refused_by_its_own_size(vae, shape, named):
 @pytest.mark.skipif(not KODAK.is_dir(), reason="needs ../shared/data/kodak")
 def test_the_shipped_weights_tile_without_a_seam():
     vae = AutoencoderHieraTok.from_pretrained(pretrained("hieratok-tiny"))
-    picture = Image.open(KODAK / "kodim17.png").convert("RGB")
-    sample = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    image = Image.open(KODAK / "kodim17.png").convert("RGB")
+    sample = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.inference_mode():
         latents = vae.encode(sample).latent_dist.mode()
         whole = vae.decode(latents).sample

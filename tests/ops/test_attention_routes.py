@@ -1,4 +1,4 @@
-"""Tests of every route to an attention backend: it is the one that computes, and pictures stay scale-causal."""
+"""Tests of every route to an attention backend: it is the one that computes, and images stay scale-causal."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.models import attention_dispatch
-from helpers import changed_tokens, noise, pictures, random_core
+from helpers import changed_tokens, images, noise, random_core
 from transformers import AutoModel
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor, HieraTokModel, PyramidLayout
@@ -51,7 +51,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected():
-    """The pictures of all scales by the reference."""
+    """The images of all scales by the reference."""
     core = processed("reference")
     with torch.no_grad():
         return core.decode_scales(noise(1, 4, *GRID))
@@ -159,44 +159,44 @@ def test_the_route_ends_at_its_backend(route, reached, monkeypatch):
         return scale_causal_attention(*args, backend=backend, **kwargs)
 
     monkeypatch.setattr("hieratok_hf.models.layers.scale_causal_attention", recording)
-    latents = route.core.encode(pictures(1, 3, 20, 12).to(route.device)).mode()
+    latents = route.core.encode(images(1, 3, 20, 12).to(route.device)).mode()
     route.decode(latents)
     assert asked_for == [route.backend] * 4  # two layers a side
     if route.backend != "auto":
         assert set(reached) == {route.backend}
 
 
-def test_finer_tokens_leave_coarser_pictures_bit_identical(route, expected):
+def test_finer_tokens_leave_coarser_images_bit_identical(route, expected):
     latents = noise(1, 4, *GRID).to(route.device)
     # From the start and added, because a compiled route does not look for hooks again.
     change = {"tokens": torch.zeros(1, LAYOUT.num_tokens, 32, device=route.device)}
     with changed_tokens(route.core.decoder, lambda tokens: tokens + change["tokens"]):
         before = route.decoder(latents, LAYOUT, all_scales=True)
-        for picture, other in zip(before, expected, strict=True):
-            torch.testing.assert_close(picture.float().cpu(), other, atol=route.tolerance, rtol=0)
+        for image, other in zip(before, expected, strict=True):
+            torch.testing.assert_close(image.float().cpu(), other, atol=route.tolerance, rtol=0)
         for scale in range(1, LAYOUT.num_scales):
             start = LAYOUT.slices[scale].start
             change["tokens"] = 3 * noise(1, LAYOUT.num_tokens, 32, seed=5).to(route.device)
             change["tokens"][:, :start] = 0
             after = route.decoder(latents, LAYOUT, all_scales=True)
-            assert all(torch.equal(picture, same) for picture, same in zip(before[:scale], after[:scale]))
-            for picture, other in zip(before[scale:], after[scale:]):
-                assert not torch.allclose(picture, other, atol=0.1)
+            assert all(torch.equal(image, same) for image, same in zip(before[:scale], after[:scale]))
+            for image, other in zip(before[scale:], after[scale:]):
+                assert not torch.allclose(image, other, atol=0.1)
 
 
-def test_fewer_scales_give_the_same_pictures(route):
+def test_fewer_scales_give_the_same_images(route):
     latents = noise(1, 4, *GRID).to(route.device)
     full = route.core.decode_scales(latents)
-    for num_scales, picture in enumerate(full[:-1], 1):
+    for num_scales, image in enumerate(full[:-1], 1):
         alone = route.decode(latents, num_scales=num_scales)
-        torch.testing.assert_close(alone.float(), picture.float(), atol=route.tolerance, rtol=0)
+        torch.testing.assert_close(alone.float(), image.float(), atol=route.tolerance, rtol=0)
 
 
 def gradients_of(core, device):
     core.to(device).zero_grad()
-    shown = pictures(1, 3, 20, 12).to(device)
+    shown = images(1, 3, 20, 12).to(device)
     made = core.decode_scales(core.encode(shown).mode())
-    sum(picture.square().sum() for picture in made).backward()
+    sum(image.square().sum() for image in made).backward()
     return {name: x.grad.cpu() for name, x in core.named_parameters() if x.grad is not None}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import noise, pictures, random_core
+from helpers import images, noise, random_core
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,8 +99,8 @@ def test_the_compiler_gives_the_same_for_every_size(monkeypatch):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_whole_model_gives_the_same_pictures(calls, fused, monkeypatch):
-    vae, sample = AutoencoderHieraTok.from_core(random_core()).eval(), pictures(2, 3, 28, 20)
+def test_a_whole_model_gives_the_same_images(calls, fused, monkeypatch):
+    vae, sample = AutoencoderHieraTok.from_core(random_core()).eval(), images(2, 3, 28, 20)
     if fused:
         vae.fuse_qkv_projections()
     with torch.no_grad():

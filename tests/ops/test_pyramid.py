@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import noise, pictures, random_core
+from helpers import images, noise, random_core
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hieratok_hf import HieraTokConfig, PyramidLayout
-from hieratok_hf.models.losses import picture_pyramid
-from hieratok_hf.ops.pyramid import convolve_pyramid, flatten_pyramid, kept_by_size
+from hieratok_hf.models.losses import image_pyramid
+from hieratok_hf.ops.pyramid import convolve_pyramid, flatten_pyramid, keep_by_size
 
 FACTORS = (8, 4, 2, 1)
 GRIDS = [(7, 5), (1, 1), (16, 16), (4, 6), (1, 3), (9, 2), (8, 17)]
@@ -158,18 +158,18 @@ def test_layout_is_frozen_hashable_and_compares_by_value():
         layout.grids = ()
 
 
-def test_picture_pyramid_averages_and_repeats_the_edge():
+def test_image_pyramid_averages_and_repeats_the_edge():
     config = HieraTokConfig(patch_size=2, scale_factors=(4, 2, 1))
-    picture = torch.arange(3 * 10 * 6, dtype=torch.float32).view(1, 3, 10, 6)  # 5x3 tokens
-    coarse, middle, fine = picture_pyramid(picture, config)
-    assert fine is picture
+    image = torch.arange(3 * 10 * 6, dtype=torch.float32).view(1, 3, 10, 6)  # 5x3 tokens
+    coarse, middle, fine = image_pyramid(image, config)
+    assert fine is image
     assert coarse.shape == (1, 3, 4, 2) and middle.shape == (1, 3, 6, 4)
     for pooled, factor in ((coarse, 4), (middle, 2)):
         for row in range(pooled.shape[2]):
             for column in range(pooled.shape[3]):
                 rows = [min(factor * row + i, 9) for i in range(factor)]
                 columns = [min(factor * column + i, 5) for i in range(factor)]
-                torch.testing.assert_close(pooled[..., row, column], picture[:, :, rows][..., columns].mean((2, 3)))
+                torch.testing.assert_close(pooled[..., row, column], image[:, :, rows][..., columns].mean((2, 3)))
 
 
 def test_cells_are_those_of_a_walk_over_the_grids():
@@ -189,7 +189,7 @@ def test_cells_are_those_of_a_walk_over_the_grids():
 def test_what_is_kept_is_that_of_its_own_size():
     made = []
 
-    @kept_by_size
+    @keep_by_size
     def double(layout, number, device):
         made.append(layout.num_tokens)
         return torch.full((layout.num_tokens,), 2 * number, device=device)
@@ -216,7 +216,7 @@ def test_what_is_kept_has_data_and_serves_training_after_inference():
 
 @pytest.mark.parametrize("downsampling", ["learned", "mean"])
 def test_a_model_trains_after_inference_at_the_same_size(downsampling):
-    core, sample = random_core(downsampling=downsampling), pictures(1, 3, 44, 52)
+    core, sample = random_core(downsampling=downsampling), images(1, 3, 44, 52)
     with torch.inference_mode():
         core.decode(core.encode(sample).mode())
     core.decode(core.encode(sample).mode()).square().mean().backward()

@@ -120,7 +120,7 @@ def test_what_pytorch_asks_of_an_operator(normed):
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_a_model_gives_the_same_pictures_and_gradients(qk_norm):
+def test_a_model_gives_the_same_images_and_gradients(qk_norm):
     core = random_core(qk_norm=qk_norm).to(DEVICE)
     pixel_values = noise(1, 3, 28, 20).to(DEVICE)
     results = []
@@ -128,9 +128,9 @@ def test_a_model_gives_the_same_pictures_and_gradients(qk_norm):
         for block in [*core.encoder.blocks, *core.decoder.blocks]:
             block.attn.set_processor(HieraTokAttnProcessor("sdpa", fused_rotary=fused))
         core.zero_grad()
-        picture = core.decode(core.encode(pixel_values).mode())
-        picture.square().sum().backward()
-        results.append([picture, *(x.grad for x in core.parameters() if x.grad is not None)])
+        image = core.decode(core.encode(pixel_values).mode())
+        image.square().sum().backward()
+        results.append([image, *(x.grad for x in core.parameters() if x.grad is not None)])
     assert len(results[0]) == len(results[1]) > 30
     for one, other in zip(*results):
         assert (one - other).norm() <= 1e-4 * other.norm()

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from helpers import noise
 
-from hieratok_hf.pipelines.noise_levels import NoiseLevel, noise_levels, predicted_for
+from hieratok_hf.pipelines.noise_levels import NoiseLevel, noise_levels, prediction_type_of
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 FLOW_SCHEDULERS = [
@@ -98,11 +98,11 @@ def test_clean_latents_and_noise_alone():
 )
 def test_a_scheduler_that_fits_no_transformer_is_refused(scheduler, message):
     with pytest.raises(ValueError, match=message):
-        predicted_for(scheduler)
+        prediction_type_of(scheduler)
 
 
 def test_what_each_kind_of_scheduler_wants():
-    assert predicted_for(FlowMatchEulerDiscreteScheduler()) == "flow_prediction"
-    assert predicted_for(UniPCMultistepScheduler(**FLOW)) == "flow_prediction"
-    assert predicted_for(DDIMScheduler()) == "epsilon"
-    assert predicted_for(DDIMScheduler(prediction_type="v_prediction")) == "v_prediction"
+    assert prediction_type_of(FlowMatchEulerDiscreteScheduler()) == "flow_prediction"
+    assert prediction_type_of(UniPCMultistepScheduler(**FLOW)) == "flow_prediction"
+    assert prediction_type_of(DDIMScheduler()) == "epsilon"
+    assert prediction_type_of(DDIMScheduler(prediction_type="v_prediction")) == "v_prediction"

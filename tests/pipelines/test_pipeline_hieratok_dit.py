@@ -170,7 +170,7 @@ def test_flow_steps_are_even_down_to_none():
     assert [times[0] for times, _ in pipe.transformer.asked[4:]] == pytest.approx([1000, 500])
 
 
-def test_several_pictures_of_each_class_stand_together():
+def test_several_images_of_each_class_stand_together():
     pipe = oracle_pipeline()
     latents = pipe([2, 0], 3, 1.0, num_images_per_prompt=2, generator=seeds(0, 1, 2, 3), output_type="latent").images
     torch.testing.assert_close(latents, pipe.transformer.targets[[2, 2, 0, 0]].detach(), atol=1e-4, rtol=1e-4)
@@ -198,12 +198,12 @@ def test_the_same_as_diffusers_own_pipeline(kind):
         pipe.set_progress_bar_config(disable=True)
     for scale in (1.0, 4.0):
         settings = {"guidance_scale": scale, "num_inference_steps": 5, "output_type": "np"}
-        pictures = ours([7, 999], generator=torch.manual_seed(0), **settings).images
+        images = ours([7, 999], generator=torch.manual_seed(0), **settings).images
         expected = theirs([7, 999], generator=torch.manual_seed(0), **settings).images
-        np.testing.assert_allclose(pictures, expected, atol=1e-4)
+        np.testing.assert_allclose(images, expected, atol=1e-4)
 
 
-def test_a_saved_pipeline_gives_the_same_pictures_in_a_new_process(tmp_path):
+def test_a_saved_pipeline_gives_the_same_images_in_a_new_process(tmp_path):
     pipe = dit_pipeline()
     pipe.save_pretrained(tmp_path / "pipe")
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
@@ -217,11 +217,11 @@ assert pipe.config.id2label == {0: "tench, Tinca tinca", 1: "English_springer", 
 pipe.set_progress_bar_config(disable=True)
 numpy.save(sys.argv[2], pipe(["church", 1], 4, generator=torch.manual_seed(3), output_type="np").images)
 """
-    command = [sys.executable, "-c", program, str(tmp_path / "pipe"), str(tmp_path / "pictures.npy")]
+    command = [sys.executable, "-c", program, str(tmp_path / "pipe"), str(tmp_path / "images.npy")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Expected types" not in done.stderr
-    assert np.array_equal(np.load(tmp_path / "pictures.npy"), expected)
+    assert np.array_equal(np.load(tmp_path / "images.npy"), expected)
 
 
 def test_saving_over_another_pipeline_leaves_none_of_it(tmp_path):
@@ -258,8 +258,8 @@ def test_precision_of_the_parts(tmp_path):
     half.set_progress_bar_config(disable=True)
     assert half.vae.dtype == half.transformer.dtype == torch.bfloat16
     expected = pipe([0, 1], 4, 2.0, generator=seeds(0, 1), output_type="pt").images
-    pictures = half([0, 1], 4, 2.0, generator=seeds(0, 1), output_type="pt").images
-    assert (pictures.float() - expected).abs().mean() < 0.02
+    images = half([0, 1], 4, 2.0, generator=seeds(0, 1), output_type="pt").images
+    assert (images.float() - expected).abs().mean() < 0.02
     assert half([0], 2, output_type="latent").images.dtype == torch.bfloat16
 
 
@@ -279,13 +279,13 @@ def test_what_comes_out(output_type):
     assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
 
 
-def test_pictures_are_the_decoded_latents():
+def test_images_are_the_decoded_latents():
     pipe = dit_pipeline()
     latents = pipe([0, 1], 3, generator=seeds(0, 1), output_type="latent").images
-    pictures = pipe([0, 1], 3, generator=seeds(0, 1), output_type="pt").images
+    images = pipe([0, 1], 3, generator=seeds(0, 1), output_type="pt").images
     with torch.no_grad():
         decoded = pipe.vae.decode(latents).sample
-    torch.testing.assert_close(pictures, (decoded / 2 + 0.5).clamp(0, 1))
+    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
 
 
 def test_latents_that_are_given_are_the_noise():
@@ -322,7 +322,7 @@ def test_a_callback_can_stop_it():
 
 
 @pytest.mark.parametrize("scales", [1, 2, 4])
-def test_previews_are_the_coarse_pictures_of_the_predicted_latents(scales):
+def test_previews_are_the_coarse_images_of_the_predicted_latents(scales):
     pipe = oracle_pipeline()
     previews = []
 
@@ -342,7 +342,7 @@ def test_previews_are_the_coarse_pictures_of_the_predicted_latents(scales):
         torch.testing.assert_close(previews[-1], final, atol=1e-4, rtol=0)
 
 
-def test_previews_do_not_change_the_picture():
+def test_previews_do_not_change_the_image():
     pipe = dit_pipeline()
     plain = pipe([0], 3, generator=seeds(0), output_type="pt").images
     watched = pipe(
@@ -358,10 +358,10 @@ def test_another_autoencoder_serves_without_previews():
         block_out_channels=(8, 8, 8), norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1, **sizes
     ).eval()
     pipe = oracle_pipeline(vae=vae)
-    pictures = pipe([0], 3, 1.0, generator=seeds(0), output_type="pt").images
+    images = pipe([0], 3, 1.0, generator=seeds(0), output_type="pt").images
     with torch.no_grad():
         expected = vae.decode(pipe.transformer.targets[:1] / 0.5 + 0.1).sample
-    torch.testing.assert_close(pictures, (expected / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="needs a tokenizer with scales, `vae` is a AutoencoderKL"):
         pipe([0], 3, preview_scales=1, callback_on_step_end=lambda *given: {})
 
@@ -373,8 +373,8 @@ def test_an_autoencoder_that_says_its_ratio_serves():
     multiscale = {"encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ())}
     torch.manual_seed(0)
     vae = AutoencoderDC(latent_channels=CHANNELS, **blocks, **widths, **depths, **multiscale).eval()
-    pictures = oracle_pipeline(vae=vae)([0], 2, 1.0, output_type="pt").images
-    assert pictures.shape == (1, 3, SIDE * vae.spatial_compression_ratio, SIDE * vae.spatial_compression_ratio)
+    images = oracle_pipeline(vae=vae)([0], 2, 1.0, output_type="pt").images
+    assert images.shape == (1, 3, SIDE * vae.spatial_compression_ratio, SIDE * vae.spatial_compression_ratio)
 
 
 def test_without_a_tokenizer_there_are_latents(tmp_path):
@@ -434,7 +434,7 @@ def test_labels_by_name():
         ({"latents": torch.zeros(2, 4, 8, 8)}, "`latents`"),
         ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "`latents` must be a tensor of floating point"),
         ({"latents": np.zeros((1, 4, 8, 8))}, "got ndarray"),
-        ({"generator": seeds(0, 1)}, "one for each of 1 pictures, got 2"),
+        ({"generator": seeds(0, 1)}, "one for each of 1 images, got 2"),
         ({"timesteps": [900, 100], "sigmas": [1.0, 0.5]}, "Only one of `timesteps` or `sigmas`"),
         ({"preview_scales": 2}, "`preview_scales` needs a `callback_on_step_end`"),
         ({"preview_scales": 5, "callback_on_step_end": print}, "from 1 to the 4 scales of `vae`, got 5"),
@@ -505,6 +505,6 @@ def test_offload_and_half_precision_on_a_gpu():
     expected = dit_pipeline()([0, 1], 4, generator=seeds(0, 1), output_type="pt").images
     pipe = dit_pipeline()
     pipe.enable_model_cpu_offload()
-    pictures = pipe([0, 1], 4, generator=seeds(0, 1), output_type="pt").images.cpu()
-    torch.testing.assert_close(pictures, expected, atol=2e-2, rtol=0)
+    images = pipe([0, 1], 4, generator=seeds(0, 1), output_type="pt").images.cpu()
+    torch.testing.assert_close(images, expected, atol=2e-2, rtol=0)
     assert pipe.transformer.device.type == "cpu"

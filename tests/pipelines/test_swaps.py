@@ -1,4 +1,4 @@
-"""Pipelines of diffusers with this tokenizer for their VAE: they run, and its own decoding makes the picture."""
+"""Pipelines of diffusers with this tokenizer for their VAE: they run, and its own decoding makes the image."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ from diffusers import (
     LCMScheduler,
     SCMScheduler,
 )
-from helpers import pictures, random_core
+from helpers import images, random_core
 
 from hieratok_hf import AutoencoderHieraTok
 
@@ -98,7 +98,7 @@ class Swap(NamedTuple):
         embeds (`tuple[str, ...]`): What stands for the prompt.
         call (`dict`): Further arguments of the call.
         guided (`bool`): Whether it takes the negatives of `embeds` too.
-        from_picture (`bool`): Whether it starts at a picture.
+        from_image (`bool`): Whether it starts at an image.
         packed (`bool`): Whether its denoiser's tokens are 2x2 cells of the latent.
         channels, patch (`int`): Of the tokenizer.
     """
@@ -110,7 +110,7 @@ class Swap(NamedTuple):
     embeds: tuple[str, ...] = ("prompt_embeds",)
     call: dict[str, Any] = {}
     guided: bool = True
-    from_picture: bool = False
+    from_image: bool = False
     packed: bool = False
     channels: int = 8
     patch: int = 16
@@ -127,15 +127,15 @@ DDIM = DDIMScheduler(clip_sample=False, steps_offset=1)
 SWAPS = {
     "DiT": Swap("DiTPipeline", "DiTTransformer2DModel", DIT, DDIM, (), {"class_labels": [1]}),
     "SD": Swap("StableDiffusionPipeline", "UNet2DConditionModel", UNET, DDIM),
-    "SD img2img": Swap("StableDiffusionImg2ImgPipeline", "UNet2DConditionModel", UNET, DDIM, from_picture=True),
+    "SD img2img": Swap("StableDiffusionImg2ImgPipeline", "UNet2DConditionModel", UNET, DDIM, from_image=True),
     "LCM": Swap("LatentConsistencyModelPipeline", "UNet2DConditionModel", LCM, LCMScheduler(), guided=False),
     "LCM img2img": Swap(
         "LatentConsistencyModelImg2ImgPipeline", "UNet2DConditionModel", LCM, LCMScheduler(), ("prompt_embeds",),
-        FEW_STEPS, guided=False, from_picture=True,
+        FEW_STEPS, guided=False, from_image=True,
     ),
     "SDXL": Swap("StableDiffusionXLPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED),
     "SDXL img2img": Swap(
-        "StableDiffusionXLImg2ImgPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED, from_picture=True
+        "StableDiffusionXLImg2ImgPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED, from_image=True
     ),
     "PixArt Alpha": Swap(
         "PixArtAlphaPipeline", "PixArtTransformer2DModel", PIXART, DPMSolverMultistepScheduler(), MASKED,
@@ -147,20 +147,20 @@ SWAPS = {
     ),
     "SD3": Swap("StableDiffusion3Pipeline", "SD3Transformer2DModel", SD3, embeds=POOLED),
     "SD3 img2img": Swap(
-        "StableDiffusion3Img2ImgPipeline", "SD3Transformer2DModel", SD3, embeds=POOLED, from_picture=True
+        "StableDiffusion3Img2ImgPipeline", "SD3Transformer2DModel", SD3, embeds=POOLED, from_image=True
     ),
     "Flux": Swap("FluxPipeline", "FluxTransformer2DModel", FLUX, embeds=POOLED, guided=False, packed=True),
     "Flux img2img": Swap(
         "FluxImg2ImgPipeline", "FluxTransformer2DModel", FLUX, embeds=POOLED, guided=False, packed=True,
-        from_picture=True,
+        from_image=True,
     ),
     "Flux inpaint": Swap(
         "FluxInpaintPipeline", "FluxTransformer2DModel", FLUX, embeds=POOLED, guided=False, packed=True,
-        from_picture=True, call=WHOLE,
+        from_image=True, call=WHOLE,
     ),
     "Chroma": Swap("ChromaPipeline", "ChromaTransformer2DModel", CHROMA, embeds=MASKED, packed=True),
     "Chroma img2img": Swap(
-        "ChromaImg2ImgPipeline", "ChromaTransformer2DModel", CHROMA, embeds=MASKED, packed=True, from_picture=True
+        "ChromaImg2ImgPipeline", "ChromaTransformer2DModel", CHROMA, embeds=MASKED, packed=True, from_image=True
     ),
     "AuraFlow": Swap("AuraFlowPipeline", "AuraFlowTransformer2DModel", AURA, embeds=MASKED),
     "CogView3+": Swap("CogView3PlusPipeline", "CogView3PlusTransformer2DModel", COGVIEW, CogVideoXDDIMScheduler()),
@@ -171,17 +171,17 @@ SWAPS = {
         "SanaSprintPipeline", "SanaTransformer2DModel", SANA | SPRINT, SCMScheduler(), MASKED, ANY_SIZE, guided=False
     ),
     "Z-Image": Swap("ZImagePipeline", "ZImageTransformer2DModel", ZIMAGE),
-    "Z-Image img2img": Swap("ZImageImg2ImgPipeline", "ZImageTransformer2DModel", ZIMAGE, from_picture=True),
+    "Z-Image img2img": Swap("ZImageImg2ImgPipeline", "ZImageTransformer2DModel", ZIMAGE, from_image=True),
     # The rest only with tokenizers of these channels or this patch size.
     "SD inpaint": Swap(
-        "StableDiffusionInpaintPipeline", "UNet2DConditionModel", UNET, DDIM, call=WHOLE, from_picture=True, channels=4
+        "StableDiffusionInpaintPipeline", "UNet2DConditionModel", UNET, DDIM, call=WHOLE, from_image=True, channels=4
     ),
     "SDXL inpaint": Swap(
-        "StableDiffusionXLInpaintPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED, WHOLE, from_picture=True,
+        "StableDiffusionXLInpaintPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED, WHOLE, from_image=True,
         channels=4,
     ),
     "SD3 inpaint": Swap(
-        "StableDiffusion3InpaintPipeline", "SD3Transformer2DModel", SD3, embeds=POOLED, call=WHOLE, from_picture=True,
+        "StableDiffusion3InpaintPipeline", "SD3Transformer2DModel", SD3, embeds=POOLED, call=WHOLE, from_image=True,
         channels=16,
     ),
     "HunyuanDiT": Swap(
@@ -192,7 +192,7 @@ SWAPS = {
     "Lumina2": Swap("Lumina2Pipeline", "Lumina2Transformer2DModel", LUMINA2, embeds=MASKED, patch=8),
 }  # fmt: skip
 NAMES = list(SWAPS)
-FROM_PICTURES = [name for name in NAMES if SWAPS[name].from_picture]
+FROM_IMAGES = [name for name in NAMES if SWAPS[name].from_image]
 
 
 def make_vae(swap: Swap) -> AutoencoderHieraTok:
@@ -222,15 +222,15 @@ def make_pipeline(swap: Swap) -> Any:
     return pipe
 
 
-def picture() -> torch.Tensor:
-    return (pictures(1, 3, HEIGHT, WIDTH) + 1) / 2
+def image() -> torch.Tensor:
+    return (images(1, 3, HEIGHT, WIDTH) + 1) / 2
 
 
 def run(pipe: Any, swap: Swap, **given: Any) -> Any:
-    """What the pipeline makes of seed 0: pictures `(B, 3, H, W)` in [0, 1] unless another `output_type` is given."""
+    """What the pipeline makes of seed 0: images `(B, 3, H, W)` in [0, 1] unless another `output_type` is given."""
     source = torch.Generator().manual_seed(1)
     dtype = pipe.vae.dtype
-    arguments = {"num_inference_steps": 4 if swap.from_picture else 2, "output_type": "pt", **swap.call}
+    arguments = {"num_inference_steps": 4 if swap.from_image else 2, "output_type": "pt", **swap.call}
     for name in swap.embeds:
         for prefix in ("", "negative_") if swap.guided else ("",):
             shape = (1, TEXT) if "pooled" in name else (1, TOKENS, TEXT)
@@ -238,8 +238,8 @@ def run(pipe: Any, swap: Swap, **given: Any) -> Any:
             arguments[prefix + name] = torch.ones(1, TOKENS, dtype=torch.bool) if "mask" in name else embeds
             if swap.pipeline.startswith("ZImage"):
                 arguments[prefix + name] = list(embeds)
-    if swap.from_picture:
-        arguments["image"] = picture()
+    if swap.from_image:
+        arguments["image"] = image()
     parameters = inspect.signature(pipe.__call__).parameters
     size = {"height": HEIGHT, "width": WIDTH}
     arguments |= {name: value for name, value in size.items() if name in parameters}
@@ -282,7 +282,7 @@ def unpacked(latents: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_own_decoding_makes_the_picture(name, monkeypatch, caplog):
+def test_its_own_decoding_makes_the_image(name, monkeypatch, caplog):
     swap = SWAPS[name]
     with complaints(caplog) as messages:
         pipe = make_pipeline(swap)
@@ -301,15 +301,15 @@ def test_its_own_decoding_makes_the_picture(name, monkeypatch, caplog):
         assert torch.equal(unpacked(latents) if swap.packed else latents, decoded[0]) and len(decoded) == 1
 
 
-@pytest.mark.parametrize("name", FROM_PICTURES)
-def test_its_own_posterior_is_where_pictures_start(name, monkeypatch):
+@pytest.mark.parametrize("name", FROM_IMAGES)
+def test_its_own_posterior_is_where_images_start(name, monkeypatch):
     swap = SWAPS[name]
     pipe = make_pipeline(swap)
     method = "scale_noise" if hasattr(pipe.scheduler, "scale_noise") else "add_noise"
     noised = watch(monkeypatch, pipe.scheduler, method)
     made = run(pipe, swap)
     with torch.no_grad():
-        posterior = pipe.vae.core.encode(picture() * 2 - 1)
+        posterior = pipe.vae.core.encode(image() * 2 - 1)
     assert torch.equal(noised[0], posterior.sample(torch.Generator().manual_seed(0)))
     assert made.shape == (1, 3, HEIGHT, WIDTH)
 
@@ -342,7 +342,7 @@ def test_it_takes_the_place_of_another(name):
 
 
 @pytest.mark.parametrize("name", ["SD", "SDXL", "Flux", "Sana", "Z-Image"])
-def test_slices_of_several_pictures(name, monkeypatch):
+def test_slices_of_several_images(name, monkeypatch):
     swap = SWAPS[name]
     pipe = make_pipeline(swap)
     expected = run(pipe, swap, num_images_per_prompt=2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import noise, pictures
+from helpers import images, noise
 from transformers import (
     ConvNextConfig,
     ConvNextModel,
@@ -45,7 +45,7 @@ def vision_features(kind):
         sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4}
         model = MobileNetV2Model(MobileNetV2Config(**sizes, image_size=32))
         with torch.no_grad():
-            model.train()(pictures(8, 3, 64, 64))  # statistics of batches, without which all features are zero
+            model.train()(images(8, 3, 64, 64))  # statistics of batches, without which all features are zero
     elif kind == "vit":
         model = ViTModel(ViTConfig(**VIT, intermediate_size=32, image_size=32, patch_size=8))
     elif kind == "dinov2":
@@ -79,7 +79,7 @@ def by_hand(latents, targets, weight, cosine_margin, distance_margin):
 def test_the_target_is_the_last_map_at_the_models_own_grid(kind):
     cell, channels, others = KINDS[kind]
     module = alignment(kind)
-    x = pictures(2, 3, *((32, 32) if kind == "vit" else (2 * cell, 3 * cell)))  # this ViT takes one size
+    x = images(2, 3, *((32, 32) if kind == "vit" else (2 * cell, 3 * cell)))  # this ViT takes one size
     height, width = (x.shape[2] // cell, x.shape[3] // cell)
     with torch.no_grad():
         last = module.features.model(x).last_hidden_state
@@ -90,8 +90,8 @@ def test_the_target_is_the_last_map_at_the_models_own_grid(kind):
     assert target.std(dim=(2, 3)).mean() > 1e-3  # or the order of the places would not matter
 
 
-def test_tokens_are_in_the_order_of_the_pictures_rows():
-    module, x = alignment("dinov2"), pictures(1, 3, 28, 42)
+def test_tokens_are_in_the_order_of_the_images_rows():
+    module, x = alignment("dinov2"), images(1, 3, 28, 42)
     changed = x.clone()
     changed[:, :, :14, 28:] += 0.5  # the patch at row 0, column 2
     change = (module.target_map(changed) - module.target_map(x))[0].norm(dim=0)
@@ -101,7 +101,7 @@ def test_tokens_are_in_the_order_of_the_pictures_rows():
 @pytest.mark.parametrize("kind", ["vit", "registers", "convnext"])
 @pytest.mark.parametrize("margins", [{}, {"cosine_margin": 0.0, "distance_margin": 0.0}, {"cosine_margin": 1.2}])
 def test_the_loss_is_the_definition(kind, margins):
-    module, x, latents = alignment(kind, **margins), pictures(2, 3, 64, 64), noise(2, 4, 2, 2)
+    module, x, latents = alignment(kind, **margins), images(2, 3, 64, 64), noise(2, 4, 2, 2)
     if kind == "vit":
         x, latents = x[:, :, :32, :32], noise(2, 4, 4, 4)
     if kind == "registers":
@@ -116,7 +116,7 @@ def test_the_loss_is_the_definition(kind, margins):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (8, 8)])
 def test_features_are_resampled_to_the_latents_grid(kind, grid):
-    module, x = alignment(kind, cosine_margin=0.1, distance_margin=0.1), pictures(2, 3, 96, 64)
+    module, x = alignment(kind, cosine_margin=0.1, distance_margin=0.1), images(2, 3, 96, 64)
     if kind == "vit":
         x = x[:, :, :32, :32]
     latents, target = noise(2, 4, *grid), module.target_map(x)
@@ -138,7 +138,7 @@ def _slopes(target):
 def test_aligned_latents_cost_nothing(kind):
     channels = KINDS[kind][1]
     strict = alignment(kind, channels, cosine_margin=0.0, distance_margin=0.0)
-    x = pictures(2, 3, 64, 96) if kind != "vit" else pictures(2, 3, 32, 32)
+    x = images(2, 3, 64, 96) if kind != "vit" else images(2, 3, 32, 32)
     latents = 3 * F.interpolate(strict.target_map(x), (4, 4), mode="bilinear", antialias=True)
     loose = LatentAlignment(channels, strict.features)
     for module in (strict, loose):
@@ -149,13 +149,13 @@ def test_aligned_latents_cost_nothing(kind):
 
 
 def test_only_directions_count():
-    module, x, latents = alignment(), pictures(2, 3, 32, 32), noise(2, 4, 4, 4)
+    module, x, latents = alignment(), images(2, 3, 32, 32), noise(2, 4, 4, 4)
     factors = 0.5 + torch.rand(2, 1, 4, 4)
     torch.testing.assert_close(module(latents * factors, x), module(latents, x))
 
 
-def test_the_loss_is_the_mean_over_the_pictures():
-    module, x, latents = alignment(), pictures(3, 3, 32, 32), noise(3, 4, 4, 4)
+def test_the_loss_is_the_mean_over_the_images():
+    module, x, latents = alignment(), images(3, 3, 32, 32), noise(3, 4, 4, 4)
     alone = torch.stack([module(latents[i : i + 1], x[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(module(latents, x), alone.mean())
     assert not torch.isclose(module(latents, x), module(latents, x.flip(0)))
@@ -164,7 +164,7 @@ def test_the_loss_is_the_mean_over_the_pictures():
 @pytest.mark.parametrize("kind", ["convnext", "dinov2"])
 def test_gradients_flow_to_the_latents_and_the_map_alone(kind):
     module = alignment(kind).train()
-    latents, x = noise(2, 4, 3, 3).requires_grad_(), pictures(2, 3, 56, 56).requires_grad_()
+    latents, x = noise(2, 4, 3, 3).requires_grad_(), images(2, 3, 56, 56).requires_grad_()
     module(latents, x).backward()
     assert [name for name, weight in module.named_parameters() if weight.requires_grad] == ["projection.weight"]
     assert [name for name, weight in module.named_parameters() if weight.grad is not None] == ["projection.weight"]
@@ -173,7 +173,7 @@ def test_gradients_flow_to_the_latents_and_the_map_alone(kind):
 
 
 def test_the_gradient_is_the_slope():
-    module, x = alignment(cosine_margin=0.0, distance_margin=0.0), pictures(1, 3, 32, 32)
+    module, x = alignment(cosine_margin=0.0, distance_margin=0.0), images(1, 3, 32, 32)
     latents = noise(1, 4, 4, 4).requires_grad_()
     module(latents, x).backward()
     size = latents.grad.norm()
@@ -184,7 +184,7 @@ def test_the_gradient_is_the_slope():
 
 
 def test_gradients_are_finite_at_zero():
-    module, x = alignment(), pictures(1, 3, 32, 32)
+    module, x = alignment(), images(1, 3, 32, 32)
     latents = torch.zeros(1, 4, 4, 4, requires_grad=True)
     loss = module(latents, x)
     loss.backward()
@@ -192,7 +192,7 @@ def test_gradients_are_finite_at_zero():
 
 
 def test_training_aligns():
-    module, x = alignment("registers"), pictures(2, 3, 56, 56)
+    module, x = alignment("registers"), images(2, 3, 56, 56)
     latents = noise(2, 4, 4, 4).requires_grad_()
     optimizer, losses = torch.optim.Adam([latents, module.projection.weight], 0.05), []
     for _ in range(40):
@@ -204,7 +204,7 @@ def test_training_aligns():
 
 
 def test_it_is_float32_under_autocast():
-    module, x, latents = alignment(), pictures(2, 3, 32, 32), noise(2, 4, 4, 4)
+    module, x, latents = alignment(), images(2, 3, 32, 32), noise(2, 4, 4, 4)
     plain = module(latents, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(module(latents, x), plain)
@@ -214,7 +214,7 @@ def test_it_is_float32_under_autocast():
 
 
 def test_its_state_comes_back():
-    module, x, latents = alignment(), pictures(2, 3, 32, 32), noise(2, 4, 4, 4)
+    module, x, latents = alignment(), images(2, 3, 32, 32), noise(2, 4, 4, 4)
     other = alignment()
     with torch.no_grad():
         other.projection.weight.neg_()
@@ -231,7 +231,7 @@ def test_wrong_arguments_are_named():
     for name, margin in (("cosine_margin", -0.1), ("distance_margin", 2.0), ("cosine_margin", float("nan"))):
         with pytest.raises(ValueError, match=rf"`{name}` must lie in \[0, 2\), got {margin}"):
             LatentAlignment(4, features, **{name: margin})
-    module, x, latents = LatentAlignment(4, features), pictures(2, 3, 32, 32), noise(2, 4, 4, 4)
+    module, x, latents = LatentAlignment(4, features), images(2, 3, 32, 32), noise(2, 4, 4, 4)
     for wrong in (latents[0], latents[:, :3]):
         with pytest.raises(ValueError, match=r"`latents` must have shape \(B, 4, h, w\), got"):
             module(wrong, x)

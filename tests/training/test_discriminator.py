@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import noise, pictures
+from helpers import images, noise
 from torch import nn
 
-from hieratok_hf import open_picture
+from hieratok_hf import open_image
 from hieratok_hf.training.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -18,7 +18,7 @@ from hieratok_hf.training.discriminator import (
     generator_hinge_loss,
 )
 
-PICTURES = sorted((Path(__file__).parents[2] / "examples" / "pictures").glob("*.webp"))
+IMAGES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.webp"))
 
 
 def discriminator(channels=8, num_layers=2, seed=0):
@@ -37,7 +37,7 @@ def without_norms(module):
 @pytest.mark.parametrize(("num_layers", "size"), [(1, 16), (2, 34), (3, 70), (4, 142)])
 def test_a_score_sees_a_patch_of_the_documented_size(num_layers, size):
     side = 3 * size // 2**num_layers * 2**num_layers
-    x = pictures(1, 3, side, side).requires_grad_()
+    x = images(1, 3, side, side).requires_grad_()
     module = discriminator(4, num_layers)
     for local in (without_norms(module), module):
         scores = local(x)
@@ -49,12 +49,12 @@ def test_a_score_sees_a_patch_of_the_documented_size(num_layers, size):
             rows, columns = (seen.sum(dim).nonzero().flatten() for dim in (1, 0))
             window = tuple(slice(int(places[0]), int(places[-1]) + 1) for places in (rows, columns))
             assert [part.stop - part.start for part in window] == [size, size]
-    # With the norms, which know the whole picture, a score still rests on its own patch.
+    # With the norms, which know the whole image, a score still rests on its own patch.
     assert seen[window].mean() > 3 * (seen.sum() - seen[window].sum()) / (seen.numel() - size**2)
 
 
 def test_a_changed_pixel_changes_the_scores_nearby_alone():
-    module, x = without_norms(discriminator()), pictures(1, 3, 96, 96)
+    module, x = without_norms(discriminator()), images(1, 3, 96, 96)
     changed = x.clone()
     changed[0, :, 8, 88] = 1 - changed[0, :, 8, 88]
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_the_convolutions_are_those_of_pix2pix():
 
 @pytest.mark.parametrize("train", [True, False])
 def test_scores_do_not_depend_on_the_company_or_the_mode(train):
-    module, x = discriminator().train(train), pictures(4, 3, 40, 52)
+    module, x = discriminator().train(train), images(4, 3, 40, 52)
     with torch.no_grad():
         together = module(x)
         alone = torch.cat([module(x[i : i + 1]) for i in range(4)])
@@ -91,10 +91,10 @@ def test_scores_do_not_depend_on_the_company_or_the_mode(train):
     assert torch.equal(together, other_mode) and together.std() > 0.01
 
 
-def test_the_smallest_picture_still_has_a_score_of_its_own():
+def test_the_smallest_image_still_has_a_score_of_its_own():
     module = discriminator()
     with torch.no_grad():
-        scores = module(pictures(3, 3, 12, 12))
+        scores = module(images(3, 3, 12, 12))
     assert module.min_size == 12 and scores.shape == (3, 1, 1, 1) and scores.std() > 1e-3
     for shape in ((1, 3, 11, 40), (1, 3, 40, 11)):
         with pytest.raises(ValueError, match=rf"at least 12 pixels high and wide, got {shape[2]}x{shape[3]}"):
@@ -104,7 +104,7 @@ def test_the_smallest_picture_still_has_a_score_of_its_own():
 
 
 def test_scores_are_float32_under_autocast():
-    module, x = discriminator(), pictures(2, 3, 32, 32)
+    module, x = discriminator(), images(2, 3, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = module(x.bfloat16())
         loss = generator_hinge_loss(scores.bfloat16())
@@ -138,15 +138,15 @@ def test_losses_of_low_precision_are_taken_in_float32():
 
 
 def random_crops(count, left, seed, size=24):
-    """Crops `(count, 3, size, size)` of the example pictures' left or right halves, in [-1, 1]."""
-    images = torch.stack([torch.tensor(np.asarray(open_picture(path))) for path in PICTURES])
+    """Crops `(count, 3, size, size)` of the example images' left or right halves, in [-1, 1]."""
+    images = torch.stack([torch.tensor(np.asarray(open_image(path))) for path in IMAGES])
     images = F.interpolate(images.permute(0, 3, 1, 2) / 127.5 - 1, (128, 128), mode="bilinear", antialias=True)
     generator = np.random.default_rng(seed)
     rows, columns = generator.integers(0, 128 - size, count), generator.integers(0, 64 - size, count) + (not left) * 64
     return torch.stack([images[i % 2, :, y : y + size, x : x + size] for i, (y, x) in enumerate(zip(rows, columns))])
 
 
-def test_it_learns_to_tell_blurred_pictures_from_real_ones():
+def test_it_learns_to_tell_blurred_images_from_real_ones():
     def blurred(x):
         return F.avg_pool2d(F.pad(x, [2] * 4, mode="replicate"), 5, stride=1)
 
@@ -165,15 +165,15 @@ def test_it_learns_to_tell_blurred_pictures_from_real_ones():
 
 
 def test_the_weight_balances_the_gradients():
-    module, target = discriminator(), pictures(2, 3, 32, 32)
-    picture = (target + 0.1 * noise(2, 3, 32, 32)).requires_grad_()
-    losses = (F.l1_loss(picture, target), generator_hinge_loss(module(picture)))
-    gradients = [torch.autograd.grad(loss, picture, retain_graph=True)[0] for loss in losses]
+    module, target = discriminator(), images(2, 3, 32, 32)
+    image = (target + 0.1 * noise(2, 3, 32, 32)).requires_grad_()
+    losses = (F.l1_loss(image, target), generator_hinge_loss(module(image)))
+    gradients = [torch.autograd.grad(loss, image, retain_graph=True)[0] for loss in losses]
     squares = [gradient.square().sum() for gradient in gradients]
     weight = adaptive_weight(*squares)
     norms = [float(np.linalg.norm(gradient.double().numpy())) for gradient in gradients]
     assert weight.item() == pytest.approx(norms[0] / (norms[1] + 1e-4), rel=1e-5)
-    (weighted,) = torch.autograd.grad(weight * losses[1], picture)
+    (weighted,) = torch.autograd.grad(weight * losses[1], image)
     assert weighted.norm().item() == pytest.approx(norms[0], rel=0.01)
     # Halves on two processes, added up, give the weight of the whole.
     halves = [[half.square().sum() for half in gradient.chunk(2)] for gradient in gradients]
@@ -206,7 +206,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="`num_layers` must be at least 1, got 0"):
         PatchDiscriminator(8, 0)
     for shape in ((3, 32, 32), (1, 4, 32, 32)):
-        with pytest.raises(ValueError, match=r"`pictures` must have shape \(B, 3, H, W\), got"):
+        with pytest.raises(ValueError, match=r"`images` must have shape \(B, 3, H, W\), got"):
             discriminator()(torch.zeros(shape))
     one = torch.tensor(1.0)
     with pytest.raises(ValueError, match=r"`reconstruction_square` must be a tensor of shape \(\), got \(2,\)"):

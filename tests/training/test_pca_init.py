@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from helpers import noise, pictures, random_core, tiny
+from helpers import images, noise, random_core, tiny
 from torch.nn import functional as F
 
 from hieratok_hf import HieraTokCore
-from hieratok_hf.models.losses import picture_pyramid
+from hieratok_hf.models.losses import image_pyramid
 from hieratok_hf.training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
 
 
 def smooth(*shape, seed=0):
-    """Pictures in [-1, 1] whose neighbouring pixels are alike, as those of photographs."""
+    """Images in [-1, 1] whose neighbouring pixels are alike, as those of photographs."""
     coarse = F.interpolate(noise(*shape[:2], shape[2] // 4, shape[3] // 4, seed=seed), shape[2:], mode="bilinear")
     return (0.4 * coarse + 0.05 * noise(*shape, seed=seed + 1)).clamp(-1, 1)
 
@@ -22,8 +22,8 @@ def patches_of(batch, size=4):
     pixels = batch.double().numpy()
     return np.stack(
         [
-            picture[:, top : top + size, left : left + size].reshape(-1)
-            for picture in pixels
+            image[:, top : top + size, left : left + size].reshape(-1)
+            for image in pixels
             for top in range(0, pixels.shape[2], size)
             for left in range(0, pixels.shape[3], size)
         ]
@@ -61,7 +61,7 @@ def test_the_start_is_numpys_principal_component_analysis(channels, downsampling
     assert deviations[channels - 1] > 1.01 * deviations[channels]  # or another basis would serve as well
 
 
-def test_fewer_directions_than_channels_still_give_the_pictures():
+def test_fewer_directions_than_channels_still_give_the_images():
     core, flat = fresh(latent_channels=8), noise(3, 3, 1, 1).clamp(-1, 1).expand(3, 3, 8, 8).contiguous()
     start_from_principal_components(core, [flat])
     assert error_of(core, flat) < 1e-6
@@ -81,11 +81,11 @@ def test_the_start_replaces_what_was_there(downsampling):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_coarse_pictures_start_as_averages_of_the_finest():
+def test_coarse_images_start_as_averages_of_the_finest():
     core, batch = fresh(), smooth(8, 3, 32, 32)
     start_from_principal_components(core, [batch])
     made = core.decode_scales(core.encode(batch).mode())
-    for ours, theirs in zip(made, picture_pyramid(made[-1], core.config), strict=True):
+    for ours, theirs in zip(made, image_pyramid(made[-1], core.config), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
@@ -132,7 +132,7 @@ def test_a_fit_of_no_steps_changes_nothing():
 
 def test_latent_statistics_are_those_of_all_values_together():
     core = random_core()
-    batches = [pictures(3, 3, 16, 16), pictures(1, 3, 28, 20, seed=1), pictures(5, 3, 4, 4, seed=2)]
+    batches = [images(3, 3, 16, 16), images(1, 3, 28, 20, seed=1), images(5, 3, 4, 4, seed=2)]
     mean, std = latent_statistics(core, iter(batches))
     with torch.no_grad():
         values = torch.cat([core.encode(x).mode().transpose(0, 1).flatten(1) for x in batches], 1).double()
@@ -145,14 +145,14 @@ def test_latent_statistics_keep_a_small_deviation_beside_a_large_mean():
     core = random_core()
     with torch.no_grad():
         core.encoder.head.bias[:4] += 1000
-    batch = pictures(8, 3, 16, 16)
+    batch = images(8, 3, 16, 16)
     values = core.encode(batch).mode().double().transpose(0, 1).flatten(1)
     mean, std = latent_statistics(core, batch.split(2))
     torch.testing.assert_close(mean, values.mean(1).float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(std, values.std(1).float(), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("batches", [[], [pictures(1, 3, 4, 4)]])
+@pytest.mark.parametrize("batches", [[], [images(1, 3, 4, 4)]])
 def test_statistics_of_too_little_are_refused(batches):
     with pytest.raises(ValueError, match=rf"`batches` must hold at least two latent positions, got {len(batches)}"):
         latent_statistics(random_core(), batches)
@@ -161,8 +161,8 @@ def test_statistics_of_too_little_are_refused(batches):
 @pytest.mark.parametrize(
     "overrides", [{}, {"downsampling": "mean"}, {"linear_path": 0}, {"scale_factors": (1,)}, {"scale_factors": (3, 1)}]
 )
-def test_folded_statistics_normalise_the_latents_and_keep_the_pictures(overrides):
-    core, batches = random_core(**overrides), [pictures(4, 3, 16, 16, seed=i) for i in range(3)]
+def test_folded_statistics_normalise_the_latents_and_keep_the_images(overrides):
+    core, batches = random_core(**overrides), [images(4, 3, 16, 16, seed=i) for i in range(3)]
     with torch.no_grad():
         before = [core.decode_scales(core.encode(batch).mode()) for batch in batches]
         assert latent_statistics(core, batches)[0].abs().max() > 0.1

@@ -155,7 +155,7 @@ def test_finite_numbers_pass_the_check(tmp_path, accelerator):
     report.close()
 
 
-def test_every_picture_left_out_is_told_once(tmp_path, accelerator, capsys):
+def test_every_image_left_out_is_told_once(tmp_path, accelerator, capsys):
     report = report_of(accelerator, tmp_path)
     for skipped in (["'a.png': is empty"], [], ["'b.png': is empty", "'a.png': is empty"], ["'b.png': is empty"]):
         report.add(losses(1), skipped)
@@ -163,7 +163,7 @@ def test_every_picture_left_out_is_told_once(tmp_path, accelerator, capsys):
     told = capsys.readouterr().out
     assert told.count("'a.png'") == told.count("'b.png'") == 1
     assert "left out (1 so far): 'a.png': is empty" in told and "left out (2 so far): 'b.png': is empty" in told
-    assert "2 pictures were left out, because they cannot be decoded." in told
+    assert "2 images were left out, because they cannot be decoded." in told
     other = report_of(accelerator, tmp_path)
     other.close()
     assert "left out" not in capsys.readouterr().out

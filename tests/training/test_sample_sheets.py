@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from helpers import pictures, random_core
+from helpers import images, random_core
 
 from hieratok_hf.training.sample_sheets import sample_grid
 
 GAP = 2
 
 
-def levels(pictures):
-    """8-bit pictures `(B, H, W, 3)` of values in [-1, 1] and beyond."""
-    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+def levels(images):
+    """8-bit images `(B, H, W, 3)` of values in [-1, 1] and beyond."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def cell(sheet, row, column, height, width):
@@ -23,8 +23,8 @@ def cell(sheet, row, column, height, width):
 @pytest.mark.parametrize("size", [(32, 32), (28, 20), (4, 12), (36, 40)])
 @pytest.mark.parametrize("factors", [(8, 4, 2, 1), (5, 3, 1), (1,)])
 @torch.no_grad()
-def test_a_sheet_shows_the_picture_every_scale_and_the_reconstruction(size, factors):
-    core, batch = random_core(scale_factors=factors), pictures(3, 3, *size)
+def test_a_sheet_shows_the_image_every_scale_and_the_reconstruction(size, factors):
+    core, batch = random_core(scale_factors=factors), images(3, 3, *size)
     sheet = sample_grid(core, batch)
     (height, width), columns = size, len(factors) + 1
     assert sheet.mode == "RGB"
@@ -33,8 +33,8 @@ def test_a_sheet_shows_the_picture_every_scale_and_the_reconstruction(size, fact
     originals = levels(batch)
     for row in range(3):
         assert (cell(sheet, row, 0, *size) == originals[row]).all()
-    for column, (picture, factor) in enumerate(zip(core.decode_scales(latents), factors), start=1):
-        enlarged = levels(picture).repeat(factor, 1).repeat(factor, 2)[:, :height, :width]
+    for column, (image, factor) in enumerate(zip(core.decode_scales(latents), factors), start=1):
+        enlarged = levels(image).repeat(factor, 1).repeat(factor, 2)[:, :height, :width]
         for row in range(3):
             assert (cell(sheet, row, column, *size) == enlarged[row]).all()
     assert (np.abs(cell(sheet, 1, columns - 1, *size).astype(int) - levels(core.decode(latents))[1]) <= 1).all()
@@ -48,15 +48,15 @@ def test_the_gaps_are_white():
     assert (sheet[:8, :12] == 0).all() and (sheet[10:, :12] == 0).all()
 
 
-def test_one_picture_has_one_row_and_leaves_no_gradient():
+def test_one_image_has_one_row_and_leaves_no_gradient():
     core = random_core().train()
-    sheet = sample_grid(core, pictures(1, 3, 8, 8))
+    sheet = sample_grid(core, images(1, 3, 8, 8))
     assert sheet.size == (5 * 10 - 2, 8) and core.training
     assert all(parameter.grad is None for parameter in core.parameters())
 
 
 def test_low_precision_gives_about_the_same_sheet():
-    core, batch = random_core(), pictures(2, 3, 16, 16)
+    core, batch = random_core(), images(2, 3, 16, 16)
     whole = np.asarray(sample_grid(core, batch)).astype(int)
     low = np.asarray(sample_grid(core.bfloat16(), batch.bfloat16())).astype(int)
     assert low.shape == whole.shape and np.abs(low - whole).mean() < 4

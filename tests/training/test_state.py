@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from helpers import noise, pictures, random_core
+from helpers import images, noise, random_core
 
 from hieratok_hf import HieraTokCore
 from hieratok_hf.training import state as training_state
@@ -37,9 +37,9 @@ class Training:
         for step in range(first, last):
             for group in self.optimizer.param_groups:
                 group["lr"] = 1e-3 * group["factor"] / (step + 1)
-            pixel_values = pictures(2, 3, 8, 8, seed=step)
+            pixel_values = images(2, 3, 8, 8, seed=step)
             made, moments, _ = self.model(pixel_values, noise(2, 2, 4, 2, 2, seed=step), torch.zeros(2, 1, 1, 1))
-            (sum(picture.square().mean() for picture in made) + moments.square().mean()).backward()
+            (sum(image.square().mean() for image in made) + moments.square().mean()).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             if step >= adversarial_start:

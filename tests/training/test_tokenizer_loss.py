@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import noise, pictures, random_core, tiny
+from helpers import images, noise, random_core, tiny
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from hieratok_hf.evaluation.perceptual import PerceptualDistance
 from hieratok_hf.evaluation.vision_features import VisionFeatures
-from hieratok_hf.models.losses import border_loss, picture_pyramid
+from hieratok_hf.models.losses import border_loss, image_pyramid
 from hieratok_hf.training.alignment import LatentAlignment
 from hieratok_hf.training.discriminator import PatchDiscriminator
 from hieratok_hf.training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
@@ -33,9 +33,9 @@ def discriminator():
 class Lpips(nn.Module):
     """A distance in the shape of the `lpips` package's, which is not installed everywhere."""
 
-    def forward(self, pictures, targets):
-        assert pictures.dtype == targets.dtype == torch.float32
-        return (pictures - targets).abs().amax((1, 2, 3), keepdim=True)
+    def forward(self, images, targets):
+        assert images.dtype == targets.dtype == torch.float32
+        return (images - targets).abs().amax((1, 2, 3), keepdim=True)
 
 
 class Never(nn.Module):
@@ -51,7 +51,7 @@ def forward(core, pixel_values, alignment=None, latent_noise=0.0, mix=0.3, seed=
 
 
 def losses_of(core, weights, step=0, made=None, **modules):
-    pixel_values = pictures(2, 3, 16, 16)
+    pixel_values = images(2, 3, 16, 16)
     made = forward(core, pixel_values, modules.pop("alignment", None))[0] if made is None else made
     return TrainingLoss(weights, **modules)(core.config, pixel_values, *made, step)
 
@@ -59,7 +59,7 @@ def losses_of(core, weights, step=0, made=None, **modules):
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("latent_noise", "latent_jitter"), [(0.0, 0.0), (2.0, 0.0), (0.0, 0.5), (2.0, 0.5)])
 def test_the_forward_pass_is_the_tokenizers_with_the_noise_it_is_given(latent_noise, latent_jitter, mix):
-    core, pixel_values = random_core(), pictures(2, 3, 16, 12)
+    core, pixel_values = random_core(), images(2, 3, 16, 12)
     made, normal = forward(core, pixel_values, None, latent_noise, mix, latent_jitter=latent_jitter)
     made, moments, aligned = made
     posterior = core.encode(pixel_values)
@@ -76,7 +76,7 @@ def test_the_forward_pass_is_the_tokenizers_with_the_noise_it_is_given(latent_no
 
 
 def test_the_alignment_sees_the_latents_without_noise(vision):
-    core, pixel_values = random_core(), pictures(2, 3, 16, 16)
+    core, pixel_values = random_core(), images(2, 3, 16, 16)
     alignment = LatentAlignment(4, vision)
     (_, _, aligned), normal = forward(core, pixel_values, alignment, latent_noise=2.0, latent_jitter=0.5)
     posterior = core.encode(pixel_values)
@@ -87,7 +87,7 @@ def test_the_alignment_sees_the_latents_without_noise(vision):
 def test_every_part_counts_with_its_weight(vision, discriminator, pixel):
     core = random_core(kl_weight=0.3, coarse_weight=0.7)
     alignment, perceptual = LatentAlignment(4, vision), PerceptualDistance(vision)
-    pixel_values = pictures(2, 3, 16, 16)
+    pixel_values = images(2, 3, 16, 16)
     made, moments, aligned = forward(core, pixel_values, alignment)[0]
     weights = LossWeights(pixel, border=0.8, perceptual=0.2, lpips=1.5, alignment=0.4, adversarial=0.6)
     modules = {"perceptual": perceptual, "lpips": Lpips(), "discriminator": discriminator}
@@ -98,7 +98,7 @@ def test_every_part_counts_with_its_weight(vision, discriminator, pixel):
             return ((a - b).square() + 1e-6).sqrt().mean() - 1e-3
         return ((a - b).abs() if pixel == "l1" else (a - b).square()).mean()
 
-    targets = picture_pyramid(pixel_values, core.config)
+    targets = image_pyramid(pixel_values, core.config)
     mean, logvar = moments.chunk(2, dim=1)
     expected = {
         pixel: difference(made[-1], pixel_values),
@@ -164,7 +164,7 @@ def test_the_discriminator_counts_from_its_step_on(discriminator):
 
 def test_the_adversarial_gradient_is_as_large_as_that_of_the_reconstruction(discriminator):
     core = random_core(kl_weight=0.0, coarse_weight=0.0, downsampling="mean")
-    pixel_values = pictures(2, 3, 16, 16)
+    pixel_values = images(2, 3, 16, 16)
     made, moments, aligned = forward(core, pixel_values)[0]
     losses = losses_of(core, LossWeights(adversarial=0.25), made=(made, moments, aligned), discriminator=discriminator)
     l1, whole = (torch.autograd.grad(losses[name], made[-1], retain_graph=True)[0] for name in ("l1", "loss"))
@@ -189,7 +189,7 @@ def test_the_tokenizers_loss_leaves_the_discriminator_no_gradient(discriminator)
     core = random_core()
     losses_of(core, LossWeights(adversarial=0.5), discriminator=discriminator)["loss"].backward()
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
-    discriminator(pictures(1, 3, 16, 16)).sum().backward()
+    discriminator(images(1, 3, 16, 16)).sum().backward()
     assert all(p.grad is not None for p in discriminator.parameters())
     discriminator.zero_grad()
 
@@ -210,7 +210,7 @@ def every_part(core, vision, discriminator):
 def test_gradients_reach_every_trained_parameter(vision, discriminator, overrides):
     core = random_core(**overrides).train()
     model, objective = every_part(core, vision, discriminator)
-    pixel_values = pictures(2, 3, 16, 16)
+    pixel_values = images(2, 3, 16, 16)
     made = model(pixel_values, noise(2, 2, 4, 4, 4), torch.full((2, 1, 1, 1), 0.5))
     objective(core.config, pixel_values, *made, 0)["loss"].backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -224,7 +224,7 @@ def test_gradients_reach_every_trained_parameter(vision, discriminator, override
 def test_losses_are_float32_under_autocast(vision, discriminator):
     core = random_core().train()
     model, objective = every_part(core, vision, discriminator)
-    pixel_values = pictures(2, 3, 16, 16)
+    pixel_values = images(2, 3, 16, 16)
     inputs = pixel_values, noise(2, 2, 4, 4, 4), torch.full((2, 1, 1, 1), 0.5)
     expected = objective(core.config, pixel_values, *model(*inputs), 0)
     with torch.autocast("cpu", torch.bfloat16):

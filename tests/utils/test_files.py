@@ -2,14 +2,14 @@
 
 import pytest
 
-from hieratok_hf.utils.files import read_json, written_whole
+from hieratok_hf.utils.files import read_json, write_whole
 
 
 def test_a_file_is_written_whole_or_left_as_it_was(tmp_path):
     path = tmp_path / "figures.json"
-    with written_whole(path) as file:
+    with write_whole(path) as file:
         file.write(b"first")
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as file:
+    with pytest.raises(KeyboardInterrupt), write_whole(path) as file:
         file.write(b"half of the sec")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]

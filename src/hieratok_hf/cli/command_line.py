@@ -13,19 +13,19 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..utils.files import written_whole
+from ..utils.files import write_whole
 
 __all__ = [
     "Problem",
     "add_device",
     "device_of_process",
-    "loaded",
+    "load_or_explain",
     "machine",
     "one_line",
     "positive",
-    "printed",
-    "printed_by_processes",
-    "trained",
+    "run_script",
+    "run_on_processes",
+    "run_training",
     "write_report",
 ]
 
@@ -46,7 +46,7 @@ def positive(text: str) -> int:
     return number
 
 
-def loaded(load: Callable[..., Any], option: str, name: str, *more: Any) -> Any:
+def load_or_explain(load: Callable[..., Any], option: str, name: str, *more: Any) -> Any:
     """What `load(name, ...)` gives; a `Problem` that names the option where it cannot."""
     try:
         return load(name, *more)
@@ -62,7 +62,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
         Problem: The file cannot be written.
     """
     try:
-        with written_whole(path) as file:
+        with write_whole(path) as file:
             file.write((json.dumps(_finite(report), indent=2, allow_nan=False, default=str) + "\n").encode())
     except OSError as error:
         raise Problem(f"--json {str(path)!r} cannot be written: {one_line(error)}") from error
@@ -104,7 +104,7 @@ def device_of_process(args: Namespace, state: PartialState) -> torch.device:
     return args.device if args.device and args.device != torch.device(state.device.type) else state.device
 
 
-def trained(train: Callable[[Namespace], None], args: Namespace) -> int:
+def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
     """Run a training; the exit status: 0, or 2 after an error that is said in one line, beside the progress bar."""
     try:
         train(args)
@@ -114,7 +114,7 @@ def trained(train: Callable[[Namespace], None], args: Namespace) -> int:
     return 0
 
 
-def printed(run: Callable[[Namespace], list[str]], args: Namespace) -> int:
+def run_script(run: Callable[[Namespace], list[str]], args: Namespace) -> int:
     """Run a script and print its lines; the exit status: 0, or 2 after a `Problem`, which goes to stderr."""
     try:
         print("\n".join(run(args)))
@@ -124,7 +124,7 @@ def printed(run: Callable[[Namespace], list[str]], args: Namespace) -> int:
     return 0
 
 
-def printed_by_processes(run: Callable[[Namespace, PartialState], list[str]], args: Namespace) -> int:
+def run_on_processes(run: Callable[[Namespace, PartialState], list[str]], args: Namespace) -> int:
     """
     Run a script on all processes that accelerate or torchrun started; the main one prints.
 

@@ -1,4 +1,4 @@
-"""Pictures by row from folders, tar shards and data sets of the Hub, through Hugging Face `datasets`."""
+"""Images by row from folders, tar shards and data sets of the Hub, through Hugging Face `datasets`."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -12,30 +12,30 @@ import fsspec.asyn
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..utils.images import decode_picture, open_picture
+from ..utils.images import decode_image, open_image
 
-__all__ = ["Pictures", "Row", "load_pictures", "picture_of"]
+__all__ = ["Images", "Row", "load_images", "image_of"]
 
 Row = dict[str, Any]
-"""A picture of a data set, not decoded, as `Pictures` gives it."""
+"""An image of a data set, not decoded, as `Images` gives it."""
 
 _FILES = (".tar", ".parquet", ".zip", ".png", ".jpg", ".jpeg", ".webp")  # what no data set of the Hub is called
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
-_PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _LABELS = ("label", "labels", "cls", "class", "fine_label")
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """
-    Rows `{"image": {"bytes", "path"}, "name", "label"}` of a data set, its pictures not decoded; `label` is an integer
+    Rows `{"image": {"bytes", "path"}, "name", "label"}` of a data set, its images not decoded; `label` is an integer
     or `None`. A stream has no length and is iterated.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Has a column of pictures.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Has a column of images.
         source (`str`): What messages call it.
 
     Raises:
-        ValueError: It has no column of pictures, or no rows.
+        ValueError: It has no column of images, or no rows.
     """
 
     def __init__(self, dataset: Any, source: str):
@@ -44,10 +44,10 @@ class Pictures(Dataset):
         features = dataset.features or {}
         columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         if not columns:
-            raise ValueError(f"No pictures found in {source}: no column of them in {sorted(features)}.")
+            raise ValueError(f"No images found in {source}: no column of them in {sorted(features)}.")
         self.streaming = isinstance(dataset, datasets.IterableDataset)
         if not self.streaming and not len(dataset):
-            raise ValueError(f"No pictures found in {source}: it has no rows.")
+            raise ValueError(f"No images found in {source}: it has no rows.")
         self.source, self.column = source, columns[0]
         self.label = next((name for name in _LABELS if name in features), None)
         self.dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
@@ -76,7 +76,7 @@ class Pictures(Dataset):
                 yield self._row({name: values[0] for name, values in batch.items()}, rows)
                 rows += 1
             if not rows:
-                raise ValueError(f"No pictures found in {self.source}: it has no rows.")
+                raise ValueError(f"No images found in {self.source}: it has no rows.")
 
     def _row(self, example: Row, index: int) -> Row:
         image = example[self.column] or {"bytes": None, "path": None}
@@ -87,12 +87,12 @@ class Pictures(Dataset):
         return {"image": image, "name": name, "label": label if isinstance(label, int) else None}
 
 
-def load_pictures(source: str | Sequence[str], *, split: str = "train", streaming: bool = False) -> Pictures:
+def load_images(source: str | Sequence[str], *, split: str = "train", streaming: bool = False) -> Images:
     """
-    Pictures from a folder, webdataset tar shards (`"shards/train-*.tar"`), or a data set of the Hub.
+    Images from a folder, webdataset tar shards (`"shards/train-*.tar"`), or a data set of the Hub.
 
     Args:
-        source (`str` or a sequence of them): A folder of pictures, or one that `datasets.load_dataset` understands
+        source (`str` or a sequence of them): A folder of images, or one that `datasets.load_dataset` understands
             (shards, parquet); folders in it named `train`, `validation` or `test` are its splits. A path or pattern of
             tar shards. The id of a data set, with a configuration after a colon. Several are read as one, and must
             then be of one kind and hold the same columns.
@@ -101,17 +101,17 @@ def load_pictures(source: str | Sequence[str], *, split: str = "train", streamin
 
     Raises:
         ImportError: The package `datasets` is not installed.
-        ValueError: There is nothing at a source, it holds no pictures, or sources do not go together.
+        ValueError: There is nothing at a source, it holds no images, or sources do not go together.
     """
     try:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise ImportError('Reading pictures needs datasets: pip install "hieratok_hf[train]"') from error
+        raise ImportError('Reading images needs datasets: pip install "hieratok_hf[train]"') from error
     sources = [source] if isinstance(source, str) else list(source)
     if not sources:
-        raise ValueError("No pictures found: no source was given.")
-    parts: list[Pictures] = []
+        raise ValueError("No images found: no source was given.")
+    parts: list[Images] = []
     for name in sources:
         is_folder = Path(name).is_dir()
         files = [] if is_folder else sorted(glob(name))
@@ -119,14 +119,14 @@ def load_pictures(source: str | Sequence[str], *, split: str = "train", streamin
             raise ValueError(f"{wrong[0]!r} must be a folder, a data set or a tar shard in webdataset style.")
         local = name.startswith((".", "/")) or name.endswith(_FILES) or "*" in name or name.count("/") > 1
         if not is_folder and not files and local:
-            raise ValueError(f"No pictures found in {name!r}: there is no such file, folder or pattern.")
+            raise ValueError(f"No images found in {name!r}: there is no such file, folder or pattern.")
         repository, _, config = name.partition(":")
         path = (name, None) if is_folder else (repository, config or None)
         try:
             if files:
                 found = datasets.load_dataset("webdataset", data_files=files, split="train", streaming=streaming)
             elif is_folder and _holds_one_split(Path(name)):
-                # Left to itself, datasets takes words in the names of pictures for splits, as in bullet_train.jpg.
+                # Left to itself, datasets takes words in the names of images for splits, as in bullet_train.jpg.
                 one = {split: ["**"]}
                 found = datasets.load_dataset(
                     "imagefolder", data_dir=name, data_files=one, split=split, streaming=streaming
@@ -136,32 +136,32 @@ def load_pictures(source: str | Sequence[str], *, split: str = "train", streamin
         except (OSError, ValueError, RuntimeError, TarError, DatasetsError) as error:
             # That a data set could not be made is said by one error, why by its cause.
             reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-            raise ValueError(f"No pictures found in {name!r}: {' '.join(str(reason).split())}") from error
-        parts.append(Pictures(found, repr(name)))
+            raise ValueError(f"No images found in {name!r}: {' '.join(str(reason).split())}") from error
+        parts.append(Images(found, repr(name)))
     if len(parts) == 1:
         return parts[0]
     label = ", ".join(part.source for part in parts)
     columns, labels = ({getattr(part, name) for part in parts} - {None} for name in ("column", "label"))
     if len(columns) > 1 or len(labels) > 1:
-        # Joined, the pictures of one would be missing in the column of the other.
+        # Joined, the images of one would be missing in the column of the other.
         names = f"{sorted(columns)} and {sorted(labels)}"
-        raise ValueError(f"{label} must have their pictures and labels in the same columns, got {names}.")
+        raise ValueError(f"{label} must have their images and labels in the same columns, got {names}.")
     try:
-        return Pictures(datasets.concatenate_datasets([part.dataset for part in parts]), label)
+        return Images(datasets.concatenate_datasets([part.dataset for part in parts]), label)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{label} do not go together: {' '.join(str(error).split())}") from error
 
 
 def _holds_one_split(folder: Path) -> bool:
-    """Whether a folder holds pictures and no folders that are named as splits."""
+    """Whether a folder holds images and no folders that are named as splits."""
     if any(path.is_dir() and path.name.lower() in _SPLITS for path in folder.iterdir()):
         return False
-    return any(path.suffix.lower() in _PICTURES for path in folder.rglob("*"))
+    return any(path.suffix.lower() in _IMAGES for path in folder.rglob("*"))
 
 
-def picture_of(row: Row) -> Image.Image:
-    """The upright RGB picture of a row of `Pictures`; `PictureError` where it cannot be decoded."""
+def image_of(row: Row) -> Image.Image:
+    """The upright RGB image of a row of `Images`; `ImageError` where it cannot be decoded."""
     image = row["image"]
     if image["bytes"] is None and image["path"] is not None:
-        return open_picture(image["path"])
-    return decode_picture(image["bytes"] or b"", row["name"])
+        return open_image(image["path"])
+    return decode_image(image["bytes"] or b"", row["name"])

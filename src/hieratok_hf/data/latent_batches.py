@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from ..models.autoencoder_adapter import Codec
-from .image_dataset import Pictures
+from .image_dataset import Images
 from .latent_cache import LatentCache
-from .training_batches import BatchPlan, planned_draws, step_generator, to_pixel_values, training_loader
+from .training_batches import BatchPlan, plan_draws, step_generator, to_pixel_values, training_loader
 
-__all__ = ["cached_batches", "encoded_batches"]
+__all__ = ["iterate_cached", "iterate_encoded"]
 
-# Shape letters: B pictures of this process in one part of a step, C latent channels, h w the latent's grid.
+# Shape letters: B images of this process in one part of a step, C latent channels, h w the latent's grid.
 
 
-def cached_batches(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> Iterator[dict[str, Any]]:
+def iterate_cached(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> Iterator[dict[str, Any]]:
     """
     Batches of one process from a cache, mirrored half the time if it has flips, and drawn anew from moments.
 
@@ -30,7 +30,7 @@ def cached_batches(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> 
         Iterator of dictionaries: `latents` `(B, C, h, w)` float32; `labels` `(B,)` int64; `step`, `part`, `count` and
         `rows` as those of `training_loader`; `skipped`, always empty.
     """
-    for draws in planned_draws(len(cache), plan, first_step):
+    for draws in plan_draws(len(cache), plan, first_step):
         step, count, rows = draws[0].step, draws[0].total, torch.tensor([draw.row for draw in draws])
         flipped = [cache.flips and random.Random(f"{plan.seed}:{draw.place}").random() < 0.5 for draw in draws]
         is_drawn = cache.settings["kind"] == "moments"
@@ -42,37 +42,37 @@ def cached_batches(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> 
         }  # fmt: skip
 
 
-def encoded_batches(
+def iterate_encoded(
     codec: Codec,
     latent_shape: tuple[int, ...],
-    pictures: Pictures,
+    images: Images,
     num_classes: int,
     plan: BatchPlan,
     first_step: int = 0,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """
-    The same from pictures, random crops of which are encoded as they come.
+    The same from images, random crops of which are encoded as they come.
 
     Args:
         codec (`Codec`): The tokenizer.
         latent_shape (`tuple[int, ...]`): `(C, h, w)` of a latent.
-        pictures (`Pictures`): The data, with labels.
+        images (`Images`): The data, with labels.
         num_classes (`int`): Labels must be smaller.
         options: Those of `training_loader`.
 
     Returns:
-        As `cached_batches`; `skipped` holds the reasons of pictures left out.
+        As `iterate_cached`; `skipped` holds the reasons of images left out.
 
     Raises:
-        PictureError: As `training_loader`.
-        ValueError: A picture has no label or one that is no class.
+        ImageError: As `training_loader`.
+        ValueError: An image has no label or one that is no class.
     """
-    for batch in training_loader(pictures, plan, first_step=first_step, **options):
+    for batch in training_loader(images, plan, first_step=first_step, **options):
         labels = batch.pop("labels")
         if wrong := [label for label in labels.tolist() if not 0 <= label < num_classes]:
             got = "none" if wrong[0] < 0 else wrong[0]
-            raise ValueError(f"{pictures.source}: labels must be from 0 to {num_classes - 1}, one is {got}.")
+            raise ValueError(f"{images.source}: labels must be from 0 to {num_classes - 1}, one is {got}.")
         noise = _posterior_noise(plan.seed, batch["step"], batch["count"], latent_shape)[batch["rows"]]
         with torch.no_grad():
             latents = codec.normalise(codec.encode(to_pixel_values(batch), noise)).float()
@@ -80,5 +80,5 @@ def encoded_batches(
 
 
 def _posterior_noise(seed: int, step: int, count: int, latent_shape: tuple[int, ...]) -> Tensor:
-    """That of all pictures of a step, another than that of the generator's training."""
+    """That of all images of a step, another than that of the generator's training."""
     return torch.randn(count, *latent_shape, generator=step_generator(f"{seed}:posterior", step))

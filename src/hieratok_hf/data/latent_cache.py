@@ -23,7 +23,7 @@ __all__ = ["LatentCache", "write_latents"]
 
 class LatentCache(Dataset):
     """
-    Read what `write_latents` wrote; index `i` runs over pictures in the order of their rows. Shards are mapped into
+    Read what `write_latents` wrote; index `i` runs over images in the order of their rows. Shards are mapped into
     memory when they are first used, in each worker for itself.
 
     Args:
@@ -80,11 +80,11 @@ class LatentCache(Dataset):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
-        Many pictures at once, as a generator of diffusers is fed them: `(x - shift_factor) * scaling_factor`, which
+        Many images at once, as a generator of diffusers is fed them: `(x - shift_factor) * scaling_factor`, which
         changes nothing for HieraTok, whose latents arrive normalised.
 
         Args:
-            indices (sequence of `int` or `torch.Tensor` of shape `(B,)`): Which pictures.
+            indices (sequence of `int` or `torch.Tensor` of shape `(B,)`): Which images.
             flipped (sequence of `bool` or `torch.Tensor` of shape `(B,)`, *optional*): Which of them mirrored.
             noise (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal, to draw from moments, whose
                 mode is given without. Samples and modes are as they were written, with or without it.
@@ -93,7 +93,7 @@ class LatentCache(Dataset):
             The latents `(B, C, h, w)`, float32, and the labels `(B,)`, int64.
 
         Raises:
-            IndexError: An index is not one of a picture.
+            IndexError: An index is not one of an image.
             ValueError: `flipped` has another length, or asks for what was not written.
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64).tolist()
@@ -113,7 +113,7 @@ class LatentCache(Dataset):
 
     def _read(self, indices: list[int], flipped: list[bool]) -> Tensor:
         if wrong := [index for index in indices if not -len(self) <= index < len(self)]:
-            raise IndexError(f"There are {len(self)} pictures in {str(self.folder)!r}, got index {wrong[0]}.")
+            raise IndexError(f"There are {len(self)} images in {str(self.folder)!r}, got index {wrong[0]}.")
         numbers = np.asarray(indices, dtype=np.int64) % max(len(self), 1)
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         places = numbers - self._starts[shards]

@@ -16,9 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..models.core import posterior_of
-from ..utils.files import written_whole
-from ..utils.images import PictureError, centre_square
-from .image_dataset import Pictures, Row, picture_of
+from ..utils.files import write_whole
+from ..utils.images import ImageError, centre_square
+from .image_dataset import Images, Row, image_of
 
 __all__ = [
     "DTYPES",
@@ -36,7 +36,7 @@ __all__ = [
     "write_shard",
 ]
 
-# Shape letters: B batch, N pictures of a shard, S side of a square picture in pixels, C latent channels, h w its grid.
+# Shape letters: B batch, N images of a shard, S side of a square image in pixels, C latent channels, h w its grid.
 
 FORMAT = 1
 """Of `cache.json` and the shards; a cache of another one is refused."""
@@ -100,7 +100,7 @@ def read_settings(folder: Path) -> Settings:
 
 def write_settings(folder: Path, settings: Settings) -> None:
     """Write `cache.json`, whole or not at all."""
-    with written_whole(folder / _SETTINGS) as file:
+    with write_whole(folder / _SETTINGS) as file:
         file.write((json.dumps(settings, indent=1) + "\n").encode())
 
 
@@ -126,7 +126,7 @@ def settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
 
 def read_header(path: Path, settings: Settings) -> tuple[int, dict[int, str]]:
     """
-    How many pictures a shard holds, and why which rows were left out.
+    How many images a shard holds, and why which rows were left out.
 
     Raises:
         ValueError: It is damaged, or holds something else than the settings say; the message names it.
@@ -163,7 +163,7 @@ def write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) -
     """
     rows, labels = ([value for batch in batches for value in batch[name]] for name in ("rows", "labels"))
     tensors = {"labels": torch.tensor(labels, dtype=torch.int64), "rows": torch.tensor(rows, dtype=torch.int64)}
-    # By row, so that neither batches nor processes nor what was left out change a picture's noise.
+    # By row, so that neither batches nor processes nor what was left out change an image's noise.
     noise = [np.random.default_rng((settings["seed"], row)) for row in rows] if settings["kind"] == "sample" else []
     for side, suffix in (("plain", ""), ("flipped", "_flipped"))[: 1 + settings["flips"]]:
         parts = [batch[side] for batch in batches if batch["rows"]]
@@ -178,20 +178,20 @@ def write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) -
             raise ValueError(f"The latents of row {row} are not finite in {settings['dtype']}; try another `dtype`.")
         tensors[stored_name(settings) + suffix] = values
     skipped = {row: reason for batch in batches for row, reason in batch["skipped"].items()}
-    with written_whole(path) as file:
+    with write_whole(path) as file:
         file.write(save(tensors, {"skipped": json.dumps(skipped)}))
 
 
 class ShardBatches:
     """
-    The pictures of those shards that one of several processes has yet to write, decoded a batch ahead; no batch spans
+    The images of those shards that one of several processes has yet to write, decoded a batch ahead; no batch spans
     two shards.
 
-    Iterating gives dictionaries: `shard`; `levels` `(B, S, S, 3)`, uint8, absent where no picture could be decoded;
+    Iterating gives dictionaries: `shard`; `levels` `(B, S, S, 3)`, uint8, absent where no image could be decoded;
     `rows` and `labels`, a list each; and `skipped`, the reasons by row.
 
     Args:
-        pictures (`Pictures`): The data.
+        images (`Images`): The data.
         folder (`Path`): With the shards that are there already.
         settings (`dict`): Those of `cache.json`.
         batch_size, threads (`int`): Most rows in a batch, and decoded at a time.
@@ -208,7 +208,7 @@ class ShardBatches:
 
     def __init__(
         self,
-        pictures: Pictures,
+        images: Images,
         folder: Path,
         settings: Settings,
         *,
@@ -218,7 +218,7 @@ class ShardBatches:
         world: int,
         pin: bool = False,
     ):
-        self.pictures, self.folder, self.settings = pictures, folder, settings
+        self.images, self.folder, self.settings = images, folder, settings
         self.batch_size, self.threads, self.rank, self.world, self.pin = batch_size, threads, rank, world, pin
         self.rows: int | None = settings["rows"]
         self.todo: int | None = None
@@ -247,24 +247,24 @@ class ShardBatches:
         return False
 
     def _numbered(self) -> Iterator[tuple[int, Row]]:
-        if not self.pictures.streaming:
+        if not self.images.streaming:
             for row in chain.from_iterable(rows_of(self.settings, shard) for shard in self.shards):
-                yield row, self.pictures[row]
+                yield row, self.images[row]
         elif self.todo != 0:
             lacks, count = functools.cache(self._lacks), 0
-            for row, entry in enumerate(islice(self.pictures, self.settings["limit"])):
+            for row, entry in enumerate(islice(self.images, self.settings["limit"])):
                 count = row + 1
                 if lacks(row // self.settings["shard_size"]):
                     yield row, entry
             if self.rows not in (None, count):
-                raise ValueError(f"{self.pictures.source} must have {self.rows} rows as before, got {count}.")
+                raise ValueError(f"{self.images.source} must have {self.rows} rows as before, got {count}.")
             self.rows = count
 
     def _sample(self, index: int, row: Row) -> tuple[int, int, np.ndarray | str]:
         label = -1 if row["label"] is None else int(row["label"])
         try:
-            return index, label, np.asarray(centre_square(picture_of(row), self.settings["size"]))
-        except PictureError as error:
+            return index, label, np.asarray(centre_square(image_of(row), self.settings["size"]))
+        except ImageError as error:
             return index, label, str(error)
 
     def _batch(self, shard: int, futures: list[Any]) -> dict[str, Any]:

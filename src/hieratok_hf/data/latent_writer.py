@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..models.autoencoder_adapter import Codec
 from ..utils.distributed import gather, process_place
-from .image_dataset import Pictures
+from .image_dataset import Images
 from .latent_shards import (
     DTYPES,
     FORMAT,
@@ -29,12 +29,12 @@ from .latent_shards import (
 
 __all__ = ["encoder_facts", "write_latents"]
 
-# Shape letters: B batch, N pictures of a shard, S side of a square picture in pixels, C latent channels, h w its grid.
+# Shape letters: B batch, N images of a shard, S side of a square image in pixels, C latent channels, h w its grid.
 
 
 def write_latents(
     codec_or_vae: Codec | nn.Module,
-    pictures: Pictures,
+    images: Images,
     folder: str | Path,
     *,
     size: int,
@@ -52,32 +52,32 @@ def write_latents(
     Encode a data set into `folder`, for `LatentCache`; called again after a kill, it goes on with the missing shards.
 
     Shard `k` holds the rows from `k * shard_size` on, as `moments` `(N, 2C, h, w)`, mean before log-variance, or
-    `latents` `(N, C, h, w)`; `moments_flipped` or `latents_flipped`, those of the mirrored pictures; `labels` and
+    `latents` `(N, C, h, w)`; `moments_flipped` or `latents_flipped`, those of the mirrored images; `labels` and
     `rows` `(N,)`, int64, -1 for no label. Of several processes of torch.distributed each writes its own shards, and
     all must call this. The model runs in its own dtype, or in that of an autocast around the call.
 
     Args:
         codec_or_vae (`Codec` or `torch.nn.Module`): The autoencoder, or what `Codec` takes.
-        pictures (`Pictures`): The data; a stream is gone through by every process.
+        images (`Images`): The data; a stream is gone through by every process.
         folder (`str` or `Path`): Where shards and `cache.json` go; made if it is not there.
-        size (`int`): Side `S` that pictures are brought to by `centre_square`.
+        size (`int`): Side `S` that images are brought to by `centre_square`.
         kind (`str`, defaults to `"moments"`): `"moments"`, or of each posterior one `"sample"` or the `"mode"`.
-        flips (`bool`, defaults to `True`): Whether to encode the mirrored pictures too.
+        flips (`bool`, defaults to `True`): Whether to encode the mirrored images too.
         dtype (`torch.dtype`, defaults to `torch.float16`): What is stored; also bfloat16 or float32.
         shard_size (`int`, defaults to 1024): Rows of a shard.
-        batch_size (`int`, defaults to 32): Most pictures encoded at a time; no batch spans two shards.
+        batch_size (`int`, defaults to 32): Most images encoded at a time; no batch spans two shards.
         seed (`int`, defaults to 0): With its row decides the noise of a sample.
         limit (`int`, *optional*): Take only the first rows of the data.
         progress (callable, *optional*): Told after each batch how many rows this process has done in this call, and
             how many it has to do, `None` in a stream.
-        threads (`int`, defaults to 4): Decode this many pictures at a time, a batch or two ahead.
+        threads (`int`, defaults to 4): Decode this many images at a time, a batch or two ahead.
 
     Returns:
-        `rows`, `pictures` and `shards` of the whole cache; `skipped`, the reason for each row whose picture cannot be
-        decoded; of this call the pictures `encoded`, the shards `written` and the `seconds` they took.
+        `rows`, `images` and `shards` of the whole cache; `skipped`, the reason for each row whose image cannot be
+        decoded; of this call the images `encoded`, the shards `written` and the `seconds` they took.
 
     Raises:
-        ValueError: An argument is out of its range, the model cannot take pictures of that size or has no posterior,
+        ValueError: An argument is out of its range, the model cannot take images of that size or has no posterior,
             the data has no rows, the latents are not finite in `dtype`, or `folder` holds something else: another
             cache, or shards without their `cache.json`.
         OSError: The folder cannot be written.
@@ -95,9 +95,9 @@ def write_latents(
             raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}.")
     settings: dict[str, Any] = {
         "format": FORMAT, "kind": kind, "flips": flips, "dtype": stored_dtype, "size": size,
-        "shard_size": shard_size, "seed": seed, "limit": limit, "source": pictures.source,
-        "rows": None if pictures.streaming else min(len(pictures), limit or len(pictures)),
-        "classes": pictures.class_names,
+        "shard_size": shard_size, "seed": seed, "limit": limit, "source": images.source,
+        "rows": None if images.streaming else min(len(images), limit or len(images)),
+        "classes": images.class_names,
         "latent_shape": list(codec.latent_shape(size)), **encoder_facts(codec),
     }  # fmt: skip
     encode, folder, (rank, world) = _encoder(codec, settings), Path(folder), process_place()
@@ -109,11 +109,11 @@ def write_latents(
     weight = next(codec.model.parameters())
     pin = weight.device.type == "cuda"
     options = {"batch_size": batch_size, "threads": threads, "rank": rank, "world": world}
-    batches = ShardBatches(pictures, folder, settings, **options, pin=pin)
+    batches = ShardBatches(images, folder, settings, **options, pin=pin)
     encoded, written = _write_shards(batches, encode, weight, progress)
     seconds = time.perf_counter() - started
     if not batches.rows:
-        raise ValueError(f"No pictures found in {pictures.source}: it has no rows.")
+        raise ValueError(f"No images found in {images.source}: it has no rows.")
     settings["rows"] = batches.rows
     mine = [read_header(shard_path(folder, shard), settings) for shard in shards_of(settings)[rank::world]]
     told = gather((mine, encoded, written, seconds))
@@ -123,7 +123,7 @@ def write_latents(
     headers = [header for part in told for header in part[0]]
     return {
         "rows": settings["rows"],
-        "pictures": sum(count for count, _ in headers),
+        "images": sum(count for count, _ in headers),
         "shards": len(headers),
         "skipped": dict(sorted(entry for _, skipped in headers for entry in skipped.items())),
         "encoded": sum(part[1] for part in told),
@@ -155,7 +155,7 @@ def encoder_facts(codec: Codec) -> dict[str, Any]:
 
 
 def _encoder(codec: Codec, settings: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """From pictures to moments, or to modes."""
+    """From images to moments, or to modes."""
     core, model = codec.core, codec.model
     if settings["kind"] == "mode":
         return codec.encode
@@ -181,7 +181,7 @@ def _write_shards(
     weight: Tensor,
     progress: Callable[[int, int | None], None] | None,
 ) -> tuple[int, int]:
-    """Encode in this thread while others decode and write; gives the pictures encoded and the shards written."""
+    """Encode in this thread while others decode and write; gives the images encoded and the shards written."""
     encoded = done = written = 0
     pending: Future | None = None
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, torch.inference_mode():

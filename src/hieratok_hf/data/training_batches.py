@@ -13,34 +13,34 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..utils.images import PictureError
-from .image_dataset import Pictures, Row, picture_of
+from ..utils.images import ImageError
+from .image_dataset import Images, Row, image_of
 
-__all__ = ["BatchPlan", "Draw", "planned_draws", "random_crop", "step_generator", "to_pixel_values", "training_loader"]
+__all__ = ["BatchPlan", "Draw", "plan_draws", "random_crop", "step_generator", "to_pixel_values", "training_loader"]
 
-# Shape letters: B pictures of this process in one part of a step, S side of a crop in pixels.
+# Shape letters: B images of this process in one part of a step, S side of a crop in pixels.
 
 _TRIES = 100  # rows after a broken one, before the data counts as broken
 
 
-def random_crop(picture: Image.Image, size: int, rng: random.Random, scale: tuple[float, float]) -> Image.Image:
+def random_crop(image: Image.Image, size: int, rng: random.Random, scale: tuple[float, float]) -> Image.Image:
     """
     A random square, mirrored half the time, at `size` pixels a side.
 
     Args:
-        picture (`PIL.Image.Image`): Of mode RGB.
+        image (`PIL.Image.Image`): Of mode RGB.
         size (`int`): Side of the result.
         rng (`random.Random`): Decides.
         scale (`tuple[float, float]`): Least and largest share of the shorter side that the square covers, before it is
-            resized; `(0, 0)` cuts exactly `size` pixels and resizes only pictures that are smaller.
+            resized; `(0, 0)` cuts exactly `size` pixels and resizes only images that are smaller.
 
     Returns:
         `PIL.Image.Image`: Of mode RGB, bicubically resized.
     """
-    short = min(picture.size)
+    short = min(image.size)
     side = min(size, short) if scale[1] == 0 else max(1, round(short * rng.uniform(*scale)))
-    left, top = rng.randint(0, picture.width - side), rng.randint(0, picture.height - side)
-    crop = picture.crop((left, top, left + side, top + side))
+    left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
+    crop = image.crop((left, top, left + side, top + side))
     if side != size:
         crop = crop.resize((size, size), Image.Resampling.BICUBIC)
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
@@ -49,13 +49,13 @@ def random_crop(picture: Image.Image, size: int, rng: random.Random, scale: tupl
 @dataclass(frozen=True)
 class BatchPlan:
     """
-    The pictures of every step, divided over processes and parts so that together they are always the same.
+    The images of every step, divided over processes and parts so that together they are always the same.
 
     A step draws one of `crop_sizes` and takes `batch_size` times the pixels of the first size, rounded to a multiple
-    of processes times parts: where that rounds nothing, the pictures are the same however they are divided.
+    of processes times parts: where that rounds nothing, the images are the same however they are divided.
 
     Attributes:
-        batch_size (`int`): Pictures of a step at the first crop size, of all processes together.
+        batch_size (`int`): Images of a step at the first crop size, of all processes together.
         crop_sizes (`tuple[int, ...]`): Sides in pixels; repeat one to draw it more often.
         steps (`int`): Of the whole training.
         seed (`int`): Decides sizes, order and crops.
@@ -101,7 +101,7 @@ class BatchPlan:
 
 
 def training_loader(
-    pictures: Pictures,
+    images: Images,
     plan: BatchPlan,
     *,
     first_step: int = 0,
@@ -111,42 +111,42 @@ def training_loader(
     """
     Batches of one process, part after part, from `first_step` to the plan's last.
 
-    A picture that cannot be decoded is replaced by the next one of the data.
+    An image that cannot be decoded is replaced by the next one of the data.
 
     Args:
-        pictures (`Pictures`): The data.
+        images (`Images`): The data.
         plan (`BatchPlan`): What each step sees.
         first_step (`int`, defaults to 0): To begin with.
         crop_scale (`tuple[float, float]`, defaults to `(0.5, 1.0)`): The `scale` of `random_crop`.
         num_workers (`int`, defaults to 0): Processes that read and decode; of a stream at most one.
 
     Returns:
-        Iterator of dictionaries: `pixel_values` `(B, 3, S, S)` uint8; `step` and `part`; `count`, the pictures of
+        Iterator of dictionaries: `pixel_values` `(B, 3, S, S)` uint8; `step` and `part`; `count`, the images of
         the whole step; `rows`, which of them these are; `labels` `(B,)`, -1 where there is none; `skipped`, the
-        reasons of pictures left out.
+        reasons of images left out.
 
     Raises:
-        PictureError: While iterating: a hundred rows in a row cannot be decoded.
+        ImageError: While iterating: a hundred rows in a row cannot be decoded.
     """
     pin = torch.cuda.is_available()
-    if pictures.streaming:
+    if images.streaming:
         # One worker: several would each read the whole stream.
-        stream = _StreamedCrops(pictures, plan, first_step, crop_scale)
+        stream = _StreamedCrops(images, plan, first_step, crop_scale)
         loader = DataLoader(stream, batch_size=None, num_workers=min(num_workers, 1), pin_memory=pin)
     else:
-        crops, sampler = _Crops(pictures, plan.seed, crop_scale), _PlanSampler(len(pictures), plan, first_step)
+        crops, sampler = _Crops(images, plan.seed, crop_scale), _PlanSampler(len(images), plan, first_step)
         loader = DataLoader(crops, batch_sampler=sampler, num_workers=num_workers, collate_fn=_collate, pin_memory=pin)
     try:
         yield from loader
-    except PictureError as error:
+    except ImageError as error:
         # That of a worker holds the worker's traceback in its message, and in its own the loader, with workers that
         # then wait until a timeout.
-        message = str(error).strip().splitlines()[-1].split("PictureError: ", 1)[-1]
-        raise PictureError(message) from error.with_traceback(None)
+        message = str(error).strip().splitlines()[-1].split("ImageError: ", 1)[-1]
+        raise ImageError(message) from error.with_traceback(None)
 
 
 def to_pixel_values(batch: dict[str, Any]) -> Tensor:
-    """The pictures of a batch as models take them, `(B, 3, S, S)` float32 in [-1, 1]."""
+    """The images of a batch as models take them, `(B, 3, S, S)` float32 in [-1, 1]."""
     return batch["pixel_values"].float() / 127.5 - 1
 
 
@@ -170,7 +170,7 @@ class Draw(NamedTuple):
     data_row: int = -1
 
 
-def planned_draws(length: int, plan: BatchPlan, first_step: int = 0) -> Iterator[list[Draw]]:
+def plan_draws(length: int, plan: BatchPlan, first_step: int = 0) -> Iterator[list[Draw]]:
     """The draws of this process, part after part: all rows of the data in a random order, epoch after epoch."""
     epoch, order = -1, np.zeros(0, np.int64)
     for draws in _draws(plan, first_step):
@@ -203,28 +203,28 @@ class _PlanSampler(Sampler):
         self.length, self.plan, self.first_step = length, plan, first_step
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        return planned_draws(self.length, self.plan, self.first_step)
+        return plan_draws(self.length, self.plan, self.first_step)
 
 
 class _Crops(Dataset):
     """Random crops of the drawn rows."""
 
-    def __init__(self, pictures: Pictures, seed: int, scale: tuple[float, float]):
-        self.pictures, self.seed, self.scale = pictures, seed, scale
+    def __init__(self, images: Images, seed: int, scale: tuple[float, float]):
+        self.images, self.seed, self.scale = images, seed, scale
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        rows = (self.pictures[(draw.data_row + offset) % len(self.pictures)] for offset in range(len(self.pictures)))
-        return _sample(rows, draw, self.pictures.source, self.seed, self.scale)
+        rows = (self.images[(draw.data_row + offset) % len(self.images)] for offset in range(len(self.images)))
+        return _sample(rows, draw, self.images.source, self.seed, self.scale)
 
 
 class _StreamedCrops(IterableDataset):
     """The same over a stream: each process reads all of it and decodes its share."""
 
-    def __init__(self, pictures: Pictures, plan: BatchPlan, first_step: int, scale: tuple[float, float]):
-        self.pictures, self.plan, self.first_step, self.scale = pictures, plan, first_step, scale
+    def __init__(self, images: Images, plan: BatchPlan, first_step: int, scale: tuple[float, float]):
+        self.images, self.plan, self.first_step, self.scale = images, plan, first_step, scale
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        stream, start = self.pictures.shuffled(self.plan.seed), 0
+        stream, start = self.images.shuffled(self.plan.seed), 0
         held: deque[Row] = deque()  # the rows of the stream from `start` that were read
 
         def rows_from(place: int) -> Iterator[Row]:
@@ -237,7 +237,7 @@ class _StreamedCrops(IterableDataset):
             while start < draws[0].place - draws[0].row:
                 held.popleft() if held else next(stream)
                 start += 1
-            source, seed = self.pictures.source, self.plan.seed
+            source, seed = self.images.source, self.plan.seed
             yield _collate([_sample(rows_from(draw.place), draw, source, seed, self.scale) for draw in draws])
 
 
@@ -246,12 +246,12 @@ def _sample(rows: Iterator[Row], draw: Draw, source: str, seed: int, scale: tupl
     skipped: list[str] = []
     for row in itertools.islice(rows, _TRIES):
         try:
-            crop = random_crop(picture_of(row), draw.size, random.Random(f"{seed}:{draw.place}"), scale)
-        except PictureError as error:
+            crop = random_crop(image_of(row), draw.size, random.Random(f"{seed}:{draw.place}"), scale)
+        except ImageError as error:
             skipped.append(str(error))
         else:
             return {"crop": np.asarray(crop), "label": row["label"], "draw": draw, "skipped": skipped}
-    raise PictureError(f"{source}: {len(skipped)} pictures in a row cannot be decoded; {skipped[0]}")
+    raise ImageError(f"{source}: {len(skipped)} images in a row cannot be decoded; {skipped[0]}")
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,22 +17,22 @@ from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.distributed import gather
 from .vision_features import colour_statistics
 
-__all__ = ["ClassAccuracy", "GeneratedBatches", "ImageClassifier", "find_classes", "numbered_pictures", "picture_size"]
+__all__ = ["ClassAccuracy", "GeneratedBatches", "ImageClassifier", "find_classes", "number_images", "image_size"]
 
-# Shape letters: B pictures of a batch, H W pixels, S side of a generated picture, L labels of a classifier.
+# Shape letters: B images of a batch, H W pixels, S side of a generated image, L labels of a classifier.
 
 _SHOWN = 5
 
 
-def picture_size(pipe: HieraTokDiTPipeline) -> int:
-    """Side `S` in pixels of the pictures that a pipeline makes."""
+def image_size(pipe: HieraTokDiTPipeline) -> int:
+    """Side `S` in pixels of the images that a pipeline makes."""
     return pipe.transformer.config.sample_size * pipe.image_processor.config.vae_scale_factor
 
 
-def numbered_pictures(pipe: HieraTokDiTPipeline, rows: Sequence[int], seed: int, **settings: Any) -> Tensor:
+def number_images(pipe: HieraTokDiTPipeline, rows: Sequence[int], seed: int, **settings: Any) -> Tensor:
     """
-    Some of the pictures that a seed numbers: picture `i` is of class `i % num_classes`, and its noise is a function of
-    the seed and `i`. It does not depend on the pictures beside it.
+    Some of the images that a seed numbers: image `i` is of class `i % num_classes`, and its noise is a function of
+    the seed and `i`. It does not depend on the images beside it.
 
     Args:
         pipe (`HieraTokDiTPipeline`): Makes them.
@@ -44,28 +44,28 @@ def numbered_pictures(pipe: HieraTokDiTPipeline, rows: Sequence[int], seed: int,
         `torch.Tensor` of shape `(B, 3, S, S)`: Levels in uint8, on the CPU.
 
     Raises:
-        ValueError: As the pipeline's call, or a picture is not finite.
+        ValueError: As the pipeline's call, or an image is not finite.
     """
     labels = [row % pipe.num_classes for row in rows]
     generators = [step_generator(seed, row) for row in rows]
     images = pipe(labels, generator=generators, output_type="pt", **settings).images.float().cpu()
     if not images.isfinite().all():
-        raise ValueError(f"the pictures of {pipe.transformer.dtype} weights are not finite")
+        raise ValueError(f"the images of {pipe.transformer.dtype} weights are not finite")
     return (255 * images).round().byte()
 
 
 class GeneratedBatches:
     """
-    Pictures of a pipeline in batches as those of `EvaluationBatches`; they can be gone through once or again.
+    Images of a pipeline in batches as those of `EvaluationBatches`; they can be gone through once or again.
 
     Iterating gives dictionaries: `pixel_values` `(B, 3, S, S)` in [-1, 1] that lie on 8-bit levels, `rows` and
     `labels`, a list each.
 
     Args:
         pipe (`HieraTokDiTPipeline`): Makes them.
-        rows (`Sequence[int]`): Numbers of the pictures, as those of `numbered_pictures`.
+        rows (`Sequence[int]`): Numbers of the images, as those of `number_images`.
         seed (`int`, defaults to 0): Of all noise.
-        batch_size (`int`, defaults to 16): Most pictures in a batch.
+        batch_size (`int`, defaults to 16): Most images in a batch.
         settings: Further arguments of the pipeline's call.
 
     Attributes:
@@ -91,7 +91,7 @@ class GeneratedBatches:
         for first in range(0, len(self.rows), self.batch_size):
             rows = list(self.rows[first : first + self.batch_size])
             start = time.perf_counter()
-            levels = numbered_pictures(self.pipe, rows, self.seed, **self.settings)
+            levels = number_images(self.pipe, rows, self.seed, **self.settings)
             self.seconds += time.perf_counter() - start
             labels = [row % self.pipe.num_classes for row in rows]
             yield {"pixel_values": levels.float() / 127.5 - 1, "rows": rows, "labels": labels}
@@ -106,7 +106,7 @@ class ImageClassifier(nn.Module):
         mean, std (`list[float]`): Of each colour in [0, 1], as the model was trained with.
 
     Attributes:
-        image_size (`int`): Side that pictures are brought to: that of the model's configuration, or 224.
+        image_size (`int`): Side that images are brought to: that of the model's configuration, or 224.
         names (`dict[int, str]`): Of its labels.
     """
 
@@ -141,7 +141,7 @@ class ImageClassifier(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; they are brought to
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; they are brought to
                 `image_size` bicubically with antialiasing.
 
         Returns:
@@ -192,12 +192,12 @@ def find_classes(id2label: Mapping[int, str], num_classes: int, classifier_names
 
 class ClassAccuracy:
     """
-    How often a classifier finds the class that a picture was made for, over all processes of torch.distributed.
+    How often a classifier finds the class that an image was made for, over all processes of torch.distributed.
 
     Args:
-        classifier (`ImageClassifier`): Judges the pictures.
+        classifier (`ImageClassifier`): Judges the images.
         labels (`Sequence[int]`): Its label for each class, as those of `find_classes`.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where it is put and pictures go.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where it is put and images go.
 
     Raises:
         ValueError: `labels` are none, no labels of the classifier, or one is there twice.
@@ -217,7 +217,7 @@ class ClassAccuracy:
 
     def update(self, pixel_values: Tensor, classes: Sequence[int]) -> None:
         """
-        Add pictures.
+        Add images.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
@@ -232,23 +232,23 @@ class ClassAccuracy:
 
     def compute(self) -> dict[str, Any]:
         """
-        The shares over the pictures of all processes, each of which must call this.
+        The shares over the images of all processes, each of which must call this.
 
         Returns:
-            `class_accuracy`, of pictures whose class the classifier prefers among those of `labels`; `top1_accuracy`,
-            among all its labels; and for each class, in lists, `pictures_per_class`, `class_accuracy_per_class` and
-            `top1_accuracy_per_class`, NaN where there are no pictures.
+            `class_accuracy`, of images whose class the classifier prefers among those of `labels`; `top1_accuracy`,
+            among all its labels; and for each class, in lists, `images_per_class`, `class_accuracy_per_class` and
+            `top1_accuracy_per_class`, NaN where there are no images.
 
         Raises:
-            ValueError: There were no pictures.
+            ValueError: There were no images.
         """
         among, first, count = torch.stack(gather(self._counts)).sum(0).double()
         if not count.sum():
-            raise ValueError("There were no pictures to classify.")
+            raise ValueError("There were no images to classify.")
         return {
             "class_accuracy": float(among.sum() / count.sum()),
             "top1_accuracy": float(first.sum() / count.sum()),
-            "pictures_per_class": count.long().tolist(),
+            "images_per_class": count.long().tolist(),
             "class_accuracy_per_class": (among / count).tolist(),
             "top1_accuracy_per_class": (first / count).tolist(),
         }

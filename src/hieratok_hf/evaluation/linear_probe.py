@@ -1,4 +1,4 @@
-"""A linear probe: how much of pictures' classes can be read off an encoder's features by a linear classifier."""
+"""A linear probe: how much of images' classes can be read off an encoder's features by a linear classifier."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,17 +9,17 @@ from torch import Tensor
 from ..models.autoencoder_adapter import Codec
 from ..utils.distributed import gather
 
-__all__ = ["linear_probe", "pooled_features"]
+__all__ = ["linear_probe", "pool_features"]
 
-# Shape letters: B batch, N pictures, D feature channels, K classes.
+# Shape letters: B batch, N images, D feature channels, K classes.
 
 _PENALTIES = tuple(10.0**power for power in range(-5, 4))
 
 
 @torch.no_grad()
-def pooled_features(codec: Codec, batches: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+def pool_features(codec: Codec, batches: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """
-    The encoder's features of the pictures of all processes, averaged over the tokens, in the order of the data.
+    The encoder's features of the images of all processes, averaged over the tokens, in the order of the data.
 
     Args:
         codec (`Codec`): Of a HieraTok model.
@@ -29,7 +29,7 @@ def pooled_features(codec: Codec, batches: Iterable[dict[str, Any]]) -> tuple[Te
         Features `(N, D)` in float32, and labels `(N,)` in int64.
 
     Raises:
-        ValueError: The model is no HieraTok, there are no pictures, or one has no label.
+        ValueError: The model is no HieraTok, there are no images, or one has no label.
     """
     if codec.core is None:
         raise ValueError(f"A probe needs the features of a HieraTok encoder, got {type(codec.model).__name__}.")
@@ -40,7 +40,7 @@ def pooled_features(codec: Codec, batches: Iterable[dict[str, Any]]) -> tuple[Te
         found += zip(batch["rows"], batch["labels"], tokens.float().mean(1).cpu())
     found = sorted((entry for part in gather(found) for entry in part), key=lambda entry: entry[0])
     if not found:
-        raise ValueError("There were no pictures to take features of.")
+        raise ValueError("There were no images to take features of.")
     if unlabelled := [row for row, label, _ in found if label is None]:
         raise ValueError(f"A probe needs labels: row {unlabelled[0]} of the data has none that is an integer.")
     return torch.stack([features for *_, features in found]), torch.tensor([label for _, label, _ in found])
@@ -52,19 +52,19 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_l
     penalty the one that does best on every tenth row when fitted to the others.
 
     Args:
-        features, test_features (`torch.Tensor` of shape `(N, D)`): Of at least ten pictures to fit, and of those to
+        features, test_features (`torch.Tensor` of shape `(N, D)`): Of at least ten images to fit, and of those to
             test.
         labels, test_labels (`torch.Tensor` of shape `(N,)`): Integers.
 
     Returns:
-        The share of test pictures whose label is found, in [0, 1]; a label that was not fitted is never found.
+        The share of test images whose label is found, in [0, 1]; a label that was not fitted is never found.
 
     Raises:
         ValueError: There are fewer than ten rows to fit, or they have one label only.
     """
     classes = labels.unique()
     if len(labels) < 10 or len(classes) < 2:
-        raise ValueError(f"A probe needs ten pictures of two classes, got {len(labels)} of {len(classes)}.")
+        raise ValueError(f"A probe needs ten images of two classes, got {len(labels)} of {len(classes)}.")
     held_out = torch.arange(len(labels)) % 10 == 9
 
     def predictions(rows: Tensor, penalties: Iterable[float], unseen: Tensor) -> Iterator[Tensor]:

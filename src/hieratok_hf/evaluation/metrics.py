@@ -1,4 +1,4 @@
-"""Closeness of pictures, on 8 bits as on files: PSNR, SSIM (Wang et al., 2004) and Fréchet distances; and seams."""
+"""Closeness of images, on 8 bits as on files: PSNR, SSIM (Wang et al., 2004) and Fréchet distances; and seams."""
 
 from typing import Any
 
@@ -14,38 +14,38 @@ __all__ = ["SSIM_WINDOW", "FrechetDistance", "border_steps", "psnr", "ssim"]
 # Shape letters: B batch, H W pixels.
 
 SSIM_WINDOW = 11
-"""Side of the window of `ssim`; smaller pictures have none."""
+"""Side of the window of `ssim`; smaller images have none."""
 
 
-def psnr(pictures: Tensor, targets: Tensor) -> Tensor:
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """
-    Peak signal-to-noise ratio of each picture, over all its pixels and colours.
+    Peak signal-to-noise ratio of each image, over all its pixels and colours.
 
     Args:
-        pictures, targets (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; values beyond are clamped, and
+        images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; values beyond are clamped, and
             both are rounded to 8 bits.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: Decibels in float32, `inf` for pictures that are equal.
+        `torch.Tensor` of shape `(B,)`: Decibels in float32, `inf` for images that are equal.
 
     Raises:
         ValueError: Rank, channels, size, dtype or values are not those above; the message names the argument.
     """
-    levels, target_levels = _paired_levels(pictures, targets)
+    levels, target_levels = _paired_levels(images, targets)
     return 10 * torch.log10(255**2 / (levels - target_levels).square().mean(dim=(1, 2, 3)))
 
 
-def ssim(pictures: Tensor, targets: Tensor) -> Tensor:
+def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """
-    Structural similarity of each picture by torchmetrics: Gaussian window of 11x11 with a standard deviation of 1.5,
-    on each colour, averaged over the whole picture with edges reflected.
+    Structural similarity of each image by torchmetrics: Gaussian window of 11x11 with a standard deviation of 1.5,
+    on each colour, averaged over the whole image with edges reflected.
 
     Args:
-        pictures, targets (`torch.Tensor` of shape `(B, 3, H, W)`): As those of `psnr`; sides of at least
+        images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): As those of `psnr`; sides of at least
             `SSIM_WINDOW` pixels.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: Float32, 1 for pictures that are equal.
+        `torch.Tensor` of shape `(B,)`: Float32, 1 for images that are equal.
 
     Raises:
         ImportError: torchmetrics is not installed.
@@ -55,11 +55,11 @@ def ssim(pictures: Tensor, targets: Tensor) -> Tensor:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise ImportError('`ssim` needs torchmetrics: pip install "hieratok_hf[eval]"') from error
-    levels, target_levels = _paired_levels(pictures, targets)
+    levels, target_levels = _paired_levels(images, targets)
     if min(levels.shape[2:]) < SSIM_WINDOW:
         size = f"{levels.shape[2]}x{levels.shape[3]}"
-        raise ValueError(f"`pictures` must be at least {SSIM_WINDOW} pixels high and wide, got {size}.")
-    # torchmetrics holds more than ten times what it is given, so it gets one picture at a time.
+        raise ValueError(f"`images` must be at least {SSIM_WINDOW} pixels high and wide, got {size}.")
+    # torchmetrics holds more than ten times what it is given, so it gets one image at a time.
     values: list[Any] = [
         structural_similarity_index_measure(*pair, sigma=1.5, kernel_size=SSIM_WINDOW, data_range=255.0)
         for pair in zip(levels.split(1), target_levels.split(1))
@@ -67,14 +67,14 @@ def ssim(pictures: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(values)
 
 
-def border_steps(pictures: Tensor, patch_size: int) -> Tensor:
+def border_steps(images: Tensor, patch_size: int) -> Tensor:
     """
     Measure how much neighbouring pixels differ, across the borders of patches and inside of them.
 
     The ratio of both is about 1 for photographs, and more where a decoder leaves seams between patches.
 
     Args:
-        pictures (`torch.Tensor` of shape `(B, 3, H, W)`): As those of `psnr`, of at least two patches on a side.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): As those of `psnr`, of at least two patches on a side.
         patch_size (`int`): Pixels from border to border, at least 2.
 
     Returns:
@@ -83,22 +83,22 @@ def border_steps(pictures: Tensor, patch_size: int) -> Tensor:
     Raises:
         ValueError: As `psnr`, or there is no border or nothing between borders.
     """
-    levels = _levels("pictures", pictures)
+    levels = _levels("images", images)
     if patch_size < 2 or min(levels.shape[2:]) <= patch_size:
         size = f"{levels.shape[2]}x{levels.shape[3]}"
-        raise ValueError(f"`patch_size` must be at least 2 and less than the pictures' {size}, got {patch_size}.")
+        raise ValueError(f"`patch_size` must be at least 2 and less than the images' {size}, got {patch_size}.")
     return steps_at_borders(levels, patch_size)
 
 
 class FrechetDistance:
     """
-    Distance between the features of all pictures and those of their targets, each set taken as one Gaussian (Heusel
+    Distance between the features of all images and those of their targets, each set taken as one Gaussian (Heusel
     et al., 2017), by torchmetrics in float64 and over all processes of torch.distributed.
 
     Args:
         features (`VisionFeatures`, *optional*): The model whose pooled features count; the Inception network that the
             published figures are made with unless given, which torchmetrics loads through torch-fidelity.
-        size (`int`, *optional*): Side in pixels that pictures are resized to, `features.image_size` unless given. The
+        size (`int`, *optional*): Side in pixels that images are resized to, `features.image_size` unless given. The
             Inception network always takes 299.
         same_targets (`bool`, defaults to `False`): Every round, from one `reset` to the next, has the same targets:
             their features are computed in the first alone.
@@ -107,7 +107,7 @@ class FrechetDistance:
     Attributes:
         name (`str`): `"rFID"`, or of other features `"FD-"` and their name: such figures are no FID.
         size (`int`): As above.
-        num_features (`int`): Of a picture; as many pictures or fewer have a covariance without full rank.
+        num_features (`int`): Of an image; as many images or fewer have a covariance without full rank.
 
     Raises:
         ImportError: torchmetrics, or for the Inception network torch-fidelity, is not installed.
@@ -136,33 +136,33 @@ class FrechetDistance:
         network: Any = 2048 if features is None else _PooledFeatures(features.to(device), self.size)
         self.num_features: int = 2048 if features is None else network.num_features
         self._metric = FrechetInceptionDistance(network, reset_real_features=not same_targets).to(device)
-        # torchmetrics takes it from the features, which a process without pictures never sees.
+        # torchmetrics takes it from the features, which a process without images never sees.
         self._metric.orig_dtype = torch.float64
         self._knows_targets = False
 
-    def update(self, pictures: Tensor | None, targets: Tensor | None) -> None:
+    def update(self, images: Tensor | None, targets: Tensor | None) -> None:
         """
-        Add pictures to both sets, or to one alone: the other is then `None`.
+        Add images to both sets, or to one alone: the other is then `None`.
 
         Args:
-            pictures, targets (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): As those of `psnr`, but each of its
+            images, targets (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): As those of `psnr`, but each of its
                 own number and size.
 
         Raises:
             ValueError: As `psnr`.
         """
-        given = {"pictures": pictures, "targets": targets}
+        given = {"images": images, "targets": targets}
         levels = {name: _levels(name, tensor) for name, tensor in given.items() if tensor is not None}
         for name, values in levels.items():
-            if name == "pictures" or not self._knows_targets:
+            if name == "images" or not self._knows_targets:
                 self._metric.update(values.byte().to(self._metric.device), real=name == "targets")
 
     def compute(self) -> float:
         """
-        The distance over the pictures of all processes, each of which must call this.
+        The distance over the images of all processes, each of which must call this.
 
         Raises:
-            RuntimeError: There are fewer than two pictures or targets.
+            RuntimeError: There are fewer than two images or targets.
             ValueError: With `same_targets`, another round had more or fewer targets than this one.
         """
         rounds = int(self._metric.fake_features_num_samples), int(self._metric.real_features_num_samples)
@@ -189,19 +189,19 @@ class _PooledFeatures(nn.Module):
                 self.num_features = features(blank)[0].shape[1]
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{features.name} takes no pictures of {size} x {size} pixels: {reason}") from error
+            raise ValueError(f"{features.name} takes no images of {size} x {size} pixels: {reason}") from error
 
     @torch.no_grad()
     def forward(self, levels: Tensor) -> Tensor:
         return self.features(levels.float() / 127.5 - 1, self.size)[0].double()
 
 
-def _paired_levels(pictures: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _paired_levels(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Those of both, which must have one shape."""
-    levels, target_levels = _levels("pictures", pictures), _levels("targets", targets)
-    if pictures.shape != targets.shape:
-        shapes = f"{tuple(pictures.shape)} and {tuple(targets.shape)}"
-        raise ValueError(f"`pictures` and `targets` must have the same shape, got {shapes}.")
+    levels, target_levels = _levels("images", images), _levels("targets", targets)
+    if images.shape != targets.shape:
+        shapes = f"{tuple(images.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"`images` and `targets` must have the same shape, got {shapes}.")
     return levels, target_levels
 
 

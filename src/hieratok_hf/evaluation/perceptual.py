@@ -1,4 +1,4 @@
-"""Perceptual distances between pictures: over the feature maps of any vision model (after LPIPS, arXiv 1801.03924)."""
+"""Perceptual distances between images: over the feature maps of any vision model (after LPIPS, arXiv 1801.03924)."""
 
 from itertools import groupby
 
@@ -29,15 +29,15 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         self.features = features
 
-    def forward(self, pictures: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """
         Args:
-            pictures, targets (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]. Gradients flow to `pictures` alone.
+            images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]. Gradients flow to `images` alone.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: The distance of each pair, in float32.
         """
-        maps = _chosen(self.features(pictures)[1])
+        maps = _chosen(self.features(images)[1])
         with torch.no_grad():
             target_maps = _chosen(self.features(targets)[1])
         distances = [
@@ -61,7 +61,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def load_lpips(network: str = "vgg") -> nn.Module:
     """
-    The published LPIPS (Zhang et al., 2018) of the `lpips` package, frozen: pictures in [-1, 1] to `(B, 1, 1, 1)`.
+    The published LPIPS (Zhang et al., 2018) of the `lpips` package, frozen: images in [-1, 1] to `(B, 1, 1, 1)`.
 
     Args:
         network (`str`, defaults to `"vgg"`): Or `"alex"` or `"squeeze"`.

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.image_dataset import Pictures, Row, picture_of
+from ..data.image_dataset import Images, Row, image_of
 from ..models.autoencoder_adapter import Codec
-from ..models.losses import picture_pyramid
+from ..models.losses import image_pyramid
 from ..utils.distributed import gather, process_place
-from ..utils.images import PictureError, centre_square
+from ..utils.images import ImageError, centre_square
 from .metrics import FrechetDistance, psnr, ssim
 from .perceptual import PerceptualDistance
 
@@ -27,57 +27,55 @@ __all__ = [
     "throughput",
 ]
 
-# Shape letters: B batch, H W pixels, S side of a square picture in pixels, C latent channels, h w the latent's grid.
+# Shape letters: B batch, H W pixels, S side of a square image in pixels, C latent channels, h w the latent's grid.
 
 _MOST_REPEATS = 20
 
 
 class EvaluationBatches:
     """
-    This process's share of pictures, in batches that can be gone through again and again: every picture is seen once
+    This process's share of images, in batches that can be gone through again and again: every image is seen once
     by one process, so the shares of several may differ by one.
 
     Iterating gives dictionaries: `pixel_values` `(B, 3, S, S)` in [-1, 1], `rows` and `labels`, a list each.
 
     Args:
-        pictures (`Pictures`): The data.
-        size (`int`): Side `S` that pictures are brought to by `centre_square`.
-        batch_size (`int`, defaults to 16): Most pictures in a batch.
+        images (`Images`): The data.
+        size (`int`): Side `S` that images are brought to by `centre_square`.
+        batch_size (`int`, defaults to 16): Most images in a batch.
         limit (`int`, *optional*): Take only the first rows of the data.
-        threads (`int`, defaults to 4): Decode this many pictures at a time, one batch ahead.
+        threads (`int`, defaults to 4): Decode this many images at a time, one batch ahead.
 
     Attributes:
-        skipped (`dict[str, str]`): Names of pictures that could not be decoded, and why.
+        skipped (`dict[str, str]`): Names of images that could not be decoded, and why.
 
     Raises:
         ValueError: A number is not positive.
     """
 
-    def __init__(
-        self, pictures: Pictures, size: int, batch_size: int = 16, *, limit: int | None = None, threads: int = 4
-    ):
+    def __init__(self, images: Images, size: int, batch_size: int = 16, *, limit: int | None = None, threads: int = 4):
         for name, value in (("size", size), ("batch_size", batch_size), ("limit", limit), ("threads", threads)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
-        self.pictures, self.size, self.batch_size = pictures, size, batch_size
+        self.images, self.size, self.batch_size = images, size, batch_size
         self.limit, self.threads = limit, threads
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
-        """Batches of this process, broken pictures counted; a stream has no length."""
+        """Batches of this process, broken images counted; a stream has no length."""
         return math.ceil(len(self._share()) / self.batch_size)
 
     def _share(self) -> range:
-        length, (rank, world) = len(self.pictures), process_place()
+        length, (rank, world) = len(self.images), process_place()
         return range(length if self.limit is None else min(self.limit, length))[rank::world]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         numbered: Iterator[tuple[int, Row]]
-        if self.pictures.streaming:
+        if self.images.streaming:
             rank, world = process_place()
-            numbered = islice(enumerate(self.pictures), rank, self.limit, world)
+            numbered = islice(enumerate(self.images), rank, self.limit, world)
         else:
-            numbered = ((index, self.pictures[index]) for index in self._share())
+            numbered = ((index, self.images[index]) for index in self._share())
         with ThreadPoolExecutor(self.threads) as pool:
             ahead: list[Any] = []
             while chunk := list(islice(numbered, self.batch_size)):
@@ -89,8 +87,8 @@ class EvaluationBatches:
 
     def _sample(self, index: int, row: Row) -> tuple[np.ndarray | None, int, int | None]:
         try:
-            return np.asarray(centre_square(picture_of(row), self.size)), index, row["label"]
-        except PictureError as error:
+            return np.asarray(centre_square(image_of(row), self.size)), index, row["label"]
+        except ImageError as error:
             self.skipped[row["name"]] = str(error)
             return None, index, None
 
@@ -104,14 +102,14 @@ class EvaluationBatches:
 
 class ReconstructionMetrics:
     """
-    Means over pictures of what is measured against their targets, over all processes of torch.distributed.
+    Means over images of what is measured against their targets, over all processes of torch.distributed.
 
     Args:
         ssim (`bool`, defaults to `True`): Whether to measure `ssim`, which is slow.
         lpips (`torch.nn.Module`, *optional*): The LPIPS of `load_lpips`.
         perceptual (`PerceptualDistance`, *optional*): The distance over a vision model.
-        frechet (`FrechetDistance`, *optional*): The distance of the sets of all pictures.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where `lpips` and `perceptual` are put and pictures go.
+        frechet (`FrechetDistance`, *optional*): The distance of the sets of all images.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where `lpips` and `perceptual` are put and images go.
     """
 
     def __init__(
@@ -135,55 +133,55 @@ class ReconstructionMetrics:
             self.frechet.reset()
 
     @torch.no_grad()
-    def update(self, pictures: Tensor, targets: Tensor) -> None:
+    def update(self, images: Tensor, targets: Tensor) -> None:
         """
-        Add pictures.
+        Add images.
 
         Args:
-            pictures, targets (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]; all figures are taken of their
+            images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]; all figures are taken of their
                 8-bit levels.
 
         Raises:
             ValueError: As `metrics.psnr` and `metrics.ssim`.
         """
-        pictures, targets = pictures.to(self.device), targets.to(self.device)
-        values = {"psnr": psnr(pictures, targets)}
+        images, targets = images.to(self.device), targets.to(self.device)
+        values = {"psnr": psnr(images, targets)}
         if self.ssim:
-            values["ssim"] = ssim(pictures, targets)
-        rounded = [((x.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1 for x in (pictures, targets)]
+            values["ssim"] = ssim(images, targets)
+        rounded = [((x.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1 for x in (images, targets)]
         for name, network in self.networks.items():
             values[name] = network(*rounded).flatten()
-        values["pictures"] = torch.ones(len(pictures))
+        values["images"] = torch.ones(len(images))
         _add(self._sums, {name: value.cpu().double().sum() for name, value in values.items()})
         if self.frechet is not None:
-            self.frechet.update(pictures, targets)
+            self.frechet.update(images, targets)
 
     def compute(self) -> dict[str, float]:
         """
-        The figures over the pictures of all processes, each of which must call this.
+        The figures over the images of all processes, each of which must call this.
 
         Returns:
-            `psnr` in decibels, the mean of each picture's; `ssim`, `lpips`, `perceptual` and the Fréchet distance
-            under its name where they are measured; `pictures`, how many there were.
+            `psnr` in decibels, the mean of each image's; `ssim`, `lpips`, `perceptual` and the Fréchet distance
+            under its name where they are measured; `images`, how many there were.
 
         Raises:
-            ValueError: There were no pictures, or for a Fréchet distance fewer than two.
+            ValueError: There were no images, or for a Fréchet distance fewer than two.
         """
         sums = _total(self._sums)
-        if not (count := int(sums.pop("pictures", 0))):
-            raise ValueError("There were no pictures to measure.")
+        if not (count := int(sums.pop("images", 0))):
+            raise ValueError("There were no images to measure.")
         if self.frechet is not None and count < 2:
-            raise ValueError(f"A Fréchet distance needs two pictures or more, got {count}.")
+            raise ValueError(f"A Fréchet distance needs two images or more, got {count}.")
         figures = {name: float(value) / count for name, value in sums.items()}
         if self.frechet is not None:
             figures[self.frechet.name] = self.frechet.compute()
-        return {**figures, "pictures": count}
+        return {**figures, "images": count}
 
 
 @torch.no_grad()
 def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: ReconstructionMetrics) -> dict[str, Any]:
     """
-    Encode and decode all pictures and measure them; every process calls this with its share.
+    Encode and decode all images and measure them; every process calls this with its share.
 
     Args:
         codec (`Codec`): The autoencoder.
@@ -191,7 +189,7 @@ def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: Reconstru
         metrics (`ReconstructionMetrics`): What to measure; it is reset first.
 
     Returns:
-        What `metrics.compute()` gives; `scales_psnr`, that of each scale of a HieraTok model against the picture at
+        What `metrics.compute()` gives; `scales_psnr`, that of each scale of a HieraTok model against the image at
         its size, coarse to fine; `latent_mean` and `latent_std` of each channel.
 
     Raises:
@@ -201,18 +199,18 @@ def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: Reconstru
     sums: dict[str, Tensor] = {}
     for batch in batches:
         latents = codec.encode(batch["pixel_values"])
-        pictures = [picture.float().clamp(-1, 1) for picture in codec.decode_scales(latents)]
+        images = [image.float().clamp(-1, 1) for image in codec.decode_scales(latents)]
         targets = batch["pixel_values"].to(latents.device)
-        metrics.update(pictures[-1], targets)
+        metrics.update(images[-1], targets)
         if codec.core is not None:
-            pairs = zip(pictures, picture_pyramid(targets, codec.core.config))
+            pairs = zip(images, image_pyramid(targets, codec.core.config))
             _add(sums, {"scales": torch.stack([psnr(*pair).cpu().double().sum() for pair in pairs])})
         values = latents.float().cpu().double().transpose(0, 1).flatten(1)  # (C, B * h * w)
         _add(sums, {"sum": values.sum(1), "squares": values.square().sum(1), "n": torch.tensor(values.shape[1])})
     figures: dict[str, Any] = dict(metrics.compute())
     sums = _total(sums)
     if "scales" in sums:
-        figures["scales_psnr"] = (sums["scales"] / figures["pictures"]).tolist()
+        figures["scales_psnr"] = (sums["scales"] / figures["images"]).tolist()
     mean = sums["sum"] / sums["n"]
     figures["latent_mean"] = mean.tolist()
     figures["latent_std"] = (sums["squares"] / sums["n"] - mean.square()).clamp(min=0).sqrt().tolist()
@@ -222,7 +220,7 @@ def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: Reconstru
 @torch.no_grad()
 def throughput(codec: Codec, pixel_values: Tensor, seconds: float = 2.0) -> dict[str, float]:
     """
-    Pictures a second of one process: the median of repeats over about `seconds`, after one that is not counted.
+    Images a second of one process: the median of repeats over about `seconds`, after one that is not counted.
 
     Args:
         codec (`Codec`): The autoencoder.
@@ -255,7 +253,7 @@ def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
 
 
 def _total(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over all processes; one that saw no pictures has none of them."""
+    """Sums over all processes; one that saw no images has none of them."""
     total: dict[str, Tensor] = {}
     for part in gather(sums):
         _add(total, part)

@@ -38,7 +38,7 @@ class VisionFeatures(nn.Module):
         # Convolutions are a third faster with the channels last.
         self.model = model.eval().requires_grad_(False)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Some ViTs take pictures of other sizes only when told so.
+        # Some ViTs take images of other sizes only when told so.
         asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self._any_size = {"interpolate_pos_encoding": True} if asks else {}
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -78,7 +78,7 @@ class VisionFeatures(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the pictures that the model was trained with."""
+        """Side in pixels of the images that the model was trained with."""
         size = getattr(self.model.config, "image_size", 224)
         return size if isinstance(size, int) else size[0]
 
@@ -89,7 +89,7 @@ class VisionFeatures(nn.Module):
     def forward(self, pixel_values: Tensor, size: int | None = None) -> tuple[Tensor, list[Tensor]]:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1].
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
             size (`int`, *optional*): Resize to this side first, bilinearly with antialiasing.
 
         Returns:

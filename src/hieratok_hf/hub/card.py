@@ -27,7 +27,7 @@ _TAGS = {
     "tokenizer": ["image-tokenizer", "autoencoder", "vae", "latent-diffusion", "transformers"],
     "pipeline": ["class-conditional", "latent-diffusion", "dit"],
 }
-_KINDS = {"tokenizer": "A multi-scale image tokenizer", "pipeline": "A class-conditional generator of pictures"}
+_KINDS = {"tokenizer": "A multi-scale image tokenizer", "pipeline": "A class-conditional generator of images"}
 _INSTALLED = {
     "tokenizer": """import hieratok_hf
 from transformers import AutoModel
@@ -51,20 +51,18 @@ pipe = DiffusionPipeline.from_pretrained("REPO", trust_remote_code=True)""",
 _INTENDED = {
     "tokenizer": "Latents for generators, reconstruction, previews at coarse scales, research. It is lossy: "
     "nothing that depends on fine detail (evidence, medicine, text) should go through it.",
-    "pipeline": "Research on generators. Its pictures show nothing that happened: do not present them as photographs.",
+    "pipeline": "Research on generators. Its images show nothing that happened: do not present them as photographs.",
 }
 _LIMITS = {
     "tokenizer": "Attention is over all tokens of a scale, so time grows with the square of the pixels.",
-    "pipeline": "It knows its classes and its size of pictures alone.",
+    "pipeline": "It knows its classes and its size of images alone.",
 }
-_BIAS = """What the training pictures lack or misrepresent, the model does too. The figures below, if any, hold for
+_BIAS = """What the training images lack or misrepresent, the model does too. The figures below, if any, hold for
 their data and size alone."""
 _WHAT = """after HieraTok ([arXiv 2509.23736](https://arxiv.org/abs/2509.23736)), by the package `hieratok_hf`: an
 independent implementation of the method, neither the authors' code nor their model."""
 _UNTOLD = "How it was trained, and the terms of the data, was not recorded."
-_NO_FID = (
-    "What is called FD is no FID: it compares only with figures of the same network, size and number of pictures."
-)
+_NO_FID = "What is called FD is no FID: it compares only with figures of the same network, size and number of images."
 _UNRECORDED = "The hardware and the hours of training were not recorded, and nothing is estimated from guesses."
 _CITATION = """```bibtex
 @article{chen2025hieratok,
@@ -124,7 +122,7 @@ def model_card(
         figures += found
         told += [f"- {_text(note)}" for note in entry(report, "notes", list)]
         if 0 < len(classes) <= _SHOWN:
-            rows = [("class", "pictures", "accuracy among the classes", "among all labels"), *classes]
+            rows = [("class", "images", "accuracy among the classes", "among all labels"), *classes]
             told += ["", _table([tuple(map(_text, row)) for row in rows]), ""]
     title = repo_id.rpartition("/")[2]
     data = ModelCardData(
@@ -206,7 +204,7 @@ def _tokenizer(folder: Path) -> tuple[list[tuple[str, str]], dict[str, Any], boo
         scales += "; `decode(latents, num_scales=k)` stops after the first `k`"
     parameters, dtype = _parameters(folder)
     facts = [
-        ("input and output", f"pictures of {config.in_channels} channels in [-1, 1], sides multiples of {patch}"),
+        ("input and output", f"images of {config.in_channels} channels in [-1, 1], sides multiples of {patch}"),
         ("latent", f"{config.latent_channels}x{grid}x{grid} for {patch * grid}x{patch * grid} pixels"),
         ("scales: cells of the latent on a side, coarse to fine", scales),
         ("parameters", f"{parameters:,} in {dtype}"),
@@ -233,7 +231,7 @@ def _pipeline(folder: Path) -> tuple[list[tuple[str, str]], dict[str, Any], bool
     facts = [("latent", latent), ("classes", f"{count}{': ' if shown else ''}{shown}")]
     if classes["vae"] == "AutoencoderHieraTok":
         patch = entry(_read(folder / "vae" / "config.json"), "patch_size", int)
-        facts.insert(0, ("pictures", f"{patch * grid}x{patch * grid} pixels"))
+        facts.insert(0, ("images", f"{patch * grid}x{patch * grid} pixels"))
     for name in ("transformer", "vae"):
         parameters, dtype = _parameters(folder / name)
         facts.append((name, f"{classes[name]}, {parameters:,} parameters in {dtype}"))

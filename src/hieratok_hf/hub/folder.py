@@ -174,7 +174,7 @@ def _try(root: Path) -> None:
             pipe.set_progress_bar_config(disable=True)
             images = pipe([0], num_inference_steps=1, output_type="pt", generator=torch.manual_seed(0)).images
             if not images.isfinite().all():
-                raise ValueError("its pictures are not finite")
+                raise ValueError("its images are not finite")
     for part in [root] if index is None else [path for path in root.glob("*") if _is_tokenizer(path)]:
         _check_tokenizer(part)
 
@@ -198,8 +198,8 @@ def _check_tokenizer(folder: Path) -> None:
         model = HieraTokModel.from_pretrained(folder, variant=variant, dtype=vae.dtype)
         patch_size = vae.config.patch_size
         shape = (1, 3, 3 * patch_size, 2 * patch_size)
-        picture = (torch.rand(shape, generator=torch.manual_seed(0)) * 2 - 1).to(vae.dtype)
-        latents, other = vae.encode(picture).latent_dist.mode(), model.encode(picture).latents
+        image = (torch.rand(shape, generator=torch.manual_seed(0)) * 2 - 1).to(vae.dtype)
+        latents, other = vae.encode(image).latent_dist.mode(), model.encode(image).latents
         decoded = vae.decode(latents).sample
         if not (latents.isfinite().all() and decoded.isfinite().all()):
             raise ValueError("its results are not finite")

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import read_json, written_whole
+from ..utils.files import read_json, write_whole
 
 __all__ = ["AUTO_MAP", "add_remote_code", "remote_code"]
 
@@ -92,7 +92,7 @@ def add_remote_code(folder: str | os.PathLike[str]) -> list[str]:
             files["preprocessor_config.json"] = _to_json(processor)
         files["config.json"] = _to_json({**config, "auto_map": AUTO_MAP})
     for name, text in files.items():
-        with written_whole(root / name) as file:
+        with write_whole(root / name) as file:
             file.write(text.encode())
     return list(files)
 

@@ -10,24 +10,24 @@ from huggingface_hub import EvalResult
 
 __all__ = ["TASKS", "entry", "line", "report_results"]
 
-# The Hub has no tag for pictures of named classes; such models stand under this one.
+# The Hub has no tag for images of named classes; such models stand under this one.
 TASKS = {"tokenizer": "image-to-image", "pipeline": "unconditional-image-generation"}
 """What a folder holds, and the Hub's name of its task."""
 
 _DISTANCE = re.compile(r"rFID|gFID|FD-.+", re.DOTALL)
 _NEEDED = {"settings", "machine", "notes"}
-_SHARES = ("pictures_per_class", "class_accuracy_per_class", "top1_accuracy_per_class")
+_SHARES = ("images_per_class", "class_accuracy_per_class", "top1_accuracy_per_class")
 _ALLOWED = {
-    "tokenizer": {"pictures", "skipped", "models", *_NEEDED},
+    "tokenizer": {"images", "skipped", "models", *_NEEDED},
     "pipeline": {
-        *("classes", "skipped", "reference_pictures", "images_per_second", "class_accuracy", "top1_accuracy"),
+        *("classes", "skipped", "reference_images", "images_per_second", "class_accuracy", "top1_accuracy"),
         *(*_SHARES, *_NEEDED),
     },
 }
 _MODEL_NEEDED = {"model", "latent_shape", "parameters", "psnr"}
 _MODEL_ALLOWED = {
-    *("class", "ssim", "lpips", "perceptual", "probe_accuracy", "pictures", "scales_psnr", "latent_mean"),
-    *("latent_std", "pictures_per_second", *_MODEL_NEEDED),
+    *("class", "ssim", "lpips", "perceptual", "probe_accuracy", "images", "scales_psnr", "latent_mean"),
+    *("latent_std", "images_per_second", *_MODEL_NEEDED),
 }
 
 
@@ -48,7 +48,7 @@ def report_results(
 
     Returns:
         The figures, whose `metric_args` hold the command and the machine, and for each class of a pipeline that was
-        judged its name, the number of pictures, and the accuracies among its classes and among all labels.
+        judged its name, the number of images, and the accuracies among its classes and among all labels.
 
     Raises:
         ValueError: The report is of another model, lacks a key, has one that is not known, or a value that is no
@@ -96,7 +96,7 @@ def _of_tokenizer(
         raise ValueError(f"`results`: {name!r} has not the folder's {wanted}: a report of another model.")
     size = entry(settings, "size", int)
     where = {"task_type": TASKS["tokenizer"], **_dataset(entry(settings, "data", list))}
-    where["dataset_config"] = f"{entry(report, 'pictures', int)} pictures at {size}x{size}"
+    where["dataset_config"] = f"{entry(report, 'images', int)} images at {size}x{size}"
     kinds = {
         "psnr": ("psnr", "PSNR, dB"),
         "ssim": ("ssim", "SSIM"),
@@ -122,7 +122,7 @@ def _of_generator(
         "class_accuracy": ("accuracy", f"{judge} among the classes of the model"),
         "top1_accuracy": ("accuracy", f"{judge} among all its labels"),
     }
-    generated = {"dataset_name": "its own pictures, each class as often", "dataset_type": "generated"}
+    generated = {"dataset_name": "its own images, each class as often", "dataset_type": "generated"}
     figures = _figures(report, kinds, {**where, **generated})
     if settings.get("reference"):
         figures += _distances(report, settings, {**where, **_dataset(entry(settings, "reference", list))})
@@ -151,7 +151,7 @@ def _distances(found: Mapping[str, Any], settings: Mapping[str, Any], where: Map
     kinds = {
         key: (
             "fid" if key in ("rFID", "gFID") else "frechet_distance",
-            f"{line(key)} of pictures resized to {side}x{side}",
+            f"{line(key)} of images resized to {side}x{side}",
         )
         for key in found
         if _DISTANCE.fullmatch(key)

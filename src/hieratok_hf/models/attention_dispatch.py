@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.attention import ATTENTION_BACKENDS
 
-__all__ = ["ATTENTION_IMPLEMENTATIONS", "DIFFUSERS_BACKENDS", "preferring", "requested_backend"]
+__all__ = ["ATTENTION_IMPLEMENTATIONS", "DIFFUSERS_BACKENDS", "preferring", "backend_of"]
 
 _KERNELS = (
     SDPBackend.FLASH_ATTENTION,
@@ -36,7 +36,7 @@ PyTorch's attention takes where it can; under a mask, which compiled graphs have
 """
 
 
-def requested_backend(
+def backend_of(
     own: str | None, set_by_diffusers: str | None, implementation: str | None
 ) -> tuple[str, SDPBackend | None]:
     """

@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..shipped import shipped_or_given
+from ..shipped import resolve_model
 from .core import HieraTokCore, posterior_of
 
 __all__ = ["Codec", "load_codec"]
 
-# Shape letters: B batch, S side of a square picture in pixels, C latent channels, h w the latent's grid.
+# Shape letters: B batch, S side of a square image in pixels, C latent channels, h w the latent's grid.
 
 
 class Codec:
     """
-    One way to use every autoencoder: pictures in [-1, 1] to the mode of their latents, and back.
+    One way to use every autoencoder: images in [-1, 1] to the mode of their latents, and back.
 
     Args:
         model (`torch.nn.Module`): A `HieraTokCore`, a model around one, or an image autoencoder of diffusers.
@@ -32,7 +32,7 @@ class Codec:
 
     def encode(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
         """
-        The latent of pictures, in the dtype and on the device of the model.
+        The latent of images, in the dtype and on the device of the model.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): In [-1, 1].
@@ -68,22 +68,22 @@ class Codec:
         return (latents - self.statistics["shift_factor"]) * self.statistics["scaling_factor"]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The pictures `(B, 3, S, S)` of `latents` `(B, C, h, w)`, about [-1, 1], not clamped."""
+        """The images `(B, 3, S, S)` of `latents` `(B, C, h, w)`, about [-1, 1], not clamped."""
         return self.core.decode(latents) if self.core is not None else self.model.decode(latents).sample
 
     def decode_scales(self, latents: Tensor) -> list[Tensor]:
         """
-        The pictures that `latents` `(B, C, h, w)` have at every scale, coarse to fine, the last `(B, 3, S, S)`; of
+        The images that `latents` `(B, C, h, w)` have at every scale, coarse to fine, the last `(B, 3, S, S)`; of
         other models than HieraTok the only one.
         """
         return [self.decode(latents)] if self.core is None else self.core.decode_scales(latents)
 
     def latent_shape(self, size: int) -> tuple[int, ...]:
         """
-        Shape `(C, h, w)` of the latent of a picture of `size` x `size` pixels, which is tried.
+        Shape `(C, h, w)` of the latent of an image of `size` x `size` pixels, which is tried.
 
         Raises:
-            ValueError: The model cannot take it, or gives a picture of another size back.
+            ValueError: The model cannot take it, or gives an image of another size back.
         """
         blank = torch.zeros(1, 3, size, size)
         name = type(self.model).__name__
@@ -93,9 +93,9 @@ class Codec:
                 shape = tuple(self.decode(latents).shape)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{name} cannot take pictures of {size} x {size} pixels: {reason}") from error
+            raise ValueError(f"{name} cannot take images of {size} x {size} pixels: {reason}") from error
         if shape != blank.shape:
-            raise ValueError(f"{name} makes pictures of shape {shape[1:]} of those of {tuple(blank.shape[1:])}.")
+            raise ValueError(f"{name} makes images of shape {shape[1:]} of those of {tuple(blank.shape[1:])}.")
         return tuple(latents.shape[1:])
 
 
@@ -117,7 +117,7 @@ def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str 
 
     from .autoencoder_hieratok import AutoencoderHieraTok
 
-    name = shipped_or_given(os.fspath(name_or_path))
+    name = resolve_model(os.fspath(name_or_path))
     arguments: dict[str, Any] = {}
     try:
         config = AutoencoderHieraTok.load_config(name)

@@ -19,7 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..ops.pyramid import PyramidLayout
 from .configuration_hieratok import HieraTokConfig, complete_saved
 from .core import HieraTokCore, check_latents, check_pixel_values
-from .saving import HubUploadMixin, named_in_errors, pop_hub_arguments, share_between_libraries, staged
+from .saving import HubUploadMixin, name_in_errors, pop_hub_arguments, share_between_libraries, stage_folder
 from .tiling import TilingMixin, run_in_tiles
 
 __all__ = ["AutoencoderHieraTok", "AutoencoderHieraTokOutput"]
@@ -33,9 +33,9 @@ class AutoencoderHieraTokOutput(DecoderOutput):
     What `AutoencoderHieraTok.decode` and its call return.
 
     Attributes:
-        sample (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The picture of the last scale that ran, about
+        sample (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The image of the last scale that ran, about
             [-1, 1], not clamped.
-        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The pictures of all scales that ran, coarse to
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
             fine; the last is `sample`.
     """
 
@@ -146,14 +146,14 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
     @property
     def spatial_compression_ratio(self) -> int:
-        """Pixels of a picture's side a cell of the latent's."""
+        """Pixels of an image's side a cell of the latent's."""
         return self.core.config.patch_size
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """
         Args:
-            x (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; sides are multiples of the patch size.
+            x (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch size.
             return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderKLOutput` rather than a tuple.
 
         Returns:
@@ -182,8 +182,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
                 tuple.
             generator (`torch.Generator`, *optional*): Ignored; pipelines pass it.
             num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
-                picture of the last of them, for the cost of its tokens and the coarser ones.
-            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
+                image of the last of them, for the cost of its tokens and the coarser ones.
+            return_scales (`bool`, defaults to `False`): Return the images of the coarser scales as well.
 
         Returns:
             `sample` of shape `(B, 3, H, W)`, smaller for fewer scales, about [-1, 1], not clamped; and `scales`, where
@@ -193,8 +193,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
             ValueError: As `HieraTokCore.decode`.
         """
         parts = [self._decode(part, num_scales, return_scales) for part in self._slices(z)]
-        pictures = tuple(torch.cat(scale) if len(parts) > 1 else scale[0] for scale in zip(*parts))
-        output = AutoencoderHieraTokOutput(sample=pictures[-1], scales=pictures if return_scales else None)
+        images = tuple(torch.cat(scale) if len(parts) > 1 else scale[0] for scale in zip(*parts))
+        output = AutoencoderHieraTokOutput(sample=images[-1], scales=images if return_scales else None)
         return output if return_dict else output.to_tuple()
 
     def forward(
@@ -209,12 +209,12 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         Encode and decode.
 
         Args:
-            sample (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; sides are multiples of the patch.
+            sample (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch.
             sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
             return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
                 tuple.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
-            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
+            return_scales (`bool`, defaults to `False`): Return the images of the coarser scales as well.
 
         Returns:
             `sample` of shape `(B, 3, H, W)`, about [-1, 1], not clamped; and `scales`, where they were asked for.
@@ -227,7 +227,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         return self.decode(latents, return_dict=return_dict, return_scales=return_scales)
 
     def _encode(self, x: Tensor) -> Tensor:
-        """Moments `(B, 2C, h, w)`, in tiles where they are on and the pictures larger than one."""
+        """Moments `(B, 2C, h, w)`, in tiles where they are on and the images larger than one."""
         patch_size = self.core.config.patch_size
         if not self.needs_tiles(x, 1):
             return self.core.encode_moments(x)[0]
@@ -237,7 +237,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         )
 
     def _decode(self, z: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
-        """The picture of the last scale that runs or of all, in tiles where those are on and the latent is larger."""
+        """The image of the last scale that runs or of all, in tiles where those are on and the latent is larger."""
         patch_size, factors = self.core.config.patch_size, tuple(self.core.config.scale_factors)
         if not self.needs_tiles(z, patch_size):
             return self.core.decode_scales(z, num_scales) if all_scales else [self.core.decode(z, num_scales)]
@@ -276,7 +276,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
                 shape was ignored and has no storage.
         """
         return_info = kwargs.pop("output_loading_info", False)
-        with named_in_errors(pretrained_model_name_or_path):
+        with name_in_errors(pretrained_model_name_or_path):
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         folder = repr(str(pretrained_model_name_or_path))
         if missing := sorted(info.get("missing_keys", ())):
@@ -314,7 +314,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         """
         kwargs["variant"] = variant
         hub_arguments = pop_hub_arguments(kwargs, save_directory)
-        with staged(save_directory) as stage:
+        with stage_folder(save_directory) as stage:
             super().save_pretrained(
                 stage, is_main_process, save_function, safe_serialization, max_shard_size=max_shard_size, **kwargs
             )

@@ -100,9 +100,9 @@ class HieraTokConfig(PreTrainedConfig):
     Sizes and options of a HieraTok tokenizer. The defaults are `hieratok-b`.
 
     Args:
-        in_channels (`int`, defaults to 3): Colour channels of a picture.
+        in_channels (`int`, defaults to 3): Colour channels of an image.
         patch_size (`int`, defaults to 16): Side of a patch in pixels; a power of two. The latent is `patch_size`
-            times smaller than the picture on each side.
+            times smaller than the image on each side.
         latent_channels (`int`, defaults to 16): Channels of the latent.
         scale_factors (`tuple[int, ...]`, defaults to `(8, 4, 2, 1)`): How many cells of the finest grid one cell of
             each scale covers on a side, coarse to fine, ending in 1. `(1,)` is the single-scale twin.
@@ -119,21 +119,21 @@ class HieraTokConfig(PreTrainedConfig):
         norm_before_blocks, norm_after_blocks (`bool`, default to `False` and `True`): RMSNorm between the embedding
             and the first block, and between the last block and the head, on both sides.
         learned_positions (`int`, defaults to 0): Side of a learned grid of absolute positions, resampled to the grid
-            of each picture; 0 for none.
+            of each image; 0 for none.
         rotary_coordinates (`str`, defaults to `"cells"`): Unit of a rotary position: `"cells"` of the finest grid, or
-            `"fraction"` of the picture's side.
+            `"fraction"` of the image's side.
         rotary_scale, rotary_base (`float`, default to 1.0 and 100.0): A unit of position turns channel pair `t`, with
             `t` evenly spaced over [0, 1], by `rotary_scale * rotary_base ** -t` radians.
         rotary_pairing (`str`, defaults to `"proper"`): `"proper"` turns both channels of a pair alike; `"detok"` is
             the table of l-DeTok, which its published weights need.
-        output_conv (`bool`, defaults to `False`): A 3x3 convolution on the picture after the patches.
-        linear_path (`int`, defaults to 0): Side, in patches, of convolutions from picture to latent mean and from
-            latent to picture, one a scale, beside the transformers, so that training can start from a principal
+        output_conv (`bool`, defaults to `False`): A 3x3 convolution on the image after the patches.
+        linear_path (`int`, defaults to 0): Side, in patches, of convolutions from image to latent mean and from
+            latent to image, one a scale, beside the transformers, so that training can start from a principal
             component analysis. An odd number, or 0 for none.
         kl_weight (`float`, defaults to 1e-4): Weight of the KL divergence a latent number in the training loss.
         coarse_weight (`float`, defaults to 0.02): Weight in that loss of the squared errors of the coarser scales'
-            pictures, each times its factor.
-        sample_size (`int`, defaults to 256): Side of the training pictures in pixels. Any other size works.
+            images, each times its factor.
+        sample_size (`int`, defaults to 256): Side of the training images in pixels. Any other size works.
         initializer_range (`float`, defaults to 0.02): Standard deviation of random weights.
         scaling_factor, shift_factor (`float`, default to 1.0 and 0.0): What diffusers pipelines apply to latents.
             Latents of a trained checkpoint are normalised, so there is nothing to apply.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PIXEL_LIMIT = 16.0
 """
-Largest magnitude of a pixel that is taken for one in [-1, 1]: noise and resampling overshoot that a little, pictures
+Largest magnitude of a pixel that is taken for one in [-1, 1]: noise and resampling overshoot that a little, images
 in [0, 255] by far.
 """
 
@@ -70,7 +70,7 @@ class HieraTokEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1], sides multiples of the
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], sides multiples of the
                 patch size; `HieraTokCore` checks them, this module does not.
 
         Returns:
@@ -138,7 +138,7 @@ class HieraTokDecoder(nn.Module):
         """
         Side, in pixels, of what the linear path makes of one cell for the scale of `factor`.
 
-        Where `factor` does not divide the patch, that is finer than the picture of the scale, which averages it.
+        Where `factor` does not divide the patch, that is finer than the image of the scale, which averages it.
         """
         size = self.config.patch_size
         return size if self.config.downsampling == "mean" else size // math.gcd(size, factor)
@@ -161,7 +161,7 @@ class HieraTokDecoder(nn.Module):
     @torch.no_grad()
     def init_coarse_scale(self, index: int) -> None:
         """
-        Start a scale from the finest: its tokens as those of the average cell, its linear path as the average picture.
+        Start a scale from the finest: its tokens as those of the average cell, its linear path as the average image.
 
         Args:
             index (`int`): Number of the scale, 0 the coarsest.
@@ -188,10 +188,10 @@ class HieraTokDecoder(nn.Module):
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
             layout (`PyramidLayout`): The first scales of the model's pyramid, or all of them, over `h x w` cells.
-            all_scales (`bool`, defaults to `False`): Make the picture of every scale, not only of the last.
+            all_scales (`bool`, defaults to `False`): Make the image of every scale, not only of the last.
 
         Returns:
-            A list of pictures `(B, 3, n_h * p, n_w * p)`, coarse to fine; the last is that of the layout's last scale.
+            A list of images `(B, 3, n_h * p, n_w * p)`, coarse to fine; the last is that of the layout's last scale.
         """
         grid = (latents.shape[-2], latents.shape[-1])
         averages = flatten_pyramid(latents, layout) if self.config.downsampling == "mean" else None  # (B, N, C)
@@ -206,16 +206,16 @@ class HieraTokDecoder(nn.Module):
         for block in self.blocks:
             hidden_states = block(hidden_states, rotary, visible)
 
-        pictures = []
+        images = []
         for i in range(0 if all_scales else layout.num_scales - 1, layout.num_scales):
             rows, cells = layout.slices[i], layout.grids[i]
             patches = self.head(self.norm_after(hidden_states[:, rows]))  # (B, n, p * p * 3)
-            picture = self.unpatchify(patches, *cells)
+            image = self.unpatchify(patches, *cells)
             if self.config.linear_path:
                 source = latents if averages is None else averages[:, rows].transpose(1, 2).unflatten(2, cells)
-                picture = picture + self.linear_picture(source, i)
-            pictures.append(picture)
-        return pictures if self.output_conv is None else [self.output_conv(picture) for picture in pictures]
+                image = image + self.linear_image(source, i)
+            images.append(image)
+        return images if self.output_conv is None else [self.output_conv(image) for image in images]
 
     def embed_blocks(self, latents: Tensor, layout: PyramidLayout) -> Tensor:
         """Embed the blocks of `latents` `(B, C, h, w)` at the scales of `layout`, coarse first, `(B, N, D)`."""
@@ -227,7 +227,7 @@ class HieraTokDecoder(nn.Module):
             parts.append(self.embed(latents.flatten(2).transpose(1, 2)))
         return torch.cat(parts, dim=1)
 
-    def linear_picture(self, cells: Tensor, index: int) -> Tensor:
+    def linear_image(self, cells: Tensor, index: int) -> Tensor:
         """
         Args:
             cells (`torch.Tensor` of shape `(B, C, h, w)`): The latent; with averages, that of the scale itself,
@@ -235,20 +235,20 @@ class HieraTokDecoder(nn.Module):
             index (`int`): Number of the scale, 0 the coarsest.
 
         Returns:
-            `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`: What the linear path adds to the picture of the scale.
+            `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`: What the linear path adds to the image of the scale.
         """
         height, width = cells.shape[-2:]
         around = continue_border(cells, *[self.config.linear_path // 2] * 4)
-        picture = self.unpatchify(self.linear_path[index](around).flatten(2).transpose(1, 2), height, width)
+        image = self.unpatchify(self.linear_path[index](around).flatten(2).transpose(1, 2), height, width)
         if self.config.downsampling == "mean" or index == len(self.linear_path) - 1:
-            return picture
+            return image
         factor, patch_size = self.config.scale_factors[index], self.config.patch_size
         size = self.cell_size(factor)
         # Rounded up without negative numbers, for exporters as in `PyramidLayout.from_grid`.
         rows, columns = ((side + factor - 1) // factor for side in (height, width))
         # A block too many, because a compiled graph for padding of any size serves neither 0 nor 1.
         bottom, right = ((rows + 1) * factor - height) * size, ((columns + 1) * factor - width) * size
-        averages = F.avg_pool2d(continue_border(picture, 0, right, 0, bottom), factor * size // patch_size)
+        averages = F.avg_pool2d(continue_border(image, 0, right, 0, bottom), factor * size // patch_size)
         return averages[:, :, : rows * patch_size, : columns * patch_size]
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
@@ -268,7 +268,7 @@ class HieraTokDecoder(nn.Module):
 
 class HieraTokCore(nn.Module):
     """
-    The tokenizer without a library around it: `pixel_values -> moments -> latents -> pyramid -> pictures`.
+    The tokenizer without a library around it: `pixel_values -> moments -> latents -> pyramid -> images`.
 
     Args:
         config (`HieraTokConfig`): Sizes and options.
@@ -290,7 +290,7 @@ class HieraTokCore(nn.Module):
     def encode_moments(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; `H` and `W` are multiples of
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; `H` and `W` are multiples of
                 the patch size. Values are checked on a CPU only, where looking at them stalls nothing.
 
         Returns:
@@ -311,7 +311,7 @@ class HieraTokCore(nn.Module):
 
     def decode(self, latents: Tensor, num_scales: int | None = None) -> Tensor:
         """
-        The picture of one scale, for the cost of its tokens and the coarser ones only.
+        The image of one scale, for the cost of its tokens and the coarser ones only.
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
@@ -328,7 +328,7 @@ class HieraTokCore(nn.Module):
 
     def decode_scales(self, latents: Tensor, num_scales: int | None = None) -> list[Tensor]:
         """
-        The pictures that `latents` `(B, C, h, w)` have at every scale up to `num_scales`, coarse to fine, each
+        The images that `latents` `(B, C, h, w)` have at every scale up to `num_scales`, coarse to fine, each
         `(B, 3, n_h * p, n_w * p)`; arguments and errors as those of `decode`.
         """
         return self._decode(latents, num_scales, all_scales=True)
@@ -351,7 +351,7 @@ class HieraTokCore(nn.Module):
 
         A coarse scale that this model does not have, or makes of averages where the copy is to learn, starts from the
         finest one: its tokens are those of the average cell, and its linear path is that of the finest one, averaged.
-        Where the factors divide the grid and the scales are the same, all pictures stay as they are, within rounding.
+        Where the factors divide the grid and the scales are the same, all images stay as they are, within rounding.
 
         Args:
             scale_factors (`tuple[int, ...]`): The scales of the copy.
@@ -439,10 +439,10 @@ class HieraTokCore(nn.Module):
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """
         Fold a normalisation of the latent into the weights: afterwards `encode` gives `(latent - mean) / std`, and
-        `decode` of that gives the same picture as before, because the layers on both sides are linear in it.
+        `decode` of that gives the same image as before, because the layers on both sides are linear in it.
 
         Args:
-            mean, std (`torch.Tensor` of shape `(C,)`): Statistics of each latent channel over the training pictures.
+            mean, std (`torch.Tensor` of shape `(C,)`): Statistics of each latent channel over the training images.
 
         Raises:
             ValueError: A shape is not `(C,)`, a value is not finite, or a standard deviation is not positive.
@@ -478,7 +478,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def check_pixel_values(pixel_values: Tensor, config: HieraTokConfig) -> None:
-    """Raise `ValueError` unless `pixel_values` are pictures that a model of this configuration can encode."""
+    """Raise `ValueError` unless `pixel_values` are images that a model of this configuration can encode."""
     _check_map(pixel_values, "pixel_values", config.in_channels)
     height, width = pixel_values.shape[-2:]
     if height % config.patch_size or width % config.patch_size:

@@ -1,4 +1,4 @@
-"""Pictures to `pixel_values` and back; both backends follow transformers' `image_processing_backends.py`."""
+"""Images to `pixel_values` and back; both backends follow transformers' `image_processing_backends.py`."""
 
 import os
 from typing import Any
@@ -12,7 +12,7 @@ from transformers.image_utils import PILImageResampling, SizeDict, infer_channel
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import requires_backends
 
-from ..utils.images import convert_to_rgb, open_picture
+from ..utils.images import convert_to_rgb, open_image
 
 __all__ = ["HieraTokImageProcessor", "HieraTokImageProcessorPil"]
 
@@ -50,7 +50,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         Args:
             pixel_values: `(B, 3, H, W)` of any floating dtype, on any device, with or without gradients; [-1, 1] with
                 the default normalisation, values beyond are clamped.
-            output_type: "pil" for a list of `B` RGB pictures (rounded to the nearest of 256 levels), "np" for float32
+            output_type: "pil" for a list of `B` RGB images (rounded to the nearest of 256 levels), "np" for float32
                 `(B, H, W, 3)` in [0, 1], "pt" for detached float32 `(B, 3, H, W)` in [0, 1] on the same device.
         Raises:
             TypeError: `pixel_values` is neither a tensor nor an array.
@@ -79,11 +79,11 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         array = pixels.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         if output_type == "np":
             return array
-        return [Image.fromarray(picture) for picture in np.rint(array * 255).astype(np.uint8)]
+        return [Image.fromarray(image) for image in np.rint(array * 255).astype(np.uint8)]
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """
-        Replace paths by their pictures (`open_picture`, with its `PictureError`) and URLs as transformers does; leave
+        Replace paths by their images (`open_image`, with its `ImageError`) and URLs as transformers does; leave
         the rest as it is.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
@@ -91,13 +91,13 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
             return load_image(image_url_or_urls)
         is_path = isinstance(image_url_or_urls, (str, os.PathLike))
-        return open_picture(image_url_or_urls) if is_path else image_url_or_urls
+        return open_image(image_url_or_urls) if is_path else image_url_or_urls
 
     def center_crop(self, image: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
-        """Crop `(..., H, W)` to `size`; unlike transformers, never pad a smaller picture: that is a `ValueError`."""
+        """Crop `(..., H, W)` to `size`; unlike transformers, never pad a smaller image: that is a `ValueError`."""
         (rows, columns), height, width = image.shape[-2:], size.height, size.width
         if not height or not width or rows < height or columns < width:
-            raise ValueError(f"crop_size must fit a picture of {rows} x {columns} (height x width), got {dict(size)}")
+            raise ValueError(f"crop_size must fit an image of {rows} x {columns} (height x width), got {dict(size)}")
         top, left = (rows - height) // 2, (columns - width) // 2
         return image[..., top : top + height, left : left + width]
 
@@ -117,11 +117,11 @@ class _HieraTokImageProcessing(BaseImageProcessor):
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         if isinstance(images := self.fetch_images(images), (list, tuple)):
-            return [picture for item in images for picture in self._prepare_images_structure(item)]
+            return [image for item in images for image in self._prepare_images_structure(item)]
         if isinstance(images, Image.Image):
             return [images]
         if not isinstance(images, (np.ndarray, torch.Tensor)):
-            expected = "PIL pictures, numpy arrays, torch tensors, paths or lists of them"
+            expected = "PIL images, numpy arrays, torch tensors, paths or lists of them"
             raise TypeError(f"images must be {expected}, got {type(images).__name__}")
         if images.ndim not in (2, 3, 4):
             raise ValueError(f"images must be arrays of 2, 3 or 4 dimensions, got shape {tuple(images.shape)}")
@@ -137,7 +137,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         image_mean: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """One checked picture as uint8 or float32 `(C, H, W)`; C is 3 after `do_convert_rgb`."""
+        """One checked image as uint8 or float32 `(C, H, W)`; C is 3 after `do_convert_rgb`."""
         if isinstance(image, Image.Image):
             image = np.array(convert_to_rgb(image) if do_convert_rgb else image)
             input_data_format = "channels_last"
@@ -176,7 +176,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
 
     def _preprocess(self, images: list[Any], *args: Any, **kwargs: Any) -> BatchFeature:
         if not images:
-            raise ValueError("images must hold at least one picture, got none")
+            raise ValueError("images must hold at least one image, got none")
         divisor, cropped = kwargs.pop("size_divisor"), []
         for image in images:
             if kwargs["do_resize"]:
@@ -199,18 +199,18 @@ class _HieraTokImageProcessing(BaseImageProcessor):
 
 
 class HieraTokImageProcessor(_HieraTokImageProcessing, TorchvisionBackend):
-    """Pictures to `pixel_values` `(B, 3, H, W)`, float32 in [-1, 1], with torchvision.
+    """Images to `pixel_values` `(B, 3, H, W)`, float32 in [-1, 1], with torchvision.
 
-    By default a picture keeps its size, but for a centre crop to the nearest smaller multiple of `size_divisor`. The
+    By default an image keeps its size, but for a centre crop to the nearest smaller multiple of `size_divisor`. The
     order is RGB, resize, centre crop, crop to `size_divisor`, rescale, normalise. Without `return_tensors` the result
     is a list of `(3, H, W)`, which may differ in size.
 
     Args:
-        images: PIL pictures, paths, uint8 arrays or tensors `(H, W)`, `(H, W, C)`, `(C, H, W)` or a batch of them with
+        images: PIL images, paths, uint8 arrays or tensors `(H, W)`, `(H, W, C)`, `(C, H, W)` or a batch of them with
             1, 3 or 4 channels (alpha is laid on white), or lists of these. Arrays of floats need values in [0, 1] and
             `do_rescale=False`.
         size_divisor: height and width become multiples of it; set it to the model's patch size.
-        do_convert_rgb: without it a picture's channels are taken as they are and EXIF orientation is not followed.
+        do_convert_rgb: without it an image's channels are taken as they are and EXIF orientation is not followed.
         kwargs: the other arguments of transformers' `ImagesKwargs`, given here or on a call.
     Raises:
         ImportError: torchvision is not installed (`HieraTokImageProcessorPil` needs none).
@@ -222,7 +222,7 @@ class HieraTokImageProcessor(_HieraTokImageProcessing, TorchvisionBackend):
         super().__init__(**kwargs)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One checked picture as uint8 or float32 `(3, H, W)` on `device`; errors as those of the class."""
+        """One checked image as uint8 or float32 `(3, H, W)` on `device`; errors as those of the class."""
         return self._channels_first(image, *args, **kwargs).to(kwargs.get("device"))
 
 
@@ -246,7 +246,7 @@ class HieraTokImageProcessorPil(_HieraTokImageProcessing, PilBackend):
     """
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """One checked picture as uint8 or float32 `(3, H, W)`; errors as those of `HieraTokImageProcessor`."""
+        """One checked image as uint8 or float32 `(3, H, W)`; errors as those of `HieraTokImageProcessor`."""
         return self._channels_first(image, *args, **kwargs).cpu().numpy()
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, *args: Any, **kwargs: Any) -> np.ndarray:

@@ -11,8 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops.attention import ATTENTION_BACKENDS, scale_causal_attention, why_not
 from ..ops.onednn_linear import HieraTokLinear
-from ..ops.pyramid import PyramidLayout, kept_by_size
-from .attention_dispatch import preferring, requested_backend
+from ..ops.pyramid import PyramidLayout, keep_by_size
+from .attention_dispatch import backend_of, preferring
 from .configuration_hieratok import HieraTokConfig
 
 __all__ = [
@@ -55,7 +55,7 @@ def rotary_tables(
     return _rotary_tables(layout, settings, grid, head_dim, device)
 
 
-@kept_by_size
+@keep_by_size
 def _rotary_tables(
     layout: PyramidLayout,
     settings: tuple[str, str, float, float],
@@ -159,7 +159,7 @@ class HieraTokAttnProcessor:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, A, N, d)
 
         implementation = attn.config._attn_implementation
-        backend, kernel = requested_backend(self.backend, self._attention_backend, implementation)
+        backend, kernel = backend_of(self.backend, self._attention_backend, implementation)
         eager = implementation == "eager" and backend == "reference"
         with preferring(kernel):
             attended = scale_causal_attention(query, key, value, layout, backend=backend, return_weights=eager)
@@ -273,7 +273,7 @@ class HieraTokDecoderBlock(HieraTokBlock):
 
 
 class HieraTokPositions(nn.Module):
-    """A learned grid of absolute positions, resampled to the grid of each picture."""
+    """A learned grid of absolute positions, resampled to the grid of each image."""
 
     def __init__(self, config: HieraTokConfig, hidden_size: int):
         super().__init__()

@@ -8,7 +8,7 @@ from ..ops.pyramid import continue_border
 from .configuration_hieratok import HieraTokConfig
 from .core import posterior_of
 
-__all__ = ["PIXEL_LOSSES", "border_loss", "picture_pyramid", "pixel_loss", "steps_at_borders", "tokenizer_losses"]
+__all__ = ["PIXEL_LOSSES", "border_loss", "image_pyramid", "pixel_loss", "steps_at_borders", "tokenizer_losses"]
 
 PIXEL_LOSSES = ("mse", "l1", "charbonnier")
 """What `pixel_loss` takes as its `kind`."""
@@ -16,13 +16,13 @@ PIXEL_LOSSES = ("mse", "l1", "charbonnier")
 _CHARBONNIER_EPSILON = 1e-3
 
 
-def pixel_loss(pictures: Tensor, targets: Tensor, kind: str = "mse") -> Tensor:
+def pixel_loss(images: Tensor, targets: Tensor, kind: str = "mse") -> Tensor:
     """
-    The mean difference of pictures in float32: `"mse"`, `"l1"`, or `"charbonnier"` (Charbonnier et al., 1994), the
+    The mean difference of images in float32: `"mse"`, `"l1"`, or `"charbonnier"` (Charbonnier et al., 1994), the
     absolute difference, but smooth within a thousandth of zero.
 
     Args:
-        pictures, targets (`torch.Tensor` of any shape, the same): In [-1, 1].
+        images, targets (`torch.Tensor` of any shape, the same): In [-1, 1].
         kind (`str`, defaults to `"mse"`): One of `PIXEL_LOSSES`.
 
     Returns:
@@ -31,17 +31,17 @@ def pixel_loss(pictures: Tensor, targets: Tensor, kind: str = "mse") -> Tensor:
     Raises:
         ValueError: `kind` is not one of `PIXEL_LOSSES`.
     """
-    pictures, targets = pictures.float(), targets.float()
+    images, targets = images.float(), targets.float()
     if kind == "mse":
-        return F.mse_loss(pictures, targets)
+        return F.mse_loss(images, targets)
     if kind == "l1":
-        return F.l1_loss(pictures, targets)
+        return F.l1_loss(images, targets)
     if kind == "charbonnier":
-        return ((pictures - targets).square() + _CHARBONNIER_EPSILON**2).sqrt().mean() - _CHARBONNIER_EPSILON
+        return ((images - targets).square() + _CHARBONNIER_EPSILON**2).sqrt().mean() - _CHARBONNIER_EPSILON
     raise ValueError(f"`kind` must be one of {list(PIXEL_LOSSES)}, got {kind!r}.")
 
 
-def border_loss(pictures: Tensor, patch_size: int) -> Tensor:
+def border_loss(images: Tensor, patch_size: int) -> Tensor:
     """
     By how much neighbouring pixels differ more across the borders of patches than inside of them, in float32.
 
@@ -49,14 +49,14 @@ def border_loss(pictures: Tensor, patch_size: int) -> Tensor:
     average.
 
     Args:
-        pictures (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
         patch_size (`int`): Pixels from border to border.
 
     Returns:
-        `torch.Tensor` of shape `()`: The mean of each picture's, not less than 0; 0 without borders, or nothing but
+        `torch.Tensor` of shape `()`: The mean of each image's, not less than 0; 0 without borders, or nothing but
         borders.
     """
-    across, inside = steps_at_borders(pictures.float(), patch_size).unbind(1)
+    across, inside = steps_at_borders(images.float(), patch_size).unbind(1)
     return (across - inside).relu().mean()
 
 
@@ -65,7 +65,7 @@ def steps_at_borders(values: Tensor, patch_size: int) -> Tensor:
     Measure how much neighbouring values differ, across the borders of patches and inside of them.
 
     Args:
-        values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in any unit, float32.
+        values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in any unit, float32.
         patch_size (`int`): Pixels from border to border.
 
     Returns:
@@ -82,16 +82,16 @@ def steps_at_borders(values: Tensor, patch_size: int) -> Tensor:
 
 
 def tokenizer_losses(
-    pictures: list[Tensor], pixel_values: Tensor, moments: Tensor, config: HieraTokConfig, kind: str = "mse"
+    images: list[Tensor], pixel_values: Tensor, moments: Tensor, config: HieraTokConfig, kind: str = "mse"
 ) -> dict[str, Tensor]:
     """
     The parts of the loss and their weighted sum, in float32.
 
-    Means per element, unlike sums, keep their balance when pictures change in size.
+    Means per element, unlike sums, keep their balance when images change in size.
 
     Args:
-        pictures (`list[torch.Tensor]`): What `HieraTokCore.decode_scales` gives for all scales.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The pictures that were encoded, in [-1, 1].
+        images (`list[torch.Tensor]`): What `HieraTokCore.decode_scales` gives for all scales.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images that were encoded, in [-1, 1].
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of their latents.
         config (`HieraTokConfig`): Its `kl_weight` and `coarse_weight`.
         kind (`str`, defaults to `"mse"`): The difference of pixels, one of `PIXEL_LOSSES`.
@@ -104,8 +104,8 @@ def tokenizer_losses(
     Raises:
         ValueError: `kind` is not one of `PIXEL_LOSSES`.
     """
-    pairs = zip(pictures, picture_pyramid(pixel_values.float(), config))
-    *coarse, finest = [pixel_loss(picture, target, kind) for picture, target in pairs]
+    pairs = zip(images, image_pyramid(pixel_values.float(), config))
+    *coarse, finest = [pixel_loss(image, target, kind) for image, target in pairs]
     posterior = posterior_of(moments.float())
     losses = {kind: finest, "kl": posterior.kl().mean() / posterior.mean[0].numel()}
     losses["loss"] = finest + config.kl_weight * losses["kl"]
@@ -116,23 +116,23 @@ def tokenizer_losses(
     return losses
 
 
-def picture_pyramid(pixel_values: Tensor, config: HieraTokConfig) -> list[Tensor]:
+def image_pyramid(pixel_values: Tensor, config: HieraTokConfig) -> list[Tensor]:
     """
-    What each scale's picture should be: the picture at `1 / factor` of its size, by averages.
+    What each scale's image should be: the image at `1 / factor` of its size, by averages.
 
-    Where a coarse cell reaches beyond the picture, its edge is repeated, so that all scales show a thing in one place.
+    Where a coarse cell reaches beyond the image, its edge is repeated, so that all scales show a thing in one place.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures; sides are multiples of the patch size.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images; sides are multiples of the patch size.
         config (`HieraTokConfig`): The patch size and the scales.
 
     Returns:
         A list of `(B, 3, n_h * p, n_w * p)`, coarse to fine; the last is `pixel_values`.
     """
     height, width = pixel_values.shape[-2:]
-    pictures = []
+    images = []
     for factor in config.scale_factors[:-1]:
         cell = factor * config.patch_size
         padded = continue_border(pixel_values, 0, -width % cell, 0, -height % cell)
-        pictures.append(F.avg_pool2d(padded, factor))
-    return [*pictures, pixel_values]
+        images.append(F.avg_pool2d(padded, factor))
+    return [*images, pixel_values]

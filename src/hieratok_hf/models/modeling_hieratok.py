@@ -20,11 +20,11 @@ from .layers import HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
 from .saving import (
     HubUploadMixin,
-    named_in_errors,
+    name_in_errors,
     pop_hub_arguments,
     refuse_paths_in_indices,
     share_between_libraries,
-    staged,
+    stage_folder,
 )
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ class HieraTokDecoderOutput(ModelOutput):
     What `HieraTokModel.decode` returns.
 
     Attributes:
-        reconstruction (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The picture of the last scale that ran,
+        reconstruction (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The image of the last scale that ran,
             about [-1, 1], not clamped.
-        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The pictures of all scales that ran, coarse to
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
             fine; the last is `reconstruction`.
     """
 
@@ -84,8 +84,8 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
     Attributes:
         loss (`torch.Tensor` of shape `()`): The sum that `tokenizer_losses` makes. `None` with `return_loss=False`,
             and when only coarser scales were decoded.
-        reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded picture, about [-1, 1], not clamped.
-        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The pictures of all scales that ran, coarse to
+        reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded image, about [-1, 1], not clamped.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
             fine; the last is `reconstruction`.
         latents (`torch.Tensor` of shape `(B, C, h, w)`): What was decoded: the posterior's mode, or a sample of it.
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
@@ -188,7 +188,7 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         """
         if pretrained_model_name_or_path is not None:
             refuse_paths_in_indices(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        with named_in_errors(pretrained_model_name_or_path or ""):
+        with name_in_errors(pretrained_model_name_or_path or ""):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -203,7 +203,7 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
     def encode(self, pixel_values: Tensor, **kwargs: Any) -> HieraTokEncoderOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1], sides multiples of the patch.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], sides multiples of the patch.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
 
         Raises:
@@ -220,8 +220,8 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
             num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
-                picture of the last of them, for the cost of its tokens and the coarser ones.
-            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
+                image of the last of them, for the cost of its tokens and the coarser ones.
+            return_scales (`bool`, defaults to `False`): Return the images of the coarser scales as well.
             return_dict (`bool`, *optional*): Whether to return a `HieraTokDecoderOutput` rather than a tuple.
 
         Raises:
@@ -230,8 +230,8 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         latents = self._to_own_dtype(latents)
         if not return_scales:
             return HieraTokDecoderOutput(reconstruction=self.core.decode(latents, num_scales))
-        pictures = tuple(self.core.decode_scales(latents, num_scales))
-        return HieraTokDecoderOutput(reconstruction=pictures[-1], scales=pictures)
+        images = tuple(self.core.decode_scales(latents, num_scales))
+        return HieraTokDecoderOutput(reconstruction=images[-1], scales=images)
 
     @capture_outputs
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -257,12 +257,12 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Encode and decode.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1], sides multiples of the patch.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], sides multiples of the patch.
             sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
             num_scales (`int`, *optional*): As in `decode`.
-            return_loss (`bool`, defaults to `True`): Compute the loss, for which the pictures of all scales are made.
-            return_scales (`bool`, defaults to `False`): Return the pictures of the coarser scales as well.
+            return_loss (`bool`, defaults to `True`): Compute the loss, for which the images of all scales are made.
+            return_scales (`bool`, defaults to `False`): Return the images of the coarser scales as well.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
 
         Raises:
@@ -274,13 +274,13 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         has_loss = return_loss and num_scales in (None, len(self.config.scale_factors))
         if has_loss or return_scales:
-            pictures = self.core.decode_scales(latents, num_scales)
+            images = self.core.decode_scales(latents, num_scales)
         else:
-            pictures = [self.core.decode(latents, num_scales)]
+            images = [self.core.decode(latents, num_scales)]
         return HieraTokOutput(
-            loss=tokenizer_losses(pictures, pixel_values, moments, self.config)["loss"] if has_loss else None,
-            reconstruction=pictures[-1],
-            scales=tuple(pictures) if return_scales else None,
+            loss=tokenizer_losses(images, pixel_values, moments, self.config)["loss"] if has_loss else None,
+            reconstruction=images[-1],
+            scales=tuple(images) if return_scales else None,
             latents=latents,
             moments=moments,
         )
@@ -297,7 +297,7 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
             ValueError: `save_directory` is a file.
         """
         hub_arguments = pop_hub_arguments(kwargs, save_directory)
-        with staged(save_directory) as stage:
+        with stage_folder(save_directory) as stage:
             super().save_pretrained(stage, is_main_process, **kwargs)
             share_between_libraries(stage, self.config, for_transformers=True)
         if hub_arguments is not None:

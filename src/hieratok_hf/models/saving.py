@@ -21,11 +21,11 @@ __all__ = [
     "WEIGHTS_STEM",
     "HubUploadMixin",
     "index_for_transformers",
-    "named_in_errors",
+    "name_in_errors",
     "pop_hub_arguments",
     "refuse_paths_in_indices",
     "share_between_libraries",
-    "staged",
+    "stage_folder",
     "stale_weights",
     "variant_of",
 ]
@@ -60,7 +60,7 @@ class HubUploadMixin:
 
 
 @contextmanager
-def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def stage_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     A temporary folder whose files replace those of `folder`, one rename each, once the block has ended well.
 
@@ -122,7 +122,7 @@ def pop_hub_arguments(arguments: dict[str, Any], folder: str | os.PathLike[str])
 
 
 @contextmanager
-def named_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
+def name_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
     """An `OSError` of a model that is neither a folder nor to be had from the Hub names it and the way out."""
     try:
         yield

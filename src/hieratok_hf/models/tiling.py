@@ -1,4 +1,4 @@
-"""Large pictures in overlapping tiles, each weighted so that they sum to one picture without a seam."""
+"""Large images in overlapping tiles, each weighted so that they sum to one image without a seam."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,10 +122,10 @@ class TilingMixin(AutoencoderMixin):
         tile_sample_stride_width: int | None = None,
     ) -> None:
         """
-        Encode and decode pictures larger than a tile in overlapping tiles, one at a time: memory then grows with the
-        picture alone, and time with its pixels instead of their square.
+        Encode and decode images larger than a tile in overlapping tiles, one at a time: memory then grows with the
+        image alone, and time with its pixels instead of their square.
 
-        Attention sees no further than a tile, so the result is close to that of the whole picture, not equal to it.
+        Attention sees no further than a tile, so the result is close to that of the whole image, not equal to it.
 
         Args:
             tile_sample_min_height, tile_sample_min_width (`int`, *optional*): Sides of a tile in pixels, multiples of

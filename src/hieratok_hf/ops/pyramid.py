@@ -17,7 +17,7 @@ __all__ = [
     "continue_border",
     "convolve_pyramid",
     "flatten_pyramid",
-    "kept_by_size",
+    "keep_by_size",
 ]
 
 # Larger tables take longer to keep in memory than to make beside what else there is to do.
@@ -26,7 +26,7 @@ _KEPT_TOKENS = 2**14
 # Shape letters: B batch, H W pixels, p patch size, C latent channels, h w finest grid, N tokens of all scales.
 
 
-def kept_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
+def keep_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     Keep what a function of a layout, further sizes and, last, a device has made for the last few of them.
 
@@ -165,7 +165,7 @@ class PyramidLayout:
         return ends
 
 
-@kept_by_size
+@keep_by_size
 def _cells(layout: PyramidLayout, device: torch.device) -> PyramidCells:
     # Counted over the whole sequence, because the compiler makes a graph of its own for a tensor with a side of 1,
     # which the grid of a coarse scale often has.
@@ -250,7 +250,7 @@ def _pooled_grids(layout: PyramidLayout) -> list[tuple[int, int]]:
     return [(rows + more, columns + more) for more, (rows, columns) in zip(extra, layout.grids)]
 
 
-@kept_by_size
+@keep_by_size
 def _places_in_pooled(layout: PyramidLayout, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each token lies in the pooled maps one after the other, `(N,)`, and what its average lacks, `(N, 1)`."""
     cells = layout.cells(device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["NoiseLevel", "noise_levels", "predicted_for"]
+__all__ = ["NoiseLevel", "noise_levels", "prediction_type_of"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class NoiseLevel:
 
     Attributes:
         signal, noise (`float`): The two factors, of the latents as a model is fed them.
-        kind (`str`): What a model predicts from them, as `predicted_for` names it.
+        kind (`str`): What a model predicts from them, as `prediction_type_of` names it.
     """
 
     signal: float
@@ -45,7 +45,7 @@ class NoiseLevel:
         return prediction
 
 
-def predicted_for(scheduler: Any) -> str:
+def prediction_type_of(scheduler: Any) -> str:
     """
     What a model must predict for a scheduler: `"flow_prediction"` (the velocity of flow matching), `"epsilon"`,
     `"v_prediction"` or `"sample"`.
@@ -74,9 +74,9 @@ def noise_levels(scheduler: Any) -> list[NoiseLevel]:
         scheduler (`SchedulerMixin`): After `set_timesteps`.
 
     Raises:
-        ValueError: As `predicted_for`.
+        ValueError: As `prediction_type_of`.
     """
-    kind = predicted_for(scheduler)
+    kind = prediction_type_of(scheduler)
     if hasattr(scheduler, "sigmas"):
         # All at once: a GPU would have to wait for each.
         sigmas = scheduler.sigmas.tolist()[: len(scheduler.timesteps)]

@@ -5,7 +5,7 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from ..models.saving import HubUploadMixin, named_in_errors, pop_hub_arguments, staged
+from ..models.saving import HubUploadMixin, name_in_errors, pop_hub_arguments, stage_folder
 
 __all__ = ["PipelineFolderMixin"]
 
@@ -48,7 +48,7 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         Raises:
             OSError: There is no such folder or repository, or no network to reach it.
         """
-        with named_in_errors(pretrained_model_name_or_path):
+        with name_in_errors(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -65,7 +65,7 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
             ValueError: `save_directory` is a file.
         """
         hub_arguments = pop_hub_arguments(kwargs, save_directory)
-        with staged(save_directory) as stage:
+        with stage_folder(save_directory) as stage:
             super().save_pretrained(stage, *args, **kwargs)
         if hub_arguments is not None:
             self.push_to_hub(**hub_arguments)

@@ -18,12 +18,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .class_names import label_ids, names_to_ids
-from .noise_levels import noise_levels, predicted_for
+from .noise_levels import noise_levels, prediction_type_of
 from .pipeline_folder import PipelineFolderMixin
 
 __all__ = ["HieraTokDiTPipeline"]
 
-# Shape letters: B pictures of a call, C latent channels, h w the latent's grid, p the tokenizer's patch size.
+# Shape letters: B images of a call, C latent channels, h w the latent's grid, p the tokenizer's patch size.
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _ROUNDING = 1e-6  # of a scheduler's noise, which is float32
@@ -31,7 +31,7 @@ _ROUNDING = 1e-6  # of a scheduler's noise, which is float32
 
 class HieraTokDiTPipeline(PipelineFolderMixin):
     """
-    Pictures of named classes: a transformer denoises latents, a tokenizer decodes them.
+    Images of named classes: a transformer denoises latents, a tokenizer decodes them.
 
     Args:
         vae (`AutoencoderHieraTok`): The tokenizer. Another autoencoder of diffusers with `latent_channels`,
@@ -78,7 +78,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
     ):
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        kind = predicted_for(scheduler) if prediction_type is None else prediction_type
+        kind = prediction_type_of(scheduler) if prediction_type is None else prediction_type
         # JSON makes text of the numbers.
         names = {int(key): str(value) for key, value in (id2label or {}).items()}
         self.register_to_config(id2label=names, prediction_type=kind)
@@ -143,12 +143,12 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 none, and asks the transformer half as much.
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Shares of noise, from clean to noise
                 alone, between which guidance acts (arXiv 2404.07724).
-            num_images_per_prompt (`int`, defaults to 1): Pictures of each class, one after the other.
+            num_images_per_prompt (`int`, defaults to 1): Images of each class, one after the other.
             timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): The scheduler's steps, instead of
                 `num_inference_steps`, where it takes them.
             eta (`float`, defaults to 0.0): Of DDIM.
-            generator (`torch.Generator` or one for each picture, *optional*): Source of all noise. With one for each,
-                a picture does not depend on those beside it.
+            generator (`torch.Generator` or one for each image, *optional*): Source of all noise. With one for each,
+                an image does not depend on those beside it.
             latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to begin with.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(B, H, W, 3)` or `"pt"` `(B, 3, H, W)`, both in
                 [0, 1], or `"latent"`, which are not decoded.
@@ -163,7 +163,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 the last of them.
 
         Returns:
-            `images` of `num_images_per_prompt` pictures a class.
+            `images` of `num_images_per_prompt` images a class.
 
         Raises:
             ValueError: An argument is none of those above, or the scheduler is not of the transformer's kind.
@@ -275,9 +275,9 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         expected = self.config.prediction_type
         if self.scheduler.config.get("use_dynamic_shifting"):
             raise ValueError(
-                "`scheduler` has use_dynamic_shifting=True, by the length of a prompt's picture: give it False."
+                "`scheduler` has use_dynamic_shifting=True, by the length of a prompt's image: give it False."
             )
-        if (kind := predicted_for(self.scheduler)) == expected:
+        if (kind := prediction_type_of(self.scheduler)) == expected:
             return
         flow = ", use_flow_sigmas=True" if expected == "flow_prediction" else ""
         raise ValueError(
@@ -293,14 +293,12 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         The noise to begin with, float32: `latents` `(B, C, h, w)` if they are given, or drawn from the generator.
 
         Raises:
-            ValueError: `latents` or the list of generators is not that of `batch_size` pictures.
+            ValueError: `latents` or the list of generators is not that of `batch_size` images.
         """
         size = self.transformer.config.sample_size
         shape = (batch_size, self.transformer.config.in_channels, size, size)
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` must be one or one for each of {batch_size} pictures, got {len(generator)}."
-            )
+            raise ValueError(f"`generator` must be one or one for each of {batch_size} images, got {len(generator)}.")
         if latents is None:
             return randn_tensor(shape, generator, self._execution_device, torch.float32)
         if not isinstance(latents, Tensor) or tuple(latents.shape) != shape or not latents.is_floating_point():
@@ -324,7 +322,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         self._num_timesteps = len(self.scheduler.timesteps)
 
     def _decode(self, latents: Tensor, **scales: int) -> Tensor:
-        """Pictures of about [-1, 1] of latents as the transformer knows them."""
+        """Images of about [-1, 1] of latents as the transformer knows them."""
         config = self.vae.config
         raw = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return self.vae.decode(raw.to(self.vae.dtype), return_dict=False, **scales)[0]

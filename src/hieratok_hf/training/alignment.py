@@ -17,16 +17,16 @@ class LatentAlignment(nn.Module):
 
     A linear map without bias takes the latent to the features' channels, and two losses are added up: the mean of
     `relu(1 - cosine_margin - cos(z_i, f_i))` over the places, and that of
-    `relu(|cos(z_i, z_j) - cos(f_i, f_j)| - distance_margin)` over all pairs of places of a picture. `z` is the mapped
+    `relu(|cos(z_i, z_j) - cos(f_i, f_j)| - distance_margin)` over all pairs of places of an image. `z` is the mapped
     latent in both, as in the implementations at large; the paper prints the latent itself in the second. The pairs
     take memory with the square of `N`.
 
     Only the map has weights (`projection.weight`). The vision model is no submodule: put it on the device of the
-    pictures before.
+    images before.
 
     Args:
         latent_channels (`int`): Channels of the latent.
-        features (`VisionFeatures`): The frozen vision model; it sees one blank picture here, for its channels.
+        features (`VisionFeatures`): The frozen vision model; it sees one blank image here, for its channels.
         cosine_margin, distance_margin (`float`, default to 0.5 and 0.25): Differences that cost nothing, in [0, 2).
 
     Raises:
@@ -65,7 +65,7 @@ class LatentAlignment(nn.Module):
         """
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): Gradients flow to them and to the map.
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The same pictures in [-1, 1], at any size that the
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The same images in [-1, 1], at any size that the
                 vision model takes.
 
         Returns:

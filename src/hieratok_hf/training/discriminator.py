@@ -18,11 +18,11 @@ _NORM_CHANNELS = 4
 
 class PatchDiscriminator(nn.Module):
     """
-    Scores how real each patch of a picture looks, by convolutions of 4x4: `num_layers` of stride 2, then two of
-    stride 1. A score sees 16, 34, 70 or 142 pixels each way with 1 to 4 layers, and the rest of its picture only
+    Scores how real each patch of an image looks, by convolutions of 4x4: `num_layers` of stride 2, then two of
+    stride 1. A score sees 16, 34, 70 or 142 pixels each way with 1 to 4 layers, and the rest of its image only
     through the statistics of the norms.
 
-    Group norms stand where the papers have batch norms: a score must depend neither on the other pictures of the batch
+    Group norms stand where the papers have batch norms: a score must depend neither on the other images of the batch
     nor on how many processes share it.
 
     Args:
@@ -59,32 +59,32 @@ class PatchDiscriminator(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """
         Args:
-            pictures (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]; sides of at least `min_size` pixels.
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]; sides of at least `min_size` pixels.
 
         Returns:
             `torch.Tensor` of shape `(B, 1, h, w)`: The scores in float32, high for real; `h` is
             `H // 2**num_layers - 2`.
 
         Raises:
-            ValueError: `pictures` have another shape, or are too small for a score.
+            ValueError: `images` have another shape, or are too small for a score.
         """
-        if pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise ValueError(f"`pictures` must have shape (B, 3, H, W), got {tuple(pictures.shape)}.")
-        if min(pictures.shape[2:]) < self.min_size:
-            size = f"{pictures.shape[2]}x{pictures.shape[3]}"
-            raise ValueError(f"`pictures` must be at least {self.min_size} pixels high and wide, got {size}.")
-        return self.layers(pictures).float()
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"`images` must have shape (B, 3, H, W), got {tuple(images.shape)}.")
+        if min(images.shape[2:]) < self.min_size:
+            size = f"{images.shape[2]}x{images.shape[3]}"
+            raise ValueError(f"`images` must be at least {self.min_size} pixels high and wide, got {size}.")
+        return self.layers(images).float()
 
 
 def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """
-    What the discriminator minimises: scores of real pictures rise to 1, those of others fall to -1.
+    What the discriminator minimises: scores of real images rise to 1, those of others fall to -1.
 
     Args:
-        real, fake (`torch.Tensor` of any shape): Its scores of real pictures, and of reconstructions without their
+        real, fake (`torch.Tensor` of any shape): Its scores of real images, and of reconstructions without their
             graph.
 
     Returns:
@@ -112,12 +112,12 @@ def adaptive_weight(
     """
     The weight that makes the adversarial loss pull as hard as the reconstruction loss (VQGAN's eq. 7).
 
-    VQGAN compares the gradients at the last layer's weight. Those at the reconstructed pictures need no wrapper (DDP,
+    VQGAN compares the gradients at the last layer's weight. Those at the reconstructed images need no wrapper (DDP,
     FSDP, compile) to be opened, and several processes can add up their sums of squares first.
 
     Args:
         reconstruction_square, adversarial_square (`torch.Tensor` of shape `()`): Sums of the squares of each loss's
-            gradient with respect to the reconstructed pictures.
+            gradient with respect to the reconstructed images.
         limit (`float`, defaults to 1e4): The largest weight.
         epsilon (`float`, defaults to 1e-4): Added to the adversarial norm. The gradient of a mean shrinks with the
             root of the number of pixels, so that a large batch may ask for less than VQGAN's 1e-4.

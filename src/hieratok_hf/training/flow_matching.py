@@ -13,7 +13,7 @@ from ..data.training_batches import step_generator
 
 __all__ = ["DIT_SIZES", "VelocityTraining", "dit_from_size", "flow_draws"]
 
-# Shape letters: B pictures, C latent channels, h w the latent's grid.
+# Shape letters: B images, C latent channels, h w the latent's grid.
 
 DIT_SIZES: dict[str, dict[str, int]] = {
     "dit-tiny": {"num_layers": 5, "num_attention_heads": 4, "attention_head_dim": 64},
@@ -136,11 +136,11 @@ def flow_draws(
     shift: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
-    What some pictures of a step draw: a function of seed and step, however its pictures are divided.
+    What some images of a step draw: a function of seed and step, however its images are divided.
 
     Args:
         seed, step (`int`): Of the training.
-        count (`int`): Pictures of the whole step.
+        count (`int`): Images of the whole step.
         rows (`torch.Tensor` of shape `(B,)`): Which of them these are.
         shape (`tuple[int, ...]`): `(C, h, w)` of a latent.
         mean, std (`float`, default to 0.0 and 1.0): Of the times' logit, which is normal (arXiv 2403.03206).

@@ -16,7 +16,7 @@ __all__ = ["fit_linear_path", "latent_statistics", "start_from_principal_compone
 
 @torch.no_grad()
 def start_from_principal_components(core: HieraTokCore, batches: Iterable[Tensor]) -> None:
-    """Start the linear path at the principal components of the patches of pictures `(B, 3, H, W)` in [-1, 1]."""
+    """Start the linear path at the principal components of the patches of images `(B, 3, H, W)` in [-1, 1]."""
     size, channels = core.config.patch_size, core.config.latent_channels
     unfolded = [F.unfold(batch, size, stride=size).transpose(1, 2).flatten(0, 1) for batch in batches]
     patches = torch.cat(unfolded).double()  # (n, 3 * p * p)
@@ -60,7 +60,7 @@ def fit_linear_path(
 @torch.no_grad()
 def latent_statistics(core: HieraTokCore, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """
-    Mean and standard deviation `(C,)`, float32, of each channel of the posterior's mode over pictures `(B, 3, H, W)`
+    Mean and standard deviation `(C,)`, float32, of each channel of the posterior's mode over images `(B, 3, H, W)`
     in [-1, 1].
 
     Raises:

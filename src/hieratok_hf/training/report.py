@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..utils.files import written_whole
+from ..utils.files import write_whole
 
 __all__ = ["JsonLines", "TrainingReport"]
 
@@ -36,7 +36,7 @@ class JsonLines:
                     kept.append(line)
             except ValueError:  # the line that was being written when the run was killed
                 continue
-        with written_whole(path) as file:
+        with write_whole(path) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())
 
     def write(self, record: dict[str, Any]) -> None:
@@ -65,14 +65,14 @@ class TrainingReport:
         self.figures = JsonLines(folder / "validation.jsonl", first_step) if self.is_main else None
         self.bar = tqdm(total=steps, initial=first_step, disable=not self.is_main, unit="step", dynamic_ncols=True)
         self.sums: dict[str, Tensor] = {}
-        self.parts = self.pictures = 0
+        self.parts = self.images = 0
         self.skipped: set[str] = set()
         # Counted on the device, so that no step has to wait for its own loss.
         self.bad_step = torch.full((), -1, device=accelerator.device)
         self.start = time.perf_counter()
 
     def add(self, losses: dict[str, Tensor], skipped: list[str]) -> None:
-        """Take in the losses of one part of a step, and the reasons of pictures that were left out."""
+        """Take in the losses of one part of a step, and the reasons of images that were left out."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.parts += 1
@@ -83,7 +83,7 @@ class TrainingReport:
 
     def end_step(self, step: int, norm: Tensor, count: int, learning_rate: float) -> None:
         """
-        Close a step of `count` pictures whose gradient has the norm `norm` `()`.
+        Close a step of `count` images whose gradient has the norm `norm` `()`.
 
         Raises:
             FloatingPointError: As `check`; with a GPU only when a record is due.
@@ -94,7 +94,7 @@ class TrainingReport:
         self.bad_step = torch.where((self.bad_step < 0) & ~finite, step, self.bad_step)
         if self.bad_step.device.type == "cpu":
             self.check()
-        self.pictures += count
+        self.images += count
         self.bar.update()
         if (step + 1) % self.every == 0:
             names = list(self.sums)
@@ -102,7 +102,7 @@ class TrainingReport:
             means = self.accelerator.reduce(means, "mean").tolist()
             record = {"step": step + 1, **dict(zip(names, means)), "norm": norm.item(), "lr": learning_rate}
             self.check()
-            speed = self.pictures / (time.perf_counter() - self.start)
+            speed = self.images / (time.perf_counter() - self.start)
             if self.records is not None:
                 self.records.write(record)
             self.bar.set_postfix({"images/s": f"{speed:.1f}"} | {name: f"{record[name]:.4g}" for name in names})
@@ -121,7 +121,7 @@ class TrainingReport:
         """Keep a sheet of samples after `step` steps as `samples/step-*.png`."""
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
-        with written_whole(folder / f"step-{step:09d}.png") as file:
+        with write_whole(folder / f"step-{step:09d}.png") as file:
             sheet.save(file, format="png")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
@@ -137,7 +137,7 @@ class TrainingReport:
             )
 
     def close(self) -> None:
-        """End the progress bar, and say how many pictures were left out."""
+        """End the progress bar, and say how many images were left out."""
         self.bar.close()
         if self.skipped:
-            tqdm.write(f"{len(self.skipped)} pictures were left out, because they cannot be decoded.")
+            tqdm.write(f"{len(self.skipped)} images were left out, because they cannot be decoded.")

@@ -1,4 +1,4 @@
-"""Sheets of pictures to look at while a model trains: those that a tokenizer makes of others, or a generator."""
+"""Sheets of images to look at while a model trains: those that a tokenizer makes of others, or a generator."""
 
 import numpy as np
 import torch
@@ -17,21 +17,21 @@ _GAP = 2
 @torch.no_grad()
 def sample_grid(core: HieraTokCore, pixel_values: Tensor) -> Image.Image:
     """
-    One row a picture: the picture, then the decoded picture of every scale, coarse to fine, at the picture's size.
+    One row an image: the image, then the decoded image of every scale, coarse to fine, at the image's size.
 
     Args:
-        core (`HieraTokCore`): On the device of the pictures.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1].
+        core (`HieraTokCore`): On the device of the images.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
 
     Returns:
         `PIL.Image.Image`: `B` rows and one column more than scales, with white gaps.
     """
     size = pixel_values.shape[2:]
     scales = core.decode_scales(core.encode(pixel_values).mode())
-    # Nearest, so that a coarse scale shows as coarse as it is; its last cell may reach beyond the picture.
+    # Nearest, so that a coarse scale shows as coarse as it is; its last cell may reach beyond the image.
     columns = []
-    for picture, factor in zip(scales, core.config.scale_factors):
-        columns.append(F.interpolate(picture, scale_factor=factor, mode="nearest")[..., : size[0], : size[1]])
+    for image, factor in zip(scales, core.config.scale_factors):
+        columns.append(F.interpolate(image, scale_factor=factor, mode="nearest")[..., : size[0], : size[1]])
     cells = torch.stack([pixel_values, *columns], dim=1)  # (B, scales + 1, 3, H, W)
     return _sheet(cells)
 
@@ -43,26 +43,26 @@ def class_grid(
     One column a class, for the first of them; the noise is that of the seed, whatever the weights.
 
     Args:
-        pipe (`HieraTokDiTPipeline`): Makes the pictures.
+        pipe (`HieraTokDiTPipeline`): Makes the images.
         steps (`int`): Of its scheduler.
         guidance_scale (`float`): As that of the pipeline.
         seed (`int`): Of the noise.
-        rows (`int`, defaults to 4): Pictures of a class.
+        rows (`int`, defaults to 4): Images of a class.
         classes (`int`, defaults to 10): Most columns.
 
     Returns:
-        `PIL.Image.Image`: The pictures with white gaps.
+        `PIL.Image.Image`: The images with white gaps.
     """
     labels = list(range(min(classes, pipe.num_classes))) * rows
     pipe.set_progress_bar_config(disable=True)
-    pictures = pipe(
+    images = pipe(
         labels, steps, guidance_scale, generator=torch.Generator().manual_seed(seed), output_type="pt"
     ).images
-    return _sheet((2 * pictures - 1).unflatten(0, (rows, -1)))
+    return _sheet((2 * images - 1).unflatten(0, (rows, -1)))
 
 
 def _sheet(cells: Tensor) -> Image.Image:
-    """Pictures `(rows, columns, 3, H, W)` in [-1, 1] with white gaps."""
+    """Images `(rows, columns, 3, H, W)` in [-1, 1] with white gaps."""
     padded = F.pad(cells, (0, _GAP, 0, _GAP), value=1.0)
     sheet = padded.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (rows * H, columns * W, 3)
     levels = ((sheet[:-_GAP, :-_GAP].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..utils.files import written_whole
+from ..utils.files import write_whole
 
 __all__ = ["TrainingState", "latest_state", "learning_rate_factor", "state_to_resume", "states_in"]
 
@@ -51,7 +51,7 @@ class TrainingState:
         self.core, self.pairs, self.prefix = core, pairs, f"{name}."
         self.average = EMAModel(core.parameters(), decay=decay, foreach=True)
 
-    def averaged_weights(self) -> dict[str, Any]:
+    def average_weights(self) -> dict[str, Any]:
         """The weights of the first module with the average in place of those of `core`, whole, on the CPU."""
         self.average.store(self.core.parameters())
         self.average.copy_to(self.core.parameters())
@@ -63,7 +63,7 @@ class TrainingState:
 
     def load_average(self, model: ModuleType) -> ModuleType:
         """Give a model of the kind of `core` the averaged weights; all processes call it, each with its own."""
-        weights = self.averaged_weights()
+        weights = self.average_weights()
         own = {name.removeprefix(self.prefix): x for name, x in weights.items() if name.startswith(self.prefix)}
         model.load_state_dict(own)
         return model.eval()
@@ -88,7 +88,7 @@ class TrainingState:
             }
             for module, optimizer in self.pairs
         ]
-        average = self.averaged_weights()
+        average = self.average_weights()
         if write:
             state = {"step": step, "parts": parts, "average": average, "updates": self.average.optimization_step}
             save_state(folder, step, {**state, **facts}, keep)
@@ -128,7 +128,7 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pat
     """
     path = folder / _PATTERN.format(step)
     try:
-        with written_whole(path) as file:
+        with write_whole(path) as file:
             torch.save(state, file)
     except RuntimeError as error:  # what torch's writer makes of a full disk
         raise OSError(f"{str(path)!r} cannot be written: {error}") from error

@@ -89,12 +89,12 @@ class TokenizerTraining(nn.Module):
     def forward(self, pixel_values: Tensor, noise: Tensor, mix: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1].
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
             noise (`torch.Tensor` of shape `(2, B, C, h, w)`): Standard normal: for the posterior, and for the mixing.
             mix (`torch.Tensor` of shape `(B, 1, 1, 1)`): In [0, 1], how much of a latent the noise replaces.
 
         Returns:
-            The pictures of all scales, the moments `(B, 2C, h, w)`, and the alignment loss.
+            The images of all scales, the moments `(B, 2C, h, w)`, and the alignment loss.
         """
         moments, _ = self.core.encode_moments(pixel_values)
         posterior = posterior_of(moments)
@@ -111,7 +111,7 @@ class TokenizerTraining(nn.Module):
 def step_noise(batch: dict[str, Any], config: HieraTokConfig, seed: int) -> tuple[Tensor, Tensor]:
     """
     The `noise` and `mix` that `TokenizerTraining` takes, for a batch of `training_loader`: those of a step are a
-    function of the seed and the step, however its pictures are divided over processes and parts.
+    function of the seed and the step, however its images are divided over processes and parts.
 
     Returns:
         `noise` `(2, B, C, h, w)`, standard normal, and `mix` `(B, 1, 1, 1)`, uniform in [0, 1), float32 on the CPU.
@@ -129,8 +129,8 @@ class TrainingLoss:
 
     Args:
         weights (`LossWeights`): What counts how much.
-        perceptual, lpips (`nn.Module`, *optional*): Distances of pictures; needed where their weight is not 0.
-        discriminator (`nn.Module`, *optional*): Scores pictures; the same.
+        perceptual, lpips (`nn.Module`, *optional*): Distances of images; needed where their weight is not 0.
+        discriminator (`nn.Module`, *optional*): Scores images; the same.
         total (`Callable`, *optional*): Adds a tensor up over all processes.
 
     Raises:
@@ -159,7 +159,7 @@ class TrainingLoss:
         self,
         config: HieraTokConfig,
         pixel_values: Tensor,
-        pictures: list[Tensor],
+        images: list[Tensor],
         moments: Tensor,
         aligned: Tensor | None,
         step: int,
@@ -168,7 +168,7 @@ class TrainingLoss:
         Args:
             config (`HieraTokConfig`): That of the tokenizer.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): What `TokenizerTraining` was given.
-            pictures (`list[torch.Tensor]`): Those of all scales that it returned.
+            images (`list[torch.Tensor]`): Those of all scales that it returned.
             moments (`torch.Tensor` of shape `(B, 2C, h, w)`): That it returned.
             aligned (`torch.Tensor` of shape `()`, *optional*): That it returned.
             step (`int`): Of the training, from 0.
@@ -177,17 +177,17 @@ class TrainingLoss:
             The parts by name, each a scalar, and `loss`.
         """
         weights = self.weights
-        parts = tokenizer_losses(pictures, pixel_values, moments, config, weights.pixel)
-        picture = pictures[-1].float()
+        parts = tokenizer_losses(images, pixel_values, moments, config, weights.pixel)
+        image = images[-1].float()
         reconstruction = parts[weights.pixel]
         if weights.border:
-            parts["border"] = border_loss(picture, config.patch_size)
+            parts["border"] = border_loss(image, config.patch_size)
             reconstruction = reconstruction + weights.border * parts["border"]
         if weights.perceptual and self.perceptual is not None:
-            parts["perceptual"] = self.perceptual(picture, pixel_values).mean()
+            parts["perceptual"] = self.perceptual(image, pixel_values).mean()
             reconstruction = reconstruction + weights.perceptual * parts["perceptual"]
         if weights.lpips and self.lpips is not None:
-            parts["lpips"] = self.lpips(picture, pixel_values.float()).mean()
+            parts["lpips"] = self.lpips(image, pixel_values.float()).mean()
             reconstruction = reconstruction + weights.lpips * parts["lpips"]
         loss = reconstruction + config.kl_weight * parts["kl"]
         if "coarse" in parts:
@@ -199,9 +199,9 @@ class TrainingLoss:
         if self.is_adversarial(step) and self.discriminator is not None:
             # Detached, or this loss would leave its gradient for the discriminator's own step.
             frozen = {name: x.detach() for name, x in self.discriminator.named_parameters()}
-            parts["adversarial"] = generator_hinge_loss(functional_call(self.discriminator, frozen, picture))
+            parts["adversarial"] = generator_hinge_loss(functional_call(self.discriminator, frozen, image))
             squares = [
-                self.total(torch.autograd.grad(part, pictures[-1], retain_graph=True)[0].float().square().sum())
+                self.total(torch.autograd.grad(part, images[-1], retain_graph=True)[0].float().square().sum())
                 for part in (reconstruction, parts["adversarial"])
             ]
             parts["adaptive_weight"] = adaptive_weight(*squares)

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["read_json", "written_whole"]
+__all__ = ["read_json", "write_whole"]
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
+def write_whole(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of `path` once it is whole; after an error the old one stays."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""Picture files of any mode to upright 8-bit RGB, with one-line errors for those that cannot be read."""
+"""Image files of any mode to upright 8-bit RGB, with one-line errors for those that cannot be read."""
 
 import io
 import os
@@ -8,33 +8,33 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["PictureError", "convert_to_rgb", "decode_picture", "open_picture"]
+__all__ = ["ImageError", "convert_to_rgb", "decode_image", "open_image"]
 
 
-class PictureError(ValueError):
-    """A picture file that cannot be used; the message is one line with the path and the reason."""
+class ImageError(ValueError):
+    """An image file that cannot be used; the message is one line with the path and the reason."""
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture of any mode upright and into 8-bit RGB.
+    """Turn an image of any mode upright and into 8-bit RGB.
 
     EXIF orientation is followed and transparency laid on white. Greys of 16 and 32 bits ("I;16*", "I") are scaled from
     0..65535, floats ("F") from [0, 1], both rounded to the nearest of 256 levels. Colour profiles are not applied.
 
     Args:
-        image: picture of any size and mode; it is loaded but not changed.
+        image: image of any size and mode; it is loaded but not changed.
     Returns:
-        A new picture of mode RGB, independent of the file that `image` came from.
+        A new image of mode RGB, independent of the file that `image` came from.
     Raises:
-        ValueError: an "I" or "F" picture has values outside those ranges, or Pillow cannot convert the mode.
-        OSError: the picture's file is cut short.
+        ValueError: an "I" or "F" image has values outside those ranges, or Pillow cannot convert the mode.
+        OSError: the image's file is cut short.
     """
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # Pillow's EXIF parser raises several types on broken metadata around intact pixels
         image = image.copy()
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip at 255 and turn a 16-bit picture white
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip at 255 and turn a 16-bit image white
         values, top = np.asarray(image), 1 if image.mode == "F" else 65535
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= top):  # phrased so that NaN fails
@@ -49,45 +49,45 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_picture(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) -> Image.Image:
-    """Read a picture file as upright RGB (of several frames the first) and close the file.
+def open_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) -> Image.Image:
+    """Read an image file as upright RGB (of several frames the first) and close the file.
 
     Args:
         path: a regular file in any format that Pillow reads.
-        max_pixels: a picture whose header announces more is refused before it is decoded.
+        max_pixels: an image whose header announces more is refused before it is decoded.
     Returns:
-        A fully loaded picture of mode RGB, see `convert_to_rgb`.
+        A fully loaded image of mode RGB, see `convert_to_rgb`.
     Raises:
-        PictureError: the file is missing, a folder, empty, unreadable, no picture, too large or damaged.
+        ImageError: the file is missing, a folder, empty, unreadable, no image, too large or damaged.
     """
     name = repr(os.fspath(path))  # repr keeps the message on one line whatever the name holds
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
-            raise PictureError(f"{name}: is a {'folder' if stat.S_ISDIR(info.st_mode) else 'device'}, not a file")
+            raise ImageError(f"{name}: is a {'folder' if stat.S_ISDIR(info.st_mode) else 'device'}, not a file")
         if info.st_size == 0:
-            raise PictureError(f"{name}: is empty (0 bytes)")
+            raise ImageError(f"{name}: is empty (0 bytes)")
         file = open(path, "rb")  # noqa: SIM115 (closed by the block below, whose errors are others)
     except OSError as error:
-        raise PictureError(f"{name}: cannot be read ({error.strerror})") from error
+        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
     with file:
         return _decode(file, name, max_pixels)
 
 
-def decode_picture(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Image.Image:
-    """Read a picture from a file's content, as data sets hold it.
+def decode_image(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Image.Image:
+    """Read an image from a file's content, as data sets hold it.
 
     Args:
         data: the content of a file in any format that Pillow reads.
         name: what messages call it.
-        max_pixels: as that of `open_picture`.
+        max_pixels: as that of `open_image`.
     Returns:
-        A fully loaded picture of mode RGB, see `convert_to_rgb`.
+        A fully loaded image of mode RGB, see `convert_to_rgb`.
     Raises:
-        PictureError: the content is empty, no picture, too large or damaged.
+        ImageError: the content is empty, no image, too large or damaged.
     """
     if not data:
-        raise PictureError(f"{name!r}: is empty (0 bytes)")
+        raise ImageError(f"{name!r}: is empty (0 bytes)")
     return _decode(io.BytesIO(data), repr(name), max_pixels)
 
 
@@ -98,17 +98,17 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         return convert_to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(f"{name}: is too large for max_pixels={max_pixels} ({error})") from error
+        raise ImageError(f"{name}: is too large for max_pixels={max_pixels} ({error})") from error
     except Image.UnidentifiedImageError as error:
-        raise PictureError(f"{name}: is no picture in a format that Pillow reads") from error
+        raise ImageError(f"{name}: is no image in a format that Pillow reads") from error
     except Exception as error:  # Pillow's plugins raise many types on broken data
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise PictureError(f"{name}: cannot be decoded ({reason})") from error
+        raise ImageError(f"{name}: cannot be decoded ({reason})") from error
 
 
-def centre_square(picture: Image.Image, size: int) -> Image.Image:
-    """The middle square of a picture, bicubically at `size` x `size` pixels; one of that short side is only cut."""
-    short = min(picture.size)
-    left, top = (picture.width - short) // 2, (picture.height - short) // 2
+def centre_square(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of an image, bicubically at `size` x `size` pixels; one of that short side is only cut."""
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
     box = (left, top, left + short, top + short)
-    return picture.crop(box) if short == size else picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return image.crop(box) if short == size else image.resize((size, size), Image.Resampling.BICUBIC, box=box)

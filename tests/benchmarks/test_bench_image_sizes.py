@@ -1,16 +1,16 @@
-"""The benchmark of growing pictures: rows of their own processes, the law of growth, and the stream of sizes."""
+"""The benchmark of growing images: rows of their own processes, the law of growth, and the stream of sizes."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-RECORDED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("picture_sizes_*.json"))
+RECORDED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("image_sizes_*.json"))
 
 
 @pytest.fixture
 def bench(load_benchmark):
-    return load_benchmark("bench_picture_sizes")
+    return load_benchmark("bench_image_sizes")
 
 
 def test_rows_are_measured_and_recorded(bench, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Pictures and picture files that tests make."""
+"""Images and image files that tests make."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""What a picture costs as it grows to 4096 pixels a side, whole and in tiles, and whether memory stays flat."""
+"""What an image costs as it grows to 4096 pixels a side, whole and in tiles, and whether memory stays flat."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ import torch
 from measuring import in_fresh_process, machine, peak_memory, release_memory, resident, write_report
 
 from hieratok_hf import SIZES, AutoencoderHieraTok
-from hieratok_hf.shipped import SHIPPED, shipped_or_given
+from hieratok_hf.shipped import SHIPPED, resolve_model
 
 RESULTS = Path(__file__).parent / "results"
 DIRECTIONS = ("encode", "decode")
@@ -25,7 +25,7 @@ def load(model: str, device: torch.device) -> AutoencoderHieraTok:
     if model in SIZES and model not in SHIPPED:
         torch.manual_seed(0)
         return AutoencoderHieraTok.from_size(model).to(device)
-    return AutoencoderHieraTok.from_pretrained(shipped_or_given(model)).eval().to(device)
+    return AutoencoderHieraTok.from_pretrained(resolve_model(model)).eval().to(device)
 
 
 @torch.inference_mode()
@@ -38,13 +38,13 @@ def one_row(model: str, side: int, direction: str, tiled: bool, device: torch.de
 
     def call(pixels: int = side, cells: int = grid) -> None:
         if direction == "encode":
-            vae.encode(picture[..., :pixels, :pixels]).latent_dist.mode()
+            vae.encode(image[..., :pixels, :pixels]).latent_dist.mode()
         else:
             vae.decode(latents[..., :cells, :cells])
 
-    picture = torch.rand(1, 3, side, side, device=device) * 2 - 1 if direction == "encode" else None
+    image = torch.rand(1, 3, side, side, device=device) * 2 - 1 if direction == "encode" else None
     latents = torch.randn(1, vae.config.latent_channels, grid, grid, device=device) if direction == "decode" else None
-    # What the first call of any size brings along belongs to no picture.
+    # What the first call of any size brings along belongs to no image.
     call(256, 256 // vae.config.patch_size)
     seconds, peaks = [], []
     while not seconds or (sum(seconds) < 2 and len(seconds) < 5):
@@ -56,23 +56,23 @@ def one_row(model: str, side: int, direction: str, tiled: bool, device: torch.de
 
 
 @torch.inference_mode()
-def stream(model: str, pictures: int, longest: int, device: torch.device, seed: int = 0) -> dict[str, Any]:
-    """Encode and decode pictures of random sides, one after the other, and watch memory and numbers."""
+def stream(model: str, images: int, longest: int, device: torch.device, seed: int = 0) -> dict[str, Any]:
+    """Encode and decode images of random sides, one after the other, and watch memory and numbers."""
     vae, draw = load(model, device), random.Random(seed)
     patch_size = vae.config.patch_size
     not_finite, held = 0, []
-    for i in range(pictures):
+    for i in range(images):
         height, width = (patch_size * draw.randint(64 // patch_size, longest // patch_size) for _ in range(2))
         sample = torch.rand(1, 3, height, width, device=device) * 2 - 1
         latents = vae.encode(sample).latent_dist.sample()
         not_finite += int(not vae.decode(latents).sample.isfinite().all())
-        if (i + 1) % max(pictures // 10, 1) == 0:
+        if (i + 1) % max(images // 10, 1) == 0:
             del sample, latents
             # What the allocator keeps of freed memory is no growth.
             release_memory()
             held.append(torch.cuda.memory_allocated(device) if device.type == "cuda" else resident())
     return {
-        "pictures": pictures, "longest": longest, "not_finite": not_finite,
+        "images": images, "longest": longest, "not_finite": not_finite,
         "held_mib": [round(x / 2**20, 1) for x in held], "growth": round(held[-1] / held[0] - 1, 4),
     }  # fmt: skip
 
@@ -99,7 +99,7 @@ def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A row a side in Markdown: time against the smallest picture whole, and peak memory in MiB."""
+    """A row a side in Markdown: time against the smallest image whole, and peak memory in MiB."""
     kinds = [(direction, tiled) for direction in DIRECTIONS for tiled in (False, True)]
     names = [f"{direction}{' in tiles' if tiled else ''}: time, MiB" for direction, tiled in kinds]
     lines = [f"| side | {' | '.join(names)} |", "|---" * (len(kinds) + 1) + "|"]
@@ -119,11 +119,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="hieratok-tiny", help="a name that ships, a folder, or a named size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
-    parser.add_argument("--longest_whole", type=int, default=2048, help="longest side of a picture that is not tiled")
+    parser.add_argument("--longest_whole", type=int, default=2048, help="longest side of an image that is not tiled")
     parser.add_argument("--seconds", type=float, default=300, help="time for each row, after which it is given up")
-    parser.add_argument("--stream", type=int, default=1000, help="pictures of random sides; 0 for none")
+    parser.add_argument("--stream", type=int, default=1000, help="images of random sides; 0 for none")
     parser.add_argument("--longest", type=int, default=512, help="longest side of those")
-    parser.add_argument("--json", action="store_true", help="write results/picture_sizes_MODEL_KIND.json")
+    parser.add_argument("--json", action="store_true", help="write results/image_sizes_MODEL_KIND.json")
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         report["stream"] = stream(args.model, args.stream, args.longest, device)
         print(json.dumps(report["stream"]))
     if args.json:
-        write_report(RESULTS, f"picture_sizes_{Path(args.model).name}", report)
+        write_report(RESULTS, f"image_sizes_{Path(args.model).name}", report)
     return 0
 
 
