@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train the weights of hieratok-tiny: two stages with averages for coarse tokens, without and with a perceptual loss;
-# then the decoder alone, with learned ones and noise on the latents. Started again after an interruption, it goes on.
+# then the decoder alone, with learned ones and noise on the latents, at last against a discriminator. Started again
+# after an interruption, it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin} data=${DATA:-../shared/data}
@@ -19,6 +20,12 @@ averages='{"downsampling": "mean", "coarse_weight": 0.02}'
 "${train[@]}" --output runs/hieratok-tiny-4 --model runs/hieratok-tiny-3 --freeze_encoder \
     --steps 2400 --decay_steps 2300 --lr 7e-4 --batch_size 16 --crop_sizes 64 64 128 128 256 --coarse_weight 0.3 \
     --border_weight 0.02 --latent_jitter 0.3 --linear_lr_factor 0.3 --ema 0.997
-"${train[@]}" --output runs/hieratok-tiny --model runs/hieratok-tiny-4 --freeze_encoder \
+"${train[@]}" --output runs/hieratok-tiny-5 --model runs/hieratok-tiny-4 --freeze_encoder \
     --steps 1600 --decay_steps 1550 --lr 6e-4 --batch_size 16 --crop_sizes 64 64 128 128 256 --coarse_weight 1 \
     --border_weight 0.01 --latent_jitter 0.12 --linear_lr_factor 0.5 --ema 0.997
+train+=(--freeze_encoder --coarse_weight 1 --border_weight 0.01 --latent_jitter 0.12 --linear_lr_factor 0.5
+    --perceptual_weight 2e-4 --vision_model "$data"/mobilenet_v2_1.0_224)
+"${train[@]}" --output runs/hieratok-tiny-6 --model runs/hieratok-tiny-5 --steps 250 --decay_steps 240 \
+    --warmup_steps 10 --lr 3e-4 --batch_size 16 --crop_sizes 64 128 256 --ema 0.98
+"${train[@]}" --output runs/hieratok-tiny --model runs/hieratok-tiny-6 --steps 100 --decay_steps 50 \
+    --warmup_steps 10 --lr 1e-4 --batch_size 16 --crop_sizes 128 --ema 0.98 --adversarial_weight 0.05
