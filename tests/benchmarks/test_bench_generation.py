@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import images
-from pipelines import tiny_pipeline
+from tiny_pipelines import tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_core
-from pipelines import tiny_pipeline
 from test_bench_reconstruction import crop
+from tiny_pipelines import tiny_pipeline
 
 pytest.importorskip("datasets", reason="images are read through it")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers import random_core
-from pipelines import make_pipeline
+from tiny_pipelines import make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import images
-from pipelines import NAMES, make_pipeline
+from tiny_pipelines import NAMES, make_pipeline
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from hieratok_hf.evaluation.generation import (

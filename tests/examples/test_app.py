@@ -18,7 +18,7 @@ from conftest import script_of
 from huggingface_hub import constants
 from image_files import noise, png, saved
 from PIL import Image
-from pipelines import make_pipeline
+from tiny_pipelines import make_pipeline
 
 import hieratok_hf
 from hieratok_hf.evaluation.generation import number_images

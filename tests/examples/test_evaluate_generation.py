@@ -11,8 +11,8 @@ import torch
 from helpers import images
 from huggingface_hub import constants
 from PIL import Image
-from pipelines import tiny_pipeline
 from scripts import two_processes
+from tiny_pipelines import tiny_pipeline
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 pytest.importorskip("datasets", reason="images are read through it")

@@ -9,7 +9,7 @@ import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from huggingface_hub import constants
 from PIL import Image, ImageDraw, ImageFont
-from pipelines import make_pipeline, tiny_pipeline
+from tiny_pipelines import make_pipeline, tiny_pipeline
 
 from hieratok_hf.evaluation.generation import number_images
 

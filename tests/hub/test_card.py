@@ -13,8 +13,8 @@ from hub_server import hub_here as hub_here  # the fixtures
 from hub_server import hub_server as hub_server
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from pipelines import tiny_pipeline
 from safetensors.numpy import save_file
+from tiny_pipelines import tiny_pipeline
 
 import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel

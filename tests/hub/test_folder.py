@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 from helpers import random_core
-from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
+from tiny_pipelines import make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.hub.folder import Plan, add_card, check_folder, prepared

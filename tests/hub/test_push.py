@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import images, random_core
 from hub_server import HubServer
-from pipelines import make_pipeline
 from test_remote_code import expected_results, in_a_clean_process
+from tiny_pipelines import make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.hub.push import HubError, push_folder

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoModel as DiffusersAutoModel
 from diffusers import DDIMScheduler, DiTPipeline
 from helpers import images, random_core
-from pipelines import make_pipeline
+from tiny_pipelines import make_pipeline
 from transformers import AutoImageProcessor, AutoModel
 
 import hieratok_hf

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 from helpers import images, noise, random_core
-from pipelines import make_pipeline
+from tiny_pipelines import make_pipeline
 from torch import nn
 
 import hieratok_hf

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
-from pipelines import make_pipeline
+from tiny_pipelines import make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
 from hieratok_hf.hub.remote_code import add_remote_code
