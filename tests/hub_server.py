@@ -6,9 +6,7 @@ HF_HUB_DISABLE_XET, which `environment` and `patch` see to.
 """
 
 import base64
-import binascii
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -22,7 +20,6 @@ from datetime import datetime, timezone
 from fnmatch import fnmatch
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
@@ -39,13 +36,9 @@ GITATTRIBUTES = "".join(f"*.{name} filter=lfs diff=lfs merge=lfs -text\n" for na
 class Refusal(Exception):
     """An answer of at least 400; `code` is the `X-Error-Code` by which the client chooses its exception."""
 
-    def __init__(
-        self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None, **more: Any
-    ):
-        named = {"X-Error-Code": code} if code else {}
-        self.answer = Answer.json({"error": message, **more}, status)
-        line = " ".join(message.encode("ascii", "replace").decode().split())  # what a header can hold
-        self.answer.headers.update({**named, "X-Error-Message": line, **(headers or {})})
+    def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None):
+        self.answer = Answer.json({"error": message}, status)
+        self.answer.headers.update({"X-Error-Code": code, "X-Error-Message": message, **(headers or {})})
 
 
 @dataclass
@@ -91,72 +84,43 @@ class Commit:
     oid: str
     files: Mapping[str, File]
     title: str
-    message: str
-    author: str
     parent: str | None
     date: str
 
 
 @dataclass
 class Repository:
-    kind: str  # models, datasets or spaces
     name: str
     private: bool = False
-    gated: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     history: dict[str, Commit] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
-    pulls: list[dict[str, Any]] = field(default_factory=list)
+    pulls: int = 0
 
     def ref_of(self, revision: str) -> str | None:
-        names = (revision, f"refs/heads/{revision}", f"refs/tags/{revision}")
+        names = (revision, f"refs/heads/{revision}")
         return next((name for name in names if name in self.refs), None)
 
     def at(self, revision: str) -> Commit:
-        """The commit of a branch, a tag, a pull request's ref or a whole commit id."""
+        """The commit of a branch, a pull request's ref or a whole commit id."""
         ref = self.ref_of(revision)
         oid = self.refs[ref] if ref else revision
         if oid not in self.history:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.history[oid]
 
-    def add_commit(self, ref: str, files: dict[str, File], title: str, message: str, author: str) -> Commit:
+    def add_commit(self, ref: str, files: dict[str, File], title: str) -> Commit:
         parent = self.refs.get(ref)
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        oid = hashlib.sha1(f"{self.kind} {self.name} {len(self.history)} {parent} {now}".encode()).hexdigest()
-        self.history[oid] = Commit(oid, dict(files), title, message, author, parent, now)
+        oid = hashlib.sha1(f"{self.name} {len(self.history)} {parent} {now}".encode()).hexdigest()
+        self.history[oid] = Commit(oid, dict(files), title, parent, now)
         self.refs[ref] = oid
         return self.history[oid]
 
-    def is_lfs(self, commit: Commit, path: str, size: int, sample: bytes, limit: int) -> bool:
-        """Whether the Hub takes a file over LFS: by .gitattributes, and what is large or not text."""
-        lines = commit.files[".gitattributes"].data.decode().splitlines() if ".gitattributes" in commit.files else []
-        named = [line.split()[0] for line in lines if "filter=lfs" in line]
-        by_name = any(fnmatch(path, name) or fnmatch(path.rpartition("/")[2], name) for name in named)
-        return by_name or size > limit or b"\0" in sample
-
-    def entry(self, commit: Commit, path: str, expand: bool) -> dict[str, Any] | None:
-        """What the Hub tells of a file or a folder; None where there is neither."""
-
-        def under(commit: Commit) -> dict[str, File]:
-            return {name: x for name, x in commit.files.items() if name == path or name.startswith(f"{path}/")}
-
-        files = under(commit)
-        if not files:
-            return None
-        if file := commit.files.get(path):
-            told = {"type": "file", "oid": file.blob, "size": len(file.data), "path": path}
-            if file.lfs:
-                told["lfs"] = {"oid": file.sha256, "size": len(file.data), "pointerSize": len(file.pointer)}
-        else:
-            tree = hashlib.sha1("".join(f"{name} {x.blob}\n" for name, x in files.items()).encode())
-            told = {"type": "directory", "oid": tree.hexdigest(), "size": 0, "path": path}
-        if expand:
-            while commit.parent and under(self.history[commit.parent]) == files:
-                commit = self.history[commit.parent]
-            told["lastCommit"] = {"id": commit.oid, "title": commit.title, "date": commit.date}
-            told["securityFileStatus"] = {"status": "safe", "avScan": None, "pickleImportScan": None}
-        return told
+    def is_lfs(self, path: str, sample: bytes) -> bool:
+        """Whether the Hub takes a file over LFS: by .gitattributes, and what is not text."""
+        names = (f"*.{name}" for name in LFS_NAMES.split())
+        return b"\0" in sample or any(fnmatch(path.rpartition("/")[2], name) for name in names)
 
 
 class Request(NamedTuple):
@@ -165,8 +129,6 @@ class Request(NamedTuple):
     method: str
     path: str  # with its query
     status: int
-    received: int  # bytes of the request's body
-    token: str | None
 
 
 @dataclass
@@ -176,8 +138,6 @@ class Fault:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     after: int | None = None
-    answer: bool = False
-    seconds: float = 0.0
 
 
 @dataclass
@@ -187,19 +147,16 @@ class Call:
     query: dict[str, list[str]]
     headers: Mapping[str, str]
     body: bytes
-    user: str | None
+    signed_in: bool
 
     @property
     def json(self) -> Any:
         return json.loads(self.body)
 
-    def flag(self, name: str) -> bool:
-        return self.query.get(name, [""])[0].lower() in ("true", "1")
-
 
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Answer]]] = []
-REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
-PAGE = r"/(?:(?P<kind>datasets|spaces)/)?(?P<name>[^/]+/[^/]+)"
+REPO = r"/api/models/(?P<name>[^/]+/[^/]+)"
+PAGE = r"/(?P<name>[^/]+/[^/]+)"
 
 
 def route(methods: str, pattern: str) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
@@ -212,26 +169,16 @@ def route(methods: str, pattern: str) -> Callable[[Callable[..., Answer]], Calla
     return keep
 
 
-def card_problems(text: str) -> tuple[dict[str, Any], list[str], list[str]]:
-    """The metadata at the head of a card, what is wrong with them, and what the Hub only warns of."""
+def card_problems(text: str) -> list[str]:
+    """What the Hub finds wrong with the metadata at the head of a card."""
     head = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
-    try:
-        card = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError as error:
-        return {}, [f"not YAML: {error}"], []
-    if card is None:
-        return {}, [], ["empty or missing yaml metadata in repo card"]
-    if not isinstance(card, dict):
-        return {}, ["the metadata is not a mapping"], []
-    wrong = [
-        f'"{name}" must be a string' for name in ("license", "pipeline_tag") if not isinstance(card.get(name, ""), str)
+    card = yaml.safe_load(head[1]) if head else {}
+    kinds = {"license": str, "pipeline_tag": str, "tags": list, "model-index": list}
+    return [
+        f"{name} must be a {kind.__name__}"
+        for name, kind in kinds.items()
+        if not isinstance(card.get(name, kind()), kind)
     ]
-    tags = card.get("tags", [])
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        wrong.append('"tags" must be a list of strings')
-    if not isinstance(card.get("model-index", []), list):
-        wrong.append('"model-index" must be a list')
-    return card, wrong, []
 
 
 def impatient(seconds, sleep=time.sleep, caller=sys._getframe):
@@ -241,21 +188,15 @@ def impatient(seconds, sleep=time.sleep, caller=sys._getframe):
 
 
 class HubServer:
-    """A Hub of two users: `token` may write to the namespaces of `user` and `organizations`, `stranger_token` nowhere.
+    """A Hub of one user, whose `token` may write everywhere. `requests` logs each request as it is answered."""
 
-    `lfs_limit` is the size in bytes above which a text file goes over LFS, `part_size` that above which an upload is
-    made in parts of it, `page_size` the entries of a page of a tree. `requests` logs each request as it is answered.
-    """
-
-    def __init__(self, user: str = "tester", organizations: tuple[str, ...] = ("org",)):
-        self.user, self.namespaces = user, (user, *organizations)
-        self.token, self.stranger_token = (f"hf_{secrets.token_hex(8)}" for _ in range(2))
-        self.lfs_limit, self.part_size, self.page_size = 10_000_000, 5_000_000_000, 1000
+    def __init__(self) -> None:
+        self.token = f"hf_{secrets.token_hex(8)}"
         self.requests: list[Request] = []
         self.errors: list[BaseException] = []
         self._lock = threading.RLock()
         self._faults: list[Fault] = []
-        self._repositories: dict[tuple[str, str], Repository] = {}
+        self._repositories: dict[str, Repository] = {}
         self._signed: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> "HubServer":
@@ -272,44 +213,24 @@ class HubServer:
             server.server_close()
         assert not self.errors, f"the server itself failed: {self.errors!r}"
 
-    def add_repo(
-        self,
-        repo_id: str,
-        files: Mapping[str, bytes] | None = None,
-        *,
-        private: bool = False,
-        gated: bool = False,
-        repo_type: str = "model",
-    ) -> str:
-        """A repository with the Hub's own first commit and one of `files`, if any; the id of the last commit."""
-        repo = self._repositories[f"{repo_type}s", repo_id] = Repository(f"{repo_type}s", repo_id, private, gated)
-        first = {".gitattributes": File(GITATTRIBUTES, False)}
-        repo.add_commit("refs/heads/main", first, "initial commit", "", self.user)
-        return self.add_commit(repo_id, files, repo_type=repo_type) if files else repo.refs["refs/heads/main"]
-
-    def add_commit(
-        self, repo_id: str, files: Mapping[str, bytes], revision: str = "main", *, repo_type: str = "model"
-    ) -> str:
-        """Somebody else's commit of `files` to a branch, past HTTP; its id."""
+    def add_commit(self, repo_id: str, files: Mapping[str, bytes], revision: str = "main") -> None:
+        """Somebody else's commit of `files` to a branch, past HTTP."""
         with self._lock:
-            repo = self._repositories[f"{repo_type}s", repo_id]
-            head = repo.at(revision)
-            lfs = {path: repo.is_lfs(head, path, len(x), x[:512], self.lfs_limit) for path, x in files.items()}
-            repo.objects.update({hashlib.sha256(x).hexdigest(): x for path, x in files.items() if lfs[path]})
-            changed = {path: File(data, lfs[path]) for path, data in files.items()}
-            ref = repo.ref_of(revision) or revision
-            return repo.add_commit(ref, {**head.files, **changed}, "Add files", "", "somebody").oid
+            repo = self.repo(repo_id)
+            changed = {path: File(data, repo.is_lfs(path, data[:512])) for path, data in files.items()}
+            repo.objects.update({file.sha256: file.data for file in changed.values() if file.lfs})
+            repo.add_commit(f"refs/heads/{revision}", {**repo.at(revision).files, **changed}, "Add files")
 
-    def repo(self, repo_id: str, *, repo_type: str = "model") -> Repository:
-        return self._repositories[f"{repo_type}s", repo_id]
+    def repo(self, repo_id: str) -> Repository:
+        return self._repositories[repo_id]
 
-    def files(self, repo_id: str, revision: str = "main", *, repo_type: str = "model") -> dict[str, bytes]:
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The bytes of each file at a revision, .gitattributes among them."""
-        return {path: file.data for path, file in self.repo(repo_id, repo_type=repo_type).at(revision).files.items()}
+        return {path: file.data for path, file in self.repo(repo_id).at(revision).files.items()}
 
-    def commits(self, repo_id: str, revision: str = "main", *, repo_type: str = "model") -> list[Commit]:
+    def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
         """The commits of a revision, the newest first."""
-        repo = self.repo(repo_id, repo_type=repo_type)
+        repo = self.repo(repo_id)
         line = [repo.at(revision)]
         while line[-1].parent:
             line.append(repo.history[line[-1].parent])
@@ -323,30 +244,19 @@ class HubServer:
         """Answer the next requests whose "METHOD path?query" matches with `status`; `times` may be infinite."""
         self._faults.append(Fault(match, times, status=status, headers=dict(headers or {})))
 
-    def cut(self, match: str, after: int = 0, times: float = 1, *, answer: bool = False) -> None:
-        """Close the connection once `after` bytes of a request's body are read, or of the answer where it has none.
-
-        With `answer` a request with a body is carried out too, and its answer cut. After 0 bytes of an answer, not
-        even its head is sent. What is too short to be cut does not count among the `times`.
-        """
-        self._faults.append(Fault(match, times, after=after, answer=answer))
+    def cut(self, match: str, after: int = 0, times: float = 1) -> None:
+        """Close the connection once `after` bytes of a request's body are read."""
+        self._faults.append(Fault(match, times, after=after))
 
     def recover(self) -> None:
         """Forget the faults that are still to come."""
         self._faults.clear()
 
-    def delay(self, match: str, seconds: float, times: float = 1) -> None:
-        """Let matching requests wait before they are read."""
-        self._faults.append(Fault(match, times, seconds=seconds))
-
-    def environment(self, folder: Path, *, impatiently: bool = False) -> dict[str, str]:
-        """The variables of a process that is to know this Hub alone, signed in, with its caches in `folder`.
-
-        `impatiently` makes the client's waits between tries short.
-        """
+    def environment(self, folder: Path) -> dict[str, str]:
+        """The variables of a process that is to know this Hub alone, signed in, with its caches in `folder`."""
         drop = ("HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_")
         kept = {name: x for name, x in os.environ.items() if not name.startswith(drop)}
-        settings = {
+        return kept | {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(folder / "hf_home"),
             "HF_TOKEN": self.token,
@@ -360,13 +270,6 @@ class HubServer:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
-        if impatiently:
-            start = folder / "impatient"
-            start.mkdir(parents=True, exist_ok=True)
-            code = f"import sys\nimport time\n\n\n{inspect.getsource(impatient)}\n\ntime.sleep = impatient\n"
-            (start / "sitecustomize.py").write_text(code)
-            settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(start), kept.get("PYTHONPATH")]))
-        return {**kept, **settings}
 
     def patch(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         """Let huggingface_hub in this process know this Hub alone, and wait little; not for remote code."""
@@ -395,382 +298,172 @@ class HubServer:
         monkeypatch.setattr(time, "sleep", impatient)
 
     def _fault(self, line: str) -> Fault | None:
-        """The first fault for a request, with its delays served."""
-        wait = 0.0
-        found = None
+        """The first fault for a request."""
         with self._lock:
             for fault in self._faults:
-                if fault.times > 0 and re.search(fault.match, line) and (fault.seconds or not found):
+                if fault.times > 0 and re.search(fault.match, line):
                     fault.times -= 1
-                    wait += fault.seconds
-                    found = found if fault.seconds else fault
-        time.sleep(wait)
-        return found
+                    return fault
+        return None
 
     def _answer(self, call: Call) -> Answer:
         try:
-            token = call.headers.get("Authorization", "").removeprefix("Bearer ") or None
-            if token and call.user is None:
+            if "Authorization" in call.headers and not call.signed_in:
                 raise Refusal(401, "Invalid credentials in Authorization header")
             for method, pattern, function in ROUTES:
                 if method == call.method and (match := pattern.fullmatch(call.path)):
                     groups = {name: x and unquote(x) for name, x in match.groupdict().items()}
-                    if "kind" in groups:
-                        groups["kind"] = groups["kind"] or "models"
                     with self._lock:
                         return function(self, call, **groups)
-            if re.search(r"^/api/(models|datasets|spaces)/|/resolve/", call.path):
-                raise Refusal(404 if call.user else 401, "Repository not found", "RepoNotFound")
-            raise Refusal(404, "Sorry, we can't find the page you are looking for.")
+            raise Refusal(404, "Repository not found", "RepoNotFound")
         except Refusal as refusal:
             return refusal.answer
 
-    def _open(self, call: Call, kind: str, name: str, *, write: bool = False, content: bool = False) -> Repository:
-        """The repository, if the caller may see it, write to it, or read its files."""
-        repo = self._repositories.get((kind, name))
-        owner = call.user == self.user and name.split("/")[0] in self.namespaces
-        if repo is None or (repo.private and not owner) or (write and not call.user):
-            # The client takes a bare 401 for this as well, but only from https.
-            raise Refusal(404 if call.user else 401, "Repository not found", "RepoNotFound")
-        if write and not owner:
-            raise Refusal(403, f"You don't have the required permissions to write to {name}")
-        if content and repo.gated and not owner:
-            raise Refusal(403 if call.user else 401, f"Access to {name} is restricted", "GatedRepo")
+    def _open(self, call: Call, name: str, *, write: bool = False) -> Repository:
+        """The repository, if the caller may see it or write to it."""
+        repo = self._repositories.get(name)
+        if repo is None or ((repo.private or write) and not call.signed_in):
+            raise Refusal(404 if call.signed_in else 401, "Repository not found", "RepoNotFound")
         return repo
-
-    def _page_of(self, repo: Repository) -> str:
-        return f"{self.url}/{'' if repo.kind == 'models' else repo.kind + '/'}{repo.name}"
 
     def _sign(self, repo: Repository, oid: str, **what: Any) -> str:
         key = secrets.token_hex(8)
         self._signed[key] = {"repo": repo, "oid": oid, **what}
         return f"{self.storage_url}/lfs/{repo.name}/{oid}?{urlencode({'signature': key})}"
 
-    @route("GET HEAD", r"/api/agent-harnesses")
-    def _harnesses(self, call: Call) -> Answer:
-        return Answer.json({"standardEnvVars": [], "harnesses": {}})
-
-    @route("GET HEAD POST", r"/api/telemetry/.*")
-    def _telemetry(self, call: Call) -> Answer:
-        return Answer()
-
-    @route("GET", r"/api/whoami-v2")
-    def _whoami(self, call: Call) -> Answer:
-        if not call.user:
-            raise Refusal(401, "Invalid username or password.")
-        orgs = [{"type": "org", "name": name} for name in self.namespaces[1:] if call.user == self.user]
-        access = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
-        return Answer.json({"type": "user", "name": call.user, "fullname": call.user, "orgs": orgs, "auth": access})
-
     @route("POST", r"/api/validate-yaml")
     def _validate(self, call: Call) -> Answer:
-        _, errors, warnings = card_problems(call.json["content"])
-        told = {"errors": [{"message": x} for x in errors], "warnings": [{"message": x} for x in warnings]}
-        return Answer.json(told, 400 if errors else 200)
+        errors = card_problems(call.json["content"])
+        return Answer.json({"errors": [{"message": x} for x in errors], "warnings": []}, 400 if errors else 200)
 
     @route("POST", r"/api/repos/create")
     def _create(self, call: Call) -> Answer:
         asked = call.json
-        kind, owner = f"{asked.get('type') or 'model'}s", asked.get("organization") or call.user
-        name = f"{owner}/{asked['name']}"
-        if not call.user:
-            raise Refusal(401, "Invalid username or password.")
-        if call.user != self.user or owner not in self.namespaces:
-            raise Refusal(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{owner}"')
-        if not re.fullmatch(r"[\w.-]{1,96}", asked["name"]):
-            raise Refusal(400, f"Invalid repo name: {name}")
-        if repo := self._repositories.get((kind, name)):
-            raise Refusal(409, f"You already created this {kind[:-1]} repo", url=self._page_of(repo))
-        private = asked.get("visibility") == "private" or bool(asked.get("private"))
-        self.add_repo(name, private=private, repo_type=kind[:-1])
-        repo = self._repositories[kind, name]
-        return Answer.json({"url": self._page_of(repo), "name": name, "id": name})
-
-    @route("DELETE", r"/api/repos/delete")
-    def _delete(self, call: Call) -> Answer:
-        asked = call.json
-        kind, name = f"{asked.get('type') or 'model'}s", f"{asked.get('organization') or call.user}/{asked['name']}"
-        self._open(call, kind, name, write=True)
-        del self._repositories[kind, name]
-        return Answer()
-
-    @route("PUT", REPO + r"/settings")
-    def _settings(self, call: Call, kind: str, name: str) -> Answer:
-        repo, asked = self._open(call, kind, name, write=True), call.json
-        if "visibility" in asked:
-            repo.private = asked["visibility"] == "private"
-        repo.gated = bool(asked.get("gated", repo.gated))
-        return Answer.json({"private": repo.private, "gated": repo.gated})
-
-    @route("GET", REPO + r"/auth-check(?P<write>/write)?")
-    def _auth_check(self, call: Call, kind: str, name: str, write: str | None) -> Answer:
-        self._open(call, kind, name, write=bool(write), content=True)
-        return Answer()
-
-    @route("GET", REPO + r"/xet-(?:read|write)-token/.*")
-    def _xet(self, call: Call, kind: str, name: str) -> Answer:
-        raise Refusal(404, "Xet is not offered here: set HF_HUB_DISABLE_XET=1")
+        name = f"{asked.get('organization') or 'tester'}/{asked['name']}"
+        status = 409 if name in self._repositories else 200
+        if status == 200:
+            private = asked.get("visibility") == "private" or bool(asked.get("private"))
+            repo = self._repositories[name] = Repository(name, private)
+            repo.add_commit("refs/heads/main", {".gitattributes": File(GITATTRIBUTES, False)}, "initial commit")
+        return Answer.json({"url": f"{self.url}/{name}", "name": name, "id": name}, status)
 
     @route("GET HEAD", REPO + r"(?:/revision/(?P<revision>[^/]+))?")
-    def _info(self, call: Call, kind: str, name: str, revision: str | None) -> Answer:
-        repo = self._open(call, kind, name)
-        commit = repo.at(revision or "main")
-        siblings = []
-        for path, file in sorted(commit.files.items()):
-            siblings.append({"rfilename": path})
-            if call.flag("blobs"):
-                siblings[-1] |= {"size": len(file.data), "blobId": file.blob}
-                if file.lfs:
-                    lfs = {"sha256": file.sha256, "size": len(file.data), "pointerSize": len(file.pointer)}
-                    siblings[-1] |= {"lfs": lfs}
-        readme = commit.files.get("README.md")
-        card = card_problems(readme.data.decode(errors="replace"))[0] if readme else {}
-        shown = {key: card[key] for key in ("library_name", "pipeline_tag", "model-index") if key in card}
-        first = next(iter(repo.history.values()))
-        told = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": commit.oid, "private": repo.private}
-        told |= {"gated": "auto" if repo.gated else False, "disabled": False, "downloads": 0, "likes": 0}
-        told |= {"tags": card.get("tags", []), "cardData": card, **shown, "siblings": siblings}
-        return Answer.json({**told, "lastModified": commit.date, "createdAt": first.date})
+    def _info(self, call: Call, name: str, revision: str | None) -> Answer:
+        commit = self._open(call, name).at(revision or "main")
+        told = {"id": name, "sha": commit.oid, "tags": [], "lastModified": commit.date}
+        return Answer.json({**told, "siblings": [{"rfilename": path} for path in sorted(commit.files)]})
 
     @route("GET", REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
-    def _tree(self, call: Call, kind: str, name: str, revision: str, folder: str | None) -> Answer:
-        repo = self._open(call, kind, name)
-        commit = repo.at(revision)
-        prefix = f"{folder.rstrip('/')}/" if folder else ""
-        paths = set()
-        for path in commit.files:
-            parts = path.removeprefix(prefix).split("/") if path.startswith(prefix) else []
-            depths = range(1, len(parts) + 1) if call.flag("recursive") else range(1, 2 if parts else 1)
-            paths |= {prefix + "/".join(parts[:depth]) for depth in depths}
-        if folder and not paths:
-            raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
-        start = int(call.query.get("cursor", ["0"])[0])
-        page = sorted(paths)[start : start + self.page_size]
-        answer = Answer.json([repo.entry(commit, path, call.flag("expand")) for path in page])
-        if start + self.page_size < len(paths):
-            query = {**{key: x[0] for key, x in call.query.items()}, "cursor": start + self.page_size}
-            answer.headers["Link"] = f'<{self.url}{call.path}?{urlencode(query)}>; rel="next"'
-        return answer
-
-    @route("POST", REPO + r"/paths-info/(?P<revision>[^/]+)")
-    def _paths_info(self, call: Call, kind: str, name: str, revision: str) -> Answer:
-        repo = self._open(call, kind, name)
-        asked = parse_qs(call.body.decode())
-        expand = asked.get("expand", [""])[0].lower() == "true"
-        told = [repo.entry(repo.at(revision), path.rstrip("/"), expand) for path in asked.get("paths", [])]
-        return Answer.json([entry for entry in told if entry])
-
-    @route("GET", REPO + r"/commits/(?P<revision>[^/]+)")
-    def _commits(self, call: Call, kind: str, name: str, revision: str) -> Answer:
-        self._open(call, kind, name).at(revision)
-        line = self.commits(name, revision, repo_type=kind[:-1])
+    def _tree(self, call: Call, name: str, revision: str, folder: str | None) -> Answer:
+        files = self._open(call, name).at(revision).files
         told = [
-            {"id": x.oid, "title": x.title, "message": x.message, "date": x.date, "author": x.author} for x in line
+            {"type": "file", "oid": file.blob, "size": len(file.data), "path": path}
+            for path, file in sorted(files.items())
+            if path.startswith(f"{folder}/" if folder else "")
         ]
-        return Answer.json([{**x, "authors": [{"user": x.pop("author")}]} for x in told])
-
-    @route("GET", REPO + r"/refs")
-    def _refs(self, call: Call, kind: str, name: str) -> Answer:
-        repo = self._open(call, kind, name)
-        told: dict[str, list[dict[str, str]]] = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
-        groups = {"refs/heads/": "branches", "refs/tags/": "tags", "refs/pr/": "pullRequests"}
-        for ref, oid in repo.refs.items():
-            start = next(start for start in groups if ref.startswith(start))
-            told[groups[start]].append({"name": ref.removeprefix(start), "ref": ref, "targetCommit": oid})
-        if not call.flag("include_prs"):
-            del told["pullRequests"]
+        if not told:
+            raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         return Answer.json(told)
 
-    @route("POST DELETE", REPO + r"/branch/(?P<branch>[^/]+)")
-    def _branch(self, call: Call, kind: str, name: str, branch: str) -> Answer:
-        repo = self._open(call, kind, name, write=True)
-        start = (call.method == "POST" and call.json.get("startingPoint")) or "main"
-        return self._move_ref(call, repo, f"refs/heads/{branch}", start)
-
-    @route("POST DELETE", REPO + r"/tag/(?P<revision>[^/]+)")
-    def _tag(self, call: Call, kind: str, name: str, revision: str) -> Answer:
-        tag = call.json["tag"] if call.method == "POST" else revision
-        return self._move_ref(call, self._open(call, kind, name, write=True), f"refs/tags/{tag}", revision)
-
-    def _move_ref(self, call: Call, repo: Repository, ref: str, start: str) -> Answer:
-        if call.method == "POST":
-            if ref in repo.refs:
-                raise Refusal(409, f"Reference already exists: {ref}")
-            repo.refs[ref] = repo.at(start).oid
-        elif ref == "refs/heads/main":
-            raise Refusal(403, "The main branch cannot be deleted")
-        elif repo.refs.pop(ref, None) is None:
-            raise Refusal(404, f"Reference doesn't exist: {ref}", "RevisionNotFound")
+    @route("POST", REPO + r"/branch/(?P<branch>[^/]+)")
+    def _branch(self, call: Call, name: str, branch: str) -> Answer:
+        repo, ref = self._open(call, name, write=True), f"refs/heads/{branch}"
+        if ref in repo.refs:
+            raise Refusal(409, f"Reference already exists: {ref}")
+        repo.refs[ref] = repo.at("main").oid
         return Answer()
 
-    @route("GET", REPO + r"/discussions")
-    def _discussions(self, call: Call, kind: str, name: str) -> Answer:
-        pulls = self._open(call, kind, name).pulls
-        return Answer.json({"discussions": pulls, "count": len(pulls), "start": 0})
-
     @route("POST", REPO + r"/preupload/(?P<revision>[^/]+)")
-    def _preupload(self, call: Call, kind: str, name: str, revision: str) -> Answer:
-        repo = self._open(call, kind, name, write=not (call.user and call.flag("create_pr")))
+    def _preupload(self, call: Call, name: str, revision: str) -> Answer:
+        repo = self._open(call, name, write=True)
         commit, told = repo.at(revision), []
         for asked in call.json["files"]:
             path, sample = asked["path"], base64.b64decode(asked["sample"])
-            lfs = repo.is_lfs(commit, path, asked["size"], sample, self.lfs_limit)
-            entry = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+            mode = "lfs" if repo.is_lfs(path, sample) else "regular"
             here = commit.files.get(path)
-            told.append({**entry, **({"oid": here.etag} if here else {})})
+            known = {"oid": here.etag} if here else {}
+            told.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
         return Answer.json({"files": told, "commitOid": commit.oid})
 
     @route("POST", PAGE + r"\.git/info/lfs/objects/batch")
-    def _batch(self, call: Call, kind: str, name: str) -> Answer:
-        # The client leaves the ref out for a pull request, which whoever may read may open.
-        repo = self._open(call, kind, name, write=not call.user or "ref" in call.json)
+    def _batch(self, call: Call, name: str) -> Answer:
+        repo = self._open(call, name, write=True)
         told: list[dict[str, Any]] = []
         for asked in call.json["objects"]:
             oid, size = asked["oid"], asked["size"]
             told.append({"oid": oid, "size": size, "authenticated": True})
-            if oid in repo.objects:
-                continue
-            href, header = self._sign(repo, oid, size=size), {}
-            if size > self.part_size:
-                key = href.rpartition("=")[2]
-                urls = {f"{i + 1:05d}": f"{href}&part={i + 1}" for i in range(ceil(size / self.part_size))}
-                header = {"chunk_size": str(self.part_size), **urls}
-                self._signed[key]["parts"] = {}
-                href = f"{self.url}/api/complete_multipart?{urlencode({'signature': key})}"
-            verify = {"href": f"{self._page_of(repo)}.git/info/lfs/verify"}
-            told[-1]["actions"] = {"upload": {"href": href, "header": header}, "verify": verify}
-        multipart = any("chunk_size" in x["actions"]["upload"]["header"] for x in told if "actions" in x)
-        return Answer.json({"transfer": "multipart" if multipart else "basic", "objects": told})
+            if oid not in repo.objects:
+                verify = {"href": f"{self.url}/{name}.git/info/lfs/verify"}
+                upload = {"href": self._sign(repo, oid, size=size), "header": {}}
+                told[-1]["actions"] = {"upload": upload, "verify": verify}
+        return Answer.json({"transfer": "basic", "objects": told})
 
     @route("POST", PAGE + r"\.git/info/lfs/verify")
-    def _verify(self, call: Call, kind: str, name: str) -> Answer:
-        repo, asked = self._open(call, kind, name, write=not call.user), call.json
-        if len(repo.objects.get(asked["oid"], b"")) != asked["size"]:
-            raise Refusal(404, f"No object {asked['oid']} of {asked['size']} bytes")
+    def _verify(self, call: Call, name: str) -> Answer:
+        repo, asked = self._open(call, name, write=True), call.json
+        assert len(repo.objects[asked["oid"]]) == asked["size"]
         return Answer()
-
-    def _grant(self, call: Call) -> dict[str, Any]:
-        grant = self._signed.get(call.query.get("signature", [""])[0])
-        if grant is None:
-            raise Refusal(403, "The signature does not match")
-        return grant
-
-    def _store(self, grant: dict[str, Any], data: bytes) -> None:
-        if len(data) != grant["size"] or hashlib.sha256(data).hexdigest() != grant["oid"]:
-            raise Refusal(400, "What was uploaded is not what was announced")
-        grant["repo"].objects[grant["oid"]] = data
 
     @route("PUT", r"/lfs/.+")
     def _upload(self, call: Call) -> Answer:
-        grant = self._grant(call)
-        if "parts" in grant:
-            grant["parts"][int(call.query["part"][0])] = call.body
-        else:
-            self._store(grant, call.body)
-        return Answer(headers={"ETag": f'"{hashlib.md5(call.body).hexdigest()}"'})
-
-    @route("POST", r"/api/complete_multipart")
-    def _complete(self, call: Call) -> Answer:
-        grant = self._grant(call)
-        parts = dict(sorted(grant["parts"].items()))
-        etags = [{"partNumber": i, "etag": f'"{hashlib.md5(x).hexdigest()}"'} for i, x in parts.items()]
-        if call.json != {"oid": grant["oid"], "parts": etags}:
-            raise Refusal(400, "The parts are not those that were uploaded")
-        self._store(grant, b"".join(parts.values()))
-        return Answer.json({"success": True})
+        grant = self._signed[call.query["signature"][0]]
+        assert "Authorization" not in call.headers  # the other host must not see the token
+        if len(call.body) != grant["size"] or hashlib.sha256(call.body).hexdigest() != grant["oid"]:
+            raise Refusal(400, "What was uploaded is not what was announced")
+        grant["repo"].objects[grant["oid"]] = call.body
+        return Answer()
 
     @route("POST", REPO + r"/commit/(?P<revision>[^/]+)")
-    def _commit(self, call: Call, kind: str, name: str, revision: str) -> Answer:
-        pull = call.flag("create_pr")
-        repo = self._open(call, kind, name, write=not (call.user and pull))
+    def _commit(self, call: Call, name: str, revision: str) -> Answer:
+        repo = self._open(call, name, write=True)
         base, ref = repo.at(revision), repo.ref_of(revision)
-        if not pull and not (ref or "").startswith(("refs/heads/", "refs/pr/")):
-            raise Refusal(404, f"No branch {revision} to commit to", "RevisionNotFound")
         lines = [json.loads(line) for line in call.body.splitlines()]
-        header = lines[0]["value"]
-        if not header.get("summary"):
-            raise Refusal(400, "A commit needs a summary")
-        if not base.oid.startswith(header.get("parentCommit", "")):
-            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
         files = dict(base.files)
-        for key, value in ((line["key"], line["value"]) for line in lines[1:]):
-            self._change(repo, files, key, value)
+        for line in lines[1:]:
+            key, value = line["key"], line["value"]
+            if key == "file":
+                files[value["path"]] = File(base64.b64decode(value["content"], validate=True), lfs=False)
+            elif key == "lfsFile":
+                files[value["path"]] = File(repo.objects[value["oid"]], lfs=True)
+            else:
+                assert key == "deletedFile"
+                del files[value["path"]]
         card = files.get("README.md")
-        if card and card != base.files.get("README.md") and (errors := card_problems(card.data.decode())[1]):
+        if card and (errors := card_problems(card.data.decode())):
             raise Refusal(400, f"Invalid metadata in README.md: {'; '.join(errors)}")
         told = {"success": True, "hookOutput": ""}
-        if pull:
-            number = len(repo.pulls) + 1
-            ref = f"refs/pr/{number}"
+        if call.query.get("create_pr") == ["1"]:
+            repo.pulls += 1
+            ref = f"refs/pr/{repo.pulls}"
             repo.refs[ref] = base.oid
-            told |= {"pullRequestUrl": f"{self._page_of(repo)}/discussions/{number}"}
-        commit = repo.add_commit(ref, files, header["summary"], header.get("description", ""), call.user)
-        if pull:
-            opened = {"num": number, "title": commit.title, "author": {"name": call.user}, "createdAt": commit.date}
-            about = {"name": repo.name, "type": repo.kind[:-1]}
-            repo.pulls.append({**opened, "status": "open", "isPullRequest": True, "repo": about})
-        return Answer.json(
-            {**told, "commitOid": commit.oid, "commitUrl": f"{self._page_of(repo)}/commit/{commit.oid}"}
-        )
-
-    def _change(self, repo: Repository, files: dict[str, File], key: str, value: dict[str, Any]) -> None:
-        """Carry out one line of a commit."""
-        path = value["path"]
-        if key == "file":
-            try:
-                data = base64.b64decode(value["content"], validate=True)
-            except binascii.Error as error:
-                raise Refusal(400, f"The content of {path} is not base64: {error}") from error
-            files[path] = File(data, lfs=False)
-        elif key == "lfsFile":
-            if value["oid"] not in repo.objects:
-                raise Refusal(400, f"{path}: an LFS pointer points to a file that does not exist: {value['oid']}")
-            files[path] = File(repo.objects[value["oid"]], lfs=True)
-        elif key in ("deletedFile", "deletedFolder"):
-            folder = f"{path.rstrip('/')}/"
-            gone = [x for x in files if (x == path if key == "deletedFile" else x.startswith(folder))]
-            if not gone:
-                raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-            for x in gone:
-                del files[x]
-        else:
-            raise Refusal(400, f"What is {key}?")
+            told |= {"pullRequestUrl": f"{self.url}/{name}/discussions/{repo.pulls}"}
+        assert ref is not None
+        commit = repo.add_commit(ref, files, lines[0]["value"]["summary"])
+        return Answer.json({**told, "commitOid": commit.oid, "commitUrl": f"{self.url}/{name}/commit/{commit.oid}"})
 
     @route("GET HEAD", PAGE + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-    def _resolve(self, call: Call, kind: str, name: str, revision: str, path: str) -> Answer:
-        repo = self._open(call, kind, name, content=True)
+    def _resolve(self, call: Call, name: str, revision: str, path: str) -> Answer:
+        repo = self._open(call, name)
         commit = repo.at(revision)
         headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.files:
             raise Refusal(404, "Entry not found", "EntryNotFound", headers)
         file = commit.files[path]
-        headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.data)), "Accept-Ranges": "bytes"}
+        headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.data))}
         if file.lfs:
             return Answer(status=302, headers={**headers, "Location": self._sign(repo, file.sha256)})
-        location = f"/api/resolve-cache/{kind}/{name}/{commit.oid}/{quote(path)}"
+        location = f"/api/resolve-cache/models/{name}/{commit.oid}/{quote(path)}"
         return Answer(status=307, headers={**headers, "Location": location})
 
     @route("GET HEAD", REPO.replace("/api/", "/api/resolve-cache/") + r"/(?P<oid>[^/]+)/(?P<path>.+)")
-    def _resolved(self, call: Call, kind: str, name: str, oid: str, path: str) -> Answer:
-        file = self._open(call, kind, name, content=True).at(oid).files[path]
-        return self._ranged(call, file.data, {"X-Repo-Commit": oid, "ETag": f'"{file.etag}"'})
+    def _resolved(self, call: Call, name: str, oid: str, path: str) -> Answer:
+        file = self._open(call, name).at(oid).files[path]
+        return Answer(file.data, headers={"X-Repo-Commit": oid, "ETag": f'"{file.etag}"'})
 
     @route("GET HEAD", r"/lfs/.+")
     def _download(self, call: Call) -> Answer:
-        grant = self._grant(call)
-        return self._ranged(call, grant["repo"].objects[grant["oid"]], {"ETag": f'"{grant["oid"]}"'})
-
-    def _ranged(self, call: Call, data: bytes, headers: dict[str, str]) -> Answer:
-        headers = {**headers, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
-        match = re.fullmatch(r"bytes=(?=.*\d)(\d*)-(\d*)", call.headers.get("Range", ""))
-        if match is None:
-            return Answer(data, headers=headers)
-        start = int(match[1]) if match[1] else max(len(data) - int(match[2]), 0)
-        end = min(int(match[2]) + 1, len(data)) if match[1] and match[2] else len(data)
-        if start >= end:
-            raise Refusal(416, "Range not satisfiable", headers={"Content-Range": f"bytes */{len(data)}"})
-        headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
-        return Answer(data[start:end], 206, headers)
+        grant = self._signed[call.query["signature"][0]]
+        return Answer(grant["repo"].objects[grant["oid"]], headers={"ETag": f'"{grant["oid"]}"'})
 
 
 class _Server(ThreadingHTTPServer):
@@ -792,11 +485,6 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _body(self) -> Iterator[bytes]:
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                yield self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
         left = int(self.headers.get("Content-Length", 0))
         while left:
             if not (piece := self.rfile.read1(min(left, 1 << 16))):
@@ -805,41 +493,30 @@ class _Handler(BaseHTTPRequestHandler):
             yield piece
 
     def _serve(self) -> None:
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         fault = self.hub._fault(f"{self.command} {self.path}")
-        cut_upload = cut_answer = None
-        if fault:
-            uploads = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
-            cut_upload, cut_answer = (fault.after, None) if uploads and not fault.answer else (None, fault.after)
         body = b""
         for piece in self._body():
             body += piece
-            if cut_upload is not None and len(body) >= cut_upload:
+            if fault and fault.after is not None and len(body) >= fault.after:
                 self.close_connection = True
-                self.hub.requests.append(Request(self.command, self.path, 0, len(body), token))
+                self.hub.requests.append(Request(self.command, self.path, 0))
                 return
         parts = urlsplit(self.path)
-        users = {self.hub.token: self.hub.user, self.hub.stranger_token: "stranger"}
         query = parse_qs(parts.query, keep_blank_values=True)
-        call = Call(self.command, parts.path, query, self.headers, body, users.get(token))
         if fault and fault.status:
             message = f"The server was told to answer {fault.status}"
             answer = Refusal(fault.status, message, headers=fault.headers).answer
         else:
-            answer = self.hub._answer(call)
-        lost = cut_answer == 0
-        self.hub.requests.append(Request(self.command, self.path, 0 if lost else answer.status, len(body), token))
-        self.close_connection |= cut_answer is not None
-        if fault and (cut_upload is not None or len(answer.body) < (cut_answer or 0)):
-            fault.times += 1  # it was too short to be cut
-        if lost:
-            return
+            signed_in = token == self.hub.token
+            answer = self.hub._answer(Call(self.command, parts.path, query, self.headers, body, signed_in))
+        self.hub.requests.append(Request(self.command, self.path, answer.status))
         self.send_response(answer.status)
         for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body[:cut_answer])
+            self.wfile.write(answer.body)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 

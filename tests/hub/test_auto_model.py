@@ -1,7 +1,6 @@
 """The one class for both libraries' `AutoModel`."""
 
 import torch
-from diffusers import AutoModel as DiffusersAutoModel
 from helpers import images, random_core, tiny
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokModel
@@ -17,16 +16,12 @@ def test_a_configuration_means_transformers_and_none_means_diffusers(tmp_path):
     assert type(for_transformers) is HieraTokModel
     assert type(for_diffusers) is type(for_both) is AutoencoderHieraTok
     sample = images(1, 3, 16, 24)
+    half, info = HieraTokAutoModel.from_pretrained(tmp_path, output_loading_info=True, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and not info["missing_keys"]
     with torch.no_grad():
         expected = core.decode(core.encode_moments(sample)[0][:, : core.config.latent_channels])
         assert torch.equal(for_transformers(sample).reconstruction, expected)
         assert torch.equal(for_diffusers(sample).sample, expected)
-
-
-def test_further_arguments_arrive(tmp_path):
-    HieraTokModel.from_core(random_core()).save_pretrained(tmp_path)
-    model, info = HieraTokAutoModel.from_pretrained(tmp_path, output_loading_info=True, torch_dtype=torch.bfloat16)
-    assert model.dtype == torch.bfloat16 and not info["missing_keys"]
 
 
 def test_models_of_a_configuration_alone():
@@ -34,13 +29,3 @@ def test_models_of_a_configuration_alone():
     assert type(HieraTokAutoModel._from_config(config)) is HieraTokModel
     vae = HieraTokAutoModel.from_config(config.model_fields)
     assert type(vae) is AutoencoderHieraTok and len(vae.core.decoder.blocks) == 1
-
-
-def test_diffusers_finds_it_by_the_auto_map(tmp_path):
-    from hieratok_hf.hub.remote_code import add_remote_code
-
-    HieraTokModel.from_core(random_core()).save_pretrained(tmp_path)
-    add_remote_code(tmp_path)
-    assert (
-        type(DiffusersAutoModel.from_config(str(tmp_path), trust_remote_code=True)).__name__ == "AutoencoderHieraTok"
-    )

@@ -5,15 +5,11 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from helpers import images, random_core, recorded
-from hub_server import hub_here as hub_here  # the fixtures
-from hub_server import hub_server as hub_server
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from safetensors.numpy import save_file
 from tiny_pipelines import tiny_pipeline
 
 import hieratok_hf
@@ -23,6 +19,7 @@ from hieratok_hf.hub.card import card_for, model_card
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {name: Path(hieratok_hf.pretrained(name)) for name in hieratok_hf.SHIPPED}
 HOSTILE = "a|b\n---\nlicense: mit\n# {{ 7 * 7 }} {% x %} <script>`*_[x](http://evil.example) \\ \x00\u202e![y]"
+SCALES = "scales: cells of the latent on a side, coarse to fine"
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -56,14 +53,14 @@ def edited(folder, target, name, **values):
     return target
 
 
-FULL = [
-    ("hieratok-tiny", ["trade_off", "fine_tune"], "image-to-image"),
-    ("hieratok-dit-tiny", ["hieratok-dit-tiny"], "unconditional-image-generation"),
-]
-
-
-@pytest.mark.parametrize(("name", "reports", "task"), FULL)
-def test_the_metadata_is_what_huggingface_hub_reads(name, reports, task, tmp_path, hub_here):
+@pytest.mark.parametrize(
+    ("name", "reports", "task", "count"),
+    [
+        ("hieratok-tiny", ["trade_off", "fine_tune"], "image-to-image", 6),
+        ("hieratok-dit-tiny", ["hieratok-dit-tiny"], "unconditional-image-generation", 2),
+    ],
+)
+def test_the_metadata_is_what_huggingface_hub_reads(name, reports, task, count, tmp_path):
     given = {"base_model": "some/base", "datasets": ["frgfm/imagenette"], "license": "mit"}
     card = model_card(SHIPPED[name], repo_id=f"me/{name}", results=[recorded(x) for x in reports], **given)
     card.save(tmp_path / "README.md")
@@ -73,29 +70,23 @@ def test_the_metadata_is_what_huggingface_hub_reads(name, reports, task, tmp_pat
     assert "hieratok" in head["tags"] and all(isinstance(tag, str) for tag in head["tags"])
     found, figures = model_index_to_eval_results(head["model-index"])
     # Nothing is lost where huggingface_hub groups figures by data set.
-    assert found == name and len(figures) == {"image-to-image": 6}.get(task, 2)
-    assert figures == card.data.eval_results
+    assert found == name and len(figures) == count and figures == card.data.eval_results
+    told = section(card, "Figures")
+    assert len(re.findall(r"^python examples/evaluate_.*", told, re.MULTILINE)) == len(reports)
     for figure in figures:
-        assert {figure.task_type} == {task} and figure.metric_args["command"].startswith("python examples/evaluate_")
-        assert str(figure.metric_value) in section(card, "Figures")
-    assert str(ModelCard.load(tmp_path / "README.md")) == (tmp_path / "README.md").read_text() == str(card)
-    card.validate()
-
-
-def test_a_figure_keeps_the_command_that_printed_it():
-    reports = [recorded("trade_off"), recorded("fine_tune")]
-    card = model_card(SHIPPED["hieratok-tiny"], repo_id="me/tok", results=reports)
-    assert len(re.findall(r"^python examples/evaluate_tokenizer.py .*", section(card, "Figures"), re.MULTILINE)) == 2
-    for figure in card.data.eval_results:
+        assert figure.task_type == task
+        assert str(figure.metric_value) in told and figure.metric_args["command"] in told
         assert ("trade_off" in figure.metric_args["command"]) == (figure.dataset_name == "kodak")
-        assert figure.metric_args["command"] in card.text
-    assert "FD is no FID" in card.text
-    assert "FD is no FID" not in model_card(SHIPPED["hieratok-tiny"], repo_id="me/tok", results=reports[:1]).text
-    other = model_card(SHIPPED["hieratok-tiny"], repo_id="me/tok", results=reports[1:], result_name="runs/clothing")
-    assert other.data.eval_results[0].metric_value == round(recorded("fine_tune")["models"][1]["psnr"], 4)
+    assert ("FD is no FID" in told) == ("fine_tune" in reports)
+    assert str(ModelCard.load(tmp_path / "README.md")) == (tmp_path / "README.md").read_text() == str(card)
+    # Whose it is, and what is whose.
+    assert "neither the authors' code nor their model" in card.text and "official" not in str(card).lower()
+    assert "eprint = {2509.23736}" in section(card, "Citation")
+    for part in ("Sizes", "Use", "Intended use", "Limits", "Training", "Environment"):
+        assert section(card, part).strip()
 
 
-def test_the_sizes_of_a_tokenizer_are_its_own(tokenizer):
+def test_the_sizes_of_a_tokenizer_are_its_own(tokenizer, tmp_path):
     model = AutoencoderHieraTok.from_pretrained(tokenizer)
     rows, config = cells(model_card(tokenizer, repo_id="me/tok")), model.config
     assert rows["parameters"] == [f"{sum(x.numel() for x in model.parameters()):,} in float32"]
@@ -103,7 +94,9 @@ def test_the_sizes_of_a_tokenizer_are_its_own(tokenizer):
     shape = model.encode(images(1, 3, side, side)).latent_dist.mode().shape[1:]
     assert rows["latent"] == [f"{'x'.join(map(str, shape))} for {side}x{side} pixels"]
     assert rows["encoder"] == [f"{config.encoder_num_layers} blocks of width 32 with 2 heads"]
-    assert rows["scales: cells of the latent on a side, coarse to fine"][0].startswith("8, 4, 2, 1; `decode(")
+    assert rows[SCALES][0].startswith("8, 4, 2, 1; `decode(")
+    AutoencoderHieraTok.from_core(random_core(scale_factors=(1,))).save_pretrained(tmp_path)
+    assert cells(model_card(tmp_path, repo_id="me/tok"))[SCALES] == ["1"]
 
 
 def test_shards_variants_and_second_names_are_counted_once(tokenizer, tmp_path):
@@ -118,12 +111,6 @@ def test_shards_variants_and_second_names_are_counted_once(tokenizer, tmp_path):
     (told,) = cells(model_card(tmp_path / "both", repo_id="me/tok"))["parameters"]
     assert told.split(" in ")[0] == expected[0].split(" in ")[0]
     assert sorted(told.split(" in ")[1].split(" and ")) == ["float16", "float32"]
-
-
-def test_a_single_scale_has_no_previews(tmp_path):
-    AutoencoderHieraTok.from_core(random_core(scale_factors=(1,))).save_pretrained(tmp_path)
-    card = model_card(tmp_path, repo_id="me/tok")
-    assert cells(card)["scales: cells of the latent on a side, coarse to fine"] == ["1"]
 
 
 def test_the_sizes_of_a_pipeline_are_its_own(pipeline):
@@ -183,17 +170,6 @@ def test_what_is_not_known_is_said_and_what_is_given_stands(tokenizer):
     assert told.endswith(f"{given['training']}\n\n") and "not recorded" not in told
     for link in ("datasets/a/b", "datasets/c", "d/e"):
         assert f"(https://huggingface.co/{link})" in told
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_the_card_says_whose_it_is_and_cites_the_paper(name):
-    card = model_card(SHIPPED[name], repo_id=f"me/{name}")
-    head = " ".join(card.text.split("## ")[0].split())
-    assert "independent implementation" in head and "neither the authors' code nor their model" in head
-    assert "official" not in str(card).lower()
-    assert "eprint = {2509.23736}" in section(card, "Citation")
-    for part in ("Sizes", "Use", "Intended use", "Limits", "Training", "Figures", "Environment"):
-        assert section(card, part).strip()
 
 
 def hostile_card(pipeline, tmp_path):
@@ -273,10 +249,6 @@ def test_a_card_that_is_there_gets_figures_only_if_it_has_none(tmp_path):
     assert [figure.metric_value for figure in kept.data.eval_results] == [1.0]
 
 
-def test_without_a_card_there_is_a_whole_one(tokenizer):
-    assert str(card_for(tokenizer, repo_id="me/tok")) == str(model_card(tokenizer, repo_id="me/tok"))
-
-
 RESULT = {"task": {"type": "t"}, "metrics": [{"type": "psnr", "value": 1, "unknown": "kept"}]}
 RESULTS = [{**RESULT, "dataset": {"type": "d", "name": name}} for name in ("first", "second")]
 
@@ -295,20 +267,12 @@ def test_figures_that_huggingface_hub_would_merge_are_kept(tmp_path, names):
 
 
 @pytest.mark.parametrize(
-    "head",
-    [
-        b"---\nlicense: [\n---\n",
-        b"---\n- a list\n---\n",
-        b"---\nmodel-index: [{}]\n---\n",
-        b"---\nmodel-index: 3\n---\n",
-        b"---\n1: a number\n---\n",
-        b"\xff\xfe",
-    ],
+    "head", [b"---\nlicense: [\n---\n", b"---\n- a list\n---\n", b"---\nmodel-index: 3\n---\n", b"\xff\xfe"]
 )
 def test_metadata_that_cannot_be_kept_is_an_error(tokenizer, tmp_path, head):
     folder = edited(tokenizer, tmp_path / "model", "config.json")
     (folder / "README.md").write_bytes(head)
-    with pytest.raises(ValueError, match=r"README.md' cannot be kept: ."):
+    with pytest.raises(ValueError, match=r"README.md"):
         card_for(folder, repo_id="me/tok")
     assert (folder / "README.md").read_bytes() == head
 
@@ -321,7 +285,6 @@ def test_metadata_that_cannot_be_kept_is_an_error(tokenizer, tmp_path, head):
         ({"datasets": ["two words"]}, "two words"),
         ({"base_model": "/home/me/model"}, "/home/me/model"),
         ({"license": "apache 2\n"}, "`license` must be an identifier"),
-        ({"results": [{}]}, "lacks the keys"),
     ],
 )
 def test_arguments_that_are_no_ids_are_refused(tokenizer, given, message):
@@ -329,49 +292,18 @@ def test_arguments_that_are_no_ids_are_refused(tokenizer, given, message):
         model_card(tokenizer, **{"repo_id": "me/tok", **given})
 
 
-def test_a_report_of_another_model_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="a report of another model"):
-        model_card(tokenizer, repo_id="me/tok", results=[recorded("trade_off")])
-
-
-def test_folders_that_are_no_models_are_refused(tokenizer, pipeline, tmp_path):
-    with pytest.raises(FileNotFoundError):
-        model_card(tmp_path, repo_id="me/tok")
-    cases = [
-        (edited(tokenizer, tmp_path / "kl", "config.json", _class_name="AutoencoderKL"), "the class 'AutoencoderKL'"),
-        (edited(tokenizer, tmp_path / "odd", "config.json", patch_size="<b>"), "config.json.*patch_size"),
-        (edited(tokenizer, tmp_path / "map", "config.json", auto_map=3), "'auto_map' must be of type dict"),
-        (edited(pipeline, tmp_path / "sd", "model_index.json", _class_name="DiTPipeline"), "the class 'DiTPipeline'"),
-        (edited(pipeline, tmp_path / "no", "model_index.json", vae="x"), "'vae' must be of type list"),
-        (edited(pipeline, tmp_path / "names", "model_index.json", id2label=["x"]), "'id2label' must be of type dict"),
-        (edited(pipeline, tmp_path / "grid", "transformer/config.json", sample_size="|"), "'sample_size' must be"),
-    ]
-    for name, text in (("json", b"{"), ("list", b"[]"), ("bytes", b"\xff")):
-        cases.append((edited(tokenizer, tmp_path / name, "config.json"), r"config.json' (is no|must hold a) JSON"))
-        (cases[-1][0] / "config.json").write_bytes(text)
-    cases.append((edited(tokenizer, tmp_path / "torn", "config.json"), "is no safetensors file"))
-    (tmp_path / "torn" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10\x00")
-    for folder, message in cases:
-        with pytest.raises(ValueError, match=message):
-            model_card(folder, repo_id="me/tok")
-    (tmp_path / "torn" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
-        model_card(tmp_path / "torn", repo_id="me/tok")
-
-
-def test_counting_reads_no_weights(tokenizer, tmp_path):
-    folder = edited(tokenizer, tmp_path / "model", "config.json")
-    weights = {"x": np.zeros((3, 5), np.float16), "scalar": np.zeros((), np.float16)}
-    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
-    assert cells(model_card(folder, repo_id="me/tok"))["parameters"] == ["16 in float16"]
+@pytest.mark.parametrize(("kind", "name"), [("tokenizer", "config.json"), ("pipeline", "model_index.json")])
+def test_folders_of_other_classes_are_refused(kind, name, request, tmp_path):
+    folder = edited(request.getfixturevalue(kind), tmp_path / "other", name, _class_name="Other")
+    with pytest.raises(ValueError, match="'Other'"):
+        model_card(folder, repo_id="me/tok")
 
 
 CARD = ROOT / "model_card.md"
 
 
-def test_the_repository_s_own_card_has_the_figures_that_are_recorded(hub_here):
+def test_the_repository_s_own_card_has_the_figures_that_are_recorded():
     card = ModelCard.load(CARD)
-    card.validate()
     same = model_card(SHIPPED["hieratok-tiny"], repo_id="hieratok-tiny", results=[recorded("trade_off")])
     assert card.data.eval_results == same.data.eval_results and card.data.model_name == "hieratok-tiny"
     for key in ("license", "library_name", "pipeline_tag", "tags"):

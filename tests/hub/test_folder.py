@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
-from hieratok_hf.hub.folder import Plan, add_card, check_folder, prepared
+from hieratok_hf.hub.folder import Plan, add_card, prepared
 from hieratok_hf.hub.remote_code import add_remote_code
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -39,7 +39,6 @@ def test_the_weights_go_once_for_both_libraries(saved_by, tmp_path):
         assert plan.files.keys() == {*TOKENIZER, "README.md", "preprocessor_config.json"}
         assert plan.files[WEIGHTS] == (tmp_path / WEIGHTS).stat().st_size
         assert {name: (stage / name).stat().st_size for name in plan.files} == plan.files
-        check_folder(stage)
         assert f"{plan.files[WEIGHTS]:>12,}  {WEIGHTS}" in str(plan) and "org/name in one commit" in str(plan)
     assert contents(tmp_path) == before and not stage.exists()
 
@@ -85,7 +84,6 @@ def test_a_pipeline_goes_with_its_parts(tmp_path):
         plan = Plan.of(stage, "org/name", left_out)
         assert {"vae/autoencoder_hieratok.py", "pipeline_hieratok_dit.py", f"vae/{WEIGHTS}"} <= plan.files.keys()
         assert "transformer/model.safetensors.index.json" not in plan.files
-        check_folder(stage)
     assert not list(tmp_path.rglob("*.py"))
 
 
@@ -111,8 +109,8 @@ def test_a_pipeline_of_one_variant_alone_goes(tmp_path):
     broken = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
     broken = {name: x * float("nan") for name, x in broken.items()}
     save_file(broken, tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
-    with pytest.raises(ValueError, match="finite"):
-        check_folder(tmp_path)
+    with pytest.raises(ValueError, match="finite"), prepared(tmp_path):
+        pass
 
 
 def test_where_a_pipeline_once_lay_is_nobody_s_concern(tmp_path):
@@ -162,18 +160,17 @@ BROKEN = {
 def test_what_does_not_load_does_not_go(case, folder):
     spoil, reason = BROKEN[case]
     spoil(folder)
-    for use in (check_folder, lambda path: prepared(path).__enter__()):
-        with pytest.raises(ValueError, match=reason) as caught:
-            use(folder)
-        text = str(caught.value)
-        assert repr(str(folder)) in text and "does not pass its load test" in text and "\n" not in text
+    with pytest.raises(ValueError, match=reason) as caught, prepared(folder):
+        pass
+    text = str(caught.value)
+    assert repr(str(folder)) in text and "does not pass its load test" in text and "\n" not in text
 
 
 def test_a_broken_part_of_a_pipeline_is_found(tmp_path):
     make_pipeline().save_pretrained(tmp_path)
     change(tmp_path / "vae", **{KEY: load_file(tmp_path / "vae" / WEIGHTS)[KEY] * float("nan")})
-    with pytest.raises(ValueError, match="finite"):
-        check_folder(tmp_path)
+    with pytest.raises(ValueError, match="finite"), prepared(tmp_path):
+        pass
 
 
 def test_no_folder(tmp_path):

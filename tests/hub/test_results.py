@@ -201,7 +201,7 @@ def test_a_report_that_does_not_fit_is_refused(report, message):
 def test_a_report_of_other_classes_is_refused():
     with pytest.raises(ValueError, match="a report of another model"):
         report_results(recorded("hieratok-dit-tiny"), "pipeline", {"names": {**DIT["names"], "9": "kite"}})
-    with pytest.raises(ValueError, match=r"unknown ones: \['models'"):
+    with pytest.raises(ValueError, match=r"unknown ones: .*'models'"):
         report_results(recorded("trade_off"), "pipeline", DIT)
 
 

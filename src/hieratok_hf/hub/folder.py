@@ -20,16 +20,15 @@ from ..models.saving import WEIGHTS_STEM, index_for_transformers, variant_of
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.files import read_json
 from .card import card_for
-from .remote_code import add_remote_code
+from .remote_code import PIPELINE_CLASSES, add_remote_code
 
-__all__ = ["Plan", "add_card", "check_folder", "prepared"]
+__all__ = ["Plan", "add_card", "prepared"]
 
 # What a saved folder is made of. Anything else beside it, such as states of a training, stays where it is.
 _PARTS = re.compile(
     r"(config|model_index|preprocessor_config|scheduler_config)\.json|README\.md|LICEN[CS]E.*"
     r"|[^.]*\.([\w-]+\.)?safetensors(\.index(\.[\w-]+)?\.json)?|.*\.(png|jpe?g|webp)"
 )
-_PIPELINE = ("HieraTokDiTPipeline", ["pipeline_hieratok_dit", "HieraTokDiTPipeline"])
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Plan:
 
     @classmethod
     def of(cls, stage: Path, repo_id: str, left_out: list[str]) -> "Plan":
-        """The plan for a prepared folder."""
+        """Make the plan for a prepared folder."""
         paths = [path for path in stage.rglob("*") if path.is_file()]
         return cls(repo_id, {path.relative_to(stage).as_posix(): path.stat().st_size for path in paths}, left_out)
 
@@ -63,24 +62,24 @@ class Plan:
 @contextmanager
 def prepared(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterator[tuple[Path, list[str]]]:
     """
-    The files of a folder as they are to be pushed, in a temporary folder, and the names of those that stay.
+    Put the files of a folder as they are to be pushed into a temporary folder, and name those that stay.
 
     Weights that stand there under two names for the two libraries go once, and the code that loads them without the
-    package is added. All of it has passed `check_folder`.
+    package is added. Before, the folder is loaded as its users will, in both classes or as a pipeline, and run once.
 
     Args:
         folder (`str` or `os.PathLike`): A saved tokenizer or pipeline.
         remote_code (`bool`, defaults to `True`): Whether to add the code.
 
     Raises:
-        ValueError: As `check_folder`.
+        ValueError: It does not load, gives numbers that are not finite, or the classes disagree.
     """
     source = Path(folder)
     if not source.is_dir():
         raise ValueError(f"`folder` {str(source)!r} is not a folder.")
     with tempfile.TemporaryDirectory() as temporary:
         stage, left_out = Path(temporary), []
-        with _load_test(source, stage):
+        try:
             index = read_json(source / "model_index.json") or {}
             parts = {".", *(name for name, value in index.items() if isinstance(value, list) and name[0] != "_")}
             for path in sorted(path for path in source.rglob("*") if path.is_file()):
@@ -94,6 +93,9 @@ def prepared(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterat
                 if _is_tokenizer(part):
                     index_for_transformers(part)
             _try(stage)
+        except (ValueError, OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0].replace(str(stage), str(source))
+            raise ValueError(f"`folder` {str(source)!r} does not pass its load test: {reason}") from error
         for path in stage.rglob("*.json"):
             saved = read_json(path)
             if saved is not None and (plain := _plain(saved)) != saved:
@@ -106,8 +108,8 @@ def prepared(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterat
 def _plain(saved: dict[str, Any]) -> dict[str, Any]:
     """A configuration without where a model once lay, which concerns nobody, and without code that stays behind."""
     plain = {key: value for key, value in saved.items() if key not in ("_name_or_path", "auto_map")}
-    if plain.get("_class_name") in _PIPELINE:
-        plain["_class_name"] = _PIPELINE[0]
+    if plain.get("_class_name") in PIPELINE_CLASSES:
+        plain["_class_name"] = PIPELINE_CLASSES[0]
     coded = ["autoencoder_hieratok", "AutoencoderHieraTok"]
     return {key: ["hieratok_hf", value[1]] if value == coded else value for key, value in plain.items()}
 
@@ -145,30 +147,9 @@ def _link(path: Path, target: Path) -> None:
     shutil.copyfile(path, target)
 
 
-def check_folder(folder: str | os.PathLike[str]) -> None:
-    """
-    Load a folder as its users will, in both classes or as a pipeline, and run it once.
-
-    Raises:
-        ValueError: It does not load, gives numbers that are not finite, or the classes disagree.
-    """
-    with _load_test(Path(folder), Path(folder)):
-        _try(Path(folder))
-
-
-@contextmanager
-def _load_test(named: Path, root: Path) -> Iterator[None]:
-    """What fails with the files in `root` is told in one line, of the folder that the user knows."""
-    try:
-        yield
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0].replace(str(root), str(named))
-        raise ValueError(f"`folder` {str(named)!r} does not pass its load test: {reason}") from error
-
-
 def _try(root: Path) -> None:
     index = read_json(root / "model_index.json")
-    if index is not None and index.get("_class_name") in _PIPELINE:
+    if index is not None and index.get("_class_name") in PIPELINE_CLASSES:
         for variant in _variants(root.glob(f"*/{WEIGHTS_STEM}*.safetensors")):
             pipe = HieraTokDiTPipeline.from_pretrained(root, variant=variant)
             pipe.set_progress_bar_config(disable=True)

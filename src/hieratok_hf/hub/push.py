@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..models.core import has_adapters
 from ..models.image_processing_hieratok import HieraTokImageProcessorPil
 from ..models.saving import stale_weights
-from .folder import Plan, add_card, prepared
+from .folder import add_card, prepared
 
 __all__ = ["HubError", "push_folder", "push_model"]
 
@@ -125,7 +125,7 @@ def push_folder(
     """
     api = HfApi(token=token)
     validate_repo_id(repo_id)
-    with prepared(folder, remote_code) as (stage, left_out):
+    with prepared(folder, remote_code) as (stage, _):
         if card is not None:
             has_own = (stage / "README.md").exists()
             add_card(stage, repo_id, tags or (), **card)  # what is wrong with it is told before anything is made
@@ -134,13 +134,14 @@ def push_folder(
             if card is not None and not has_own:
                 (stage / "README.md").unlink()
                 add_card(stage, repo_id, tags or (), _card_there(api, repo_id, revision), **card)
-            if revision is not None and not create_pr:
-                _ensure_branch(api, repo_id, revision)
-            plan = Plan.of(stage, repo_id, left_out)
-            prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-            there = set(api.list_repo_files(repo_id, revision=revision))
-            operations: list[Any] = [CommitOperationAdd(prefix + name, stage / name) for name in plan.files]
-            operations += [CommitOperationDelete(name) for name in sorted(_stale(there, plan, prefix))]
+            if revision is not None and not create_pr and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            root = PurePosixPath(subfolder or "")
+            files = {root / path.relative_to(stage).as_posix(): path for path in stage.rglob("*") if path.is_file()}
+            there = map(PurePosixPath, api.list_repo_files(repo_id, revision=revision))
+            # `upload_folder`, which also deletes, makes several commits where hf_xet is installed.
+            operations: list[Any] = [CommitOperationAdd(str(name), path) for name, path in files.items()]
+            operations += [CommitOperationDelete(str(name)) for name in stale_weights(there, files)]
             return api.create_commit(
                 repo_id,
                 operations,
@@ -154,7 +155,7 @@ def push_folder(
 
 
 def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """The README.md that the repository has."""
+    """Read the README.md that the repository has."""
     with tempfile.TemporaryDirectory() as folder:  # the cache may be one that cannot be written
         try:
             path = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=folder)
@@ -163,27 +164,8 @@ def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:
         return Path(path).read_text(encoding="utf-8")
 
 
-def _ensure_branch(api: HfApi, repo_id: str, revision: str) -> None:
-    try:
-        api.repo_info(repo_id, revision=revision)
-    except RevisionNotFoundError:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-
-
-def _stale(there: set[str], plan: Plan, prefix: str) -> set[str]:
-    """Weights in the repository that those of the plan replace, such as shards of another number."""
-    folders = {name.rpartition("/")[0] for name in plan.files}
-    stale = set()
-    for folder in folders:
-        start = prefix + (f"{folder}/" if folder else "")
-        written = {Path(name).name for name in plan.files if name.rpartition("/")[0] == folder}
-        beside = {name.removeprefix(start) for name in there if name.startswith(start)}
-        stale |= {start + name for name in stale_weights({name for name in beside if "/" not in name}, written)}
-    return stale
-
-
 def _advice(error: BaseException, repo_id: str) -> str:
-    """One line: what went wrong, and what to do."""
+    """Say in one line what went wrong, and what to do."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__

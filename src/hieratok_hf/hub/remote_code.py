@@ -14,7 +14,7 @@ from typing import Any
 
 from ..utils.files import read_json, write_whole
 
-__all__ = ["AUTO_MAP", "add_remote_code", "remote_code"]
+__all__ = ["PIPELINE_CLASSES", "add_remote_code", "remote_code"]
 
 _PACKAGE = Path(__file__).parents[1]
 _ENTRIES = ("models.image_processing_hieratok", "hub.auto_model", "pipelines.pipeline_hieratok_dit")
@@ -24,11 +24,12 @@ _LEFT_OUT = {
     "hub.push": "Pushing to the Hub needs the package hieratok_hf, and a model that its own classes have loaded."
 }
 
-AUTO_MAP = {
+_AUTO_MAP = {
     "AutoConfig": f"{_MODEL_FILE}.HieraTokConfig",
     "AutoModel": f"{_MODEL_FILE}.HieraTokAutoModel",
 }
-"""What `config.json` says of the classes in the file that `add_remote_code` puts beside it."""
+PIPELINE_CLASSES = ("HieraTokDiTPipeline", [_PIPELINE_FILE, "HieraTokDiTPipeline"])
+"""The `_class_name` of a pipeline without and with its code."""
 
 # The first for Pillow, the second for torchvision.
 _AUTO_IMAGE_PROCESSOR = [f"{_MODEL_FILE}.HieraTokImageProcessorPil", f"{_MODEL_FILE}.HieraTokImageProcessor"]
@@ -37,7 +38,7 @@ _HEAD = '''\
 """
 HieraTok in one file, for `trust_remote_code=True`: made of the package hieratok_hf {version} by its `remote_code`.
 
-{licence}
+Apache License 2.0.
 """
 
 {imports}
@@ -73,14 +74,16 @@ def add_remote_code(folder: str | os.PathLike[str]) -> list[str]:
     root = Path(folder)
     index = read_json(root / "model_index.json")
     if index is not None:
-        ours = {name: value for name, value in index.items() if _is_component(value)}
+        ours = [
+            name for name, value in index.items() if isinstance(value, list) and value[1:] == ["AutoencoderHieraTok"]
+        ]
         if not ours:
             raise ValueError(f"`folder` {str(root)!r} is a pipeline without a HieraTok tokenizer.")
         files = {f"{name}/{_VAE_FILE}.py": remote_code() for name in ours}
-        index |= {name: [_VAE_FILE, value[1]] for name, value in ours.items()}
-        if _class_name(index) == "HieraTokDiTPipeline":
+        index |= {name: [_VAE_FILE, "AutoencoderHieraTok"] for name in ours}
+        if index.get("_class_name") in PIPELINE_CLASSES:
             files[f"{_PIPELINE_FILE}.py"] = remote_code()
-            index["_class_name"] = [_PIPELINE_FILE, "HieraTokDiTPipeline"]
+            index["_class_name"] = PIPELINE_CLASSES[1]
         files["model_index.json"] = _to_json(index)
     else:
         config = read_json(root / "config.json")
@@ -90,20 +93,11 @@ def add_remote_code(folder: str | os.PathLike[str]) -> list[str]:
         if (processor := read_json(root / "preprocessor_config.json")) is not None:
             processor["auto_map"] = {"AutoImageProcessor": _AUTO_IMAGE_PROCESSOR}
             files["preprocessor_config.json"] = _to_json(processor)
-        files["config.json"] = _to_json({**config, "auto_map": AUTO_MAP})
+        files["config.json"] = _to_json({**config, "auto_map": _AUTO_MAP})
     for name, text in files.items():
         with write_whole(root / name) as file:
             file.write(text.encode())
     return list(files)
-
-
-def _class_name(index: dict[str, Any]) -> Any:
-    name = index.get("_class_name")
-    return name[1] if isinstance(name, list) and len(name) == 2 else name
-
-
-def _is_component(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and value[1] == "AutoencoderHieraTok"
 
 
 def _to_json(value: dict[str, Any]) -> str:
@@ -121,8 +115,22 @@ def remote_code() -> str:
     Raises:
         ValueError: Two modules give one name two meanings.
     """
-    modules = {name: _Module(name) for name in _in_order()}
-    eager = _closure(_ENTRIES, lambda module: module.eager)
+    modules: dict[str, _Module] = {}
+
+    def add(name: str) -> None:
+        """Add a module after those that it imports."""
+        if name not in modules and name not in _LEFT_OUT:
+            module = _Module(name)
+            for other in (*module.eager, *module.lazy):
+                add(other)
+            modules[name] = module
+
+    for name in _ENTRIES:
+        add(name)
+    eager = set(_ENTRIES)
+    for name in reversed(modules):
+        if name in eager:
+            eager.update(modules[name].eager)
     imports: list[str] = []
     meanings: dict[str, tuple[str, str]] = {}
     for name, module in modules.items():
@@ -136,7 +144,6 @@ def remote_code() -> str:
     version = next(line for line in lines if line.startswith("__version__"))
     head = _HEAD.format(
         version=version.split('"')[1],
-        licence="Apache License 2.0.",
         imports="\n".join(sorted(set(imports), key=lambda line: (line.startswith("from"), line))),
         left_out=repr(_LEFT_OUT),
     )
@@ -145,25 +152,6 @@ def remote_code() -> str:
         title = f"# {name}: {module.purpose}\n\n"
         parts.append(title + (module.body if name in eager else module.optional_body))
     return "\n\n".join(part.rstrip("\n") + "\n" for part in parts)
-
-
-def _closure(names: tuple[str, ...], imported: Any) -> dict[str, None]:
-    """Modules in the order in which they can be run, each after those that it imports."""
-    found: dict[str, None] = {}
-
-    def visit(name: str) -> None:
-        if name not in found and name not in _LEFT_OUT:
-            for other in imported(_Module(name)):
-                visit(other)
-            found[name] = None
-
-    for name in names:
-        visit(name)
-    return found
-
-
-def _in_order() -> dict[str, None]:
-    return _closure(_ENTRIES, lambda module: (*module.eager, *module.lazy))
 
 
 class _Module:

@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 from diffusers import __version__ as diffusers_version
 from huggingface_hub import is_offline_mode
@@ -42,6 +42,9 @@ _WEIGHTS = re.compile(
 )
 _LAST = ("config.json", "model_index.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
 class HubUploadMixin:
@@ -81,11 +84,8 @@ def stage_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield stage
         files = sorted(stage.rglob("*"), key=lambda path: _LAST.index(path.name) if path.name in _LAST else -1)
         written = [path.relative_to(stage) for path in files if path.is_file()]
-        stale = []
-        for part in {path.parent for path in written}:
-            names = {path.name for path in written if path.parent == part}
-            there = (path.name for path in (target / part).glob("*"))
-            stale += [target / part / name for name in stale_weights(there, names)]
+        there = [path for part in {path.parent for path in written} for path in (target / part).glob("*")]
+        stale = stale_weights(there, [target / path for path in written])
         for path in written:
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / path, target / path)
@@ -97,11 +97,12 @@ def stage_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             target.rmdir()
 
 
-def stale_weights(names: Iterable[str], written: set[str]) -> list[str]:
-    """Those of the file names that a save which wrote `written` makes obsolete: weights of the same variant."""
-    variants = {variant_of(name) for name in written if _WEIGHTS.fullmatch(name)}
-    weights = [name for name in names if _WEIGHTS.fullmatch(name)]
-    return [name for name in weights if name not in written and variant_of(name) in variants]
+def stale_weights(there: Iterable[AnyPath], written: Iterable[AnyPath]) -> list[AnyPath]:
+    """Find the weights that a save which wrote `written` makes obsolete: those beside it of the same variant."""
+    weights = {path for path in written if _WEIGHTS.fullmatch(path.name)}
+    replaced = {(path.parent, variant_of(path.name)) for path in weights}
+    others = [path for path in there if _WEIGHTS.fullmatch(path.name) and path not in weights]
+    return [path for path in others if (path.parent, variant_of(path.name)) in replaced]
 
 
 def variant_of(name: str) -> str:
