@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..models.autoencoder_adapter import Codec
 from ..utils.distributed import gather, process_place
+from ..utils.images import from_uint8
 from .image_dataset import Images
 from .latent_shards import (
     DTYPES,
@@ -192,7 +193,7 @@ def _write_shards(
                     pending.result()
                 if batch["rows"]:
                     levels = batch.pop("levels").to(weight.device, non_blocking=True)
-                    pixel_values = (levels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(weight.dtype)
+                    pixel_values = from_uint8(levels.permute(0, 3, 1, 2)).to(weight.dtype)
                     # Left on the device: the writer fetches a whole shard, and this thread waits for nothing.
                     batch["plain"] = encode(pixel_values)
                     if batches.settings["flips"]:

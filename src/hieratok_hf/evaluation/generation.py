@@ -15,6 +15,7 @@ from ..data.training_batches import step_generator
 from ..pipelines.class_names import plain_name
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.distributed import gather
+from ..utils.images import from_uint8
 from .vision_features import colour_statistics
 
 __all__ = ["ClassAccuracy", "GeneratedBatches", "ImageClassifier", "find_classes", "number_images", "image_size"]
@@ -94,7 +95,7 @@ class GeneratedBatches:
             levels = number_images(self.pipe, rows, self.seed, **self.settings)
             self.seconds += time.perf_counter() - start
             labels = [row % self.pipe.num_classes for row in rows]
-            yield {"pixel_values": levels.float() / 127.5 - 1, "rows": rows, "labels": labels}
+            yield {"pixel_values": from_uint8(levels), "rows": rows, "labels": labels}
 
 
 class ImageClassifier(nn.Module):

@@ -16,7 +16,7 @@ from ..data.image_dataset import Images, Row, image_of
 from ..models.autoencoder_adapter import Codec
 from ..models.losses import image_pyramid
 from ..utils.distributed import gather, process_place
-from ..utils.images import ImageError, centre_square
+from ..utils.images import ImageError, centre_square, from_uint8, to_uint8
 from .metrics import FrechetDistance, psnr, ssim
 from .perceptual import PerceptualDistance
 
@@ -97,7 +97,7 @@ class EvaluationBatches:
         if samples:
             levels = torch.from_numpy(np.stack([sample[0] for sample in samples])).permute(0, 3, 1, 2)
             rows, labels = ([sample[i] for sample in samples] for i in (1, 2))
-            yield {"pixel_values": levels.float() / 127.5 - 1, "rows": rows, "labels": labels}
+            yield {"pixel_values": from_uint8(levels), "rows": rows, "labels": labels}
 
 
 class ReconstructionMetrics:
@@ -148,7 +148,7 @@ class ReconstructionMetrics:
         values = {"psnr": psnr(images, targets)}
         if self.ssim:
             values["ssim"] = ssim(images, targets)
-        rounded = [((x.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1 for x in (images, targets)]
+        rounded = [from_uint8(to_uint8(x)) for x in (images, targets)]
         for name, network in self.networks.items():
             values[name] = network(*rounded).flatten()
         values["images"] = torch.ones(len(images))
