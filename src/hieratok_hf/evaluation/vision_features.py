@@ -85,7 +85,7 @@ class FrozenVisionModel(nn.Module):
         return super().train(False)
 
     def normalise(self, pixel_values: Tensor) -> Tensor:
-        """Turn images in [-1, 1] into what the model takes."""
+        """Turn `pixel_values` `(B, 3, H, W)` in [-1, 1] into what the model takes."""
         return (pixel_values * 0.5 + 0.5 - self.mean) / self.std
 
 

@@ -116,10 +116,10 @@ def centre_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def from_uint8(levels: Tensor) -> Tensor:
-    """Turn 8-bit levels of any shape into float32 in [-1, 1]."""
+    """Turn 8-bit `levels` `(...)` into float32 in [-1, 1]."""
     return levels.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Round values in [-1, 1], of any shape, to the nearest of 256 levels; values beyond are clamped."""
+    """Round `images` `(...)` in [-1, 1] to the nearest of 256 levels; values beyond are clamped."""
     return (255 * (images.float() * 0.5 + 0.5).clamp(0, 1)).round().byte()
