@@ -20,7 +20,8 @@ from PIL import Image
 
 from hieratok_hf import HieraTokConfig, HieraTokCore, open_image
 from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.data.latent_cache import LatentCache, write_latents
+from hieratok_hf.data.latent_cache import LatentCache
+from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
 from hieratok_hf.shipped import SHIPPED

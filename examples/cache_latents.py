@@ -20,8 +20,8 @@ from hieratok_hf.cli.command_line import (
     run_on_processes,
 )
 from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.data.latent_cache import write_latents
-from hieratok_hf.data.latent_shards import DTYPES, KINDS
+from hieratok_hf.data.latent_cache import DTYPES, KINDS
+from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.models.autoencoder_adapter import load_codec
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}

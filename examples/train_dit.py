@@ -15,8 +15,7 @@ from hieratok_hf import HieraTokDiTPipeline
 from hieratok_hf.cli.command_line import positive, run_training
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_batches import iterate_cached, iterate_encoded
-from hieratok_hf.data.latent_cache import LatentCache
-from hieratok_hf.data.latent_writer import encoder_facts
+from hieratok_hf.data.latent_cache import LatentCache, encoder_facts
 from hieratok_hf.data.training_batches import BatchPlan
 from hieratok_hf.models.autoencoder_adapter import load_codec
 from hieratok_hf.pipelines.class_names import read_class_names

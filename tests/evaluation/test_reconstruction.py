@@ -61,11 +61,10 @@ def test_batches_hold_every_image_but_broken_ones(folder, streaming):
         assert (len(batches), len(few)) == (3, 2)
 
 
-def test_batches_refuse_numbers_that_are_not_positive(folder):
-    data = load_images(str(folder))
-    for settings in ({"size": 0}, {"size": 8, "batch_size": 0}, {"size": 8, "limit": 0}, {"size": 8, "threads": 0}):
-        with pytest.raises(ValueError, match=f"`{list(settings)[-1]}` must be positive, got 0"):
-            EvaluationBatches(data, **settings)
+@pytest.mark.parametrize("name", ["size", "batch_size", "limit", "threads"])
+def test_batches_refuse_numbers_that_are_not_positive(name, folder):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        EvaluationBatches(load_images(str(folder)), **{"size": 8, name: 0})
 
 
 def test_figures_are_means_over_images_however_they_are_divided(features):

@@ -18,7 +18,7 @@ from scripts import forget_processes, records
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
 from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.data.latent_cache import write_latents
+from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.training.state import states_in
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,9 @@
 """Images by row from folders, tar shards and data sets of the Hub, through Hugging Face `datasets`."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from itertools import count
 from pathlib import Path
@@ -9,12 +11,15 @@ from tarfile import TarError
 from typing import Any
 
 import fsspec.asyn
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..utils.images import decode_image, open_image
+from ..utils.images import ImageError, centre_square, decode_image, open_image
 
-__all__ = ["Images", "Row", "load_images", "image_of"]
+__all__ = ["Images", "Row", "decode_ahead", "load_images", "image_of"]
 
 Row = dict[str, Any]
 """An image of a data set, not decoded, as `Images` gives it."""
@@ -165,3 +170,45 @@ def image_of(row: Row) -> Image.Image:
     if image["bytes"] is None and image["path"] is not None:
         return open_image(image["path"])
     return decode_image(image["bytes"] or b"", row["name"])
+
+
+def decode_ahead(batches: Iterable[Sequence[tuple[int, Row]]], size: int, threads: int) -> Iterator[dict[str, Any]]:
+    """
+    Decode batches of numbered rows in threads, one batch ahead.
+
+    Args:
+        batches (iterable of sequences of `(int, Row)`): The rows of `Images` with their numbers.
+        size (`int`): Side `S` that images are brought to by `centre_square`.
+        threads (`int`): Decode this many images at a time.
+
+    Returns:
+        Iterator of dictionaries: `levels` `(B, S, S, 3)`, uint8, of the images that can be decoded, their `rows` and
+        `labels`, a list each; and `skipped`, of every other one its number, its name and the reason.
+    """
+
+    def decode(entry: tuple[int, Row]) -> Tensor | ImageError:
+        try:
+            return torch.tensor(np.asarray(centre_square(image_of(entry[1]), size)))
+        except ImageError as error:
+            return error
+
+    def collate(batch: Sequence[tuple[int, Row]], decoded: Iterable[Tensor | ImageError]) -> dict[str, Any]:
+        levels, rows, labels, skipped = [], [], [], []
+        for (index, row), image in zip(batch, decoded):
+            if isinstance(image, ImageError):
+                skipped.append((index, row["name"], str(image)))
+            else:
+                levels.append(image)
+                rows.append(index)
+                labels.append(row["label"])
+        stacked = torch.stack(levels) if levels else torch.empty(0, size, size, 3, dtype=torch.uint8)
+        return {"levels": stacked, "rows": rows, "labels": labels, "skipped": skipped}
+
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[tuple[Sequence[tuple[int, Row]], Iterator[Tensor | ImageError]]] = deque()
+        for batch in batches:
+            ahead.append((batch, pool.map(decode, batch)))
+            if len(ahead) > 1:
+                yield collate(*ahead.popleft())
+        for pair in ahead:
+            yield collate(*pair)

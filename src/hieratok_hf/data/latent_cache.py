@@ -1,24 +1,145 @@
-"""A data set of latents, read by row from the shards that `write_latents` wrote."""
+"""A cache of latents on disk: `cache.json`, which says what the shards hold, and the data set that is read of them."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
-from .latent_shards import read_header, read_settings, shard_path, shards_of, stored_name, stored_shape
-from .latent_writer import encoder_facts, write_latents
+from ..utils.files import read_json
 
-__all__ = ["LatentCache", "write_latents"]
+__all__ = [
+    "DTYPES",
+    "FORMAT",
+    "KINDS",
+    "SETTINGS_FILE",
+    "LatentCache",
+    "encoder_facts",
+    "read_header",
+    "read_settings",
+    "rows_of",
+    "shard_path",
+    "shards_of",
+    "stored_name",
+    "stored_shape",
+]
 
 # Shape letters: B batch, C latent channels, h w the latent's grid.
+
+FORMAT = 1
+"""Of `cache.json` and the shards; a cache of another one is refused."""
+
+KINDS = ("moments", "sample", "mode")
+"""What a cache may hold of each posterior."""
+
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""What a cache may be stored in, and what safetensors calls it."""
+
+SETTINGS_FILE = "cache.json"
+"""The file that says what the shards hold."""
+
+Settings = dict[str, Any]
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard by its number, from 0."""
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def shards_of(settings: Settings) -> range:
+    """The numbers of all shards of a cache whose rows are known."""
+    return range(math.ceil(settings["rows"] / settings["shard_size"]))
+
+
+def rows_of(settings: Settings, shard: int) -> range:
+    """The rows of the data that a shard is made of."""
+    first = shard * settings["shard_size"]
+    return range(first, min(first + settings["shard_size"], settings["rows"]))
+
+
+def stored_name(settings: Settings) -> str:
+    """What the latents are called in a shard: `"moments"` or `"latents"`."""
+    return "moments" if settings["kind"] == "moments" else "latents"
+
+
+def stored_shape(settings: Settings) -> tuple[int, ...]:
+    """`(2C, h, w)` of moments or `(C, h, w)` of latents."""
+    channels, *grid = settings["latent_shape"]
+    return (2 * channels if settings["kind"] == "moments" else channels, *grid)
+
+
+def read_settings(folder: Path) -> Settings:
+    """
+    The content of `cache.json`.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged or of another format.
+    """
+    settings = read_json(folder / SETTINGS_FILE)
+    if settings is None:
+        raise FileNotFoundError(f"{str(folder)!r} is no cache of latents: it has no {SETTINGS_FILE}.")
+    if (got := settings.get("format")) != FORMAT:
+        raise ValueError(f"{str(folder / SETTINGS_FILE)!r} must have the format {FORMAT}, got {got!r}.")
+    return settings
+
+
+def read_header(path: Path, settings: Settings) -> tuple[int, dict[int, str]]:
+    """
+    How many images a shard holds, and why which rows were left out.
+
+    Raises:
+        ValueError: It is damaged, or holds something else than the settings say; the message names it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            skipped = {int(row): reason for row, reason in json.loads(file.metadata()["skipped"]).items()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+        count = found["rows"][0][0]
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"The shard {str(path)!r} is damaged: {' '.join(str(error).split())}") from error
+    names = [stored_name(settings), *([f"{stored_name(settings)}_flipped"] if settings["flips"] else [])]
+    expected = {name: ((count, *stored_shape(settings)), DTYPES[settings["dtype"]]) for name in names}
+    expected |= dict.fromkeys(("labels", "rows"), ((count,), "I64"))
+    if found != expected:
+        raise ValueError(f"The shard {str(path)!r} is damaged: it must hold {expected}, got {found}.")
+    if settings["rows"] is not None:
+        rows, got = len(rows_of(settings, int(path.stem.partition("-")[2]))), count + len(skipped)
+        if got != rows:
+            raise ValueError(f"The shard {str(path)!r} is damaged: it must have {rows} rows, got {got}.")
+    return count, skipped
+
+
+def encoder_facts(codec: Codec) -> dict[str, Any]:
+    """
+    What of a model decides its latents, and what pipelines do to them.
+
+    Returns:
+        `encoder`, a SHA-256 of all its weights but the decoder's; `precision`, the dtype that it runs in; its
+        `scaling_factor` and `shift_factor`.
+    """
+    digest, weight = hashlib.sha256(), next(codec.model.parameters())
+    for name, value in sorted((codec.core or codec.model).state_dict().items()):
+        if name.partition(".")[0] not in ("decoder", "post_quant_conv"):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    kind = weight.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return {
+        "encoder": digest.hexdigest(),
+        "precision": str(precision).removeprefix("torch."),
+        **codec.statistics,
+    }
 
 
 class LatentCache(Dataset):
@@ -100,15 +221,14 @@ class LatentCache(Dataset):
         sides = [False] * len(chosen) if flipped is None else torch.as_tensor(flipped, dtype=torch.bool).tolist()
         if len(sides) != len(chosen):
             raise ValueError(f"`flipped` must have the length of `indices`, {len(chosen)}, got {len(sides)}.")
-        if any(sides) and not self.settings["flips"]:
+        if any(sides) and not self.flips:
             raise ValueError(f"`flipped` must be false throughout: {str(self.folder)!r} was written without flips.")
         values = self._read(chosen, sides)
-        if self._name == "moments":
-            if noise is None:
-                values = values[:, : self.settings["latent_shape"][0]]
-            else:
-                posterior = posterior_of(values.float())
-                values = posterior.mean + posterior.std * noise
+        if self._name == "moments" and noise is None:
+            values = values[:, : self.latent_shape[0]]
+        elif self._name == "moments":
+            posterior = posterior_of(values.float())
+            values = posterior.mean + posterior.std * noise
         return (values.float() - self.settings["shift_factor"]) * self.settings["scaling_factor"], self.labels[chosen]
 
     def _read(self, indices: list[int], flipped: list[bool]) -> Tensor:
@@ -137,46 +257,3 @@ class LatentCache(Dataset):
         if (got := encoder_facts(codec)["encoder"]) != self.settings["encoder"]:
             wanted = self.settings["encoder"]
             raise ValueError(f"{str(self.folder)!r} was written with the encoder {wanted[:12]}, not with {got[:12]}.")
-
-    def to_dataset(self) -> Any:
-        """
-        A `datasets.Dataset` of `latents` or `moments` as they are stored, `label` and `row`, in the cache of datasets.
-
-        Raises:
-            ImportError: The package `datasets` is not installed.
-        """
-        return self._as_datasets("Dataset")
-
-    def to_iterable_dataset(self) -> Any:
-        """
-        The same as a `datasets.IterableDataset` that copies nothing, with as many shards as there are files.
-
-        Raises:
-            ImportError: The package `datasets` is not installed.
-        """
-        return self._as_datasets("IterableDataset")
-
-    def _as_datasets(self, kind: str) -> Any:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError('Turning a cache to datasets needs it: pip install "hieratok_hf[eval]"') from error
-        classes = self.settings["classes"]
-        features = {
-            self._name: datasets.Array3D(stored_shape(self.settings), "float32"),
-            "label": datasets.ClassLabel(names=classes) if classes else datasets.Value("int64"),
-            "row": datasets.Value("int64"),
-        }
-        # `datasets` knows its own copies by these arguments, so they must change with the files.
-        stamp = json.dumps([self.settings, [path.stat().st_mtime_ns for path in self._paths]])
-        arguments = {"name": self._name, "shards": list(map(str, self._paths)), "stamp": stamp}
-        make = getattr(datasets, kind).from_generator
-        return make(_examples, features=datasets.Features(features), gen_kwargs=arguments)
-
-
-def _examples(name: str, shards: list[str], stamp: str) -> Iterator[dict[str, Any]]:
-    for path in shards:
-        with safe_open(path, "pt") as file:
-            stored, labels, rows = (file.get_tensor(key) for key in (name, "labels", "rows"))
-        for values, label, row in zip(stored, labels.tolist(), rows.tolist()):
-            yield {name: values.float().numpy(), "label": label, "row": row}

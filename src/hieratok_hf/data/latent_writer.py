@@ -1,33 +1,42 @@
 """Encoding a data set into shards of latents, over one process or several, and going on after a kill."""
 
-import hashlib
+import functools
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..models.autoencoder_adapter import Codec
+from ..models.core import posterior_of
 from ..utils.distributed import gather, process_place
-from .image_dataset import Images
-from .latent_shards import (
+from ..utils.files import write_whole
+from ..utils.images import from_uint8
+from .image_dataset import Images, Row, decode_ahead
+from .latent_cache import (
     DTYPES,
     FORMAT,
     KINDS,
-    ShardBatches,
+    SETTINGS_FILE,
+    Settings,
+    encoder_facts,
     read_header,
-    settle,
+    read_settings,
+    rows_of,
     shard_path,
     shards_of,
-    write_settings,
-    write_shard,
+    stored_name,
+    stored_shape,
 )
 
-__all__ = ["encoder_facts", "write_latents"]
+__all__ = ["ShardBatches", "settle", "write_latents", "write_shard"]
 
 # Shape letters: B batch, N images of a shard, S side of a square image in pixels, C latent channels, h w its grid.
 
@@ -107,9 +116,8 @@ def write_latents(
         raise ValueError(problem)
     started = time.perf_counter()
     weight = next(codec.model.parameters())
-    pin = weight.device.type == "cuda"
     options = {"batch_size": batch_size, "threads": threads, "rank": rank, "world": world}
-    batches = ShardBatches(images, folder, settings, **options, pin=pin)
+    batches = ShardBatches(images, folder, settings, **options)
     encoded, written = _write_shards(batches, encode, weight, progress)
     seconds = time.perf_counter() - started
     if not batches.rows:
@@ -119,7 +127,7 @@ def write_latents(
     told = gather((mine, encoded, written, seconds))
     # A stream gets its number of rows, which says that it has come to its end, once all shards are there.
     if rank == 0:
-        write_settings(folder, settings)
+        _write_settings(folder, settings)
     headers = [header for part in told for header in part[0]]
     return {
         "rows": settings["rows"],
@@ -132,26 +140,129 @@ def write_latents(
     }
 
 
-def encoder_facts(codec: Codec) -> dict[str, Any]:
-    """
-    What of a model decides its latents, and what pipelines do to them.
+def settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
+    """The settings to go on with, once `cache.json` holds them; or why the folder cannot be written, in one line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / SETTINGS_FILE).exists():
+            old, new = read_settings(folder), dict(settings)
+            if old.get("rows") is None or new["rows"] is None:  # of a stream they are known once it has ended
+                old["rows"] = new["rows"] = old.get("rows") or new["rows"]
+            differing = [f"{name} {old.get(name)!r}, not {new[name]!r}" for name in new if old.get(name) != new[name]]
+            if differing:
+                return {}, f"{str(folder)!r} holds another cache: {'; '.join(differing)}."
+            settings = new
+        elif any(folder.glob("shard-*.safetensors")):
+            return {}, f"{str(folder)!r} holds shards, but no {SETTINGS_FILE} that says what they are."
+        _write_settings(folder, settings)
+    except (OSError, ValueError) as error:
+        return {}, f"{str(folder)!r} cannot be written: {' '.join(str(error).split())}"
+    return settings, ""
 
-    Returns:
-        `encoder`, a SHA-256 of all its weights but the decoder's; `precision`, the dtype that it runs in; its
-        `scaling_factor` and `shift_factor`.
+
+def write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) -> None:
     """
-    digest, weight = hashlib.sha256(), next(codec.model.parameters())
-    for name, value in sorted((codec.core or codec.model).state_dict().items()):
-        if name.partition(".")[0] not in ("decoder", "post_quant_conv"):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    kind = weight.device.type
-    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return {
-        "encoder": digest.hexdigest(),
-        "precision": str(precision).removeprefix("torch."),
-        **codec.statistics,
-    }
+    Write the batches of `ShardBatches` that make up a shard, with what the encoder gave of them as `plain` and, with
+    flips, `flipped`.
+
+    Raises:
+        ValueError: What was encoded is not finite in the dtype of the cache.
+    """
+    rows = [row for batch in batches for row in batch["rows"]]
+    labels = [-1 if label is None else label for batch in batches for label in batch["labels"]]
+    tensors = {"labels": torch.tensor(labels, dtype=torch.int64), "rows": torch.tensor(rows, dtype=torch.int64)}
+    # By row, so that neither batches nor processes nor what was left out change an image's noise.
+    noise = [np.random.default_rng((settings["seed"], row)) for row in rows] if settings["kind"] == "sample" else []
+    for side, suffix in (("plain", ""), ("flipped", "_flipped"))[: 1 + settings["flips"]]:
+        parts = [batch[side] for batch in batches if batch["rows"]]
+        values = torch.cat(parts).float().cpu() if parts else torch.empty(0, *stored_shape(settings))
+        if noise:
+            posterior = posterior_of(values)
+            drawn = [source.standard_normal(posterior.mean.shape[1:], np.float32) for source in noise]
+            values = posterior.mean + posterior.std * torch.from_numpy(np.stack(drawn))
+        values = values.to(getattr(torch, settings["dtype"])).contiguous()
+        if not (finite := torch.isfinite(values).flatten(1).all(1)).all():
+            row = rows[int(finite.int().argmin())]
+            raise ValueError(f"The latents of row {row} are not finite in {settings['dtype']}; try another `dtype`.")
+        tensors[stored_name(settings) + suffix] = values
+    skipped = {row: reason for batch in batches for row, _, reason in batch["skipped"]}
+    with write_whole(path) as file:
+        file.write(save(tensors, {"skipped": json.dumps(skipped)}))
+
+
+class ShardBatches:
+    """
+    The images of those shards that one of several processes has yet to write, decoded a batch ahead; no batch spans
+    two shards.
+
+    Iterating gives the dictionaries of `decode_ahead`, and in each the number of its `shard`.
+
+    Args:
+        images (`Images`): The data.
+        folder (`Path`): With the shards that are there already.
+        settings (`dict`): Those of `cache.json`.
+        batch_size, threads (`int`): Most rows in a batch, and decoded at a time.
+        rank, world (`int`): Which process this is, and of how many.
+
+    Attributes:
+        rows (`int` or `None`): Of the data, of a stream once it has ended.
+        todo (`int` or `None`): Rows to go through, of a stream unknown.
+
+    Raises:
+        ValueError: While iterating: a stream has another number of rows than before.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        folder: Path,
+        settings: Settings,
+        *,
+        batch_size: int,
+        threads: int,
+        rank: int,
+        world: int,
+    ):
+        self.images, self.folder, self.settings = images, folder, settings
+        self.batch_size, self.threads, self.rank, self.world = batch_size, threads, rank, world
+        self.rows: int | None = settings["rows"]
+        self.todo: int | None = None
+        if self.rows is not None:
+            self.shards = [shard for shard in shards_of(settings) if self._lacks(shard)]
+            self.todo = sum(len(rows_of(settings, shard)) for shard in self.shards)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in decode_ahead(self._chunks(), self.settings["size"], self.threads):
+            first = batch["rows"][0] if batch["rows"] else batch["skipped"][0][0]
+            yield {**batch, "shard": first // self.settings["shard_size"]}
+
+    def _chunks(self) -> Iterator[list[tuple[int, Row]]]:
+        for _, entries in groupby(self._numbered(), lambda entry: entry[0] // self.settings["shard_size"]):
+            while chunk := list(islice(entries, self.batch_size)):
+                yield chunk
+
+    def _lacks(self, shard: int) -> bool:
+        if shard % self.world != self.rank:
+            return False
+        try:
+            read_header(shard_path(self.folder, shard), self.settings)
+        except ValueError:
+            return True
+        return False
+
+    def _numbered(self) -> Iterator[tuple[int, Row]]:
+        if not self.images.streaming:
+            for row in chain.from_iterable(rows_of(self.settings, shard) for shard in self.shards):
+                yield row, self.images[row]
+        elif self.todo != 0:
+            lacks, count = functools.cache(self._lacks), 0
+            for row, entry in enumerate(islice(self.images, self.settings["limit"])):
+                count = row + 1
+                if lacks(row // self.settings["shard_size"]):
+                    yield row, entry
+            if self.rows not in (None, count):
+                raise ValueError(f"{self.images.source} must have {self.rows} rows as before, got {count}.")
+            self.rows = count
 
 
 def _encoder(codec: Codec, settings: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -183,16 +294,16 @@ def _write_shards(
 ) -> tuple[int, int]:
     """Encode in this thread while others decode and write; gives the images encoded and the shards written."""
     encoded = done = written = 0
-    pending: Future | None = None
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, torch.inference_mode():
-        for shard, parts in groupby(_ahead(iter(batches), reader), lambda batch: batch["shard"]):
+    with ThreadPoolExecutor(1) as writer, torch.inference_mode():
+        pending: Future[None] | None = None
+        for shard, parts in groupby(batches, lambda batch: batch["shard"]):
             whole = []
             for batch in parts:
-                if pending is not None and pending.done():
-                    pending.result()
                 if batch["rows"]:
-                    levels = batch.pop("levels").to(weight.device, non_blocking=True)
-                    pixel_values = (levels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(weight.dtype)
+                    levels = batch.pop("levels")
+                    levels = levels.pin_memory() if weight.is_cuda else levels  # copied without waiting
+                    levels = levels.to(weight.device, non_blocking=True)
+                    pixel_values = from_uint8(levels.permute(0, 3, 1, 2)).to(weight.dtype)
                     # Left on the device: the writer fetches a whole shard, and this thread waits for nothing.
                     batch["plain"] = encode(pixel_values)
                     if batches.settings["flips"]:
@@ -210,9 +321,6 @@ def _write_shards(
     return encoded, written
 
 
-def _ahead(items: Iterator[Any], pool: ThreadPoolExecutor) -> Iterator[Any]:
-    """The same items, the next one being made in a thread."""
-    future = pool.submit(next, items, None)
-    while (item := future.result()) is not None:
-        future = pool.submit(next, items, None)
-        yield item
+def _write_settings(folder: Path, settings: Settings) -> None:
+    with write_whole(folder / SETTINGS_FILE) as file:
+        file.write((json.dumps(settings, indent=1) + "\n").encode())

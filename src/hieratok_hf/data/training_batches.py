@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..utils.images import ImageError
+from ..utils.images import ImageError, from_uint8
 from .image_dataset import Images, Row, image_of
 
 __all__ = ["BatchPlan", "Draw", "plan_draws", "random_crop", "step_generator", "to_pixel_values", "training_loader"]
@@ -147,7 +147,7 @@ def training_loader(
 
 def to_pixel_values(batch: dict[str, Any]) -> Tensor:
     """The images of a batch as models take them, `(B, 3, S, S)` float32 in [-1, 1]."""
-    return batch["pixel_values"].float() / 127.5 - 1
+    return from_uint8(batch["pixel_values"])
 
 
 class Draw(NamedTuple):

@@ -1,7 +1,6 @@
 """Evaluation of class-conditional generators: numbered samples, and how often a classifier knows their classes."""
 
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,8 @@ from ..data.training_batches import step_generator
 from ..pipelines.class_names import plain_name
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.distributed import gather
-from .vision_features import colour_statistics
+from ..utils.images import from_uint8
+from .vision_features import FrozenVisionModel
 
 __all__ = ["ClassAccuracy", "GeneratedBatches", "ImageClassifier", "find_classes", "number_images", "image_size"]
 
@@ -94,48 +94,26 @@ class GeneratedBatches:
             levels = number_images(self.pipe, rows, self.seed, **self.settings)
             self.seconds += time.perf_counter() - start
             labels = [row % self.pipe.num_classes for row in rows]
-            yield {"pixel_values": levels.float() / 127.5 - 1, "rows": rows, "labels": labels}
+            yield {"pixel_values": from_uint8(levels), "rows": rows, "labels": labels}
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(FrozenVisionModel):
     """
-    An image classifier of transformers that never trains.
+    A frozen image classifier of transformers.
 
     Args:
         model (`PreTrainedModel`): Takes `pixel_values` and gives `logits`; its weights are frozen in place.
-        mean, std (`list[float]`): Of each colour in [0, 1], as the model was trained with.
+        mean, std (`list[float]`): As those of `FrozenVisionModel`.
 
     Attributes:
-        image_size (`int`): Side that images are brought to: that of the model's configuration, or 224.
         names (`dict[int, str]`): Of its labels.
     """
 
+    _auto_class = AutoModelForImageClassification
+
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        config: Any = model.config
-        size = getattr(config, "image_size", 224)
-        self.image_size: int = size if isinstance(size, int) else size[0]
-        self.names: dict[int, str] = {int(key): name for key, name in config.id2label.items()}
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str]) -> "ImageClassifier":
-        """
-        A classifier by folder or Hub id, in float32, with the colours' statistics of its image processor, or 0.5 and
-        0.5 where it has none.
-
-        Raises:
-            OSError: There is no such folder or repository, or no network to reach it.
-            ValueError: transformers knows no classifier of its kind, or its weights are not all there.
-        """
-        name = os.fspath(name_or_path)
-        kind = AutoModelForImageClassification
-        model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"{name!r} must hold all weights of a classifier, but lacks {missing[:_SHOWN]}.")
-        return cls(model, *colour_statistics(name))
+        super().__init__(model, mean, std)
+        self.names: dict[int, str] = {int(key): name for key, name in self.model.config.id2label.items()}
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -150,7 +128,7 @@ class ImageClassifier(nn.Module):
         pixel_values, size = pixel_values.float(), (self.image_size, self.image_size)
         if pixel_values.shape[-2:] != size:
             pixel_values = F.interpolate(pixel_values, size, mode="bicubic", antialias=True).clamp(-1, 1)
-        return self.model((pixel_values * 0.5 + 0.5 - self.mean) / self.std).logits
+        return self.model(self.normalise(pixel_values)).logits
 
 
 def find_classes(id2label: Mapping[int, str], num_classes: int, classifier_names: Mapping[int, str]) -> list[int]:

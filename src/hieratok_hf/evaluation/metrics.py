@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..models.core import PIXEL_LIMIT
 from ..models.losses import steps_at_borders
+from ..utils.images import from_uint8, to_uint8
 from .vision_features import VisionFeatures
 
 __all__ = ["SSIM_WINDOW", "FrechetDistance", "border_steps", "psnr", "ssim"]
@@ -193,7 +194,7 @@ class _PooledFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, levels: Tensor) -> Tensor:
-        return self.features(levels.float() / 127.5 - 1, self.size)[0].double()
+        return self.features(from_uint8(levels), self.size)[0].double()
 
 
 def _paired_levels(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,4 +216,4 @@ def _levels(name: str, tensor: Tensor) -> Tensor:
         raise ValueError(f"`{name}` must be floating point in [-1, 1], got {tensor.dtype}.")
     if not (largest := tensor.detach().abs().max().item()) <= PIXEL_LIMIT:  # phrased so that NaN fails
         raise ValueError(f"`{name}` must be finite and lie in [-1, 1], got a value of magnitude {largest:g}.")
-    return (255 * (tensor.detach().float() * 0.5 + 0.5).clamp(0, 1)).round()
+    return to_uint8(tensor.detach()).float()

@@ -4,19 +4,17 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.image_dataset import Images, Row, image_of
+from ..data.image_dataset import Images, Row, decode_ahead
 from ..models.autoencoder_adapter import Codec
 from ..models.losses import image_pyramid
 from ..utils.distributed import gather, process_place
-from ..utils.images import ImageError, centre_square
+from ..utils.images import from_uint8, to_uint8
 from .metrics import FrechetDistance, psnr, ssim
 from .perceptual import PerceptualDistance
 
@@ -70,34 +68,21 @@ class EvaluationBatches:
         return range(length if self.limit is None else min(self.limit, length))[rank::world]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        numbered: Iterator[tuple[int, Row]]
+        for batch in decode_ahead(self._numbered(), self.size, self.threads):
+            self.skipped |= {name: reason for _, name, reason in batch["skipped"]}
+            if batch["rows"]:
+                pixel_values = from_uint8(batch["levels"].permute(0, 3, 1, 2))
+                yield {"pixel_values": pixel_values, "rows": batch["rows"], "labels": batch["labels"]}
+
+    def _numbered(self) -> Iterator[list[tuple[int, Row]]]:
+        entries: Iterator[tuple[int, Row]]
         if self.images.streaming:
             rank, world = process_place()
-            numbered = islice(enumerate(self.images), rank, self.limit, world)
+            entries = islice(enumerate(self.images), rank, self.limit, world)
         else:
-            numbered = ((index, self.images[index]) for index in self._share())
-        with ThreadPoolExecutor(self.threads) as pool:
-            ahead: list[Any] = []
-            while chunk := list(islice(numbered, self.batch_size)):
-                ahead.append([pool.submit(self._sample, *entry) for entry in chunk])
-                if len(ahead) > 1:
-                    yield from self._batch(ahead.pop(0))
-            for futures in ahead:
-                yield from self._batch(futures)
-
-    def _sample(self, index: int, row: Row) -> tuple[np.ndarray | None, int, int | None]:
-        try:
-            return np.asarray(centre_square(image_of(row), self.size)), index, row["label"]
-        except ImageError as error:
-            self.skipped[row["name"]] = str(error)
-            return None, index, None
-
-    def _batch(self, futures: list[Any]) -> Iterator[dict[str, Any]]:
-        samples = [sample for sample in (future.result() for future in futures) if sample[0] is not None]
-        if samples:
-            levels = torch.from_numpy(np.stack([sample[0] for sample in samples])).permute(0, 3, 1, 2)
-            rows, labels = ([sample[i] for sample in samples] for i in (1, 2))
-            yield {"pixel_values": levels.float() / 127.5 - 1, "rows": rows, "labels": labels}
+            entries = ((index, self.images[index]) for index in self._share())
+        while batch := list(islice(entries, self.batch_size)):
+            yield batch
 
 
 class ReconstructionMetrics:
@@ -148,7 +133,7 @@ class ReconstructionMetrics:
         values = {"psnr": psnr(images, targets)}
         if self.ssim:
             values["ssim"] = ssim(images, targets)
-        rounded = [((x.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1 for x in (images, targets)]
+        rounded = [from_uint8(to_uint8(x)) for x in (images, targets)]
         for name, network in self.networks.items():
             values[name] = network(*rounded).flatten()
         values["images"] = torch.ones(len(images))

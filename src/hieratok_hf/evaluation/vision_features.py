@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,55 +11,54 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
-__all__ = ["DEFAULT_VISION_MODEL", "VisionFeatures", "colour_statistics"]
+__all__ = ["DEFAULT_VISION_MODEL", "FrozenVisionModel", "VisionFeatures"]
 
 # Shape letters: B batch, H W pixels, C channels of a map, h w its grid, N tokens.
 
 DEFAULT_VISION_MODEL = "google/mobilenet_v2_1.0_224"
-"""Hub id of the model that `VisionFeatures` takes unless another is named."""
+"""Hub id of the vision model that scripts take unless another is named."""
+
+ModelType = TypeVar("ModelType", bound="FrozenVisionModel")
 
 
-class VisionFeatures(nn.Module):
+class FrozenVisionModel(nn.Module):
     """
-    A vision model of transformers that never trains: convolutional networks and ViTs alike.
+    A vision model of transformers that never trains, with the statistics of the colours that it was trained with.
 
     Args:
-        model (`PreTrainedModel`): Takes `pixel_values` and gives `hidden_states`; its weights are frozen in place.
+        model (`PreTrainedModel`): Takes `pixel_values`; its weights are frozen in place.
         mean, std (`list[float]`): Of each colour in [0, 1], as the model was trained with.
 
     Raises:
         ValueError: `mean` or `std` are not three numbers, or a standard deviation is not positive.
     """
 
+    _auto_class: Any = AutoModel
+
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
         super().__init__()
         if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
             raise ValueError(f"`mean` and `std` must be three numbers, those of `std` positive, got {mean} and {std}.")
-        # Convolutions are a third faster with the channels last.
-        self.model = model.eval().requires_grad_(False)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Some ViTs take images of other sizes only when told so.
-        asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        self._any_size = {"interpolate_pos_encoding": True} if asks else {}
+        self.model: Any = model.requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str] = DEFAULT_VISION_MODEL) -> "VisionFeatures":
+    def from_pretrained(cls: type[ModelType], name_or_path: str | os.PathLike[str]) -> ModelType:
         """
-        A model by folder or Hub id, in float32, with the colours' statistics of its image processor, or 0.5 and 0.5
-        where it has none.
+        Load a model by folder or Hub id, in float32, with the statistics of its image processor, or 0.5 where it has
+        none.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it.
-            ValueError: transformers knows no vision model of its kind, or the weights of a layer are not there.
+            ValueError: transformers knows no such vision model, or the weights of a layer are not there.
         """
         name = os.fspath(name_or_path)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # that a classifier's head is left out is meant so
         try:
-            model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+            model, report = cls._auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         finally:
             logging.set_verbosity(verbosity)
         if getattr(model, "main_input_name", None) != "pixel_values":
@@ -68,23 +67,48 @@ class VisionFeatures(nn.Module):
         if missing and all(key.startswith("pooler.") for key in missing):
             model.pooler = None  # of many classifiers: it would be random, and another one in every process
         elif missing:
-            raise ValueError(f"{name!r} must hold all weights of its model, but lacks {missing}.")
-        return cls(model, *colour_statistics(name))
+            raise ValueError(f"{name!r} must hold all weights of {type(model).__name__}, but lacks {missing}.")
+        try:
+            settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name)[0]
+        except OSError:
+            settings = {}
+        return cls(model, settings.get("image_mean") or [0.5] * 3, settings.get("image_std") or [0.5] * 3)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model was trained with: that of its configuration, or 224."""
+        size = getattr(self.model.config, "image_size", 224)
+        return size if isinstance(size, int) else size[0]
+
+    def train(self: ModelType, mode: bool = True) -> ModelType:
+        """Stay in evaluation mode: statistics of batches would make the features depend on their company."""
+        return super().train(False)
+
+    def normalise(self, pixel_values: Tensor) -> Tensor:
+        """Turn `pixel_values` `(B, 3, H, W)` in [-1, 1] into what the model takes."""
+        return (pixel_values * 0.5 + 0.5 - self.mean) / self.std
+
+
+class VisionFeatures(FrozenVisionModel):
+    """
+    The features of a frozen vision model: of convolutional networks and ViTs alike.
+
+    Args:
+        model (`PreTrainedModel`): Takes `pixel_values` and gives `hidden_states`; its weights are frozen in place.
+        mean, std (`list[float]`): As those of `FrozenVisionModel`.
+    """
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
+        super().__init__(model, mean, std)
+        self.model.to(memory_format=torch.channels_last)  # convolutions are a third faster
+        # Some ViTs take images of other sizes only when told so.
+        asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self._any_size = {"interpolate_pos_encoding": True} if asks else {}
 
     @property
     def name(self) -> str:
         """What figures made with it are called after, as `"MobileNetV2"`."""
         return type(self.model).__name__.removesuffix("Model")
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that the model was trained with."""
-        size = getattr(self.model.config, "image_size", 224)
-        return size if isinstance(size, int) else size[0]
-
-    def train(self, mode: bool = True) -> "VisionFeatures":
-        """Stay in evaluation mode: statistics of batches would make the features depend on their company."""
-        return super().train(False)
 
     def forward(self, pixel_values: Tensor, size: int | None = None) -> tuple[Tensor, list[Tensor]]:
         """
@@ -104,20 +128,10 @@ class VisionFeatures(nn.Module):
             pixel_values = F.interpolate(pixel_values, (size, size), mode="bilinear", antialias=True)
         # Autocasting would round what the losses and statistics are made of.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            normalised = (pixel_values * 0.5 + 0.5 - self.mean) / self.std
-            normalised = normalised.to(memory_format=torch.channels_last)
+            normalised = self.normalise(pixel_values).to(memory_format=torch.channels_last)
             outputs = self.model(normalised, output_hidden_states=True, **self._any_size)
         if getattr(outputs, "hidden_states", None) is None or getattr(outputs, "last_hidden_state", None) is None:
             raise ValueError(f"`model` must give hidden states, which {type(self.model).__name__} does not.")
         maps = [x.transpose(1, 2) if x.ndim == 3 else x for x in (*outputs.hidden_states, outputs.last_hidden_state)]
         pooled = getattr(outputs, "pooler_output", None)
         return maps[-1].flatten(2).mean(2) if pooled is None else pooled.flatten(1), maps
-
-
-def colour_statistics(name: str) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the colours in the image processor of a folder or Hub id, 0.5 where it has none."""
-    try:
-        settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(name)[0]
-    except OSError:
-        settings = {}
-    return settings.get("image_mean") or [0.5] * 3, settings.get("image_std") or [0.5] * 3

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..models.core import HieraTokCore
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
+from ..utils.images import to_uint8
 
 __all__ = ["class_grid", "sample_grid"]
 
@@ -65,5 +66,5 @@ def _sheet(cells: Tensor) -> Image.Image:
     """Images `(rows, columns, 3, H, W)` in [-1, 1] with white gaps."""
     padded = F.pad(cells, (0, _GAP, 0, _GAP), value=1.0)
     sheet = padded.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (rows * H, columns * W, 3)
-    levels = ((sheet[:-_GAP, :-_GAP].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    levels = to_uint8(sheet[:-_GAP, :-_GAP]).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(levels))

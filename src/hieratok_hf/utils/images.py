@@ -1,4 +1,4 @@
-"""Image files of any mode to upright 8-bit RGB, with one-line errors for those that cannot be read."""
+"""Image files of any mode to upright 8-bit RGB, with one-line errors, and 8-bit levels to [-1, 1] and back."""
 
 import io
 import os
@@ -7,8 +7,9 @@ from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
+from torch import Tensor
 
-__all__ = ["ImageError", "convert_to_rgb", "decode_image", "open_image"]
+__all__ = ["ImageError", "centre_square", "convert_to_rgb", "decode_image", "from_uint8", "open_image", "to_uint8"]
 
 
 class ImageError(ValueError):
@@ -112,3 +113,13 @@ def centre_square(image: Image.Image, size: int) -> Image.Image:
     left, top = (image.width - short) // 2, (image.height - short) // 2
     box = (left, top, left + short, top + short)
     return image.crop(box) if short == size else image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def from_uint8(levels: Tensor) -> Tensor:
+    """Turn 8-bit `levels` `(...)` into float32 in [-1, 1]."""
+    return levels.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Round `images` `(...)` in [-1, 1] to the nearest of 256 levels; values beyond are clamped."""
+    return (255 * (images.float() * 0.5 + 0.5).clamp(0, 1)).round().byte()
