@@ -15,7 +15,6 @@ import hieratok_hf
 from hieratok_hf import (
     AutoencoderHieraTok,
     HieraTokAttnProcessor,
-    HieraTokDiTPipeline,
     HieraTokImageProcessorPil,
     HieraTokModel,
 )
@@ -40,6 +39,8 @@ def everything(vae: AutoencoderHieraTok, sample: torch.Tensor) -> list[torch.Ten
     """What every entry computes: moments, images of the mode, of two scales, of a forward pass, in this order."""
     posterior = vae.encode(sample).latent_dist
     latents = noise(2, 8, 7, 5).to(sample)
+    if not sample.is_contiguous():
+        latents = latents.contiguous(memory_format=torch.channels_last)
     decoded = [vae.decode(latents, num_scales=scales).sample for scales in (None, 2)]
     return [posterior.parameters, *decoded, vae(sample).sample]
 
@@ -132,7 +133,7 @@ def adapter_config(**given: Any) -> Any:
     return peft.LoraConfig(r=2, **{"init_lora_weights": False, **targets, **given})
 
 
-def test_an_adapter_is_saved_and_loaded(vae, sample, tmp_path):
+def test_an_adapter_is_saved_loaded_merged_and_taken_out_again(vae, sample, tmp_path):
     plain, base = everything(vae, sample), copy.deepcopy(vae)
     vae.add_adapter(adapter_config(lora_alpha=6), "mine")
     adapted = everything(vae, sample)
@@ -142,21 +143,13 @@ def test_an_adapter_is_saved_and_loaded(vae, sample, tmp_path):
     assert_same(everything(base, sample), adapted)
     base.unload_lora()
     assert_same(everything(base, sample), plain)
-
-
-def test_an_adapter_is_merged_and_taken_out_again(vae, sample):
-    plain = everything(vae, sample)
-    vae.add_adapter(adapter_config())
-    adapted = everything(vae, sample)
     vae.fuse_lora()
     assert_same(everything(vae, sample), adapted, atol=1e-4)
     vae.unfuse_lora()
-    assert_same(everything(vae, sample), adapted, atol=1e-4)
-    vae.set_adapters("default", 0.5)
+    vae.set_adapters("mine", 0.5)
     halved = everything(vae, sample)
-    vae.set_adapters("default", 1.0)
+    vae.set_adapters("mine", 1.0)
     vae.fuse_lora(lora_scale=0.5)
-    assert_same(everything(vae, sample), halved, atol=1e-4)
     vae.unload_lora()
     assert_same(everything(vae, sample), halved, atol=1e-4)
     assert all((a - b).abs().max() > 1e-2 for a, b in zip(halved, plain))
@@ -200,21 +193,14 @@ def test_fused_projections_of_a_loaded_model_with_compiled_blocks_and_with_an_ad
     assert list(loaded.state_dict()) == keys
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_channels_last(vae, sample, dtype):
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_channels_last(vae, sample, dtype, atol):
     vae, sample = vae.to(dtype), sample.to(dtype)
-    expected = everything(vae, sample)
-    turned = sample.contiguous(memory_format=torch.channels_last)
-    atol = 1e-5 if dtype == torch.float32 else 0.03
+    expected, turned = everything(vae, sample), sample.contiguous(memory_format=torch.channels_last)
     assert_same(everything(vae, turned), expected, atol)
     vae.to(memory_format=torch.channels_last)
     assert vae.core.encoder.patch_embed.weight.is_contiguous(memory_format=torch.channels_last)
     assert_same(everything(vae, turned), expected, atol)
-    with torch.no_grad():
-        latents = noise(2, 8, 7, 5).to(dtype)
-        torch.testing.assert_close(
-            vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample, expected[1], atol=atol, rtol=0
-        )
 
 
 def test_attention_processors_by_name(vae, sample):
@@ -265,17 +251,11 @@ def quantisation(library: str) -> Any:
     return diffusers.QuantoConfig(weights_dtype="int8")
 
 
-def load_quantised(library: str, **given: Any) -> AutoencoderHieraTok:
-    folder = hieratok_hf.pretrained("hieratok-tiny")
-    return AutoencoderHieraTok.from_pretrained(
-        folder, quantization_config=quantisation(library), **{"dtype": torch.float32, **given}
-    )
-
-
 @pytest.mark.filterwarnings("ignore:Quanto:FutureWarning")
 @pytest.mark.parametrize("library", ["torchao", "quanto"])
 def test_quantised_weights_give_the_same_images(shipped, library, tmp_path):
-    quantised, sample = load_quantised(library), images(1, 3, 64, 96)
+    options = {"quantization_config": quantisation(library), "dtype": torch.float32}
+    quantised, sample = AutoencoderHieraTok.from_pretrained(SHIPPED, **options), images(1, 3, 64, 96)
     with torch.no_grad():
         expected, made = shipped(sample).sample, quantised(sample).sample
         latents = shipped.encode(sample).latent_dist.mode()
@@ -290,26 +270,10 @@ def test_quantised_weights_give_the_same_images(shipped, library, tmp_path):
         assert torch.equal(loaded(sample).sample, made)
         if library == "torchao":
             assert torch.equal(HieraTokModel.from_pretrained(tmp_path).eval()(sample).reconstruction, made)
-
-
-def test_an_adapter_on_quantised_weights():
-    quantised, sample = load_quantised("torchao"), images(1, 3, 64, 96)
-    quantised.requires_grad_(False)
-    quantised.add_adapter(adapter_config(init_lora_weights=True, target_modules=["to_q", "to_v"]))
-    quantised(sample).sample.square().mean().backward()
-    gradients = {name: weight.grad for name, weight in quantised.named_parameters() if weight.grad is not None}
-    assert gradients and all("lora_" in name for name in gradients)
-    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
-
-
-def test_a_pipeline_is_loaded_with_its_tokenizer_quantised(tmp_path):
-    make_pipeline().save_pretrained(tmp_path)
-    mapping = diffusers.PipelineQuantizationConfig(quant_mapping={"vae": quantisation("torchao")})
-    pipe = HieraTokDiTPipeline.from_pretrained(tmp_path, quantization_config=mapping, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    plain = HieraTokDiTPipeline.from_pretrained(tmp_path)
-    plain.set_progress_bar_config(disable=True)
-    assert type(pipe.vae.core.decoder.blocks[0].attn.to_q.weight) is not nn.Parameter
-    assert type(pipe.transformer.transformer_blocks[0].attn1.to_q.weight) is nn.Parameter
-    made, expected = (one([0], 2, generator=torch.manual_seed(0), output_type="pt").images for one in (pipe, plain))
-    assert 0 < (made - expected).abs().mean() < 0.05
+    if library == "torchao":
+        loaded.requires_grad_(False)
+        loaded.add_adapter(adapter_config(init_lora_weights=True, target_modules=["to_q", "to_v"]))
+        loaded(sample).sample.square().mean().backward()
+        gradients = {name: weight.grad for name, weight in loaded.named_parameters() if weight.grad is not None}
+        assert gradients and all("lora_" in name for name in gradients)
+        assert any(gradient.abs().max() > 0 for gradient in gradients.values())
