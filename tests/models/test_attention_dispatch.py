@@ -6,7 +6,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from helpers import images, random_core
 from torch.nn.attention import SDPBackend
 
-from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor
+from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.models.attention_dispatch import DIFFUSERS_BACKENDS, backend_of, preferring
 
 NATIVE = [name for name in DIFFUSERS_BACKENDS if name.startswith("_native")]
@@ -86,10 +86,3 @@ def test_a_preferred_kernel_compiles_without_a_break(vae):
         torch.compiler.reset()
         compiled = torch.compile(vae, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(sample).sample, expected, rtol=0, atol=1e-5)
-
-
-def test_a_processor_of_its_own_backend_ignores_the_process(vae, reached):
-    vae.set_attn_processor(HieraTokAttnProcessor(backend="reference"))
-    with attention_backend("_native_math"):
-        vae.encode(images(1, 3, 16, 16))
-    assert set(reached) == {"reference"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DETOK, LINEAR_PATH, changed_tokens, images, noise, random_core
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hieratok_hf import AutoencoderHieraTok, PyramidLayout
 from hieratok_hf.models.losses import image_pyramid
@@ -229,6 +230,16 @@ def test_a_compiled_linear_path_gives_the_gradients_of_a_plain_one():
         results.append(torch.autograd.grad(compute(leaves[0], 0).square().sum(), leaves))
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-3)
+
+
+def test_one_graph_makes_all_scales_of_every_size():
+    core, counted = random_core(scale_factors=(4, 2, 1), decoder_num_layers=1), CompileCounterWithBackend("eager")
+    compiled = torch.compile(core.decode_scales, backend=counted, fullgraph=True, dynamic=True)
+    for grid in ((9, 10), (10, 12), (7, 13), (16, 9)):
+        latents = noise(1, 4, *grid)
+        for made, expected in zip(compiled(latents), core.decode_scales(latents), strict=True):
+            torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    assert counted.frame_count == 1
 
 
 @pytest.mark.parametrize("linear_path", [1, 3])

@@ -7,7 +7,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.hooks import apply_group_offloading
 from helpers import images, noise, random_core
 from tiny_pipelines import make_pipeline
 from torch import nn
@@ -16,13 +15,13 @@ import hieratok_hf
 from hieratok_hf import (
     AutoencoderHieraTok,
     HieraTokAttnProcessor,
-    HieraTokDiTPipeline,
     HieraTokImageProcessorPil,
     HieraTokModel,
 )
+from hieratok_hf.evaluation.metrics import psnr
 
 SHIPPED = Path(hieratok_hf.pretrained("hieratok-tiny"))
-PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.webp"))
+PHOTOGRAPH = Path(__file__).parents[2] / "examples" / "images" / "hat.webp"
 
 
 @pytest.fixture
@@ -40,6 +39,8 @@ def everything(vae: AutoencoderHieraTok, sample: torch.Tensor) -> list[torch.Ten
     """What every entry computes: moments, images of the mode, of two scales, of a forward pass, in this order."""
     posterior = vae.encode(sample).latent_dist
     latents = noise(2, 8, 7, 5).to(sample)
+    if not sample.is_contiguous():
+        latents = latents.contiguous(memory_format=torch.channels_last)
     decoded = [vae.decode(latents, num_scales=scales).sample for scales in (None, 2)]
     return [posterior.parameters, *decoded, vae(sample).sample]
 
@@ -49,51 +50,25 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor], atol:
         torch.testing.assert_close(result, wanted, atol=atol, rtol=0)
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that nothing was written to holds NaN, so weights that are not brought back cannot pass."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("door", ["method", "function"])
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-def test_group_offloading_through_every_entry(vae, sample, tmp_path, poisoned, offload_type, door):
-    expected = everything(vae, sample)
-    settings = {"offload_type": offload_type, "offload_to_disk_path": str(tmp_path), "num_blocks_per_group": 1}
-    if door == "method":
+def test_group_offloading_through_every_entry(vae, sample, tmp_path, monkeypatch, offload_type):
+    # Memory that nothing was written to holds NaN, so weights that are not brought back cannot pass.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        expected = everything(vae, sample)
+        settings = {"offload_type": offload_type, "offload_to_disk_path": str(tmp_path), "num_blocks_per_group": 1}
         vae.enable_group_offload(onload_device=torch.device("cpu"), **settings)
-    else:
-        apply_group_offloading(vae, onload_device=torch.device("cpu"), **settings)
-    assert all(weight.isnan().all() for weight in vae.parameters())
-    for _ in range(2):
-        assert_same(everything(vae, sample), expected, atol=0)
+        assert all(weight.isnan().all() for weight in vae.parameters())
+        for _ in range(2):
+            assert_same(everything(vae, sample), expected, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-def test_group_offloading_of_a_pipeline(tmp_path, poisoned):
-    pipe = make_pipeline()
-    expected = pipe([0, 1], 2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    settings = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)}
-    pipe.enable_group_offload(onload_device=torch.device("cpu"), exclude_modules=["transformer"], **settings)
-    assert all(weight.isnan().all() for weight in pipe.vae.parameters())
-    made = pipe([0, 1], 2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    assert torch.equal(made, expected)
-
-
-def test_sequential_offloading_through_every_entry(vae, sample):
+def test_sequential_and_model_offloading_through_every_entry(vae, sample):
     accelerate = pytest.importorskip("accelerate")
-    expected = everything(vae, sample)
-    accelerate.cpu_offload(vae, execution_device=torch.device("cpu"))
-    assert all(weight.is_meta for weight in vae.parameters())
-    assert_same(everything(vae, sample), expected, atol=0)
-    assert all(weight.is_meta for weight in vae.parameters())
-
-
-def test_the_hook_of_model_offloading_runs_at_every_entry(vae, sample):
-    accelerate = pytest.importorskip("accelerate")
-    expected = everything(vae, sample)
-    moved = []
+    expected, moved = everything(vae, sample), []
 
     class Moving(accelerate.hooks.ModelHook):
         def pre_forward(self, module, *args, **kwargs):
@@ -101,14 +76,14 @@ def test_the_hook_of_model_offloading_runs_at_every_entry(vae, sample):
             return args, kwargs
 
     accelerate.hooks.add_hook_to_module(vae, Moving())
-    for enter in (vae.encode, vae):
+    for enter, given in ((vae.encode, sample), (vae, sample), (vae.decode, noise(2, 8, 7, 5))):
         moved.clear()
-        enter(sample)
+        enter(given)
         assert moved and moved[0] is vae
-    moved.clear()
-    vae.decode(noise(2, 8, 7, 5))
-    assert moved == [vae]
+    accelerate.hooks.remove_hook_from_module(vae)
+    accelerate.cpu_offload(vae, execution_device=torch.device("cpu"))
     assert_same(everything(vae, sample), expected, atol=0)
+    assert all(weight.is_meta for weight in vae.parameters())
 
 
 @pytest.mark.gpu
@@ -131,33 +106,25 @@ def test_offloading_on_a_gpu(kind):
     assert pipe.vae.decode(latents).sample.device.type == "cuda"
 
 
-@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_layerwise_casting_is_the_rounding_of_the_weights(vae, sample, storage):
+@pytest.mark.parametrize(
+    ("storage", "compute"), [(torch.float8_e4m3fn, torch.float32), (torch.float8_e5m2, torch.bfloat16)]
+)
+def test_layerwise_casting_is_the_rounding_of_the_weights(vae, sample, storage, compute):
+    vae, sample = vae.to(compute), sample.to(compute)
     rounded = copy.deepcopy(vae)
     for name, module in rounded.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and "patch_embed" not in name:  # which diffusers keeps by default
             for weight in module.parameters():
-                weight.data = weight.data.to(storage).float()
-    expected = everything(rounded, sample)
-    plain = everything(vae, sample)
-    vae.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+                weight.data = weight.data.to(storage).to(compute)
+    expected, plain = everything(rounded, sample), everything(vae, sample)
+    vae.enable_layerwise_casting(storage_dtype=storage, compute_dtype=compute)
     for _ in range(2):
         results = everything(vae, sample)
         assert_same(results, expected)
         dtypes = {name: weight.dtype for name, weight in vae.named_parameters()}
         assert all(dtype == storage for name, dtype in dtypes.items() if "to_q" in name or "head" in name)
-        assert all(dtype == torch.float32 for name, dtype in dtypes.items() if "norm" in name or "scale" in name)
+        assert all(dtype == compute for name, dtype in dtypes.items() if "norm" in name or "scale" in name)
     assert not torch.allclose(results[1], plain[1], atol=1e-3)
-
-
-@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_layerwise_casting_to_half_precision(vae, sample, storage):
-    vae.to(torch.bfloat16)
-    plain = everything(vae, sample.bfloat16())
-    vae.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.bfloat16)
-    for result, expected in zip(everything(vae, sample.bfloat16()), plain):
-        assert result.dtype == torch.bfloat16
-        assert (result - expected).float().abs().mean() < 0.3 * expected.float().abs().mean()
 
 
 def adapter_config(**given: Any) -> Any:
@@ -166,7 +133,7 @@ def adapter_config(**given: Any) -> Any:
     return peft.LoraConfig(r=2, **{"init_lora_weights": False, **targets, **given})
 
 
-def test_an_adapter_is_saved_and_loaded(vae, sample, tmp_path):
+def test_an_adapter_is_saved_loaded_merged_and_taken_out_again(vae, sample, tmp_path):
     plain, base = everything(vae, sample), copy.deepcopy(vae)
     vae.add_adapter(adapter_config(lora_alpha=6), "mine")
     adapted = everything(vae, sample)
@@ -176,41 +143,13 @@ def test_an_adapter_is_saved_and_loaded(vae, sample, tmp_path):
     assert_same(everything(base, sample), adapted)
     base.unload_lora()
     assert_same(everything(base, sample), plain)
-
-
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
-def test_adapters_are_chosen_weighed_and_deleted(vae, sample):
-    plain = everything(vae, sample)
-    alone = []
-    for name in ("first", "second"):
-        vae.add_adapter(adapter_config(), name)
-        vae.set_adapters(name)
-        alone.append(everything(vae, sample))
-    assert vae.active_adapters() == ["second"] and not torch.allclose(alone[0][1], alone[1][1], atol=1e-2)
-    vae.set_adapters(["first", "second"], [1.0, 0.0])
-    assert_same(everything(vae, sample), alone[0])
-    vae.disable_lora()
-    assert_same(everything(vae, sample), plain)
-    vae.enable_lora()
-    vae.set_adapters("second")
-    vae.delete_adapters("first")
-    assert_same(everything(vae, sample), alone[1])
-    assert list(vae.peft_config) == ["second"]
-
-
-def test_an_adapter_is_merged_and_taken_out_again(vae, sample):
-    plain = everything(vae, sample)
-    vae.add_adapter(adapter_config())
-    adapted = everything(vae, sample)
     vae.fuse_lora()
     assert_same(everything(vae, sample), adapted, atol=1e-4)
     vae.unfuse_lora()
-    assert_same(everything(vae, sample), adapted, atol=1e-4)
-    vae.set_adapters("default", 0.5)
+    vae.set_adapters("mine", 0.5)
     halved = everything(vae, sample)
-    vae.set_adapters("default", 1.0)
+    vae.set_adapters("mine", 1.0)
     vae.fuse_lora(lora_scale=0.5)
-    assert_same(everything(vae, sample), halved, atol=1e-4)
     vae.unload_lora()
     assert_same(everything(vae, sample), halved, atol=1e-4)
     assert all((a - b).abs().max() > 1e-2 for a, b in zip(halved, plain))
@@ -238,70 +177,49 @@ def test_training_moves_the_adapter_only(vae, sample):
     assert moved and all("lora_" in name for name in moved)
 
 
-def test_fused_projections_of_a_loaded_model(vae, sample, tmp_path):
-    expected = everything(vae, sample)
+def test_fused_projections_of_a_loaded_model_with_compiled_blocks_and_with_an_adapter(vae, sample, tmp_path):
+    expected, keys = everything(vae, sample), list(vae.state_dict())
     vae.save_pretrained(tmp_path)
     loaded = AutoencoderHieraTok.from_pretrained(tmp_path)
     loaded.fuse_qkv_projections()
+    assert any("to_qkv" in name for name, _ in loaded.named_parameters())
     assert_same(everything(loaded, sample), expected)
+    loaded.add_adapter(adapter_config(target_modules=["to_qkv"]))
+    assert all((a - b).abs().max() > 1e-2 for a, b in zip(everything(loaded, sample), expected))
+    loaded.unload_lora()
     loaded.compile_repeated_blocks(backend="eager", fullgraph=True)
     assert_same(everything(loaded, sample), expected)
+    loaded.unfuse_qkv_projections()
+    assert list(loaded.state_dict()) == keys
 
 
-def test_an_adapter_on_fused_projections(vae, sample):
-    plain = everything(vae, sample)
-    vae.fuse_qkv_projections()
-    vae.add_adapter(adapter_config(target_modules=["to_qkv"]))
-    assert all((a - b).abs().max() > 1e-2 for a, b in zip(everything(vae, sample), plain))
-    vae.disable_lora()
-    assert_same(everything(vae, sample), plain)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_channels_last(vae, sample, dtype):
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_channels_last(vae, sample, dtype, atol):
     vae, sample = vae.to(dtype), sample.to(dtype)
-    expected = everything(vae, sample)
-    turned = sample.contiguous(memory_format=torch.channels_last)
-    atol = 1e-5 if dtype == torch.float32 else 0.03
+    expected, turned = everything(vae, sample), sample.contiguous(memory_format=torch.channels_last)
     assert_same(everything(vae, turned), expected, atol)
     vae.to(memory_format=torch.channels_last)
     assert vae.core.encoder.patch_embed.weight.is_contiguous(memory_format=torch.channels_last)
     assert_same(everything(vae, turned), expected, atol)
-    with torch.no_grad():
-        latents = noise(2, 8, 7, 5).to(dtype)
-        torch.testing.assert_close(
-            vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample, expected[1], atol=atol, rtol=0
-        )
 
 
 def test_attention_processors_by_name(vae, sample):
-    expected = everything(vae, sample)
-    calls = []
+    expected, calls = everything(vae, sample), []
 
     class Naming(HieraTokAttnProcessor):
-        def __init__(self, name):
-            super().__init__(backend="reference")
-            self.name = name
+        name = ""
 
         def __call__(self, *args, **kwargs):
             calls.append(self.name)
             return super().__call__(*args, **kwargs)
 
-    names = list(vae.attn_processors)
-    vae.set_attn_processor({name: Naming(name) for name in names})
-    assert [processor.name for processor in vae.attn_processors.values()] == names
+    processors = {name: Naming(backend="reference") for name in vae.attn_processors}
+    for name, processor in processors.items():
+        processor.name = name
+    vae.set_attn_processor({**processors})
+    assert vae.attn_processors == processors and len(processors) == 4
     assert_same(everything(vae, sample), expected)
-    with torch.no_grad():
-        calls.clear()
-        vae(sample)
-    assert calls == names
-    with pytest.raises(ValueError, match="number of processors 1 does not match"):
-        vae.set_attn_processor({names[0]: Naming(names[0])})
-
-
-def test_xformers_are_refused(vae):
-    with pytest.raises((ModuleNotFoundError, ValueError, NotImplementedError), match="xformers"):
-        vae.enable_xformers_memory_efficient_attention()
+    assert calls[-4:] == list(processors)
 
 
 @pytest.fixture(scope="module")
@@ -309,36 +227,19 @@ def shipped() -> AutoencoderHieraTok:
     return AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
 
 
-def psnr(image: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (image.float().clamp(-1, 1) - expected.clamp(-1, 1)).square().mean() / 4
-    return (-10 * error.log10()).item()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("photograph", PHOTOGRAPHS, ids=lambda path: path.stem)
-def test_half_precision_of_the_shipped_weights(shipped, photograph, dtype):
-    pixel_values = HieraTokImageProcessorPil.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))(
-        str(photograph), return_tensors="pt"
-    ).pixel_values[:, :, 64:192, 64:192]
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, (40, 30)), (torch.float16, (55, 45))])
+def test_half_precision_of_the_shipped_weights(shipped, dtype, least):
+    photograph = HieraTokImageProcessorPil()(str(PHOTOGRAPH), return_tensors="pt").pixel_values[:, :, 64:192, 64:192]
+    rows, columns = torch.arange(64)[:, None] // 8, torch.arange(64)[None] // 8
+    board = ((rows + columns) % 2 * 2.0 - 1).expand(1, 3, 64, 64)  # the hardest contrasts
     half = copy.deepcopy(shipped).to(dtype)
-    with torch.no_grad():
-        expected = shipped(pixel_values).sample
-        made = half(pixel_values.to(dtype)).sample
-    assert made.dtype == dtype and psnr(made, expected) > (40 if dtype == torch.bfloat16 else 55)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("period", [1, 2, 8, 13])
-def test_half_precision_of_the_hardest_contrasts(shipped, period, dtype):
-    rows, columns = torch.arange(64)[:, None] // period, torch.arange(64)[None] // period
-    board = ((rows + columns) % 2 * 2.0 - 1).expand(1, 3, 64, 64)
-    half = copy.deepcopy(shipped).to(dtype)
-    with torch.no_grad():
-        posterior, expected = shipped.encode(board).latent_dist, shipped(board).sample
-        moments, made = half.encode(board.to(dtype)).latent_dist, half(board.to(dtype)).sample
-    assert torch.isfinite(moments.mean).all() and torch.isfinite(moments.std).all() and torch.isfinite(made).all()
-    assert (moments.mean.float() - posterior.mean).abs().max() < 0.05 * posterior.mean.abs().max()
-    assert psnr(made, expected) > (30 if dtype == torch.bfloat16 else 45)
+    for sample, least_psnr in zip((photograph, board), least, strict=True):
+        with torch.no_grad():
+            posterior, expected = shipped.encode(sample).latent_dist, shipped(sample).sample
+            moments, made = half.encode(sample.to(dtype)).latent_dist, half(sample.to(dtype)).sample
+        assert torch.isfinite(moments.std).all() and made.dtype == dtype
+        assert (moments.mean.float() - posterior.mean).abs().max() < 0.05 * posterior.mean.abs().max()
+        assert psnr(made.float(), expected).item() > least_psnr
 
 
 def quantisation(library: str) -> Any:
@@ -350,17 +251,11 @@ def quantisation(library: str) -> Any:
     return diffusers.QuantoConfig(weights_dtype="int8")
 
 
-def load_quantised(library: str, **given: Any) -> AutoencoderHieraTok:
-    folder = hieratok_hf.pretrained("hieratok-tiny")
-    return AutoencoderHieraTok.from_pretrained(
-        folder, quantization_config=quantisation(library), **{"dtype": torch.float32, **given}
-    )
-
-
 @pytest.mark.filterwarnings("ignore:Quanto:FutureWarning")
 @pytest.mark.parametrize("library", ["torchao", "quanto"])
 def test_quantised_weights_give_the_same_images(shipped, library, tmp_path):
-    quantised, sample = load_quantised(library), images(1, 3, 64, 96)
+    options = {"quantization_config": quantisation(library), "dtype": torch.float32}
+    quantised, sample = AutoencoderHieraTok.from_pretrained(SHIPPED, **options), images(1, 3, 64, 96)
     with torch.no_grad():
         expected, made = shipped(sample).sample, quantised(sample).sample
         latents = shipped.encode(sample).latent_dist.mode()
@@ -373,37 +268,12 @@ def test_quantised_weights_give_the_same_images(shipped, library, tmp_path):
     loaded = AutoencoderHieraTok.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(loaded(sample).sample, made)
-
-
-def test_the_other_library_loads_what_torchao_quantised(tmp_path):
-    quantised, sample = load_quantised("torchao"), images(1, 3, 64, 96)
-    quantised.save_pretrained(tmp_path)
-    model = HieraTokModel.from_pretrained(tmp_path).eval()
-    assert type(model.core.decoder.blocks[0].attn.to_q.weight) is type(
-        quantised.core.decoder.blocks[0].attn.to_q.weight
-    )
-    with torch.no_grad():
-        assert torch.equal(model(sample).reconstruction, quantised(sample).sample)
-
-
-def test_an_adapter_on_quantised_weights():
-    quantised, sample = load_quantised("torchao"), images(1, 3, 64, 96)
-    quantised.requires_grad_(False)
-    quantised.add_adapter(adapter_config(init_lora_weights=True, target_modules=["to_q", "to_v"]))
-    quantised(sample).sample.square().mean().backward()
-    gradients = {name: weight.grad for name, weight in quantised.named_parameters() if weight.grad is not None}
-    assert gradients and all("lora_" in name for name in gradients)
-    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
-
-
-def test_a_pipeline_is_loaded_with_its_tokenizer_quantised(tmp_path):
-    make_pipeline().save_pretrained(tmp_path)
-    mapping = diffusers.PipelineQuantizationConfig(quant_mapping={"vae": quantisation("torchao")})
-    pipe = HieraTokDiTPipeline.from_pretrained(tmp_path, quantization_config=mapping, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    plain = HieraTokDiTPipeline.from_pretrained(tmp_path)
-    plain.set_progress_bar_config(disable=True)
-    assert type(pipe.vae.core.decoder.blocks[0].attn.to_q.weight) is not nn.Parameter
-    assert type(pipe.transformer.transformer_blocks[0].attn1.to_q.weight) is nn.Parameter
-    made, expected = (one([0], 2, generator=torch.manual_seed(0), output_type="pt").images for one in (pipe, plain))
-    assert 0 < (made - expected).abs().mean() < 0.05
+        if library == "torchao":
+            assert torch.equal(HieraTokModel.from_pretrained(tmp_path).eval()(sample).reconstruction, made)
+    if library == "torchao":
+        loaded.requires_grad_(False)
+        loaded.add_adapter(adapter_config(init_lora_weights=True, target_modules=["to_q", "to_v"]))
+        loaded(sample).sample.square().mean().backward()
+        gradients = {name: weight.grad for name, weight in loaded.named_parameters() if weight.grad is not None}
+        assert gradients and all("lora_" in name for name in gradients)
+        assert any(gradient.abs().max() > 0 for gradient in gradients.values())

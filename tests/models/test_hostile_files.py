@@ -17,61 +17,46 @@ CLASSES = [HieraTokModel, AutoencoderHieraTok, AutoModel]
 
 @pytest.fixture
 def folder(tmp_path):
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-def rewrite(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("place", ["../outside.safetensors", "absolute", "sub/../../outside.safetensors", "number"])
 def test_an_index_cannot_name_files_outside_its_folder(kind, place, folder, tmp_path):
-    outside = tmp_path / "outside.safetensors"
-    shard = sorted(folder.glob("*-of-*.safetensors"))[0]
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder, max_shard_size="40KB")
+    outside, shard = tmp_path / "outside.safetensors", sorted(folder.glob("*-of-*.safetensors"))[0]
     shard.rename(outside)
     (folder / "sub").mkdir()
     name = {"absolute": str(outside), "number": 5}.get(place, place)
-    for index in folder.glob("*.index.json"):
-        weight_map = json.loads(index.read_text())["weight_map"]
-        rewrite(index, weight_map={k: name if v == shard.name else v for k, v in weight_map.items()})
+    texts = {index: index.read_text() for index in folder.glob("*.index.json")}
+    for index, text in texts.items():
+        index.write_text(text.replace(json.dumps(shard.name), json.dumps(name)))
     # diffusers sorts the names before it looks at them.
     with pytest.raises((ValueError, TypeError), match=r"must name files beside it|path separator|not supported"):
         kind.from_pretrained(folder)
     outside.rename(shard)
-    for index in folder.glob("*.index.json"):
-        weight_map = json.loads(index.read_text())["weight_map"]
-        rewrite(index, weight_map={k: shard.name if v == name else v for k, v in weight_map.items()})
+    for index, text in texts.items():
+        index.write_text(text)
     assert kind.from_pretrained(folder) is not None  # it was the place alone
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", [*CLASSES, HieraTokConfig])
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("patch_size", "http://localhost/size"),
-        ("encoder_hidden_size", "../../secret"),
-        ("scale_factors", "/etc"),
-        ("latent_channels", [4]),
-        ("norm_eps", {"path": "/etc"}),
-        ("decoder_num_layers", True),
-        ("rotary_pairing", "/etc"),
-        ("sample_size", 1e9),
-    ],
+    [("patch_size", "http://localhost/size"), ("scale_factors", "/etc"), ("norm_eps", {"path": "/etc"})],
 )
 def test_a_path_or_a_url_is_no_number(kind, key, value, folder):
-    rewrite(folder / "config.json", **{key: value})
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(Exception, match=key) as caught:  # huggingface_hub has types of its own for this
         kind.from_pretrained(folder)
     assert not isinstance(caught.value, OSError)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("lie", ["end beyond the file", "overlap", "shape", "endless header", "no json"])
-def test_a_header_that_lies_is_refused(kind, lie, tmp_path):
-    folder = tmp_path / "model"
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder)
+@pytest.mark.parametrize("lie", ["end beyond the file", "overlap", "shape", "endless header"])
+def test_a_header_that_lies_is_refused(kind, lie, folder):
     data = (folder / WEIGHTS).read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -82,7 +67,7 @@ def test_a_header_that_lies_is_refused(kind, lie, tmp_path):
         header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
     elif lie == "shape":
         header[names[0]]["shape"] = [2**40, 2**40]
-    text = b"not json" if lie == "no json" else json.dumps(header).encode()
+    text = json.dumps(header).encode()
     stated = 2**62 if lie == "endless header" else len(text)
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", stated) + text + rest)
     with pytest.raises(Exception, match=r"header|offset|Unable to load|shape"):  # safetensors has a type of its own
@@ -99,9 +84,8 @@ class Code:
 
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "pytorch_model.bin"])
-def test_code_in_a_pickle_is_not_run(kind, name, tmp_path):
-    folder, made = tmp_path / "model", tmp_path / "made"
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder)
+def test_code_in_a_pickle_is_not_run(kind, name, folder, tmp_path):
+    made = tmp_path / "made"
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
         path.unlink()
     state = HieraTokModel.from_core(random_core()).state_dict()
@@ -111,9 +95,3 @@ def test_code_in_a_pickle_is_not_run(kind, name, tmp_path):
     assert not made.exists()
     torch.load(folder / name, weights_only=False)
     assert made.exists()  # it would have been
-
-
-def test_a_configuration_alone_is_checked_too(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "hieratok", "patch_size": "file:///etc/passwd"}))
-    with pytest.raises(Exception, match="patch_size"):
-        HieraTokConfig.from_pretrained(tmp_path)

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from hieratok_hf.models import image_processing_hieratok as module
 from hieratok_hf.models.image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
 from hieratok_hf.utils.images import ImageError
 
-KODAK = Path(__file__).resolve().parents[3] / "shared" / "data" / "kodak"
 needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
 BACKENDS = [
     pytest.param(HieraTokImageProcessorPil, id="pil"),
@@ -46,17 +44,9 @@ def test_every_kind_of_input_gives_the_same_values(backend):
     opaque = np.concatenate([array, np.full_like(array[..., :1], 255)], -1)
     frozen = array.copy()
     frozen.flags.writeable = False
-    given = [
-        Image.fromarray(array),
-        array,
-        chw,
-        torch.from_numpy(array),
-        torch.from_numpy(chw),
-        opaque,
-        frozen,
-        [array],
-    ]
-    given += [array[None], torch.from_numpy(chw)[None], [[array]], np.ascontiguousarray(array[:, ::-1])[:, ::-1]]
+    given = [Image.fromarray(array), array, chw, torch.from_numpy(array), torch.from_numpy(chw), opaque, frozen]
+    given += [[array], array[None], torch.from_numpy(chw)[None], [[array]]]
+    given += [np.ascontiguousarray(array[:, ::-1])[:, ::-1]]
     for images in given:
         values = processor(images, return_tensors="pt").pixel_values
         assert values.shape == (1, 3, 32, 48) and values.dtype == torch.float32
@@ -66,19 +56,13 @@ def test_every_kind_of_input_gives_the_same_values(backend):
     for images in (floats, floats.detach().numpy(), floats.detach().numpy().astype(">f4")):
         values = processor(images, do_rescale=False, return_tensors="pt").pixel_values
         torch.testing.assert_close(values, expected, rtol=0, atol=3e-7)
-    mixed = processor([array, Image.fromarray(array), torch.from_numpy(chw)], return_tensors="pt").pixel_values
-    assert mixed.shape == (3, 3, 32, 48) and (mixed[0] == mixed[1]).all() and (mixed[0] == mixed[2]).all()
-
-
-@both_backends
-def test_grey_and_transparent_arrays(backend):
     grey, rgba = noise(channels=0), noise(channels=4, seed=3)
     for given in (grey, grey[None], grey[..., None], torch.from_numpy(grey)):
-        values = backend()(given, return_tensors="pt").pixel_values
+        values = processor(given, return_tensors="pt").pixel_values
         assert (values == values[:, :1]).all() and values.shape == (1, 3, 32, 48)
-    from_pil, from_array = (backend()(x, return_tensors="pt").pixel_values for x in (Image.fromarray(rgba), rgba))
+    from_pil, from_array = processor([Image.fromarray(rgba), rgba], return_tensors="pt").pixel_values
     assert (from_pil == from_array).all()
-    as_float = backend()(rgba / 255, do_rescale=False, return_tensors="pt").pixel_values
+    as_float = processor(rgba / 255, do_rescale=False, return_tensors="pt").pixel_values[0]
     assert (as_float - from_pil).abs().max() <= 1.01 / 255
 
 
@@ -92,16 +76,10 @@ def test_size_is_kept_but_for_a_centre_crop(backend):
     assert backend()(array, size_divisor=1, return_tensors="pt").pixel_values.shape == (1, 3, 37, 50)
     listed = backend()([array, noise(64, 16)]).pixel_values
     assert [tuple(item.shape) for item in listed] == [(3, 32, 48), (3, 64, 16)]
-
-
-@both_backends
-def test_resize_and_centre_crop(backend):
-    processor = backend(do_resize=True, size=32, do_center_crop=True, crop_size=32)
-    values = processor([noise(64, 80), noise(100, 70)], return_tensors="pt").pixel_values
-    assert values.shape == (2, 3, 32, 32)
-    exact = backend()(
-        noise(64, 80), do_resize=True, size={"height": 48, "width": 16}, return_tensors="np"
-    ).pixel_values
+    square = backend(do_resize=True, size=32, do_center_crop=True, crop_size=32)
+    assert square([noise(64, 80), noise(100, 70)], return_tensors="pt").pixel_values.shape == (2, 3, 32, 32)
+    options = {"do_resize": True, "size": {"height": 48, "width": 16}, "return_tensors": "np"}
+    exact = backend()(noise(64, 80), **options).pixel_values
     assert isinstance(exact, np.ndarray) and exact.shape == (1, 3, 48, 16) and exact.dtype == np.float32
 
 
@@ -112,103 +90,41 @@ def test_resized_floats_keep_their_precision_and_range(backend):
     whole = backend()(array, **options).pixel_values
     floats = backend()(array / 255, do_rescale=False, **options).pixel_values
     assert (whole - floats).abs().max() <= 3 / 255  # a level and a half: uint8 is rounded after each of two passes
+    pil = HieraTokImageProcessorPil()(array, **options).pixel_values
+    assert (pil - whole).abs().max() <= 3 / 127.5
     step = np.zeros((3, 32, 32), np.float32)
     step[..., 16:] = 1
     edge = backend()(step, do_rescale=False, do_resize=True, size=64, return_tensors="pt").pixel_values
     assert edge.min() == -1 and edge.max() == 1 and edge.unique().numel() > 3
 
 
-@needs_torchvision
-def test_backends_agree():
-    options = {"do_resize": True, "size": 48, "return_tensors": "pt"}
-    pil, torchvision = (
-        cls()(noise(100, 70), **options).pixel_values for cls in (HieraTokImageProcessorPil, HieraTokImageProcessor)
-    )
-    assert (pil - torchvision).abs().max() <= 3 / 127.5
-
-
 ARGUMENT_ERRORS = [
-    ([], {}, ValueError, "images must hold at least one image, got none"),
-    (
-        None,
-        {},
-        TypeError,
-        "images must be PIL images, numpy arrays, torch tensors, paths or lists of them, got NoneType",
-    ),
-    (
-        [noise(), 7],
-        {},
-        TypeError,
-        "images must be PIL images, numpy arrays, torch tensors, paths or lists of them, got int",
-    ),
-    (np.zeros(5, np.uint8), {}, ValueError, "images must be arrays of 2, 3 or 4 dimensions, got shape (5,)"),
-    (noise(32, 32, 7), {}, ValueError, "images must have 1, 3 or 4 channels first or last, got shape (32, 32, 7)"),
-    (noise().astype(np.int64), {}, ValueError, "images must have the dtype uint8 or a floating one, got torch.int64"),
-    (noise() > 3, {}, ValueError, "images must have the dtype uint8 or a floating one, got bool"),
-    (
-        torch.rand(3, 32, 32),
-        {},
-        ValueError,
-        "images of a floating dtype must hold values in [0, 1] and need do_rescale=False",
-    ),
-    (
-        torch.full((3, 32, 32), 1.5),
-        {"do_rescale": False},
-        ValueError,
-        "images of a floating dtype must hold values in [0, 1], got [1.5, 1.5]",
-    ),
-    (
-        torch.full((3, 32, 32), torch.nan),
-        {"do_rescale": False},
-        ValueError,
-        "images of a floating dtype must hold values in [0, 1], got [nan, nan]",
-    ),
-    (
-        noise(15, 64),
-        {},
-        ValueError,
-        "images must have at least size_divisor=16 pixels on each side, got 15 x 64 (height x width)",
-    ),
-    (
-        noise(32, 64),
-        {"do_center_crop": True, "crop_size": 48},
-        ValueError,
-        "crop_size must fit an image of 32 x 64 (height x width), got {'height': 48, 'width': 48}",
-    ),
-    (
-        Image.new("L", (32, 32)),
-        {"do_convert_rgb": False},
-        ValueError,
-        "images must have 3 channels with do_convert_rgb=False, got 1",
-    ),
-    (
-        [noise(32, 32), noise(32, 48)],
-        {"return_tensors": "pt"},
-        ValueError,
-        "images of one batch must come out at one size, got [(32, 32), (32, 48)] (height, width): "
-        "set do_resize and do_center_crop, or return_tensors=None for a list",
-    ),
+    ([], {}, ValueError, "at least one image"),
+    (None, {}, TypeError, "NoneType"),
+    ([noise(), 7], {}, TypeError, "int"),
+    (np.zeros(5, np.uint8), {}, ValueError, "dimensions.*(5,)"),
+    (noise(32, 32, 7), {}, ValueError, "channels.*(32, 32, 7)"),
+    (noise().astype(np.int64), {}, ValueError, "dtype.*torch.int64"),
+    (noise() > 3, {}, ValueError, "dtype.*bool"),
+    (torch.rand(3, 32, 32), {}, ValueError, "do_rescale=False"),
+    (torch.full((3, 32, 32), 1.5), {"do_rescale": False}, ValueError, "[0, 1], got [1.5, 1.5]"),
+    (torch.full((3, 32, 32), torch.nan), {"do_rescale": False}, ValueError, "[0, 1], got [nan, nan]"),
+    (noise(15, 64), {}, ValueError, "size_divisor=16.*15 x 64"),
+    (noise(32, 64), {"do_center_crop": True, "crop_size": 48}, ValueError, "crop_size.*32 x 64"),
+    (Image.new("L", (32, 32)), {"do_convert_rgb": False}, ValueError, "3 channels.*do_convert_rgb"),
+    ([noise(32, 32), noise(32, 48)], {"return_tensors": "pt"}, ValueError, "[(32, 32), (32, 48)]"),
+    ([noise(), "none.png"], {}, ImageError, "No such file"),
 ]
 
 
 @both_backends
 @pytest.mark.parametrize(("images", "options", "kind", "text"), ARGUMENT_ERRORS)
 def test_argument_errors(backend, images, options, kind, text):
-    with pytest.raises(kind, match=f"^{re.escape(text)}$"):
+    with pytest.raises(kind, match=re.escape(text).replace(r"\.\*", ".*")):
         backend()(images, **options)
-
-
-@both_backends
-@pytest.mark.parametrize("value", [0, -8, 1.5, "16", True, None])
-def test_size_divisor_is_checked(backend, value):
-    with pytest.raises(ValueError, match=f"^size_divisor must be a positive integer, got {re.escape(repr(value))}$"):
-        backend(size_divisor=value)
-
-
-@both_backends
-def test_missing_path(tmp_path, backend):
-    with pytest.raises(ImageError, match="No such file"):
-        backend()([noise(), str(tmp_path / "none.png")])
+    for value in (0, -8, 1.5, "16", True, None):
+        with pytest.raises(ValueError, match=f"size_divisor .*{value!r}"):
+            backend(size_divisor=value)
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
@@ -219,28 +135,20 @@ def test_torchvision_backend_asks_for_torchvision():
 
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("seed", range(3))
-def test_round_trip_is_bit_identical(backend, dtype, seed):
-    height, width = (16 * int(n) for n in np.random.default_rng(seed).integers(1, 5, 2))
-    images = np.stack([noise(height, width, seed=seed), noise(height, width, seed=seed + 10)])
+def test_round_trip_is_bit_identical(backend, dtype):
+    images = np.stack([noise(48, 32, seed=seed) for seed in (0, 10)])
     images.reshape(-1)[:256] = np.arange(256)
     processor = backend()
     values = processor(list(images), return_tensors="pt").pixel_values.to(dtype)
     assert (np.stack([pixels(image) for image in processor.postprocess(values)]) == images).all()
-
-
-@both_backends
-def test_round_trip_with_other_settings(backend):
-    other = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
     for options in (
-        other,
+        {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]},
         {"do_normalize": False},
         {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
     ):
         processor = backend(**options)
-        assert (
-            pixels(processor.postprocess(processor(noise(), return_tensors="pt").pixel_values)[0]) == noise()
-        ).all()
+        (image,) = processor.postprocess(processor(images[0], return_tensors="pt").pixel_values)
+        assert (pixels(image) == images[0]).all()
 
 
 def test_postprocess_types_ranges_and_rounding():
@@ -259,50 +167,18 @@ def test_postprocess_types_ranges_and_rounding():
 @pytest.mark.parametrize(
     ("values", "output_type", "kind", "text"),
     [
-        (torch.zeros(3, 8, 8), "pil", ValueError, "pixel_values must have the shape (B, 3, H, W), got (3, 8, 8)"),
-        (
-            torch.zeros(1, 16, 8, 8),
-            "np",
-            ValueError,
-            "pixel_values must have the shape (B, 3, H, W), got (1, 16, 8, 8)",
-        ),
-        (torch.zeros(1, 3, 8, 8), "jpg", ValueError, "output_type must be 'pil', 'np' or 'pt', got 'jpg'"),
-        (
-            torch.full((1, 3, 1, 1), torch.nan),
-            "pt",
-            ValueError,
-            "pixel_values must be finite, got 3 NaN or infinite values",
-        ),
-        (
-            torch.full((1, 3, 1, 2), torch.inf),
-            "pt",
-            ValueError,
-            "pixel_values must be finite, got 6 NaN or infinite values",
-        ),
-        (
-            torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
-            "pt",
-            ValueError,
-            "pixel_values must have a floating dtype, got torch.uint8",
-        ),
-        ([torch.zeros(3, 8, 8)], "pt", TypeError, "pixel_values must be a torch tensor or a numpy array, got list"),
+        (torch.zeros(3, 8, 8), "pil", ValueError, r"pixel_values .*got \(3, 8, 8\)"),
+        (torch.zeros(1, 16, 8, 8), "np", ValueError, r"pixel_values .*got \(1, 16, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 8), "jpg", ValueError, "output_type .*got 'jpg'"),
+        (torch.full((1, 3, 1, 1), torch.nan), "pt", ValueError, "pixel_values must be finite, got 3"),
+        (torch.full((1, 3, 1, 2), torch.inf), "pt", ValueError, "pixel_values must be finite, got 6"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "pt", ValueError, "pixel_values .*torch.uint8"),
+        ([torch.zeros(3, 8, 8)], "pt", TypeError, "pixel_values .*list"),
     ],
 )
 def test_postprocess_errors(values, output_type, kind, text):
-    with pytest.raises(kind, match=f"^{re.escape(text)}$"):
+    with pytest.raises(kind, match=text):
         HieraTokImageProcessorPil().postprocess(values, output_type)
-
-
-@pytest.mark.skipif(not KODAK.is_dir(), reason=f"{KODAK} is absent")
-@both_backends
-def test_real_image(backend):
-    path = KODAK / "kodim23.png"
-    processor = backend()
-    values = processor(path, return_tensors="pt").pixel_values
-    assert values.shape == (1, 3, 512, 768)
-    assert (pixels(processor.postprocess(values)[0]) == np.array(opened(path))).all()
-    resized = processor(path, do_resize=True, return_tensors="pt").pixel_values
-    assert resized.shape == (1, 3, 256, 384)
 
 
 @both_backends
