@@ -23,7 +23,6 @@ from hieratok_hf import HieraTokConfig, HieraTokCore
 # Files whose fixtures take half a minute to make.
 ON_ONE_WORKER = {
     "test_app_browser.py",
-    "test_attention_kernels.py",
     "test_docs.py",
     "test_export.py",
     "test_gpu_launches.py",

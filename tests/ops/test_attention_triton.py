@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 import types
 
 import pytest
@@ -16,9 +15,10 @@ from hieratok_hf.ops.pyramid import flatten_pyramid
 
 pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4")
 import triton
+import triton.language as tl
 
 from hieratok_hf.ops import attention_triton
-from hieratok_hf.ops.attention_triton import prefix_attention, prefix_attention_backward, why_not_triton
+from hieratok_hf.ops.attention_triton import _locate, prefix_attention, prefix_attention_backward, why_not_triton
 
 # The interpreter is loud about NaN, and about rows beyond a scale, which are computed but not written.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -27,7 +27,8 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a 
 NAN = float("nan")
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 ENDS = (1, 5, 21, 85)
-LONGER_ENDS = {340: (4, 20, 84, 340), 341: (1, 5, 21, 85, 341), 1363: (1, 7, 25, 91, 352, 1363)}
+TEN_SCALES = (3, 4, 9, 20, 21, 33, 36, 50, 64, 67)
+AWKWARD_GRID = PyramidLayout.from_grid(9, 7, (6, 5, 3, 2, 1)).ends
 
 
 @pytest.fixture
@@ -35,14 +36,7 @@ def device(device_of):
     return device_of("triton")
 
 
-def id_of(value):
-    return str(value).removeprefix("torch.").replace(" ", "")
-
-
-every_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=id_of)
-
-
-def random_inputs(ends, device, dtype=torch.float32, head_dim=32, batch=1, heads=2, seed=0):
+def random_inputs(ends, device, dtype=torch.float32, head_dim=16, batch=1, heads=2, seed=0):
     """Queries, keys, values and upstream gradients `(B, N, A, d)`."""
     return [noise(batch, ends[-1], heads, head_dim, seed=10 * seed + i).to(device, dtype) for i in range(4)]
 
@@ -81,70 +75,44 @@ def check_against_the_reference(tensors, ends, scale=0.2, tolerance=None):
     return results
 
 
-@every_dtype
-@pytest.mark.parametrize("ends", [ENDS[:1], ENDS[:2], ENDS[:3], ENDS], ids=id_of)
-def test_outputs_and_gradients_equal_the_reference(ends, dtype, device):
-    check_against_the_reference(random_inputs(ends, device, dtype, head_dim=64, batch=2, seed=len(ends)), ends)
-
-
 @pytest.mark.parametrize(
-    ("num_tokens", "dtype"),
-    [*itertools.product((340, 341), (torch.float32, torch.bfloat16)), (1363, torch.float16)],
-    ids=id_of,
-)
-def test_outputs_and_gradients_of_longer_sequences_equal_the_reference(num_tokens, dtype, device):
-    ends = LONGER_ENDS[num_tokens]
-    tensors = random_inputs(ends, device, dtype, head_dim=64, heads=1, seed=num_tokens)
-    check_against_the_reference(tensors, ends)
-
-
-@pytest.mark.parametrize("num_scales", range(1, 11))
-def test_any_number_of_scales_equals_the_reference(num_scales, device):
-    inner = sorted(random.Random(num_scales).sample(range(1, 101), num_scales - 1))
-    ends = (*inner, 101)
-    check_against_the_reference(random_inputs(ends, device, heads=1, seed=num_scales), ends)
-
-
-@pytest.mark.parametrize(
-    ("grid", "factors"), [((3, 29), (8, 4, 2, 1)), ((37, 1), (5, 2, 1)), ((2, 13), (3, 1)), ((9, 11), (6, 5, 3, 2, 1))]
-)
-def test_odd_aspect_ratios_equal_the_reference(grid, factors, device):
-    ends = PyramidLayout.from_grid(*grid, factors).ends
-    check_against_the_reference(random_inputs(ends, device, heads=1, seed=grid[0]), ends)
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "dtype"),
+    ("ends", "head_dim", "dtype"),
     [
-        *((head_dim, torch.float32) for head_dim in (1, 8, 32, 40, 64, 96, 127, 128)),
-        *((head_dim, torch.bfloat16) for head_dim in (40, 96, 128)),
-        (32, torch.float16),
+        ((1,), 64, torch.float32),
+        ((1,), 8, torch.bfloat16),
+        ((1, 5), 1, torch.float32),
+        ((1, 5, 21), 128, torch.float32),
+        ((1, 5, 21), 96, torch.bfloat16),
+        (ENDS, 64, torch.float32),
+        (ENDS, 40, torch.bfloat16),
+        (ENDS, 127, torch.float16),
+        (TEN_SCALES, 16, torch.float32),
+        (AWKWARD_GRID, 8, torch.float32),
     ],
-    ids=id_of,
+    ids=lambda value: str(value).removeprefix("torch.").replace(" ", ""),
 )
-def test_any_size_of_head_equals_the_reference(head_dim, dtype, device):
-    tensors = random_inputs(ENDS, device, dtype, head_dim, heads=1, seed=head_dim)
-    check_against_the_reference(tensors, ENDS, scale=head_dim**-0.5)
+def test_outputs_and_gradients_equal_the_reference(ends, head_dim, dtype, device):
+    tensors = random_inputs(ends, device, dtype, head_dim, batch=2, heads=1, seed=len(ends))
+    check_against_the_reference(tensors, ends, scale=head_dim**-0.5)
 
 
-@pytest.mark.parametrize(("m", "k"), [(16, 16), (16, 64), (64, 16), (64, 64), (128, 128)])
-def test_any_tile_equals_the_reference(m, k, device, monkeypatch):
+@pytest.mark.parametrize(("m", "k"), [(16, 64), (64, 16)])
+@pytest.mark.parametrize("ends", [(16, 80), (3, 20, 70)], ids=["whole", "ragged"])
+def test_any_tile_equals_the_reference(ends, m, k, device, monkeypatch):
     for kernel in (attention_triton._attend, attention_triton._query_gradient, attention_triton._key_gradient):
         monkeypatch.setattr(kernel, "configs", [triton.Config({"M": m, "K": k}, num_stages=1)])
-    for ends in ((16, 80, 144), (3, 20, 101)):  # with and without whole tiles
-        check_against_the_reference(random_inputs(ends, device, head_dim=16, heads=1, seed=m + k), ends)
+    check_against_the_reference(random_inputs(ends, device, heads=1, seed=m + k), ends)
 
 
 def test_scores_far_beyond_the_range_of_the_exponential_equal_the_reference(device):
-    query, key, value, upstream = random_inputs(ENDS, device)
+    query, key, value, upstream = random_inputs(ENDS[:3], device, head_dim=32)
     # An exponent so large has fewer digits behind the point.
-    results = check_against_the_reference([10 * query, key, value, upstream], ENDS, scale=1.0, tolerance=1e-4)
+    results = check_against_the_reference([10 * query, key, value, upstream], ENDS[:3], scale=1.0, tolerance=1e-4)
     assert all(x.isfinite().all() for x in results)
 
 
-@every_dtype
-def test_the_second_result_is_the_base_2_logarithm_under_the_softmax(dtype, device):
-    query, key, value, _ = random_inputs(ENDS, device, dtype)
+def test_the_second_result_is_the_base_2_logarithm_under_the_softmax(device):
+    query, key, value, _ = random_inputs(ENDS, device, torch.bfloat16)
     log_sum = prefix_attention(query, key, value, ENDS, 0.2)[1]
     assert log_sum.shape == (1, 2, 85) and log_sum.dtype == torch.float32
     scores = torch.einsum("bqad,bkad->baqk", query.float(), key.float()) * 0.2
@@ -161,17 +129,9 @@ def amid_nan(tensor):
     return inside.copy_(tensor)
 
 
-@pytest.mark.parametrize("head_dim", [32, 40])
-def test_nothing_beside_the_inputs_is_read(head_dim, device):
-    tensors = random_inputs(ENDS, device, torch.bfloat16, head_dim)
-    for actual, expected in zip(computed(*map(amid_nan, tensors), ENDS), computed(*tensors, ENDS)):
-        assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("head_dim", [32, 40])
-@pytest.mark.parametrize("ends", [ENDS, (64, 128)], ids=id_of)
-def test_every_element_is_written(ends, head_dim, device, monkeypatch):
-    tensors = random_inputs(ends, device, head_dim=head_dim)
+@pytest.mark.parametrize(("ends", "head_dim"), [(ENDS, 40), ((32, 64), 16)], ids=["ragged", "whole"])
+def test_nothing_beside_the_inputs_is_read_and_every_element_is_written(ends, head_dim, device, monkeypatch):
+    tensors = random_inputs(ends, device, head_dim=head_dim, heads=1)
     expected = [prefix_attention(*tensors[:3], ends, 0.2)[1], *computed(*tensors, ends)]
     made = []
 
@@ -185,6 +145,7 @@ def test_every_element_is_written(ends, head_dim, device, monkeypatch):
     poisoned = types.SimpleNamespace(**vars(torch))
     poisoned.empty, poisoned.empty_like = full_of_nan(torch.empty), full_of_nan(torch.empty_like)
     monkeypatch.setattr(attention_triton, "torch", poisoned)
+    tensors = list(map(amid_nan, tensors))
     results = [prefix_attention(*tensors[:3], ends, 0.2)[1], *computed(*tensors, ends)]
     assert {x.data_ptr() for x in results} <= {x.data_ptr() for x in made}
     assert len(made) == 8  # an output and a sum, twice, `delta`, and three gradients
@@ -192,45 +153,21 @@ def test_every_element_is_written(ends, head_dim, device, monkeypatch):
         assert torch.equal(actual, same)
 
 
-def test_finer_tokens_that_are_nan_leave_coarser_results_bit_identical(device):
-    tensors = random_inputs(ENDS, device, torch.bfloat16)
-    before = computed(*tensors, ENDS)
-    for end in ENDS[:-1]:
-        poisoned = [x.clone() for x in tensors]
-        for x in poisoned:
-            x[:, end:] = NAN
-        after = computed(*poisoned, ENDS)
-        for actual, expected in zip(after[:2], before[:2]):  # outputs and gradients of queries
-            assert torch.equal(actual[:, :end], expected[:, :end])
-            assert actual[:, end:].isnan().all()
-
-
-def test_gradients_of_keys_and_values_come_from_their_own_and_finer_scales_alone(device):
-    tensors = random_inputs(ENDS, device, torch.bfloat16)
-    before = computed(*tensors, ENDS)
-    for start in ENDS[:-1]:
-        query, key, value, upstream = (x.clone() for x in tensors)
-        query[:, :start], upstream[:, :start] = NAN, NAN
-        after = computed(query, key, value, upstream, ENDS)
-        for actual, expected in zip(after[2:], before[2:]):
-            assert torch.equal(actual[:, start:], expected[:, start:])
-            assert actual[:, :start].isnan().all()
-
-
-@pytest.mark.parametrize("scale", range(4))
-def test_gradients_of_every_visible_key_and_value_reach_them(scale, device):
-    query, key, value, upstream = random_inputs(ENDS, device)
-    rows = layout_of(ENDS).slices[scale]
-    upstream[:, : rows.start], upstream[:, rows.stop :] = 0, 0
-    _, _, of_key, of_value = computed(query, key, value, upstream, ENDS)
-    for gradient in (of_key, of_value):
-        assert (gradient[:, rows.stop :] == 0).all()
-        if scale > 0:  # one token alone moves no weight
-            assert (gradient[:, : rows.stop].abs().sum(-1) > 0).all()
-
-
-def rows_first(x):
-    return x.clone(memory_format=torch.contiguous_format)
+def test_finer_queries_and_coarser_keys_that_are_nan_leave_no_trace_beyond_their_own(device):
+    ends, cut = (1, 5, 37), 5
+    tensors = random_inputs(ends, device, torch.bfloat16, heads=1)
+    before = computed(*tensors, ends)
+    finer, coarser = ([x.clone() for x in tensors] for _ in range(2))
+    for x in finer:
+        x[:, cut:] = NAN
+    for actual, expected in zip(computed(*finer, ends)[:2], before[:2]):  # outputs and gradients of queries
+        assert torch.equal(actual[:, :cut], expected[:, :cut])
+        assert actual[:, cut:].isnan().all()
+    for x in (coarser[0], coarser[3]):  # queries and upstream gradients
+        x[:, :cut] = NAN
+    for actual, expected in zip(computed(*coarser, ends)[2:], before[2:]):  # gradients of keys and values
+        assert torch.equal(actual[:, cut:], expected[:, cut:])
+        assert actual[:, :cut].isnan().all()
 
 
 def heads_first(x):
@@ -258,13 +195,9 @@ def batch_last(x):
 ARRANGEMENTS = [heads_first, one_of_three, every_second_channel, channels_before_rows, batch_last]
 
 
-@pytest.mark.parametrize(
-    "arrangements",
-    [*([arrange] * 4 for arrange in ARRANGEMENTS), ARRANGEMENTS[:4], ARRANGEMENTS[:0:-1]],
-    ids=lambda arrangements: "-".join(dict.fromkeys(arrange.__name__ for arrange in arrangements)),
-)
+@pytest.mark.parametrize("arrangements", [ARRANGEMENTS[:4], ARRANGEMENTS[:0:-1]], ids=["first", "last"])
 def test_strides_change_no_bit(arrangements, device):
-    ends = (9, 73)  # more than a tile
+    ends = (9, 43)  # more than a tile
     tensors = random_inputs(ends, device, batch=2)
     arranged = [arrange(x) for arrange, x in zip(arrangements, tensors)]
     assert not {x.stride() for x in arranged} & {x.stride() for x in tensors}
@@ -273,32 +206,17 @@ def test_strides_change_no_bit(arrangements, device):
 
 
 def test_expanded_tensors_are_taken(device):
-    query, key, value, upstream = random_inputs(ENDS, device, batch=2)
-    one_sequence, one_head, one_row = key[:1].expand_as(key), value[:, :, :1].expand_as(value), upstream[:, :1]
-    expanded = [query, one_sequence, one_head, one_row.expand_as(upstream)]
+    query, key, value, upstream = random_inputs(ENDS[:3], device, batch=2)
+    expanded = [query, key[:1].expand_as(key), value[:, :, :1].expand_as(value), upstream[0, 0, 0, 0].expand_as(query)]
     compact = [x.contiguous() for x in expanded]
-    for actual, expected in zip(computed(*expanded, ENDS), computed(*compact, ENDS)):
+    for actual, expected in zip(computed(*expanded, ENDS[:3]), computed(*compact, ENDS[:3])):
         assert torch.equal(actual, expected)
-
-
-def test_the_expanded_gradient_of_a_sum_is_taken(device):
-    query, key, value, _ = random_inputs(ENDS, device)
-    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    prefix_attention(*leaves, ENDS, 0.2)[0].sum().backward()
-    for leaf, expected in zip(leaves, computed(query, key, value, torch.ones_like(query), ENDS)[1:]):
-        assert torch.equal(leaf.grad, expected)
-
-
-def test_a_repeated_run_gives_the_same_bits(device):
-    tensors = random_inputs(ENDS, device, torch.bfloat16)
-    first, second = computed(*tensors, ENDS), computed(*tensors, ENDS)
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 def test_the_order_of_programs_changes_no_bit(monkeypatch):
-    tensors = random_inputs(ENDS, "cpu")
-    expected = computed(*tensors, ENDS)
+    tensors = random_inputs(ENDS[:3], "cpu")
+    expected = computed(*tensors, ENDS[:3])
     interpreter = triton.runtime.interpreter.interpreter_builder
     in_order, launched = interpreter.set_grid_idx, []
 
@@ -307,50 +225,35 @@ def test_the_order_of_programs_changes_no_bit(monkeypatch):
         in_order(interpreter.grid_dim[0] - 1 - x, y, z)
 
     monkeypatch.setattr(interpreter, "set_grid_idx", backwards)
-    assert all(torch.equal(a, b) for a, b in zip(computed(*tensors, ENDS), expected))
+    assert all(torch.equal(a, b) for a, b in zip(computed(*tensors, ENDS[:3]), expected))
     assert launched and min(launched) > 1
 
 
 def test_an_empty_batch_gives_empty_results(device):
     tensors = random_inputs(ENDS, device, batch=0)
-    assert [x.shape for x in computed(*tensors, ENDS)] == [(0, 85, 2, 32)] * 4
+    assert [x.shape for x in computed(*tensors, ENDS)] == [(0, 85, 2, 16)] * 4
     assert prefix_attention(*tensors[:3], ENDS, 0.2)[1].shape == (0, 2, 85)
 
 
-def test_the_second_result_has_no_gradient(device):
-    query, key, value, _ = random_inputs(ENDS[:2], device)
-    output, log_sum = prefix_attention(query.requires_grad_(), key, value, ENDS[:2], 0.2)
+def test_only_what_needs_a_gradient_gets_one_and_that_has_no_second_derivative(device):
+    ends = (1, 5)
+    query, key, value, upstream = random_inputs(ends, device)
+    expected = computed(query, key, value, upstream, ends)[3]
+    output, log_sum = prefix_attention(query, key, value.requires_grad_(), ends, 0.2)
     assert output.requires_grad and not log_sum.requires_grad
-
-
-def test_only_what_needs_a_gradient_gets_one(device):
-    query, key, value, upstream = random_inputs(ENDS, device)
-    expected = computed(query, key, value, upstream, ENDS)[3]
-    value.requires_grad_()
-    prefix_attention(query, key, value, ENDS, 0.2)[0].backward(upstream)
-    assert query.grad is None and key.grad is None and torch.equal(value.grad, expected)
-
-
-def test_a_second_derivative_is_refused(device):
-    query, key, value, _ = random_inputs(ENDS[:3], device)
-    query.requires_grad_()
-    output = prefix_attention(query, key, value, ENDS[:3], 0.2)[0]
-    (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    (gradient,) = torch.autograd.grad((output * upstream).sum(), value, create_graph=True)
+    assert torch.equal(gradient, expected)
     with pytest.raises(RuntimeError, match=r"prefix_attention_backward.* no autograd formula was registered"):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("arrange", "dtype"),
-    [(rows_first, torch.bfloat16), (heads_first, torch.float32), (every_second_channel, torch.float16)],
-    ids=["rows_first", "heads_first", "every_second_channel"],
-)
-def test_operators_keep_what_they_promise_to_pytorch(arrange, dtype, device):
-    query, key, value, upstream = map(arrange, random_inputs(ENDS[:3], device, dtype, head_dim=8))
-    saved = prefix_attention(query, key, value, ENDS[:3], 0.2)
-    torch.library.opcheck(prefix_attention_backward, (upstream, query, key, value, *saved, ENDS[:3], 0.2))
+def test_operators_keep_what_they_promise_to_pytorch(device):
+    ends = (1, 5)
+    query, key, value, upstream = map(every_second_channel, random_inputs(ends, device, torch.float16, head_dim=8))
+    saved = prefix_attention(query, key, value, ends, 0.2)
+    torch.library.opcheck(prefix_attention_backward, (upstream, query, key, value, *saved, ends, 0.2))
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(prefix_attention, (*leaves, ENDS[:3], 0.2))
+    torch.library.opcheck(prefix_attention, (*leaves, ends, 0.2))
 
 
 def attend_maps(query, key, value):
@@ -366,15 +269,14 @@ class AttendMaps(torch.nn.Module):
 
 
 def random_maps(height, width, device):
-    return [noise(2, 16, height, width, seed=seed).to(device) for seed in range(3)]
+    return [noise(1, 16, height, width, seed=seed).to(device) for seed in range(3)]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_graph_gives_the_same_bits_at_any_size(dynamic, device):
+def test_a_compiled_graph_gives_the_same_bits_at_any_size(device):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attend_maps, backend=counter, fullgraph=True, dynamic=dynamic)
-    for height, width in ((6, 4), (8, 7), (6, 4)):
+    compiled = torch.compile(attend_maps, backend=counter, fullgraph=True, dynamic=True)
+    for height, width in ((6, 4), (3, 5)):
         maps = [x.requires_grad_() for x in random_maps(height, width, device)]
         results = []
         for function in (compiled, attend_maps):
@@ -382,24 +284,22 @@ def test_a_compiled_graph_gives_the_same_bits_at_any_size(dynamic, device):
             upstream = noise(*attended.shape, seed=9).to(device)
             results.append([attended, *torch.autograd.grad(attended, maps, upstream)])
         assert all(torch.equal(actual, expected) for actual, expected in zip(*results))
-    assert counter.frame_count == (1 if dynamic else 2)
+    assert counter.frame_count == 1
     assert "prefix_attention" in str(counter.graphs[0].code)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_graph_of_any_size_holds_the_operator(strict, device):
+def test_an_exported_graph_of_any_size_holds_the_operator(device):
     any_size = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     maps = tuple(random_maps(6, 4, device))
-    exported = torch.export.export(AttendMaps(), maps, dynamic_shapes=[any_size] * 3, strict=strict)
+    exported = torch.export.export(AttendMaps(), maps, dynamic_shapes=[any_size] * 3)
     assert "hieratok_hf.prefix_attention.default" in [str(node.target) for node in exported.graph.nodes]
-    for height, width in ((6, 4), (9, 7)):
-        maps = random_maps(height, width, device)
-        assert torch.equal(exported.module()(*maps), attend_maps(*maps))
+    maps = random_maps(5, 3, device)
+    assert torch.equal(exported.module()(*maps), attend_maps(*maps))
 
 
 def test_autocast_computes_in_its_dtype(device):
-    layout = layout_of(ENDS)
-    tensors = [x.transpose(1, 2) for x in random_inputs(ENDS, device)[:3]]
+    layout = layout_of((1, 5))
+    tensors = [x.transpose(1, 2) for x in random_inputs((1, 5), device)[:3]]
     leaves = [x.clone().requires_grad_() for x in tensors]
     with torch.autocast(device, torch.bfloat16):
         attended = scale_causal_attention(*leaves, layout, backend="triton")
@@ -409,40 +309,24 @@ def test_autocast_computes_in_its_dtype(device):
     assert all(leaf.grad.dtype == torch.float32 and leaf.grad.abs().max() > 0 for leaf in leaves)
 
 
-def test_what_the_kernel_takes_has_no_reason_against_it(device):
-    for dtype, head_dim in itertools.product(TOLERANCES, (1, 64, 128)):
-        assert why_not_triton(torch.zeros(1, 1, 4, head_dim, dtype=dtype, device=device), 0.1) is None
-
-
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "scale", "reason"),
     [
-        (torch.float64, 64, 0.1, "the kernel takes float16, bfloat16 and float32, not torch.float64"),
-        (torch.float32, 129, 0.1, "the kernel takes heads of at most 128 channels, not 129"),
-        (torch.bfloat16, 256, 0.1, "the kernel takes heads of at most 128 channels, not 256"),
-        (torch.float32, 64, 0.0, "the kernel takes a positive `scale`, not 0.0"),
-        (torch.float32, 64, -0.1, "the kernel takes a positive `scale`, not -0.1"),
-        (torch.float32, 64, NAN, "the kernel takes a positive `scale`, not nan"),
+        *((dtype, head_dim, 0.1, None) for dtype, head_dim in zip(TOLERANCES, (1, 64, 128))),
+        (torch.float64, 64, 0.1, "float16, bfloat16 and float32, not torch.float64"),
+        (torch.float32, 129, 0.1, "at most 128 channels, not 129"),
+        (torch.float32, 64, 0.0, "positive `scale`, not 0.0"),
+        (torch.float32, 64, NAN, "positive `scale`, not nan"),
     ],
 )
-def test_what_the_kernel_does_not_take_is_refused_by_name_and_goes_elsewhere_by_default(
-    dtype, head_dim, scale, reason, device
-):
-    query, key, value = (noise(1, 1, 5, head_dim, seed=seed).to(device, dtype) for seed in range(3))
-    assert why_not_triton(query, scale) == reason
-    layout = layout_of((1, 5))
-    with pytest.raises(ValueError) as refusal:
-        scale_causal_attention(query, key, value, layout, backend="triton", scale=scale)
-    assert str(refusal.value) == f"`backend='triton'` cannot serve here: {reason}."
-    by_default = scale_causal_attention(query, key, value, layout, scale=scale)
-    by_sdpa = scale_causal_attention(query, key, value, layout, backend="sdpa", scale=scale)
-    torch.testing.assert_close(by_default, by_sdpa, atol=0, rtol=0, equal_nan=True)
+def test_what_the_kernel_does_not_take_is_named(dtype, head_dim, scale, reason, device):
+    found = why_not_triton(torch.zeros(1, 1, 5, head_dim, dtype=dtype, device=device), scale)
+    assert found is None if reason is None else reason in found
 
 
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
     monkeypatch.setattr(attention_triton, "INTERPRETED", triton.language.constexpr(False))
-    reason = "the kernel runs on a CUDA device, not on 'cpu' (or anywhere with TRITON_INTERPRET=1)"
-    assert why_not_triton(torch.zeros(1, 1, 4, 64), 0.1) == reason
+    assert "a CUDA device, not on 'cpu'" in why_not_triton(torch.zeros(1, 1, 4, 64), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -462,12 +346,54 @@ def test_an_old_chip_is_refused(capability, hip, reason, monkeypatch):
     assert why_not_triton(query, 0.1) == reason
 
 
+@triton.jit
+def places_kernel(places, ends, BLOCK: tl.constexpr, FINEST_FIRST: tl.constexpr):
+    """Where each program stands, `(programs, 4)`."""
+    batch_head, first_row, start, end = _locate(tl.program_id(0), ends, BLOCK, FINEST_FIRST)
+    place = places + 4 * tl.program_id(0)
+    tl.store(place, batch_head)
+    tl.store(place + 1, first_row)
+    tl.store(place + 2, start)
+    tl.store(place + 3, end)
+
+
+def places_of(ends, block, finest_first, batch_heads):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query = torch.zeros(1, ends[-1], batch_heads, 16, device=device)
+    programs = attention_triton._programs(query, ends, "M")({"M": block})
+    places = torch.full((*programs, 4), -1, dtype=torch.int32, device=device)
+    told = attention_triton._arguments(query, ends, 1.0)["ends"]
+    places_kernel[programs](places, told, BLOCK=block, FINEST_FIRST=finest_first)
+    return places.tolist()
+
+
+@pytest.mark.parametrize(("finest_first", "block"), [(False, 16), (True, 64)])
+@pytest.mark.parametrize("ends", [(1,), (33,), ENDS, (128, 256), tuple(range(1, 11))])
+def test_every_row_of_every_head_is_taken_once_by_a_tile_of_its_own_scale(ends, block, finest_first):
+    places = places_of(ends, block, finest_first, batch_heads=2)
+    taken = []
+    for batch_head, first_row, start, end in places:
+        assert (start, end) in set(zip((0, *ends), ends)) and start <= first_row < end
+        assert (first_row - start) % block == 0
+        taken += [(batch_head, row) for row in range(first_row, min(first_row + block, end))]
+    assert sorted(taken) == list(itertools.product(range(2), range(ends[-1])))
+
+
+@pytest.mark.parametrize("finest_first", [False, True])
+def test_the_tiles_of_a_head_with_the_most_work_start_first(finest_first):
+    places = places_of((1, 5, 21, 85), 16, finest_first, batch_heads=2)
+    for batch_head in range(2):
+        ends = [place[3] for place in places if place[0] == batch_head]
+        # A query of a finer scale sees more keys; a key of a coarser scale is seen by more queries.
+        assert ends == sorted(ends, reverse=finest_first) and len(set(ends)) == 4
+
+
 ON_A_GPU = (16, 80, 336, 1360)
 
 
 @pytest.mark.gpu
 @needs_a_gpu
-@every_dtype
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_a_gpu_computes_a_training_batch_as_the_reference(dtype):
     batch = 64 if dtype == torch.bfloat16 else 8
     tensors = random_inputs(ON_A_GPU, "cuda", dtype, head_dim=64, batch=batch, heads=12)
@@ -494,7 +420,7 @@ def test_every_tile_equals_the_reference_on_a_gpu(kernel, tile, device, monkeypa
     m, k, warps, stages = tile
     config = triton.Config({"M": m, "K": k}, num_warps=warps, num_stages=stages)
     monkeypatch.setattr(getattr(attention_triton, kernel), "configs", [config])
-    for ends in (ON_A_GPU, LONGER_ENDS[1363]):
+    for ends in (ON_A_GPU, (1, 7, 25, 91, 352, 1363)):
         tensors = random_inputs(ends, device, torch.bfloat16, head_dim=64)
         try:
             check_against_the_reference(tensors, ends)

@@ -38,7 +38,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
         "tile": [kwargs.get("M"), kwargs.get("K")],
         "shared": kernel.metadata.shared,
         "hash": kernel.hash,
-        "tensor_cores": any(name in kernel.asm["ptx"] for name in ("wgmma", "mma.sync")),
+        "cores": [name for name in ("wgmma", "mma.sync") if name in kernel.asm["ptx"]],
     })
     return kernel
 
@@ -49,13 +49,16 @@ def without_a_clock(self, *args, config, **kwargs):
 JITFunction.run = compile_only
 Autotuner._bench = without_a_clock
 
-from hieratok_hf.ops.attention_triton import prefix_attention
+from hieratok_hf.ops import attention_triton
 from hieratok_hf.ops.rotary_triton import norm_rotary
 
-dtype, head_dim = getattr(torch, sys.argv[2]), int(sys.argv[3])
-for ends in json.loads(sys.argv[4]):
-    projected = [torch.randn(2, ends[-1], 3, head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
-    prefix_attention(*projected, ends, 0.1)[0].sum().backward()
+dtype, head_dim, tiles, offset = getattr(torch, sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+for kernel in (attention_triton._attend, attention_triton._query_gradient, attention_triton._key_gradient):
+    kernel.configs = {"all": kernel.configs, "first": kernel.configs[:1], "last": kernel.configs[-1:]}[tiles]
+for ends in json.loads(sys.argv[6]):
+    wider = [torch.randn(2, ends[-1], 3, head_dim + offset, dtype=dtype) for _ in range(3)]
+    projected = [x[..., offset:].requires_grad_() for x in wider]
+    attention_triton.prefix_attention(*projected, ends, 0.1)[0].backward(wider[0][..., offset:].detach())
     tables = torch.randn(ends[-1], 1, head_dim), torch.randn(ends[-1], 1, head_dim)
     norm_rotary(projected[0], torch.ones(head_dim, requires_grad=True), *tables, 1e-6).sum().backward()
 print(json.dumps(launches))
@@ -63,12 +66,12 @@ print(json.dumps(launches))
 KERNELS = ("attention_kernel", "query_gradient_kernel", "key_gradient_kernel")
 
 
-def launches(tmp_path, capability, dtype, head_dim, layouts):
+def launches(tmp_path, capability, dtype, head_dim, layouts, tiles="all", offset=0):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2] / "src"), *sys.path])
-    arguments = [str(capability), dtype, str(head_dim), json.dumps(layouts)]
+    arguments = [capability, dtype, head_dim, tiles, offset, json.dumps(layouts)]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, *map(str, arguments)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -90,7 +93,9 @@ def test_all_launches_compile_for_hopper_with_its_tensor_cores(tuned_and_later):
         assert len({tuple(row["tile"]) for row in own}) >= 3  # several tiles to choose from
         block = 1 if name == "key_gradient_kernel" else 0
         for row in own:
-            assert row["tensor_cores"] and row["shared"] <= 227 * 1024
+            # Hopper's own instruction takes 64 rows of four warps.
+            assert row["cores"] == (["wgmma"] if row["tile"][block] >= 64 else ["mma.sync"])
+            assert row["shared"] <= 227 * 1024
             assert row["programs"] == 2 * 3 * sum(-(-length // row["tile"][block]) for length in lengths)
     assert {row["kernel"] for row in rows} == {*KERNELS, "rotary_kernel", "rotary_gradient_kernel"}
 
@@ -99,3 +104,18 @@ def test_the_choice_of_a_tile_is_kept_and_serves_all_layouts_of_so_many_scales(t
     for name in KERNELS:
         tuned, later = ({row["hash"] for row in rows if row["kernel"] == name} for rows in tuned_and_later)
         assert len(tuned) >= 3 and len(later) == 1 and later <= tuned
+
+
+def test_the_last_tile_fits_every_chip_with_the_largest_heads_and_numbers(tmp_path):
+    # 8.6 has the smallest shared memory.
+    rows = launches(tmp_path, 86, "float32", 128, [[4, 20, 84, 340]], tiles="last")
+    for row in rows:
+        if row["kernel"] in KERNELS:
+            assert row["cores"] == ["mma.sync"] and 0 < row["shared"] <= 99 * 1024
+    assert {row["kernel"] for row in rows} >= {*KERNELS}
+
+
+def test_many_scales_odd_heads_and_unaligned_rows_compile(tmp_path):
+    rows = launches(tmp_path, 90, "float16", 40, [list(range(1, 101, 11))], tiles="first", offset=1)
+    assert all(row["cores"] for row in rows if row["kernel"] in KERNELS)
+    assert {row["kernel"] for row in rows} >= {*KERNELS}

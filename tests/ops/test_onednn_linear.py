@@ -25,23 +25,17 @@ def calls(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("shape", [(340, 24), (2, 85, 24), (1, 1, 24), (24,), (0, 24), (2, 3, 5, 24)])
+@pytest.mark.parametrize("shape", [(2, 85, 24), (24,), (0, 24), (2, 3, 5, 24)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_is_the_linear_layer_of_pytorch(calls, shape, bias):
     torch.manual_seed(0)
     layer = HieraTokLinear(24, 40, bias=bias)
-    x = noise(*shape)
+    strided = noise(*shape[:-1], 2 * shape[-1])[..., ::2]
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
-    assert len(calls) == 1
-
-
-def test_strided_inputs_are_read_right(calls):
-    layer, x = HieraTokLinear(24, 40), noise(3, 24, 17).transpose(1, 2)
-    with torch.no_grad():
-        expected = nn.functional.linear(x, layer.weight, layer.bias)
-        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(layer(x[:, ::2]), expected[:, ::2], atol=1e-5, rtol=1e-5)
+        for x in (noise(*shape), strided, noise(*shape[::-1]).permute(*range(len(shape))[::-1])):
+            expected = nn.functional.linear(x, layer.weight, layer.bias)
+            torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) == 3
 
 
 def test_gradients_go_through_pytorch_s_own(calls):
@@ -77,9 +71,8 @@ def test_other_cases_are_left_to_pytorch(calls, case, monkeypatch):
     assert not calls
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_compiled_layers_ask_it_too(calls, bias):
-    layer = HieraTokLinear(24, 40, bias=bias)
+def test_compiled_layers_ask_it_too(calls):
+    layer = HieraTokLinear(24, 40)
     run = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         run(noise(2, 3, 24)), run(noise(2, 5, 24))
@@ -93,7 +86,7 @@ def test_the_compiler_gives_the_same_for_every_size(monkeypatch):
     layer = HieraTokLinear(24, 40)
     run = torch.compile(layer, fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for x in (noise(2, 3, 24), noise(2, 5, 24), noise(4, 24)):
+        for x in (noise(2, 3, 24), noise(2, 5, 24)):
             expected = nn.functional.linear(x, layer.weight, layer.bias)
             torch.testing.assert_close(run(x), expected, atol=1e-5, rtol=1e-5)
 

@@ -1,6 +1,7 @@
 """Tests of `pyramid`: where scales lie, and what the tokens of a scale are made of."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from hieratok_hf.models.losses import image_pyramid
 from hieratok_hf.ops.pyramid import convolve_pyramid, flatten_pyramid, keep_by_size
 
 FACTORS = (8, 4, 2, 1)
-GRIDS = [(7, 5), (1, 1), (16, 16), (4, 6), (1, 3), (9, 2), (8, 17)]
+SEVERAL_FACTORS = [FACTORS, (1,), (3, 1), (7, 3, 1)]
+GRIDS = [(7, 5), (1, 1), (16, 16), (1, 3), (8, 17)]
 
 
 def covered_means(latents, factors):
@@ -27,52 +29,36 @@ def covered_means(latents, factors):
     return torch.stack(tokens, dim=1)
 
 
-@pytest.mark.parametrize(
-    ("grid", "grids"),
-    [
-        ((7, 5), ((1, 1), (2, 2), (4, 3), (7, 5))),
-        ((1, 1), ((1, 1), (1, 1), (1, 1), (1, 1))),
-        ((16, 16), ((2, 2), (4, 4), (8, 8), (16, 16))),
-        ((17, 8), ((3, 1), (5, 2), (9, 4), (17, 8))),
-    ],
-)
-def test_grids_are_rounded_up(grid, grids):
-    assert PyramidLayout.from_grid(*grid, FACTORS).grids == grids
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("factors", [FACTORS, (1,), (3, 1), (5, 2, 1)])
-def test_slices_cover_the_sequence_once_in_order(grid, factors):
-    layout = PyramidLayout.from_grid(*grid, factors)
-    positions = list(range(layout.num_tokens))
-    assert [i for rows in layout.slices for i in positions[rows]] == positions
-    assert [rows.stop - rows.start for rows in layout.slices] == [h * w for h, w in layout.grids]
-    assert [rows.stop for rows in layout.slices] == list(layout.ends)
-    assert sum(layout.lengths) == layout.ends[-1] == layout.num_tokens
-    assert layout.num_scales == len(factors) and layout.grids[-1] == grid
-
-
-def test_16x16_has_340_tokens():
+def test_16x16_has_340_tokens_that_see_80_2_percent_of_the_score_matrix():
     layout = PyramidLayout.from_grid(16, 16, FACTORS)
-    assert layout.num_tokens == 340
-    assert layout.ends == (4, 20, 84, 340)
-
-
-def test_grids_of_2_4_8_16_see_80_2_percent_of_the_score_matrix():
-    layout = PyramidLayout.from_grid(16, 16, FACTORS)
+    assert layout.grids == ((2, 2), (4, 4), (8, 8), (16, 16))
+    assert layout.num_tokens == 340 and layout.ends == (4, 20, 84, 340)
     assert round(100 * float(layout.visible_ends().sum()) / layout.num_tokens**2, 1) == 80.2
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_visible_prefix_of_a_token_ends_with_its_own_scale(grid):
-    layout = PyramidLayout.from_grid(*grid, FACTORS)
-    expected = [end for end, (height, width) in zip(layout.ends, layout.grids) for _ in range(height * width)]
-    ends = layout.visible_ends()
-    assert ends.dtype == torch.int64 and ends.tolist() == expected
+@pytest.mark.parametrize("factors", SEVERAL_FACTORS)
+def test_scales_cover_the_sequence_once_in_order_and_each_sees_its_own_end(grid, factors):
+    layout = PyramidLayout.from_grid(*grid, factors)
+    assert layout.num_scales == len(factors) and layout.grids[-1] == grid
+    walked = [
+        (scale, factor, row, column)
+        for scale, factor in enumerate(factors)
+        for row in range(math.ceil(grid[0] / factor))
+        for column in range(math.ceil(grid[1] / factor))
+    ]
+    assert torch.stack(layout.cells(), dim=1).tolist() == [list(place) for place in walked]
+    positions = list(range(layout.num_tokens))
+    assert [i for rows in layout.slices for i in positions[rows]] == positions
+    assert tuple(rows.stop - rows.start for rows in layout.slices) == layout.lengths
+    assert [rows.stop for rows in layout.slices] == list(layout.ends)
+    visible = layout.visible_ends()
+    assert visible.dtype == torch.int64
+    assert visible.tolist() == [layout.ends[scale] for scale, *_ in walked]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("factors", [FACTORS, (1,), (3, 1), (7, 3, 1)])
+@pytest.mark.parametrize("factors", SEVERAL_FACTORS)
 def test_tokens_are_means_over_the_covered_cells(grid, factors):
     latents = noise(2, 3, *grid)
     layout = PyramidLayout.from_grid(*grid, factors)
@@ -81,7 +67,7 @@ def test_tokens_are_means_over_the_covered_cells(grid, factors):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("factors", [FACTORS, (1,), (3, 1), (7, 3, 1)])
+@pytest.mark.parametrize("factors", SEVERAL_FACTORS)
 def test_convolved_tokens_are_those_of_a_loop_over_blocks_with_a_continued_border(grid, factors):
     torch.manual_seed(0)
     latents, layout = noise(2, 3, *grid), PyramidLayout.from_grid(*grid, factors)
@@ -101,28 +87,12 @@ def test_convolved_tokens_are_those_of_a_loop_over_blocks_with_a_continued_borde
     torch.testing.assert_close(made, expected[:, : short.num_tokens], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_finest_tokens_are_the_latent_bit_for_bit(grid, dtype):
-    latents = noise(2, 3, *grid).to(dtype)
-    layout = PyramidLayout.from_grid(*grid, FACTORS)
+def test_finest_tokens_are_the_latent_bit_for_bit(dtype):
+    latents = noise(2, 3, 7, 5).to(dtype)
+    layout = PyramidLayout.from_grid(7, 5, FACTORS)
     finest = flatten_pyramid(latents, layout)[:, layout.slices[-1]]
     assert torch.equal(finest, latents.flatten(2).transpose(1, 2))
-
-
-def test_a_single_coarse_token_is_the_mean_of_an_odd_map():
-    latents = noise(1, 2, 7, 5)
-    tokens = flatten_pyramid(latents, PyramidLayout.from_grid(7, 5, (8, 1)))
-    torch.testing.assert_close(tokens[:, 0], latents.mean((2, 3)))
-
-
-@pytest.mark.parametrize("grid", [(7, 5), (16, 16), (1, 3)])
-def test_pooling_commutes_with_an_affine_map_of_each_channel(grid):
-    latents, gain, offset = noise(2, 3, *grid), noise(3, seed=1), noise(3, seed=2)
-    layout = PyramidLayout.from_grid(*grid, FACTORS)
-    mapped_first = flatten_pyramid(latents * gain[:, None, None] + offset[:, None, None], layout)
-    mapped_last = flatten_pyramid(latents, layout) * gain + offset
-    torch.testing.assert_close(mapped_first, mapped_last, atol=1e-6, rtol=1e-5)
 
 
 def test_gradient_of_a_coarse_average_is_spread_evenly_over_its_cells():
@@ -139,7 +109,7 @@ def test_gradient_of_a_coarse_average_is_spread_evenly_over_its_cells():
     torch.testing.assert_close(latents.grad[0, 0], expected)
 
 
-@pytest.mark.parametrize("num_scales", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_scales", [1, 3, 4])
 def test_truncated_layout_is_the_prefix(num_scales):
     layout = PyramidLayout.from_grid(7, 5, FACTORS)
     short = layout.truncate(num_scales)
@@ -172,16 +142,8 @@ def test_image_pyramid_averages_and_repeats_the_edge():
                 torch.testing.assert_close(pooled[..., row, column], image[:, :, rows][..., columns].mean((2, 3)))
 
 
-def test_cells_are_those_of_a_walk_over_the_grids():
-    layout = PyramidLayout.from_grid(7, 5, (6, 4, 1))
-    walked = [
-        (scale, factor, row, column)
-        for scale, (factor, (rows, columns)) in enumerate(zip(layout.scale_factors, layout.grids))
-        for row in range(rows)
-        for column in range(columns)
-    ]
-    assert torch.stack(layout.cells(), dim=1).tolist() == [list(place) for place in walked]
-    (top, bottom), (left, right) = layout.cells().spans((7, 5))
+def test_spans_end_with_the_grid():
+    (top, bottom), (left, right) = PyramidLayout.from_grid(7, 5, (6, 4, 1)).cells().spans((7, 5))
     assert [a.item() for a in (top[0], bottom[0], left[0], right[0])] == [0, 6, 0, 5]
     assert (bottom.max(), right.max()) == (7, 5)
 

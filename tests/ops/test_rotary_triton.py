@@ -35,17 +35,21 @@ def weight_of_norm(head_dim, dtype=torch.float32):
     return (1 + 0.3 * noise(head_dim, seed=5)).to(DEVICE, dtype).requires_grad_()
 
 
-def separate(hidden_states, weight, rotary):
-    if weight is not None:
-        hidden_states = nn.functional.rms_norm(hidden_states, weight.shape, weight, EPS)
-    return apply_rotary(hidden_states, rotary)
-
-
-@pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 96, 128])
-@pytest.mark.parametrize("dtype", list(TOLERANCES))
-def test_outputs_and_gradients_are_those_of_the_separate_steps(dtype, head_dim, normed):
-    rotary = tables(head_dim)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "normed", "overrides"),
+    [
+        (torch.float32, 8, True, {}),
+        (torch.float32, 128, False, {}),
+        (torch.bfloat16, 40, True, {}),
+        (torch.float16, 64, True, {}),
+        (torch.float16, 96, False, {}),
+        # Tables that are no pure rotation.
+        (torch.float32, 32, False, {"rotary_pairing": "detok"}),
+        (torch.float32, 32, True, {"rotary_coordinates": "fraction"}),
+    ],
+)
+def test_outputs_and_gradients_are_those_of_the_separate_steps(dtype, head_dim, normed, overrides):
+    rotary = tables(head_dim, **overrides)
     hidden_states, upstream = states(head_dim, dtype).requires_grad_(), states(head_dim, dtype, seed=1)
     weight = weight_of_norm(head_dim, dtype) if normed else None
     leaves = [hidden_states, weight] if normed else [hidden_states]
@@ -53,22 +57,12 @@ def test_outputs_and_gradients_are_those_of_the_separate_steps(dtype, head_dim, 
     actual = [rotated, *torch.autograd.grad(rotated, leaves, upstream)]
 
     exact = [x.detach().float().requires_grad_() for x in leaves]
-    rotated = separate(exact[0], exact[1] if normed else None, rotary)
+    rotated = apply_rotary(
+        nn.functional.rms_norm(exact[0], exact[1].shape, exact[1], EPS) if normed else exact[0], rotary
+    )
     expected = [rotated, *torch.autograd.grad(rotated, exact, upstream.float())]
     for one, other, leaf in zip(actual, expected, [hidden_states, *leaves]):
         assert one.dtype == leaf.dtype and relative_error(one, other) < TOLERANCES[dtype]
-
-
-@pytest.mark.parametrize("overrides", [{"rotary_pairing": "detok"}, {"rotary_coordinates": "fraction"}])
-def test_tables_that_are_no_pure_rotation_are_followed(overrides):
-    rotary = tables(32, **overrides)
-    hidden_states, upstream = states().requires_grad_(), states(seed=1)
-    results = []
-    for rotate in (norm_rotary, lambda x, weight, cos, sin, eps: separate(x, weight, (cos, sin))):
-        rotated = rotate(hidden_states, None, *rotary, EPS)
-        results.append([rotated, *torch.autograd.grad(rotated, hidden_states, upstream)])
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_strides_and_poisoned_surroundings_do_not_matter():
@@ -84,22 +78,13 @@ def test_strides_and_poisoned_surroundings_do_not_matter():
         assert torch.equal(norm_rotary(hidden_states, weight, *rotary, EPS), expected)
 
 
-def test_an_expanded_gradient_is_read_where_it_lies():
-    rotary, weight = tables(32), weight_of_norm(32)
-    gradients = []
-    for upstream in (torch.ones(()).to(DEVICE).expand(2, LAYOUT.num_tokens, 3, 32), torch.ones_like(states())):
-        gradients.append(norm_rotary_backward(upstream, states(), weight, *rotary, EPS))
-    for one, other in zip(*gradients):
-        assert torch.equal(one, other)
-
-
-def test_every_element_is_written_and_runs_agree_to_the_bit(monkeypatch):
-    rotary, weight, plain = tables(40), weight_of_norm(40), torch.empty
+def test_an_expanded_gradient_is_read_every_element_written_and_runs_agree_to_the_bit(monkeypatch):
+    rotary, weight, plain = tables(40), weight_of_norm(40).detach(), torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: plain(*args, **kwargs).fill_(float("nan")))
     runs = []
-    for _ in range(2):
-        rotated = norm_rotary(states(40), weight.detach(), *rotary, EPS)
-        runs.append([rotated, *norm_rotary_backward(states(40, seed=1), states(40), weight.detach(), *rotary, EPS)])
+    for upstream in (torch.ones(()).to(DEVICE).expand_as(states(40)), torch.ones_like(states(40))):
+        rotated = norm_rotary(states(40), weight, *rotary, EPS)
+        runs.append([rotated, *norm_rotary_backward(upstream, states(40), weight, *rotary, EPS)])
     for one, other in zip(*runs):
         assert torch.equal(one, other) and one.isfinite().all()
 
@@ -113,16 +98,15 @@ def test_an_empty_batch():
 
 @pytest.mark.parametrize("normed", [True, False])
 def test_what_pytorch_asks_of_an_operator(normed):
-    weight = weight_of_norm(32) if normed else None
-    torch.library.opcheck(norm_rotary, (states().requires_grad_(), weight, *tables(32), EPS))
-    weight = None if weight is None else weight.detach()
-    torch.library.opcheck(norm_rotary_backward, (states(seed=1), states(), weight, *tables(32), EPS))
+    weight = weight_of_norm(8) if normed else None
+    torch.library.opcheck(norm_rotary, (states(8).requires_grad_(), weight, *tables(8), EPS))
+    weight = weight.detach() if normed else None
+    torch.library.opcheck(norm_rotary_backward, (states(8, seed=1), states(8), weight, *tables(8), EPS))
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_a_model_gives_the_same_images_and_gradients(qk_norm):
-    core = random_core(qk_norm=qk_norm).to(DEVICE)
-    pixel_values = noise(1, 3, 28, 20).to(DEVICE)
+def test_a_model_gives_the_same_images_and_gradients():
+    core = random_core().to(DEVICE)
+    pixel_values = noise(1, 3, 12, 8).to(DEVICE)
     results = []
     for fused in (False, True):
         for block in [*core.encoder.blocks, *core.decoder.blocks]:
@@ -152,8 +136,8 @@ def test_on_a_gpu_only_eager_inference_takes_the_kernel_by_itself(monkeypatch):
 
 
 def test_compiles_without_a_graph_break():
-    core = random_core().to(DEVICE)
-    latents = noise(1, 4, 7, 5).to(DEVICE)
+    core = random_core(decoder_num_layers=1, scale_factors=(2, 1)).to(DEVICE)
+    latents = noise(1, 4, 3, 2).to(DEVICE)
     expected = core.decode(latents)
     for block in core.decoder.blocks:
         block.attn.set_processor(HieraTokAttnProcessor(fused_rotary=True))

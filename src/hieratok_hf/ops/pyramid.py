@@ -26,10 +26,9 @@ _KEPT_TOKENS = 2**14
 # Shape letters: B batch, H W pixels, p patch size, C latent channels, h w finest grid, N tokens of all scales.
 
 
-# Without it a decoding of hieratok-tiny takes 1.09 times as long at 64x64 and 1.00 to 1.03 times at 256x256 (one thread,
-# alternately with each function's `__wrapped__` in its place):
-# python -m timeit -s "import torch, hieratok_hf as h
-# core = h.AutoencoderHieraTok.from_pretrained(h.pretrained('hieratok-tiny')).requires_grad_(False).core
+# Without it hieratok-tiny decodes 1.09 times as long at 64x64, and as long at 256x256 (one thread, by turns with
+# each function's `__wrapped__` in its place): python -m timeit -s "import torch, hieratok_hf as h;
+# core = h.AutoencoderHieraTok.from_pretrained(h.pretrained('hieratok-tiny')).requires_grad_(False).core;
 # z = torch.zeros(1, core.config.latent_channels, 8, 8)" "core.decode(z)"
 def keep_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
     """
