@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from fnmatch import fnmatch
-from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +25,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 import pytest
 import yaml
 
-# The endings in the .gitattributes that the Hub gives a new repository.
-LFS_NAMES = """7z arrow bin bz2 ckpt ftz gz h5 joblib lfs.* mlmodel model msgpack npy npz onnx ot parquet pb pickle pkl
-    pt pth rar safetensors tar tar.* tflite tgz wasm xz zip zst"""
-GITATTRIBUTES = "".join(f"*.{name} filter=lfs diff=lfs merge=lfs -text\n" for name in LFS_NAMES.split()).encode()
+GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
 class Refusal(Exception):
@@ -49,40 +44,13 @@ class Answer:
 
     @staticmethod
     def json(value: Any, status: int = 200) -> "Answer":
-        return Answer(
-            json.dumps(value, default=str).encode(), status, {"Content-Type": "application/json; charset=utf-8"}
-        )
-
-
-@dataclass(frozen=True)
-class File:
-    data: bytes
-    lfs: bool
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-    @cached_property
-    def pointer(self) -> bytes:
-        lines = ("version https://git-lfs.github.com/spec/v1", f"oid sha256:{self.sha256}", f"size {len(self.data)}")
-        return "".join(f"{line}\n" for line in lines).encode()
-
-    @cached_property
-    def blob(self) -> str:
-        """git's name of what git stores: the bytes, or the pointer to them."""
-        stored = self.pointer if self.lfs else self.data
-        return hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.lfs else self.blob
+        return Answer(json.dumps(value).encode(), status, {"Content-Type": "application/json; charset=utf-8"})
 
 
 @dataclass(frozen=True)
 class Commit:
     oid: str
-    files: Mapping[str, File]
+    files: Mapping[str, bytes]
     title: str
     parent: str | None
     date: str
@@ -109,7 +77,7 @@ class Repository:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.history[oid]
 
-    def add_commit(self, ref: str, files: dict[str, File], title: str) -> Commit:
+    def add_commit(self, ref: str, files: dict[str, bytes], title: str) -> Commit:
         parent = self.refs.get(ref)
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         oid = hashlib.sha1(f"{self.name} {len(self.history)} {parent} {now}".encode()).hexdigest()
@@ -117,10 +85,9 @@ class Repository:
         self.refs[ref] = oid
         return self.history[oid]
 
-    def is_lfs(self, path: str, sample: bytes) -> bool:
-        """Whether the Hub takes a file over LFS: by .gitattributes, and what is not text."""
-        names = (f"*.{name}" for name in LFS_NAMES.split())
-        return b"\0" in sample or any(fnmatch(path.rpartition("/")[2], name) for name in names)
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class Request(NamedTuple):
@@ -217,16 +184,14 @@ class HubServer:
         """Somebody else's commit of `files` to a branch, past HTTP."""
         with self._lock:
             repo = self.repo(repo_id)
-            changed = {path: File(data, repo.is_lfs(path, data[:512])) for path, data in files.items()}
-            repo.objects.update({file.sha256: file.data for file in changed.values() if file.lfs})
-            repo.add_commit(f"refs/heads/{revision}", {**repo.at(revision).files, **changed}, "Add files")
+            repo.add_commit(f"refs/heads/{revision}", {**repo.at(revision).files, **files}, "Add files")
 
     def repo(self, repo_id: str) -> Repository:
         return self._repositories[repo_id]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The bytes of each file at a revision, .gitattributes among them."""
-        return {path: file.data for path, file in self.repo(repo_id).at(revision).files.items()}
+        return dict(self.repo(repo_id).at(revision).files)
 
     def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
         """The commits of a revision, the newest first."""
@@ -344,7 +309,7 @@ class HubServer:
         if status == 200:
             private = asked.get("visibility") == "private" or bool(asked.get("private"))
             repo = self._repositories[name] = Repository(name, private)
-            repo.add_commit("refs/heads/main", {".gitattributes": File(GITATTRIBUTES, False)}, "initial commit")
+            repo.add_commit("refs/heads/main", {".gitattributes": GITATTRIBUTES}, "initial commit")
         return Answer.json({"url": f"{self.url}/{name}", "name": name, "id": name}, status)
 
     @route("GET HEAD", REPO + r"(?:/revision/(?P<revision>[^/]+))?")
@@ -357,8 +322,8 @@ class HubServer:
     def _tree(self, call: Call, name: str, revision: str, folder: str | None) -> Answer:
         files = self._open(call, name).at(revision).files
         told = [
-            {"type": "file", "oid": file.blob, "size": len(file.data), "path": path}
-            for path, file in sorted(files.items())
+            {"type": "file", "oid": digest(data), "size": len(data), "path": path}
+            for path, data in sorted(files.items())
             if path.startswith(f"{folder}/" if folder else "")
         ]
         if not told:
@@ -375,15 +340,12 @@ class HubServer:
 
     @route("POST", REPO + r"/preupload/(?P<revision>[^/]+)")
     def _preupload(self, call: Call, name: str, revision: str) -> Answer:
-        repo = self._open(call, name, write=True)
-        commit, told = repo.at(revision), []
-        for asked in call.json["files"]:
-            path, sample = asked["path"], base64.b64decode(asked["sample"])
-            mode = "lfs" if repo.is_lfs(path, sample) else "regular"
-            here = commit.files.get(path)
-            known = {"oid": here.etag} if here else {}
-            told.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
-        return Answer.json({"files": told, "commitOid": commit.oid})
+        oid = self._open(call, name, write=True).at(revision).oid
+        told = []
+        for path in (asked["path"] for asked in call.json["files"]):
+            mode = "lfs" if path.endswith(".safetensors") else "regular"
+            told.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
+        return Answer.json({"files": told, "commitOid": oid})
 
     @route("POST", PAGE + r"\.git/info/lfs/objects/batch")
     def _batch(self, call: Call, name: str) -> Answer:
@@ -408,7 +370,7 @@ class HubServer:
     def _upload(self, call: Call) -> Answer:
         grant = self._signed[call.query["signature"][0]]
         assert "Authorization" not in call.headers  # the other host must not see the token
-        if len(call.body) != grant["size"] or hashlib.sha256(call.body).hexdigest() != grant["oid"]:
+        if len(call.body) != grant["size"] or digest(call.body) != grant["oid"]:
             raise Refusal(400, "What was uploaded is not what was announced")
         grant["repo"].objects[grant["oid"]] = call.body
         return Answer()
@@ -422,14 +384,14 @@ class HubServer:
         for line in lines[1:]:
             key, value = line["key"], line["value"]
             if key == "file":
-                files[value["path"]] = File(base64.b64decode(value["content"], validate=True), lfs=False)
+                files[value["path"]] = base64.b64decode(value["content"], validate=True)
             elif key == "lfsFile":
-                files[value["path"]] = File(repo.objects[value["oid"]], lfs=True)
+                files[value["path"]] = repo.objects[value["oid"]]
             else:
                 assert key == "deletedFile"
                 del files[value["path"]]
         card = files.get("README.md")
-        if card and (errors := card_problems(card.data.decode())):
+        if card and (errors := card_problems(card.decode())):
             raise Refusal(400, f"Invalid metadata in README.md: {'; '.join(errors)}")
         told = {"success": True, "hookOutput": ""}
         if call.query.get("create_pr") == ["1"]:
@@ -448,17 +410,17 @@ class HubServer:
         headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.files:
             raise Refusal(404, "Entry not found", "EntryNotFound", headers)
-        file = commit.files[path]
-        headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.data))}
-        if file.lfs:
-            return Answer(status=302, headers={**headers, "Location": self._sign(repo, file.sha256)})
+        data = commit.files[path]
+        headers |= {"X-Linked-Etag": f'"{digest(data)}"', "X-Linked-Size": str(len(data))}
+        if digest(data) in repo.objects:
+            return Answer(status=302, headers={**headers, "Location": self._sign(repo, digest(data))})
         location = f"/api/resolve-cache/models/{name}/{commit.oid}/{quote(path)}"
         return Answer(status=307, headers={**headers, "Location": location})
 
     @route("GET HEAD", REPO.replace("/api/", "/api/resolve-cache/") + r"/(?P<oid>[^/]+)/(?P<path>.+)")
     def _resolved(self, call: Call, name: str, oid: str, path: str) -> Answer:
-        file = self._open(call, name).at(oid).files[path]
-        return Answer(file.data, headers={"X-Repo-Commit": oid, "ETag": f'"{file.etag}"'})
+        data = self._open(call, name).at(oid).files[path]
+        return Answer(data, headers={"X-Repo-Commit": oid, "ETag": f'"{digest(data)}"'})
 
     @route("GET HEAD", r"/lfs/.+")
     def _download(self, call: Call) -> Answer:

@@ -19,12 +19,13 @@ with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parents[2] / "conversion"))
     script = importlib.import_module("convert_checkpoint")
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# With the largest size of a file of weights.
 CONFIGS = {
-    "all parts": {},
-    "l-DeTok's": DETOK,
-    "one scale": {"scale_factors": (1,), "linear_path": 0, "output_conv": False},
-    "averages": {"downsampling": "mean"},
-    "all see all": {"scale_causal": False, "decoder_num_layers": 3},
+    "all parts": ({}, "40KB"),
+    "l-DeTok's": (DETOK, "10GB"),
+    "one scale": ({"scale_factors": (1,), "linear_path": 0, "output_conv": False}, "10GB"),
+    "averages, and all see all": ({"downsampling": "mean", "scale_causal": False, "decoder_num_layers": 3}, "10GB"),
 }
 
 
@@ -79,8 +80,7 @@ def assert_folder_is(folder, core, dtype=torch.float32):
     core.float()
 
 
-@pytest.mark.parametrize("shard_size", ["10GB", "40KB"])
-@pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("overrides", "shard_size"), CONFIGS.values(), ids=CONFIGS)
 def test_there_and_back_is_the_same_to_the_bit(tmp_path, capsys, overrides, shard_size):
     core = random_core(**overrides)
     raw, folder, back = tmp_path / "raw.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
@@ -102,33 +102,26 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path, capsys, overrides, shar
     assert_folder_is(tmp_path / "again", core)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_dtype_of_less_precision_is_that_of_both_libraries_and_its_rounding_is_told(
-    tmp_path, capsys, config_file, dtype
-):
-    core = random_core()
-    save_file(core.state_dict(), tmp_path / "raw.safetensors")
-    told = convert(
-        capsys, tmp_path / "raw.safetensors", tmp_path / "folder", "--config", config_file, "--dtype", dtype
-    )
+def test_a_dtype_of_less_precision_is_that_of_both_libraries_and_its_rounding_is_told(tmp_path, capsys, config_file):
+    raw, core = tmp_path / "raw.safetensors", random_core()
+    save_file(core.state_dict(), raw)
+    told = convert(capsys, raw, tmp_path / "folder", "--config", config_file, "--dtype", "bfloat16")
     assert "rounding changes moments by up to" in told
-    assert_folder_is(tmp_path / "folder", core, getattr(torch, dtype))
+    assert_folder_is(tmp_path / "folder", core, torch.bfloat16)
 
-
-def test_weights_keep_the_dtype_of_the_checkpoint(tmp_path, capsys, config_file):
-    core = random_core().bfloat16()
-    save_file(core.state_dict(), tmp_path / "raw.safetensors")
-    told = convert(capsys, tmp_path / "raw.safetensors", tmp_path / "folder", "--config", config_file)
+    save_file(core.bfloat16().state_dict(), raw)
+    told = convert(capsys, raw, tmp_path / "again", "--config", config_file)
     assert "bfloat16" in told and "rounding" not in told
-    assert_same(load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors"), prefixed(core, "core."))
+    assert_same(load_file(tmp_path / "again" / WEIGHTS), prefixed(core, "core."))
 
 
 def prefixed(core, prefix):
     return {prefix + name: x for name, x in core.state_dict().items()}
 
 
-def mid_block(core, wrapper):
-    return {name.replace("blocks.1.", f"blocks.1.{wrapper}."): x for name, x in core.state_dict().items()}
+def mid_block(core):
+    wrapped = "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."
+    return {name.replace("blocks.1.", wrapped): x for name, x in core.state_dict().items()}
 
 
 def averaged_by_torch(core):
@@ -136,22 +129,13 @@ def averaged_by_torch(core):
 
 
 MAKINGS = {
-    "plain": lambda core: core.state_dict(),
-    "model": lambda core: {"model": core.state_dict(), "optimizer": {"state": {}}, "epoch": 3, "args": None},
     "state_dict": lambda core: {"state_dict": prefixed(core, "tokenizer.core."), "global_step": 2},
-    "module": lambda core: {"module": core.state_dict()},
-    "model.module": lambda core: {"model": {"module": core.state_dict()}},
+    "model.module": lambda core: {"model": {"module": core.state_dict()}, "optimizer": {"state": {}}, "args": None},
     "arguments beside it": lambda core: {"model": core.state_dict(), "args": argparse.Namespace(lr=1e-3)},
-    "DDP": lambda core: prefixed(core, "module."),
-    "compiled": lambda core: prefixed(core, "_orig_mod."),
     "compiled DDP of a training": lambda core: prefixed(core, "_orig_mod.module.core."),
-    "a part of a trainer": lambda core: prefixed(core, "tokenizer."),
     "an average by ema_pytorch": lambda core: prefixed(core, "ema_model."),
-    "FSDP": lambda core: {"model": mid_block(core, "_fsdp_wrapped_module")},
     "FSDP around all": lambda core: prefixed(core, "_fsdp_wrapped_module.core._fsdp_wrapped_module."),
-    "checkpointed blocks": lambda core: mid_block(core, "_checkpoint_wrapped_module"),
-    "compiled blocks": lambda core: mid_block(core, "_orig_mod"),
-    "both in a block": lambda core: mid_block(core, "_fsdp_wrapped_module._checkpoint_wrapped_module"),
+    "FSDP and checkpointing in a block": mid_block,
     "torch's average": averaged_by_torch,
 }
 
@@ -161,7 +145,7 @@ def test_every_nesting_and_wrapper_is_seen_through(tmp_path, capsys, config_file
     core = random_core()
     torch.save(make(core), tmp_path / "raw.pth")
     convert(capsys, tmp_path / "raw.pth", tmp_path / "folder", "--config", config_file)
-    assert_same(load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors"), prefixed(core, "core."))
+    assert_same(load_file(tmp_path / "folder" / WEIGHTS), prefixed(core, "core."))
 
 
 def test_files_of_torchs_earlier_format_are_read(tmp_path, capsys, config_file):
@@ -171,24 +155,20 @@ def test_files_of_torchs_earlier_format_are_read(tmp_path, capsys, config_file):
     assert_folder_is(tmp_path / "folder", core)
 
 
-@pytest.mark.parametrize("name", ["ema", "model_ema", "ema_state_dict", "state_dict_ema"])
+@pytest.mark.parametrize("name", ["ema", "state_dict_ema"])
 def test_the_average_is_taken_only_where_it_is_asked_for(tmp_path, capsys, config_file, name):
     plain, mean = random_core(), random_core(seed=1)
-    raw = tmp_path / "raw.pt"
+    raw, config = tmp_path / "raw.pt", ("--config", config_file)
     torch.save({"model": plain.state_dict(), name: {"module": mean.state_dict()}}, raw)
-    assert "'model'" in convert(capsys, raw, tmp_path / "plain", "--config", config_file)
-    assert_folder_is(tmp_path / "plain", plain)
-    assert f"'{name}.module'" in convert(capsys, raw, tmp_path / "mean", "--config", config_file, "--ema")
-    assert_folder_is(tmp_path / "mean", mean)
+    assert "'model'" in convert(capsys, raw, tmp_path / "plain", *config)
+    assert_same(load_file(tmp_path / "plain" / WEIGHTS), prefixed(plain, "core."))
+    assert f"'{name}.module'" in convert(capsys, raw, tmp_path / "mean", *config, "--ema")
+    assert_same(load_file(tmp_path / "mean" / WEIGHTS), prefixed(mean, "core."))
 
     torch.save({"model": plain.state_dict()}, raw)
-    assert "--ema: the checkpoint holds no averaged weights" in refused(
-        capsys, raw, tmp_path / "x", "--config", config_file, "--ema"
-    )
+    assert "--ema" in refused(capsys, raw, tmp_path / "x", *config, "--ema")
     torch.save({name: mean.state_dict()}, raw)
-    assert f"averaged weights alone, under ['{name}']: add --ema" in refused(
-        capsys, raw, tmp_path / "x", "--config", config_file
-    )
+    assert "add --ema" in refused(capsys, raw, tmp_path / "x", *config)
 
 
 class Training(torch.nn.Module):
@@ -228,22 +208,19 @@ def sharded(folder, weights, parts=3):
     return weight_map
 
 
-@pytest.mark.parametrize("way", ["folder", "index", "folder with an index"])
-def test_shards_are_put_together(tmp_path, capsys, config_file, way):
+@pytest.mark.parametrize("with_index", [False, True])
+def test_shards_are_put_together(tmp_path, capsys, config_file, with_index):
     core = random_core()
-    raw = tmp_path / "raw"
-    weight_map = sharded(raw, core.state_dict())
-    index = raw / "x.safetensors.index.json"
-    if way != "folder":
-        index.write_text(json.dumps({"weight_map": weight_map}))
-    convert(capsys, index if way == "index" else raw, tmp_path / "folder", "--config", config_file)
+    weight_map = sharded(tmp_path / "raw", core.state_dict())
+    if with_index:
+        (tmp_path / "raw" / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    convert(capsys, tmp_path / "raw", tmp_path / "folder", "--config", config_file)
     assert_folder_is(tmp_path / "folder", core)
 
 
-@pytest.mark.parametrize("saved_by", [HieraTokModel, AutoencoderHieraTok])
-def test_a_folder_of_either_library_goes_back(tmp_path, capsys, saved_by):
+def test_a_folder_of_transformers_goes_back(tmp_path, capsys):
     core = random_core()
-    saved_by.from_core(core).save_pretrained(tmp_path / "folder")
+    HieraTokModel.from_core(core).save_pretrained(tmp_path / "folder")
     convert(capsys, tmp_path / "folder", tmp_path / "raw.safetensors", "--to_raw")
     assert_same(load_file(tmp_path / "raw.safetensors"), core.state_dict())
 
@@ -278,39 +255,23 @@ def test_weights_from_before_there_was_learned_downsampling_are_known(tmp_path, 
     assert_same(dict(model.core.state_dict()), core.state_dict())
 
 
-def test_a_dry_run_writes_nothing(tmp_path, capsys, config_file):
-    save_file(random_core().state_dict(), tmp_path / "raw.safetensors")
-    before = set(tmp_path.rglob("*"))
-    assert "nothing was written" in convert(
-        capsys, tmp_path / "raw.safetensors", tmp_path / "folder", "--config", config_file, "--dry_run"
-    )
-    assert set(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("fault", ["weights", "image"])
-def test_a_folder_that_is_not_what_it_should_be_does_not_stay(
-    tmp_path, capsys, config_file, monkeypatch, exists, fault
-):
-    def spoil(model):
-        with torch.no_grad():
-            model.core.decoder.head.weight[0, 0] += 1e-6 if fault == "weights" else 0.0
-        if fault == "image":
-            plain = model.core.decode
-            monkeypatch.setattr(model.core, "decode", lambda *args: plain(*args) + 1e-6)
-
+def test_a_folder_that_is_not_what_it_should_be_does_not_stay(tmp_path, capsys, config_file, monkeypatch, fault):
     real = AutoencoderHieraTok.from_pretrained.__func__
 
     def load(cls, *args, **kwargs):
         model = real(cls, *args, **kwargs)
-        spoil(model)
+        if fault == "weights":
+            model.core.decoder.head.weight.data[0, 0] += 1e-6
+        else:
+            plain = model.core.decode
+            monkeypatch.setattr(model.core, "decode", lambda *args: plain(*args) + 1e-6)
         return model
 
     save_file(random_core().state_dict(), tmp_path / "raw.safetensors")
-    (tmp_path / "folder").mkdir() if exists else None
     monkeypatch.setattr(AutoencoderHieraTok, "from_pretrained", classmethod(load))
     told = refused(capsys, tmp_path / "raw.safetensors", tmp_path / "folder", "--config", config_file)
-    assert f"AutoencoderHieraTok {'loads other weights' if fault == 'weights' else 'gives another image'}" in told
+    assert "AutoencoderHieraTok" in told and ("weights" if fault == "weights" else "another image") in told
 
 
 def test_nothing_that_is_there_is_overwritten(tmp_path, capsys, config_file):
@@ -321,20 +282,6 @@ def test_nothing_that_is_there_is_overwritten(tmp_path, capsys, config_file):
     assert "is there already" in refused(capsys, tmp_path / "raw.safetensors", folder, "--config", config_file)
     assert "is there already" in refused(capsys, folder, tmp_path / "raw.safetensors", "--to_raw")
     assert "needs a folder" in refused(capsys, tmp_path / "raw.safetensors", tmp_path / "b.safetensors", "--to_raw")
-
-
-def edited(**changes):
-    def make(path):
-        weights = dict(random_core().state_dict())
-        for name, change in changes.items():
-            name = name.replace("__", ".")
-            if change is None:
-                del weights[name]
-            else:
-                weights[name] = change(weights[name]) if name in weights else change(None)
-        torch.save(weights, path)
-
-    return make
 
 
 def holding(value):
@@ -374,41 +321,20 @@ def other_core(**overrides):
     return lambda path: torch.save(random_core(**overrides).state_dict(), path)
 
 
-def with_value(value):
-    return lambda x: torch.where(torch.arange(x.numel()).view(x.shape) == 3, value, x)
-
-
-BIAS = "encoder__head__bias"
 BROKEN = {
-    "a tensor is missing": (edited(**{BIAS: None}), "missing in the checkpoint (1):\n  encoder.head.bias"),
-    "a tensor too many": (edited(extra=lambda _: noise(2)), "has no such part (1):\n  extra"),
-    "a wrong shape": (edited(**{BIAS: lambda x: x[:-1]}), "encoder.head.bias: found (7,), expected (8,)"),
-    "a matrix is turned": (edited(encoder__head__weight=lambda x: x.T), "weight: found (32, 8), expected (8, 32)"),
-    "NaN": (edited(**{BIAS: with_value(torch.nan)}), "not finite (1):\n  encoder.head.bias: found NaN"),
-    "infinity": (edited(**{BIAS: with_value(torch.inf)}), "not finite (1):\n  encoder.head.bias"),
-    "integers": (edited(**{BIAS: lambda x: x.int()}), "encoder.head.bias: found torch.int32"),
-    "a number for a tensor": (edited(**{BIAS: lambda x: 3}), "encoder.head.bias: found int"),
-    "q without k and v": (
-        edited(**{f"decoder__blocks__1__attn__to_{x}__weight": None for x in "kv"}),
-        "missing in the checkpoint (2):\n  decoder.blocks.1.attn.to_k.weight or decoder.blocks.1.attn.to_qkv.weight",
-    ),
     "other patches": (other_core(patch_size=8), "patch_embed.weight: found (32, 3, 8, 8), expected (32, 3, 4, 4)"),
     "more blocks": (other_core(encoder_num_layers=3), "no such part (16):\n  encoder.blocks.2."),
     "fewer blocks": (other_core(encoder_num_layers=1), "missing in the checkpoint (16):\n  encoder.blocks.1."),
-    "other channels of the latent": (other_core(latent_channels=6), "decoder.embed.weight: found (32, 6)"),
     "other scales": (other_core(scale_factors=(2, 1)), "decoder.scale_embedding: found (2, 32), expected (4, 32)"),
     "fused and its parts differ": (lambda path: fused(path, True), "given twice, with other values (1)"),
     "fused in part": (lambda path: fused(path, False), "to_qkv.weight: found (95, 32), expected (96, 32)"),
     "two become one": (collision, "'encoder.head.bias' and 'module.encoder.head.bias', which are both"),
     "half a file": (half, "raw.pt' cannot be read"),
-    "an empty file": (lambda path: path.write_bytes(b""), "raw.pt' cannot be read"),
     "text": (lambda path: path.write_text("no checkpoint"), "raw.pt' cannot be read"),
     "an empty dict": (holding({}), "no tensors by name"),
     "a list": (holding([torch.zeros(2)]), "holds a list, expected tensors by name"),
-    "a tensor": (holding(torch.zeros(2)), "holds a Tensor, expected tensors by name"),
     "numbers for names": (holding({3: torch.zeros(2)}), "expected tensors by name"),
     "an optimizer alone": (holding({"optimizer": {"state": {0: {"exp_avg": noise(2)}}}}), "found ['optimizer']"),
-    "an average without names": (holding({"ema": {"shadow_params": [noise(2)]}}), "add --ema"),
     "weights at two places": (holding({"model": {}, "state_dict": {}}), "several weights, under ['model', 'state_"),
     "one that holds itself": (holding_itself, "under 'model.model"),
     "a state of something else": (holding(dict.fromkeys(["step", "parts", "average", "updates"], 1)), "none of this"),
@@ -422,50 +348,21 @@ def test_a_broken_checkpoint_is_one_message(tmp_path, capsys, config_file, make,
     assert message in told and "raw.pt'" in told
 
 
-def header(text, length=None):
-    return lambda: struct.pack("<Q", len(text) if length is None else length) + text.encode() + b"\0" * 8
-
-
-def entry(**changes):
-    return json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}})
-
-
-SAFETENSORS = {
-    "longer than the file": header(entry(), 1 << 40),
-    "no JSON": header("{"),
-    "offsets beyond the end": header(entry(shape=[4], data_offsets=[0, 16])),
-    "offsets of another size": header(entry(shape=[3])),
-    "offsets backwards": header(entry(data_offsets=[8, 0])),
-    "a shape beyond all numbers": header(entry(shape=[1 << 62, 1 << 62])),
-    "an unknown dtype": header(entry(dtype="F13")),
-    "empty": lambda: b"",
-    "a pickle": lambda: b"\x80\x04N.",
-}
-
-
-@pytest.mark.parametrize("make", SAFETENSORS.values(), ids=SAFETENSORS)
-def test_a_safetensors_file_that_lies_is_refused(tmp_path, capsys, config_file, make):
-    (tmp_path / "raw.safetensors").write_bytes(make())
-    told = refused(capsys, tmp_path / "raw.safetensors", tmp_path / "out", "--config", config_file)
-    assert "raw.safetensors' cannot be read" in told
+def test_a_safetensors_file_that_lies_is_refused(tmp_path, capsys, config_file):
+    header = b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'
+    for content in (struct.pack("<Q", 1 << 40) + header, struct.pack("<Q", len(header)) + header, b"\x80\x04N."):
+        (tmp_path / "raw.safetensors").write_bytes(content)
+        told = refused(capsys, tmp_path / "raw.safetensors", tmp_path / "out", "--config", config_file)
+        assert "raw.safetensors' cannot be read" in told
 
 
 INDICES = {
     "names a file that is not there": (lambda x: {**x, "a": "gone.safetensors"}, "there is no"),
     "names a file outside": (lambda x: {**x, "a": "../raw.safetensors"}, "names '../raw.safetensors' for 'a'"),
-    "names a file by its whole path": (
-        lambda x: {**x, "a": "/elsewhere/raw.safetensors"},
-        "'/elsewhere/raw.safetensors' for 'a'",
-    ),
     "names a pickle": (lambda x: {**x, "a": "part.bin"}, "names 'part.bin' for 'a'"),
     "names a number": (lambda x: {**x, "a": 3}, "names 3 for 'a'"),
     "names a tensor that is not there": (lambda x: {**x, "a": "part-0.safetensors"}, "missing ['a']"),
-    "keeps a tensor back": (
-        lambda x: {k: v for k, v in x.items() if k != "encoder.head.bias"},
-        "['encoder.head.bias']",
-    ),
     "is empty": (lambda x: {}, "no `weight_map`"),
-    "is a list": (lambda x: [], "no `weight_map`"),
 }
 
 
@@ -496,8 +393,7 @@ class Writes:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+@pytest.mark.parametrize(("suffix", "zipped"), [(".pt", True), (".ckpt", False)])
 def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys, config_file, suffix, zipped):
     raw = tmp_path / f"raw{suffix}"
     hostile = {"model": random_core().state_dict(), "more": Writes(tmp_path / "written")}
@@ -509,11 +405,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys, config_file, suffix, 
 
 CONFIGURATIONS = {
     "not there": (None, "cannot be read"),
-    "no JSON": ("{", "cannot be read"),
-    "a list": ("[]", "not that of a HieraTok tokenizer"),
     "another model's": ('{"model_type": "bert"}', "not that of a HieraTok tokenizer"),
     "misspelt": ('{"latent_chanels": 4}', "'latent_chanels', which is no value"),
-    "out of range": ('{"patch_size": 5}', "`patch_size` must be a power of two, got 5"),
     "of another type": ('{"patch_size": "4"}', "the configuration is wrong"),
 }
 
@@ -531,6 +424,9 @@ def test_a_wrong_configuration_is_one_message(tmp_path, capsys, text, message):
 def test_values_override_the_configuration(tmp_path, capsys, config_file):
     save_file(random_core(scale_factors=(2, 1)).state_dict(), tmp_path / "raw.safetensors")
     options = ["--config", config_file, "--scale_factors", 2, 1, "--override", '{"kl_weight": 0.5}']
+    before = set(tmp_path.rglob("*"))
+    told = convert(capsys, tmp_path / "raw.safetensors", tmp_path / "out", *options, "--dry_run")
+    assert "nothing was written" in told and set(tmp_path.rglob("*")) == before
     convert(capsys, tmp_path / "raw.safetensors", tmp_path / "out", *options)
     config = HieraTokConfig.from_pretrained(tmp_path / "out")
     assert config.scale_factors == (2, 1) and config.kl_weight == 0.5
@@ -546,7 +442,7 @@ def test_weights_beyond_the_range_of_a_dtype_are_refused(tmp_path, capsys, confi
     assert "'core.encoder.head.bias' is beyond the range of torch.float16" in told
 
 
-@pytest.mark.parametrize("config", [[1], {3: 4}, {"patch_size": "4"}, {"more": 1}], ids=str)
+@pytest.mark.parametrize("config", [[1], {3: 4}, {"patch_size": "4"}], ids=str)
 def test_a_state_with_a_damaged_configuration_is_one_message(tmp_path, capsys, config):
     weights = prefixed(random_core(), "core.")
     state = {"step": 1, "parts": [{"model": weights}], "average": weights, "updates": 1, "config": config}
@@ -554,17 +450,11 @@ def test_a_state_with_a_damaged_configuration_is_one_message(tmp_path, capsys, c
     assert "configuration" in refused(capsys, tmp_path / "raw.pt", tmp_path / "out")
 
 
-def test_a_shard_size_that_is_none_is_refused(tmp_path, capsys, config_file):
-    save_file(random_core().state_dict(), tmp_path / "raw.safetensors")
-    refused(capsys, tmp_path / "raw.safetensors", tmp_path / "out", "--config", config_file, "--shard_size", "much")
-
-
-@pytest.mark.parametrize("fused", [[], ["--fused"]], ids=["plain", "fused"])
-def test_a_folder_whose_weights_do_not_suit_its_configuration_does_not_go_back(tmp_path, capsys, fused):
+def test_a_folder_whose_weights_do_not_suit_its_configuration_does_not_go_back(tmp_path, capsys):
     AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     (tmp_path / "folder" / "config.json").write_text(json.dumps({**config, "encoder_num_layers": 3}))
-    told = refused(capsys, tmp_path / "folder", tmp_path / "raw.safetensors", "--to_raw", *fused)
+    told = refused(capsys, tmp_path / "folder", tmp_path / "raw.safetensors", "--to_raw")
     assert "folder' does not suit its config.json" in told and "encoder.blocks.2." in told
 
 

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from transformers import AutoImageProcessor
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["moments", "images"]
 NORMS = ("ln_pre.weight", "ln_post.weight", "norm1.weight", "norm2.weight")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
@@ -77,22 +75,18 @@ def norm(x, weight):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def angles(grid, wrong):
+def angles(grid):
     """`(N, d)`: first half of the channels by the row, second by the column, the frequency list twice in each."""
-    exponents = torch.linspace(0, 1, 16)
-    frequencies = 7 * 10000**-exponents * (1 if wrong == "no 2 pi" else 2 * math.pi)
-    twice = frequencies.repeat_interleave(2) if wrong == "proper pairs" else torch.cat([frequencies, frequencies])
-    height, width = (n if wrong == "cell centres" else max(n - 1, 1) for n in grid)
+    frequencies = 2 * math.pi * 7 * 10000 ** -torch.linspace(0, 1, 16)
+    twice = torch.cat([frequencies, frequencies])
+    height, width = (max(n - 1, 1) for n in grid)
     rows = (torch.arange(grid[0]) / height)[:, None, None] * twice
     columns = (torch.arange(grid[1]) / width)[None, :, None] * twice
-    halves = rows.expand(*grid, 32), columns.expand(*grid, 32)
-    return torch.cat(halves[::-1] if wrong == "column first" else halves, dim=-1).flatten(0, 1)
+    return torch.cat([rows.expand(*grid, 32), columns.expand(*grid, 32)], dim=-1).flatten(0, 1)
 
 
-def turned(x, angle, wrong):
+def turned(x, angle):
     """Queries or keys `(B, A, N, d)`, pairs of neighbouring channels turned by `(N, d)`."""
-    if wrong == "pairs of halves":
-        return x * angle.cos() + torch.cat([-x[..., 32:], x[..., :32]], -1) * angle.sin()
     out = torch.empty_like(x)
     even, odd = x[..., 0::2], x[..., 1::2]
     out[..., 0::2] = even * angle[:, 0::2].cos() - odd * angle[:, 0::2].sin()
@@ -100,7 +94,7 @@ def turned(x, angle, wrong):
     return out
 
 
-def blocks(weights, side, x, grid, wrong):
+def blocks(weights, side, x, grid):
     """The part `(B, N, D)` to `(B, N, D)` that both sides have: positions, norm, blocks, norm."""
 
     def linear(name, x):
@@ -111,75 +105,54 @@ def blocks(weights, side, x, grid, wrong):
     if grid != (n, n):
         squares = table.reshape(1, n, n, -1).permute(0, 3, 1, 2)
         table = F.interpolate(squares, grid, mode="bilinear").flatten(2).transpose(1, 2)
-    elif wrong == "columns of positions first":
-        table = table.reshape(1, n, n, -1).transpose(1, 2).flatten(1, 2)
-    x = x if wrong == f"no {side} positions" else x + table
-    x = x if wrong == "no norm before" else norm(x, weights[f"{side}.ln_pre.weight"])
-    angle = angles(grid, wrong)
+    x = norm(x + table, weights[f"{side}.ln_pre.weight"])
+    angle = angles(grid)
     for i in range(len([key for key in weights if key.startswith(f"{side}.transformer") and "norm1" in key])):
         block = f"{side}.transformer.{i}"
         projected = linear(f"{block}.attn.qkv", norm(x, weights[f"{block}.norm1.weight"]))
-        if wrong == "heads before q, k, v":
-            query, key, value = projected.unflatten(-1, (-1, 3, 64)).permute(3, 0, 2, 1, 4)
-        else:
-            query, key, value = projected.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)
-        if wrong == "q after k":
-            query, key = key, query
-        query, key = turned(query, angle, wrong), turned(key, angle, wrong)
-        attended = (query @ key.mT / 8).softmax(-1) @ value
+        query, key, value = projected.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)
+        attended = (turned(query, angle) @ turned(key, angle).mT / 8).softmax(-1) @ value
         x = x + linear(f"{block}.attn.proj", attended.transpose(1, 2).flatten(2))
         a, b = linear(f"{block}.mlp.w12", norm(x, weights[f"{block}.norm2.weight"])).chunk(2, -1)
-        if wrong == "gate second":
-            a, b = b, a
         x = x + linear(f"{block}.mlp.w3", F.silu(a) * b)
-    return x if wrong == "no norm after" else norm(x, weights[f"{side}.ln_post.weight"])
+    return norm(x, weights[f"{side}.ln_post.weight"])
 
 
-def plain_moments(weights, pixel_values, wrong=None):
-    """Images `(B, 3, H, W)` to mean and log-variance `(B, 2C, h, w)`; `wrong` names a fact to be left out."""
+def plain_moments(weights, pixel_values):
+    """Images `(B, 3, H, W)` to mean and log-variance `(B, 2C, h, w)`."""
     kernel = weights["encoder.patch_embed.0.weight"]
     x = F.conv2d(pixel_values, kernel, weights["encoder.patch_embed.0.bias"], stride=kernel.shape[-1])
     grid = tuple(x.shape[-2:])
-    x = blocks(weights, "encoder", x.flatten(2).transpose(1, 2), grid, wrong)
+    x = blocks(weights, "encoder", x.flatten(2).transpose(1, 2), grid)
     x = F.linear(x, weights["encoder.latent_head.weight"], weights["encoder.latent_head.bias"])
-    x = x.transpose(1, 2).unflatten(2, grid)
-    return x.roll(x.shape[1] // 2, 1) if wrong == "log-variance first" else x
+    return x.transpose(1, 2).unflatten(2, grid)
 
 
-def plain_images(weights, latents, wrong=None):
+def plain_images(weights, latents):
     """Latents `(B, C, h, w)` to images `(B, 3, H, W)`."""
     grid = tuple(latents.shape[-2:])
     x = latents.flatten(2).transpose(1, 2)
     x = F.linear(x, weights["decoder.decoder_embed.weight"], weights["decoder.decoder_embed.bias"])
-    x = blocks(weights, "decoder", x, grid, wrong)
+    x = blocks(weights, "decoder", x, grid)
     x = F.conv2d(x.transpose(1, 2).unflatten(2, grid), weights["decoder.ffn.1.weight"], weights["decoder.ffn.1.bias"])
     p = math.isqrt(x.shape[1] // 3)
-    if wrong == "colour first":
-        x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 2, 5, 3)  # (B, 3, h, p, w, p)
-    elif wrong == "column first in a patch":
-        x = x.unflatten(1, (p, p, 3)).permute(0, 3, 4, 2, 5, 1)
-    else:
-        x = x.unflatten(1, (p, p, 3)).permute(0, 3, 4, 1, 5, 2)
-    x = x.flatten(4, 5).flatten(2, 3)
-    if wrong == "no last convolution":
-        return x
+    x = x.unflatten(1, (p, p, 3)).permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
     return F.conv2d(x, weights["decoder.conv_out.weight"], weights["decoder.conv_out.bias"], padding=1)
 
 
 @torch.no_grad()
-def results(model, weights, grid, wrong=None):
+def results(model, weights, grid):
     """Moments and images by a converted model, and by the plain computation."""
     config = model.config
     pixel_values = images(2, 3, grid[0] * config.patch_size, grid[1] * config.patch_size)
     latents = noise(2, config.latent_channels, *grid)
     found = model.encode(pixel_values).moments, model.decode(latents).reconstruction
-    return found, (plain_moments(weights, pixel_values, wrong), plain_images(weights, latents, wrong))
+    return found, (plain_moments(weights, pixel_values), plain_images(weights, latents))
 
 
 SIZES = [
     pytest.param({}, id="two sides of other sizes"),
     pytest.param({"encoder": (1, 128), "decoder": (2, 64), "patch": 8, "channels": 6}, id="the other way round"),
-    pytest.param({"encoder": (1, 64), "decoder": (1, 64), "patch": 16, "channels": 16}, id="published patches"),
     pytest.param({"side": 8}, id="smaller images"),
 ]
 
@@ -209,40 +182,17 @@ def test_other_scales_start_as_averages_and_leave_the_image(script):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("grid", [(12, 20), (8, 8), (32, 5), (1, 3)])
+@pytest.mark.parametrize("grid", [(12, 20), (1, 3)])
 def test_other_grids_resample_the_positions(script, grid):
     weights = random_weights()
     for x, y in zip(*results(script.convert(weights), weights, grid)):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
 
 
-BOTH = [
-    *("proper pairs", "pairs of halves", "column first", "cell centres", "no 2 pi"),
-    *("columns of positions first", "no norm before", "no norm after"),
-    *("heads before q, k, v", "q after k", "gate second"),
-]
-
-
-@pytest.mark.parametrize(
-    "wrong, differs",
-    [
-        *((fact, NAMES) for fact in BOTH),
-        *(("no encoder positions", ["moments"]), ("log-variance first", ["moments"])),
-        *((fact, ["images"]) for fact in ("no decoder positions", "colour first", "column first in a patch")),
-        ("no last convolution", ["images"]),
-    ],
-)
-def test_every_fact_of_the_architecture_matters(script, wrong, differs):
-    weights = random_weights(encoder=(2, 128))
-    found, expected = results(script.convert(weights), weights, (16, 16), wrong)
-    apart = [name for name, x, y in zip(NAMES, found, expected) if (x - y).abs().max() > 0.02]
-    assert apart == differs
-
-
 WIDTHS = {"S": (8, 512), "B": (12, 768), "L": (24, 1024)}
 
 
-@pytest.mark.parametrize("pair", ["SS", "BB", "SB", "BL"])
+@pytest.mark.parametrize("pair", ["BB", "SL"])
 def test_published_sizes_are_read_off_the_shapes(script, pair):
     shapes = published_shapes(*(WIDTHS[letter] for letter in pair))
     config = script.configuration({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
@@ -328,30 +278,17 @@ def test_images_are_taken_from_all_over_the_data(script, tmp_path, data, capsys)
     assert 1e-3 < (mean - everywhere).norm() < 0.5 * (first - everywhere).norm()
 
 
-def variants(tmp_path, weights):
-    """Each way to keep the same weights, as command-line arguments."""
-    other = {key: x + 1 for key, x in weights.items()}
-    torch.save(weights, tmp_path / "plain.pt")
-    save_file(weights, tmp_path / "plain.safetensors")
-    published_file(tmp_path / "both.pth", weights, model_ema=other)
-    published_file(tmp_path / "ema.pth", other, model_ema=weights)
-    torch.save({"model_ema": weights}, tmp_path / "ema_alone.pth")
-    without = {key: x for key, x in weights.items() if key != "decoder.mask_token"}
-    torch.save(without, tmp_path / "no_mask.pth")
-    names = ["plain.pt", "plain.safetensors", "both.pth", "no_mask.pth"]
-    return [*([name] for name in names), ["ema.pth", "--ema"], ["ema_alone.pth", "--ema"]]
-
-
 @torch.no_grad()
-def test_every_kind_of_file_gives_the_same_folder(script, tmp_path):
+@pytest.mark.parametrize(("name", "options"), [("plain.safetensors", []), ("ema.pth", ["--ema"])])
+def test_every_kind_of_file_gives_the_same_folder(script, tmp_path, name, options):
     weights = random_weights()
+    save_file({key: x for key, x in weights.items() if key != "decoder.mask_token"}, tmp_path / "plain.safetensors")
+    published_file(tmp_path / "ema.pth", {key: x + 1 for key, x in weights.items()}, model_ema=weights)
     pixel_values = images(1, 3, 64, 64)
     expected = plain_moments(weights, pixel_values)
-    for name, *options in variants(tmp_path, weights):
-        assert run(script, tmp_path / name, tmp_path / "out", "--no_fold", *options) == 0, name
-        for model in loaded(tmp_path / "out"):
-            found = model.core.encode_moments(pixel_values)[0]
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert run(script, tmp_path / name, tmp_path / "out", "--no_fold", *options) == 0
+    for model in loaded(tmp_path / "out"):
+        torch.testing.assert_close(model.core.encode_moments(pixel_values)[0], expected, atol=1e-5, rtol=0)
 
 
 def test_a_file_of_the_hub_is_fetched_at_its_revision(script, tmp_path, monkeypatch):
@@ -367,16 +304,15 @@ def test_a_file_of_the_hub_is_fetched_at_its_revision(script, tmp_path, monkeypa
     assert asked == [(("someone/some-model", "part/file.pth"), {"revision": "v1"})]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float16", 0.01), ("bfloat16", 0.1)])
-def test_weights_are_written_in_another_dtype(script, tmp_path, dtype, tolerance):
+def test_weights_are_written_in_another_dtype(script, tmp_path):
     weights = random_weights()
     file = published_file(tmp_path / "detok.pth", weights)
-    assert run(script, file, tmp_path / "out", "--no_fold", "--dtype", dtype) == 0
+    assert run(script, file, tmp_path / "out", "--no_fold", "--dtype", "bfloat16") == 0
     model = HieraTokModel.from_pretrained(tmp_path / "out")
-    assert {x.dtype for x in model.state_dict().values()} == {getattr(torch, dtype)}
+    assert {x.dtype for x in model.state_dict().values()} == {torch.bfloat16}
     found, expected = results(model, weights, (16, 16))
     for x, y in zip(found, expected):
-        assert (x.float() - y).norm() < tolerance * y.norm()
+        assert (x.float() - y).norm() < 0.1 * y.norm()
 
 
 def test_half_precision_weights_are_converted(script):
@@ -393,54 +329,28 @@ def test_a_dry_run_writes_nothing(script, tmp_path, capsys):
     assert "decoder 1 x 128" in capsys.readouterr().out and list(tmp_path.iterdir()) == [file]
 
 
-def without(key):
-    return lambda weights: weights.pop(key)
+def without(start):
+    return lambda weights: [weights.pop(key) for key in list(weights) if key.startswith(start)]
 
 
 def reshaped(key, change):
     return lambda weights: weights.update({key: change(weights[key])})
 
 
-def poisoned(value):
-    return lambda weights: weights["encoder.transformer.1.mlp.w3.bias"].__setitem__(3, value)
-
-
 QKV = "decoder.transformer.0.attn.qkv.weight"
+PATCHES, HEAD = "encoder.patch_embed.0.weight", "encoder.latent_head.weight"
 BROKEN = {
     "no qkv": (without(QKV), QKV),
-    "no decoder": (
-        lambda weights: [weights.pop(key) for key in list(weights) if key.startswith("decoder")],
-        "'decoder.decoder_embed.weight' is missing",
-    ),
-    "block left out": (
-        lambda weights: [weights.pop(key) for key in list(weights) if key.startswith("encoder.transformer.0.")],
-        "encoder.transformer.0.attn.qkv.weight",
-    ),
-    "something more": (lambda weights: weights.update({"decoder.extra": torch.ones(2)}), "decoder.extra"),
+    "no decoder": (without("decoder"), "'decoder.decoder_embed.weight' is missing"),
+    "block left out": (without("encoder.transformer.0."), "encoder.transformer.0.attn.qkv.weight"),
     "fused parts": (reshaped(QKV, lambda x: x[:-1]), f"{QKV}: found (383, 128), expected (384, 128)"),
-    "transposed": (
-        reshaped("encoder.transformer.0.mlp.w3.weight", lambda x: x.mT),
-        "encoder.transformer.0.mlp.w3.weight",
-    ),
-    "another width": (reshaped("encoder.patch_embed.0.weight", lambda x: x[:40]), "multiple of 64"),
-    "no image": (reshaped("encoder.patch_embed.0.weight", lambda x: x.flatten(1)), "must have 4 dimensions"),
-    "patches that are no squares": (
-        reshaped("encoder.patch_embed.0.weight", lambda x: x[..., :2, :]),
-        "patch_embed.0",
-    ),
-    "a patch of three": (reshaped("encoder.patch_embed.0.weight", lambda x: x[..., :3, :3]), "power of two"),
+    "another width": (reshaped(PATCHES, lambda x: x[:40]), "multiple of 64"),
+    "no image": (reshaped(PATCHES, lambda x: x.flatten(1)), "must have 4 dimensions"),
+    "patches that are no squares": (reshaped(PATCHES, lambda x: x[..., :2, :]), "patch_embed.0"),
+    "a patch of three": (reshaped(PATCHES, lambda x: x[..., :3, :3]), "power of two"),
     "positions of no square": (reshaped("encoder.positional_embedding", lambda x: x[:, :-1]), "square of positions"),
-    "other positions": (
-        reshaped("decoder.positional_embedding", lambda x: x[:, :225]),
-        "decoder.positional_embedding",
-    ),
-    "moments of other channels": (reshaped("encoder.latent_head.weight", lambda x: x[:-2]), "two rows for 4 channels"),
-    "larger kernel": (reshaped("decoder.ffn.1.weight", lambda x: x.repeat(1, 1, 3, 3)), "decoder.ffn.1.weight"),
-    "NaN": (poisoned(math.nan), "encoder.transformer.1.mlp.w3.bias"),
-    "infinite": (poisoned(math.inf), "encoder.transformer.1.mlp.w3.bias"),
-    "whole numbers": (reshaped("decoder.conv_out.bias", lambda x: x.long()), "decoder.conv_out.bias"),
-    "no tensor": (lambda weights: weights.update({"decoder.conv_out.bias": [1.0]}), "no tensors (1)"),
-    "nothing": (lambda weights: weights.clear(), "no tensors by name"),
+    "moments of other channels": (reshaped(HEAD, lambda x: x[:-2]), "two rows for 4 channels"),
+    "infinite": (reshaped(HEAD, lambda x: x * math.inf), HEAD),
 }
 
 
@@ -455,45 +365,14 @@ def test_broken_weights_are_told_and_leave_nothing(script, tmp_path, capsys, bro
     assert list(tmp_path.iterdir()) == [file]
 
 
-class Code:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def bad_files(folder):
-    """Files that cannot be read, with what is said of each."""
-    published_file(folder / "whole.pth", random_weights())
-    (folder / "half.pth").write_bytes((folder / "whole.pth").read_bytes()[:5000])
-    (folder / "empty.pth").write_bytes(b"")
-    (folder / "text.safetensors").write_bytes(b"no header at all")
-    torch.save([torch.ones(2)], folder / "list.pth")
-    published_file(folder / "code.pth", random_weights(), more=Code(folder / "made"))
-    published_file(folder / "path.pth", random_weights(), more=Path("somewhere"))
-    torch.save({"model_ema": random_weights()}, folder / "averaged.pth")
-    return {
-        "half.pth": "cannot be read",
-        "empty.pth": "cannot be read",
-        "text.safetensors": "cannot be read",
-        "list.pth": "holds a list",
-        "code.pth": "mkdir, which is code",
-        "path.pth": "Path, which is code",
-        "averaged.pth": "add --ema to take them",
-        "missing.pth": "neither a file nor",
-        ".": "neither a file nor",
-    }
-
-
-def test_files_that_cannot_be_read_are_told_and_never_run(script, tmp_path, capsys):
-    files = bad_files(tmp_path)
-    before = set(tmp_path.iterdir())
-    for name, said in files.items():
+def test_files_that_cannot_be_read_are_told(script, tmp_path, capsys):
+    (tmp_path / "empty.pth").write_bytes(b"")
+    published_file(tmp_path / "path.pth", random_weights(), more=Path("somewhere"))
+    for name, said in {"empty.pth": "cannot be read", "path.pth": "Path, which is code", ".": "CHECKPOINT"}.items():
         assert run(script, tmp_path / name, tmp_path / "out", "--no_fold") == 2, name
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1 and "weights_only" not in error, (name, error)
-    assert set(tmp_path.iterdir()) == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_that_cannot_be_followed_are_told(script, tmp_path, data, capsys):

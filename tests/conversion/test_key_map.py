@@ -5,20 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DETOK, noise, random_core
+from helpers import noise, random_core
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parents[2] / "conversion"))
     key_map = importlib.import_module("key_map")
 KeyMap, KeyMapError, Rule, core_key_map = key_map.KeyMap, key_map.KeyMapError, key_map.Rule, key_map.core_key_map
-
-CONFIGS = {
-    "all parts": {},
-    "l-DeTok's": DETOK,
-    "one scale": {"scale_factors": (1,), "linear_path": 0, "output_conv": False, "norm_after_blocks": False},
-    "averages": {"downsampling": "mean"},
-    "many blocks": {"encoder_num_layers": 11, "scale_factors": (2, 1)},
-}
 
 
 def transposed(x):
@@ -73,19 +65,8 @@ def test_what_is_ignored_is_not_asked_for_and_not_in_the_way():
         TABLE.to_model({**raw, "layer.x.unused": noise(2)}, shapes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
-def test_every_name_of_the_core_goes_there_and_back(overrides, dtype):
-    core = random_core(**overrides).to(dtype)
-    raw = core.state_dict()
-    made = core_key_map().to_model(raw, shapes_of(core))
-    assert_same(made, {f"core.{name}": x for name, x in raw.items()})
-    assert_same(core_key_map().to_raw(made), raw)
-
-
-@pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
-def test_fused_projections_are_those_that_the_model_makes(overrides):
-    core = random_core(**overrides)
+def test_fused_projections_are_those_that_the_model_makes():
+    core = random_core()
     made = {f"core.{name}": x for name, x in core.state_dict().items()}
     shapes = shapes_of(core)
     fused = core_key_map(fused=True).to_raw(made)
@@ -94,7 +75,6 @@ def test_fused_projections_are_those_that_the_model_makes(overrides):
     for kind in ("weight", "bias"):
         assert torch.equal(fused[f"decoder.blocks.1.attn.to_qkv.{kind}"], getattr(attention.to_qkv, kind))
     assert not any(".to_q." in name or ".to_k." in name or ".to_v." in name for name in fused)
-    assert_same(core_key_map().to_model(fused, shapes), made)
     # Fusing leaves the parts in the state dict, beside what they make.
     assert_same(core_key_map().to_model(core.state_dict(), shapes), made)
 
@@ -113,19 +93,15 @@ def test_a_fused_projection_that_differs_from_its_parts_is_refused():
 
 
 BROKEN = {
-    "missing": ({"in.w": None}, "missing in the checkpoint (1):\n  in.w"),
-    "missing, fused": ({"layer.7.qkv": None}, "missing in the checkpoint (1):\n  layer.7.qkv"),
+    "missing": ({"layer.7.qkv": None}, "missing in the checkpoint (1):\n  layer.7.qkv"),
     "left over": ({"other": noise(2)}, "the model has no such part (1):\n  other"),
-    "block too many": ({"layer.8.qkv": noise(6, 4)}, "the model has no such part (1):\n  layer.8.qkv"),
     "another writing of 7": ({"layer.07.qkv": noise(6, 4)}, "no such part (1):\n  layer.07.qkv"),
-    "shape": ({"layer.7.qkv": noise(6, 5)}, "layer.7.qkv: found (6, 5), expected (6, 4)"),
-    "not to be cut": ({"layer.7.qkv": noise(7, 4)}, "layer.7.qkv: found (7, 4), expected (6, 4)"),
+    "a dot is no pattern": ({"inxw": noise(2, 3)}, "no such part (1):\n  inxw"),
+    "shape": ({"layer.7.qkv": noise(7, 4)}, "layer.7.qkv: found (7, 4), expected (6, 4)"),
     "turned": ({"in.w": noise(3, 2)}, "in.w: found (3, 2), which becomes (2, 3), expected (3, 2)"),
     "not to be turned": ({"in.w": noise(3)}, "in.w: found (3,), expected what becomes (3, 2)"),
     "NaN": ({"in.w": torch.full((2, 3), torch.nan)}, "not finite (1):\n  in.w"),
-    "infinite": ({"in.w": torch.full((2, 3), -torch.inf)}, "not finite (1):\n  in.w"),
     "integers": ({"in.w": torch.ones(2, 3, dtype=torch.int64)}, "in.w: found torch.int64"),
-    "complex": ({"in.w": torch.ones(2, 3, dtype=torch.complex64)}, "in.w: found torch.complex64"),
     "no tensor": ({"in.w": [1.0]}, "no tensors (1):\n  in.w: found list"),
     "no values": ({"in.w": torch.ones(2, 3, device="meta")}, "in.w: found torch.strided on meta"),
     "sparse": ({"in.w": torch.ones(2, 3).to_sparse()}, "in.w: found torch.sparse_coo on cpu"),
@@ -155,36 +131,23 @@ def test_all_problems_are_told_at_once_and_long_lists_are_cut():
     assert "no such part (30)" in report and "... and 22 more" in report and "more.20" not in report
 
 
-def test_what_no_rule_makes_is_named():
+def test_what_the_rules_and_the_model_do_not_share_is_named():
     raw, shapes = example()
     with pytest.raises(KeyMapError, match="extra, which no rule makes"):
         TABLE.to_model(raw, {**shapes, "extra": (1,)})
-    made = TABLE.to_model(raw, shapes)
-    with pytest.raises(KeyMapError, match=r"no rule makes it \(1\):\s+extra"):
-        TABLE.to_raw({**made, "extra": noise(1)})
-
-
-def test_a_part_that_the_model_lacks_is_named():
-    raw, shapes = example()
-    made = TABLE.to_model(raw, shapes)
     with pytest.raises(KeyMapError, match=r"only partly in the model \(1\):\s+layer.7.qkv.*blocks.7.k"):
         TABLE.to_model(raw, {name: shape for name, shape in shapes.items() if name != "blocks.7.k"})
-    with pytest.raises(KeyMapError, match=r"missing in the model \(1\):\s+blocks.12.v"):
-        TABLE.to_raw({name: x for name, x in made.items() if name != "blocks.12.v"})
-    with pytest.raises(KeyMapError, match="not parts of one tensor"):
-        TABLE.to_raw({**made, "blocks.12.v": made["blocks.12.v"].double()})
+    made = TABLE.to_model(raw, shapes)
+    for state, message in [
+        ({**made, "extra": noise(1)}, r"no rule makes it \(1\):\s+extra"),
+        ({name: x for name, x in made.items() if name != "blocks.12.v"}, r"missing in the model \(1\):\s+blocks.12.v"),
+        ({**made, "blocks.12.v": made["blocks.12.v"].double()}, "not parts of one tensor"),
+    ]:
+        with pytest.raises(KeyMapError, match=message):
+            TABLE.to_raw(state)
 
 
 def test_rules_that_cannot_be_undone_are_refused():
-    with pytest.raises(ValueError, match="`names`"):
-        Rule("a.{}", ("b",))
-    with pytest.raises(ValueError, match="`names`"):
-        Rule("a", ())
-    with pytest.raises(ValueError, match="both"):
-        Rule("a", ("b",), to_model=transposed)
-
-
-def test_a_name_is_no_pattern():
-    table = KeyMap([Rule("a.b", ("c.d",))])
-    with pytest.raises(KeyMapError, match="no such part"):
-        table.to_model({"a.b": noise(1), "axb": noise(1)}, {"c.d": (1,)})
+    for arguments in ({"names": ("b",)}, {"names": ()}, {"names": ("b.{}",), "to_model": transposed}):
+        with pytest.raises(ValueError, match=r"a\.\{\}"):
+            Rule("a.{}", **arguments)

@@ -124,9 +124,10 @@ def test_a_cut_upload_changes_nothing_and_goes_on(hub_here, folder):
         push_folder(folder, "org/name", card=None)
     assert state(hub_here) == before and len(hub_here.sent(UPLOAD)) > first
     hub_here.recover()
-    push_folder(folder, "org/name", card=None)
-    sent = len(hub_here.sent(UPLOAD))
     hub_here.fail(r"POST .*/commit/", 500, times=1)
+    with pytest.raises(HubError, match="500"):
+        push_folder(folder, "org/name", card=None)
+    sent = len(hub_here.sent(UPLOAD))
     push_folder(folder, "org/name", card=None)
     assert len(hub_here.sent(UPLOAD)) == sent  # everything had arrived
     loaded = HieraTokModel.from_pretrained("org/name")
