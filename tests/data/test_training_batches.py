@@ -1,4 +1,4 @@
-"""Tests of `training_data`: a step sees the same images however it is divided, interrupted, loaded or streamed."""
+"""Tests of `training_batches`: a step sees the same images however it is divided, interrupted, loaded or streamed."""
 
 import io
 import random
@@ -55,7 +55,7 @@ def same(ours, theirs):
 
 
 @BOTH
-@pytest.mark.parametrize(("world_size", "parts"), [(1, 4), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("world_size", "parts"), [(1, 4), (2, 2)])
 def test_a_step_is_the_same_however_it_is_divided(streaming, world_size, parts):
     images, sizes = noise_data(streaming), (8, 16, 4)
     whole = list(training_loader(images, BatchPlan(16, sizes, 6, seed=3)))
@@ -104,13 +104,6 @@ def test_every_row_is_seen_once_an_epoch_in_another_order(streaming):
     assert len(set(map(tuple, epochs))) > 3
 
 
-@BOTH
-def test_an_image_is_cropped_anew_each_time(streaming):
-    images, plan = as_data([Image.fromarray(noise(20, 20))], streaming), BatchPlan(2, (8,), 20)
-    crops = [x for batch in training_loader(images, plan, crop_scale=(0, 0)) for x in batch["pixel_values"]]
-    assert len({tuple(crop.flatten().tolist()) for crop in crops}) > 30
-
-
 def test_a_step_has_about_the_same_pixels_at_every_size():
     plan = BatchPlan(8, (32, 64, 16, 48), 50, seed=0, world_size=2)
     counts = {size: count for _, size, count, _ in plan.sizes()}
@@ -123,17 +116,17 @@ def test_a_step_has_about_the_same_pixels_at_every_size():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    "values",
     [
-        ({"batch_size": 8, "world_size": 3}, r"`batch_size` must be a multiple of .*3 x 1, got 8"),
-        ({"batch_size": 6, "world_size": 2, "parts": 2}, r"`batch_size` must be a multiple of .*2 x 2, got 6"),
-        ({"batch_size": 0}, r"`batch_size` must be .*got 0"),
-        ({"crop_sizes": ()}, r"`crop_sizes` must be positive sides in pixels, got \(\)"),
-        ({"crop_sizes": (8, 0)}, r"`crop_sizes` must be positive sides in pixels, got \(8, 0\)"),
+        {"batch_size": 8, "world_size": 3},
+        {"batch_size": 6, "world_size": 2, "parts": 2},
+        {"batch_size": 0},
+        {"crop_sizes": ()},
+        {"crop_sizes": (8, 0)},
     ],
 )
-def test_a_plan_that_does_not_divide_is_refused(values, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_plan_that_does_not_divide_is_refused(values):
+    with pytest.raises(ValueError, match=f"`{next(iter(values))}`"):
         BatchPlan(**{"batch_size": 8, "crop_sizes": (8,), "steps": 1, **values})
 
 
@@ -150,18 +143,10 @@ def test_broken_rows_are_replaced_counted_and_named(streaming, num_workers):
         assert {reason.split(":")[0] for reason in batch["skipped"]} == {f"'{i}.png'" for i in broken}
         assert all("is no image in a format that Pillow reads" in reason for reason in batch["skipped"])
     clean = list(training_loader(data(streaming), plan))
+    same(list(training_loader(data(streaming, broken), plan, first_step=2)), batches[2:])
     for ours, theirs in zip(batches, clean):
         unbroken = [(a, b) for a, b in zip(rows_of(ours), rows_of(theirs)) if b not in broken]
         assert len(unbroken) == 4 and all(a == b for a, b in unbroken)  # the others stay in their places
-
-
-@BOTH
-def test_a_broken_row_alone_in_its_step_is_replaced(streaming):
-    plan = BatchPlan(1, (8,), 3 * ROWS, seed=0)
-    whole = list(training_loader(data(streaming, broken=(0, 3)), plan))
-    assert sum(bool(batch["skipped"]) for batch in whole) == 6
-    for first_step in (1, 8, 20):
-        same(list(training_loader(data(streaming, broken=(0, 3)), plan, first_step=first_step)), whole[first_step:])
 
 
 @BOTH
@@ -188,11 +173,10 @@ def test_pixel_values_are_the_levels_in_minus_one_to_one():
 def places_of(crop, image):
     """Where a crop is cut exactly from an image, mirrored or not."""
     size, found = len(crop), []
+    windows = np.lib.stride_tricks.sliding_window_view(image, (size, size), axis=(0, 1))  # (h, w, 3, size, size)
     for mirrored, candidate in ((False, crop), (True, crop[:, ::-1])):
-        for top in range(len(image) - size + 1):
-            for left in range(image.shape[1] - size + 1):
-                if (image[top : top + size, left : left + size] == candidate).all():
-                    found.append((top, left, mirrored))
+        same_pixels = (windows == candidate.transpose(2, 0, 1)).all((2, 3, 4))
+        found += [(top, left, mirrored) for top, left in np.argwhere(same_pixels).tolist()]
     return found
 
 
@@ -202,8 +186,8 @@ def test_a_scale_of_zero_cuts_pixels_exactly_everywhere_mirrored_half_the_time()
     for _ in range(600):
         crop = random_crop(image, 8, rng, (0, 0))
         assert crop.size == (8, 8) and crop.mode == "RGB"
-        (place,) = places_of(np.asarray(crop), levels)
-        seen.append(place)
+        seen += places_of(np.asarray(crop), levels)
+    assert len(seen) == 600
     assert {place[:2] for place in seen} == {(top, left) for top in range(5) for left in range(3)}
     assert 240 < sum(mirrored for *_, mirrored in seen) < 360
 

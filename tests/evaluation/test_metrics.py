@@ -1,5 +1,6 @@
 """Tests of `metrics`: known values, other libraries' values, independence of the batch, 8 bits, and refusals."""
 
+import importlib
 import math
 import sys
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
+from hieratok_hf import evaluation
+from hieratok_hf.evaluation import metrics
 from hieratok_hf.evaluation.metrics import SSIM_WINDOW, FrechetDistance, border_steps, psnr, ssim
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 
@@ -77,12 +80,8 @@ def test_psnr_of_a_known_error():
     assert values.dtype == torch.float32
     expected = [10 * math.log10(255**2 / 25), 10 * math.log10(255**2 / 15)]
     assert values.tolist() == pytest.approx(expected, abs=1e-4)
-
-
-def test_psnr_of_black_and_white_is_zero_and_of_equal_images_infinite():
     black, white = -torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
-    assert psnr(black, white).tolist() == [0.0]
-    assert psnr(white, white).tolist() == [math.inf]
+    assert psnr(black, white).tolist() == [0.0] and psnr(white, white).tolist() == [math.inf]
 
 
 def test_both_sides_are_clamped_and_rounded_to_8_bits():
@@ -217,23 +216,23 @@ def test_wrong_arguments_are_named(bad, message):
         psnr(GOOD, bad)
 
 
-def test_images_of_different_size_are_refused():
+def test_images_of_different_size_or_too_small_are_refused():
     with pytest.raises(ValueError, match="same shape"):
         psnr(GOOD.expand(2, -1, -1, -1), GOOD)  # would broadcast
-
-
-def test_ssim_refuses_images_smaller_than_its_window():
     pytest.importorskip("torchmetrics")
-    small = torch.zeros(1, 3, SSIM_WINDOW - 1, 40)
     with pytest.raises(ValueError, match="`images`"):
-        ssim(small, small)
+        ssim(*[torch.zeros(1, 3, SSIM_WINDOW - 1, 40)] * 2)
     assert ssim(*[torch.zeros(1, 3, SSIM_WINDOW, SSIM_WINDOW)] * 2).item() == pytest.approx(1)
 
 
-def test_ssim_without_torchmetrics_says_how_to_get_it(monkeypatch):
+def test_torchmetrics_is_imported_where_it_is_needed(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    with pytest.raises(ImportError, match=r'pip install "hieratok_hf\[eval\]"'):
-        ssim(GOOD, GOOD)
-    assert psnr(GOOD, GOOD).item() == math.inf
+    monkeypatch.delitem(sys.modules, metrics.__name__)
+    monkeypatch.setattr(evaluation, "metrics", None)  # so that what is imported anew is taken back
+    fresh = importlib.import_module(metrics.__name__)
+    for call in (lambda: fresh.ssim(GOOD, GOOD), fresh.FrechetDistance):
+        with pytest.raises(ImportError, match=r'pip install "hieratok_hf\[eval\]"'):
+            call()
+    assert fresh.psnr(GOOD, GOOD).item() == math.inf
