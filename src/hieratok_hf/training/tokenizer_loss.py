@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ..data.training_batches import step_generator
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.core import HieraTokCore, posterior_of
-from ..models.losses import PIXEL_LOSSES, border_loss, tokenizer_losses
+from ..models.losses import PIXEL_LOSSES, add_weighted, border_loss, tokenizer_losses
 from .alignment import LatentAlignment
 from .discriminator import adaptive_weight, generator_hinge_loss
 
@@ -189,10 +189,8 @@ class TrainingLoss:
         if weights.lpips and self.lpips is not None:
             parts["lpips"] = self.lpips(image, pixel_values.float()).mean()
             reconstruction = reconstruction + weights.lpips * parts["lpips"]
-        loss = reconstruction + config.kl_weight * parts["kl"]
-        if "coarse" in parts:
-            # A factor of 0 instead of leaving it out: DDP waits for a gradient of every weight.
-            loss = loss + config.coarse_weight * (step >= weights.coarse_start) * parts["coarse"]
+        # A factor of 0 instead of leaving the coarse scales out: DDP waits for a gradient of every weight.
+        loss = add_weighted(reconstruction, parts, config, factor=step >= weights.coarse_start)
         if aligned is not None:
             parts["alignment"] = aligned.float()
             loss = loss + weights.alignment * parts["alignment"]
