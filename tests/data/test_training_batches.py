@@ -13,7 +13,7 @@ from PIL import Image
 
 from hieratok_hf.data.image_dataset import Images
 from hieratok_hf.data.training_batches import BatchPlan, random_crop, to_pixel_values, training_loader
-from hieratok_hf.utils.images import ImageError
+from hieratok_hf.utils.images import ImageError, from_uint8, to_uint8
 
 ROWS = 7
 BOTH = pytest.mark.parametrize("streaming", [False, True])
@@ -89,9 +89,8 @@ def test_from_any_step_on_it_is_the_uninterrupted_sequence(streaming, num_worker
 
 @BOTH
 def test_the_seed_decides_rows_and_crops(streaming):
-    images = noise_data(streaming)
     plans = [BatchPlan(4, (8,), 3, seed=seed) for seed in (0, 0, 1)]
-    batches = [torch.cat([x["pixel_values"] for x in training_loader(images, plan)]) for plan in plans]
+    batches = [torch.cat([x["pixel_values"] for x in training_loader(noise_data(streaming), plan)]) for plan in plans]
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
 
@@ -160,14 +159,12 @@ def test_a_data_set_of_broken_rows_is_refused(streaming, num_workers):
 
 
 def test_pixel_values_are_the_levels_in_minus_one_to_one():
-    images = noise_data()
-    (batch,) = training_loader(images, BatchPlan(4, (8,), 1))
-    levels = batch["pixel_values"]
+    (batch,) = training_loader(noise_data(), BatchPlan(4, (8,), 1))
+    levels, values = batch["pixel_values"], to_pixel_values(batch)
     assert levels.shape == (4, 3, 8, 8) and levels.dtype == torch.uint8
-    values = to_pixel_values(batch)
-    assert values.dtype == torch.float32 and values.min() >= -1 and values.max() <= 1
-    assert torch.equal(((values + 1) * 127.5).round().byte(), levels)
-    assert to_pixel_values({"pixel_values": torch.tensor([0, 255], dtype=torch.uint8)}).tolist() == [-1, 1]
+    assert values.dtype == torch.float32 and torch.equal(to_uint8(values), levels)
+    assert from_uint8(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    assert to_uint8(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
 
 
 def places_of(crop, image):

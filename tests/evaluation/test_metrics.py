@@ -49,19 +49,6 @@ def ssim_by_hand(first, second):
     return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
 
 
-def test_border_steps_are_those_of_a_walk_over_the_pixels():
-    levels = random_levels(2, 3, 10, 12).float()
-    found = border_steps(from_levels(levels), 4)
-    for image, (across, inside) in zip(levels, found):
-        steps = {True: [[], []], False: [[], []]}
-        for axis, length in ((0, 10), (1, 12)):
-            for i in range(1, length):
-                step = (image.select(axis + 1, i) - image.select(axis + 1, i - 1)).abs().mean()
-                steps[i % 4 == 0][axis].append(step)
-        for value, kind in ((across, True), (inside, False)):
-            torch.testing.assert_close(value, torch.stack([torch.stack(x).mean() for x in steps[kind]]).mean())
-
-
 def test_seams_are_steps_across_borders_alone():
     patches = random_levels(1, 3, 4, 4).float().repeat_interleave(8, 2).repeat_interleave(8, 3)
     across, inside = border_steps(from_levels(patches), 8)[0]
@@ -108,16 +95,6 @@ def test_ssim_equals_the_definition():
     assert value.shape == (1,) and value.dtype == torch.float32
     assert value.item() == pytest.approx(ssim_by_hand(second[0], first[0]), abs=1e-4)
     assert ssim(*[from_levels(first)] * 2).item() == pytest.approx(1, abs=1e-6)
-
-
-def test_a_batch_gives_each_image_its_own_value():
-    pytest.importorskip("torchmetrics")
-    levels = random_levels(3, 3, 20, 28)
-    images = torch.cat([noisy(levels[i : i + 1], 10 + 20 * i) for i in range(3)])
-    images, targets = from_levels(images), from_levels(levels)
-    for metric in (psnr, ssim):
-        single = torch.cat([metric(images[i : i + 1], targets[i : i + 1]) for i in range(3)])
-        torch.testing.assert_close(metric(images, targets), single)
 
 
 def small_features(seed=0):

@@ -90,12 +90,10 @@ def test_figures_are_means_over_images_however_they_are_divided(features):
     assert set(ReconstructionMetrics(ssim=False).networks) == set()
 
 
-def test_lpips_is_any_module_of_a_pair_of_images(features):
+def test_lpips_is_any_module_of_a_pair_of_images():
     class Lpips(torch.nn.Module):
-        """The shape that the package lpips gives."""
-
         def forward(self, first, second):
-            return (first - second).abs().mean((1, 2, 3), keepdim=True)
+            return (first - second).abs().mean((1, 2, 3), keepdim=True)  # the shape that the package lpips gives
 
     metrics = ReconstructionMetrics(ssim=False, lpips=Lpips())
     for value in (0.0, 0.5):
