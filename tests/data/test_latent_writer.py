@@ -17,7 +17,7 @@ import datasets
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data import latent_writer as module
 from hieratok_hf.data.image_dataset import Images, load_images
-from hieratok_hf.data.latent_writer import ShardBatches, write_latents
+from hieratok_hf.data.latent_writer import _ShardBatches, write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec
 
@@ -199,7 +199,7 @@ def test_processes_share_the_shards_that_are_missing(core, images, tmp_path):
     settings = json.loads((tmp_path / "cache.json").read_text()) | {"rows": None}
     found = {}
     for rank in range(2):
-        batches = ShardBatches(images(streaming=True), tmp_path, settings, batch_size=3, threads=2, rank=rank, world=2)
+        batches = _ShardBatches(images(streaming=True), tmp_path, settings, 3, 2, rank, world=2)
         for batch in batches:
             rows = [*batch["rows"], *(row for row, *_ in batch["skipped"])]
             assert {row // 4 for row in rows} == {batch["shard"]} and batch["shard"] % 2 == rank
@@ -218,7 +218,7 @@ def test_a_stream_with_other_rows_than_before_is_refused(core, images, tmp_path)
 
 
 def test_an_error_of_the_writer_surfaces(core, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "write_shard", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(module, "_write_shard", Mock(side_effect=OSError(28, "No space left on device")))
     for shard_size in (4, 100):
         with pytest.raises(OSError, match="No space left"):
             write_latents(core, images(), tmp_path / str(shard_size), **{**SMALL, "shard_size": shard_size})
