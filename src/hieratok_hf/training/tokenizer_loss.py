@@ -183,12 +183,10 @@ class TrainingLoss:
         if weights.border:
             parts["border"] = border_loss(image, config.patch_size)
             reconstruction = reconstruction + weights.border * parts["border"]
-        if weights.perceptual and self.perceptual is not None:
-            parts["perceptual"] = self.perceptual(image, pixel_values).mean()
-            reconstruction = reconstruction + weights.perceptual * parts["perceptual"]
-        if weights.lpips and self.lpips is not None:
-            parts["lpips"] = self.lpips(image, pixel_values.float()).mean()
-            reconstruction = reconstruction + weights.lpips * parts["lpips"]
+        for name, module in (("perceptual", self.perceptual), ("lpips", self.lpips)):
+            if (weight := getattr(weights, name)) and module is not None:
+                parts[name] = module(image, pixel_values.float()).mean()
+                reconstruction = reconstruction + weight * parts[name]
         # A factor of 0 instead of leaving the coarse scales out: DDP waits for a gradient of every weight.
         loss = add_weighted(reconstruction, parts, config, factor=step >= weights.coarse_start)
         if aligned is not None:
