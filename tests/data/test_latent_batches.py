@@ -100,8 +100,10 @@ def test_processes_and_parts_divide_the_same_images(batches):
 
 
 def test_moments_are_drawn_anew_each_time(cache):
-    draws = [batch["latents"] for batch in iterate_cached(cache(), BatchPlan(COUNT, (SIZE,), 2))]
-    assert not torch.equal(*[latents.sort(0).values for latents in draws])
+    first, second = (
+        batch["latents"].sort(0).values for batch in iterate_cached(cache(), BatchPlan(COUNT, (SIZE,), 2))
+    )
+    assert not torch.equal(first, second)
 
 
 def test_a_cache_gives_what_encoding_on_the_way_gives(cache, encoded, monkeypatch):

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from itertools import islice
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import datasets
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data import latent_writer as module
 from hieratok_hf.data.image_dataset import Images, load_images
-from hieratok_hf.data.latent_writer import ShardBatches, write_latents
+from hieratok_hf.data.latent_writer import _ShardBatches, write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec
 
@@ -170,38 +172,34 @@ def test_a_stream_gives_the_same_files(limit, core, images, tmp_path):
 def test_a_stream_that_breaks_off_goes_on(streaming, core, images, tmp_path):
     write_latents(core, images(), tmp_path / "whole", **SMALL)
     data = images(streaming=True)
+    whole = data.dataset
 
-    class Breaking(Images):
+    class Breaking:
         """Ends in an error, as a connection does."""
 
-        def __init__(self):
-            vars(self).update(vars(data))
+        features = whole.features
 
         def __iter__(self):
-            for row, entry in enumerate(data):
-                if row == 10:
-                    raise ConnectionError("reset by peer")
-                yield entry
+            yield from islice(whole, 10)
+            raise ConnectionError("reset by peer")
 
-    folder = tmp_path / "parts"
+    data.dataset, folder = Breaking(), tmp_path / "parts"
     with pytest.raises(ConnectionError, match="reset by peer"):
-        write_latents(core, Breaking(), folder, **SMALL)
+        write_latents(core, data, folder, **SMALL)
     assert json.loads((folder / "cache.json").read_text())["rows"] is None
     assert 1 <= len(shards_in(folder)) <= 2
     write_latents(core, images(streaming=streaming), folder, **SMALL)
     assert bytes_in(folder) == bytes_in(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_processes_share_the_shards_that_are_missing(streaming, core, images, tmp_path):
+def test_processes_share_the_shards_that_are_missing(core, images, tmp_path):
     write_latents(core, images(), tmp_path, **SMALL)
     (tmp_path / "shard-00001.safetensors").unlink()
     (tmp_path / "shard-00002.safetensors").unlink()
-    settings = json.loads((tmp_path / "cache.json").read_text()) | ({"rows": None} if streaming else {})
+    settings = json.loads((tmp_path / "cache.json").read_text()) | {"rows": None}
     found = {}
     for rank in range(2):
-        data = images(streaming=streaming)
-        batches = ShardBatches(data, tmp_path, settings, batch_size=3, threads=2, rank=rank, world=2)
+        batches = _ShardBatches(images(streaming=True), tmp_path, settings, 3, 2, rank, world=2)
         for batch in batches:
             rows = [*batch["rows"], *(row for row, *_ in batch["skipped"])]
             assert {row // 4 for row in rows} == {batch["shard"]} and batch["shard"] % 2 == rank
@@ -220,14 +218,10 @@ def test_a_stream_with_other_rows_than_before_is_refused(core, images, tmp_path)
 
 
 def test_an_error_of_the_writer_surfaces(core, images, tmp_path, monkeypatch):
-    def full(path, batches, settings):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module, "write_shard", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_latents(core, images(), tmp_path, **SMALL)
-    with pytest.raises(OSError, match="No space left"):
-        write_latents(core, images(), tmp_path / "one shard", **{**SMALL, "shard_size": 100})
+    monkeypatch.setattr(module, "_write_shard", Mock(side_effect=OSError(28, "No space left on device")))
+    for shard_size in (4, 100):
+        with pytest.raises(OSError, match="No space left"):
+            write_latents(core, images(), tmp_path / str(shard_size), **{**SMALL, "shard_size": shard_size})
 
 
 def test_another_cache_in_the_folder_is_refused(core, images, tmp_path):
@@ -235,15 +229,11 @@ def test_another_cache_in_the_folder_is_refused(core, images, tmp_path):
     before = bytes_in(tmp_path)
     changes = {"kind": "mode", "flips": False, "dtype": torch.float16, "size": 16, "shard_size": 5, "seed": 1}
     for name, value in {**changes, "limit": 3}.items():
-        stored = "float16" if name == "dtype" else value
-        with pytest.raises(ValueError, match=f"holds another cache: (.*; )?{name} .*, not {stored!r}"):
+        with pytest.raises(ValueError, match=f"holds another cache: (.*; )?{name} "):
             write_latents(core, images(), tmp_path, **{**SMALL, name: value})
-    with pytest.raises(ValueError, match=r"another cache: encoder '\w{64}', not '\w{64}'\."):
+    with pytest.raises(ValueError, match="another cache: encoder"):
         write_latents(random_core(seed=1), images(), tmp_path, **SMALL)
-    with (
-        pytest.raises(ValueError, match="precision 'float32', not 'bfloat16'"),
-        torch.autocast("cpu", torch.bfloat16),
-    ):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="another cache: precision"):
         write_latents(core, images(), tmp_path, **SMALL)
     assert bytes_in(tmp_path) == before
     other = copy.deepcopy(core)
@@ -281,9 +271,8 @@ def test_bad_arguments_are_refused_before_any_file(name, value, core, images, tm
 
 def test_a_model_without_a_posterior_gives_modes_only(images, tmp_path):
     vae = tiny_without_posterior()
-    for kind in ("moments", "sample"):
-        with pytest.raises(ValueError, match=f"AutoencoderTiny has no posterior: `kind` must be 'mode', got '{kind}'"):
-            write_latents(vae, images(), tmp_path, kind=kind, **SMALL)
+    with pytest.raises(ValueError, match="AutoencoderTiny has no posterior: `kind`"):
+        write_latents(vae, images(), tmp_path, **SMALL)
     write_latents(vae, images(), tmp_path, kind="mode", **SMALL)
     (plain, _), *_ = directly(Codec(vae), images(), "mode")
     found = torch.cat([x["latents"] for x in shards_in(tmp_path).values()])
@@ -294,9 +283,8 @@ def test_latents_that_overflow_are_refused(core, images, tmp_path):
     loud = random_core()
     with torch.no_grad():
         loud.encoder.head.bias[0] = 1e5
-    options = {**SMALL, "dtype": torch.float16}
-    with pytest.raises(ValueError, match="latents of row 0 are not finite in float16; try another `dtype`"):
-        write_latents(loud, images(), tmp_path, **options)
+    with pytest.raises(ValueError, match="row 0 are not finite in float16; try another `dtype`"):
+        write_latents(loud, images(), tmp_path, **{**SMALL, "dtype": torch.float16})
     assert not shards_in(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Tests of `training_data`: a step sees the same images however it is divided, interrupted, loaded or streamed."""
+"""Tests of `training_batches`: a step sees the same images however it is divided, interrupted, loaded or streamed."""
 
 import io
 import random
@@ -13,7 +13,7 @@ from PIL import Image
 
 from hieratok_hf.data.image_dataset import Images
 from hieratok_hf.data.training_batches import BatchPlan, random_crop, to_pixel_values, training_loader
-from hieratok_hf.utils.images import ImageError
+from hieratok_hf.utils.images import ImageError, from_uint8, to_uint8
 
 ROWS = 7
 BOTH = pytest.mark.parametrize("streaming", [False, True])
@@ -55,7 +55,7 @@ def same(ours, theirs):
 
 
 @BOTH
-@pytest.mark.parametrize(("world_size", "parts"), [(1, 4), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("world_size", "parts"), [(1, 4), (2, 2)])
 def test_a_step_is_the_same_however_it_is_divided(streaming, world_size, parts):
     images, sizes = noise_data(streaming), (8, 16, 4)
     whole = list(training_loader(images, BatchPlan(16, sizes, 6, seed=3)))
@@ -89,9 +89,8 @@ def test_from_any_step_on_it_is_the_uninterrupted_sequence(streaming, num_worker
 
 @BOTH
 def test_the_seed_decides_rows_and_crops(streaming):
-    images = noise_data(streaming)
     plans = [BatchPlan(4, (8,), 3, seed=seed) for seed in (0, 0, 1)]
-    batches = [torch.cat([x["pixel_values"] for x in training_loader(images, plan)]) for plan in plans]
+    batches = [torch.cat([x["pixel_values"] for x in training_loader(noise_data(streaming), plan)]) for plan in plans]
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
 
@@ -102,13 +101,6 @@ def test_every_row_is_seen_once_an_epoch_in_another_order(streaming):
     epochs = [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
     assert len(epochs) == 6 and all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 3
-
-
-@BOTH
-def test_an_image_is_cropped_anew_each_time(streaming):
-    images, plan = as_data([Image.fromarray(noise(20, 20))], streaming), BatchPlan(2, (8,), 20)
-    crops = [x for batch in training_loader(images, plan, crop_scale=(0, 0)) for x in batch["pixel_values"]]
-    assert len({tuple(crop.flatten().tolist()) for crop in crops}) > 30
 
 
 def test_a_step_has_about_the_same_pixels_at_every_size():
@@ -123,17 +115,17 @@ def test_a_step_has_about_the_same_pixels_at_every_size():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    "values",
     [
-        ({"batch_size": 8, "world_size": 3}, r"`batch_size` must be a multiple of .*3 x 1, got 8"),
-        ({"batch_size": 6, "world_size": 2, "parts": 2}, r"`batch_size` must be a multiple of .*2 x 2, got 6"),
-        ({"batch_size": 0}, r"`batch_size` must be .*got 0"),
-        ({"crop_sizes": ()}, r"`crop_sizes` must be positive sides in pixels, got \(\)"),
-        ({"crop_sizes": (8, 0)}, r"`crop_sizes` must be positive sides in pixels, got \(8, 0\)"),
+        {"batch_size": 8, "world_size": 3},
+        {"batch_size": 6, "world_size": 2, "parts": 2},
+        {"batch_size": 0},
+        {"crop_sizes": ()},
+        {"crop_sizes": (8, 0)},
     ],
 )
-def test_a_plan_that_does_not_divide_is_refused(values, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_plan_that_does_not_divide_is_refused(values):
+    with pytest.raises(ValueError, match=f"`{next(iter(values))}`"):
         BatchPlan(**{"batch_size": 8, "crop_sizes": (8,), "steps": 1, **values})
 
 
@@ -150,18 +142,10 @@ def test_broken_rows_are_replaced_counted_and_named(streaming, num_workers):
         assert {reason.split(":")[0] for reason in batch["skipped"]} == {f"'{i}.png'" for i in broken}
         assert all("is no image in a format that Pillow reads" in reason for reason in batch["skipped"])
     clean = list(training_loader(data(streaming), plan))
+    same(list(training_loader(data(streaming, broken), plan, first_step=2)), batches[2:])
     for ours, theirs in zip(batches, clean):
         unbroken = [(a, b) for a, b in zip(rows_of(ours), rows_of(theirs)) if b not in broken]
         assert len(unbroken) == 4 and all(a == b for a, b in unbroken)  # the others stay in their places
-
-
-@BOTH
-def test_a_broken_row_alone_in_its_step_is_replaced(streaming):
-    plan = BatchPlan(1, (8,), 3 * ROWS, seed=0)
-    whole = list(training_loader(data(streaming, broken=(0, 3)), plan))
-    assert sum(bool(batch["skipped"]) for batch in whole) == 6
-    for first_step in (1, 8, 20):
-        same(list(training_loader(data(streaming, broken=(0, 3)), plan, first_step=first_step)), whole[first_step:])
 
 
 @BOTH
@@ -175,24 +159,21 @@ def test_a_data_set_of_broken_rows_is_refused(streaming, num_workers):
 
 
 def test_pixel_values_are_the_levels_in_minus_one_to_one():
-    images = noise_data()
-    (batch,) = training_loader(images, BatchPlan(4, (8,), 1))
-    levels = batch["pixel_values"]
+    (batch,) = training_loader(noise_data(), BatchPlan(4, (8,), 1))
+    levels, values = batch["pixel_values"], to_pixel_values(batch)
     assert levels.shape == (4, 3, 8, 8) and levels.dtype == torch.uint8
-    values = to_pixel_values(batch)
-    assert values.dtype == torch.float32 and values.min() >= -1 and values.max() <= 1
-    assert torch.equal(((values + 1) * 127.5).round().byte(), levels)
-    assert to_pixel_values({"pixel_values": torch.tensor([0, 255], dtype=torch.uint8)}).tolist() == [-1, 1]
+    assert values.dtype == torch.float32 and torch.equal(to_uint8(values), levels)
+    assert from_uint8(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    assert to_uint8(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
 
 
 def places_of(crop, image):
     """Where a crop is cut exactly from an image, mirrored or not."""
     size, found = len(crop), []
+    windows = np.lib.stride_tricks.sliding_window_view(image, (size, size), axis=(0, 1))  # (h, w, 3, size, size)
     for mirrored, candidate in ((False, crop), (True, crop[:, ::-1])):
-        for top in range(len(image) - size + 1):
-            for left in range(image.shape[1] - size + 1):
-                if (image[top : top + size, left : left + size] == candidate).all():
-                    found.append((top, left, mirrored))
+        same_pixels = (windows == candidate.transpose(2, 0, 1)).all((2, 3, 4))
+        found += [(top, left, mirrored) for top, left in np.argwhere(same_pixels).tolist()]
     return found
 
 
@@ -202,8 +183,8 @@ def test_a_scale_of_zero_cuts_pixels_exactly_everywhere_mirrored_half_the_time()
     for _ in range(600):
         crop = random_crop(image, 8, rng, (0, 0))
         assert crop.size == (8, 8) and crop.mode == "RGB"
-        (place,) = places_of(np.asarray(crop), levels)
-        seen.append(place)
+        seen += places_of(np.asarray(crop), levels)
+    assert len(seen) == 600
     assert {place[:2] for place in seen} == {(top, left) for top in range(5) for left in range(3)}
     assert 240 < sum(mirrored for *_, mirrored in seen) < 360
 

@@ -89,6 +89,7 @@ def test_it_is_zero_for_equal_images_symmetric_and_bounded(kind):
     assert values.shape == (2,) and values.dtype == torch.float32
     assert (values > 0).all() and (values <= 4).all()
     torch.testing.assert_close(values, distance(y, x))
+    torch.testing.assert_close(values, torch.cat([distance(x[i : i + 1], y[i : i + 1]) for i in range(2)]))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/mobilenet_v2_1.0_224")
@@ -132,11 +133,11 @@ def test_features_that_are_all_zero_are_equal_and_have_finite_gradients():
     assert (values == 0).all() and (x.grad == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["vit", "convnext"])
-def test_the_gradient_is_the_slope(kind):
-    distance, y = make_distance(kind), real_images()[:1]
-    x = noisy(y, 0.3).requires_grad_()
+def test_the_gradient_is_the_slope_and_flows_to_the_images_alone():
+    distance, y = make_distance("vit"), real_images()[:1].requires_grad_()
+    x = noisy(y.detach(), 0.3).requires_grad_()
     distance(x, y).sum().backward()
+    assert y.grad is None and not any(x.requires_grad or x.grad is not None for x in distance.parameters())
     direction = x.grad / x.grad.norm()
     with torch.no_grad():
         step = 2e-2 * direction
@@ -144,37 +145,11 @@ def test_the_gradient_is_the_slope(kind):
     assert slope == pytest.approx(x.grad.norm().item(), rel=0.02)
 
 
-def test_gradients_flow_to_the_images_alone():
-    distance = make_distance("convnext")
-    x, y = real_images().requires_grad_(), images(2, 3, 32, 32).requires_grad_()
-    distance(x, y).sum().backward()
-    assert x.grad.abs().max() > 0 and y.grad is None
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in distance.parameters())
-
-
-@pytest.mark.parametrize("kind", ["vit", "convnext"])
-def test_each_pair_has_its_own_value(kind):
-    distance, x, y = make_distance(kind), images(3, 3, 32, 32), images(3, 3, 32, 32, seed=1)
-    alone = torch.cat([distance(x[i : i + 1], y[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(distance(x, y), alone, rtol=1e-4, atol=1e-6)
-
-
-def test_it_is_float32_under_autocast_and_never_trains():
-    distance, x, y = make_distance("convnext", drop_path_rate=0.9), real_images(), images(2, 3, 32, 32)
-    plain = distance(x, y)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(distance(x, y), plain)
-        assert distance(x.bfloat16(), y).dtype == torch.float32
-    assert torch.equal(distance.train()(x, y), plain)
-
-
-def test_lpips_without_its_package_says_what_to_install(monkeypatch):
+def test_lpips_is_asked_for_its_network_and_frozen(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ImportError, match="pip install lpips torchvision"):
         load_lpips()
 
-
-def test_lpips_is_asked_for_its_network_and_frozen(monkeypatch):
     class LPIPS(torch.nn.Module):
         def __init__(self, **arguments):
             super().__init__()

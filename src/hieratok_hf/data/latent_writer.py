@@ -36,7 +36,7 @@ from .latent_cache import (
     stored_shape,
 )
 
-__all__ = ["ShardBatches", "settle", "write_latents", "write_shard"]
+__all__ = ["write_latents"]
 
 # Shape letters: B batch, N images of a shard, S side of a square image in pixels, C latent channels, h w its grid.
 
@@ -111,13 +111,12 @@ def write_latents(
     }  # fmt: skip
     encode, folder, (rank, world) = _encoder(codec, settings), Path(folder), process_place()
     # One process looks, so that none sees a folder half way.
-    settings, problem = gather(settle(folder, settings) if rank == 0 else ({}, ""))[0]
+    settings, problem = gather(_settle(folder, settings) if rank == 0 else ({}, ""))[0]
     if problem:
         raise ValueError(problem)
     started = time.perf_counter()
     weight = next(codec.model.parameters())
-    options = {"batch_size": batch_size, "threads": threads, "rank": rank, "world": world}
-    batches = ShardBatches(images, folder, settings, **options)
+    batches = _ShardBatches(images, folder, settings, batch_size, threads, rank, world)
     encoded, written = _write_shards(batches, encode, weight, progress)
     seconds = time.perf_counter() - started
     if not batches.rows:
@@ -140,7 +139,7 @@ def write_latents(
     }
 
 
-def settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
+def _settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
     """The settings to go on with, once `cache.json` holds them; or why the folder cannot be written, in one line."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,13 +159,10 @@ def settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
     return settings, ""
 
 
-def write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) -> None:
+def _write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) -> None:
     """
-    Write the batches of `ShardBatches` that make up a shard, with what the encoder gave of them as `plain` and, with
-    flips, `flipped`.
-
-    Raises:
-        ValueError: What was encoded is not finite in the dtype of the cache.
+    Write the batches that make up a shard, with what the encoder gave of them as `plain` and, with flips, `flipped`;
+    `ValueError` where that is not finite in the dtype of the cache.
     """
     rows = [row for batch in batches for row in batch["rows"]]
     labels = [-1 if label is None else label for batch in batches for label in batch["labels"]]
@@ -190,38 +186,15 @@ def write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) -
         file.write(save(tensors, {"skipped": json.dumps(skipped)}))
 
 
-class ShardBatches:
+class _ShardBatches:
     """
-    The images of those shards that one of several processes has yet to write, decoded a batch ahead; no batch spans
-    two shards.
-
-    Iterating gives the dictionaries of `decode_ahead`, and in each the number of its `shard`.
-
-    Args:
-        images (`Images`): The data.
-        folder (`Path`): With the shards that are there already.
-        settings (`dict`): Those of `cache.json`.
-        batch_size, threads (`int`): Most rows in a batch, and decoded at a time.
-        rank, world (`int`): Which process this is, and of how many.
-
-    Attributes:
-        rows (`int` or `None`): Of the data, of a stream once it has ended.
-        todo (`int` or `None`): Rows to go through, of a stream unknown.
-
-    Raises:
-        ValueError: While iterating: a stream has another number of rows than before.
+    Give the images of those shards that process `rank` of `world` has yet to write, as `decode_ahead` does, with the
+    number of their `shard`; no batch spans two. Of a stream the `rows` are known once it has ended, and what there is
+    `todo` is not; `ValueError` while iterating if it has another number of rows than before.
     """
 
     def __init__(
-        self,
-        images: Images,
-        folder: Path,
-        settings: Settings,
-        *,
-        batch_size: int,
-        threads: int,
-        rank: int,
-        world: int,
+        self, images: Images, folder: Path, settings: Settings, batch_size: int, threads: int, rank: int, world: int
     ):
         self.images, self.folder, self.settings = images, folder, settings
         self.batch_size, self.threads, self.rank, self.world = batch_size, threads, rank, world
@@ -287,7 +260,7 @@ def _encoder(codec: Codec, settings: dict[str, Any]) -> Callable[[Tensor], Tenso
 
 
 def _write_shards(
-    batches: ShardBatches,
+    batches: _ShardBatches,
     encode: Callable[[Tensor], Tensor],
     weight: Tensor,
     progress: Callable[[int, int | None], None] | None,
@@ -314,7 +287,7 @@ def _write_shards(
                     progress(done, batches.todo)
             if pending is not None:
                 pending.result()
-            pending = writer.submit(write_shard, shard_path(batches.folder, shard), whole, batches.settings)
+            pending = writer.submit(_write_shard, shard_path(batches.folder, shard), whole, batches.settings)
             written += 1
         if pending is not None:
             pending.result()

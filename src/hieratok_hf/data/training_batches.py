@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..utils.images import ImageError, from_uint8
 from .image_dataset import Images, Row, image_of
@@ -134,8 +134,8 @@ def training_loader(
         stream = _StreamedCrops(images, plan, first_step, crop_scale)
         loader = DataLoader(stream, batch_size=None, num_workers=min(num_workers, 1), pin_memory=pin)
     else:
-        crops, sampler = _Crops(images, plan.seed, crop_scale), _PlanSampler(len(images), plan, first_step)
-        loader = DataLoader(crops, batch_sampler=sampler, num_workers=num_workers, collate_fn=_collate, pin_memory=pin)
+        crops, draws = _Crops(images, plan.seed, crop_scale), plan_draws(len(images), plan, first_step)
+        loader = DataLoader(crops, batch_sampler=draws, num_workers=num_workers, collate_fn=_collate, pin_memory=pin)
     try:
         yield from loader
     except ImageError as error:
@@ -194,16 +194,6 @@ def _draws(plan: BatchPlan, first_step: int) -> Iterator[list[Draw]]:
     for step, size, count, before in plan.sizes(first_step):
         for part in range(plan.parts):
             yield [Draw(before + row, row, size, step, part, count) for row in plan.share(part, count)]
-
-
-class _PlanSampler(Sampler):
-    """The draws of a plan, for a loader."""
-
-    def __init__(self, length: int, plan: BatchPlan, first_step: int):
-        self.length, self.plan, self.first_step = length, plan, first_step
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        return plan_draws(self.length, self.plan, self.first_step)
 
 
 class _Crops(Dataset):

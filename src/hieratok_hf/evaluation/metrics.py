@@ -208,12 +208,11 @@ def _paired_levels(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _levels(name: str, tensor: Tensor) -> Tensor:
     """As whole numbers in 0 ... 255 in float32, checked."""
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}.")
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"`{name}` must be a floating-point torch.Tensor in [-1, 1], got {got}.")
     if tensor.ndim != 4 or tensor.shape[1] != 3 or 0 in tensor.shape:
         raise ValueError(f"`{name}` must have shape (B, 3, H, W) and not be empty, got {tuple(tensor.shape)}.")
-    if not tensor.is_floating_point():
-        raise ValueError(f"`{name}` must be floating point in [-1, 1], got {tensor.dtype}.")
     if not (largest := tensor.detach().abs().max().item()) <= PIXEL_LIMIT:  # phrased so that NaN fails
         raise ValueError(f"`{name}` must be finite and lie in [-1, 1], got a value of magnitude {largest:g}.")
     return to_uint8(tensor.detach()).float()

@@ -21,6 +21,9 @@ from .perceptual import PerceptualDistance
 __all__ = [
     "EvaluationBatches",
     "ReconstructionMetrics",
+    "add_sums",
+    "channel_statistics",
+    "channel_sums",
     "evaluate",
     "throughput",
 ]
@@ -137,7 +140,7 @@ class ReconstructionMetrics:
         for name, network in self.networks.items():
             values[name] = network(*rounded).flatten()
         values["images"] = torch.ones(len(images))
-        _add(self._sums, {name: value.cpu().double().sum() for name, value in values.items()})
+        add_sums(self._sums, {name: value.cpu().double().sum() for name, value in values.items()})
         if self.frechet is not None:
             self.frechet.update(images, targets)
 
@@ -189,17 +192,14 @@ def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: Reconstru
         metrics.update(images[-1], targets)
         if codec.core is not None:
             pairs = zip(images, image_pyramid(targets, codec.core.config))
-            _add(sums, {"scales": torch.stack([psnr(*pair).cpu().double().sum() for pair in pairs])})
-        values = latents.float().cpu().double().transpose(0, 1).flatten(1)  # (C, B * h * w)
-        _add(sums, {"sum": values.sum(1), "squares": values.square().sum(1), "n": torch.tensor(values.shape[1])})
+            add_sums(sums, {"scales": torch.stack([psnr(*pair).cpu().double().sum() for pair in pairs])})
+        add_sums(sums, channel_sums(latents))
     figures: dict[str, Any] = dict(metrics.compute())
     sums = _total(sums)
     if "scales" in sums:
         figures["scales_psnr"] = (sums["scales"] / figures["images"]).tolist()
-    mean = sums["sum"] / sums["n"]
-    figures["latent_mean"] = mean.tolist()
-    figures["latent_std"] = (sums["squares"] / sums["n"] - mean.square()).clamp(min=0).sqrt().tolist()
-    return figures
+    mean, std = channel_statistics(sums)
+    return {**figures, "latent_mean": mean.tolist(), "latent_std": std.tolist()}
 
 
 @torch.no_grad()
@@ -232,7 +232,20 @@ def throughput(codec: Codec, pixel_values: Tensor, seconds: float = 2.0) -> dict
     return rates
 
 
-def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+def channel_sums(latents: Tensor) -> dict[str, Tensor]:
+    """Sum up the values and the squares of each channel of `latents` `(B, C, h, w)` in float64, and count them."""
+    values = latents.float().cpu().double().transpose(0, 1).flatten(1)  # (C, B * h * w)
+    return {"sum": values.sum(1), "squares": values.square().sum(1), "count": torch.tensor(values.shape[1])}
+
+
+def channel_statistics(sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Give the mean and the standard deviation `(C,)` of all values that `channel_sums` saw, as a whole population."""
+    mean = sums["sum"] / sums["count"]
+    return mean, (sums["squares"] / sums["count"] - mean.square()).clamp(min=0).sqrt()
+
+
+def add_sums(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    """Add `more` to `sums` by name."""
     for name, value in more.items():
         sums[name] = sums[name] + value if name in sums else value
 
@@ -241,5 +254,5 @@ def _total(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums over all processes; one that saw no images has none of them."""
     total: dict[str, Tensor] = {}
     for part in gather(sums):
-        _add(total, part)
+        add_sums(total, part)
     return total

@@ -8,7 +8,15 @@ from ..ops.pyramid import continue_border
 from .configuration_hieratok import HieraTokConfig
 from .core import posterior_of
 
-__all__ = ["PIXEL_LOSSES", "border_loss", "image_pyramid", "pixel_loss", "steps_at_borders", "tokenizer_losses"]
+__all__ = [
+    "PIXEL_LOSSES",
+    "add_weighted",
+    "border_loss",
+    "image_pyramid",
+    "pixel_loss",
+    "steps_at_borders",
+    "tokenizer_losses",
+]
 
 PIXEL_LOSSES = ("mse", "l1", "charbonnier")
 """What `pixel_loss` takes as its `kind`."""
@@ -108,12 +116,17 @@ def tokenizer_losses(
     *coarse, finest = [pixel_loss(image, target, kind) for image, target in pairs]
     posterior = posterior_of(moments.float())
     losses = {kind: finest, "kl": posterior.kl().mean() / posterior.mean[0].numel()}
-    losses["loss"] = finest + config.kl_weight * losses["kl"]
     if coarse:
         # What averages lose falls about as the factor rises, and each scale is to count alike.
         losses["coarse"] = torch.stack([f * loss for f, loss in zip(config.scale_factors, coarse)]).mean()
-        losses["loss"] = losses["loss"] + config.coarse_weight * losses["coarse"]
+    losses["loss"] = add_weighted(finest, losses, config)
     return losses
+
+
+def add_weighted(reconstruction: Tensor, losses: dict[str, Tensor], config: HieraTokConfig, factor: int = 1) -> Tensor:
+    """Add the parts `kl` and, where there is one, `factor` times `coarse`, to `reconstruction` `()`."""
+    loss = reconstruction + config.kl_weight * losses["kl"]
+    return loss + config.coarse_weight * factor * losses["coarse"] if "coarse" in losses else loss
 
 
 def image_pyramid(pixel_values: Tensor, config: HieraTokConfig) -> list[Tensor]:

@@ -70,16 +70,7 @@ class LatentAlignment(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `()`: The sum of both losses, in float32.
-
-        Raises:
-            ValueError: Shapes are not those above, or the model's last tokens are no grid of patches.
         """
-        channels = self.projection.in_channels
-        if latents.ndim != 4 or latents.shape[1] != channels:
-            raise ValueError(f"`latents` must have shape (B, {channels}, h, w), got {tuple(latents.shape)}.")
-        if pixel_values.ndim != 4 or pixel_values.shape[:2] != (len(latents), 3):
-            shape = tuple(pixel_values.shape)
-            raise ValueError(f"`pixel_values` must have shape ({len(latents)}, 3, H, W) like `latents`, got {shape}.")
         # Autocasting would round the cosines by up to a hundredth of the margins.
         with torch.autocast(latents.device.type, enabled=False):
             targets = self.target_map(pixel_values)

@@ -69,10 +69,8 @@ class PatchDiscriminator(nn.Module):
             `H // 2**num_layers - 2`.
 
         Raises:
-            ValueError: `images` have another shape, or are too small for a score.
+            ValueError: `images` are too small for a score.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"`images` must have shape (B, 3, H, W), got {tuple(images.shape)}.")
         if min(images.shape[2:]) < self.min_size:
             size = f"{images.shape[2]}x{images.shape[3]}"
             raise ValueError(f"`images` must be at least {self.min_size} pixels high and wide, got {size}.")
@@ -124,18 +122,7 @@ def adaptive_weight(
 
     Returns:
         `torch.Tensor` of shape `()`: The ratio of the gradients' norms in [0, `limit`], float32, without a graph.
-
-    Raises:
-        ValueError: A sum of squares is no scalar tensor, or `limit` or `epsilon` is not positive.
     """
-    squares = {"reconstruction_square": reconstruction_square, "adversarial_square": adversarial_square}
-    for name, square in squares.items():
-        if not isinstance(square, Tensor) or square.ndim:
-            got = tuple(square.shape) if isinstance(square, Tensor) else type(square).__name__
-            raise ValueError(f"`{name}` must be a tensor of shape (), got {got}.")
-    for name, number in {"limit": limit, "epsilon": epsilon}.items():
-        if not number > 0:
-            raise ValueError(f"`{name}` must be positive, got {number}.")
     with torch.no_grad():
-        reconstruction_norm, adversarial_norm = (square.float().sqrt() for square in squares.values())
-        return (reconstruction_norm / (adversarial_norm + epsilon)).clamp(0, limit)
+        adversarial_norm = adversarial_square.float().sqrt() + epsilon
+        return (reconstruction_square.float().sqrt() / adversarial_norm).clamp(0, limit)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..evaluation.reconstruction import add_sums, channel_statistics, channel_sums
 from ..models.core import HieraTokCore, posterior_of
 from ..models.losses import tokenizer_losses
 
@@ -46,9 +47,8 @@ def fit_linear_path(
     generator = torch.Generator().manual_seed(0)
     for _, pixel_values in zip(range(steps), batches):
         moments, _ = core.encode_moments(pixel_values)
-        posterior = posterior_of(moments)
-        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-        losses = tokenizer_losses(core.decode_scales(latents), pixel_values, moments, core.config)
+        images = core.decode_scales(posterior_of(moments).sample(generator))
+        losses = tokenizer_losses(images, pixel_values, moments, core.config)
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -66,13 +66,10 @@ def latent_statistics(core: HieraTokCore, batches: Iterable[Tensor]) -> tuple[Te
     Raises:
         ValueError: There are fewer than two latent positions.
     """
-    total, square, count = torch.zeros(1).double(), torch.zeros(1).double(), 0
+    sums: dict[str, Tensor] = {}
     for batch in batches:
-        values = core.encode(batch).mode().double().transpose(0, 1).flatten(1).cpu()  # (C, n)
-        total, square = total + values.sum(1), square + values.square().sum(1)
-        count += values.shape[1]
-    if count < 2:
+        add_sums(sums, channel_sums(core.encode(batch).mode()))
+    if (count := int(sums.get("count", 0))) < 2:
         raise ValueError(f"`batches` must hold at least two latent positions, got {count}.")
-    mean = total / count
-    variance = (square / count - mean.square()) * count / (count - 1)
-    return mean.float(), variance.clamp_min(0).sqrt().float()
+    mean, std = channel_statistics(sums)
+    return mean.float(), std.float()

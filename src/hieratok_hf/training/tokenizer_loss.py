@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ..data.training_batches import step_generator
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.core import HieraTokCore, posterior_of
-from ..models.losses import PIXEL_LOSSES, border_loss, tokenizer_losses
+from ..models.losses import PIXEL_LOSSES, add_weighted, border_loss, tokenizer_losses
 from .alignment import LatentAlignment
 from .discriminator import adaptive_weight, generator_hinge_loss
 
@@ -183,16 +183,12 @@ class TrainingLoss:
         if weights.border:
             parts["border"] = border_loss(image, config.patch_size)
             reconstruction = reconstruction + weights.border * parts["border"]
-        if weights.perceptual and self.perceptual is not None:
-            parts["perceptual"] = self.perceptual(image, pixel_values).mean()
-            reconstruction = reconstruction + weights.perceptual * parts["perceptual"]
-        if weights.lpips and self.lpips is not None:
-            parts["lpips"] = self.lpips(image, pixel_values.float()).mean()
-            reconstruction = reconstruction + weights.lpips * parts["lpips"]
-        loss = reconstruction + config.kl_weight * parts["kl"]
-        if "coarse" in parts:
-            # A factor of 0 instead of leaving it out: DDP waits for a gradient of every weight.
-            loss = loss + config.coarse_weight * (step >= weights.coarse_start) * parts["coarse"]
+        for name, module in (("perceptual", self.perceptual), ("lpips", self.lpips)):
+            if (weight := getattr(weights, name)) and module is not None:
+                parts[name] = module(image, pixel_values.float()).mean()
+                reconstruction = reconstruction + weight * parts[name]
+        # A factor of 0 instead of leaving the coarse scales out: DDP waits for a gradient of every weight.
+        loss = add_weighted(reconstruction, parts, config, factor=step >= weights.coarse_start)
         if aligned is not None:
             parts["alignment"] = aligned.float()
             loss = loss + weights.alignment * parts["alignment"]
