@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
     _Arguments = ParamSpec("_Arguments")
 
-    # diffusers' own has no types, so it would hide the arguments of what it decorates from type checkers.
+    # diffusers' own have no types, so they would hide the class and the arguments of its methods from type checkers.
+    def register_to_config(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]: ...
     def apply_forward_hook(method: Callable[_Arguments, Any]) -> Callable[_Arguments, Any]: ...
 else:
+    from diffusers.configuration_utils import register_to_config
     from diffusers.utils.accelerate_utils import apply_forward_hook
 
 __all__ = ["AutoencoderHieraTok", "AutoencoderHieraTokOutput"]

@@ -1,7 +1,7 @@
 """Turn images into `pixel_values` and back; both backends follow transformers' `image_processing_backends.py`."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,6 +41,10 @@ class _HieraTokImageProcessing(BaseImageProcessor):
     do_normalize = True
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
+
+    if TYPE_CHECKING:  # type checkers would refuse `size_divisor`, which transformers' own `__init__` does not name
+
+        def __init__(self, **kwargs: Any): ...
 
     def postprocess(
         self, pixel_values: torch.Tensor | np.ndarray, output_type: str = "pil"

@@ -234,7 +234,11 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
 
     @can_return_tuple
     def decode(
-        self, latents: Tensor, num_scales: int | None = None, return_scales: bool = False
+        self,
+        latents: Tensor,
+        num_scales: int | None = None,
+        return_scales: bool = False,
+        return_dict: bool | None = None,  # `can_return_tuple` takes it
     ) -> HieraTokDecoderOutput:
         """
         Decode latents to images, by all scales or by the coarser ones alone.

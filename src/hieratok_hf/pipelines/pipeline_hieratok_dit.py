@@ -87,7 +87,10 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         if vae is not None and transformer is not None:
             _check_parts(vae, transformer, names)
         self.labels = names_to_ids(names)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=_compression(vae) if vae is not None else 8)
+        factor = 8
+        if vae is not None:
+            factor = getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
 
     @property
     def num_classes(self) -> int:
@@ -263,7 +266,17 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             raise ValueError(
                 f"`guidance_interval` must be two rising shares of noise from 0 to 1, got {guidance_interval}."
             )
-        self._check_scheduler()
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "`scheduler` has use_dynamic_shifting=True, by the length of a prompt's image: give it False."
+            )
+        if (kind := prediction_type_of(self.scheduler)) != (expected := self.config.prediction_type):
+            flow = ", use_flow_sigmas=True" if expected == "flow_prediction" else ""
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__} for a transformer of prediction type {kind!r}, "
+                f"this one's is {expected!r}: give the scheduler's `from_config` prediction_type={expected!r}{flow}, "
+                "if it can have it, or take another scheduler."
+            )
         if output_type not in _OUTPUT_TYPES or (self.vae is None and output_type != "latent"):
             wanted = list(_OUTPUT_TYPES) if self.vae is not None else "'latent' without a `vae`"
             raise ValueError(f"`output_type` must be one of {wanted}, got {output_type!r}.")
@@ -282,21 +295,6 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             raise ValueError(
                 f"`preview_scales` must be from 1 to the {scales} scales of `vae`, got {preview_scales!r}."
             )
-
-    def _check_scheduler(self) -> None:
-        expected = self.config.prediction_type
-        if self.scheduler.config.get("use_dynamic_shifting"):
-            raise ValueError(
-                "`scheduler` has use_dynamic_shifting=True, by the length of a prompt's image: give it False."
-            )
-        if (kind := prediction_type_of(self.scheduler)) == expected:
-            return
-        flow = ", use_flow_sigmas=True" if expected == "flow_prediction" else ""
-        raise ValueError(
-            f"`scheduler` is a {type(self.scheduler).__name__} for a transformer of prediction type {kind!r}, this "
-            f"one's is {expected!r}: give the scheduler's `from_config` prediction_type={expected!r}{flow}, if it can "
-            "have it, or take another scheduler."
-        )
 
     def prepare_latents(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
@@ -343,13 +341,6 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         config = self.vae.config
         raw = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return self.vae.decode(raw.to(self.vae.dtype), return_dict=False, **scales)[0]
-
-
-def _compression(vae: ModelMixin) -> int:
-    """Return how many pixels of an image's side one cell of its latent stands for."""
-    if (ratio := getattr(vae, "spatial_compression_ratio", None)) is not None:
-        return ratio
-    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _check_parts(vae: Any, transformer: Any, id2label: Mapping[int, str]) -> None:
