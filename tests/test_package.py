@@ -86,8 +86,9 @@ def test_parts_import_only_those_below_them():
 
 
 def test_code_from_the_hub_asks_for_no_package_that_is_optional(tmp_path):
-    # transformers refuses code whose imports are missing, also inside `if` or a function.
+    # transformers refuses code whose imports are missing, also inside `if` or a function; torch has typing_extensions.
     needed = {"diffusers", "huggingface_hub", "numpy", "PIL", "safetensors", "torch", "transformers"}
+    needed |= {"typing_extensions"}
     (tmp_path / "modeling_hieratok.py").write_text(remote_code())
     assert set(get_imports(tmp_path / "modeling_hieratok.py")) - set(sys.stdlib_module_names) <= needed
     assert not get_relative_import_files(tmp_path / "modeling_hieratok.py")
@@ -105,10 +106,14 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("models", "generation", "attention"))]
     blocks = [re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in pages]
-    (load, generate), (transformers_code, diffusers_code), (generation_code,), (attention_code,) = blocks
+    (start, load, generate), (transformers_code, diffusers_code), (generation_code,), (attention_code,) = blocks
     few_steps = ("num_inference_steps=25", "num_inference_steps=4")
 
     names: dict = {}
+    exec(start.replace(*few_steps), names)
+    assert [tuple(scale.shape[-2:]) for scale in names["scales"]] == [(8, 8), (16, 16), (32, 32), (64, 64)]
+    assert (tmp_path / "church.png").stat().st_size > 1_000
+    names = {}
     exec(load, names)
     assert names["output"].latents.shape == (1, 16, 32, 32)
     assert (tmp_path / "hat.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""HieraTok, the multi-scale visual tokenizer (arXiv 2509.23736), for transformers and diffusers."""
+"""Encode images to latents and back by the multi-scale tokenizer HieraTok, in transformers and diffusers."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""The trained weights that are part of the package."""
+"""Find the trained weights that are part of the package."""
 
 from pathlib import Path
 
@@ -12,11 +12,16 @@ SHIPPED: tuple[str, ...] = ("hieratok-tiny", "hieratok-tiny-16x", "hieratok-dit-
 
 def pretrained(name: str) -> str:
     """
-    The folder of weights that ship with the package, for `from_pretrained`: `"hieratok-tiny"` and
-    `"hieratok-tiny-16x"` are tokenizers, for either library, and `"hieratok-dit-tiny"` is a `HieraTokDiTPipeline`.
+    Return the folder of weights that ship with the package, for `from_pretrained`.
+
+    `"hieratok-tiny"` and `"hieratok-tiny-16x"` are tokenizers that either library loads, and `"hieratok-dit-tiny"` is
+    a `HieraTokDiTPipeline`.
 
     Args:
         name (`str`): One of `SHIPPED`.
+
+    Returns:
+        `str`: The path of the folder.
 
     Raises:
         ValueError: `name` is not one of `SHIPPED`.
@@ -39,5 +44,14 @@ def pretrained(name: str) -> str:
 
 
 def resolve_model(name_or_path: str) -> str:
-    """The folder of a name that ships; a folder of that name goes first, and anything else is given back as it is."""
+    """
+    Return the folder of a name that ships, and anything else as it is.
+
+    Args:
+        name_or_path (`str`): One of `SHIPPED`, a folder or a Hub id. A folder in the current directory that has a
+            shipped name goes first.
+
+    Returns:
+        `str`: What `from_pretrained` takes.
+    """
     return pretrained(name_or_path) if name_or_path in SHIPPED and not Path(name_or_path).is_dir() else name_or_path

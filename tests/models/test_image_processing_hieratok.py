@@ -128,9 +128,11 @@ def test_argument_errors(backend, images, options, kind, text):
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
-def test_torchvision_backend_asks_for_torchvision():
-    with pytest.raises(ImportError, match="HieraTokImageProcessor requires the Torchvision library"):
-        HieraTokImageProcessor()
+def test_without_torchvision_pillow_serves(tmp_path):
+    processor = HieraTokImageProcessor(size_divisor=8)
+    assert type(processor) is HieraTokImageProcessorPil and processor.size_divisor == 8
+    processor.save_pretrained(tmp_path)
+    assert type(HieraTokImageProcessor.from_pretrained(tmp_path)) is HieraTokImageProcessorPil
 
 
 @both_backends

@@ -1,1 +1,1 @@
-"""The models of both libraries over one core, with their configuration, losses and saved folders."""
+"""Give HieraTok to both libraries, over one core, with its configuration, losses and saved folders."""

@@ -1,4 +1,4 @@
-"""The names that transformers and diffusers have for ways to compute attention, and what they mean here."""
+"""Translate the names that transformers and diffusers have for ways to compute attention into backends."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,7 +20,7 @@ _KERNELS = (
 ATTENTION_IMPLEMENTATIONS = {"eager": "reference", "sdpa": "auto", "flex_attention": "flex"} | {
     f"hieratok_{backend}": backend for backend in ATTENTION_BACKENDS
 }
-"""What transformers' `attn_implementation` means here, as a backend. The library's default is `"sdpa"`."""
+"""Backend of each name that transformers' `attn_implementation` may have; the library's default is `"sdpa"`."""
 
 DIFFUSERS_BACKENDS: dict[str, tuple[str, SDPBackend | None]] = {
     "native": ("sdpa", None),
@@ -31,8 +31,8 @@ DIFFUSERS_BACKENDS: dict[str, tuple[str, SDPBackend | None]] = {
     "_native_math": ("sdpa", SDPBackend.MATH),
 }
 """
-What the names of diffusers' `set_attention_backend` and `attention_backend` mean here: a backend, and the kernel that
-PyTorch's attention takes where it can; under a mask, which compiled graphs have, some cannot.
+Backend of each name that diffusers' `set_attention_backend` and `attention_backend` may have, and the kernel that
+PyTorch's attention takes where it can. Some kernels cannot serve under a mask, which compiled graphs have.
 """
 
 
@@ -40,16 +40,21 @@ def backend_of(
     own: str | None, set_by_diffusers: str | None, implementation: str | None
 ) -> tuple[str, SDPBackend | None]:
     """
-    The backend of `scale_causal_attention` to use, and the kernel of PyTorch's attention that it should prefer.
+    Choose the backend of `scale_causal_attention`, and the kernel of PyTorch's attention that it should prefer.
+
+    The first choice that was made counts, in the order: the model's `set_attention_backend`, the processor's own,
+    diffusers' context manager `attention_backend`, transformers' `attn_implementation`.
 
     Args:
-        own (`str`, *optional*): The processor's own choice.
-        set_by_diffusers (`str`, *optional*): That of the model's `set_attention_backend`, which comes first.
-        implementation (`str`, *optional*): transformers' `attn_implementation`, which comes last, after diffusers'
-            context manager `attention_backend`.
+        own (`str`, *optional*): The backend that the attention processor was made with.
+        set_by_diffusers (`str`, *optional*): The name that the model's `set_attention_backend` was given.
+        implementation (`str`, *optional*): The model's `attn_implementation`; `"sdpa"` unless given.
+
+    Returns:
+        The name of a backend, and a kernel or `None` for PyTorch's own order.
 
     Raises:
-        ValueError: `set_by_diffusers` has no meaning here.
+        ValueError: `set_by_diffusers` is not one of `DIFFUSERS_BACKENDS`.
     """
     if set_by_diffusers is not None:
         if set_by_diffusers not in DIFFUSERS_BACKENDS:
@@ -61,7 +66,7 @@ def backend_of(
         return DIFFUSERS_BACKENDS[set_by_diffusers]
     if own is not None:
         return own, None
-    active: Any = _AttentionBackendRegistry.get_active_backend()[0]
+    active: Any = _AttentionBackendRegistry.get_active_backend()[0]  # private, see CONTRIBUTING.md
     # It holds for every model in the process, so it may be one that only another can use.
     if active != AttentionBackendName.NATIVE and active in DIFFUSERS_BACKENDS:
         return DIFFUSERS_BACKENDS[active]
@@ -69,5 +74,5 @@ def backend_of(
 
 
 def preferring(kernel: SDPBackend | None) -> AbstractContextManager:
-    """A context in which PyTorch's attention takes a kernel before all others; `None` leaves its own order."""
+    """Make a context in which PyTorch's attention takes `kernel` before all others; `None` leaves its own order."""
     return nullcontext() if kernel is None else sdpa_kernel([kernel, *_KERNELS], set_priority=True)

@@ -1,4 +1,4 @@
-"""One way to use every image autoencoder, of this package and of diffusers."""
+"""Use every image autoencoder, of this package and of diffusers, in one way."""
 
 import os
 from typing import Any
@@ -16,13 +16,14 @@ __all__ = ["Codec", "load_codec"]
 
 class Codec:
     """
-    One way to use every autoencoder: images in [-1, 1] to the mode of their latents, and back.
+    Encode and decode images in [-1, 1] by any autoencoder, with the same calls.
 
     Args:
         model (`torch.nn.Module`): A `HieraTokCore`, a model around one, or an image autoencoder of diffusers.
 
     Attributes:
-        core (`HieraTokCore` or `None`): That of a HieraTok model.
+        model (`torch.nn.Module`): The model that was given.
+        core (`HieraTokCore` or `None`): The core of a HieraTok model, `None` for another autoencoder.
     """
 
     def __init__(self, model: nn.Module):
@@ -32,18 +33,20 @@ class Codec:
 
     def encode(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
         """
-        The latent of images, in the dtype and on the device of the model.
+        Encode images to latents, in the dtype and on the device of the model.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): In [-1, 1].
-            noise (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal, to draw a sample of the
-                posterior, whose mode is given without. A model without a posterior has only one latent.
+            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): Images in [-1, 1], of any floating dtype, on any
+                device.
+            noise (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise, with which a sample of
+                the posterior is drawn; the posterior's mode unless given. A model without a posterior has only one
+                latent and takes no notice.
 
         Returns:
             `torch.Tensor` of shape `(B, C, h, w)`.
 
         Raises:
-            ValueError: Of a HieraTok model, as `HieraTokCore.encode_moments`.
+            ValueError: A HieraTok model refuses the images, as `HieraTokCore.encode_moments` says.
         """
         weight = next(self.model.parameters())
         pixel_values = pixel_values.to(weight.device, weight.dtype)
@@ -58,32 +61,36 @@ class Codec:
 
     @property
     def statistics(self) -> dict[str, float]:
-        """The `scaling_factor` and `shift_factor` of the configuration, 1 and 0 where it has none."""
+        """Return the `scaling_factor` and `shift_factor` of the configuration, 1 and 0 where it has none."""
         config = getattr(self.model, "config", None)
         scale, shift = (getattr(config, name, None) for name in ("scaling_factor", "shift_factor"))
         return {"scaling_factor": scale or 1.0, "shift_factor": shift or 0.0}
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """`latents` `(B, C, h, w)` as a generator of diffusers is fed them; those of HieraTok are so already."""
+        """Scale `latents` `(B, C, h, w)` as pipelines of diffusers do: `(latents - shift) * scale`."""
         return (latents - self.statistics["shift_factor"]) * self.statistics["scaling_factor"]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The images `(B, 3, S, S)` of `latents` `(B, C, h, w)`, about [-1, 1], not clamped."""
+        """Decode `latents` `(B, C, h, w)` to images `(B, 3, S, S)` of about [-1, 1], not clamped."""
         return self.core.decode(latents) if self.core is not None else self.model.decode(latents).sample
 
     def decode_scales(self, latents: Tensor) -> list[Tensor]:
         """
-        The images that `latents` `(B, C, h, w)` have at every scale, coarse to fine, the last `(B, 3, S, S)`; of
-        other models than HieraTok the only one.
+        Decode `latents` `(B, C, h, w)` to images of every scale, coarse to fine, the last of shape `(B, 3, S, S)`.
+
+        A model other than HieraTok has only that one.
         """
         return [self.decode(latents)] if self.core is None else self.core.decode_scales(latents)
 
     def latent_shape(self, size: int) -> tuple[int, ...]:
         """
-        Shape `(C, h, w)` of the latent of an image of `size` x `size` pixels, which is tried.
+        Find the shape `(C, h, w)` of the latent of a square image, by encoding and decoding a blank one.
+
+        Args:
+            size (`int`): Side of the image in pixels.
 
         Raises:
-            ValueError: The model cannot take it, or gives an image of another size back.
+            ValueError: The model cannot take an image of that size, or decodes it to another size.
         """
         blank = torch.zeros(1, 3, size, size)
         name = type(self.model).__name__
@@ -101,16 +108,19 @@ class Codec:
 
 def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Codec:
     """
-    A HieraTok model or an autoencoder of diffusers in float32, from safetensors: a name of `SHIPPED`, a folder, or a
-    Hub id; of a pipeline its part `vae`.
+    Load a HieraTok model or an autoencoder of diffusers in float32, from safetensors alone.
 
     Args:
-        name_or_path (`str` or `os.PathLike`): Where it is.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where it is put.
+        name_or_path (`str` or `os.PathLike`): A name of `SHIPPED`, a folder, or a Hub id. Of a pipeline its part `vae`
+            is loaded.
+        device (`torch.device` or `str`, defaults to `"cpu"`): The device that the weights are put on.
+
+    Returns:
+        `Codec`: The model in evaluation mode, its parameters without gradients.
 
     Raises:
         OSError: There is no such folder or repository, no network to reach it, or it holds no safetensors.
-        ValueError: Its configuration names no autoencoder that this package or diffusers has, or its weights do not
+        ValueError: The configuration names no autoencoder that this package or diffusers has, or its weights do not
             suit it.
     """
     import diffusers

@@ -1,18 +1,17 @@
-"""HieraTok as a diffusers autoencoder: configuration, outputs and flags around `HieraTokCore`."""
+"""Give HieraTok to diffusers as an autoencoder: configuration, outputs and flags around `HieraTokCore`."""
 
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -22,6 +21,18 @@ from .core import HieraTokCore, check_latents, check_pixel_values
 from .saving import HubUploadMixin, name_in_errors, pop_hub_arguments, share_between_libraries, stage_folder
 from .tiling import TilingMixin, run_in_tiles
 
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec, Self
+
+    _Arguments = ParamSpec("_Arguments")
+
+    # diffusers' own have no types, so they would hide the class and the arguments of its methods from type checkers.
+    def register_to_config(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]: ...
+    def apply_forward_hook(method: Callable[_Arguments, Any]) -> Callable[_Arguments, Any]: ...
+else:
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.utils.accelerate_utils import apply_forward_hook
+
 __all__ = ["AutoencoderHieraTok", "AutoencoderHieraTokOutput"]
 
 # Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
@@ -30,7 +41,7 @@ __all__ = ["AutoencoderHieraTok", "AutoencoderHieraTokOutput"]
 @dataclass
 class AutoencoderHieraTokOutput(DecoderOutput):
     """
-    What `AutoencoderHieraTok.decode` and its call return.
+    Hold what `AutoencoderHieraTok` decodes, in `decode` and in its call.
 
     Attributes:
         sample (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The image of the last scale that ran, about
@@ -44,16 +55,17 @@ class AutoencoderHieraTokOutput(DecoderOutput):
 
 class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """
-    The multi-scale visual tokenizer HieraTok (after arXiv 2509.23736) as the VAE of diffusers pipelines.
+    Encode images and decode latents by the multi-scale visual tokenizer HieraTok, as the VAE of diffusers pipelines.
 
-    Its weights are those of `HieraTokModel`: one folder loads in both. The latents of a trained checkpoint are
-    normalised, so `scaling_factor` is 1 and `shift_factor` 0.
+    The method is that of Chen et al. (arXiv 2509.23736), `HieraTokCore` computes it. The class loads the same folders
+    as `HieraTokModel`. The latents of a trained checkpoint are normalised, so `scaling_factor` is 1 and
+    `shift_factor` 0.
 
     Args:
-        kwargs: As those of `HieraTokConfig`, with the same defaults.
+        kwargs: The arguments of `HieraTokConfig`, with the same defaults.
 
     Raises:
-        ValueError, StrictDataclassError: As `HieraTokConfig`.
+        ValueError, StrictDataclassError: `HieraTokConfig` refuses a value.
 
     Example:
 
@@ -67,7 +79,9 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     ```
     """
 
-    # diffusers writes a component's module into a saved pipeline, and finds it there only if it has been imported.
+    # A trap: diffusers writes `__module__` of a component's class into `model_index.json`, and on loading imports that
+    # module and looks up on it the class and diffusers' own `ModelMixin`. Only the package has both, and the path of
+    # this file would tie every saved pipeline to it.
     __module__ = "hieratok_hf"
 
     _supports_gradient_checkpointing = True
@@ -120,13 +134,13 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         self.init_tiling(config.patch_size, max(256, 2 * config.patch_size * config.scale_factors[0]))
 
     @classmethod
-    def from_size(cls, size: str, **overrides: Any) -> "AutoencoderHieraTok":
-        """A model of a named size with random weights; arguments and errors as those of `HieraTokConfig.from_size`."""
+    def from_size(cls, size: str, **overrides: Any) -> "Self":
+        """Make a model of a named size, with random weights and the arguments of `HieraTokConfig.from_size`."""
         return cls(**HieraTokConfig.from_size(size, **overrides).model_fields).eval()
 
     @classmethod
-    def from_core(cls, core: HieraTokCore) -> "AutoencoderHieraTok":
-        """A model around a core that exists; the weights are shared, not copied."""
+    def from_core(cls, core: HieraTokCore) -> "Self":
+        """Make a model around a core that exists; the weights are shared, not copied."""
         with torch.device("meta"):
             model = cls(**core.config.model_fields)
         model.core = core
@@ -135,8 +149,10 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """
-        As diffusers' own, but the keys that transformers keeps in the same `config.json` cause no warning, and one
-        saved without `downsampling` is read as `complete_saved` says.
+        Sort the entries of a `config.json` as `ConfigMixin.extract_init_dict` does, where both libraries share it.
+
+        The keys of transformers cause no warning, and a file that was saved without `downsampling` is read as
+        `complete_saved` says.
         """
         config_dict = complete_saved(config_dict)
         own_keys = cls._get_init_keys(cls)
@@ -146,12 +162,14 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
     @property
     def spatial_compression_ratio(self) -> int:
-        """Pixels of an image's side a cell of the latent's."""
+        """Return how many pixels of an image's side one cell of its latent stands for."""
         return self.core.config.patch_size
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """
+        Encode images to the distribution of their latents.
+
         Args:
             x (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch size.
             return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderKLOutput` rather than a tuple.
@@ -160,7 +178,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
             The distribution of the latent `(B, C, h, w)`, as `latent_dist`.
 
         Raises:
-            ValueError: As `HieraTokCore.encode_moments`.
+            ValueError: `x` is not such images, as `HieraTokCore.encode_moments` says.
         """
         moments = [self._encode(part) for part in self._slices(x)]
         posterior = DiagonalGaussianDistribution(torch.cat(moments) if len(moments) > 1 else moments[0])
@@ -176,21 +194,23 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         return_scales: bool = False,
     ) -> AutoencoderHieraTokOutput | tuple[Any, ...]:
         """
+        Decode latents to images, by all scales or by the coarser ones alone.
+
         Args:
-            z (`torch.Tensor` of shape `(B, C, h, w)`): The latent.
+            z (`torch.Tensor` of shape `(B, C, h, w)`): Latents as `encode` gives them.
             return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
                 tuple.
-            generator (`torch.Generator`, *optional*): Ignored; pipelines pass it.
+            generator (`torch.Generator`, *optional*): Ignored, because decoding draws nothing; pipelines pass it.
             num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
                 image of the last of them, for the cost of its tokens and the coarser ones.
-            return_scales (`bool`, defaults to `False`): Return the images of the coarser scales as well.
+            return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
 
         Returns:
             `sample` of shape `(B, 3, H, W)`, smaller for fewer scales, about [-1, 1], not clamped; and `scales`, where
             they were asked for.
 
         Raises:
-            ValueError: As `HieraTokCore.decode`.
+            ValueError: `z` or `num_scales` is not as above, as `HieraTokCore.decode` says.
         """
         parts = [self._decode(part, num_scales, return_scales) for part in self._slices(z)]
         images = tuple(torch.cat(scale) if len(parts) > 1 else scale[0] for scale in zip(*parts))
@@ -206,28 +226,28 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         return_scales: bool = False,
     ) -> AutoencoderHieraTokOutput | tuple[Any, ...]:
         """
-        Encode and decode.
+        Encode images and decode their latents.
 
         Args:
             sample (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch.
-            sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
+            sample_posterior (`bool`, defaults to `False`): Whether to decode a sample of the posterior, not its mode.
             return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
                 tuple.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
-            return_scales (`bool`, defaults to `False`): Return the images of the coarser scales as well.
+            return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
 
         Returns:
             `sample` of shape `(B, 3, H, W)`, about [-1, 1], not clamped; and `scales`, where they were asked for.
 
         Raises:
-            ValueError: As `HieraTokCore.encode_moments`.
+            ValueError: `sample` is not such images, as `HieraTokCore.encode_moments` says.
         """
         posterior = self.encode(sample).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(latents, return_dict=return_dict, return_scales=return_scales)
 
     def _encode(self, x: Tensor) -> Tensor:
-        """Moments `(B, 2C, h, w)`, in tiles where they are on and the images larger than one."""
+        """Encode to moments `(B, 2C, h, w)`, in tiles where they are on and the images larger than one."""
         patch_size = self.core.config.patch_size
         if not self.needs_tiles(x, 1):
             return self.core.encode_moments(x)[0]
@@ -237,7 +257,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         )
 
     def _decode(self, z: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
-        """The image of the last scale that runs or of all, in tiles where those are on and the latent is larger."""
+        """Decode to the last scale that runs or to all, in tiles where they are on and the latent larger than one."""
         patch_size, factors = self.core.config.patch_size, tuple(self.core.config.scale_factors)
         if not self.needs_tiles(z, patch_size):
             return self.core.decode_scales(z, num_scales) if all_scales else [self.core.decode(z, num_scales)]
@@ -260,15 +280,21 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         return [decode_in_tiles(k) for k in range(1 if all_scales else layout.num_scales, layout.num_scales + 1)]
 
     def _slices(self, batch: Tensor) -> Sequence[Tensor]:
-        """A batch one by one where slicing is on; what is no batch is left for the core to refuse."""
+        """Split a batch into single images where slicing is on; what is no batch is left for the core to refuse."""
         is_batch = isinstance(batch, Tensor) and batch.ndim == 4 and batch.shape[0] > 1
         return batch.split(1) if self.use_slicing and is_batch else [batch]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "Self":
         """
-        As `ModelMixin.from_pretrained`, but weights that lack a tensor are refused, where diffusers would leave it
-        random or without storage.
+        Load a model as `ModelMixin.from_pretrained` does, but refuse weights that lack a tensor.
+
+        diffusers would leave that tensor random or without storage.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
+            kwargs: Further arguments of `ModelMixin.from_pretrained`. With `output_loading_info=True` the result is a
+                tuple of the model and what was found on loading.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
@@ -291,8 +317,10 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
                 f"Weights in {folder} have other shapes than `config.json` asks for; to start these at random, pass "
                 "`low_cpu_mem_usage=False` beside `ignore_mismatched_sizes=True`."
             )
-        return (model, info) if return_info else model
+        loaded: Any = (model, info) if return_info else model
+        return loaded
 
+    # A pipeline hands on only the arguments that stand in this signature by name.
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -306,8 +334,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         """
         Save to a folder that this class and `HieraTokModel` both load; files appear whole or not at all.
 
-        Arguments are those of `ModelMixin.save_pretrained`, by name, because a pipeline hands on those of the
-        signature alone. What `safe_serialization=False` writes is diffusers' alone.
+        The arguments are those of `ModelMixin.save_pretrained`. What `safe_serialization=False` writes loads in
+        diffusers alone.
 
         Raises:
             ValueError: `save_directory` is a file.

@@ -1,17 +1,20 @@
-"""Configuration of HieraTok: every size of the model, checked once, and the sizes that have names."""
+"""Configure HieraTok: every size of the model, checked once, and the sizes that have names."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import check_scale_factors
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["DOWNSAMPLING", "SIZES", "HieraTokConfig", "complete_saved"]
 
 DOWNSAMPLING = ("learned", "mean")
-"""The kinds of coarse tokens: learned maps of blocks of latents, or averages of them."""
+"""How coarse tokens may be made of the latent: by learned maps of its blocks, or as averages of them."""
 
 _TINY: dict[str, Any] = {
     "latent_channels": 16,
@@ -65,8 +68,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 """
-What each named size has other than the defaults of `HieraTokConfig`. Latent shapes and depths are this project's
-choice; the paper publishes none.
+Named sizes, each with the arguments in which it differs from the defaults of `HieraTokConfig`. Latent shapes and
+depths are this project's choice, because the paper publishes none.
 """
 
 _POSITIVE = (
@@ -97,7 +100,7 @@ _CHOICES = {
 @strict
 class HieraTokConfig(PreTrainedConfig):
     r"""
-    Sizes and options of a HieraTok tokenizer. The defaults are `hieratok-b`.
+    Hold and check the sizes and options of a HieraTok tokenizer. The defaults are `hieratok-b`.
 
     Args:
         in_channels (`int`, defaults to 3): Colour channels of an image.
@@ -108,35 +111,40 @@ class HieraTokConfig(PreTrainedConfig):
             each scale covers on a side, coarse to fine, ending in 1. `(1,)` is the single-scale twin.
         downsampling (`str`, defaults to `"learned"`): How the tokens of a coarse scale are made of the latent:
             `"learned"` by a convolution of each block of cells, or `"mean"` by the block's average. A saved
-            configuration that does not say is one of `"mean"` (see `complete_saved`).
+            configuration without it is read as `"mean"` (see `complete_saved`).
         scale_causal (`bool`, defaults to `True`): A token of the decoder sees its own scale and every coarser one;
             `False` lets all tokens see all, for comparisons: no scale can then be decoded without the finer ones.
-        encoder_hidden_size, encoder_num_layers, encoder_num_heads (`int`): Width, depth and heads of the encoder.
-        decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`): The same of the decoder.
-        mlp_ratio (`float`, defaults to 4.0): Width of a SwiGLU is `int(2 / 3 * mlp_ratio * hidden_size)`.
+        encoder_hidden_size, encoder_num_layers, encoder_num_heads (`int`, default to 768, 12 and 12): Width, number of
+            blocks and number of attention heads of the encoder.
+        decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`, default to 768, 12 and 12): Width, number of
+            blocks and number of attention heads of the decoder.
+        mlp_ratio (`float`, defaults to 4.0): Factor of the width of a SwiGLU, which is
+            `int(2 / 3 * mlp_ratio * hidden_size)`.
         norm_eps (`float`, defaults to 1e-6): Epsilon of every RMSNorm.
-        qk_norm (`bool`, defaults to `False`): RMSNorm on queries and keys, per head.
-        norm_before_blocks, norm_after_blocks (`bool`, default to `False` and `True`): RMSNorm between the embedding
-            and the first block, and between the last block and the head, on both sides.
+        qk_norm (`bool`, defaults to `False`): Whether an RMSNorm stands on the queries and keys of each head.
+        norm_before_blocks, norm_after_blocks (`bool`, default to `False` and `True`): Whether an RMSNorm stands
+            between the embedding and the first block, and between the last block and the head, on both sides.
         learned_positions (`int`, defaults to 0): Side of a learned grid of absolute positions, resampled to the grid
             of each image; 0 for none.
         rotary_coordinates (`str`, defaults to `"cells"`): Unit of a rotary position: `"cells"` of the finest grid, or
             `"fraction"` of the image's side.
-        rotary_scale, rotary_base (`float`, default to 1.0 and 100.0): A unit of position turns channel pair `t`, with
-            `t` evenly spaced over [0, 1], by `rotary_scale * rotary_base ** -t` radians.
-        rotary_pairing (`str`, defaults to `"proper"`): `"proper"` turns both channels of a pair alike; `"detok"` is
-            the table of l-DeTok, which its published weights need.
-        output_conv (`bool`, defaults to `False`): A 3x3 convolution on the image after the patches.
+        rotary_scale, rotary_base (`float`, default to 1.0 and 100.0): Largest angle of a unit of position, in radians,
+            and its ratio to the smallest: channel pair `t`, evenly spaced over [0, 1], turns by
+            `rotary_scale * rotary_base ** -t`.
+        rotary_pairing (`str`, defaults to `"proper"`): How frequencies are given to channels: `"proper"` turns both
+            channels of a pair alike, `"detok"` is the table of l-DeTok (arXiv 2507.15856), which its published weights
+            need.
+        output_conv (`bool`, defaults to `False`): Whether a 3x3 convolution follows on the image after the patches.
         linear_path (`int`, defaults to 0): Side, in patches, of convolutions from image to latent mean and from
             latent to image, one a scale, beside the transformers, so that training can start from a principal
             component analysis. An odd number, or 0 for none.
-        kl_weight (`float`, defaults to 1e-4): Weight of the KL divergence a latent number in the training loss.
-        coarse_weight (`float`, defaults to 0.02): Weight in that loss of the squared errors of the coarser scales'
-            images, each times its factor.
-        sample_size (`int`, defaults to 256): Side of the training images in pixels. Any other size works.
+        kl_weight (`float`, defaults to 1e-4): Weight of the KL divergence, per latent number, in the training loss.
+        coarse_weight (`float`, defaults to 0.02): Weight in the training loss of the mean squared errors of the
+            coarser scales' images, each times its factor.
+        sample_size (`int`, defaults to 256): Side of the training images in pixels. Images of other sizes work too.
         initializer_range (`float`, defaults to 0.02): Standard deviation of random weights.
-        scaling_factor, shift_factor (`float`, default to 1.0 and 0.0): What diffusers pipelines apply to latents.
-            Latents of a trained checkpoint are normalised, so there is nothing to apply.
+        scaling_factor, shift_factor (`float`, default to 1.0 and 0.0): Factor and offset by which diffusers pipelines
+            normalise latents. Those of a trained checkpoint are normalised already.
         force_upcast (`bool`, defaults to `False`): Whether diffusers pipelines must run the model in float32.
 
     Raises:
@@ -223,29 +231,31 @@ class HieraTokConfig(PreTrainedConfig):
                 raise ValueError(f"`mlp_ratio` must leave a width of at least 1, got {self.mlp_ratio!r}.")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Self":
         """Read a configuration as `PreTrainedConfig.from_dict` does, also one saved without `downsampling`."""
         return super().from_dict(complete_saved(config_dict), **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Give what differs from the defaults, and `downsampling`, whose absence means `"mean"`."""
+        """Return what differs from the defaults, and `downsampling`, whose absence means `"mean"`."""
         return {**super().to_diff_dict(), "downsampling": self.downsampling}
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks of the encoder and the decoder together."""
+        """Count the blocks of the encoder and the decoder together."""
         return self.encoder_num_layers + self.decoder_num_layers
 
     @property
     def model_fields(self) -> dict[str, Any]:
-        """The values that describe the model, by name: what `AutoencoderHieraTok` takes."""
+        """Return the values that describe the model by name, which are the arguments of `AutoencoderHieraTok`."""
         return {name: getattr(self, name) for name in type(self).__annotations__}
 
     @property
     def pipeline_facts(self) -> dict[str, Any]:
         """
-        What diffusers pipelines read of a VAE's configuration and this model has no use for: they take the length of
-        `block_out_channels` for the downsampling, and want `latents_mean` and `latents_std` to be there.
+        Return what diffusers pipelines read of a VAE's configuration, and this model has no use for.
+
+        They take the length of `block_out_channels` for the downsampling, and want `latents_mean` and `latents_std` to
+        be there.
         """
         block_out_channels = [self.encoder_hidden_size] * self.patch_size.bit_length()
         return {
@@ -256,17 +266,17 @@ class HieraTokConfig(PreTrainedConfig):
         }
 
     @classmethod
-    def from_size(cls, size: str, **overrides: Any) -> "HieraTokConfig":
+    def from_size(cls, size: str, **overrides: Any) -> "Self":
         """
-        The configuration of a named size, with single values replaced.
+        Make the configuration of a named size, with single values replaced.
 
         Args:
             size (`str`): One of `SIZES`.
             overrides: Arguments of `HieraTokConfig` that replace those of the named size.
 
         Raises:
-            ValueError: `size` is not one of `SIZES`, or an override is no argument of the configuration; further
-                errors are those of `HieraTokConfig`.
+            ValueError: `size` is not one of `SIZES`, an override is no argument of the configuration, or
+                `HieraTokConfig` refuses its value.
         """
         if not isinstance(size, str) or size not in SIZES:
             raise ValueError(f"`size` must be one of {list(SIZES)}, got {size!r}.")
@@ -277,12 +287,10 @@ class HieraTokConfig(PreTrainedConfig):
 
 def complete_saved(values: dict[str, Any]) -> dict[str, Any]:
     """
-    Give a saved configuration its `downsampling`: models that were saved before there was a choice have `"mean"`.
-
-    `from_pretrained` and `from_dict` of a configuration ask it, and `from_config` of `AutoencoderHieraTok`.
+    Give a saved configuration its `downsampling`, which is `"mean"` where the file does not have it.
 
     Args:
-        values (`dict[str, Any]`): What a `config.json` holds, or arguments that no library has saved.
+        values (`dict[str, Any]`): The content of a `config.json`, or arguments that no library has saved.
 
     Returns:
         `values`, with the key if a library saved them without it.

@@ -1,4 +1,4 @@
-"""HieraTok itself: the one file that composes encoder, latent, pyramid and decoder (after arXiv 2509.23736)."""
+"""Compose HieraTok (after arXiv 2509.23736): encoder, latent, pyramid and decoder."""
 
 import copy
 import math
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 PIXEL_LIMIT = 16.0
 """
-Largest magnitude of a pixel that is taken for one in [-1, 1]: noise and resampling overshoot that a little, images
-in [0, 255] by far.
+Largest magnitude of a pixel that is taken for one in [-1, 1]. Noise and resampling overshoot that range a little,
+images in [0, 255] by far.
 """
 
 _INITIAL_LOGVAR = -6.0
@@ -33,7 +33,15 @@ _INITIAL_LOGVAR = -6.0
 
 class HieraTokEncoder(nn.Module):
     """
-    Patches, blocks, and a linear head to `2C` moments (mean first, then log-variance).
+    Encode images by a vision transformer (Dosovitskiy et al., arXiv 2010.11929) to the moments of their latents.
+
+    A convolution embeds patches of `p x p` pixels, the blocks mix them, and a linear head reads a mean and a
+    log-variance of `C` channels each from every token. The linear path `L`, a convolution over
+    `linear_path x linear_path` patches that `config.linear_path` switches on, adds to the mean:
+
+    ```
+    mean, log variance = head(blocks(patches(x))),  mean = mean + L x
+    ```
 
     Args:
         config (`HieraTokConfig`): Sizes and options.
@@ -69,9 +77,11 @@ class HieraTokEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """
+        Encode images to moments.
+
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], sides multiples of the
-                patch size; `HieraTokCore` checks them, this module does not.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch
+                size. `HieraTokCore` checks them, this module does not.
 
         Returns:
             The moments `(B, 2C, h, w)` and the features `(B, h * w, D)` that they are read from.
@@ -97,7 +107,17 @@ class HieraTokEncoder(nn.Module):
 
 class HieraTokDecoder(nn.Module):
     """
-    Embedding of the tokens, blocks, and one linear head that turns each token into a `p x p` patch.
+    Decode latents to the images of all scales, from one sequence of tokens.
+
+    The tokens `t_s[i, j]` of scale `s`, made of the latent `z` by `convolve_pyramid` or `flatten_pyramid`, get the
+    embedding `e_s` of their scale. Scale-causal blocks (`HieraTokDecoderBlock`) mix them, and one linear head for all
+    scales turns each into a patch of `p x p` pixels. The linear path `L_s`, which `config.linear_path` switches on,
+    adds to the image, and `O` is the output convolution or the identity:
+
+    ```
+    u = blocks([t_1 + e_1, t_2 + e_2, ...])
+    y_s = O(unpatchify(head(norm(u_s))) + L_s z)
+    ```
 
     Args:
         config (`HieraTokConfig`): Sizes and options.
@@ -136,9 +156,12 @@ class HieraTokDecoder(nn.Module):
 
     def cell_size(self, factor: int) -> int:
         """
-        Side, in pixels, of what the linear path makes of one cell for the scale of `factor`.
+        Return the side, in pixels, of the square that the linear path makes of one cell for the scale of `factor`.
 
-        Where `factor` does not divide the patch, that is finer than the image of the scale, which averages it.
+        It is `p / factor`. Where `factor` does not divide the patch, the square is finer, and its pixels are averaged.
+
+        Args:
+            factor (`int`): One of the scale factors.
         """
         size = self.config.patch_size
         return size if self.config.downsampling == "mean" else size // math.gcd(size, factor)
@@ -146,10 +169,14 @@ class HieraTokDecoder(nn.Module):
     @torch.no_grad()
     def init_weights(self, initializer_range: float) -> None:
         """
-        Give random values to what has no module of its own: scale embeddings of that standard deviation.
+        Give random values to the weights that `layers.init_weights` does not reach or that need others.
 
-        Embeddings of blocks get a smaller one, so that tokens of all scales vary alike. The output convolution starts
-        as the identity.
+        The weights of a coarse scale's convolution get a smaller standard deviation, so that tokens of all scales vary
+        alike. The output convolution starts as the identity.
+
+        Args:
+            initializer_range (`float`): Standard deviation of the scale embeddings, and of the convolutions times
+                their factors.
         """
         init.normal_(self.scale_embedding, std=initializer_range)
         for factor, embed in zip(self.config.scale_factors, self.coarse_embed):
@@ -161,7 +188,10 @@ class HieraTokDecoder(nn.Module):
     @torch.no_grad()
     def init_coarse_scale(self, index: int) -> None:
         """
-        Start a scale from the finest: its tokens as those of the average cell, its linear path as the average image.
+        Start a coarse scale from the finest one.
+
+        Its tokens become those of the average cell, `W_s = W / f^2` and `b_s = b`, and its linear path makes the
+        average image.
 
         Args:
             index (`int`): Number of the scale, 0 the coarsest.
@@ -185,10 +215,12 @@ class HieraTokDecoder(nn.Module):
 
     def forward(self, latents: Tensor, layout: PyramidLayout, all_scales: bool = False) -> list[Tensor]:
         """
+        Decode latents to images.
+
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
             layout (`PyramidLayout`): The first scales of the model's pyramid, or all of them, over `h x w` cells.
-            all_scales (`bool`, defaults to `False`): Make the image of every scale, not only of the last.
+            all_scales (`bool`, defaults to `False`): Whether to make the image of every scale, not only of the last.
 
         Returns:
             A list of images `(B, 3, n_h * p, n_w * p)`, coarse to fine; the last is that of the layout's last scale.
@@ -229,13 +261,24 @@ class HieraTokDecoder(nn.Module):
 
     def linear_image(self, cells: Tensor, index: int) -> Tensor:
         """
+        Compute the part of a scale's image that is linear in the latent.
+
+        With `k = config.linear_path`, and cells beyond the latent equal to its border, the cell `(i, j)` becomes a
+        square of `cell_size(factor)` pixels a side, whose numbers `r` are
+
+        ```
+        r = b_s + sum over a, b < k, c < C of  L_s[:, c, a, b] * z[c, i + a - k // 2, j + b - k // 2]
+        ```
+
+        Squares that are finer than the image of the scale are averaged to its size.
+
         Args:
             cells (`torch.Tensor` of shape `(B, C, h, w)`): The latent; with averages, that of the scale itself,
                 `(B, C, n_h, n_w)`.
             index (`int`): Number of the scale, 0 the coarsest.
 
         Returns:
-            `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`: What the linear path adds to the image of the scale.
+            `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`: The summand of the scale's image.
         """
         height, width = cells.shape[-2:]
         around = continue_border(cells, *[self.config.linear_path // 2] * 4)
@@ -253,10 +296,12 @@ class HieraTokDecoder(nn.Module):
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """
+        Lay patches out as an image.
+
         Args:
             patches (`torch.Tensor` of shape `(B, n, s * s * 3)`): Squares of any side `s`, each in the order (row,
                 column, colour).
-            height, width (`int`): Their grid, of `n` squares.
+            height, width (`int`): Sides of the grid of `n` squares.
 
         Returns:
             `torch.Tensor` of shape `(B, 3, height * s, width * s)`.
@@ -268,7 +313,14 @@ class HieraTokDecoder(nn.Module):
 
 class HieraTokCore(nn.Module):
     """
-    The tokenizer without a library around it: `pixel_values -> moments -> latents -> pyramid -> images`.
+    Compute the tokenizer without a library around it: `pixel_values -> moments -> latents -> pyramid -> images`.
+
+    The encoder `E` gives the mean and the log-variance of a normal distribution (Kingma and Welling, arXiv 1312.6114),
+    and the decoder `D` the images `y_s` of all scales `s`, coarse to fine, each at `1 / f` of the size of `x`:
+
+    ```
+    mean, log variance = E(x),  z = mean + exp(log variance / 2) * noise,  (y_1, y_2, ...) = D(z)
+    ```
 
     Args:
         config (`HieraTokConfig`): Sizes and options.
@@ -289,6 +341,8 @@ class HieraTokCore(nn.Module):
 
     def encode_moments(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """
+        Encode images to the moments of their latents.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; `H` and `W` are multiples of
                 the patch size. Values are checked on a CPU only, where looking at them stalls nothing.
@@ -297,21 +351,29 @@ class HieraTokCore(nn.Module):
             The moments `(B, 2C, h, w)`, mean first, and the encoder's features `(B, h * w, D)`.
 
         Raises:
-            ValueError: Rank, batch, channels, size, dtype or values are not those above.
+            ValueError: The rank, batch, channels, size, dtype or values are not as above.
         """
         check_pixel_values(pixel_values, self.config)
         return self.encoder(pixel_values)
 
     def encode(self, pixel_values: Tensor) -> "DiagonalGaussianDistribution":
         """
-        The distribution of the latent `(B, C, h, w)` of `pixel_values` `(B, 3, H, W)`, with the errors of
-        `encode_moments`.
+        Encode images to the distribution of their latents.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], as for `encode_moments`.
+
+        Returns:
+            The distribution of the latent `(B, C, h, w)`.
+
+        Raises:
+            ValueError: The rank, batch, channels, size, dtype or values are not as above.
         """
         return posterior_of(self.encode_moments(pixel_values)[0])
 
     def decode(self, latents: Tensor, num_scales: int | None = None) -> Tensor:
         """
-        The image of one scale, for the cost of its tokens and the coarser ones only.
+        Decode latents to the image of one scale, for the cost of its tokens and the coarser ones only.
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
@@ -322,14 +384,24 @@ class HieraTokCore(nn.Module):
             all of them. Values lie about [-1, 1] and are not clamped.
 
         Raises:
-            ValueError: Rank, batch, channels, dtype or values of `latents`, or `num_scales`, are not those above.
+            ValueError: The rank, batch, channels, dtype or values of `latents` are not as above, `num_scales` is not
+                in `1 ... len(scale_factors)`, or it leaves out scales of a model without `scale_causal`.
         """
         return self._decode(latents, num_scales, all_scales=False)[-1]
 
     def decode_scales(self, latents: Tensor, num_scales: int | None = None) -> list[Tensor]:
         """
-        The images that `latents` `(B, C, h, w)` have at every scale up to `num_scales`, coarse to fine, each
-        `(B, 3, n_h * p, n_w * p)`; arguments and errors as those of `decode`.
+        Decode latents to the images of all scales that run.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
+            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given.
+
+        Returns:
+            A list of `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`, coarse to fine; values as those of `decode`.
+
+        Raises:
+            ValueError: `latents` or `num_scales` cannot serve, as `decode` says.
         """
         return self._decode(latents, num_scales, all_scales=True)
 
@@ -354,8 +426,12 @@ class HieraTokCore(nn.Module):
         Where the factors divide the grid and the scales are the same, all images stay as they are, within rounding.
 
         Args:
-            scale_factors (`tuple[int, ...]`): The scales of the copy.
-            downsampling (`str`, defaults to `"learned"`): That of the copy; `"mean"` only of a model that has it.
+            scale_factors (`tuple[int, ...]`): The scales of the copy, strictly decreasing to 1.
+            downsampling (`str`, defaults to `"learned"`): How the copy makes coarse tokens, one of `DOWNSAMPLING`.
+                `"mean"` is for models that have it, or only one scale.
+
+        Returns:
+            `HieraTokCore`: The copy, in the dtype, on the device and in the mode of the model.
 
         Raises:
             ValueError: The factors do not decrease strictly to 1, averages cannot stand for what was learned, or the
@@ -397,13 +473,19 @@ class HieraTokCore(nn.Module):
         """
         Start the linear path as a principal component analysis of patches, and the transformers at zero beside it.
 
+        With components `V`, mean patch `m` and standard deviations `d`, a patch `x` and its latent cell `z` are
+
+        ```
+        z = (V (x - m)) / d,  y = V^T (d * z) + m
+        ```
+
         The linear path of a coarse scale starts as the average of what the finest makes.
 
         Args:
             components (`torch.Tensor` of shape `(C, 3 * p * p)`): Orthonormal directions of patches in the order
                 (colour, row, column).
-            mean (`torch.Tensor` of shape `(3 * p * p,)`): Mean patch.
-            scale (`torch.Tensor` of shape `(C,)`): Standard deviation along each direction.
+            mean (`torch.Tensor` of shape `(3 * p * p,)`): Mean patch, of pixels in [-1, 1].
+            scale (`torch.Tensor` of shape `(C,)`): Standard deviation of the patches along each direction.
 
         Raises:
             ValueError: The model was configured without a linear path, a shape is not that above, or a scale is not
@@ -438,11 +520,20 @@ class HieraTokCore(nn.Module):
     @torch.no_grad()
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """
-        Fold a normalisation of the latent into the weights: afterwards `encode` gives `(latent - mean) / std`, and
-        `decode` of that gives the same image as before, because the layers on both sides are linear in it.
+        Fold a normalisation of the latent into the weights, so that latents change and images do not.
+
+        Afterwards `encode` gives `(latent - mean) / std`, and `decode` of that gives the same image as before, because
+        the layers on both sides are linear in the latent. For each weight `W` and bias `b` that reads the latent, in
+        the embeddings and the linear paths of the decoder:
+
+        ```
+        mean' = (mean - m) / d,  log variance' = log variance - 2 log d
+        W' = W * d,  b' = b + (sum over a, b of W[:, :, a, b]) m
+        ```
 
         Args:
-            mean, std (`torch.Tensor` of shape `(C,)`): Statistics of each latent channel over the training images.
+            mean, std (`torch.Tensor` of shape `(C,)`): Mean `m` and standard deviation `d` of each latent channel over
+                the training images.
 
         Raises:
             ValueError: A shape is not `(C,)`, a value is not finite, or a standard deviation is not positive.
@@ -465,7 +556,7 @@ class HieraTokCore(nn.Module):
 
 
 def posterior_of(moments: Tensor) -> "DiagonalGaussianDistribution":
-    """The distribution of the latent `(B, C, h, w)` from its `moments` `(B, 2C, h, w)`, mean first."""
+    """Make the distribution of the latent `(B, C, h, w)` from its `moments` `(B, 2C, h, w)`, mean first."""
     # Importing it loads every autoencoder of diffusers, which `import hieratok_hf` should not wait for.
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -522,5 +613,5 @@ def _check_statistics(name: str, values: Tensor, shape: tuple[int, ...], positiv
 
 
 def _may_look_at(tensor: Tensor) -> bool:
-    """Whether reading values costs no synchronisation with a device and breaks no graph."""
+    """Tell whether reading values costs no synchronisation with a device and breaks no graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

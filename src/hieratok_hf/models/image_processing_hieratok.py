@@ -1,7 +1,7 @@
-"""Images to `pixel_values` and back; both backends follow transformers' `image_processing_backends.py`."""
+"""Turn images into `pixel_values` and back; both backends follow transformers' `image_processing_backends.py`."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict, infer_channel_dimension_format, load_image
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import requires_backends
+from transformers.utils import is_torchvision_available
 
 from ..utils.images import convert_to_rgb, open_image
 
@@ -18,13 +18,13 @@ __all__ = ["HieraTokImageProcessor", "HieraTokImageProcessorPil"]
 
 
 class HieraTokImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """transformers' own image arguments and `size_divisor`."""
+    """Name the arguments of a processor: transformers' own of images, and `size_divisor`."""
 
     size_divisor: int
 
 
 class _HieraTokImageProcessing(BaseImageProcessor):
-    """What both backends share: defaults, checks, cropping to a divisible size, and the way back."""
+    """Share between both backends the defaults, checks, cropping to a divisible size, and the way back."""
 
     valid_kwargs = HieraTokImageProcessorKwargs
     do_convert_rgb = True
@@ -42,19 +42,27 @@ class _HieraTokImageProcessing(BaseImageProcessor):
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
 
+    if TYPE_CHECKING:  # type checkers would refuse `size_divisor`, which transformers' own `__init__` does not name
+
+        def __init__(self, **kwargs: Any): ...
+
     def postprocess(
         self, pixel_values: torch.Tensor | np.ndarray, output_type: str = "pil"
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Undo this processor's normalisation and clamp to [0, 1].
+        """
+        Turn `pixel_values` into images: undo this processor's normalisation and clamp to [0, 1].
 
         Args:
-            pixel_values: `(B, 3, H, W)` of any floating dtype, on any device, with or without gradients; [-1, 1] with
-                the default normalisation, values beyond are clamped.
-            output_type: "pil" for a list of `B` RGB images (rounded to the nearest of 256 levels), "np" for float32
-                `(B, H, W, 3)` in [0, 1], "pt" for detached float32 `(B, 3, H, W)` in [0, 1] on the same device.
+            pixel_values (`torch.Tensor` or `np.ndarray` of shape `(B, 3, H, W)`): Images of any floating dtype, on any
+                device, with or without gradients; in [-1, 1] with the default normalisation, values beyond are
+                clamped.
+            output_type (`str`, defaults to `"pil"`): `"pil"` for a list of `B` RGB images, rounded to the nearest of
+                256 levels; `"np"` for a float32 array `(B, H, W, 3)` in [0, 1]; `"pt"` for a float32 tensor
+                `(B, 3, H, W)` in [0, 1], detached and on the same device.
+
         Raises:
             TypeError: `pixel_values` is neither a tensor nor an array.
-            ValueError: wrong rank, channels or dtype, NaN or infinite values, unknown `output_type`.
+            ValueError: The rank, channels or dtype is wrong, a value is NaN or infinite, or `output_type` is unknown.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
@@ -83,8 +91,12 @@ class _HieraTokImageProcessing(BaseImageProcessor):
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """
-        Replace paths by their images (`open_image`, with its `ImageError`) and URLs as transformers does; leave
-        the rest as it is.
+        Replace paths by their images, as `open_image` reads them, and URLs as transformers does.
+
+        What is neither stays as it is.
+
+        Raises:
+            ImageError: A path leads to no readable image.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
@@ -94,7 +106,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         return open_image(image_url_or_urls) if is_path else image_url_or_urls
 
     def center_crop(self, image: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
-        """Crop `(..., H, W)` to `size`; unlike transformers, never pad a smaller image: that is a `ValueError`."""
+        """Crop `(..., H, W)` to `size`; unlike in transformers, too small an image is a `ValueError`, never padded."""
         (rows, columns), height, width = image.shape[-2:], size.height, size.width
         if not height or not width or rows < height or columns < width:
             raise ValueError(f"crop_size must fit an image of {rows} x {columns} (height x width), got {dict(size)}")
@@ -102,7 +114,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         return image[..., top : top + height, left : left + width]
 
     def to_dict(self) -> dict[str, Any]:
-        """As that of transformers, but for code from the Hub with the classes of both backends."""
+        """Return the settings as transformers does; for code from the Hub they name the classes of both backends."""
         output = super().to_dict()
         if self._auto_class is not None:  # transformers would name the class of the current backend alone
             module = type(self).__module__.rpartition(".")[-1]
@@ -137,7 +149,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         image_mean: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """One checked image as uint8 or float32 `(C, H, W)`; C is 3 after `do_convert_rgb`."""
+        """Check one image and turn it into uint8 or float32 `(C, H, W)`; C is 3 after `do_convert_rgb`."""
         if isinstance(image, Image.Image):
             image = np.array(convert_to_rgb(image) if do_convert_rgb else image)
             input_data_format = "channels_last"
@@ -199,36 +211,43 @@ class _HieraTokImageProcessing(BaseImageProcessor):
 
 
 class HieraTokImageProcessor(_HieraTokImageProcessing, TorchvisionBackend):
-    """Images to `pixel_values` `(B, 3, H, W)`, float32 in [-1, 1], with torchvision.
+    """
+    Turn images into `pixel_values` `(B, 3, H, W)`, float32 in [-1, 1], with torchvision.
 
     By default an image keeps its size, but for a centre crop to the nearest smaller multiple of `size_divisor`. The
     order is RGB, resize, centre crop, crop to `size_divisor`, rescale, normalise. Without `return_tensors` the result
-    is a list of `(3, H, W)`, which may differ in size.
+    is a list of `(3, H, W)`, which may differ in size. Where torchvision is not installed, the class makes
+    a `HieraTokImageProcessorPil`.
 
     Args:
         images: PIL images, paths, uint8 arrays or tensors `(H, W)`, `(H, W, C)`, `(C, H, W)` or a batch of them with
-            1, 3 or 4 channels (alpha is laid on white), or lists of these. Arrays of floats need values in [0, 1] and
-            `do_rescale=False`.
-        size_divisor: height and width become multiples of it; set it to the model's patch size.
-        do_convert_rgb: without it an image's channels are taken as they are and EXIF orientation is not followed.
-        kwargs: the other arguments of transformers' `ImagesKwargs`, given here or on a call.
+            1, 3 or 4 channels (alpha is laid on white), or lists of these, given on a call. Arrays of floats need
+            values in [0, 1] and `do_rescale=False`.
+        size_divisor (`int`, defaults to 16): Height and width become multiples of it; set it to the model's patch
+            size.
+        do_convert_rgb (`bool`, defaults to `True`): Whether to make RGB of an image and follow its EXIF orientation;
+            without it the channels are taken as they are.
+        kwargs: The other arguments of transformers' `ImagesKwargs`, given here or on a call.
+
     Raises:
-        ImportError: torchvision is not installed (`HieraTokImageProcessorPil` needs none).
-        TypeError, ValueError: which argument was wrong, what it was and what was expected.
+        TypeError, ValueError: An argument is wrong; the message names it, what it was and what was expected.
     """
 
-    def __init__(self, **kwargs: Any):
-        requires_backends(self, ["torchvision"])
-        super().__init__(**kwargs)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is HieraTokImageProcessor and not is_torchvision_available():
+            return HieraTokImageProcessorPil(*args, **kwargs)
+        return super().__new__(cls)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One checked image as uint8 or float32 `(3, H, W)` on `device`; errors as those of the class."""
+        """Check one image and turn it into uint8 or float32 `(3, H, W)` on `device`; errors are those of the class."""
         return self._channels_first(image, *args, **kwargs).to(kwargs.get("device"))
 
 
 class HieraTokImageProcessorPil(_HieraTokImageProcessing, PilBackend):
     """
-    `HieraTokImageProcessor` without torchvision: the same arguments, results and errors, by Pillow and numpy.
+    Turn images into `pixel_values` by Pillow and numpy alone.
+
+    The arguments, results and errors are those of `HieraTokImageProcessor`.
 
     Example:
 
@@ -246,11 +265,11 @@ class HieraTokImageProcessorPil(_HieraTokImageProcessing, PilBackend):
     """
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """One checked image as uint8 or float32 `(3, H, W)`; errors as those of `HieraTokImageProcessor`."""
+        """Check one image and turn it into uint8 or float32 `(3, H, W)`; errors are those of the class."""
         return self._channels_first(image, *args, **kwargs).cpu().numpy()
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Resize `(C, H, W)`; floats channel by channel, as transformers would truncate them to 8 bits."""
+        """Resize `(C, H, W)`; floats channel by channel, because transformers would truncate them to 8 bits."""
         if image.dtype == np.uint8:
             return super().resize(image, size, resample, *args, **kwargs)
         probe = np.zeros((1, *image.shape[-2:]), np.uint8)

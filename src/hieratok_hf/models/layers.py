@@ -1,4 +1,4 @@
-"""Layers of both sides, a superset of l-DeTok's: rotary positions on two axes, attention, SwiGLU, pre-norm block."""
+"""Compute the layers of both sides, a superset of l-DeTok's (arXiv 2507.15856), of rotary positions and SwiGLU."""
 
 from typing import Any
 
@@ -36,17 +36,24 @@ def rotary_tables(
     config: HieraTokConfig, layout: PyramidLayout, grid: tuple[int, int], head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """
-    Cosines and sines of the rotary angle of every token and channel.
+    Compute the cosines and sines of the rotary angle of every token and channel (Su et al., arXiv 2104.09864).
 
-    A token sits at the mean of the finest cells that it covers. The first half of a head's channels turns with the
-    row, the second half with the column; neighbouring channels make a pair.
+    A token sits at the mean of the finest cells that it covers, of the rows `first ... end - 1` and of columns alike.
+    The first half of a head's channels turns with the row, the second half with the column. Neighbouring channels make
+    a pair, of which each axis has `P = d / 4`, and pair `t` turns by
+
+    ```
+    angle = (first + end - 1) / 2 * rotary_scale * rotary_base ** -(t / (P - 1))
+    ```
+
+    With `rotary_coordinates="fraction"` the position is divided by the last one of its axis.
 
     Args:
-        config (`HieraTokConfig`): Its `rotary_*` values say how far a position turns each pair.
+        config (`HieraTokConfig`): The configuration, whose `rotary_*` values say how far a position turns each pair.
         layout (`PyramidLayout`): The scales of the sequence.
-        grid (`tuple[int, int]`): Height and width of the finest grid, which gives positions their unit.
+        grid (`tuple[int, int]`): Height and width of the finest grid, in cells, which are the unit of positions.
         head_dim (`int`): Channels of a head, `d`, a multiple of 4.
-        device (`torch.device`): Where the tables are made.
+        device (`torch.device`): The device of the tables.
 
     Returns:
         Two `torch.Tensor` of shape `(N, 1, d)` in float32; the sines are negative in the first channel of a pair.
@@ -83,7 +90,16 @@ def _rotary_tables(
 
 
 def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn `hidden_states` `(B, N, A, d)` by the tables `(N, 1, d)`, in float32; the result has their own dtype."""
+    """
+    Turn each pair of channels by its token's angle, in float32.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, N, A, d)`): Queries or keys.
+        rotary (`tuple[torch.Tensor, torch.Tensor]`): Cosines and signed sines `(N, 1, d)` of `rotary_tables`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, A, d)` in the dtype of `hidden_states`.
+    """
     cos, signed_sin = rotary
     values = hidden_states.float()
     pairs = values.unflatten(-1, (-1, 2))
@@ -93,10 +109,18 @@ def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor
 
 def fused_norm_rotary(hidden_states: Tensor, norm: nn.RMSNorm | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """
-    `norm`, if there is one, and `apply_rotary` in one Triton kernel, from `hidden_states` `(B, N, A, d)`.
+    Compute `norm`, if there is one, and `apply_rotary` in one Triton kernel.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, N, A, d)`): Queries or keys.
+        norm (`torch.nn.RMSNorm`, *optional*): The norm of each head's channels.
+        rotary (`tuple[torch.Tensor, torch.Tensor]`): Cosines and signed sines `(N, 1, d)` of `rotary_tables`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, A, d)` in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: Triton cannot serve on this device.
+        ValueError: Triton cannot serve for this device, dtype or number of channels.
     """
     reason = why_not("triton", hidden_states.transpose(1, 2), scale=1.0, needs_gradient=False)
     if reason is not None:
@@ -117,17 +141,17 @@ def prefers_fused_rotary(hidden_states: Tensor) -> bool:
 
 class HieraTokAttnProcessor:
     """
-    What `HieraTokAttention` computes: projections, rotary positions, and the one attention function.
+    Compute the attention of a `HieraTokAttention`: projections, rotary positions, and the one attention function.
 
     Args:
-        backend (`str`, *optional*): A backend of `scale_causal_attention`. Unless given, the model's
-            `attn_implementation` decides (see `ATTENTION_IMPLEMENTATIONS`), and without one `"auto"`.
-        fused_rotary (`bool`, *optional*): Do QK-norm and rotary positions in one Triton kernel. Unless given, where it
-            was measured to be faster: on a CUDA device, without gradients and without `torch.compile`, which fuses
-            these steps by itself.
+        backend (`str`, *optional*): One of `ATTENTION_BACKENDS`. Unless given, the model's `attn_implementation`
+            decides (see `ATTENTION_IMPLEMENTATIONS`), and without one it is `"auto"`.
+        fused_rotary (`bool`, *optional*): Whether to compute QK-norm and rotary positions in one Triton kernel. Unless
+            given, it is used where it was measured to be faster: on a CUDA device, without gradients and without
+            `torch.compile`, which fuses these steps by itself.
 
     Raises:
-        ValueError: `backend` is none of `scale_causal_attention`, or, when called, cannot serve.
+        ValueError: `backend` is not one of `ATTENTION_BACKENDS`, or, when called, cannot serve.
     """
 
     # The libraries' own settings: the first is a name of diffusers' `set_attention_backend`.
@@ -143,7 +167,18 @@ class HieraTokAttnProcessor:
     def __call__(
         self, attn: "HieraTokAttention", hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
     ) -> tuple[Tensor, Tensor | None]:
-        """`attn` of `hidden_states` `(B, N, D)`: what `HieraTokAttention.forward` returns."""
+        """
+        Compute the attention of `attn`.
+
+        Args:
+            attn (`HieraTokAttention`): The layer, which holds the weights.
+            hidden_states (`torch.Tensor` of shape `(B, N, D)`): Tokens, coarse scale first.
+            rotary (`tuple[torch.Tensor, torch.Tensor]`): Cosines and signed sines of `rotary_tables`.
+            layout (`PyramidLayout`): The scales of the sequence.
+
+        Returns:
+            `(B, N, D)`, and the weights `(B, A, N, N)` where the eager implementation is in use, else `None`.
+        """
         if attn.fused_projections:
             projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -169,11 +204,12 @@ class HieraTokAttnProcessor:
 
 class HieraTokAttention(nn.Module, AttentionModuleMixin):
     """
-    Multi-head attention over a pyramid of tokens; with a layout of one scale, full attention.
+    Attend over a pyramid of tokens with several heads; a layout of one scale makes it full attention.
 
     Args:
-        config (`HieraTokConfig`): Whether queries and keys are normed, and the attention implementation.
-        hidden_size, num_heads (`int`): Width and heads.
+        config (`HieraTokConfig`): The configuration, of which `qk_norm`, `norm_eps` and the attention implementation
+            count.
+        hidden_size, num_heads (`int`): Width `D` and number of heads `A`.
     """
 
     _default_processor_cls = HieraTokAttnProcessor
@@ -195,7 +231,7 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def fuse_projections(self) -> None:
-        """One linear layer for queries, keys and values, as diffusers has it."""
+        """Fuse the projections of queries, keys and values into one linear layer, as diffusers does."""
         super().fuse_projections()
         if self.fused_projections:
             self.to_qkv.__class__ = HieraTokLinear
@@ -204,9 +240,11 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
     ) -> tuple[Tensor, Tensor | None]:
         """
+        Attend over the tokens of all scales.
+
         Args:
             hidden_states (`torch.Tensor` of shape `(B, N, D)`): Tokens, coarse scale first.
-            rotary (`tuple[torch.Tensor, torch.Tensor]`): Those of `rotary_tables`.
+            rotary (`tuple[torch.Tensor, torch.Tensor]`): Cosines and signed sines of `rotary_tables`.
             layout (`PyramidLayout`): The scales of the sequence.
 
         Returns:
@@ -216,7 +254,13 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
 
 
 class HieraTokSwiGLU(nn.Module):
-    """Gated feed-forward layer of width `int(2 / 3 * mlp_ratio * D)` (Shazeer, arXiv 2002.05202)."""
+    """
+    Compute a gated feed-forward layer, `W_out (silu(W_gate x) * W_value x)` (Shazeer, arXiv 2002.05202).
+
+    Args:
+        config (`HieraTokConfig`): The configuration; the width is `int(2 / 3 * config.mlp_ratio * hidden_size)`.
+        hidden_size (`int`): Channels `D` of a token.
+    """
 
     def __init__(self, config: HieraTokConfig, hidden_size: int):
         super().__init__()
@@ -225,22 +269,25 @@ class HieraTokSwiGLU(nn.Module):
         self.linear_out = HieraTokLinear(width, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`hidden_states` `(B, N, D)` to `(B, N, D)`."""
+        """Map `hidden_states` `(B, N, D)` to `(B, N, D)`, token by token."""
         gate, value = self.linear_in(hidden_states).chunk(2, dim=-1)  # (B, N, width)
         return self.linear_out(F.silu(gate) * value)
 
 
 class HieraTokBlock(GradientCheckpointingLayer):
     """
-    Pre-norm transformer block.
+    Compute a pre-norm transformer block, `y = x + attention(norm(x))` and `y + mlp(norm(y))`.
 
-    The encoder and the decoder have a class each, because the compiler keeps its graphs by function: one graph then
-    serves all blocks of a side.
+    Args:
+        config (`HieraTokConfig`): Options of the layers.
+        hidden_size, num_heads (`int`): Width `D` and number of heads `A`.
     """
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        # transformers puts the same code around every layer's `forward`.
+        # A trap: dynamo keeps its compiled graphs, and counts recompilations, by code object, and transformers puts
+        # the same one around every layer's `forward`. The blocks of a side get a code object of their own, so that one
+        # graph serves them all and the two sides do not use up each other's limit.
         cls.forward.__code__ = cls.forward.__code__.replace(co_name=cls.__name__)
 
     def __init__(self, config: HieraTokConfig, hidden_size: int, num_heads: int):
@@ -251,43 +298,49 @@ class HieraTokBlock(GradientCheckpointingLayer):
         self.mlp = HieraTokSwiGLU(config, hidden_size)
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
-        """`hidden_states` `(B, N, D)` to `(B, N, D)`; arguments as those of `HieraTokAttention.forward`."""
+        """Map `hidden_states` `(B, N, D)` to `(B, N, D)`; `HieraTokAttention.forward` says what the others are."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary, layout)[0]
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
 class HieraTokEncoderBlock(HieraTokBlock):
-    """Block of the encoder."""
+    """Compute a block of the encoder, whose tokens all see each other."""
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
-        """`hidden_states` `(B, h * w, D)` to `(B, h * w, D)`, otherwise as `HieraTokBlock`."""
+        """Map `hidden_states` `(B, h * w, D)` to `(B, h * w, D)`, as `HieraTokBlock.forward`."""
         return super().forward(hidden_states, rotary, layout)
 
 
 class HieraTokDecoderBlock(HieraTokBlock):
-    """Block of the decoder."""
+    """Compute a block of the decoder, whose tokens see their own scale and every coarser one."""
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
-        """`hidden_states` `(B, N, D)` to `(B, N, D)`, otherwise as `HieraTokBlock`."""
+        """Map `hidden_states` `(B, N, D)` to `(B, N, D)`, as `HieraTokBlock.forward`."""
         return super().forward(hidden_states, rotary, layout)
 
 
 class HieraTokPositions(nn.Module):
-    """A learned grid of absolute positions, resampled to the grid of each image."""
+    """Hold a learned grid of absolute positions, and resample it to the grid of each image."""
 
     def __init__(self, config: HieraTokConfig, hidden_size: int):
         super().__init__()
         self.grid = nn.Parameter(torch.zeros(1, hidden_size, config.learned_positions, config.learned_positions))
 
     def forward(self, height: int, width: int) -> Tensor:
-        """The positions of a `height x width` grid, `(1, D, height, width)`."""
+        """Resample the positions to a grid of `height x width` cells, `(1, D, height, width)`, bilinearly."""
         # Half-pixel linear resampling returns the grid itself at its own size, so no size is a special case.
         return F.interpolate(self.grid, (height, width), mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()
 def init_weights(module: nn.Module, initializer_range: float) -> None:
-    """Give one module its random weights, of that standard deviation; `init` leaves those that were loaded alone."""
+    """
+    Give one module its random weights; those that were loaded from a file stay as they are.
+
+    Args:
+        module (`torch.nn.Module`): Any module; one that holds no weights of its own stays as it is.
+        initializer_range (`float`): Standard deviation of the weights. Biases start at 0, norms at 1.
+    """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         init.normal_(module.weight, std=initializer_range)
         if module.bias is not None:

@@ -1,6 +1,7 @@
-"""HieraTok as a transformers model: configuration, outputs and flags around `HieraTokCore`."""
+"""Give HieraTok to transformers as a model: configuration, outputs and flags around `HieraTokCore`."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import ModelOutput, TransformersKwargs
 
 from .attention_dispatch import ATTENTION_IMPLEMENTATIONS
 from .configuration_hieratok import HieraTokConfig
@@ -29,6 +29,16 @@ from .saving import (
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from typing_extensions import ParamSpec, Self
+
+    _Arguments = ParamSpec("_Arguments")
+
+    # transformers' own have no types, so they would hide the arguments of what they decorate from type checkers.
+    def can_return_tuple(method: Callable[_Arguments, Any]) -> Callable[_Arguments, Any]: ...
+    def capture_outputs(method: Callable[_Arguments, Any]) -> Callable[_Arguments, Any]: ...
+else:
+    from transformers.utils.generic import can_return_tuple
+    from transformers.utils.output_capturing import capture_outputs
 
 __all__ = ["HieraTokDecoderOutput", "HieraTokEncoderOutput", "HieraTokModel", "HieraTokOutput"]
 
@@ -38,20 +48,22 @@ __all__ = ["HieraTokDecoderOutput", "HieraTokEncoderOutput", "HieraTokModel", "H
 class _HasPosterior:
     @property
     def posterior(self) -> "DiagonalGaussianDistribution":
-        """The distribution of the latent: `mode()`, `sample(generator)`, `kl()`."""
+        """Make the distribution of the latent, which has `mode()`, `sample(generator)` and `kl()`."""
         return posterior_of(self.moments)  # type: ignore[attr-defined]
 
 
 @dataclass
 class HieraTokEncoderOutput(_HasPosterior, ModelOutput):
     """
-    What `HieraTokModel.encode` returns.
+    Hold what `HieraTokModel.encode` returns.
 
     Attributes:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): Mode of the posterior.
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
         posterior (`DiagonalGaussianDistribution`): The distribution that the moments describe.
-        hidden_states, attentions (`tuple`): As those of `HieraTokOutput`, of the encoder alone.
+        hidden_states (`tuple`, with `output_hidden_states=True`): Input of the encoder's first block, then the output
+            of each of its blocks, `(B, h * w, D)`.
+        attentions (`tuple`, with `output_attentions=True` and the eager attention): Weights of each encoder block.
     """
 
     latents: Tensor | None = None
@@ -63,7 +75,7 @@ class HieraTokEncoderOutput(_HasPosterior, ModelOutput):
 @dataclass
 class HieraTokDecoderOutput(ModelOutput):
     """
-    What `HieraTokModel.decode` returns.
+    Hold what `HieraTokModel.decode` returns.
 
     Attributes:
         reconstruction (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The image of the last scale that ran,
@@ -79,11 +91,11 @@ class HieraTokDecoderOutput(ModelOutput):
 @dataclass
 class HieraTokOutput(_HasPosterior, ModelOutput):
     """
-    What `HieraTokModel` returns.
+    Hold what `HieraTokModel` returns.
 
     Attributes:
-        loss (`torch.Tensor` of shape `()`): The sum that `tokenizer_losses` makes. `None` with `return_loss=False`,
-            and when only coarser scales were decoded.
+        loss (`torch.Tensor` of shape `()`): The weighted sum of `tokenizer_losses`. It is `None` with
+            `return_loss=False`, and when only coarser scales were decoded.
         reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded image, about [-1, 1], not clamped.
         scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
             fine; the last is `reconstruction`.
@@ -117,7 +129,7 @@ class HieraTokPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As that of transformers, with `ATTENTION_IMPLEMENTATIONS` for names; `ValueError` of any other."""
+        """Check a name of `ATTENTION_IMPLEMENTATIONS` as transformers does; any other is a `ValueError`."""
         # The names of this package stay out of the library's registry, whose functions are given no layout.
         if requested_attention in ATTENTION_IMPLEMENTATIONS and requested_attention.startswith("hieratok_"):
             return requested_attention
@@ -137,9 +149,10 @@ class HieraTokPreTrainedModel(PreTrainedModel):
 
 class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
     """
-    The multi-scale visual tokenizer HieraTok (after arXiv 2509.23736) as a transformers model.
+    Encode images and decode latents by the multi-scale visual tokenizer HieraTok, as a transformers model.
 
-    Its weights are those of `AutoencoderHieraTok`: one folder loads in both.
+    The method is that of Chen et al. (arXiv 2509.23736), `HieraTokCore` computes it. The class loads the same folders
+    as `AutoencoderHieraTok`.
 
     Args:
         config (`HieraTokConfig`): Sizes and options.
@@ -163,13 +176,13 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_size(cls, size: str, **overrides: Any) -> "HieraTokModel":
-        """A model of a named size with random weights; arguments and errors as those of `HieraTokConfig.from_size`."""
+    def from_size(cls, size: str, **overrides: Any) -> "Self":
+        """Make a model of a named size, with random weights and the arguments of `HieraTokConfig.from_size`."""
         return cls(HieraTokConfig.from_size(size, **overrides)).eval()
 
     @classmethod
-    def from_core(cls, core: HieraTokCore) -> "HieraTokModel":
-        """A model around a core that exists; the weights are shared, not copied."""
+    def from_core(cls, core: HieraTokCore) -> "Self":
+        """Make a model around a core that exists; the weights are shared, not copied."""
         with torch.device("meta"):
             model = cls(core.config)
         model.core = core
@@ -178,9 +191,13 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> "Self":
         """
-        As that of `PreTrainedModel`, but the error of a model that cannot be had names it and the way out.
+        Load a model as `PreTrainedModel.from_pretrained` does; the error of one that cannot be had names the way out.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
+            args, kwargs: Further arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it.
@@ -192,40 +209,49 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The convolution of the patches."""
+        """Return the convolution that embeds the patches."""
         return self.core.encoder.patch_embed
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace it by another of the same shapes."""
+        """Replace the convolution that embeds the patches by another of the same shapes."""
         self.core.encoder.patch_embed = value  # type: ignore[assignment]
 
     @capture_outputs
     def encode(self, pixel_values: Tensor, **kwargs: Any) -> HieraTokEncoderOutput:
         """
+        Encode images to the distribution of their latents.
+
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], sides multiples of the patch.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], of any floating dtype; sides are
+                multiples of the patch size.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
 
         Raises:
-            ValueError: As `HieraTokCore.encode_moments`.
+            ValueError: `pixel_values` are not such images, as `HieraTokCore.encode_moments` says.
         """
         moments, _ = self.core.encode_moments(self._to_own_dtype(pixel_values))
         return HieraTokEncoderOutput(latents=posterior_of(moments).mode(), moments=moments)
 
     @can_return_tuple
     def decode(
-        self, latents: Tensor, num_scales: int | None = None, return_scales: bool = False
+        self,
+        latents: Tensor,
+        num_scales: int | None = None,
+        return_scales: bool = False,
+        return_dict: bool | None = None,  # `can_return_tuple` takes it
     ) -> HieraTokDecoderOutput:
         """
+        Decode latents to images, by all scales or by the coarser ones alone.
+
         Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents as `encode` gives them, of any floating dtype.
             num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
                 image of the last of them, for the cost of its tokens and the coarser ones.
-            return_scales (`bool`, defaults to `False`): Return the images of the coarser scales as well.
+            return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
             return_dict (`bool`, *optional*): Whether to return a `HieraTokDecoderOutput` rather than a tuple.
 
         Raises:
-            ValueError: As `HieraTokCore.decode`.
+            ValueError: `latents` or `num_scales` is not as above, as `HieraTokCore.decode` says.
         """
         latents = self._to_own_dtype(latents)
         if not return_scales:
@@ -236,8 +262,18 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
     @capture_outputs
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """
-        The encoder's features for understanding tasks, `last_hidden_state` `(B, h * w, D)`, and their mean,
-        `pooler_output` `(B, D)`, of `pixel_values` `(B, 3, H, W)`; arguments and errors as those of `encode`.
+        Compute the encoder's features for understanding tasks.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], as for `encode`.
+            kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
+
+        Returns:
+            `last_hidden_state` of shape `(B, h * w, D)`, the tokens before the head, and `pooler_output` of shape
+            `(B, D)`, their mean.
+
+        Raises:
+            ValueError: `pixel_values` are not such images, as `HieraTokCore.encode_moments` says.
         """
         _, features = self.core.encode_moments(self._to_own_dtype(pixel_values))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
@@ -254,19 +290,21 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> HieraTokOutput:
         """
-        Encode and decode.
+        Encode images, decode their latents, and compute the loss.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], sides multiples of the patch.
-            sample_posterior (`bool`, defaults to `False`): Decode a sample of the posterior, not its mode.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], of any floating dtype; sides are
+                multiples of the patch size.
+            sample_posterior (`bool`, defaults to `False`): Whether to decode a sample of the posterior, not its mode.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
-            num_scales (`int`, *optional*): As in `decode`.
-            return_loss (`bool`, defaults to `True`): Compute the loss, for which the images of all scales are made.
-            return_scales (`bool`, defaults to `False`): Return the images of the coarser scales as well.
+            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given.
+            return_loss (`bool`, defaults to `True`): Whether to compute the loss, for which all images are made.
+            return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
 
         Raises:
-            ValueError: As `HieraTokCore.encode_moments` and `HieraTokCore.decode`.
+            ValueError: `pixel_values` or `num_scales` is not as above, as `HieraTokCore.encode_moments` and
+                `HieraTokCore.decode` say.
         """
         pixel_values = self._to_own_dtype(pixel_values)
         moments, _ = self.core.encode_moments(pixel_values)
@@ -291,7 +329,7 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         """
         Save to a folder that this class and `AutoencoderHieraTok` both load; files appear whole or not at all.
 
-        Further arguments are those of `PreTrainedModel.save_pretrained`.
+        The arguments are those of `PreTrainedModel.save_pretrained`.
 
         Raises:
             ValueError: `save_directory` is a file.
@@ -304,5 +342,5 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
             self.push_to_hub(**hub_arguments)
 
     def _to_own_dtype(self, tensor: Tensor) -> Tensor:
-        """A floating-point tensor in the dtype of the weights; anything else is left for the core to refuse."""
+        """Cast a floating-point tensor to the dtype of the weights; leave anything else for the core to refuse."""
         return tensor.to(self.dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor

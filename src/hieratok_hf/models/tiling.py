@@ -1,4 +1,4 @@
-"""Large images in overlapping tiles, each weighted so that they sum to one image without a seam."""
+"""Run a model on large images in overlapping tiles, weighted so that they sum to one image without a seam."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,16 +16,19 @@ Span = tuple[int, int]
 
 def tile_spans(length: int, size: int, stride: int, unit: int = 1) -> list[Span]:
     """
-    Where the tiles along one side begin and end.
+    Divide one side of a map into overlapping tiles.
 
     All tiles but the last are as long as `size`, so that they meet one compiled graph and the context that the model
     was trained with; with a unit of 1 the last is so too, and overlaps the one before by more.
 
     Args:
-        length (`int`): The side.
-        size (`int`): Of a tile; a side that is no longer than this is one tile.
-        stride (`int`): From the beginning of a tile to the next; at most `size`.
-        unit (`int`, defaults to 1): Every tile begins at a multiple of this.
+        length (`int`): Length of the side, in cells.
+        size (`int`): Length of a tile, in cells; a side that is no longer than this is one tile.
+        stride (`int`): Step from the beginning of a tile to the next, in cells; at most `size`.
+        unit (`int`, defaults to 1): Number of cells of which every tile's beginning is a multiple.
+
+    Returns:
+        Beginning and end of each tile.
 
     Raises:
         ValueError: The stride is not in `1 ... size`, or the unit is larger than a tile.
@@ -41,9 +44,13 @@ def tile_spans(length: int, size: int, stride: int, unit: int = 1) -> list[Span]
 
 def tile_weights(spans: Sequence[Span], device: torch.device | None = None) -> list[Tensor]:
     """
-    Weights of each tile along one side, `(end - start,)` in float32: at every place they sum to 1.
+    Compute the weights of each tile along one side, `(end - start,)` in float32, which sum to 1 everywhere.
 
     Where two tiles overlap, the weight passes evenly from one to the other.
+
+    Args:
+        spans (`Sequence[tuple[int, int]]`): Beginning and end of each tile, as `tile_spans` gives them.
+        device (`torch.device`, *optional*): The device of the weights; the default device unless given.
     """
     total = torch.zeros(spans[-1][1], device=device)
     weights = []
@@ -68,22 +75,25 @@ def run_in_tiles(
     unit: int = 1,
 ) -> Tensor:
     """
-    A function of maps, tile by tile. The result is as large as it would be at once, and close to it as far as the
-    function looks no further than a tile.
+    Run a function of maps tile by tile, and add the weighted results.
+
+    The result is as large as that of the whole map, and close to it as far as the function looks no further than a
+    tile.
 
     Args:
-        function (`Callable`): Maps `(B, C, height, width)` to `(B, K, height * ratio, width * ratio)`, and sides that
-            are no multiples of `unit` as if they were the next.
+        function (`Callable`): A function from `(B, C, height, width)` to `(B, K, height * ratio, width * ratio)`. It
+            takes sides that are no multiples of `unit` for the next multiple.
         tensor (`torch.Tensor` of shape `(B, C, H, W)`): The whole map.
         tile, stride (`tuple[int, int]`): Height and width of a tile, and the steps between tiles, in the map's cells.
-        ratio (`tuple[int, int]`): Sides of the result against those of the map, as numerator and denominator.
-        unit (`int`, defaults to 1): Tiles begin at multiples of this many cells, where the result has whole ones.
+        ratio (`tuple[int, int]`): Sides of the result over those of the map, as numerator and denominator.
+        unit (`int`, defaults to 1): Number of cells of which every tile's beginning is a multiple, so that it lies at
+            a whole cell of the result.
 
     Returns:
-        `torch.Tensor` of shape `(B, K, H * ratio, W * ratio)`, sides as those of the function, and in its dtype.
+        `torch.Tensor` of shape `(B, K, H * ratio, W * ratio)`, in the dtype that the function gives.
 
     Raises:
-        ValueError: As `tile_spans`.
+        ValueError: Tiles of these sizes and steps do not cover the map.
     """
     sides: list[list[tuple[Span, Span, Tensor]]] = []
     for length, size, step in zip(tensor.shape[-2:], tile, stride):
@@ -105,10 +115,10 @@ def run_in_tiles(
 
 
 class TilingMixin(AutoencoderMixin):
-    """The switch of tiling of an autoencoder, with the names that diffusers' own use."""
+    """Switch the tiling of an autoencoder on and off, by the names that diffusers' own use."""
 
     def init_tiling(self, patch_size: int, side: int) -> None:
-        """Tiling off, and square tiles of `side` pixels, every three quarters of it, for when it is switched on."""
+        """Leave tiling off; once switched on, it has square tiles of `side` pixels, every three quarters of a side."""
         self.use_tiling = False
         self._tile_unit = patch_size
         self.tile_sample_min_height = self.tile_sample_min_width = side
@@ -122,9 +132,9 @@ class TilingMixin(AutoencoderMixin):
         tile_sample_stride_width: int | None = None,
     ) -> None:
         """
-        Encode and decode images larger than a tile in overlapping tiles, one at a time: memory then grows with the
-        image alone, and time with its pixels instead of their square.
+        Encode and decode images larger than a tile in overlapping tiles, one at a time.
 
+        Memory then grows with the image alone, and time with its pixels instead of their square.
         Attention sees no further than a tile, so the result is close to that of the whole image, not equal to it.
 
         Args:
@@ -156,12 +166,12 @@ class TilingMixin(AutoencoderMixin):
         super().enable_tiling()
 
     def tiles(self, pixels: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Height and width of a tile, and of the step between tiles, in cells of so many pixels a side."""
+        """Return height and width of a tile, and of the step between tiles, in cells of `pixels` a side."""
         size = (self.tile_sample_min_height // pixels, self.tile_sample_min_width // pixels)
         return size, (self.tile_sample_stride_height // pixels, self.tile_sample_stride_width // pixels)
 
     def needs_tiles(self, batch: Any, pixels: int) -> bool:
-        """Whether tiling is on and `batch` holds maps, in cells of so many pixels a side, larger than a tile."""
+        """Tell whether tiling is on and `batch` holds maps, in cells of `pixels` a side, larger than a tile."""
         (height, width), _ = self.tiles(pixels)
         is_map = isinstance(batch, Tensor) and batch.ndim == 4
         return self.use_tiling and is_map and (batch.shape[2] > height or batch.shape[3] > width)

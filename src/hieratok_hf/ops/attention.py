@@ -1,4 +1,4 @@
-"""Scale-causal attention: a token sees its own scale and every coarser one (HieraTok, arXiv 2509.23736)."""
+"""Compute scale-causal attention: a token sees its own scale and every coarser one (HieraTok, arXiv 2509.23736)."""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,22 @@ __all__ = [
 
 
 def scale_causal_mask(layout: PyramidLayout, device: torch.device | None = None) -> Tensor:
-    """`(N, N)` bool: whether the query of a row may see the key of a column."""
+    """
+    Make the dense mask of scale-causal attention.
+
+    With `end_s` the number of tokens up to the end of scale `s`, the query `m` of scale `s` sees the key `n` where
+
+    ```
+    n < end_s
+    ```
+
+    Args:
+        layout (`PyramidLayout`): The scales of the sequence.
+        device (`torch.device`, *optional*): The device of the mask; the default device unless given.
+
+    Returns:
+        `torch.Tensor` of shape `(N, N)`, bool: True where the query of a row may see the key of a column.
+    """
     return torch.arange(layout.num_tokens, device=device)[None, :] < layout.visible_ends(device)[:, None]
 
 
@@ -29,7 +44,7 @@ def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PyramidLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """
-    Scale-causal attention from its dense mask.
+    Compute scale-causal attention from its dense mask, as the definition that the backends are tested against.
 
     Args:
         query, key, value (`torch.Tensor` of shape `(B, A, N, d)`): Projected tokens, coarse scale first.
@@ -60,8 +75,8 @@ FASTEST: dict[tuple[str, str, int, bool], dict[int, str]] = {
     ("cuda 9.0", "bfloat16", 128, True): {85: "triton", 340: "triton", 1360: "triton", 5440: "triton"},
 }
 """
-`{(device, dtype, channels of a head, gradients needed): {tokens of all scales: backend}}`, written by
-`benchmarks/bench_attention.py --record` from `benchmarks/results/attention_*.json`.
+Fastest backend by measurement, `{(device, dtype, channels of a head, gradients needed): {tokens of all scales:
+backend}}`. `benchmarks/bench_attention.py --record` writes it from `benchmarks/results/attention_*.json`.
 """
 
 
@@ -78,13 +93,17 @@ def device_kind(device: torch.device) -> str:
 
 def fastest_backend(query: Tensor, needs_gradient: bool) -> str:
     """
-    The backend that was fastest at the nearest measured number of tokens, or `"sdpa"` where nothing was measured.
+    Choose the backend that was fastest at the nearest measured number of tokens.
 
-    It is also `"sdpa"` in `torch.export`.
+    It is `"sdpa"` where nothing was measured, and in `torch.export`.
 
     Args:
-        query (`torch.Tensor` of shape `(B, A, N, d)`): For its device, dtype, number of tokens and channels of a head.
+        query (`torch.Tensor` of shape `(B, A, N, d)`): Any such queries; only device, dtype, number of tokens and
+            channels of a head count.
         needs_gradient (`bool`): Whether a backward pass will follow.
+
+    Returns:
+        `str`: One of `ATTENTION_BACKENDS`.
     """
     if is_exporting():
         return "sdpa"  # an exported graph serves every size, so no one size may choose for it
@@ -105,11 +124,12 @@ ATTENTION_BACKENDS = ("auto", "reference", "sdpa", "sdpa_mask", "flex", "triton"
 
 def why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> str | None:
     """
-    The reason that a backend cannot serve such projections, or `None` where it can.
+    Give the reason that a backend cannot serve such projections, or `None` where it can.
 
     Args:
         backend (`str`): One of `ATTENTION_BACKENDS`.
-        query (`torch.Tensor` of shape `(B, A, N, d)`): For its device, dtype and channels of a head.
+        query (`torch.Tensor` of shape `(B, A, N, d)`): Any such queries; only device, dtype and channels of a head
+            count.
         scale (`float`): Factor of the scores before the softmax.
         needs_gradient (`bool`): Whether a backward pass will follow.
     """
@@ -137,31 +157,37 @@ def scale_causal_attention(
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """
-    Attention over a pyramid of tokens in which the queries of scale `i` see the keys of the scales `0 ... i`.
+    Attend over a pyramid of tokens, where the queries of scale `s` see the keys of the scales `0 ... s`.
 
-    With a layout of one scale it is full attention.
+    With `end_s` the number of tokens up to the end of scale `s`, the query `m` of scale `s` gets
+
+    ```
+    y_m = sum over n < end_s of  softmax_n(scale * q_m . k_n) * v_n
+    ```
+
+    What a query sees is a prefix of the sequence. With a layout of one scale it is full attention.
 
     Args:
         query, key, value (`torch.Tensor` of shape `(B, A, N, d)`): Projected tokens, coarse scale first.
         layout (`PyramidLayout`): The scales of the sequence, `layout.num_tokens == N`.
-        backend (`str`, defaults to `"auto"`): How to compute it, never what.
+        backend (`str`, defaults to `"auto"`): The way to compute it; all agree within rounding.
 
             - `"reference"`: a dense mask, in float32.
-            - `"sdpa"`: one unmasked `scaled_dot_product_attention` a scale. Runs everywhere.
+            - `"sdpa"`: one unmasked `scaled_dot_product_attention` a scale. It runs everywhere.
             - `"sdpa_mask"`: one `scaled_dot_product_attention` with a dense mask.
             - `"flex"`: PyTorch's `flex_attention`; on a CPU forward only.
             - `"triton"`: one launch on a CUDA device, for heads of at most 128 channels.
             - `"auto"`: the one that was fastest where it was measured, `"sdpa"` elsewhere.
         scale (`float`, *optional*): Factor of the scores before the softmax, `d ** -0.5` unless given.
-        return_weights (`bool`, defaults to `False`): Also return the weights `(B, A, N, N)` in float32, which only
-            `"reference"` (and thus `"auto"`) can.
+        return_weights (`bool`, defaults to `False`): Whether to return the weights `(B, A, N, N)` in float32 as well,
+            which only `"reference"` (and thus `"auto"`) can.
 
     Returns:
         `torch.Tensor` of shape `(B, A, N, d)` in the dtype of `query` (of autocast, where it is on), and the weights
         if they were asked for.
 
     Raises:
-        ValueError: An unknown backend, shapes or dtypes that disagree, or a backend that was named and cannot serve.
+        ValueError: The backend is unknown, shapes or dtypes disagree, or a backend that was named cannot serve.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Scale-causal attention by PyTorch's `flex_attention` (arXiv 2412.05496), with the block mask of a layout kept."""
+"""Compute scale-causal attention by PyTorch's `flex_attention` (arXiv 2412.05496); block masks of layouts are kept."""
 
 import functools
 import itertools
@@ -31,10 +31,10 @@ BLOCK_FIELDS = (
 
 def why_not_flex(query: Tensor, needs_gradient: bool) -> str | None:
     """
-    The reason that `flex_attention` cannot serve such projections, or `None` where it can.
+    Give the reason that `flex_attention` cannot serve such projections, or `None` where it can.
 
     Args:
-        query (`torch.Tensor` of shape `(B, A, N, d)`): For its device.
+        query (`torch.Tensor` of shape `(B, A, N, d)`): Any such queries; only the device counts.
         needs_gradient (`bool`): Whether a backward pass will follow.
     """
     if query.device.type == "cpu" and needs_gradient:
@@ -77,7 +77,7 @@ def flex_scale_causal_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PyramidLayout, scale: float
 ) -> Tensor:
     """
-    Scale-causal attention by `flex_attention`.
+    Compute scale-causal attention by `flex_attention`.
 
     Inside `torch.compile` it becomes part of the graph. Outside it is compiled by itself on an accelerator; on a CPU
     PyTorch computes it unfused there.

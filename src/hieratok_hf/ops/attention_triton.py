@@ -1,4 +1,4 @@
-"""Scale-causal attention as one Triton launch: flash attention (arXiv 2307.08691) over a prefix of the keys a row."""
+"""Compute scale-causal attention in one Triton launch: flash attention (arXiv 2307.08691) over prefixes of keys."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,9 +24,11 @@ __all__ = [
     "why_not_triton",
 ]
 
-# A library that checks the imports of remote code takes those in a `try` for optional.
+# A trap: before code from the Hub runs, diffusers and transformers look for its imports. transformers takes those in a
+# `try` for optional. diffusers reads lines, and misses an `import x` only where something stands behind it, so the
+# comment behind `import triton` must stay. Without it, diffusers warns on every machine that has no Triton.
 try:
-    import triton  # diffusers warns of each missing import behind which nothing stands
+    import triton  # this comment must stay
     import triton.language as tl
 except ImportError as error:
     raise ImportError("Triton is not installed.") from error
@@ -50,7 +52,7 @@ PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
 @triton.jit
 def _locate(program, ends, BLOCK: tl.constexpr, FINEST_FIRST: tl.constexpr):
-    """The tile of a program: batch and head, first row, and start and end of the scale that the rows are of."""
+    """Find the tile of a program: batch and head, first row, and start and end of the scale that the rows are of."""
     num_tiles = 0
     scale_start = 0
     for i in tl.static_range(len(ends)):
@@ -75,14 +77,14 @@ def _locate(program, ends, BLOCK: tl.constexpr, FINEST_FIRST: tl.constexpr):
 
 @triton.jit
 def _pointers(tensor, strides, batch_head, heads, rows, channels):
-    """Addresses of `rows` of one head, `(len(rows), len(channels))`."""
+    """Compute the addresses of `rows` of one head, `(len(rows), len(channels))`."""
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
     return tensor + batch * strides[0] + head * strides[2] + rows[:, None] * strides[1] + channels[None, :]
 
 
 @triton.jit
 def _load(pointers, rows, end, channels, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr):
-    """Rows before `end`, zero beyond it and beyond the head's channels."""
+    """Load rows before `end`, zero beyond it and beyond the head's channels."""
     if RAGGED:
         return tl.load(pointers, mask=(rows[:, None] < end) & (channels[None, :] < HEAD_DIM), other=0.0)
     elif channels.shape[0] > HEAD_DIM:
@@ -93,7 +95,7 @@ def _load(pointers, rows, end, channels, HEAD_DIM: tl.constexpr, RAGGED: tl.cons
 
 @triton.jit
 def _dot(left, right, start=None):
-    """`left @ right + start` in float32, also of float32 inputs."""
+    """Compute `left @ right + start` in float32, also of float32 inputs."""
     if INTERPRETED:
         # The interpreter keeps bfloat16 as raw bits and would multiply those.
         left, right = left.to(tl.float32), right.to(tl.float32)
@@ -105,7 +107,7 @@ def _forward_step(
     accumulator, maximum, total, query, keys, values, key_row, row, end, channels, scale,
     HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax after one more tile of keys; scores and their maximum are in units of log 2."""
+    """Update the online softmax by one more tile of keys; scores and their maximum are in units of log 2."""
     key_rows = row + key_row
     key = _load(keys, key_rows, end, channels, HEAD_DIM, RAGGED)  # (K, d)
     scores = _dot(query, tl.trans(key))  # (M, K)
@@ -126,7 +128,7 @@ def attention_kernel(
     ends, num_tokens, heads, scale, length_class,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Attention `(B, N, A, d)`, and the base-2 logarithm of the sum under each softmax, `(B, A, N)` in float32."""
+    """Compute attention `(B, N, A, d)`, and the base-2 logarithm of each softmax's sum, `(B, A, N)` in float32."""
     batch_head, first_row, _, end = _locate(tl.program_id(0), ends, M, FINEST_FIRST=True)
     rows, key_row, channels = first_row + tl.arange(0, M), tl.arange(0, K), tl.arange(0, D)
     queries = _pointers(query, query_strides, batch_head, heads, rows, channels)
@@ -180,7 +182,7 @@ def query_gradient_kernel(
     ends, num_tokens, heads, scale, softmax_scale, length_class,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries, and on the way `delta`, the inner product of each output and its gradient."""
+    """Compute the gradient of the queries, and on the way `delta`, the inner product of outputs and gradients."""
     batch_head, first_row, _, end = _locate(tl.program_id(0), ends, M, FINEST_FIRST=True)
     rows, key_row, channels = first_row + tl.arange(0, M), tl.arange(0, K), tl.arange(0, D)
     written = rows < end
@@ -247,7 +249,7 @@ def key_gradient_kernel(
     ends, num_tokens, heads, scale, softmax_scale, length_class,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of keys and values: a key is seen by the queries of its own scale and of every finer one."""
+    """Compute the gradients of keys and values, which the queries of their own and of every finer scale see."""
     batch_head, first_row, start, end = _locate(tl.program_id(0), ends, K, FINEST_FIRST=False)
     rows, channels = first_row + tl.arange(0, K), tl.arange(0, D)
     keys = _pointers(key, key_strides, batch_head, heads, rows, channels)
@@ -295,7 +297,7 @@ KEY_GRADIENT_TILES = [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3), (32, 32, 
 
 
 def _tuned(kernel: Any, tiles: list[tuple[int, int, int, int]]) -> Any:
-    """The kernel with the fastest of its tiles `(M, K, warps, stages)`, timed once a head size, dtype and length."""
+    """Give a kernel the fastest of its tiles `(M, K, warps, stages)`, timed once a head size, dtype and length."""
     configs = [triton.Config({"M": m, "K": k}, num_warps=warps, num_stages=stages) for m, k, warps, stages in tiles]
     if INTERPRETED.value:
         configs = [triton.Config({"M": 32, "K": 64})]  # nothing to time there
@@ -320,10 +322,11 @@ _key_gradient = _tuned(key_gradient_kernel, KEY_GRADIENT_TILES)
 
 def why_not_triton(query: Tensor, scale: float) -> str | None:
     """
-    The reason that the kernel cannot serve such projections, or `None` where it can.
+    Give the reason that the kernel cannot serve such projections, or `None` where it can.
 
     Args:
-        query (`torch.Tensor` of shape `(B, A, N, d)`): For its device, dtype and channels of a head.
+        query (`torch.Tensor` of shape `(B, A, N, d)`): Any such queries; only device, dtype and channels of a head
+            count.
         scale (`float`): Factor of the scores before the softmax.
     """
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -358,17 +361,17 @@ def _arguments(query: Tensor, ends: Sequence[int], scale: float) -> dict[str, An
 
 
 def _programs(query: Tensor, ends: Sequence[int], block: str) -> Callable[[dict[str, Any]], tuple[int]]:
-    """The number of programs, one for each tile of `block` rows of one scale, batch and head."""
+    """Count the programs, one for each tile of `block` rows of one scale, batch and head."""
     lengths = [end - start for start, end in zip((0, *ends), ends)]
     return lambda meta: (query.shape[0] * query.shape[2] * sum(triton.cdiv(n, meta[block]) for n in lengths),)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """
-    A context in which the current device is that of a tensor.
+    Make a context in which the current device is that of a tensor.
 
     Args:
-        tensor (`torch.Tensor` of any shape): On the device.
+        tensor (`torch.Tensor` of any shape): A tensor on the device.
     """
     # Triton launches on the current device, which need not be the tensor's.
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -376,10 +379,10 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
 
 def channels_last(tensor: Tensor) -> Tensor:
     """
-    A tensor with its last dimension dense, as the kernels read it; itself where it is so already.
+    Make the last dimension of a tensor dense, as the kernels read it; one that is so already is returned itself.
 
     Args:
-        tensor (`torch.Tensor` of any shape): With one dimension or more.
+        tensor (`torch.Tensor` of any shape): A tensor of one dimension or more.
     """
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -389,12 +392,13 @@ def prefix_attention(
     query: Tensor, key: Tensor, value: Tensor, ends: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     """
-    Attention in which the rows between two neighbours of `(0, *ends)` see all keys before the second.
+    Attend so that the rows between two neighbours of `(0, *ends)` see all keys before the second.
 
-    Deterministic, forward and backward: no sum depends on the order in which programs run.
+    It is deterministic, forward and backward: no sum depends on the order in which programs run.
 
     Args:
-        query, key, value (`torch.Tensor` of shape `(B, N, A, d)`): One dtype, float16, bfloat16 or float32.
+        query, key, value (`torch.Tensor` of shape `(B, N, A, d)`): Projected tokens, all of one dtype: float16,
+            bfloat16 or float32.
         ends (`Sequence[int]`): End of each scale in the sequence, increasing; the last is `N`.
         scale (`float`): Positive factor of the scores before the softmax.
 
@@ -426,7 +430,7 @@ def prefix_attention_backward(
     ends: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `query`, `key` and `value`, each `(B, N, A, d)`; weights are computed again from `log_sum`."""
+    """Compute the gradients of `query`, `key` and `value`, each `(B, N, A, d)`, with weights made from `log_sum`."""
     query, key, value = channels_last(query), channels_last(key), channels_last(value)
     upstream = channels_last(upstream)
     gradients = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Linear layers whose float32 products on a CPU are oneDNN's, where PyTorch's own choice is slow at them."""
+"""Compute linear layers in float32 on a CPU by oneDNN, where PyTorch's own choice is slow at them."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ __all__ = ["HieraTokLinear", "prefers_onednn"]
 
 def prefers_onednn() -> bool:
     """
-    Whether oneDNN multiplies float32 matrices faster here than what `torch.nn.Linear` calls.
+    Tell whether oneDNN multiplies float32 matrices faster here than what `torch.nn.Linear` calls.
 
     PyTorch leaves such products to MKL, which keeps its fastest code for Intel's processors; convolutions, which
     other autoencoders are made of, it leaves to oneDNN, which goes by the instructions that there are.
@@ -30,7 +30,8 @@ def _flops(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, out_shape: Any 
     return 2 * math.prod(x) * weight[0]
 
 
-# Without a formula `FlopCounterMode` would count nothing; another copy of this file may have given it.
+# The operator is private, see CONTRIBUTING.md. Without a formula `FlopCounterMode` would count nothing; another copy
+# of this file may have given it.
 if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
 
@@ -50,10 +51,10 @@ PREFERS_ONEDNN = prefers_onednn()
 
 
 class HieraTokLinear(nn.Linear):
-    """`torch.nn.Linear`; without gradients, float32 on a CPU goes to oneDNN where that is faster."""
+    """Compute what `torch.nn.Linear` does; without gradients, float32 on a CPU goes to oneDNN where that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` `(..., in_features)` to `(..., out_features)`."""
+        """Map `x` `(..., in_features)` to `(..., out_features)`."""
         if not self._is_for_onednn(x):
             return super().forward(x)
         if torch.compiler.is_compiling():  # the compiler takes oneDNN's own operator with frozen weights alone

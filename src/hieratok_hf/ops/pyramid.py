@@ -1,4 +1,4 @@
-"""The pyramid of token grids: where each scale lies in the decoder's sequence, and the latent at each scale."""
+"""Lay out the pyramid of token grids in the decoder's sequence, and make the tokens of each scale of the latent."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -32,9 +32,12 @@ _KEPT_TOKENS = 2**14
 # z = torch.zeros(1, core.config.latent_channels, 8, 8)" "core.decode(z)"
 def keep_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
     """
-    Keep what a function of a layout, further sizes and, last, a device has made for the last few of them.
+    Keep the last few results of a function of a layout, further sizes and, as its last argument, a device.
 
     Nothing is kept inside a graph, which may be traced with tensors without data, and whose memory ends with it.
+
+    Args:
+        function (`Callable`): A function of arguments that can be hashed, which makes tensors.
     """
 
     @functools.lru_cache(maxsize=8)
@@ -57,12 +60,12 @@ def keep_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class PyramidCells(NamedTuple):
     """
-    The cell of every token of a pyramid.
+    Hold the cell of every token of a pyramid.
 
     Attributes:
-        scale (`torch.Tensor` of shape `(N,)`, int64): Number of its scale, 0 the coarsest.
-        factor (`torch.Tensor` of shape `(N,)`, int64): Cells of the finest grid that it covers on a side.
-        row, column (`torch.Tensor` of shape `(N,)`, int64): Its place in its scale's grid.
+        scale (`torch.Tensor` of shape `(N,)`, int64): Number of each token's scale, 0 the coarsest.
+        factor (`torch.Tensor` of shape `(N,)`, int64): Cells of the finest grid that each token covers on a side.
+        row, column (`torch.Tensor` of shape `(N,)`, int64): Each token's place in its scale's grid.
     """
 
     scale: Tensor
@@ -71,7 +74,7 @@ class PyramidCells(NamedTuple):
     column: Tensor
 
     def spans(self, grid: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """First and end of the rows, then of the columns, that each token covers of a finest grid: four `(N,)`."""
+        """Compute first and end of the rows, then of the columns, that each token covers of `grid`: four `(N,)`."""
         rows, columns = self.row * self.factor, self.column * self.factor
         return (rows, (rows + self.factor).clamp(max=grid[0])), (columns, (columns + self.factor).clamp(max=grid[1]))
 
@@ -79,7 +82,7 @@ class PyramidCells(NamedTuple):
 @dataclass(frozen=True)
 class PyramidLayout:
     """
-    Grids of a pyramid of tokens, laid out coarse to fine in one sequence.
+    Lay out the grids of a pyramid of tokens in one sequence, coarse to fine.
 
     A grid that a factor does not divide is rounded up: its last row or column covers fewer cells.
 
@@ -104,7 +107,11 @@ class PyramidLayout:
     @classmethod
     def from_grid(cls, height: int, width: int, scale_factors: tuple[int, ...]) -> "PyramidLayout":
         """
-        The layout over a finest grid of `height` x `width` tokens.
+        Make the layout over a finest grid of `height` x `width` tokens.
+
+        Args:
+            height, width (`int`): Sides of the finest grid, in tokens, at least 1.
+            scale_factors (`tuple[int, ...]`): Cells of the finest grid that one cell of each scale covers on a side.
 
         Raises:
             ValueError: A side is smaller than 1, or the factors do not decrease strictly to 1.
@@ -118,18 +125,18 @@ class PyramidLayout:
 
     @property
     def num_scales(self) -> int:
-        """How many scales there are."""
+        """Count the scales."""
         return len(self.grids)
 
     # No `cached_property`: `torch.compile` cannot trace the lock that Python 3.11 has in it.
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each scale."""
+        """Count the tokens of each scale."""
         return tuple(height * width for height, width in self.grids)
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """End of each scale in the sequence, which is also the number of keys that its queries see."""
+        """Return the end of each scale in the sequence, which is the number of keys that its queries see."""
         ends, end = [], 0
         for length in self.lengths:
             end += length
@@ -138,17 +145,17 @@ class PyramidLayout:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Place of each scale in the sequence."""
+        """Return the place of each scale in the sequence."""
         return tuple(slice(end - length, end) for end, length in zip(self.ends, self.lengths))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all scales, `N`."""
+        """Count the tokens of all scales, `N`."""
         return sum(self.lengths)
 
     def truncate(self, num_scales: int) -> "PyramidLayout":
         """
-        The layout of the coarsest `num_scales` scales. Positions keep the unit of the original finest grid.
+        Make the layout of the coarsest `num_scales` scales, whose positions keep the unit of the finest grid.
 
         Raises:
             ValueError: `num_scales` is not in `1 ... self.num_scales`.
@@ -158,11 +165,11 @@ class PyramidLayout:
         return PyramidLayout(self.grids[:num_scales], self.scale_factors[:num_scales])
 
     def cells(self, device: torch.device | None = None) -> PyramidCells:
-        """The cell of every token."""
+        """Compute the cell of every token."""
         return _cells(self, torch.get_default_device() if device is None else device)
 
     def visible_ends(self, device: torch.device | None = None) -> Tensor:
-        """`(N,)` int64: a query at row `i` sees the keys `[0, visible_ends[i])`. The one predicate of the mask."""
+        """Compute the one predicate of the mask, `(N,)` int64: a query `i` sees the keys `[0, visible_ends[i])`."""
         index = torch.arange(self.num_tokens, device=device)
         ends = torch.zeros_like(index) + self.ends[0]
         for previous, end in pairwise(self.ends):
@@ -192,6 +199,12 @@ def flatten_pyramid(latents: Tensor, layout: PyramidLayout) -> Tensor:
     """
     Average-pool a latent to every scale of a layout.
 
+    The token `(i, j)` of the scale of factor `f` is the average of the `n <= f * f` cells of its block that are there:
+
+    ```
+    t_f[i, j] = 1 / n * sum over a, b < f of  z[:, f i + a, f j + b]
+    ```
+
     Args:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
         layout (`PyramidLayout`): The scales to make, over a finest grid of `h x w`.
@@ -216,12 +229,17 @@ def convolve_pyramid(latents: Tensor, layout: PyramidLayout, convolutions: Itera
     """
     Map the block of cells that each token covers to that token, by a convolution a scale.
 
-    Where a block reaches beyond the latent, the border is continued.
+    The token `(i, j)` of the scale of factor `f` is made of the whole block, with the convolution's weight `W_f` and
+    bias `b_f`. Where a block reaches beyond the latent, the border is continued:
+
+    ```
+    t_f[i, j] = b_f + sum over a, b < f, c < C of  W_f[:, c, a, b] * z[c, min(f i + a, h - 1), min(f j + b, w - 1)]
+    ```
 
     Args:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
         layout (`PyramidLayout`): The scales to make, over a finest grid of `h x w`.
-        convolutions (`Iterable[nn.Module]`): Of kernel and stride `f` for each scale of factor `f`, coarse to fine.
+        convolutions (`Iterable[nn.Module]`): One convolution a scale, coarse to fine, of kernel and stride `f`.
 
     Returns:
         `torch.Tensor` of shape `(B, N, D)`: The tokens of all scales, coarse first, each scale row by row.
@@ -237,10 +255,16 @@ def convolve_pyramid(latents: Tensor, layout: PyramidLayout, convolutions: Itera
 
 def continue_border(maps: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
     """
-    Repeat the border of `maps` `(B, C, H, W)` as often as said: `(B, C, top + H + bottom, left + W + right)`.
+    Repeat the border of maps beyond each side.
 
-    Compiled graphs get it in other words, because the gradient of `F.pad` has other strides than they expect of it.
+    Args:
+        maps (`torch.Tensor` of shape `(B, C, H, W)`): Images or latents.
+        left, right, top, bottom (`int`): How often the border is repeated at each side.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, top + H + bottom, left + W + right)`.
     """
+    # In compiled graphs the gradient of `F.pad` has other strides than they expect of it.
     if not torch.compiler.is_compiling():
         return F.pad(maps, (left, right, top, bottom), mode="replicate")
     columns = [maps[..., :1].expand(-1, -1, -1, left), maps, maps[..., -1:].expand(-1, -1, -1, right)]
@@ -250,14 +274,14 @@ def continue_border(maps: Tensor, left: int, right: int, top: int, bottom: int) 
 
 
 def _pooled_grids(layout: PyramidLayout) -> list[tuple[int, int]]:
-    """Grids of the pooled maps, a row and a column too many: a side of 1 would get a graph of its own."""
+    """Make the grids of the pooled maps a row and a column larger: a side of 1 would get a graph of its own."""
     extra = [int(factor > 1) for factor in layout.scale_factors]
     return [(rows + more, columns + more) for more, (rows, columns) in zip(extra, layout.grids)]
 
 
 @keep_by_size
 def _places_in_pooled(layout: PyramidLayout, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each token lies in the pooled maps one after the other, `(N,)`, and what its average lacks, `(N, 1)`."""
+    """Find where each token lies in the pooled maps in a row, `(N,)`, and what its average lacks, `(N, 1)`."""
     cells = layout.cells(device)
     index, start = torch.zeros_like(cells.row), 0
     for scale, (rows, columns) in enumerate(_pooled_grids(layout)):

@@ -1,4 +1,4 @@
-"""QK-norm and rotary positions in one Triton kernel: one reading and one writing instead of one for each step."""
+"""Compute QK-norm and rotary positions in one Triton kernel, which reads and writes once, not once a step."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ ROWS = 32
 
 @triton.jit
 def _row_pointers(tensor, strides, rows, num_rows, num_tokens, heads, channels):
-    """Addresses of the heads `rows`, counted through batch, tokens and heads, `(R, D)`."""
+    """Compute the addresses of the heads `rows`, counted through batch, tokens and heads, `(R, D)`."""
     rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     batch, token, head = rows // (num_tokens * heads), rows // heads % num_tokens, rows % heads
     return tensor + (batch * strides[0] + token * strides[1] + head * strides[2])[:, None] + channels[None, :]
@@ -25,7 +25,7 @@ def _row_pointers(tensor, strides, rows, num_rows, num_tokens, heads, channels):
 
 @triton.jit
 def _swap(values, R: tl.constexpr, D: tl.constexpr):
-    """The two channels of each pair exchanged, within registers."""
+    """Exchange the two channels of each pair, within registers."""
     first, second = tl.split(tl.reshape(values, (R, D // 2, 2)))
     return tl.reshape(tl.join(second, first), (R, D))
 
@@ -56,7 +56,7 @@ def rotary_gradient_kernel(
     upstream_strides, strides, gradient_strides, num_rows, num_tokens, heads, eps,
     HEAD_DIM: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the states, and each program's share of that of the weight."""
+    """Compute the gradient of the states, and each program's share of that of the weight."""
     rows, channels = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, D)
     inside = channels < HEAD_DIM
     mask = (rows < num_rows)[:, None] & inside[None, :]
@@ -101,13 +101,14 @@ def _rotary_programs(states: Tensor) -> int:
 @torch.library.custom_op(f"{NAMESPACE}::norm_rotary", mutates_args=())
 def norm_rotary(states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: Tensor, eps: float) -> Tensor:
     """
-    RMS norm of each head and the turn by its token's angles, in float32 with one rounding at the end.
+    Norm each head by its root mean square and turn it by its token's angles, in float32 with one rounding at the end.
 
     Args:
         states (`torch.Tensor` of shape `(B, N, A, d)`): Projected queries or keys, `d` even.
         weight (`torch.Tensor` of shape `(d,)`, *optional*): Weight of the norm; without one there is no norm.
-        cos, signed_sin (`torch.Tensor` of shape `(N, 1, d)`, float32): As `rotary_tables` makes them; no gradient.
-        eps (`float`): What the norm adds to the mean square.
+        cos, signed_sin (`torch.Tensor` of shape `(N, 1, d)`, float32): The tables of `rotary_tables`, which get no
+            gradient.
+        eps (`float`): Epsilon that the norm adds to the mean square.
 
     Returns:
         `torch.Tensor` of shape `(B, N, A, d)` in the dtype of `states`.
@@ -127,7 +128,7 @@ def norm_rotary(states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: 
 def norm_rotary_backward(
     upstream: Tensor, states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `states`, `(B, N, A, d)`, and of `weight`, `(d,)` in float32 (zero without one)."""
+    """Compute the gradients of `states`, `(B, N, A, d)`, and of `weight`, `(d,)` in float32 (zero without one)."""
     upstream, states = channels_last(upstream), channels_last(states)
     cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
     gradient = torch.empty(states.shape, dtype=states.dtype, device=states.device)

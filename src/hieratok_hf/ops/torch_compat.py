@@ -1,4 +1,4 @@
-"""What this package asks of torch that differs from version to version, and where its operators are registered."""
+"""Ask torch what differs from version to version, and name where this package registers its operators."""
 
 import zlib
 
@@ -10,7 +10,7 @@ __all__ = ["NAMESPACE", "is_exporting"]
 # Torch 2.11 traces `torch.compiler.is_exporting` itself as true wherever it compiles.
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """Whether `torch.export` is tracing, for sizes and machines that are not known yet; not so in `torch.compile`."""
+    """Tell whether `torch.export` is tracing, for sizes and machines that are unknown yet; not so `torch.compile`."""
     return torch.compiler.is_exporting()
 
 
@@ -18,6 +18,6 @@ NAMESPACE: str = (
     "hieratok_hf" if __name__.startswith("hieratok_hf.") else f"hieratok_hf_{zlib.crc32(__name__.encode()):08x}"
 )
 """
-`"hieratok_hf"`; code that came with weights from the Hub has one of its own, since it may be of another version, and
-registering an operator anew replaces it for everybody.
+Namespace of the package's operators, `"hieratok_hf"`. Code that came with weights from the Hub has one of its own,
+since it may be of another version, and registering an operator anew replaces it for everybody.
 """

@@ -1,1 +1,1 @@
-"""The class-conditional pipeline of diffusers and its parts."""
+"""Generate images of classes by a pipeline of diffusers."""

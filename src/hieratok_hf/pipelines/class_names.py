@@ -1,4 +1,4 @@
-"""Classes by number or by name, as people write them."""
+"""Find classes by number or by name, as people write them."""
 
 import difflib
 import json
@@ -16,8 +16,12 @@ _SHOWN = 10
 
 def names_to_ids(id2label: Mapping[int, str]) -> dict[str, int]:
     """
-    Every name of every class, synonyms (divided by commas) one by one, with its number. A synonym that two classes
-    share is left out, unless it is the whole name of one.
+    Map every name of every class to its number, synonyms one by one.
+
+    A synonym that two classes share is left out, unless it is the whole name of one.
+
+    Args:
+        id2label (`Mapping[int, str]`): Names of the classes by number; commas divide synonyms.
     """
     whole = {value.strip(): key for key, value in id2label.items()}
     owners: dict[str, list[int]] = {}
@@ -30,7 +34,14 @@ def names_to_ids(id2label: Mapping[int, str]) -> dict[str, int]:
 
 def read_class_names(given: Sequence[str] | None) -> list[str]:
     """
-    Names of classes, one for each, or those in a JSON file: a list of them, or an object with one under `classes`.
+    Read names of classes.
+
+    Args:
+        given (`Sequence[str]`, *optional*): The names, or the path of one JSON file: a list of names, or an object
+            with such a list under `classes`.
+
+    Returns:
+        `list[str]`: The names, none where none are given.
 
     Raises:
         ValueError: The file holds no such list, or a name is there twice.
@@ -54,16 +65,19 @@ def read_class_names(given: Sequence[str] | None) -> list[str]:
 
 def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[int]:
     """
-    Numbers of classes.
+    Find the numbers of classes that are given by number or by name.
 
     Args:
-        labels (`int`, `str`, or a sequence or tensor of them): Numbers, or names, where upper and lower case, spaces
-            and underscores are the same. Lists in a sequence are taken one after the other.
-        names (`Mapping[str, int]`): Those of `names_to_ids`.
-        num_classes (`int`): Numbers go from 0 to one less.
+        labels (`int`, `str`, or a sequence or tensor of them): Numbers, or names as `plain_name` compares them. Lists
+            in a sequence are taken one after the other.
+        names (`Mapping[str, int]`): Numbers by name, as `names_to_ids` gives them.
+        num_classes (`int`): Number of classes; their numbers are `0 ... num_classes - 1`.
+
+    Returns:
+        `list[int]`: A number for each label.
 
     Raises:
-        ValueError: There is none, or one is no such class; the message offers the near names.
+        ValueError: There is no label, or one is no such class; the message offers the near names.
     """
     many = isinstance(labels, Sequence | Tensor) and not isinstance(labels, str) and getattr(labels, "ndim", 1) > 0
     listed = list(labels) if many else [labels]
@@ -103,5 +117,5 @@ def _by_number(label: Any, num_classes: int) -> int:
 
 
 def plain_name(name: str) -> str:
-    """A name without what people write in several ways."""
+    """Normalise a name for comparison: casefold, underscores to spaces, single spaces."""
     return " ".join(name.replace("_", " ").split()).casefold()

@@ -1,4 +1,4 @@
-"""What a scheduler of diffusers says of a step: how noisy the latents are, and which clean ones a model predicts."""
+"""Read from a scheduler of diffusers how noisy the latents of a step are, and which clean ones a model predicts."""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ __all__ = ["NoiseLevel", "noise_levels", "prediction_type_of"]
 @dataclass(frozen=True)
 class NoiseLevel:
     """
-    What the latents of a step are made of: `signal` times clean ones and `noise` times standard normal noise.
+    Hold the noise level of a step: `z_t = signal * z + noise * n`, with clean latents `z` and standard normal `n`.
 
     Attributes:
-        signal, noise (`float`): The two factors, of the latents as a model is fed them.
-        kind (`str`): What a model predicts from them, as `prediction_type_of` names it.
+        signal, noise (`float`): Factors of the clean latents and of the noise, in what a model is fed.
+        kind (`str`): Name of what the model predicts, as `prediction_type_of` gives it.
     """
 
     signal: float
@@ -25,15 +25,19 @@ class NoiseLevel:
 
     @property
     def share(self) -> float:
-        """Of the noise: 0 is clean, 1 is noise alone. With flow matching it is the time."""
+        """Compute the share of noise: 0 is clean, 1 is noise alone. With flow matching it is the time."""
         return self.noise / (self.signal + self.noise)
 
     def clean(self, model_input: Tensor, prediction: Tensor) -> Tensor:
         """
-        The clean latents that a prediction stands for.
+        Compute the clean latents that a prediction stands for.
 
         Args:
-            model_input, prediction (`torch.Tensor` of shape `(B, C, h, w)`): What the model was fed, and gave.
+            model_input, prediction (`torch.Tensor` of shape `(B, C, h, w)`): Noisy latents that the model was fed, and
+                its output.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, h, w)`.
         """
         if self.kind == "flow_prediction":
             return model_input - self.noise * prediction
@@ -47,11 +51,16 @@ class NoiseLevel:
 
 def prediction_type_of(scheduler: Any) -> str:
     """
-    What a model must predict for a scheduler: `"flow_prediction"` (the velocity of flow matching), `"epsilon"`,
-    `"v_prediction"` or `"sample"`.
+    Name what a model must predict for a scheduler.
+
+    Args:
+        scheduler (`SchedulerMixin`): A scheduler of flow matching, or one with a `prediction_type`.
+
+    Returns:
+        `str`: `"flow_prediction"` (the velocity of flow matching), `"epsilon"`, `"v_prediction"` or `"sample"`.
 
     Raises:
-        ValueError: `scheduler` is none of those that are known to this package.
+        ValueError: `scheduler` is of no kind that this package knows.
     """
     config = getattr(scheduler, "config", {})
     name = type(scheduler).__name__
@@ -68,13 +77,16 @@ def prediction_type_of(scheduler: Any) -> str:
 
 def noise_levels(scheduler: Any) -> list[NoiseLevel]:
     """
-    Those of the latents which each step of a scheduler begins with.
+    Compute the noise level of the latents with which each step of a scheduler begins.
 
     Args:
-        scheduler (`SchedulerMixin`): After `set_timesteps`.
+        scheduler (`SchedulerMixin`): A scheduler whose `set_timesteps` was called.
+
+    Returns:
+        `list[NoiseLevel]`: The level of each step.
 
     Raises:
-        ValueError: As `prediction_type_of`.
+        ValueError: `scheduler` is of no kind that `prediction_type_of` knows.
     """
     kind = prediction_type_of(scheduler)
     if hasattr(scheduler, "sigmas"):

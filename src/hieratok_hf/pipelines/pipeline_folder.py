@@ -1,11 +1,14 @@
-"""A pipeline's folder, and its repository on the Hub: written whole, and read with or without code of its own."""
+"""Save a pipeline's folder whole, and load it from a disk or the Hub, with or without code of its own."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..models.saving import HubUploadMixin, name_in_errors, pop_hub_arguments, stage_folder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["PipelineFolderMixin"]
 
@@ -14,8 +17,10 @@ _CLASS = "AutoencoderHieraTok"
 
 class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
     """
-    Saving, and loading by the class itself, which is installed: what `add_remote_code` put into a folder for machines
-    without the package is not run, so no `trust_remote_code` is needed.
+    Save a pipeline, and load it by the class itself, which is installed.
+
+    The code that `add_remote_code` put into a folder for machines without the package is not run, so no
+    `trust_remote_code` is needed.
     """
 
     @classmethod
@@ -32,7 +37,7 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As that of `ConfigMixin`, but the tokenizer's class is that of the package, not of a file of the folder."""
+        """Load `model_index.json` with the package's class for the tokenizer, not that of a file in the folder."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, value in index.items():
@@ -41,9 +46,13 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         return loaded
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "Self":
         """
-        As that of `DiffusionPipeline`, but the error of a pipeline that cannot be had names it and the way out.
+        Load a pipeline as `DiffusionPipeline` does; the error of one that cannot be had names the way out.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
+            kwargs: Further arguments of `DiffusionPipeline.from_pretrained`.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it.
@@ -52,14 +61,21 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """As that of `DiffusionPipeline`, which by itself hands on models of the signature's very classes alone."""
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "Self":
+        """
+        Make a pipeline of another's parts.
+
+        Args:
+            pipeline (`DiffusionPipeline`): The pipeline whose parts are shared.
+            kwargs: Parts to replace, and further arguments of `DiffusionPipeline.from_pipe`.
+        """
+        # By itself, diffusers hands on models of the signature's very classes alone.
         parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_types()}
         return super().from_pipe(pipeline, **{**parts, **kwargs})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """
-        As that of `DiffusionPipeline`, with the same arguments, but files appear whole or not at all.
+        Save to a folder, with the arguments of `DiffusionPipeline`; files appear whole or not at all.
 
         Raises:
             ValueError: `save_directory` is a file.

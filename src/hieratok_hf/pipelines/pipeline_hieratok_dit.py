@@ -1,4 +1,4 @@
-"""Class-conditional generation: a DiT (Peebles and Xie, arXiv 2212.09748) in the latents of HieraTok."""
+"""Generate images of classes by a DiT (Peebles and Xie, arXiv 2212.09748) in the latents of HieraTok."""
 
 import inspect
 import math
@@ -31,20 +31,21 @@ _ROUNDING = 1e-6  # of a scheduler's noise, which is float32
 
 class HieraTokDiTPipeline(PipelineFolderMixin):
     """
-    Images of named classes: a transformer denoises latents, a tokenizer decodes them.
+    Generate images of named classes: a transformer denoises latents, a tokenizer decodes them.
 
     Args:
         vae (`AutoencoderHieraTok`): The tokenizer. Another autoencoder of diffusers with `latent_channels`,
             `scaling_factor` and, if any, `shift_factor` serves too, without previews.
-        transformer (`DiTTransformer2DModel`): The denoiser, or another `ModelMixin` that is called as
+        transformer (`DiTTransformer2DModel`): The denoiser. Another `ModelMixin` serves too that is called as
             `transformer(latents, timestep=..., class_labels=...)` and whose configuration names `in_channels`,
             `sample_size` and `num_embeds_ada_norm`, the number of classes; the label after the last class is that of
             no class.
-        scheduler (`SchedulerMixin`): What the transformer was trained for: of flow matching, or with a
-            `prediction_type`.
-        id2label (`dict[int, str]`, *optional*): Names of the classes; synonyms are divided by commas.
-        prediction_type (`str`, *optional*): What the transformer predicts. That of `scheduler` unless given; it is
-            saved with the pipeline, so that a scheduler of another kind is refused later.
+        scheduler (`SchedulerMixin`): A scheduler of the kind that the transformer was trained for: of flow matching,
+            or with a `prediction_type`.
+        id2label (`dict[int, str]`, *optional*): Names of the classes by number; commas divide synonyms.
+        prediction_type (`str`, *optional*): Name of what the transformer predicts, as `prediction_type_of` gives it;
+            read from `scheduler` unless given. It is saved with the pipeline, which then refuses schedulers of another
+            kind.
 
     Raises:
         ValueError: The parts do not fit together; the message names the sizes.
@@ -62,7 +63,8 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
     ```
     """
 
-    # diffusers writes the module of a pipeline's class into what it saves.
+    # A trap: as of a component (see `AutoencoderHieraTok`), diffusers takes `__module__` for the importable library
+    # that has the class. The path of this file would tie saved folders to it, and code from the Hub has another path.
     __module__ = "hieratok_hf"
 
     model_cpu_offload_seq = "transformer->vae"
@@ -85,35 +87,38 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         if vae is not None and transformer is not None:
             _check_parts(vae, transformer, names)
         self.labels = names_to_ids(names)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=_compression(vae) if vae is not None else 8)
+        factor = 8
+        if vae is not None:
+            factor = getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
 
     @property
     def num_classes(self) -> int:
-        """Of the transformer; this number is also the label of no class."""
+        """Return the number of classes of the transformer, which is also the label of no class."""
         return self.transformer.config.num_embeds_ada_norm
 
     @property
     def id2label(self) -> dict[int, str]:
-        """The names of the classes by number."""
+        """Return the names of the classes by number."""
         return dict(self.config.id2label)
 
     @property
     def guidance_scale(self) -> float:
-        """That of the call that is running or was the last."""
+        """Return the guidance scale of the call that is running or was the last."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """How often the transformer is asked in the call that is running or was the last."""
+        """Return how often the transformer is asked in the call that is running or was the last."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether the steps that are left are skipped; a callback may set `pipe._interrupt = True`."""
+        """Tell whether the steps that are left are skipped; a callback may set `pipe._interrupt = True`."""
         return self._interrupt
 
     def get_label_ids(self, label: int | str | Sequence[int | str]) -> list[int]:
-        """Numbers of classes, from names or numbers; `ValueError` offers the names that are near a wrong one."""
+        """Find the numbers of classes by name or number; a `ValueError` offers the names that are near a wrong one."""
         return label_ids(label, self.labels, self.num_classes)
 
     @torch.no_grad()
@@ -134,39 +139,49 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         preview_scales: int | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput | Any:
         """
+        Generate images of classes.
+
+        With guidance (Ho and Salimans, arXiv 2207.12598), the prediction is
+        `p(no class) + guidance_scale * (p(class) - p(no class))`.
+
         Args:
             class_labels (`int`, `str` or a list of them): Classes by number or name.
-            num_inference_steps (`int`, defaults to 50): Steps of the scheduler.
-            guidance_scale (`float`, defaults to 4.0): Of classifier-free guidance (arXiv 2207.12598), at least 1; 1 is
+            num_inference_steps (`int`, defaults to 50): Number of the scheduler's steps.
+            guidance_scale (`float`, defaults to 4.0): Scale of classifier-free guidance, at least 1. A scale of 1 is
                 none, and asks the transformer half as much.
-            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Shares of noise, from clean to noise
-                alone, between which guidance acts (arXiv 2404.07724).
-            num_images_per_prompt (`int`, defaults to 1): Images of each class, one after the other.
-            timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): The scheduler's steps, instead of
-                `num_inference_steps`, where it takes them.
-            eta (`float`, defaults to 0.0): Of DDIM.
+            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Shares of noise, from 0 for clean to 1
+                for noise alone, between which guidance acts (Kynkäänniemi et al., arXiv 2404.07724).
+            num_images_per_prompt (`int`, defaults to 1): Number of images of each class, one after the other.
+            timesteps (`list[int]`, *optional*): Timesteps of the scheduler in place of `num_inference_steps`, where it
+                takes them.
+            sigmas (`list[float]`, *optional*): Noise levels of the scheduler in place of `num_inference_steps`, where
+                it takes them.
+            eta (`float`, defaults to 0.0): Weight of the noise that DDIM adds in a step (arXiv 2010.02502); schedulers
+                without it take no notice.
             generator (`torch.Generator` or one for each image, *optional*): Source of all noise. With one for each,
                 an image does not depend on those beside it.
-            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to begin with.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(B, H, W, 3)` or `"pt"` `(B, 3, H, W)`, both in
-                [0, 1], or `"latent"`, which are not decoded.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to begin with; drawn
+                from `generator` unless given.
+            output_type (`str`, defaults to `"pil"`): Form of the images: `"pil"`, `"np"` `(B, H, W, 3)` or `"pt"`
+                `(B, 3, H, W)`, both in [0, 1], or `"latent"` for latents that are not decoded.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)` after
-                each step; the `"latents"` that it returns replace those of the step. A `PipelineCallback` of diffusers
-                names its tensors itself, and a callback may set `pipe._guidance_scale`.
-            callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Which tensors it gets:
-                `"latents"`, and `"clean_latents"`, the clean ones that the transformer predicts.
-            preview_scales (`int`, *optional*): Give the callback also `"preview"`, the predicted clean latents decoded
-                by that many of the tokenizer's scales: `(B, 3, H / f, W / f)` in [0, 1], where `f` is the factor of
-                the last of them.
+            callback_on_step_end (`Callable`, *optional*): Function that is called as
+                `callback(pipe, step, timestep, tensors)` after each step; the `"latents"` that it returns replace
+                those of the step. A `PipelineCallback` of diffusers names its tensors itself, and a callback may set
+                `pipe._guidance_scale`.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Names of the tensors that
+                the callback gets: `"latents"`, and `"clean_latents"`, the clean ones that the transformer predicts.
+            preview_scales (`int`, *optional*): Number of the tokenizer's scales by which the predicted clean latents
+                are decoded for the callback, which gets them as `"preview"`: `(B, 3, H / f, W / f)` in [0, 1], where
+                `f` is the factor of the last of the scales. There are no previews unless given.
 
         Returns:
-            `images` of `num_images_per_prompt` images a class.
+            `images`, `num_images_per_prompt` of each class.
 
         Raises:
-            ValueError: An argument is none of those above, or the scheduler is not of the transformer's kind.
+            ValueError: An argument is not as above, or the scheduler is not of the transformer's kind.
         """
         ids = self.get_label_ids(class_labels)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -251,7 +266,17 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             raise ValueError(
                 f"`guidance_interval` must be two rising shares of noise from 0 to 1, got {guidance_interval}."
             )
-        self._check_scheduler()
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "`scheduler` has use_dynamic_shifting=True, by the length of a prompt's image: give it False."
+            )
+        if (kind := prediction_type_of(self.scheduler)) != (expected := self.config.prediction_type):
+            flow = ", use_flow_sigmas=True" if expected == "flow_prediction" else ""
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__} for a transformer of prediction type {kind!r}, "
+                f"this one's is {expected!r}: give the scheduler's `from_config` prediction_type={expected!r}{flow}, "
+                "if it can have it, or take another scheduler."
+            )
         if output_type not in _OUTPUT_TYPES or (self.vae is None and output_type != "latent"):
             wanted = list(_OUTPUT_TYPES) if self.vae is not None else "'latent' without a `vae`"
             raise ValueError(f"`output_type` must be one of {wanted}, got {output_type!r}.")
@@ -271,29 +296,19 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 f"`preview_scales` must be from 1 to the {scales} scales of `vae`, got {preview_scales!r}."
             )
 
-    def _check_scheduler(self) -> None:
-        expected = self.config.prediction_type
-        if self.scheduler.config.get("use_dynamic_shifting"):
-            raise ValueError(
-                "`scheduler` has use_dynamic_shifting=True, by the length of a prompt's image: give it False."
-            )
-        if (kind := prediction_type_of(self.scheduler)) == expected:
-            return
-        flow = ", use_flow_sigmas=True" if expected == "flow_prediction" else ""
-        raise ValueError(
-            f"`scheduler` is a {type(self.scheduler).__name__} for a transformer of prediction type {kind!r}, this "
-            f"one's is {expected!r}: give the scheduler's `from_config` prediction_type={expected!r}{flow}, if it can "
-            "have it, or take another scheduler."
-        )
-
     def prepare_latents(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
     ) -> Tensor:
         """
-        The noise to begin with, float32: `latents` `(B, C, h, w)` if they are given, or drawn from the generator.
+        Make the noise to begin with, in float32.
+
+        Args:
+            batch_size (`int`): Number of images.
+            generator (`torch.Generator` or one for each image, *optional*): Source of the noise.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Noise that was drawn already.
 
         Raises:
-            ValueError: `latents` or the list of generators is not that of `batch_size` images.
+            ValueError: `latents` or the list of generators does not suit `batch_size` images.
         """
         size = self.transformer.config.sample_size
         shape = (batch_size, self.transformer.config.in_channels, size, size)
@@ -322,21 +337,14 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         self._num_timesteps = len(self.scheduler.timesteps)
 
     def _decode(self, latents: Tensor, **scales: int) -> Tensor:
-        """Images of about [-1, 1] of latents as the transformer knows them."""
+        """Decode latents, as the transformer knows them, to images of about [-1, 1]."""
         config = self.vae.config
         raw = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return self.vae.decode(raw.to(self.vae.dtype), return_dict=False, **scales)[0]
 
 
-def _compression(vae: ModelMixin) -> int:
-    """Pixels of a side a cell of the latent's."""
-    if (ratio := getattr(vae, "spatial_compression_ratio", None)) is not None:
-        return ratio
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
 def _check_parts(vae: Any, transformer: Any, id2label: Mapping[int, str]) -> None:
-    """`ValueError` unless a transformer denoises a tokenizer's latents and has the classes that are named."""
+    """Raise `ValueError` unless a transformer denoises a tokenizer's latents and has the classes that are named."""
     channels, config = vae.config.latent_channels, transformer.config
     for name in ("in_channels", "sample_size", "num_embeds_ada_norm"):
         if not isinstance(config.get(name), int):
