@@ -2,17 +2,16 @@
 
 import argparse
 import json
+from unittest import mock
 
 import pytest
 import torch
-from accelerate import PartialState
 
 from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
     load_or_explain,
     machine,
-    one_line,
     positive,
     run_on_processes,
     run_script,
@@ -23,26 +22,21 @@ from hieratok_hf.cli.command_line import (
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
 
-def test_errors_become_one_line():
-    assert one_line(ValueError("several\n  lines of\ttext")) == "several lines of text"
-    assert one_line(MemoryError()) == "MemoryError"
-
-
-def test_whole_numbers_from_one():
+def test_options_are_checked_and_what_cannot_be_loaded_is_named(capsys):
     assert positive("3") == 3
     for text in ("0", "-1", "1.5", "three"):
         with pytest.raises(ValueError):
             positive(text)
-
-
-def test_what_cannot_be_loaded_is_named():
+    parser = argparse.ArgumentParser()
+    add_device(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--device", "toaster"])
+    assert "got 'toaster'" in capsys.readouterr().err
+    assert parser.parse_args(["--device", "cpu"]).device == torch.device("cpu")
     assert load_or_explain(lambda name, more: (name, more), "--model", "x", 2) == ("x", 2)
-
-    def fail(name):
-        raise KeyError("no\nsuch key")
-
-    with pytest.raises(Problem, match=r"--model 'x' cannot be loaded: .*such key"):
-        load_or_explain(fail, "--model", "x")
+    for error, named in ((KeyError("no\nsuch  key"), "no.*such key"), (MemoryError(), "MemoryError")):
+        with pytest.raises(Problem, match=f"--model 'x' cannot be loaded: .*{named}"):
+            load_or_explain(mock.Mock(side_effect=error), "--model", "x")
 
 
 def test_reports_are_json_and_written_whole(tmp_path):
@@ -61,26 +55,17 @@ def test_the_machine_is_named():
 
 
 def test_lines_are_printed_and_problems_become_the_status(capsys):
-    seen = []
-
-    def run(args, state):
-        seen.append((args.text, type(state)))
+    def run(args, state=None):
         if args.text == "bad":
             raise Problem("it cannot be done")
-        return [args.text, "more"]
+        return [args.text, type(state).__name__]
 
-    given = argparse.Namespace(device=torch.device("cpu"), text="good")
-    assert run_on_processes(run, given) == 0
-    assert capsys.readouterr().out == "good\nmore\n"
-    assert run_on_processes(run, argparse.Namespace(device=None, text="bad")) == 2
-    assert capsys.readouterr() == ("", "error: it cannot be done\n")
-    parser = argparse.ArgumentParser()
-    add_device(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--device", "toaster"])
-    assert "must be a device of torch, such as cuda or cpu, got 'toaster'" in capsys.readouterr().err
-    assert parser.parse_args(["--device", "cpu"]).device == torch.device("cpu")
-    assert seen == [("good", PartialState), ("bad", PartialState)]
+    for start, name in ((run_script, "NoneType"), (run_on_processes, "PartialState")):
+        for device in (None, torch.device("cpu")):
+            assert start(run, argparse.Namespace(device=device, text="good")) == 0
+            assert capsys.readouterr() == (f"good\n{name}\n", "")
+        assert start(run, argparse.Namespace(device=None, text="bad")) == 2
+        assert capsys.readouterr() == ("", "error: it cannot be done\n")
 
 
 def test_errors_of_a_training_become_the_status(capsys):
@@ -93,14 +78,3 @@ def test_errors_of_a_training_become_the_status(capsys):
         assert capsys.readouterr().err == f"error: {error}\n"
     with pytest.raises(KeyError):
         run_training(fail, argparse.Namespace(error=KeyError("a defect")))
-
-
-def test_lines_are_printed_and_a_problem_is_the_exit_status(capsys):
-    assert run_script(lambda args: [f"a {args.x}", "b"], argparse.Namespace(x=1)) == 0
-    assert capsys.readouterr() == ("a 1\nb\n", "")
-
-    def fail(args):
-        raise Problem("no such thing")
-
-    assert run_script(fail, argparse.Namespace()) == 2
-    assert capsys.readouterr() == ("", "error: no such thing\n")

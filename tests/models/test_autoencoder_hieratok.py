@@ -2,10 +2,7 @@
 
 import copy
 import logging
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -143,31 +140,6 @@ def test_loading_warns_of_unknown_keys_alone(vae, sample, tmp_path, caplog, low_
     assert "latent_chanels" in caplog.text
     assert torch.equal(loaded(sample).sample, vae(sample).sample)
     assert dict(loaded.config) | {"_name_or_path": None} == dict(vae.config) | {"_name_or_path": None}
-
-
-def test_a_pipeline_takes_it_for_its_vae(vae, tmp_path):
-    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
-        patch_size=1, num_embeds_ada_norm=1000,  # the pipeline takes 1000 for the null class
-    )  # fmt: skip
-    pipe = DiTPipeline(transformer=transformer.eval(), vae=vae, scheduler=DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    made = pipe([1, 2], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
-    assert made.shape == (2, 32, 32, 3)
-    pipe.save_pretrained(tmp_path)
-    # Another process has imported no more of the package than its name.
-    load = f"DiTPipeline.from_pretrained({str(tmp_path)!r})"
-    code = f"import hieratok_hf; from diffusers import DiTPipeline; print({load}.vae.config.patch_size)"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert result.stdout.strip() == "4", result.stderr
-    loaded = DiTPipeline.from_pretrained(tmp_path)
-    assert type(loaded.vae) is AutoencoderHieraTok
-    loaded.set_progress_bar_config(disable=True)
-    again = loaded([1, 2], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
-    assert (made == again).all()
 
 
 def test_copies_and_pickles(vae, sample):

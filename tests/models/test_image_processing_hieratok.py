@@ -10,7 +10,7 @@ import torch
 from helpers import random_core
 from image_files import noise, opened, pixels, saved
 from PIL import Image
-from transformers import AutoImageProcessor, PretrainedConfig, dynamic_module_utils
+from transformers import AutoImageProcessor, dynamic_module_utils
 from transformers.models.auto import image_processing_auto
 from transformers.utils import is_torchvision_available
 
@@ -198,19 +198,6 @@ def test_save_and_load(tmp_path, backend):
     assert (
         loaded(images, return_tensors="pt").pixel_values == processor(images, return_tensors="pt").pixel_values
     ).all()
-
-
-def test_registered_class_is_found(tmp_path, monkeypatch):
-    class ThrowAwayConfig(PretrainedConfig):
-        model_type = "hieratok-throw-away"
-
-    monkeypatch.setattr(image_processing_auto.IMAGE_PROCESSOR_MAPPING, "_extra_content", {})
-    classes = {"pil": HieraTokImageProcessorPil, "torchvision": HieraTokImageProcessor}
-    AutoImageProcessor.register(ThrowAwayConfig, image_processor_classes=classes)
-    HieraTokImageProcessorPil(size_divisor=8).save_pretrained(tmp_path)
-    loaded = AutoImageProcessor.from_pretrained(tmp_path)
-    assert type(loaded) is classes["torchvision" if is_torchvision_available() else "pil"] and loaded.size_divisor == 8
-    assert type(AutoImageProcessor.from_pretrained(tmp_path, backend="pil")) is HieraTokImageProcessorPil
 
 
 def test_remote_code_needs_no_torchvision(tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel, PyramidLayout
 from hieratok_hf.models.layers import (
-    HieraTokPositions,
     HieraTokSwiGLU,
     apply_rotary,
     rotary_tables,
@@ -76,29 +75,6 @@ def test_proper_pairing_makes_dot_products_depend_on_the_offset_alone():
     assert distinct.std() > 0.1
 
 
-@pytest.mark.parametrize("grid", [(16, 16), (7, 5), (1, 3)])
-def test_detok_pairing_is_the_published_table(grid):
-    height, width = grid
-    rotary = tables(grid, (1,), **DETOK)
-    vectors = noise(2, height * width, 3, HEAD_DIM)
-    turned = apply_rotary(vectors, rotary)
-
-    quarter, half = HEAD_DIM // 4, HEAD_DIM // 2
-    once = [7 * 2 * math.pi * 10000.0 ** (-t / (quarter - 1)) for t in range(quarter)]
-    twice = once + once
-    expected = torch.empty_like(vectors)
-    for i, j in itertools.product(range(height), range(width)):
-        row, column = i / max(height - 1, 1), j / max(width - 1, 1)
-        angle = [row * f for f in twice] + [column * f for f in twice]
-        token = vectors[:, i * width + j]
-        for even in range(0, 2 * half, 2):
-            q_even, q_odd = token[..., even], token[..., even + 1]
-            new_even = q_even * math.cos(angle[even]) - q_odd * math.sin(angle[even])
-            new_odd = q_odd * math.cos(angle[even + 1]) + q_even * math.sin(angle[even + 1])
-            expected[:, i * width + j, :, even], expected[:, i * width + j, :, even + 1] = new_even, new_odd
-    torch.testing.assert_close(turned, expected, atol=2e-5, rtol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rotary_positions_are_applied_in_float32(dtype):
     rotary = tables((16, 16))
@@ -146,27 +122,6 @@ def test_swiglu_has_the_stated_width_and_formula(ratio, hidden_size, width):
     gate, value = projected[..., :width], projected[..., width:]
     expected = (gate * torch.sigmoid(gate) * value) @ layer.linear_out.weight.T + layer.linear_out.bias
     torch.testing.assert_close(layer(hidden_states), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("size", [(5, 5), (7, 5), (3, 9), (1, 1), (10, 10)])
-def test_learned_positions_are_resampled_but_at_their_own_size(size):
-    positions = HieraTokPositions(tiny(learned_positions=5), 32)
-    with torch.no_grad():
-        positions.grid.copy_(noise(1, 32, 5, 5))
-
-    def mix(num_new):
-        """Half-pixel linear resampling as a matrix `(num_new, 5)`."""
-        matrix = torch.zeros(num_new, 5)
-        for i in range(num_new):
-            place = max((i + 0.5) * 5 / num_new - 0.5, 0)
-            low = min(int(place), 4)
-            matrix[i, low] += 1 - (place - low)
-            matrix[i, min(low + 1, 4)] += place - low
-        return matrix
-
-    expected = torch.einsum("ih,jw,bdhw->bdij", mix(size[0]), mix(size[1]), positions.grid.detach())
-    torch.testing.assert_close(positions(*size), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(positions(5, 5), positions.grid)
 
 
 def test_both_wrappers_start_from_the_same_distribution():
