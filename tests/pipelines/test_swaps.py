@@ -374,12 +374,3 @@ def test_pipelines_that_refuse_another_tokenizer(name, tokenizer, error, message
 def test_pipelines_that_count_eight_pixels_a_cell(name):
     swap = SWAPS[name]._replace(patch=16)
     assert run(make_pipeline(swap), swap).shape == (1, 3, 2 * HEIGHT, 2 * WIDTH)
-
-
-def test_a_vae_that_is_assigned_leaves_the_size_of_the_one_before():
-    swap = SWAPS["SD"]
-    parts = make_parts(swap)
-    pipe = diffusers.StableDiffusionPipeline(**parts | {"vae": make_vae(swap._replace(patch=8))})
-    pipe.set_progress_bar_config(disable=True)
-    pipe.vae = parts["vae"]
-    assert run(pipe, swap).shape == (1, 3, 2 * HEIGHT, 2 * WIDTH)

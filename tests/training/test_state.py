@@ -82,10 +82,11 @@ def test_a_restored_training_goes_on_bit_for_bit(tmp_path, saved_at):
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["to plain", "from plain"])
 def test_compiled_and_plain_modules_share_their_states(tmp_path, compiled):
-    saved = Training(compiled=compiled).train(0, 1)
+    layers = {"encoder_num_layers": 1, "decoder_num_layers": 1}
+    saved = Training(compiled=compiled, **layers).train(0, 1)
     saved.state.save(tmp_path, 1, keep=1)
     assert not [name for name in latest_state(tmp_path)["parts"][0]["model"] if "_orig_mod" in name]
-    restored = Training(seed=1, compiled=not compiled)
+    restored = Training(seed=1, compiled=not compiled, **layers)
     restored.state.restore(latest_state(tmp_path))
     same(restored.numbers(), saved.numbers())
     averaged = [one.state.load_average(HieraTokCore(one.core.config)).state_dict() for one in (saved, restored)]
@@ -111,7 +112,10 @@ def test_the_averaged_core_is_the_average_by_hand():
     same(training.numbers(), before)
 
 
-def test_the_newest_states_remain(tmp_path):
+def test_the_newest_states_remain_and_what_a_killed_save_leaves_does_no_harm(tmp_path):
+    (tmp_path / ".state-000000100.pt.tmp").write_bytes(b"half a state")
+    with pytest.raises(FileNotFoundError, match="training state to go on from"):
+        latest_state(tmp_path)
     training = Training()
     for step in (5, 10, 100, 1000):
         training.state.save(tmp_path, step, keep=2)
@@ -119,16 +123,6 @@ def test_the_newest_states_remain(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["state-000000100.pt", "state-000001000.pt"]
     training.state.save(tmp_path, 2000, keep=5, write=False)
     assert latest_state(tmp_path)["step"] == 1000
-
-
-def test_what_a_killed_save_leaves_does_no_harm(tmp_path):
-    (tmp_path / ".state-000000002.pt.tmp").write_bytes(b"half a state")
-    with pytest.raises(FileNotFoundError, match="training state to go on from"):
-        latest_state(tmp_path)
-    training = Training()
-    training.state.save(tmp_path, 2, keep=2)
-    assert latest_state(tmp_path)["step"] == 2
-    assert os.listdir(tmp_path) == ["state-000000002.pt"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("write failed"), KeyboardInterrupt()])
@@ -165,9 +159,8 @@ def test_a_truncated_state_is_named(tmp_path, share):
     path = tmp_path / "state-000000002.pt"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ValueError, match=r"state-000000002\.pt' cannot be read as a training state: .+") as caught:
+    with pytest.raises(ValueError, match=r"\A[^\n]*state-000000002\.pt' cannot be read as a training state: [^\n]+\Z"):
         latest_state(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 class Bomb:
