@@ -340,29 +340,23 @@ def places_kernel(places, ends, BLOCK: tl.constexpr, FINEST_FIRST: tl.constexpr)
     tl.store(place + 3, end)
 
 
-def places_of(ends, block, finest_first, batch_heads):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    query = torch.zeros(1, ends[-1], batch_heads, 16, device=device)
+@pytest.mark.parametrize(("finest_first", "block"), [(False, 16), (True, 64)])
+@pytest.mark.parametrize("ends", [(1,), (33,), ENDS, (128, 256), tuple(range(1, 11))])
+def test_every_row_of_every_head_is_taken_once_by_a_tile_of_its_own_scale(ends, block, finest_first, device):
+    query = torch.zeros(1, ends[-1], 2, 16, device=device)
     programs = attention_triton._programs(query, ends, "M")({"M": block})
     places = torch.full((*programs, 4), -1, dtype=torch.int32, device=device)
     told = attention_triton._arguments(query, ends, 1.0)["ends"]
     places_kernel[programs](places, told, BLOCK=block, FINEST_FIRST=finest_first)
-    return places.tolist()
-
-
-@pytest.mark.parametrize(("finest_first", "block"), [(False, 16), (True, 64)])
-@pytest.mark.parametrize("ends", [(1,), (33,), ENDS, (128, 256), tuple(range(1, 11))])
-def test_every_row_of_every_head_is_taken_once_by_a_tile_of_its_own_scale(ends, block, finest_first):
-    places = places_of(ends, block, finest_first, batch_heads=2)
     taken = []
-    for batch_head, first_row, start, end in places:
+    for batch_head, first_row, start, end in places.tolist():
         assert (start, end) in set(zip((0, *ends), ends)) and start <= first_row < end
         assert (first_row - start) % block == 0
         taken += [(batch_head, row) for row in range(first_row, min(first_row + block, end))]
     assert sorted(taken) == list(itertools.product(range(2), range(ends[-1])))
     for batch_head in range(2):
         # A query of a finer scale sees more keys; a key of a coarser scale is seen by more queries: most work first.
-        in_order = [place[3] for place in places if place[0] == batch_head]
+        in_order = [place[3] for place in places.tolist() if place[0] == batch_head]
         assert in_order == sorted(in_order, reverse=finest_first)
 
 
