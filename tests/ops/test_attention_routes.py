@@ -1,6 +1,7 @@
 """Tests of every route to an attention backend: it is the one that computes, and images stay scale-causal."""
 
 import importlib.util
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -43,64 +44,58 @@ def tiny_core():
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    HieraTokModel.from_core(tiny_core()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def expected():
     """The images of all scales by the reference."""
-    core = processed("reference")
     with torch.no_grad():
-        return core.decode_scales(noise(1, 4, *GRID))
+        return processed("reference").decode_scales(noise(1, 4, *GRID))
 
 
-def loaded(name, saved):
-    return AutoModel.from_pretrained(saved, attn_implementation=name).core
+def loaded(name):
+    with tempfile.TemporaryDirectory() as folder:
+        HieraTokModel.from_core(tiny_core()).save_pretrained(folder)
+        return AutoModel.from_pretrained(folder, attn_implementation=name).core
 
 
-def switched(name, saved):
+def switched(name):
     model = HieraTokModel.from_core(tiny_core())
     model.set_attn_implementation(name)
     return model.core
 
 
-def switched_by_diffusers(name, saved):
+def switched_by_diffusers(name):
     vae = AutoencoderHieraTok.from_core(tiny_core())
     vae.set_attention_backend(name)
     return vae.core
 
 
-def processed(name, saved=None, **options):
+def processed(name, **options):
     vae = AutoencoderHieraTok.from_core(tiny_core())
     vae.set_attn_processor(HieraTokAttnProcessor(name, **options))
     return vae.core
 
 
-def rotary_fused(name, saved):
+def rotary_fused(name):
     return processed(name, fused_rotary=True)
 
 
-def projections_fused(name, saved):
+def projections_fused(name):
     vae = AutoencoderHieraTok.from_core(processed(name))
     vae.fuse_qkv_projections()
     return vae.core
 
 
-def checkpointed(name, saved):
+def checkpointed(name):
     model = HieraTokModel.from_core(processed(name)).train()
     model.gradient_checkpointing_enable()
     return model.core
 
 
-def compiled(name, saved):
+def compiled(name):
     torch.compiler.reset()
     return processed(name)
 
 
-def autocast(name, saved):
+def autocast(name):
     return processed(name)
 
 
@@ -118,7 +113,7 @@ ROUTES = [
 
 
 @pytest.fixture(params=ROUTES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
-def route(request, saved, device_of, monkeypatch):
+def route(request, device_of, monkeypatch):
     """A model at the end of a route: its doors, its device, and the backend that should compute."""
     make, name, backend = request.param
     in_triton = backend == "triton" or make is rotary_fused
@@ -128,7 +123,7 @@ def route(request, saved, device_of, monkeypatch):
     registry = attention_dispatch._AttentionBackendRegistry
     monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
     device = device_of("triton" if in_triton else backend)
-    core = make(name, saved).to(device)
+    core = make(name).to(device)
 
     def door(function):
         if make is compiled:
@@ -200,10 +195,10 @@ def gradients_of(core, device):
         pytest.param(checkpointed, "triton", marks=needs_triton),
     ],
 )
-def test_training_has_the_gradients_of_the_reference(make, backend, device_of, saved, reached):
-    expected = gradients_of(make("reference", saved), "cpu")
+def test_training_has_the_gradients_of_the_reference(make, backend, device_of, reached):
+    expected = gradients_of(make("reference"), "cpu")
     reached.clear()
-    actual = gradients_of(make(backend, saved), device_of(backend))
+    actual = gradients_of(make(backend), device_of(backend))
     assert reached == [backend] * CALLS_OF_TRAINING[backend] * (2 if make is checkpointed else 1)
     assert list(actual) == list(expected) and len(actual) > 40
     for name, gradient in actual.items():

@@ -263,11 +263,6 @@ def attend_maps(query, key, value):
     return scale_causal_attention(*tokens, layout, backend="triton")
 
 
-class AttendMaps(torch.nn.Module):
-    def forward(self, query, key, value):
-        return attend_maps(query, key, value)
-
-
 def random_maps(height, width, device):
     return [noise(1, 16, height, width, seed=seed).to(device) for seed in range(3)]
 
@@ -289,24 +284,16 @@ def test_a_compiled_graph_gives_the_same_bits_at_any_size(device):
 
 
 def test_an_exported_graph_of_any_size_holds_the_operator(device):
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value):
+            return attend_maps(query, key, value)
+
     any_size = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     maps = tuple(random_maps(6, 4, device))
-    exported = torch.export.export(AttendMaps(), maps, dynamic_shapes=[any_size] * 3)
+    exported = torch.export.export(Attend(), maps, dynamic_shapes=[any_size] * 3)
     assert "hieratok_hf.prefix_attention.default" in [str(node.target) for node in exported.graph.nodes]
     maps = random_maps(5, 3, device)
     assert torch.equal(exported.module()(*maps), attend_maps(*maps))
-
-
-def test_autocast_computes_in_its_dtype(device):
-    layout = layout_of((1, 5))
-    tensors = [x.transpose(1, 2) for x in random_inputs((1, 5), device)[:3]]
-    leaves = [x.clone().requires_grad_() for x in tensors]
-    with torch.autocast(device, torch.bfloat16):
-        attended = scale_causal_attention(*leaves, layout, backend="triton")
-    expected = scale_causal_attention(*(x.bfloat16() for x in tensors), layout, backend="triton")
-    assert attended.dtype == torch.bfloat16 and torch.equal(attended, expected)
-    attended.float().square().sum().backward()
-    assert all(leaf.grad.dtype == torch.float32 and leaf.grad.abs().max() > 0 for leaf in leaves)
 
 
 @pytest.mark.parametrize(
@@ -324,26 +311,22 @@ def test_what_the_kernel_does_not_take_is_named(dtype, head_dim, scale, reason, 
     assert found is None if reason is None else reason in found
 
 
-def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
-    monkeypatch.setattr(attention_triton, "INTERPRETED", triton.language.constexpr(False))
-    assert "a CUDA device, not on 'cpu'" in why_not_triton(torch.zeros(1, 1, 4, 64), 0.1)
-
-
 @pytest.mark.parametrize(
-    ("capability", "hip", "reason"),
+    ("device_type", "capability", "hip", "reason"),
     [
-        ((7, 5), None, "the kernel needs CUDA compute capability 8.0 or higher, not 7.5"),
-        ((8, 0), None, None),
-        ((12, 0), None, None),
-        ((7, 5), "6.4", None),
+        ("cpu", None, None, "the kernel runs on a CUDA device, not on 'cpu'"),
+        ("cuda", (7, 5), None, "the kernel needs CUDA compute capability 8.0 or higher, not 7.5"),
+        ("cuda", (8, 0), None, None),
+        ("cuda", (7, 5), "6.4", None),
     ],
 )
-def test_an_old_chip_is_refused(capability, hip, reason, monkeypatch):
+def test_without_the_interpreter_a_cpu_and_an_old_chip_are_refused(device_type, capability, hip, reason, monkeypatch):
     monkeypatch.setattr(attention_triton, "INTERPRETED", triton.language.constexpr(False))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    query = types.SimpleNamespace(dtype=torch.bfloat16, shape=(1, 1, 4, 64), device=torch.device("cuda"))
-    assert why_not_triton(query, 0.1) == reason
+    query = types.SimpleNamespace(dtype=torch.bfloat16, shape=(1, 1, 4, 64), device=torch.device(device_type))
+    found = why_not_triton(query, 0.1)
+    assert found is None if reason is None else found.startswith(reason)
 
 
 @triton.jit
@@ -357,35 +340,24 @@ def places_kernel(places, ends, BLOCK: tl.constexpr, FINEST_FIRST: tl.constexpr)
     tl.store(place + 3, end)
 
 
-def places_of(ends, block, finest_first, batch_heads):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    query = torch.zeros(1, ends[-1], batch_heads, 16, device=device)
+@pytest.mark.parametrize(("finest_first", "block"), [(False, 16), (True, 64)])
+@pytest.mark.parametrize("ends", [(1,), (33,), ENDS, (128, 256), tuple(range(1, 11))])
+def test_every_row_of_every_head_is_taken_once_by_a_tile_of_its_own_scale(ends, block, finest_first, device):
+    query = torch.zeros(1, ends[-1], 2, 16, device=device)
     programs = attention_triton._programs(query, ends, "M")({"M": block})
     places = torch.full((*programs, 4), -1, dtype=torch.int32, device=device)
     told = attention_triton._arguments(query, ends, 1.0)["ends"]
     places_kernel[programs](places, told, BLOCK=block, FINEST_FIRST=finest_first)
-    return places.tolist()
-
-
-@pytest.mark.parametrize(("finest_first", "block"), [(False, 16), (True, 64)])
-@pytest.mark.parametrize("ends", [(1,), (33,), ENDS, (128, 256), tuple(range(1, 11))])
-def test_every_row_of_every_head_is_taken_once_by_a_tile_of_its_own_scale(ends, block, finest_first):
-    places = places_of(ends, block, finest_first, batch_heads=2)
     taken = []
-    for batch_head, first_row, start, end in places:
+    for batch_head, first_row, start, end in places.tolist():
         assert (start, end) in set(zip((0, *ends), ends)) and start <= first_row < end
         assert (first_row - start) % block == 0
         taken += [(batch_head, row) for row in range(first_row, min(first_row + block, end))]
     assert sorted(taken) == list(itertools.product(range(2), range(ends[-1])))
-
-
-@pytest.mark.parametrize("finest_first", [False, True])
-def test_the_tiles_of_a_head_with_the_most_work_start_first(finest_first):
-    places = places_of((1, 5, 21, 85), 16, finest_first, batch_heads=2)
     for batch_head in range(2):
-        ends = [place[3] for place in places if place[0] == batch_head]
-        # A query of a finer scale sees more keys; a key of a coarser scale is seen by more queries.
-        assert ends == sorted(ends, reverse=finest_first) and len(set(ends)) == 4
+        # A query of a finer scale sees more keys; a key of a coarser scale is seen by more queries: most work first.
+        in_order = [place[3] for place in places.tolist() if place[0] == batch_head]
+        assert in_order == sorted(in_order, reverse=finest_first)
 
 
 ON_A_GPU = (16, 80, 336, 1360)

@@ -1,8 +1,5 @@
 """Tests of `pyramid`: where scales lie, and what the tokens of a scale are made of."""
 
-import dataclasses
-import math
-
 import pytest
 import torch
 from helpers import images, noise, random_core
@@ -18,15 +15,12 @@ SEVERAL_FACTORS = [FACTORS, (1,), (3, 1), (7, 3, 1)]
 GRIDS = [(7, 5), (1, 1), (16, 16), (1, 3), (8, 17)]
 
 
-def covered_means(latents, factors):
-    """The pyramid as a plain loop: the mean over the cells that each token covers."""
-    height, width = latents.shape[-2:]
-    tokens = []
-    for factor in factors:
-        for top in range(0, height, factor):
-            for left in range(0, width, factor):
-                tokens.append(latents[:, :, top : top + factor, left : left + factor].mean(dim=(2, 3)))
-    return torch.stack(tokens, dim=1)
+def blocks(grid, factors):
+    """Number of its scale, rows and columns of every token's block of cells, as a plain loop."""
+    for scale, factor in enumerate(factors):
+        for top in range(0, grid[0], factor):
+            for left in range(0, grid[1], factor):
+                yield scale, list(range(top, top + factor)), list(range(left, left + factor))
 
 
 def test_16x16_has_340_tokens_that_see_80_2_percent_of_the_score_matrix():
@@ -42,10 +36,8 @@ def test_scales_cover_the_sequence_once_in_order_and_each_sees_its_own_end(grid,
     layout = PyramidLayout.from_grid(*grid, factors)
     assert layout.num_scales == len(factors) and layout.grids[-1] == grid
     walked = [
-        (scale, factor, row, column)
-        for scale, factor in enumerate(factors)
-        for row in range(math.ceil(grid[0] / factor))
-        for column in range(math.ceil(grid[1] / factor))
+        (scale, factors[scale], rows[0] // factors[scale], columns[0] // factors[scale])
+        for scale, rows, columns in blocks(grid, factors)
     ]
     assert torch.stack(layout.cells(), dim=1).tolist() == [list(place) for place in walked]
     positions = list(range(layout.num_tokens))
@@ -55,15 +47,21 @@ def test_scales_cover_the_sequence_once_in_order_and_each_sees_its_own_end(grid,
     visible = layout.visible_ends()
     assert visible.dtype == torch.int64
     assert visible.tolist() == [layout.ends[scale] for scale, *_ in walked]
+    for num_scales in range(1, layout.num_scales + 1):
+        short = layout.truncate(num_scales)
+        assert short.grids == layout.grids[:num_scales] and short.scale_factors == tuple(factors[:num_scales])
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("factors", SEVERAL_FACTORS)
 def test_tokens_are_means_over_the_covered_cells(grid, factors):
-    latents = noise(2, 3, *grid)
-    layout = PyramidLayout.from_grid(*grid, factors)
+    latents, layout = noise(2, 3, *grid), PyramidLayout.from_grid(*grid, factors)
     tokens = flatten_pyramid(latents, layout)
-    torch.testing.assert_close(tokens, covered_means(latents, factors), atol=1e-6, rtol=1e-6)
+    covered = [latents[:, :, rows[0] : rows[-1] + 1, x[0] : x[-1] + 1] for _, rows, x in blocks(grid, factors)]
+    expected = torch.stack([x.mean((2, 3)) for x in covered], dim=1)
+    torch.testing.assert_close(tokens, expected, atol=1e-6, rtol=1e-6)
+    short = layout.truncate(1)
+    assert torch.equal(flatten_pyramid(latents, short), tokens[:, : short.num_tokens])
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -73,13 +71,10 @@ def test_convolved_tokens_are_those_of_a_loop_over_blocks_with_a_continued_borde
     latents, layout = noise(2, 3, *grid), PyramidLayout.from_grid(*grid, factors)
     convolutions = [nn.Conv2d(3, 5, factor, stride=factor) for factor in factors]
     tokens = []
-    for factor, convolution in zip(factors, convolutions):
-        for top in range(0, grid[0], factor):
-            for left in range(0, grid[1], factor):
-                rows = [min(top + i, grid[0] - 1) for i in range(factor)]
-                columns = [min(left + i, grid[1] - 1) for i in range(factor)]
-                block = latents[:, :, rows][..., columns]
-                tokens.append(torch.einsum("bcij,ocij->bo", block, convolution.weight) + convolution.bias)
+    for scale, rows, columns in blocks(grid, factors):
+        rows, columns = ([min(place, side - 1) for place in places] for places, side in zip((rows, columns), grid))
+        block = latents[:, :, rows][..., columns]
+        tokens.append(torch.einsum("bcij,ocij->bo", block, convolutions[scale].weight) + convolutions[scale].bias)
     expected = torch.stack(tokens, dim=1)
     torch.testing.assert_close(convolve_pyramid(latents, layout, convolutions), expected, atol=1e-5, rtol=1e-5)
     short = layout.truncate(1)
@@ -107,25 +102,6 @@ def test_gradient_of_a_coarse_average_is_spread_evenly_over_its_cells():
     # What the continued border repeats counts as often.
     expected[:2, 2] = convolution.weight[0, 0].sum(1)
     torch.testing.assert_close(latents.grad[0, 0], expected)
-
-
-@pytest.mark.parametrize("num_scales", [1, 3, 4])
-def test_truncated_layout_is_the_prefix(num_scales):
-    layout = PyramidLayout.from_grid(7, 5, FACTORS)
-    short = layout.truncate(num_scales)
-    assert short.grids == layout.grids[:num_scales] and short.scale_factors == FACTORS[:num_scales]
-    assert short.slices == layout.slices[:num_scales] and short.ends == layout.ends[:num_scales]
-    latents = noise(1, 2, 7, 5)
-    full = flatten_pyramid(latents, layout)
-    assert torch.equal(flatten_pyramid(latents, short), full[:, : short.num_tokens])
-
-
-def test_layout_is_frozen_hashable_and_compares_by_value():
-    layout = PyramidLayout.from_grid(7, 5, FACTORS)
-    assert layout == PyramidLayout.from_grid(7, 5, FACTORS) and layout != PyramidLayout.from_grid(5, 7, FACTORS)
-    assert len({layout, PyramidLayout.from_grid(7, 5, FACTORS)}) == 1
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        layout.grids = ()
 
 
 def test_image_pyramid_averages_and_repeats_the_edge():

@@ -23,20 +23,19 @@ def test_every_synonym_has_the_number_of_its_class():
         ("french_horn", [3]),
         ("  tinca   tinca ", [0]),
         (3, [3]),
-        (["church", 0, "tench"], [2, 0, 0]),
-        ((1, 2), [1, 2]),
         (range(3), [0, 1, 2]),
         (torch.tensor([3, 1]), [3, 1]),
-        (torch.tensor(2), [2]),
-        (np.int64(1), [1]),
         ([np.int64(1), torch.tensor(0)], [1, 0]),
+        ([["church"], [0, "tench"], 1], [2, 0, 0, 1]),  # diffusers batches lists of lists
     ],
 )
 def test_names_and_numbers(given, expected):
     assert label_ids(given, NAMES, 4) == expected
 
 
-@pytest.mark.parametrize("given", [4, -1, 1.0, None, True, [0, 4], "4", torch.tensor([1.5])])
+@pytest.mark.parametrize(
+    "given", [4, -1, 1.0, None, True, [0, 4], "4", torch.tensor([1.5]), [], [[]], torch.tensor([])]
+)
 def test_what_is_no_class_is_refused(given):
     with pytest.raises(ValueError, match="class_labels"):
         label_ids(given, NAMES, 4)
@@ -63,12 +62,6 @@ def test_near_names_are_offered():
         label_ids("church", {}, 4)
 
 
-@pytest.mark.parametrize("given", [[], (), torch.tensor([])])
-def test_no_class_at_all_is_refused(given):
-    with pytest.raises(ValueError, match="`class_labels` is empty"):
-        label_ids(given, NAMES, 4)
-
-
 def test_names_of_a_file(tmp_path):
     path = tmp_path / "meta.json"
     path.write_text(json.dumps({"classes": ["a", "b"], "wnids": ["n1", "n2"]}))
@@ -77,6 +70,8 @@ def test_names_of_a_file(tmp_path):
     assert read_class_names([str(path)]) == ["c", "d"]
     assert read_class_names(["e", "f"]) == ["e", "f"]
     assert read_class_names(None) == []
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        read_class_names(["a", "b", "a"])
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "[1]", "not JSON", '{"classes": "ab"}'])
@@ -85,15 +80,3 @@ def test_a_file_without_names_is_refused(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match=r"names\.json"):
         read_class_names([str(path)])
-
-
-def test_a_name_that_is_there_twice_is_refused():
-    with pytest.raises(ValueError, match="'a' is there twice"):
-        read_class_names(["a", "b", "a"])
-
-
-def test_lists_in_a_list_are_taken_one_after_the_other():
-    known = names_to_ids({0: "tench", 1: "church"})
-    assert label_ids([["church"], [0, "tench"], 1], known, 2) == [1, 0, 0, 1]
-    with pytest.raises(ValueError, match="empty"):
-        label_ids([[]], known, 2)

@@ -46,7 +46,9 @@ def test_with_flow_matching_the_share_is_the_time(scheduler):
     levels = noise_levels(scheduler)
     assert len(levels) == len(times)
     for index, level in enumerate(levels):
-        assert level.kind == "flow_prediction" and level.signal + level.noise == pytest.approx(1)
+        assert level.kind == prediction_type_of(
+            scheduler
+        ) == "flow_prediction" and level.signal + level.noise == pytest.approx(1)
         assert level.share == pytest.approx(times[index].item(), abs=1.1e-3)  # some round the time to whole numbers
         clean, eps = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1)
         noisy = level.signal * clean + level.noise * eps
@@ -57,6 +59,7 @@ def test_with_flow_matching_the_share_is_the_time(scheduler):
 @pytest.mark.parametrize("scheduler_class", VARIANCE_PRESERVING, ids=lambda one: one.__name__)
 def test_a_perfect_prediction_gives_the_clean_latents(scheduler_class, kind):
     scheduler = scheduler_class(prediction_type=kind)
+    assert prediction_type_of(scheduler) == kind
     scheduler.set_timesteps(6)
     clean, eps = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1)
     shares = []
@@ -99,10 +102,3 @@ def test_clean_latents_and_noise_alone():
 def test_a_scheduler_that_fits_no_transformer_is_refused(scheduler, message):
     with pytest.raises(ValueError, match=message):
         prediction_type_of(scheduler)
-
-
-def test_what_each_kind_of_scheduler_wants():
-    assert prediction_type_of(FlowMatchEulerDiscreteScheduler()) == "flow_prediction"
-    assert prediction_type_of(UniPCMultistepScheduler(**FLOW)) == "flow_prediction"
-    assert prediction_type_of(DDIMScheduler()) == "epsilon"
-    assert prediction_type_of(DDIMScheduler(prediction_type="v_prediction")) == "v_prediction"

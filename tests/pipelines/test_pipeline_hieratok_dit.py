@@ -1,8 +1,7 @@
 """The pipeline: it ends where a perfect transformer points, whatever the scheduler, and refuses what cannot be."""
 
 import json
-import subprocess
-import sys
+import logging
 import warnings
 
 import numpy as np
@@ -26,7 +25,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from helpers import TINY, noise, random_core
 
-import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
 from hieratok_hf.pipelines.noise_levels import noise_levels
 
@@ -67,14 +65,14 @@ def oracle_pipeline(scheduler=None, vae=None) -> HieraTokDiTPipeline:
     return pipe
 
 
-def dit_pipeline(seed: int = 0, **overrides) -> HieraTokDiTPipeline:
+def dit_pipeline(seed: int = 0, names=NAMES, **overrides) -> HieraTokDiTPipeline:
     """One with random weights everywhere."""
     torch.manual_seed(seed)
     sizes = {"in_channels": CHANNELS, "sample_size": SIDE, "patch_size": 1, "num_embeds_ada_norm": CLASSES}
-    sizes |= {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, **overrides}
+    sizes |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, **overrides}
     transformer = DiTTransformer2DModel(**sizes).eval()
     vae = AutoencoderHieraTok.from_core(random_core())
-    pipe = HieraTokDiTPipeline(vae, transformer, FlowMatchEulerDiscreteScheduler(), NAMES)
+    pipe = HieraTokDiTPipeline(vae, transformer, FlowMatchEulerDiscreteScheduler(), names)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -92,7 +90,6 @@ SCHEDULERS = [
     DDIMScheduler(),
     DDIMScheduler(prediction_type="v_prediction", clip_sample=False),
     DDPMScheduler(clip_sample=False),
-    DPMSolverMultistepScheduler(),
     EulerDiscreteScheduler(),
 ]
 
@@ -127,21 +124,19 @@ def test_guidance_leads_away_from_no_class():
     assert pipe.guidance_scale == 3.0
 
 
-def test_guidance_acts_in_its_interval_of_noise():
+@pytest.mark.parametrize(
+    ("steps", "scale", "interval", "guided"),
+    [
+        (4, 3.0, (0.3, 0.8), [False, True, True, False]),  # noise of 1, 0.75, 0.5 and 0.25
+        (5, 3.0, (0.2, 0.6), [False, False, True, True, True]),  # 0.6 is a little more in float32
+        (4, 1.0, (0.0, 1.0), [False] * 4),
+    ],
+)
+def test_guidance_acts_in_its_interval_of_noise(steps, scale, interval, guided):
     pipe = oracle_pipeline()
-    pipe([1], 4, 3.0, (0.3, 0.8), generator=seeds(0), output_type="latent")
-    # Noise of 1, 0.75, 0.5 and 0.25: where guidance does not act, half as much is asked.
-    assert [labels for _, labels in pipe.transformer.asked] == [[1], [1, 3], [1, 3], [1]]
-    pipe.transformer.asked.clear()
-    pipe([1], 4, 1.0, generator=seeds(0), output_type="latent")
-    assert [labels for _, labels in pipe.transformer.asked] == [[1]] * 4
-
-
-def test_the_interval_holds_its_ends():
-    pipe = oracle_pipeline()
-    pipe([1], 5, 3.0, (0.2, 0.6), generator=seeds(0), output_type="latent")
-    # 0.6 is a little more in float32.
-    assert [labels for _, labels in pipe.transformer.asked] == [[1], [1], [1, 3], [1, 3], [1, 3]]
+    pipe([1], steps, scale, interval, generator=seeds(0), output_type="latent")
+    # Where it does not act, half as much is asked.
+    assert [labels for _, labels in pipe.transformer.asked] == [[1, 3] if acts else [1] for acts in guided]
 
 
 def test_a_callback_of_diffusers_can_end_guidance():
@@ -161,13 +156,15 @@ def test_a_callback_of_diffusers_can_end_guidance():
     assert pipe.guidance_scale == 1.0
 
 
-def test_flow_steps_are_even_down_to_none():
+def test_flow_steps_are_even_down_to_none_or_as_given():
     pipe = oracle_pipeline()
     pipe([1], 4, 1.0, generator=seeds(0), output_type="latent")
     assert [times[0] for times, _ in pipe.transformer.asked] == pytest.approx([1000, 750, 500, 250])
     assert pipe.scheduler.sigmas[-1] == 0
-    pipe([1], guidance_scale=1.0, sigmas=[1.0, 0.5], generator=seeds(0), output_type="latent")
-    assert [times[0] for times, _ in pipe.transformer.asked[4:]] == pytest.approx([1000, 500])
+    for scheduler in (FlowMatchEulerDiscreteScheduler(), UniPCMultistepScheduler(**FLOW)):
+        pipe = oracle_pipeline(scheduler)
+        pipe([1], guidance_scale=1.0, sigmas=[1.0, 0.5], generator=seeds(0), output_type="latent")
+        assert [round(times[0] / 1000, 1) for times, _ in pipe.transformer.asked] == [1.0, 0.5]
 
 
 def test_several_images_of_each_class_stand_together():
@@ -183,17 +180,17 @@ def test_a_batch_equals_single_runs():
     for i, label in enumerate(labels):
         single = pipe(label, 5, generator=seeds(i), output_type="pt").images
         torch.testing.assert_close(batch[i : i + 1], single, atol=1e-4, rtol=0)
-    again = pipe(labels, 5, generator=seeds(0, 1, 2, 3), output_type="pt").images
+    drawn = torch.cat([torch.randn(1, CHANNELS, SIDE, SIDE, generator=seeds(i)[0]) for i in range(4)])
+    again = pipe(labels, 5, latents=drawn, output_type="pt").images
     assert torch.equal(again, batch)
     assert not torch.allclose(pipe(labels, 5, generator=seeds(4, 5, 6, 7), output_type="pt").images, batch, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_the_same_as_diffusers_own_pipeline(kind):
-    ours = dit_pipeline(num_embeds_ada_norm=1000, out_channels=CHANNELS)
-    scheduler = DDIMScheduler(prediction_type=kind)
-    ours = HieraTokDiTPipeline(ours.vae, ours.transformer, scheduler, NAMES)
-    theirs = DiTPipeline(ours.transformer, ours.vae, DDIMScheduler(prediction_type=kind), {0: "a"})
+@pytest.mark.parametrize(("kind", "given"), [("epsilon", 2 * CHANNELS), ("v_prediction", CHANNELS)])
+def test_the_same_as_diffusers_own_pipeline(kind, given):
+    parts = dit_pipeline(num_embeds_ada_norm=1000, out_channels=given)  # twice as many with a variance, left out
+    ours = HieraTokDiTPipeline(parts.vae, parts.transformer, DDIMScheduler(prediction_type=kind), NAMES)
+    theirs = DiTPipeline(parts.transformer, parts.vae, DDIMScheduler(prediction_type=kind), {0: "a"})
     for pipe in (ours, theirs):
         pipe.set_progress_bar_config(disable=True)
     for scale in (1.0, 4.0):
@@ -203,41 +200,34 @@ def test_the_same_as_diffusers_own_pipeline(kind):
         np.testing.assert_allclose(images, expected, atol=1e-4)
 
 
-def test_a_saved_pipeline_gives_the_same_images_in_a_new_process(tmp_path):
-    pipe = dit_pipeline()
-    pipe.save_pretrained(tmp_path / "pipe")
-    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
-    assert index["vae"] == ["hieratok_hf", "AutoencoderHieraTok"]
-    assert index["_class_name"] == "HieraTokDiTPipeline" and index["prediction_type"] == "flow_prediction"
-    expected = pipe(["church", 1], 4, generator=torch.manual_seed(3), output_type="np").images
-    program = """
-import sys, numpy, torch, hieratok_hf
-pipe = hieratok_hf.HieraTokDiTPipeline.from_pretrained(sys.argv[1])
-assert pipe.config.id2label == {0: "tench, Tinca tinca", 1: "English_springer", 2: "church"}, pipe.config.id2label
-pipe.set_progress_bar_config(disable=True)
-numpy.save(sys.argv[2], pipe(["church", 1], 4, generator=torch.manual_seed(3), output_type="np").images)
-"""
-    command = [sys.executable, "-c", program, str(tmp_path / "pipe"), str(tmp_path / "images.npy")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Expected types" not in done.stderr
-    assert np.array_equal(np.load(tmp_path / "images.npy"), expected)
-
-
-def test_saving_over_another_pipeline_leaves_none_of_it(tmp_path):
-    dit_pipeline().transformer.save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
-    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
-    dit_pipeline(seed=1).save_pretrained(tmp_path)
-    names = {path.name for path in (tmp_path / "transformer").iterdir()}
-    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
-    assert not list(tmp_path.glob(".saving-*"))
-
-
-def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+def test_a_saved_pipeline_gives_the_same_images(tmp_path, caplog, monkeypatch):
     pipe = dit_pipeline()
     pipe.save_pretrained(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["vae"] == ["hieratok_hf", "AutoencoderHieraTok"]
+    assert index["_class_name"] == "HieraTokDiTPipeline" and index["prediction_type"] == "flow_prediction"
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    loaded = HieraTokDiTPipeline.from_pretrained(tmp_path)
+    assert not caplog.records
+    assert loaded.config.id2label == NAMES
+    half = HieraTokDiTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.vae.dtype == half.transformer.dtype == torch.bfloat16
+    images, low, expected = (
+        one(["church", 1], 4, 2.0, generator=seeds(3, 4), output_type="pt").images for one in (loaded, half, pipe)
+    )
+    assert torch.equal(images, expected)
+    assert (low.float() - expected).abs().mean() < 0.02
+    assert half([0], 2, output_type="latent").images.dtype == torch.bfloat16
+
+
+def test_saving_replaces_what_was_there_or_leaves_it_as_it_was(tmp_path, monkeypatch):
     other = dit_pipeline(seed=1)
+    other.transformer.save_pretrained(tmp_path / "transformer", max_shard_size="10KB")
+    pipe = dit_pipeline()
+    pipe.save_pretrained(tmp_path)
+    names = {path.name for path in (tmp_path / "transformer").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}  # no shard of before
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
@@ -251,77 +241,36 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
         pipe.save_pretrained(next(iter(before)))
 
 
-def test_precision_of_the_parts(tmp_path):
-    pipe = dit_pipeline()
-    pipe.save_pretrained(tmp_path)
-    half = HieraTokDiTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    half.set_progress_bar_config(disable=True)
-    assert half.vae.dtype == half.transformer.dtype == torch.bfloat16
-    expected = pipe([0, 1], 4, 2.0, generator=seeds(0, 1), output_type="pt").images
-    images = half([0, 1], 4, 2.0, generator=seeds(0, 1), output_type="pt").images
-    assert (images.float() - expected).abs().mean() < 0.02
-    assert half([0], 2, output_type="latent").images.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
-def test_what_comes_out(output_type):
-    pipe = dit_pipeline()
-    images = pipe([0, 1], 2, generator=seeds(0, 1), output_type=output_type).images
-    pixels = SIDE * TINY["patch_size"]
-    if output_type == "pil":
-        assert [(image.size, image.mode) for image in images] == [((pixels, pixels), "RGB")] * 2
-    elif output_type == "latent":
-        assert images.shape == (2, CHANNELS, SIDE, SIDE)
-    else:
-        assert images.shape == ((2, pixels, pixels, 3) if output_type == "np" else (2, 3, pixels, pixels))
-        assert 0 <= images.min() < images.max() <= 1
-    as_tuple = pipe([0, 1], 2, generator=seeds(0, 1), output_type=output_type, return_dict=False)
-    assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
-
-
-def test_images_are_the_decoded_latents():
-    pipe = dit_pipeline()
-    latents = pipe([0, 1], 3, generator=seeds(0, 1), output_type="latent").images
-    images = pipe([0, 1], 3, generator=seeds(0, 1), output_type="pt").images
+def test_images_are_the_decoded_latents_in_every_type():
+    pipe, pixels = dit_pipeline(), SIDE * TINY["patch_size"]
+    made = {
+        kind: pipe([0, 1], 2, generator=seeds(0, 1), output_type=kind).images for kind in ("pil", "np", "pt", "latent")
+    }
+    assert [(image.size, image.mode) for image in made["pil"]] == [((pixels, pixels), "RGB")] * 2
+    assert made["latent"].shape == (2, CHANNELS, SIDE, SIDE)
     with torch.no_grad():
-        decoded = pipe.vae.decode(latents).sample
-    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
+        expected = (pipe.vae.decode(made["latent"]).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(made["pt"], expected)
+    assert np.array_equal(made["np"], made["pt"].permute(0, 2, 3, 1).numpy())
+    as_tuple = pipe([0, 1], 2, generator=seeds(0, 1), output_type="pt", return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], made["pt"])
 
 
-def test_latents_that_are_given_are_the_noise():
-    pipe = dit_pipeline()
-    drawn = torch.randn(1, CHANNELS, SIDE, SIDE, generator=seeds(4)[0])
-    expected = pipe([1], 3, generator=seeds(4), output_type="pt").images
-    assert torch.equal(pipe([1], 3, latents=drawn, output_type="pt").images, expected)
-
-
-def test_the_callback_sees_and_changes_the_latents():
+def test_the_callback_sees_and_changes_the_latents_and_can_stop():
     pipe = dit_pipeline()
     seen = []
 
     def callback(pipe, step, timestep, tensors):
         seen.append((step, float(timestep), sorted(tensors)))
+        pipe._interrupt = step == 2
         return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else None
 
-    latents = pipe([0], 3, generator=seeds(0), output_type="latent", callback_on_step_end=callback).images
+    latents = pipe([0], 5, generator=seeds(0), output_type="latent", callback_on_step_end=callback).images
     assert not latents.any()
-    assert seen == [(i, pytest.approx(1000 * (1 - i / 3), rel=1e-4), ["latents"]) for i in range(3)]
+    assert seen == [(i, pytest.approx(1000 * (1 - i / 5), rel=1e-4), ["latents"]) for i in range(3)]
 
 
-def test_a_callback_can_stop_it():
-    pipe = dit_pipeline()
-    steps = []
-
-    def callback(pipe, step, timestep, tensors):
-        steps.append(step)
-        pipe._interrupt = step == 1
-        return {}
-
-    pipe([0], 6, callback_on_step_end=callback)
-    assert steps == [0, 1]
-
-
-@pytest.mark.parametrize("scales", [1, 2, 4])
+@pytest.mark.parametrize("scales", [1, 4])
 def test_previews_are_the_coarse_images_of_the_predicted_latents(scales):
     pipe = oracle_pipeline()
     previews = []
@@ -337,18 +286,10 @@ def test_previews_are_the_coarse_images_of_the_predicted_latents(scales):
     given = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["clean_latents"]}
     final = pipe([0, 2], 3, 1.0, generator=seeds(0, 1), output_type="pt", preview_scales=scales, **given).images
     factor = pipe.vae.config.scale_factors[scales - 1]
+    assert torch.equal(final, pipe([0, 2], 3, 1.0, generator=seeds(0, 1), output_type="pt").images)
     assert len(previews) == 3 and previews[0].shape == (2, 3, *(-(-s // factor) for s in final.shape[2:]))
     if scales == 4:
         torch.testing.assert_close(previews[-1], final, atol=1e-4, rtol=0)
-
-
-def test_previews_do_not_change_the_image():
-    pipe = dit_pipeline()
-    plain = pipe([0], 3, generator=seeds(0), output_type="pt").images
-    watched = pipe(
-        [0], 3, generator=seeds(0), output_type="pt", preview_scales=1, callback_on_step_end=lambda *given: {}
-    ).images
-    assert torch.equal(plain, watched)
 
 
 def test_another_autoencoder_serves_without_previews():
@@ -385,23 +326,6 @@ def test_without_a_tokenizer_there_are_latents(tmp_path):
         pipe([0], 2)
 
 
-def test_sigmas_suit_every_scheduler_of_flow_matching():
-    pipe = oracle_pipeline(UniPCMultistepScheduler(**FLOW))
-    pipe([1], guidance_scale=1.0, sigmas=[1.0, 0.5], generator=seeds(0), output_type="latent")
-    assert [round(times[0] / 1000, 1) for times, _ in pipe.transformer.asked] == [1.0, 0.5]
-    pipe = oracle_pipeline(FlowMatchEulerDiscreteScheduler(shift=3.0))
-    with pytest.raises(ValueError, match="scheduler with a shift"):
-        pipe([1], timesteps=[1000, 500])
-    pipe = oracle_pipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
-    with pytest.raises(ValueError, match="use_dynamic_shifting"):
-        pipe([1], 2)
-
-
-def test_a_predicted_variance_is_left_out():
-    pipe = dit_pipeline(out_channels=2 * CHANNELS)
-    assert pipe([0], 2, output_type="latent").images.shape == (1, CHANNELS, SIDE, SIDE)
-
-
 def test_labels_by_name():
     pipe = dit_pipeline()
     assert pipe.labels == {"tench": 0, "Tinca tinca": 0, "English_springer": 1, "church": 2}
@@ -417,29 +341,25 @@ def test_labels_by_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": "chruch"}, "did you mean 'church'"),
-        ({"class_labels": 3}, "numbers from 0 to 2, got 3"),
-        ({"class_labels": [0, -1]}, "got -1"),
-        ({"class_labels": []}, "`class_labels` is empty"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be a positive whole number, got 0"),
-        ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be a positive whole number, got 1.5"),
-        ({"guidance_scale": 0.5}, "`guidance_scale` must be at least 1, which is none, and finite; got 0.5"),
-        ({"guidance_scale": float("nan")}, "`guidance_scale`"),
-        ({"guidance_scale": float("inf")}, "`guidance_scale`"),
-        ({"guidance_interval": (0.8, 0.2)}, "`guidance_interval` must be two rising shares"),
-        ({"guidance_interval": (0.0, 1.5)}, "`guidance_interval`"),
-        ({"guidance_interval": (0.5,)}, "`guidance_interval`"),
-        ({"output_type": "jpeg"}, "`output_type` must be one of .*got 'jpeg'"),
+        ({"class_labels": 3}, "class_labels"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt"),
+        ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
+        ({"guidance_interval": (0.0, 1.5)}, "guidance_interval"),
+        ({"guidance_interval": (0.5,)}, "guidance_interval"),
+        ({"output_type": "jpeg"}, "output_type"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"`latents` must be .*\(1, 4, 8, 8\), got \(1, 3, 8, 8\)"),
-        ({"latents": torch.zeros(2, 4, 8, 8)}, "`latents`"),
-        ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "`latents` must be a tensor of floating point"),
-        ({"latents": np.zeros((1, 4, 8, 8))}, "got ndarray"),
+        ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "latents"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, "latents"),
         ({"generator": seeds(0, 1)}, "one for each of 1 images, got 2"),
-        ({"timesteps": [900, 100], "sigmas": [1.0, 0.5]}, "Only one of `timesteps` or `sigmas`"),
-        ({"preview_scales": 2}, "`preview_scales` needs a `callback_on_step_end`"),
-        ({"preview_scales": 5, "callback_on_step_end": print}, "from 1 to the 4 scales of `vae`, got 5"),
-        ({"preview_scales": 0, "callback_on_step_end": print}, "from 1 to the 4 scales of `vae`, got 0"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs` must be among"),
+        ({"timesteps": [900, 100], "sigmas": [1.0, 0.5]}, "`timesteps` or `sigmas`"),
+        ({"preview_scales": 2}, "callback_on_step_end"),
+        ({"preview_scales": 5, "callback_on_step_end": print}, "preview_scales"),
+        ({"preview_scales": 0, "callback_on_step_end": print}, "preview_scales"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, message):
@@ -454,18 +374,14 @@ def test_a_scheduler_of_another_kind_is_refused():
         pipe([0], 2)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
     assert len(pipe([0], 2).images) == 1
-    with pytest.raises(ValueError, match=r"FlowMatchHeunDiscreteScheduler.*does not support custom timestep"):
-        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
-        pipe([0], timesteps=[900, 100])
-    with pytest.raises(ValueError, match="`scheduler` has use_dynamic_shifting=True"):
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-        pipe([0], 2)
-
-
-def test_previews_need_a_tokenizer_with_scales():
-    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=CHANNELS, norm_num_groups=8)
-    with pytest.raises(ValueError, match="`preview_scales` needs a tokenizer with scales, `vae` is a AutoencoderKL"):
-        oracle_pipeline(vae=vae)([0], 2, preview_scales=1, callback_on_step_end=print)
+    for scheduler, given, message in (
+        (FlowMatchHeunDiscreteScheduler(), {"timesteps": [900, 100]}, "does not support custom timestep"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), {}, "use_dynamic_shifting=True"),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), {"timesteps": [1000, 500]}, "scheduler with a shift"),
+    ):
+        pipe.scheduler = scheduler
+        with pytest.raises(ValueError, match=message):
+            pipe([0], **given)
 
 
 @pytest.mark.parametrize(
@@ -479,24 +395,8 @@ def test_previews_need_a_tokenizer_with_scales():
     ],
 )
 def test_parts_that_do_not_fit_are_refused(overrides, names, message):
-    whole = dit_pipeline()
-    sizes = {"in_channels": CHANNELS, "sample_size": SIDE, "patch_size": 1, "num_embeds_ada_norm": CLASSES}
-    sizes |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, **overrides}
     with pytest.raises(ValueError, match=message):
-        HieraTokDiTPipeline(whole.vae, DiTTransformer2DModel(**sizes), whole.scheduler, names)
-
-
-def test_another_pipeline_takes_the_same_parts():
-    pipe = dit_pipeline()
-    other = HieraTokDiTPipeline(**pipe.components)
-    other.set_progress_bar_config(disable=True)
-    a, b = (one(1, 2, generator=seeds(0), output_type="pt").images for one in (pipe, other))
-    assert torch.equal(a, b) and other.config.prediction_type == "flow_prediction"
-
-
-def test_the_pipeline_is_public():
-    assert hieratok_hf.HieraTokDiTPipeline is HieraTokDiTPipeline
-    assert HieraTokDiTPipeline.__module__ == "hieratok_hf"
+        dit_pipeline(names=names, **overrides)
 
 
 @pytest.mark.gpu

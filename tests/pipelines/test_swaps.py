@@ -314,7 +314,7 @@ def test_its_own_posterior_is_where_images_start(name, monkeypatch):
     assert made.shape == (1, 3, HEIGHT, WIDTH)
 
 
-@pytest.mark.parametrize("name", ["SD", "SD3", "Flux", "PRX", "Sana"])
+@pytest.mark.parametrize("name", ["SD", "Flux"])
 def test_a_saved_pipeline_has_it_again(name, tmp_path, caplog):
     swap = SWAPS[name]
     pipe = make_pipeline(swap)
@@ -329,7 +329,7 @@ def test_a_saved_pipeline_has_it_again(name, tmp_path, caplog):
     torch.testing.assert_close(run(loaded, swap), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["SD", "SDXL", "SD3", "Flux", "PRX"])
+@pytest.mark.parametrize("name", ["SD", "Flux"])
 def test_it_takes_the_place_of_another(name):
     swap = SWAPS[name]
     own = make_pipeline(swap)
@@ -341,23 +341,9 @@ def test_it_takes_the_place_of_another(name):
     torch.testing.assert_close(run(pipe, swap), run(own, swap), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["SD", "SDXL", "Flux", "Sana", "Z-Image"])
-def test_slices_of_several_images(name, monkeypatch):
-    swap = SWAPS[name]
-    pipe = make_pipeline(swap)
-    expected = run(pipe, swap, num_images_per_prompt=2)
-    assert expected.shape == (2, 3, HEIGHT, WIDTH) and (expected[0] - expected[1]).abs().max() > 0.1
-    pipe.vae.enable_slicing()
-    decoded = watch(monkeypatch, pipe.vae.core, "decode")
-    sliced = run(pipe, swap, num_images_per_prompt=2)
-    assert [len(z) for z in decoded] == [1, 1]
-    torch.testing.assert_close(sliced, expected, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
-def test_in_half_precision(name, dtype, monkeypatch):
-    swap = SWAPS[name]
+def test_in_half_precision(name, monkeypatch):
+    swap, dtype = SWAPS[name], torch.bfloat16
     pipe = make_pipeline(swap)
     precise = copy.deepcopy(pipe.vae)
     pipe.to(dtype)
@@ -388,12 +374,3 @@ def test_pipelines_that_refuse_another_tokenizer(name, tokenizer, error, message
 def test_pipelines_that_count_eight_pixels_a_cell(name):
     swap = SWAPS[name]._replace(patch=16)
     assert run(make_pipeline(swap), swap).shape == (1, 3, 2 * HEIGHT, 2 * WIDTH)
-
-
-def test_a_vae_that_is_assigned_leaves_the_size_of_the_one_before():
-    swap = SWAPS["SD"]
-    parts = make_parts(swap)
-    pipe = diffusers.StableDiffusionPipeline(**parts | {"vae": make_vae(swap._replace(patch=8))})
-    pipe.set_progress_bar_config(disable=True)
-    pipe.vae = parts["vae"]
-    assert run(pipe, swap).shape == (1, 3, 2 * HEIGHT, 2 * WIDTH)

@@ -42,17 +42,19 @@ def test_a_dit_begins_as_the_identity_and_gives_nothing():
     assert not model(noise(2, 4, 6, 6), timestep=time, class_labels=labels).sample.any()
 
 
-def test_what_a_size_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="`size` must be one of"):
-        dit_from_size("dit-xxl", in_channels=4, sample_size=8, num_classes=3)
-    for name in ("foo", "num_embeds_ada_norm"):
-        with pytest.raises(ValueError, match=f"has no '{name}' to be chosen here"):
-            small_dit(**{name: 5})
-    with pytest.raises(ValueError, match="multiple of `patch_size`, got 4"):
-        dit_from_size("dit-tiny", in_channels=4, sample_size=6, num_classes=3, patch_size=4)
-    for name in ("sample_size", "num_classes", "patch_size"):
-        with pytest.raises(ValueError, match=f"`{name}` must be positive, got 0"):
-            dit_from_size("dit-tiny", **{"in_channels": 4, "sample_size": 8, "num_classes": 3, name: 0})
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("size", {"size": "dit-xxl"}),
+        ("foo", {"foo": 5}),
+        ("num_embeds_ada_norm", {"num_embeds_ada_norm": 5}),
+        ("patch_size", {"patch_size": 4}),
+        *((name, {name: 0}) for name in ("sample_size", "num_classes", "patch_size")),
+    ],
+)
+def test_what_a_size_cannot_be_is_refused(name, given):
+    with pytest.raises(ValueError, match=name):
+        dit_from_size(**{"size": "dit-tiny", "in_channels": 4, "sample_size": 6, "num_classes": 3, **given})
 
 
 class Fixed(torch.nn.Module):
@@ -81,14 +83,11 @@ def test_the_loss_is_that_of_the_velocity():
     torch.testing.assert_close(fed[2], eps[2])
     assert scheduler.config.num_train_timesteps == NUM_TRAIN_TIMESTEPS
     torch.testing.assert_close(fed[1], 0.75 * latents[1] + 0.25 * eps[1])
+    # The variance that a model may predict does not count.
+    both = Fixed(torch.cat([eps - latents, noise(3, 4, 6, 6, seed=2)], dim=1))
+    assert VelocityTraining(both)(latents, eps, times, labels) == 0
     off = VelocityTraining(Fixed(eps - latents + 2))(latents, eps, times, labels)
     torch.testing.assert_close(off, torch.tensor(4.0))
-
-
-def test_the_variance_that_a_model_may_predict_does_not_count():
-    latents, eps = noise(2, 4, 6, 6), noise(2, 4, 6, 6, seed=1)
-    both = Fixed(torch.cat([eps - latents, noise(2, 4, 6, 6, seed=2)], dim=1))
-    assert VelocityTraining(both)(latents, eps, torch.tensor([0.2, 0.4]), torch.tensor([0, 1])) == 0
 
 
 def test_labels_are_not_dropped_inside():
@@ -101,22 +100,6 @@ def test_labels_are_not_dropped_inside():
     assert all(torch.equal(loss, losses[0]) for loss in losses)
     assert model.training and model.transformer.training
     assert not torch.equal(model(*given[:3], torch.full((64,), 3)), losses[0])
-
-
-def test_it_learns():
-    model = VelocityTraining(small_dit()).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    labels, losses = torch.arange(16) % 3, []
-    latents = noise(3, 4, 1, 1)[labels].expand(16, 4, 6, 6)
-    for step in range(60):
-        eps, times, _ = flow_draws(0, step, 16, rows=torch.arange(16), shape=(4, 6, 6))
-        loss = model(latents, eps, times, labels)
-        loss.backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
 def test_draws_are_a_function_of_seed_and_step_however_divided():

@@ -1,7 +1,6 @@
-"""Tests of `training_state`: what is saved comes back bit for bit, and no failure costs the earlier states."""
+"""Tests of `state`: what is saved comes back bit for bit, and no failure costs the earlier states."""
 
 import copy
-import errno
 import math
 import os
 
@@ -68,8 +67,9 @@ def same(ours, theirs):
 @pytest.mark.parametrize("saved_at", [1, 3])  # before and after the discriminator begins
 def test_a_restored_training_goes_on_bit_for_bit(tmp_path, saved_at):
     whole = Training().train(0, saved_at)
-    whole.state.save(tmp_path, saved_at, keep=2, config={"patch_size": 4})
     before = whole.numbers()
+    whole.state.save(tmp_path, saved_at, keep=2, config={"patch_size": 4})
+    same(whole.numbers(), before)  # saving changes nothing
     restored = Training(seed=1)
     state = latest_state(tmp_path)
     assert state["step"] == saved_at and state["config"] == {"patch_size": 4}
@@ -80,26 +80,17 @@ def test_a_restored_training_goes_on_bit_for_bit(tmp_path, saved_at):
     same(restored.train(saved_at, 5).numbers(), whole.train(saved_at, 5).numbers())
 
 
-def test_saving_changes_nothing(tmp_path):
-    saving = Training()
-    for step in range(4):
-        saving.train(step, step + 1).state.save(tmp_path, step + 1, keep=1)
-    same(saving.numbers(), Training().train(0, 4).numbers())
-
-
-@pytest.mark.parametrize(("first", "second"), [(True, False), (False, True)])
-def test_compiled_and_plain_modules_share_their_states(tmp_path, first, second):
-    saved, plain = Training(compiled=first).train(0, 3), Training().train(0, 3)
-    saved.state.save(tmp_path, 3, keep=1)
+@pytest.mark.parametrize("compiled", [True, False], ids=["to plain", "from plain"])
+def test_compiled_and_plain_modules_share_their_states(tmp_path, compiled):
+    layers = {"encoder_num_layers": 1, "decoder_num_layers": 1}
+    saved = Training(compiled=compiled, **layers).train(0, 1)
+    saved.state.save(tmp_path, 1, keep=1)
     assert not [name for name in latest_state(tmp_path)["parts"][0]["model"] if "_orig_mod" in name]
-    restored = Training(seed=1, compiled=second)
+    restored = Training(seed=1, compiled=not compiled, **layers)
     restored.state.restore(latest_state(tmp_path))
     same(restored.numbers(), saved.numbers())
-    expected = plain.state.load_average(type(plain.core)(plain.core.config)).state_dict()
-    for training in (saved, restored):
-        averaged = training.state.load_average(type(training.core)(training.core.config)).state_dict()
-        for name, value in expected.items():
-            torch.testing.assert_close(averaged[name], value, atol=1e-5, rtol=1e-5)
+    averaged = [one.state.load_average(HieraTokCore(one.core.config)).state_dict() for one in (saved, restored)]
+    same(*averaged)
 
 
 def test_the_averaged_core_is_the_average_by_hand():
@@ -121,7 +112,10 @@ def test_the_averaged_core_is_the_average_by_hand():
     same(training.numbers(), before)
 
 
-def test_the_newest_states_remain(tmp_path):
+def test_the_newest_states_remain_and_what_a_killed_save_leaves_does_no_harm(tmp_path):
+    (tmp_path / ".state-000000100.pt.tmp").write_bytes(b"half a state")
+    with pytest.raises(FileNotFoundError, match="training state to go on from"):
+        latest_state(tmp_path)
     training = Training()
     for step in (5, 10, 100, 1000):
         training.state.save(tmp_path, step, keep=2)
@@ -131,19 +125,7 @@ def test_the_newest_states_remain(tmp_path):
     assert latest_state(tmp_path)["step"] == 1000
 
 
-def test_what_a_killed_save_leaves_does_no_harm(tmp_path):
-    training = Training().train(0, 1)
-    training.state.save(tmp_path, 1, keep=2)
-    (tmp_path / ".state-000000002.pt.tmp").write_bytes(b"half a state")
-    assert latest_state(tmp_path)["step"] == 1
-    training.state.save(tmp_path, 2, keep=2)
-    assert latest_state(tmp_path)["step"] == 2
-    assert sorted(os.listdir(tmp_path)) == ["state-000000001.pt", "state-000000002.pt"]
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("write failed"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("error", [RuntimeError("write failed"), KeyboardInterrupt()])
 def test_a_failing_save_leaves_the_earlier_states(tmp_path, monkeypatch, error):
     training = Training().train(0, 1)
     training.state.save(tmp_path, 1, keep=1)
@@ -171,28 +153,14 @@ def test_torchs_own_writer_on_a_full_device_is_an_os_error(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none"):
-        Training().state.save(tmp_path / "none", 1, keep=1)
-
-
-def test_no_state_is_said(tmp_path):
-    (tmp_path / ".state-000000002.pt.tmp").write_bytes(b"half a state")
-    with pytest.raises(FileNotFoundError, match="holds no training state to go on from"):
-        latest_state(tmp_path)
-
-
-@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
 def test_a_truncated_state_is_named(tmp_path, share):
-    training = Training()
-    for step in (1, 2):
-        training.state.save(tmp_path, step, keep=2)
+    Training().state.save(tmp_path, 2, keep=2)
     path = tmp_path / "state-000000002.pt"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ValueError, match=r"state-000000002\.pt' cannot be read as a training state: .+") as caught:
+    with pytest.raises(ValueError, match=r"\A[^\n]*state-000000002\.pt' cannot be read as a training state: [^\n]+\Z"):
         latest_state(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 class Bomb:
@@ -220,19 +188,6 @@ def test_a_file_of_something_else_is_no_state(tmp_path, other):
     torch.save(other, tmp_path / "state-000000001.pt")
     with pytest.raises(ValueError, match=r"state-000000001\.pt' is no training state"):
         latest_state(tmp_path)
-
-
-def test_a_state_holds_tensors_and_plain_values_only(tmp_path):
-    Training().train(0, 3).state.save(tmp_path, 3, keep=1, config=random_core().config.model_fields)
-
-    def check(value):
-        if isinstance(value, dict):
-            value = [*value.keys(), *value.values()]
-        if isinstance(value, list | tuple):
-            return all(map(check, value))
-        return type(value) is torch.Tensor or value is None or isinstance(value, str | int | float | bool)
-
-    assert check(latest_state(tmp_path))
 
 
 def test_a_state_of_another_model_is_refused(tmp_path):
