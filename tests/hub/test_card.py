@@ -113,7 +113,7 @@ def test_shards_variants_and_second_names_are_counted_once(tokenizer, tmp_path):
     assert sorted(told.split(" in ")[1].split(" and ")) == ["float16", "float32"]
 
 
-def test_the_sizes_of_a_pipeline_are_its_own(pipeline):
+def test_the_sizes_of_a_pipeline_are_its_own(pipeline, tmp_path):
     pipe = hieratok_hf.HieraTokDiTPipeline.from_pretrained(pipeline)
     rows = cells(model_card(pipeline, repo_id="me/dit"))
     for name in ("transformer", "vae"):
@@ -125,6 +125,8 @@ def test_the_sizes_of_a_pipeline_are_its_own(pipeline):
     assert rows["latent"] == ["4x2x2"]
     assert rows["classes"] == [r"3: 0 tench; 1 English\_springer; 2 church, church building"]
     assert rows["scheduler"] == ["FlowMatchEulerDiscreteScheduler"]
+    other = edited(pipeline, tmp_path / "other", "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    assert "images" not in cells(model_card(other, repo_id="me/dit"))
 
 
 @pytest.mark.parametrize(("kind", "names"), [("tokenizer", {"model", "vae"}), ("pipeline", {"pipe", "image"})])
