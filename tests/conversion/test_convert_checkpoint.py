@@ -1,11 +1,9 @@
 """Checkpoints of every making become one folder and themselves again; broken and hostile ones become one message."""
 
 import argparse
-import importlib
 import json
 import os
 import struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,47 +13,50 @@ from safetensors.torch import load_file, save_file
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.training.state import TrainingState
 
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(Path(__file__).parents[2] / "conversion"))
-    script = importlib.import_module("convert_checkpoint")
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# With the largest size of a file of weights.
-CONFIGS = {
-    "all parts": ({}, "40KB"),
-    "l-DeTok's": (DETOK, "10GB"),
-    "one scale": ({"scale_factors": (1,), "linear_path": 0, "output_conv": False}, "10GB"),
-    "averages, and all see all": ({"downsampling": "mean", "scale_causal": False, "decoder_num_layers": 3}, "10GB"),
-}
+
+
+class Conversion:
+    """The script, with a checkpoint `raw` and a configuration in a folder."""
+
+    def __init__(self, main, folder, capsys):
+        self.main, self.folder, self.capsys = main, folder, capsys
+        self.raw, self.out, self.config = folder / "raw.pt", folder / "out", folder / "given.json"
+        self.configure()
+
+    def configure(self, **overrides):
+        self.config.write_text(json.dumps({**TINY, **overrides}))
+
+    def run(self, *more, source=None, out=None, config=True):
+        options = ["--config", self.config] if config else []
+        status = self.main([*map(str, [source or self.raw, out or self.out, *options, *more])])
+        return status, *self.capsys.readouterr()
+
+    def convert(self, *more, **places):
+        """What the script prints, which must end well."""
+        status, out, err = self.run(*more, **places)
+        assert status == 0, err
+        return out
+
+    def refuse(self, *more, **places):
+        """The error of a script that must fail, say so, and leave nothing."""
+        before = set(self.folder.rglob("*"))
+        status, out, err = self.run(*more, **places)
+        assert status == 2 and out == "" and err.startswith("error: ") and "Traceback" not in err
+        assert set(self.folder.rglob("*")) == before
+        return err
+
+    def weights(self):
+        return load_file(self.out / WEIGHTS)
 
 
 @pytest.fixture
-def config_file(tmp_path):
-    return written_config(tmp_path)
+def script(load_conversion, tmp_path, capsys):
+    return Conversion(load_conversion("convert_checkpoint").main, tmp_path, capsys)
 
 
-def written_config(folder, **overrides):
-    path = folder / "given.json"
-    path.write_text(json.dumps({**TINY, **overrides}))
-    return path
-
-
-def convert(capsys, checkpoint, output, *more):
-    """What the script prints, which must end well."""
-    status = script.main([str(checkpoint), str(output), *map(str, more)])
-    told = capsys.readouterr()
-    assert status == 0, told.err
-    return told.out
-
-
-def refused(capsys, checkpoint, output, *more):
-    """The error of a script that must fail, say so, and leave nothing."""
-    before = set(output.parent.rglob("*"))
-    assert script.main([str(checkpoint), str(output), *map(str, more)]) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.startswith("error: ") and "Traceback" not in told.err
-    assert set(output.parent.rglob("*")) == before
-    return told.err
+def prefixed(core, prefix):
+    return {prefix + name: x for name, x in core.state_dict().items()}
 
 
 def assert_same(ours, theirs):
@@ -66,7 +67,7 @@ def assert_same(ours, theirs):
 
 def assert_folder_is(folder, core, dtype=torch.float32):
     """Both libraries load a core's weights from it, in their dtype, and compute what the core does."""
-    expected = {f"core.{name}": x.to(dtype) for name, x in core.state_dict().items()}
+    expected = {name: x.to(dtype) for name, x in prefixed(core, "core.").items()}
     model = HieraTokModel.from_pretrained(folder).eval()
     vae = AutoencoderHieraTok.from_pretrained(folder, torch_dtype=dtype).eval()
     for loaded in (model, vae):
@@ -80,52 +81,48 @@ def assert_folder_is(folder, core, dtype=torch.float32):
     core.float()
 
 
+# With the largest size of a file of weights.
+CONFIGS = {
+    "all parts": ({}, "40KB"),
+    "l-DeTok's": (DETOK, "10GB"),
+    "one scale": ({"scale_factors": (1,), "linear_path": 0, "output_conv": False}, "10GB"),
+    "averages, and all see all": ({"downsampling": "mean", "scale_causal": False, "decoder_num_layers": 3}, "10GB"),
+}
+
+
 @pytest.mark.parametrize(("overrides", "shard_size"), CONFIGS.values(), ids=CONFIGS)
-def test_there_and_back_is_the_same_to_the_bit(tmp_path, capsys, overrides, shard_size):
-    core = random_core(**overrides)
-    raw, folder, back = tmp_path / "raw.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
-    save_file(core.state_dict(), raw)
-    options = ["--config", written_config(tmp_path, **overrides), "--shard_size", shard_size]
-    printed = convert(capsys, raw, folder, *options)
-    assert printed.splitlines()[-1].startswith("done: both libraries load")
+def test_there_and_back_is_the_same_to_the_bit(script, tmp_path, overrides, shard_size):
+    core, folder = random_core(**overrides), script.out
+    torch.save(core.state_dict(), script.raw)
+    script.configure(**overrides)
+    assert "both libraries load" in script.convert("--shard_size", shard_size)
     assert (len(list(folder.glob("diffusion_pytorch_model*.safetensors"))) > 1) == (shard_size == "40KB")
     assert_folder_is(folder, core)
     assert HieraTokImageProcessorPil.from_pretrained(folder).size_divisor == core.config.patch_size
     assert HieraTokConfig.from_pretrained(folder).model_fields == core.config.model_fields
-    convert(capsys, folder, back, "--to_raw")
+    back, fused = tmp_path / "back.safetensors", tmp_path / "fused.safetensors"
+    script.convert("--to_raw", source=folder, out=back, config=False)
     assert_same(load_file(back), core.state_dict())
-
-    fused = tmp_path / "fused.safetensors"
-    convert(capsys, folder, fused, "--to_raw", "--fused")
-    assert {"encoder.blocks.0.attn.to_qkv.weight"} <= load_file(fused).keys()
-    convert(capsys, fused, tmp_path / "again", "--config", folder / "config.json")
+    script.convert("--to_raw", "--fused", source=folder, out=fused, config=False)
+    assert "encoder.blocks.0.attn.to_qkv.weight" in load_file(fused)
+    script.convert(source=fused, out=tmp_path / "again")
     assert_folder_is(tmp_path / "again", core)
 
 
-def test_a_dtype_of_less_precision_is_that_of_both_libraries_and_its_rounding_is_told(tmp_path, capsys, config_file):
-    raw, core = tmp_path / "raw.safetensors", random_core()
-    save_file(core.state_dict(), raw)
-    told = convert(capsys, raw, tmp_path / "folder", "--config", config_file, "--dtype", "bfloat16")
-    assert "rounding changes moments by up to" in told
-    assert_folder_is(tmp_path / "folder", core, torch.bfloat16)
-
-    save_file(core.bfloat16().state_dict(), raw)
-    told = convert(capsys, raw, tmp_path / "again", "--config", config_file)
+def test_a_dtype_of_less_precision_is_that_of_both_libraries_and_its_rounding_is_told(script, tmp_path):
+    core = random_core()
+    torch.save(core.state_dict(), script.raw)
+    assert "rounding changes moments by up to" in script.convert("--dtype", "bfloat16")
+    assert_folder_is(script.out, core, torch.bfloat16)
+    torch.save(core.bfloat16().state_dict(), script.raw)
+    told = script.convert(out=tmp_path / "again")
     assert "bfloat16" in told and "rounding" not in told
     assert_same(load_file(tmp_path / "again" / WEIGHTS), prefixed(core, "core."))
-
-
-def prefixed(core, prefix):
-    return {prefix + name: x for name, x in core.state_dict().items()}
 
 
 def mid_block(core):
     wrapped = "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."
     return {name.replace("blocks.1.", wrapped): x for name, x in core.state_dict().items()}
-
-
-def averaged_by_torch(core):
-    return {"n_averaged": torch.tensor(3), **prefixed(core, "module.")}
 
 
 MAKINGS = {
@@ -136,39 +133,30 @@ MAKINGS = {
     "an average by ema_pytorch": lambda core: prefixed(core, "ema_model."),
     "FSDP around all": lambda core: prefixed(core, "_fsdp_wrapped_module.core._fsdp_wrapped_module."),
     "FSDP and checkpointing in a block": mid_block,
-    "torch's average": averaged_by_torch,
+    "torch's average": lambda core: {"n_averaged": torch.tensor(3), **prefixed(core, "module.")},
 }
 
 
 @pytest.mark.parametrize("make", MAKINGS.values(), ids=MAKINGS)
-def test_every_nesting_and_wrapper_is_seen_through(tmp_path, capsys, config_file, make):
+def test_every_nesting_and_wrapper_is_seen_through(script, make):
     core = random_core()
-    torch.save(make(core), tmp_path / "raw.pth")
-    convert(capsys, tmp_path / "raw.pth", tmp_path / "folder", "--config", config_file)
-    assert_same(load_file(tmp_path / "folder" / WEIGHTS), prefixed(core, "core."))
-
-
-def test_files_of_torchs_earlier_format_are_read(tmp_path, capsys, config_file):
-    core = random_core()
-    torch.save({"model": core.state_dict()}, tmp_path / "raw.bin", _use_new_zipfile_serialization=False)
-    convert(capsys, tmp_path / "raw.bin", tmp_path / "folder", "--config", config_file)
-    assert_folder_is(tmp_path / "folder", core)
+    torch.save(make(core), script.raw, _use_new_zipfile_serialization=make is not mid_block)
+    script.convert()
+    assert_same(script.weights(), prefixed(core, "core."))
 
 
 @pytest.mark.parametrize("name", ["ema", "state_dict_ema"])
-def test_the_average_is_taken_only_where_it_is_asked_for(tmp_path, capsys, config_file, name):
+def test_the_average_is_taken_only_where_it_is_asked_for(script, tmp_path, name):
     plain, mean = random_core(), random_core(seed=1)
-    raw, config = tmp_path / "raw.pt", ("--config", config_file)
-    torch.save({"model": plain.state_dict(), name: {"module": mean.state_dict()}}, raw)
-    assert "'model'" in convert(capsys, raw, tmp_path / "plain", *config)
-    assert_same(load_file(tmp_path / "plain" / WEIGHTS), prefixed(plain, "core."))
-    assert f"'{name}.module'" in convert(capsys, raw, tmp_path / "mean", *config, "--ema")
+    torch.save({"model": plain.state_dict(), name: {"module": mean.state_dict()}}, script.raw)
+    assert "'model'" in script.convert()
+    assert_same(script.weights(), prefixed(plain, "core."))
+    assert f"'{name}.module'" in script.convert("--ema", out=tmp_path / "mean")
     assert_same(load_file(tmp_path / "mean" / WEIGHTS), prefixed(mean, "core."))
-
-    torch.save({"model": plain.state_dict()}, raw)
-    assert "--ema" in refused(capsys, raw, tmp_path / "x", *config, "--ema")
-    torch.save({name: mean.state_dict()}, raw)
-    assert "add --ema" in refused(capsys, raw, tmp_path / "x", *config)
+    torch.save({"model": plain.state_dict()}, script.raw)
+    assert "--ema" in script.refuse("--ema", out=tmp_path / "x")
+    torch.save({name: mean.state_dict()}, script.raw)
+    assert "add --ema" in script.refuse(out=tmp_path / "x")
 
 
 class Training(torch.nn.Module):
@@ -179,22 +167,22 @@ class Training(torch.nn.Module):
         self.core, self.alignment = core, torch.nn.Linear(3, 3)
 
 
-def test_states_of_this_package_know_their_configuration(tmp_path, capsys):
-    core = random_core(scale_factors=(4, 2, 1))
+def test_states_of_this_package_know_their_configuration(script, tmp_path):
+    core, mean = (random_core(seed, scale_factors=(4, 2, 1)) for seed in (0, 5))
     module = Training(core)
     state = TrainingState(core, [(module, torch.optim.SGD(module.parameters(), 0.1))], decay=0.5)
-    mean = random_core(seed=5, scale_factors=(4, 2, 1))
     for shadow, x in zip(state.average.shadow_params, mean.parameters()):
         shadow.copy_(x.detach())
     states = tmp_path / "states"
     states.mkdir()
     for step in (3, 11):
         state.save(states, step, keep=2, config=core.config.model_fields)
-    assert "the training's own" in convert(capsys, states / "state-000000003.pt", tmp_path / "plain")
+    told = script.convert(source=states / "state-000000003.pt", out=tmp_path / "plain", config=False)
+    assert "the training's own" in told
     assert_folder_is(tmp_path / "plain", core)
-    convert(capsys, states, tmp_path / "mean", "--ema")
-    assert_folder_is(tmp_path / "mean", mean)
-    assert HieraTokConfig.from_pretrained(tmp_path / "mean").model_fields == core.config.model_fields
+    script.convert("--ema", source=states, config=False)
+    assert_folder_is(script.out, mean)
+    assert HieraTokConfig.from_pretrained(script.out).model_fields == core.config.model_fields
 
 
 def sharded(folder, weights, parts=3):
@@ -209,54 +197,52 @@ def sharded(folder, weights, parts=3):
 
 
 @pytest.mark.parametrize("with_index", [False, True])
-def test_shards_are_put_together(tmp_path, capsys, config_file, with_index):
+def test_shards_are_put_together(script, tmp_path, with_index):
     core = random_core()
     weight_map = sharded(tmp_path / "raw", core.state_dict())
     if with_index:
         (tmp_path / "raw" / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    convert(capsys, tmp_path / "raw", tmp_path / "folder", "--config", config_file)
-    assert_folder_is(tmp_path / "folder", core)
+    script.convert(source=tmp_path / "raw")
+    assert_same(script.weights(), prefixed(core, "core."))
 
 
-def test_a_folder_of_transformers_goes_back(tmp_path, capsys):
-    core = random_core()
-    HieraTokModel.from_core(core).save_pretrained(tmp_path / "folder")
-    convert(capsys, tmp_path / "folder", tmp_path / "raw.safetensors", "--to_raw")
-    assert_same(load_file(tmp_path / "raw.safetensors"), core.state_dict())
-
-
-def test_the_named_size_that_fits_is_found(tmp_path, capsys):
+def test_the_named_size_that_fits_is_found(script, tmp_path):
     vae = AutoencoderHieraTok.from_size("hieratok-tiny", scale_factors=(4, 2, 1))
-    save_file(vae.core.state_dict(), tmp_path / "raw.safetensors")
-    told = convert(capsys, tmp_path / "raw.safetensors", tmp_path / "folder", "--scale_factors", 4, 2, 1)
-    assert "hieratok-tiny, the size that fits" in told
-    assert AutoencoderHieraTok.from_pretrained(tmp_path / "folder").config.scale_factors == (4, 2, 1)
-    told = refused(capsys, tmp_path / "raw.safetensors", tmp_path / "x")
+    torch.save(vae.core.state_dict(), script.raw)
+    assert "hieratok-tiny, the size that fits" in script.convert("--scale_factors", 4, 2, 1, config=False)
+    assert AutoencoderHieraTok.from_pretrained(script.out).config.scale_factors == (4, 2, 1)
+    told = script.refuse(out=tmp_path / "x", config=False)
     assert "fits no named size" in told and "the nearest, hieratok-tiny" in told
     assert "decoder.scale_embedding: found (3, 128), expected (4, 128)" in told
-    told = refused(capsys, tmp_path / "raw.safetensors", tmp_path / "x", "--size", "hieratok-s")
-    assert "does not suit hieratok-s" in told
+    assert "does not suit hieratok-s" in script.refuse("--size", "hieratok-s", out=tmp_path / "x", config=False)
 
 
 @pytest.mark.parametrize("known", ["size", "config", "state"])
-def test_weights_from_before_there_was_learned_downsampling_are_known(tmp_path, capsys, known):
+def test_weights_from_before_there_was_learned_downsampling_are_known(script, known):
     if known == "size":
         core = AutoencoderHieraTok.from_size("hieratok-tiny", downsampling="mean").core
     else:
         core = random_core(downsampling="mean")
     fields = {name: value for name, value in core.config.model_fields.items() if name != "downsampling"}
-    raw = tmp_path / "raw.pt"
     state = {"step": 1, "updates": 1, "average": {}, "parts": [{"model": prefixed(core, "core.")}], "config": fields}
-    torch.save(state if known == "state" else core.state_dict(), raw)
-    options = ["--config", written_config(tmp_path)] if known == "config" else []
-    convert(capsys, raw, tmp_path / "folder", *options)
-    model = AutoencoderHieraTok.from_pretrained(tmp_path / "folder")
+    torch.save(state if known == "state" else core.state_dict(), script.raw)
+    script.convert(config=known == "config")
+    model = AutoencoderHieraTok.from_pretrained(script.out)
     assert model.config.downsampling == "mean"
     assert_same(dict(model.core.state_dict()), core.state_dict())
 
 
+def test_values_override_the_configuration(script):
+    torch.save(random_core(scale_factors=(2, 1)).state_dict(), script.raw)
+    options = ["--scale_factors", 2, 1, "--override", '{"kl_weight": 0.5}']
+    assert "nothing was written" in script.convert(*options, "--dry_run") and not script.out.exists()
+    script.convert(*options)
+    config = HieraTokConfig.from_pretrained(script.out)
+    assert config.scale_factors == (2, 1) and config.kl_weight == 0.5
+
+
 @pytest.mark.parametrize("fault", ["weights", "image"])
-def test_a_folder_that_is_not_what_it_should_be_does_not_stay(tmp_path, capsys, config_file, monkeypatch, fault):
+def test_a_folder_that_is_not_what_it_should_be_does_not_stay(script, monkeypatch, fault):
     real = AutoencoderHieraTok.from_pretrained.__func__
 
     def load(cls, *args, **kwargs):
@@ -268,46 +254,44 @@ def test_a_folder_that_is_not_what_it_should_be_does_not_stay(tmp_path, capsys, 
             monkeypatch.setattr(model.core, "decode", lambda *args: plain(*args) + 1e-6)
         return model
 
-    save_file(random_core().state_dict(), tmp_path / "raw.safetensors")
+    torch.save(random_core().state_dict(), script.raw)
     monkeypatch.setattr(AutoencoderHieraTok, "from_pretrained", classmethod(load))
-    told = refused(capsys, tmp_path / "raw.safetensors", tmp_path / "folder", "--config", config_file)
+    told = script.refuse()
     assert "AutoencoderHieraTok" in told and ("weights" if fault == "weights" else "another image") in told
 
 
-def test_nothing_that_is_there_is_overwritten(tmp_path, capsys, config_file):
-    save_file(random_core().state_dict(), tmp_path / "raw.safetensors")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "mine").write_text("")
-    assert "is there already" in refused(capsys, tmp_path / "raw.safetensors", folder, "--config", config_file)
-    assert "is there already" in refused(capsys, folder, tmp_path / "raw.safetensors", "--to_raw")
-    assert "needs a folder" in refused(capsys, tmp_path / "raw.safetensors", tmp_path / "b.safetensors", "--to_raw")
+def test_places_that_do_not_serve_are_told_and_nothing_is_overwritten(script, tmp_path):
+    torch.save(random_core().state_dict(), script.raw)
+    script.out.mkdir()
+    source = {"source": script.out, "config": False}
+    assert "holds no .safetensors" in script.refuse(**source, out=tmp_path / "x")
+    (script.out / "mine").write_text("")
+    assert "is there already" in script.refuse()
+    assert "is there already" in script.refuse("--to_raw", **source, out=script.raw.rename(tmp_path / "a.safetensors"))
+    assert "needs a folder" in script.refuse("--to_raw", out=tmp_path / "b.safetensors", config=False)
+    script.config.rename(tmp_path / "raw.txt")
+    assert "must end in" in script.refuse(source=tmp_path / "raw.txt", out=tmp_path / "x", config=False)
+    assert "there is no" in script.refuse(source=tmp_path / "none.pt", out=tmp_path / "x", config=False)
 
 
 def holding(value):
     return lambda path: torch.save(value, path)
 
 
+def other_core(**overrides):
+    return lambda path: torch.save(random_core(**overrides).state_dict(), path)
+
+
 def half(path):
-    holding(random_core().state_dict())(path)
+    other_core()(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def collision(path):
-    core = random_core()
-    torch.save({**core.state_dict(), "module.encoder.head.bias": torch.zeros(8)}, path)
-
-
-def fused(path, parts_too):
+def fused(path):
     core = random_core()
     core.encoder.blocks[0].attn.fuse_projections()
     weights = core.state_dict()
-    if parts_too:
-        weights["encoder.blocks.0.attn.to_qkv.weight"] += 1
-    else:
-        weights = {name: x for name, x in weights.items() if "blocks.0.attn.to_v" not in name}
-        weights = {name: x for name, x in weights.items() if "blocks.0.attn.to_qkv.bias" not in name}
-        weights["encoder.blocks.0.attn.to_qkv.weight"] = weights["encoder.blocks.0.attn.to_qkv.weight"][:-1]
+    weights["encoder.blocks.0.attn.to_qkv.weight"] += 1
     torch.save(weights, path)
 
 
@@ -317,18 +301,13 @@ def holding_itself(path):
     torch.save(tree, path)
 
 
-def other_core(**overrides):
-    return lambda path: torch.save(random_core(**overrides).state_dict(), path)
-
-
+COLLISION = {"encoder.head.bias": noise(8), "module.encoder.head.bias": noise(8)}
 BROKEN = {
     "other patches": (other_core(patch_size=8), "patch_embed.weight: found (32, 3, 8, 8), expected (32, 3, 4, 4)"),
     "more blocks": (other_core(encoder_num_layers=3), "no such part (16):\n  encoder.blocks.2."),
     "fewer blocks": (other_core(encoder_num_layers=1), "missing in the checkpoint (16):\n  encoder.blocks.1."),
-    "other scales": (other_core(scale_factors=(2, 1)), "decoder.scale_embedding: found (2, 32), expected (4, 32)"),
-    "fused and its parts differ": (lambda path: fused(path, True), "given twice, with other values (1)"),
-    "fused in part": (lambda path: fused(path, False), "to_qkv.weight: found (95, 32), expected (96, 32)"),
-    "two become one": (collision, "'encoder.head.bias' and 'module.encoder.head.bias', which are both"),
+    "fused and its parts differ": (fused, "given twice, with other values (1)"),
+    "two become one": (holding(COLLISION), "'encoder.head.bias' and 'module.encoder.head.bias', which are both"),
     "half a file": (half, "raw.pt' cannot be read"),
     "text": (lambda path: path.write_text("no checkpoint"), "raw.pt' cannot be read"),
     "an empty dict": (holding({}), "no tensors by name"),
@@ -341,19 +320,19 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("make, message", BROKEN.values(), ids=BROKEN)
-def test_a_broken_checkpoint_is_one_message(tmp_path, capsys, config_file, make, message):
-    make(tmp_path / "raw.pt")
-    told = refused(capsys, tmp_path / "raw.pt", tmp_path / "out", "--config", config_file)
+@pytest.mark.parametrize(("make", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_checkpoint_is_one_message(script, make, message):
+    make(script.raw)
+    told = script.refuse()
     assert message in told and "raw.pt'" in told
 
 
-def test_a_safetensors_file_that_lies_is_refused(tmp_path, capsys, config_file):
+def test_a_safetensors_file_that_lies_is_refused(script, tmp_path):
     header = b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'
+    raw = tmp_path / "raw.safetensors"
     for content in (struct.pack("<Q", 1 << 40) + header, struct.pack("<Q", len(header)) + header, b"\x80\x04N."):
-        (tmp_path / "raw.safetensors").write_bytes(content)
-        told = refused(capsys, tmp_path / "raw.safetensors", tmp_path / "out", "--config", config_file)
-        assert "raw.safetensors' cannot be read" in told
+        raw.write_bytes(content)
+        assert "raw.safetensors' cannot be read" in script.refuse(source=raw)
 
 
 INDICES = {
@@ -366,25 +345,23 @@ INDICES = {
 }
 
 
-@pytest.mark.parametrize("change, message", INDICES.values(), ids=INDICES)
-def test_an_index_is_held_to_its_folder_and_to_what_it_says(tmp_path, capsys, config_file, change, message):
+@pytest.mark.parametrize(("change", "message"), INDICES.values(), ids=INDICES)
+def test_an_index_is_held_to_its_folder_and_to_what_it_says(script, tmp_path, change, message):
     raw = tmp_path / "raw"
-    weights = random_core().state_dict()
-    weight_map = sharded(raw, weights)
+    weight_map = sharded(raw, random_core().state_dict())
     save_file({"a": noise(2)}, tmp_path / "raw.safetensors")
     (raw / "x.safetensors.index.json").write_text(json.dumps({"weight_map": change(weight_map)}))
-    assert message in refused(capsys, raw, tmp_path / "out", "--config", config_file)
+    assert message in script.refuse(source=raw)
 
 
-def test_shards_that_hold_the_same_tensor_are_refused(tmp_path, capsys, config_file):
+def test_shards_that_hold_the_same_tensor_are_refused(script, tmp_path):
     sharded(tmp_path / "raw", random_core().state_dict())
     save_file({"encoder.head.bias": noise(8)}, tmp_path / "raw" / "z.safetensors")
-    told = refused(capsys, tmp_path / "raw", tmp_path / "out", "--config", config_file)
-    assert "z.safetensors' holds 'encoder.head.bias', and so does another" in told
+    assert "z.safetensors' holds 'encoder.head.bias'" in script.refuse(source=tmp_path / "raw")
 
 
 class Writes:
-    """Unpickling it would write a file."""
+    """Unpickling it would make a folder."""
 
     def __init__(self, path):
         self.path = path
@@ -394,80 +371,57 @@ class Writes:
 
 
 @pytest.mark.parametrize(("suffix", "zipped"), [(".pt", True), (".ckpt", False)])
-def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys, config_file, suffix, zipped):
-    raw = tmp_path / f"raw{suffix}"
+def test_code_in_a_checkpoint_is_not_run(script, tmp_path, suffix, zipped):
+    raw = script.raw.with_suffix(suffix)
     hostile = {"model": random_core().state_dict(), "more": Writes(tmp_path / "written")}
     torch.save(hostile, raw, _use_new_zipfile_serialization=zipped)
-    told = refused(capsys, raw, tmp_path / "out", "--config", config_file)
+    told = script.refuse(source=raw)
     assert "posix.mkdir, which is code" in told and "weights_only" not in told
-    assert not (tmp_path / "written").exists()
 
 
-CONFIGURATIONS = {
-    "not there": (None, "cannot be read"),
-    "another model's": ('{"model_type": "bert"}', "not that of a HieraTok tokenizer"),
-    "misspelt": ('{"latent_chanels": 4}', "'latent_chanels', which is no value"),
-    "of another type": ('{"patch_size": "4"}', "the configuration is wrong"),
-}
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ('{"model_type": "bert"}', "not that of a HieraTok tokenizer"),
+        ('{"latent_chanels": 4}', "'latent_chanels', which is no value"),
+        ('{"patch_size": "4"}', "the configuration is wrong"),
+    ],
+)
+def test_a_wrong_configuration_is_one_message(script, text, message):
+    torch.save(random_core().state_dict(), script.raw)
+    script.config.write_text(text)
+    assert message in script.refuse()
 
 
-@pytest.mark.parametrize("text, message", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
-def test_a_wrong_configuration_is_one_message(tmp_path, capsys, text, message):
-    save_file(random_core().state_dict(), tmp_path / "raw.safetensors")
-    if text is not None:
-        (tmp_path / "given.json").write_text(text)
-    assert message in refused(
-        capsys, tmp_path / "raw.safetensors", tmp_path / "out", "--config", tmp_path / "given.json"
-    )
-
-
-def test_values_override_the_configuration(tmp_path, capsys, config_file):
-    save_file(random_core(scale_factors=(2, 1)).state_dict(), tmp_path / "raw.safetensors")
-    options = ["--config", config_file, "--scale_factors", 2, 1, "--override", '{"kl_weight": 0.5}']
-    before = set(tmp_path.rglob("*"))
-    told = convert(capsys, tmp_path / "raw.safetensors", tmp_path / "out", *options, "--dry_run")
-    assert "nothing was written" in told and set(tmp_path.rglob("*")) == before
-    convert(capsys, tmp_path / "raw.safetensors", tmp_path / "out", *options)
-    config = HieraTokConfig.from_pretrained(tmp_path / "out")
-    assert config.scale_factors == (2, 1) and config.kl_weight == 0.5
-
-
-def test_weights_beyond_the_range_of_a_dtype_are_refused(tmp_path, capsys, config_file):
+def test_weights_beyond_the_range_of_a_dtype_are_refused(script):
     weights = random_core().state_dict()
     weights["encoder.head.bias"][0] = 1e6
-    save_file(weights, tmp_path / "raw.safetensors")
-    told = refused(
-        capsys, tmp_path / "raw.safetensors", tmp_path / "out", "--config", config_file, "--dtype", "float16"
-    )
+    torch.save(weights, script.raw)
+    told = script.refuse("--dtype", "float16")
     assert "'core.encoder.head.bias' is beyond the range of torch.float16" in told
 
 
 @pytest.mark.parametrize("config", [[1], {3: 4}, {"patch_size": "4"}], ids=str)
-def test_a_state_with_a_damaged_configuration_is_one_message(tmp_path, capsys, config):
+def test_a_state_with_a_damaged_configuration_is_one_message(script, config):
     weights = prefixed(random_core(), "core.")
     state = {"step": 1, "parts": [{"model": weights}], "average": weights, "updates": 1, "config": config}
-    torch.save(state, tmp_path / "raw.pt")
-    assert "configuration" in refused(capsys, tmp_path / "raw.pt", tmp_path / "out")
+    torch.save(state, script.raw)
+    assert "configuration" in script.refuse(config=False)
 
 
-def test_a_folder_whose_weights_do_not_suit_its_configuration_does_not_go_back(tmp_path, capsys):
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path / "folder")
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    (tmp_path / "folder" / "config.json").write_text(json.dumps({**config, "encoder_num_layers": 3}))
-    told = refused(capsys, tmp_path / "folder", tmp_path / "raw.safetensors", "--to_raw")
+def test_a_folder_whose_weights_do_not_suit_its_configuration_does_not_go_back(script, tmp_path):
+    folder = tmp_path / "folder"
+    HieraTokModel.from_core(random_core()).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "encoder_num_layers": 3}))
+    script.capsys.readouterr()
+    told = script.refuse("--to_raw", source=folder, out=tmp_path / "raw.safetensors", config=False)
     assert "folder' does not suit its config.json" in told and "encoder.blocks.2." in told
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path, capsys):
-    assert "there is no" in refused(capsys, tmp_path / "none.pt", tmp_path / "out")
-    (tmp_path / "raw.txt").write_text("")
-    assert "must end in .safetensors" in refused(capsys, tmp_path / "raw.txt", tmp_path / "out")
-    (tmp_path / "folder").mkdir()
-    assert "holds no .safetensors and no training state" in refused(capsys, tmp_path / "folder", tmp_path / "out")
-
-
 @pytest.mark.parametrize("more", [["--to_raw", "--ema"], ["--fused"], ["--override", "[]"], ["--size", "big"]])
-def test_options_that_do_not_go_together_are_refused(capsys, more):
+def test_options_that_do_not_go_together_are_refused(script, more):
     with pytest.raises(SystemExit) as ended:
         script.main(["a", "b", *more])
     assert ended.value.code == 2

@@ -24,6 +24,13 @@ def folder(tmp_path):
     return path
 
 
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
 def contents(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
@@ -55,7 +62,8 @@ def test_only_what_belongs_to_a_model_goes(folder):
         assert left_out == sorted(left) and "left out: log.jsonl" in str(plan)
 
 
-def test_shards_and_variants_go_whole(folder):
+def test_shards_and_variants_go_whole(folder, monkeypatch):
+    monkeypatch.setattr(os, "link", raising(OSError))  # files are copied where the file system has no links
     vae = AutoencoderHieraTok.from_pretrained(folder)
     vae.save_pretrained(folder, variant="fp16")
     vae.save_pretrained(folder, max_shard_size="40KB")
@@ -129,9 +137,9 @@ def change(path, make):
     save_file(weights, path)
 
 
-KEY = "core.encoder.head.weight"
+KEY = "core.decoder.head.weight"
 BROKEN = {
-    "nan": (lambda f: change(f / WEIGHTS, lambda x: {**x, KEY: x[KEY] * float("nan")}), "must be finite"),
+    "nan": (lambda f: change(f / WEIGHTS, lambda x: {**x, KEY: x[KEY] * float("nan")}), "finite"),
     "a tensor is missing": (lambda f: change(f / WEIGHTS, lambda x: {k: v for k, v in x.items() if k != KEY}), KEY),
     "another shape": (lambda f: change(f / WEIGHTS, lambda x: {**x, KEY: torch.zeros(3, 3)}), KEY),
     "half a file": (lambda f: os.truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size // 2), "."),
@@ -148,6 +156,14 @@ def test_what_does_not_load_does_not_go(spoil, reason, folder):
         pass
     text = str(caught.value)
     assert repr(str(folder)) in text and "does not pass its load test" in text and "\n" not in text
+
+
+def test_a_folder_that_the_libraries_load_differently_does_not_go(folder, monkeypatch):
+    monkeypatch.setattr(
+        HieraTokModel, "from_pretrained", lambda *_, **__: HieraTokModel.from_core(random_core(seed=1))
+    )
+    with pytest.raises(ValueError, match="different weights"), prepared(folder):
+        pass
 
 
 def test_no_folder(tmp_path):

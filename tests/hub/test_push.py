@@ -137,7 +137,7 @@ def test_a_cut_upload_changes_nothing_and_goes_on(hub_here, folder):
 @pytest.mark.parametrize(
     ("status", "advice"), [(503, "push again"), (412, "somebody else pushed"), (404, "nothing was changed")]
 )
-def test_a_refusal_changes_nothing_and_says_what_to_do(hub_here, folder, status, advice):
+def test_a_refusal_changes_nothing_and_says_what_to_do(hub_here, folder, monkeypatch, status, advice):
     push_folder(folder, "org/name", card=None)
     AutoencoderHieraTok.from_core(random_core(seed=1)).save_pretrained(folder)
     before = state(hub_here)
@@ -145,6 +145,9 @@ def test_a_refusal_changes_nothing_and_says_what_to_do(hub_here, folder, status,
     with pytest.raises(HubError, match=rf"{status}.*{advice}"):
         push_folder(folder, "org/name", card=None)
     assert state(hub_here) == before
+    with monkeypatch.context() as offline, pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        push_folder(folder, "org/name", card=None)
     hub_here.recover()
     push_folder(folder, "org/name", card=None)
     assert hub_here.files("org/name")[WEIGHTS] == (folder / WEIGHTS).read_bytes()
