@@ -6,12 +6,17 @@ import json
 import pytest
 import torch
 from accelerate import PartialState
+from scripts import ROOT, load_script
 
 from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
+    align_table,
+    check_writable,
+    describe_machine,
+    find_device,
     load_or_explain,
-    machine,
+    make_parser,
     one_line,
     positive,
     run_on_processes,
@@ -55,32 +60,83 @@ def test_reports_are_json_and_written_whole(tmp_path):
 
 
 def test_the_machine_is_named():
-    facts = machine(torch.device("cpu"), 2)
+    facts = describe_machine(torch.device("cpu"), 2)
     assert facts["device"] == "cpu" and facts["torch"] == torch.__version__ and facts["processes"] == 2
     assert facts["cpu"]
 
 
-def test_lines_are_printed_and_problems_become_the_status(capsys):
-    seen = []
+def test_rows_are_aligned():
+    assert align_table([["name", "x"], ["a", "1.25"], ["longer", "-"]]) == "name       x\na       1.25\nlonger     -"
 
+
+def test_an_output_that_cannot_be_written_is_named_before_the_work(tmp_path):
+    check_writable("--json", tmp_path / "new" / "a.json")
+    check_writable("--images", tmp_path / "images", folder=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "new"]
+    (tmp_path / "file").touch()
+    with pytest.raises(Problem, match=r"--json .*it is a folder"):
+        check_writable("--json", tmp_path / "new")
+    with pytest.raises(Problem, match=r"--images .*cannot be written"):
+        check_writable("--images", tmp_path / "file", folder=True)
+
+
+def test_devices(capsys):
+    parser = make_parser("A script.")
+    add_device(parser)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--device", "toaster"])
+    assert "must be a device of torch, such as cuda or cpu, got 'toaster'" in capsys.readouterr().err
+    assert find_device(parser.parse_args(["--device", "meta"])) == torch.device("meta")
+    if not torch.accelerator.is_available():
+        assert find_device(parser.parse_args([])) == find_device(parser.parse_args(["--device", "auto"]))
+        assert find_device(parser.parse_args([])) == torch.device("cpu")
+
+
+SCRIPTS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_the_help_of_a_script_shows_every_default(path, monkeypatch):
+    if not hasattr(script := load_script(path.parent.name, path.stem), "main"):
+        pytest.skip("it is no program")
+    found = []
+
+    def parse(parser, argv):
+        found.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(SystemExit):
+        script.main([])
+    (parser,) = found
+    for action in parser._actions:
+        assert action.help, action.dest
+        shown = "" if action.help == argparse.SUPPRESS else parser._get_formatter()._expand_help(action)
+        if action.default not in (None, argparse.SUPPRESS) and not isinstance(action.default, bool) and shown:
+            assert str(action.default) in shown, action.dest
+
+
+def test_a_script_of_one_process_prints_lines_or_its_problem(capsys):
+    def run(args):
+        if args.text == "bad":
+            raise Problem("no such thing")
+        return [args.text, "b"]
+
+    assert run_script(run, argparse.Namespace(text="a")) == 0
+    assert run_script(run, argparse.Namespace(text="bad")) == 2
+    assert capsys.readouterr() == ("a\nb\n", "error: no such thing\n")
+
+
+def test_a_script_of_several_processes_prints_lines_or_its_problem(capsys):
     def run(args, state):
-        seen.append((args.text, type(state)))
+        assert type(state) is PartialState
         if args.text == "bad":
             raise Problem("it cannot be done")
         return [args.text, "more"]
 
-    given = argparse.Namespace(device=torch.device("cpu"), text="good")
-    assert run_on_processes(run, given) == 0
-    assert capsys.readouterr().out == "good\nmore\n"
+    assert run_on_processes(run, argparse.Namespace(device=torch.device("cpu"), text="good")) == 0
     assert run_on_processes(run, argparse.Namespace(device=None, text="bad")) == 2
-    assert capsys.readouterr() == ("", "error: it cannot be done\n")
-    parser = argparse.ArgumentParser()
-    add_device(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--device", "toaster"])
-    assert "must be a device of torch, such as cuda or cpu, got 'toaster'" in capsys.readouterr().err
-    assert parser.parse_args(["--device", "cpu"]).device == torch.device("cpu")
-    assert seen == [("good", PartialState), ("bad", PartialState)]
+    assert capsys.readouterr() == ("good\nmore\n", "error: it cannot be done\n")
 
 
 def test_errors_of_a_training_become_the_status(capsys):
@@ -93,14 +149,3 @@ def test_errors_of_a_training_become_the_status(capsys):
         assert capsys.readouterr().err == f"error: {error}\n"
     with pytest.raises(KeyError):
         run_training(fail, argparse.Namespace(error=KeyError("a defect")))
-
-
-def test_lines_are_printed_and_a_problem_is_the_exit_status(capsys):
-    assert run_script(lambda args: [f"a {args.x}", "b"], argparse.Namespace(x=1)) == 0
-    assert capsys.readouterr() == ("a 1\nb\n", "")
-
-    def fail(args):
-        raise Problem("no such thing")
-
-    assert run_script(fail, argparse.Namespace()) == 2
-    assert capsys.readouterr() == ("", "error: no such thing\n")
