@@ -215,19 +215,15 @@ def recorded() -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
+    add = parser.add_argument
     add_device(parser)
-    parser.add_argument("--sides", type=int, nargs="+", help="take only these sides of the finest grid")
-    parser.add_argument("--kinds", type=int, nargs="+", help="take only these kinds of dtype and head, counted from 0")
-    parser.add_argument(
-        "--backends",
-        nargs="+",
-        choices=BACKENDS,
-        help="backends to time; all that suit the device unless given",
-    )
-    parser.add_argument("--seconds", type=float, help="time for each row; 0.3 on a GPU, 2 on a CPU unless given")
-    parser.add_argument("--json", action="store_true", help="write results/attention_KIND.json, after each kind")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print what is recorded as a table")
-    parser.add_argument("--record", action="store_true", help="let `auto` follow the recorded results")
+    add("--sides", type=int, nargs="+", help="take only these sides of the finest grid")
+    add("--kinds", type=int, nargs="+", help="take only these kinds of dtype and head, counted from 0")
+    add("--backends", nargs="+", choices=BACKENDS, help="backends to time; all that suit the device unless given")
+    add("--seconds", type=float, help="time for each row; 0.3 on a GPU, 2 on a CPU unless given")
+    add("--json", action="store_true", help="write results/attention_KIND.json, after each kind")
+    add("--markdown", action="store_true", help="measure nothing, print what is recorded as a table")
+    add("--record", action="store_true", help="let `auto` follow the recorded results")
     args = parser.parse_args(argv)
     if args.markdown:
         print(markdown(recorded()))

@@ -305,27 +305,22 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
+    add = parser.add_argument
     add_device(parser)
-    parser.add_argument("--dtype", help="dtype of the weights; bfloat16 on a GPU, float32 on a CPU unless given")
-    parser.add_argument(
-        "--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL", help="models to time"
-    )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the images")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="numbers of images at a time")
-    parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS, help="calls to time")
+    add("--dtype", help="dtype of the weights; bfloat16 on a GPU, float32 on a CPU unless given")
+    add("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL", help="models to time")
+    add("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the images")
+    add("--batches", type=int, nargs="+", default=[1, 16], help="numbers of images at a time")
+    add("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS, help="calls to time")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--eager", dest="modes", action="store_const", const=["eager"], help="compile nothing")
     only.add_argument("--compiled", dest="modes", action="store_const", const=["compiled"], help="time nothing eager")
-    parser.add_argument(
-        "--limit",
-        type=float,
-        help="leave out calls of more TFLOP; 3 on a CPU, none on a GPU unless given",
-    )
-    parser.add_argument("--seconds", type=float, default=20, help="time for each size, batch and direction")
-    parser.add_argument("--memory", action="store_true", help="measure peaks on a CPU too, each in its own process")
-    parser.add_argument("--json", action="store_true", help="write autoencoders_MODES_KIND.json, after each size")
-    parser.add_argument("--plot", type=Path, help="write an image of the ratios here")
-    parser.add_argument("--peak_of", nargs=4, help=argparse.SUPPRESS)
+    add("--limit", type=float, help="leave out calls of more TFLOP; 3 on a CPU, none on a GPU unless given")
+    add("--seconds", type=float, default=20, help="time for each size, batch and direction")
+    add("--memory", action="store_true", help="measure peaks on a CPU too, each in its own process")
+    add("--json", action="store_true", help="write autoencoders_MODES_KIND.json, after each size")
+    add("--plot", type=Path, help="write an image of the ratios here")
+    add("--peak_of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     logging.set_verbosity_error()  # it warns of every cast, of no layers at all
     device = find_device(args)

@@ -46,17 +46,18 @@ def make_images(folder: Path, number: int, pixels: int) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
+    add = parser.add_argument
     add_device(parser)
-    parser.add_argument("--size", help="a named size or shipped weights; hieratok-b on a GPU, else hieratok-tiny")
-    parser.add_argument("--data", nargs="+", help="images or tar shards; JPEG files are made unless given")
-    parser.add_argument("--images", type=int, help="images to encode; 4096 on a GPU, 256 on a CPU unless given")
-    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
-    parser.add_argument("--batch_size", type=int, default=32, help="images of a batch")
-    parser.add_argument("--threads", type=int, default=4, help="images decoded at a time")
-    parser.add_argument("--shard_batches", type=int, help="batches of a shard; an eighth of all unless given")
-    parser.add_argument("--mixed_precision", action="store_true", help="encode under torch.autocast in bfloat16")
-    parser.add_argument("--seconds", type=float, default=60, help="time for both together")
-    parser.add_argument("--json", action="store_true", help="write results/cache_SIZE_KIND.json")
+    add("--size", help="a named size or shipped weights; hieratok-b on a GPU, else hieratok-tiny")
+    add("--data", nargs="+", help="images or tar shards; JPEG files are made unless given")
+    add("--images", type=int, help="images to encode; 4096 on a GPU, 256 on a CPU unless given")
+    add("--pixels", type=int, default=256, help="side of the images")
+    add("--batch_size", type=int, default=32, help="images of a batch")
+    add("--threads", type=int, default=4, help="images decoded at a time")
+    add("--shard_batches", type=int, help="batches of a shard; an eighth of all unless given")
+    add("--mixed_precision", action="store_true", help="encode under torch.autocast in bfloat16")
+    add("--seconds", type=float, default=60, help="time for both together")
+    add("--json", action="store_true", help="write results/cache_SIZE_KIND.json")
     args = parser.parse_args(argv)
     device = find_device(args)
     on_gpu = device.type == "cuda"

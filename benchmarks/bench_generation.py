@@ -44,14 +44,15 @@ def preview_correlations(pipe: HieraTokDiTPipeline, scales: int, steps: int, ima
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", default="hieratok-dit-tiny", help="a pipeline: a folder, Hub id or shipped name")
+    add = parser.add_argument
+    add("--model", default="hieratok-dit-tiny", help="a pipeline: a folder, Hub id or shipped name")
     add_device(parser)
-    parser.add_argument("--steps", type=int, default=25, help="steps of the scheduler")
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="strength of the guidance; 1 is none")
-    parser.add_argument("--preview_scales", type=int, default=2, help="scales that a preview is decoded by")
-    parser.add_argument("--images", type=int, default=50, help="images for the correlation and the speed")
-    parser.add_argument("--seconds", type=float, default=20, help="time for each comparison")
-    parser.add_argument("--json", action="store_true", help="write results/generation_KIND.json")
+    add("--steps", type=int, default=25, help="steps of the scheduler")
+    add("--guidance_scale", type=float, default=4.0, help="strength of the guidance; 1 is none")
+    add("--preview_scales", type=int, default=2, help="scales that a preview is decoded by")
+    add("--images", type=int, default=50, help="images for the correlation and the speed")
+    add("--seconds", type=float, default=20, help="time for each comparison")
+    add("--json", action="store_true", help="write results/generation_KIND.json")
     args = parser.parse_args(argv)
     device = find_device(args)
     on_gpu = device.type == "cuda"

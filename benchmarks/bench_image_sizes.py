@@ -125,17 +125,16 @@ def table(report: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", default="hieratok-tiny", help="a name that ships, a folder, or a named size")
+    add = parser.add_argument
+    add("--model", default="hieratok-tiny", help="a name that ships, a folder, or a named size")
     add_device(parser)
-    parser.add_argument(
-        "--sides", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], help="sides of the images"
-    )
-    parser.add_argument("--longest_whole", type=int, default=2048, help="longest side of an image that is not tiled")
-    parser.add_argument("--seconds", type=float, default=300, help="time for each row, after which it is given up")
-    parser.add_argument("--stream", type=int, default=1000, help="number of images of random sides; 0 for none")
-    parser.add_argument("--longest", type=int, default=512, help="longest side of the images of --stream")
-    parser.add_argument("--json", action="store_true", help="write results/image_sizes_MODEL_KIND.json")
-    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    add("--sides", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], help="sides of the images")
+    add("--longest_whole", type=int, default=2048, help="longest side of an image that is not tiled")
+    add("--seconds", type=float, default=300, help="time for each row, after which it is given up")
+    add("--stream", type=int, default=1000, help="number of images of random sides; 0 for none")
+    add("--longest", type=int, default=512, help="longest side of the images of --stream")
+    add("--json", action="store_true", help="write results/image_sizes_MODEL_KIND.json")
+    add("--row", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = find_device(args)
     if args.row:

@@ -142,17 +142,14 @@ def table(report: dict[str, Any]) -> str:
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets")
-    parser.add_argument(
-        "--models", nargs="+", default=["hieratok-tiny"], help="folders, names that ship, or Hub repositories"
-    )
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="data sets to measure on")
-    parser.add_argument(
-        "--vision_model", help="model of the Fréchet distance; mobilenet_v2_1.0_224 in --data unless given"
-    )
+    add = parser.add_argument
+    add("--data", type=Path, default=DATA, help="folder of the data sets")
+    add("--models", nargs="+", default=["hieratok-tiny"], help="folders, names that ship, or Hub repositories")
+    add("--sets", nargs="+", default=list(SETS), choices=SETS, help="data sets to measure on")
+    add("--vision_model", help="model of the Fréchet distance; mobilenet_v2_1.0_224 in --data unless given")
     add_device(parser)
-    parser.add_argument("--max_images", type=int, help="take only the first images of each set")
-    parser.add_argument("--json", action="store_true", help="write results/reconstruction_KIND.json, after each set")
+    add("--max_images", type=int, help="take only the first images of each set")
+    add("--json", action="store_true", help="write results/reconstruction_KIND.json, after each set")
     args = parser.parse_args(argv)
     needed = [args.data / FITTED_TO, *(args.data / SETS[name][0] for name in args.sets)]
     if missing := [path for path in needed if not list(path.parent.glob(path.name))]:

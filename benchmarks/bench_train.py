@@ -29,16 +29,15 @@ def model_flops(config: HieraTokConfig, pixels: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
+    add = parser.add_argument
     add_device(parser)
-    parser.add_argument("--size", default="hieratok-b", help="a named size")
-    parser.add_argument("--images", type=int, help="images of a step; 64 on a GPU, 2 on a CPU unless given")
-    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="dtype of autocast; bfloat16 on a GPU unless given"
-    )
-    parser.add_argument("--plain_only", action="store_true", help="compile nothing")
-    parser.add_argument("--seconds", type=float, default=20, help="time for all together")
-    parser.add_argument("--json", action="store_true", help="write results/train_SIZE_KIND.json")
+    add("--size", default="hieratok-b", help="a named size")
+    add("--images", type=int, help="images of a step; 64 on a GPU, 2 on a CPU unless given")
+    add("--pixels", type=int, default=256, help="side of the images")
+    add("--dtype", choices=("bfloat16", "float32"), help="dtype of autocast; bfloat16 on a GPU unless given")
+    add("--plain_only", action="store_true", help="compile nothing")
+    add("--seconds", type=float, default=20, help="time for all together")
+    add("--json", action="store_true", help="write results/train_SIZE_KIND.json")
     args = parser.parse_args(argv)
     device = find_device(args)
     on_gpu = device.type == "cuda"

@@ -97,15 +97,14 @@ def table(report: dict[str, Any]) -> str:
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--kodak", required=True, type=Path, help="folder of the Kodak images")
-    parser.add_argument("--model", default="hieratok-tiny", help="a name that ships, or a folder")
-    parser.add_argument("--trained", type=int, default=256, help="largest side of its training images, in pixels")
-    parser.add_argument("--images", type=int, default=24, help="most images to measure on")
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="sizes of the images")
-    parser.add_argument(
-        "--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="kinds of positions"
-    )
-    parser.add_argument("--json", action="store_true", help="write results/positions_MODEL_KIND.json")
+    add = parser.add_argument
+    add("--kodak", required=True, type=Path, help="folder of the Kodak images")
+    add("--model", default="hieratok-tiny", help="a name that ships, or a folder")
+    add("--trained", type=int, default=256, help="largest side of its training images, in pixels")
+    add("--images", type=int, default=24, help="most images to measure on")
+    add("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="sizes of the images")
+    add("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="kinds of positions")
+    add("--json", action="store_true", help="write results/positions_MODEL_KIND.json")
     args = parser.parse_args(argv)
     paths = sorted(args.kodak.glob("*.png"))[: args.images]
     if len(paths) < 4:

@@ -212,14 +212,13 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "compare_scales", help="folder for the runs")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table to train")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the trainings")
-    parser.add_argument(
-        "--only_collect", action="store_true", help="train nothing; add what has finished to the results"
-    )
-    parser.add_argument("--in_process", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
+    add("--output", type=Path, default=ROOT / "runs" / "compare_scales", help="folder for the runs")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table to train")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the trainings")
+    add("--only_collect", action="store_true", help="train nothing; add what has finished to the results")
+    add("--in_process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for seed in args.seeds:
         for row in args.rows:

@@ -251,11 +251,12 @@ def latents_of(folder: Path, most: int | None = None) -> tuple[Tensor, Tensor]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("caches", type=Path, nargs="+", help="folders of examples/cache_latents.py, of one data set")
-    parser.add_argument("--names", nargs="+", help="a name for each cache; its folder's unless given")
-    parser.add_argument("--classes", type=Path, help="a JSON file with the classes' names under 'classes'")
-    parser.add_argument("--plot", type=Path, help="a PNG file to write")
-    parser.add_argument("--json", type=Path, help="a file for all figures")
+    add = parser.add_argument
+    add("caches", type=Path, nargs="+", help="folders of examples/cache_latents.py, of one data set")
+    add("--names", nargs="+", help="a name for each cache; its folder's unless given")
+    add("--classes", type=Path, help="a JSON file with the classes' names under 'classes'")
+    add("--plot", type=Path, help="a PNG file to write")
+    add("--json", type=Path, help="a file for all figures")
     args = parser.parse_args(argv)
     names = args.names or [folder.name for folder in args.caches]
     if len(set(names)) != len(names) or len(names) != len(args.caches):

@@ -66,10 +66,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     size = args.size or getattr(codec.model.config, "sample_size", None)
     if not isinstance(size, int):
         raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
-    try:
-        images = load_images(args.data, split=args.split, streaming=args.streaming)
-    except (ImportError, OSError, ValueError) as error:
-        raise Problem(one_line(error)) from error
+    images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
     settings = {name: getattr(args, name) for name in ("kind", "shard_size", "batch_size", "seed", "limit", "threads")}
     dtype = AUTOCAST.get(args.mixed_precision)
     precision = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()

@@ -177,11 +177,8 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     frechet = make_frechet(args, device, notes)
     facts: dict[str, Any] = {}
     size, bar = image_size(pipe), {"unit": "batch", "disable": not state.is_local_main_process, "leave": False}
-    try:
-        source = {"split": args.reference_split, "streaming": args.streaming}
-        reference = load_images(args.reference, **source) if frechet else None
-    except (ImportError, OSError, ValueError) as error:
-        raise Problem(f"--reference: {one_line(error)}") from error
+    source = {"split": args.reference_split, "streaming": args.streaming}
+    reference = load_or_explain(load_images, "--reference", args.reference, **source) if frechet else None
     # No process writes images before all have seen that the folder is empty.
     state.wait_for_everyone()
 

@@ -151,13 +151,10 @@ def table(models: list[dict[str, Any]]) -> str:
 
 def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
     """The images to evaluate on, and those to fit a probe to."""
-    try:
-        images = load_images(args.data, split=args.split, streaming=args.streaming)
-        if not args.probe_data:
-            return images, None
-        train = load_images(args.probe_data, streaming=args.streaming)
-    except (ImportError, OSError, ValueError) as error:
-        raise Problem(one_line(error)) from error
+    images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
+    if not args.probe_data:
+        return images, None
+    train = load_or_explain(load_images, "--probe_data", args.probe_data, streaming=args.streaming)
     for option, data in (("--data", images), ("--probe_data", train)):
         if data.label is None:
             raise Problem(f"a probe needs labels, and {option} {data.source} has none")

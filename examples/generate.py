@@ -31,10 +31,10 @@ from hieratok_hf.cli.command_line import (
     one_line,
     positive,
     run_script,
+    write_or_explain,
 )
 from hieratok_hf.evaluation.generation import number_images
 from hieratok_hf.shipped import resolve_model
-from hieratok_hf.utils.files import write_whole
 
 COLUMNS, MARGIN, SMALLEST_PANEL = 10, 8, 128
 PREVIEWS = 6
@@ -201,11 +201,7 @@ def make_sheet(labels: list[str], columns: list[list[Image.Image]], sides: Seque
 def save(image: Image.Image, path: Path, option: str) -> Path:
     encoded = io.BytesIO()
     image.save(encoded, format="PNG")
-    try:
-        with write_whole(path) as file:
-            file.write(encoded.getvalue())
-    except OSError as error:
-        raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
+    write_or_explain(option, path, encoded.getvalue())
     return path
 
 

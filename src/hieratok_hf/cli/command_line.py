@@ -31,6 +31,7 @@ __all__ = [
     "run_on_processes",
     "run_script",
     "run_training",
+    "write_or_explain",
     "write_report",
 ]
 
@@ -51,10 +52,10 @@ def positive(text: str) -> int:
     return number
 
 
-def load_or_explain(load: Callable[..., Any], option: str, name: str, *more: Any) -> Any:
+def load_or_explain(load: Callable[..., Any], option: str, name: Any, *more: Any, **options: Any) -> Any:
     """What `load(name, ...)` gives; a `Problem` that names the option where it cannot."""
     try:
-        return load(name, *more)
+        return load(name, *more, **options)
     except Exception as error:  # the libraries, safetensors, the Hub and torch raise many types
         raise Problem(f"{option} {name!r} cannot be loaded: {one_line(error)}") from error
 
@@ -98,6 +99,20 @@ def check_writable(option: str, path: Path, folder: bool = False) -> None:
         raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
 
 
+def write_or_explain(option: str, path: Path, content: bytes) -> None:
+    """
+    Write a file, whole or not at all.
+
+    Raises:
+        Problem: The file cannot be written.
+    """
+    try:
+        with write_whole(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
+
+
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """
     Write the file of `--json`, whole or not at all; what is infinite or no number becomes null.
@@ -105,11 +120,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     Raises:
         Problem: The file cannot be written.
     """
-    try:
-        with write_whole(path) as file:
-            file.write((json.dumps(_finite(report), indent=2, allow_nan=False, default=str) + "\n").encode())
-    except OSError as error:
-        raise Problem(f"--json {str(path)!r} cannot be written: {one_line(error)}") from error
+    text = json.dumps(_finite(report), indent=2, allow_nan=False, default=str)
+    write_or_explain("--json", path, f"{text}\n".encode())
 
 
 def _finite(value: Any) -> Any:
