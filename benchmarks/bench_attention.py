@@ -1,6 +1,5 @@
 """Scale-causal attention by every backend, beside unmasked attention and what the chip allows at most."""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -10,11 +9,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import copy_rate, first_line, machine, matrix_rate, side_by_side, write_report
+from measuring import (
+    copy_rate,
+    describe_benchmark,
+    first_line,
+    matrix_rate,
+    print_machine,
+    record_report,
+    side_by_side,
+)
 from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf import PyramidLayout, scale_causal_attention
+from hieratok_hf.cli.command_line import add_device, find_device, make_parser
 
 # Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
 
@@ -206,20 +214,21 @@ def recorded() -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sides", type=int, nargs="+", help="sides of the finest grid, of those that are measured")
-    parser.add_argument("--kinds", type=int, nargs="+", help="numbers of the kinds of dtype and head to measure")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=None)
-    parser.add_argument("--seconds", type=float, default=None, help="time for each row")
-    parser.add_argument("--json", action="store_true", help="write results/attention_KIND.json, after each kind")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing, print what is recorded as a table")
-    parser.add_argument("--record", action="store_true", help="let `auto` follow the recorded results")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add_device(parser)
+    add("--sides", type=int, nargs="+", help="take only these sides of the finest grid")
+    add("--kinds", type=int, nargs="+", help="take only these kinds of dtype and head, counted from 0")
+    add("--backends", nargs="+", choices=BACKENDS, help="backends to time; all that suit the device unless given")
+    add("--seconds", type=float, help="time for each row; 0.3 on a GPU, 2 on a CPU unless given")
+    add("--json", action="store_true", help="write results/attention_KIND.json, after each kind")
+    add("--markdown", action="store_true", help="measure nothing, print what is recorded as a table")
+    add("--record", action="store_true", help="let `auto` follow the recorded results")
     args = parser.parse_args(argv)
     if args.markdown:
         print(markdown(recorded()))
         return 0
-    device = torch.device(args.device)
+    device = find_device(args)
     on_gpu = device.type == "cuda"
     sizes, kinds = (GPU_SIZES, GPU_KINDS) if on_gpu else (CPU_SIZES, CPU_KINDS)
     backends = tuple(args.backends or (BACKENDS if on_gpu else ("sdpa_mask", "sdpa")))
@@ -229,8 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
 
     bytes_a_second = copy_rate(device)
-    about = machine(device)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    about = describe_benchmark(device)
+    print_machine(about)
     for place, (dtype, head_dim, heads) in enumerate(kinds):
         if place not in (args.kinds or range(len(kinds))):
             continue
@@ -257,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(map(table, rows)), flush=True)
         if args.json:
             report = {"machine": about, "scale_factors": SCALE_FACTORS, "measured_rates": measured, "rows": rows}
-            write_report(RESULTS, "attention", report, ROW)
+            record_report(RESULTS, "attention", report, ROW)
     if args.record:
         record()
     return 0

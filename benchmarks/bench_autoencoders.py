@@ -11,11 +11,21 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny
 from diffusers.utils import logging
-from measuring import first_line, in_fresh_process, machine, matrix_rate, peak_memory, side_by_side, write_report
+from measuring import (
+    describe_benchmark,
+    first_line,
+    in_fresh_process,
+    matrix_rate,
+    peak_memory,
+    print_machine,
+    record_report,
+    side_by_side,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import SIZES, AutoencoderHieraTok
+from hieratok_hf.cli.command_line import add_device, find_device, make_parser
 
 RESULTS = Path(__file__).parent / "results"
 # What tells one row from another.
@@ -294,30 +304,26 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, help="bfloat16 on a GPU, float32 on a CPU unless given")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the images")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images at a time")
-    parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add_device(parser)
+    add("--dtype", help="dtype of the weights; bfloat16 on a GPU, float32 on a CPU unless given")
+    add("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL", help="models to time")
+    add("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the images")
+    add("--batches", type=int, nargs="+", default=[1, 16], help="numbers of images at a time")
+    add("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS, help="calls to time")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--eager", dest="modes", action="store_const", const=["eager"], help="compile nothing")
     only.add_argument("--compiled", dest="modes", action="store_const", const=["compiled"], help="time nothing eager")
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=None,
-        help="leave out calls of more TFLOP; 3 on a CPU, none on a GPU unless given",
-    )
-    parser.add_argument("--seconds", type=float, default=20, help="time for each size, batch and direction")
-    parser.add_argument("--memory", action="store_true", help="peaks on a CPU too, each in a process of its own")
-    parser.add_argument("--json", action="store_true", help="write autoencoders_MODES_KIND.json, after each size")
-    parser.add_argument("--plot", type=Path, help="write an image of the ratios here")
-    parser.add_argument("--peak_of", nargs=4, help=argparse.SUPPRESS)
+    add("--limit", type=float, help="leave out calls of more TFLOP; 3 on a CPU, none on a GPU unless given")
+    add("--seconds", type=float, default=20, help="time for each size, batch and direction")
+    add("--memory", action="store_true", help="measure peaks on a CPU too, each in its own process")
+    add("--json", action="store_true", help="write autoencoders_MODES_KIND.json, after each size")
+    add("--plot", type=Path, help="write an image of the ratios here")
+    add("--peak_of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     logging.set_verbosity_error()  # it warns of every cast, of no layers at all
-    device = torch.device(args.device)
+    device = find_device(args)
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     if args.peak_of:
@@ -336,8 +342,8 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     rate = matrix_rate(device, dtype)
-    about = machine(device)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    about = describe_benchmark(device)
+    print_machine(about)
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
     wrong: list[str] = []
@@ -390,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
         }  # fmt: skip
         if args.json:
             name = "_".join(["autoencoders", *modes])
-            report = write_report(RESULTS, name, report, ROW, lists=("rows", "left_out"))
+            report = record_report(RESULTS, name, report, ROW, lists=("rows", "left_out"))
 
     print(f"{report['dtype']}, times as fast as {BASELINE} ({MODELS[BASELINE][0]}) on the same images:")
     print(table(report))

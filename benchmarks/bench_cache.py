@@ -1,6 +1,5 @@
 """Caching latents from image files to shards, beside nothing but encoding the same images from memory."""
 
-import argparse
 import random
 import statistics
 import sys
@@ -15,10 +14,11 @@ from typing import Any
 
 import datasets
 import torch
-from measuring import machine, side_by_side, write_report
+from measuring import describe_benchmark, print_machine, record_report, side_by_side
 from PIL import Image
 
 from hieratok_hf import HieraTokConfig, HieraTokCore, open_image
+from hieratok_hf.cli.command_line import add_device, find_device, make_parser
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_cache import LatentCache
 from hieratok_hf.data.latent_writer import write_latents
@@ -46,22 +46,21 @@ def make_images(folder: Path, number: int, pixels: int) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", default=None, help="a named size or shipped weights; hieratok-b on a GPU, else tiny")
-    parser.add_argument("--data", nargs="+", help="images or tar shards; JPEG files are made unless given")
-    parser.add_argument("--images", type=int, default=None, help="4096 on a GPU, 256 on a CPU unless given")
-    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=4, help="images decoded at a time")
-    parser.add_argument(
-        "--shard_batches", type=int, default=None, help="batches of a shard; an eighth of all unless given"
-    )
-    parser.add_argument("--mixed_precision", action="store_true", help="encode under torch.autocast in bfloat16")
-    parser.add_argument("--seconds", type=float, default=60, help="time for both together")
-    parser.add_argument("--json", action="store_true", help="write results/cache_SIZE_KIND.json")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add_device(parser)
+    add("--size", help="a named size or shipped weights; hieratok-b on a GPU, else hieratok-tiny")
+    add("--data", nargs="+", help="images or tar shards; JPEG files are made unless given")
+    add("--images", type=int, help="images to encode; 4096 on a GPU, 256 on a CPU unless given")
+    add("--pixels", type=int, default=256, help="side of the images")
+    add("--batch_size", type=int, default=32, help="images of a batch")
+    add("--threads", type=int, default=4, help="images decoded at a time")
+    add("--shard_batches", type=int, help="batches of a shard; an eighth of all unless given")
+    add("--mixed_precision", action="store_true", help="encode under torch.autocast in bfloat16")
+    add("--seconds", type=float, default=60, help="time for both together")
+    add("--json", action="store_true", help="write results/cache_SIZE_KIND.json")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device = find_device(args)
     on_gpu = device.type == "cuda"
     size = args.size or ("hieratok-b" if on_gpu else "hieratok-tiny")
     images = args.images or (4096 if on_gpu else 256)
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = side_by_side(timers, device, args.seconds, graphs=False)
 
     report = {
-        "machine": machine(device), "size": size, "images": images, "pixels": args.pixels, "flips": True,
+        "machine": describe_benchmark(device), "size": size, "images": images, "pixels": args.pixels, "flips": True,
         "batch_size": args.batch_size, "shard_size": shard_size, "threads": args.threads,
         "dtype": "bfloat16 autocast" if args.mixed_precision else "float32",
         "caching_over_encoding": round(seconds["encoding"] / seconds["caching"], 3),
@@ -129,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     rates = {name: round(images / value, 1) for name, value in seconds.items()}
     if on_gpu:
         report["images_per_second"] = rates
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print_machine(report["machine"])
     print(f"{size}, {images} images of {args.pixels}x{args.pixels} and their mirror images, {report['dtype']}")
     for name, rate in rates.items():
         print(f"    {name:12}{rate:10.1f} images/s")
@@ -137,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     if not on_gpu:
         print(f"    and by processor time at {report['caching_over_encoding_in_cpu_time']:.3f}")
     if args.json:
-        write_report(RESULTS, f"cache_{size}", report)
+        record_report(RESULTS, f"cache_{size}", report)
     return 0
 
 

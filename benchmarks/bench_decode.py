@@ -1,15 +1,15 @@
 """Decoding a batch end to end with every attention backend, plain and compiled, side by side."""
 
-import argparse
 import copy
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, side_by_side, write_report
+from measuring import describe_benchmark, print_machine, record_report, side_by_side
 
 from hieratok_hf import HieraTokAttnProcessor, HieraTokConfig, HieraTokCore
+from hieratok_hf.cli.command_line import add_device, find_device, make_parser
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "sdpa_mask"
@@ -27,18 +27,19 @@ def with_backend(core: HieraTokCore, backend: str) -> HieraTokCore:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", default="hieratok-b")
-    parser.add_argument("--images", type=int, default=None, help="64 on a GPU, 2 on a CPU unless given")
-    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
-    parser.add_argument("--dtype", default=None, help="bfloat16 on a GPU, float32 on a CPU unless given")
-    parser.add_argument("--backends", nargs="+", default=None)
-    parser.add_argument("--plain_only", action="store_true", help="compile nothing")
-    parser.add_argument("--seconds", type=float, default=10, help="time for all together")
-    parser.add_argument("--json", action="store_true", help="write results/decode_SIZE_KIND.json")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add_device(parser)
+    add("--size", default="hieratok-b", help="a named size")
+    add("--images", type=int, help="images of a batch; 64 on a GPU, 2 on a CPU unless given")
+    add("--pixels", type=int, default=256, help="side of the images")
+    add("--dtype", help="dtype of the weights; bfloat16 on a GPU, float32 on a CPU unless given")
+    add("--backends", nargs="+", help="ways to attend; all that the device has unless given")
+    add("--plain_only", action="store_true", help="compile nothing")
+    add("--seconds", type=float, default=10, help="time for all together")
+    add("--json", action="store_true", help="write results/decode_SIZE_KIND.json")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device = find_device(args)
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     images = args.images or (64 if on_gpu else 2)
@@ -66,20 +67,20 @@ def main(argv: list[str] | None = None) -> int:
     seconds = side_by_side(calls, device, args.seconds, graphs=False)
 
     report = {
-        "machine": machine(device), "size": args.size, "images": images, "pixels": args.pixels,
+        "machine": describe_benchmark(device), "size": args.size, "images": images, "pixels": args.pixels,
         "dtype": str(dtype).removeprefix("torch."),
         "times_as_fast": {name: round(seconds[BASELINE] / value, 3) for name, value in seconds.items()},
     }  # fmt: skip
     if on_gpu:
         report["milliseconds"] = {name: round(value * 1e3, 3) for name, value in seconds.items()}
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print_machine(report["machine"])
     batch = f"{images} images of {args.pixels}x{args.pixels}"
     print(f"{args.size}, {batch}, {report['dtype']}: times as fast as {BASELINE}")
     for name, ratio in report["times_as_fast"].items():
         milliseconds = f"{seconds[name] * 1e3:12.3f} ms" if on_gpu else ""
         print(f"    {name:24}{ratio:8.3f}{milliseconds}")
     if args.json:
-        write_report(RESULTS, f"decode_{args.size}", report)
+        record_report(RESULTS, f"decode_{args.size}", report)
     return 0
 
 

@@ -1,16 +1,16 @@
 """A pipeline's sampling: the share of decoding, what a preview costs, and how like the final image it is."""
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, side_by_side, write_report
+from measuring import describe_benchmark, print_machine, record_report, side_by_side
 from torch import Tensor
 from torch.nn import functional as F
 
 from hieratok_hf import HieraTokConfig, HieraTokCore, HieraTokDiTPipeline
+from hieratok_hf.cli.command_line import add_device, find_device, make_parser
 from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,17 +43,18 @@ def preview_correlations(pipe: HieraTokDiTPipeline, scales: int, steps: int, ima
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="hieratok-dit-tiny", help="a pipeline: a folder, Hub id or shipped name")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
-    parser.add_argument("--preview_scales", type=int, default=2)
-    parser.add_argument("--images", type=int, default=50, help="for the correlation and the speed")
-    parser.add_argument("--seconds", type=float, default=20, help="time for each comparison")
-    parser.add_argument("--json", action="store_true", help="write results/generation_KIND.json")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="hieratok-dit-tiny", help="a pipeline: a folder, Hub id or shipped name")
+    add_device(parser)
+    add("--steps", type=int, default=25, help="steps of the scheduler")
+    add("--guidance_scale", type=float, default=4.0, help="strength of the guidance; 1 is none")
+    add("--preview_scales", type=int, default=2, help="scales that a preview is decoded by")
+    add("--images", type=int, default=50, help="images for the correlation and the speed")
+    add("--seconds", type=float, default=20, help="time for each comparison")
+    add("--json", action="store_true", help="write results/generation_KIND.json")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device = find_device(args)
     on_gpu = device.type == "cuda"
 
     costs = []
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     seconds = side_by_side(calls, device, args.seconds, graphs=False)
     report: dict[str, Any] = {
-        "machine": machine(device), "model": Path(args.model).name, "images": args.images,
+        "machine": describe_benchmark(device), "model": Path(args.model).name, "images": args.images,
         "steps": args.steps, "guidance_scale": args.guidance_scale, "preview_scales": args.preview_scales,
         "images_per_second": round(args.images / seconds["images"], 2),
         "decode_share": round(seconds["decode"] / seconds["images"], 4),
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         ],
         "decoders": costs,
     }  # fmt: skip
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print_machine(report["machine"])
     print(
         f"{report['model']}: {report['images_per_second']} images/s at {args.steps} steps with guidance, of which "
         f"decoding takes {100 * report['decode_share']:.1f} %"
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         shares = ", ".join(f"{k}: {100 * value:.1f} %" for k, value in row["of_full_decode"].items())
         print(f"{row['size']}, {row['images']} images of {row['pixels']}x{row['pixels']}, cost by scales: {shares}")
     if args.json:
-        write_report(RESULTS, "generation", report)
+        record_report(RESULTS, "generation", report)
     return 0
 
 

@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import in_fresh_process, machine, peak_memory, release_memory, resident, write_report
+from measuring import (
+    describe_benchmark,
+    in_fresh_process,
+    peak_memory,
+    print_machine,
+    record_report,
+    release_memory,
+    resident,
+)
 
 from hieratok_hf import SIZES, AutoencoderHieraTok
+from hieratok_hf.cli.command_line import add_device, find_device, make_parser
 from hieratok_hf.shipped import SHIPPED, resolve_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,18 +124,19 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="hieratok-tiny", help="a name that ships, a folder, or a named size")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
-    parser.add_argument("--longest_whole", type=int, default=2048, help="longest side of an image that is not tiled")
-    parser.add_argument("--seconds", type=float, default=300, help="time for each row, after which it is given up")
-    parser.add_argument("--stream", type=int, default=1000, help="images of random sides; 0 for none")
-    parser.add_argument("--longest", type=int, default=512, help="longest side of those")
-    parser.add_argument("--json", action="store_true", help="write results/image_sizes_MODEL_KIND.json")
-    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="hieratok-tiny", help="a name that ships, a folder, or a named size")
+    add_device(parser)
+    add("--sides", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], help="sides of the images")
+    add("--longest_whole", type=int, default=2048, help="longest side of an image that is not tiled")
+    add("--seconds", type=float, default=300, help="time for each row, after which it is given up")
+    add("--stream", type=int, default=1000, help="number of images of random sides; 0 for none")
+    add("--longest", type=int, default=512, help="longest side of the images of --stream")
+    add("--json", action="store_true", help="write results/image_sizes_MODEL_KIND.json")
+    add("--row", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device = find_device(args)
     if args.row:
         side, direction, tiled = args.row
         print(json.dumps(one_row(args.model, int(side), direction, tiled == "tiled", device)))
@@ -134,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     if any(side < 256 or side % 32 for side in args.sides):
         parser.error(f"--sides must be multiples of 32 from 256 on, got {args.sides}")
 
-    report: dict[str, Any] = {"machine": machine(device), "model": args.model, "rows": []}
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    report: dict[str, Any] = {"machine": describe_benchmark(device), "model": args.model, "rows": []}
+    print_machine(report["machine"])
     first: dict[str, float] = {}
     for side in sorted(args.sides):
         for direction in DIRECTIONS:
@@ -160,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         report["stream"] = stream(args.model, args.stream, args.longest, device)
         print(json.dumps(report["stream"]))
     if args.json:
-        write_report(RESULTS, f"image_sizes_{Path(args.model).name}", report)
+        record_report(RESULTS, f"image_sizes_{Path(args.model).name}", report)
     return 0
 
 

@@ -1,6 +1,5 @@
 """Tokenizers beside principal components and JPEG of as many numbers and bytes: PSNR, SSIM and a Fréchet distance."""
 
-import argparse
 import copy
 import io
 import sys
@@ -11,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import machine, write_report
+from measuring import describe_benchmark, print_machine, record_report
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf import HieraTokImageProcessorPil
+from hieratok_hf.cli.command_line import add_device, find_device, make_parser
 from hieratok_hf.data.image_dataset import Images, image_of, load_images
 from hieratok_hf.evaluation.metrics import FrechetDistance
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
@@ -25,6 +25,7 @@ from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
 from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
+DATA = Path(__file__).parents[2] / "shared" / "data"
 # Name: what lies in --data, and the side of the square that is cut from the middle.
 SETS = {
     "kodak": ("kodak", 512),
@@ -140,25 +141,25 @@ def table(report: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    parser.add_argument(
-        "--models", nargs="+", default=["hieratok-tiny"], help="folders, names that ship, or Hub repositories"
-    )
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="what to measure on")
-    parser.add_argument("--vision_model", help="of the Fréchet distance; mobilenet_v2_1.0_224 in --data unless given")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the tokenizers")
-    parser.add_argument("--max_images", type=int, help="take only the first of each set")
-    parser.add_argument("--json", action="store_true", help="write results/reconstruction_KIND.json, after each set")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, default=DATA, help="folder of the data sets")
+    add("--models", nargs="+", default=["hieratok-tiny"], help="folders, names that ship, or Hub repositories")
+    add("--sets", nargs="+", default=list(SETS), choices=SETS, help="data sets to measure on")
+    add("--vision_model", help="model of the Fréchet distance; mobilenet_v2_1.0_224 in --data unless given")
+    add_device(parser)
+    add("--max_images", type=int, help="take only the first images of each set")
+    add("--json", action="store_true", help="write results/reconstruction_KIND.json, after each set")
     args = parser.parse_args(argv)
     needed = [args.data / FITTED_TO, *(args.data / SETS[name][0] for name in args.sets)]
     if missing := [path for path in needed if not list(path.parent.glob(path.name))]:
         print(f"error: --data {str(args.data)!r} lacks {missing[0].relative_to(args.data)}", file=sys.stderr)
         return 2
-    about = machine(torch.device(args.device))
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    device = find_device(args)
+    about = describe_benchmark(device)
+    print_machine(about)
     vision_model = args.vision_model or str(args.data / "mobilenet_v2_1.0_224")
-    codecs = {name: load_codec(resolve_model(name), args.device) for name in args.models}
+    codecs = {name: load_codec(resolve_model(name), device) for name in args.models}
     codes = {name: baselines(codec, args.data) for name, codec in codecs.items()}
     for data in args.sets:
         where, size = SETS[data]
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         report = {"machine": about, "distance": frechet.name, "rows": rows}
         print(table(report), flush=True)
         if args.json:
-            write_report(RESULTS, "reconstruction", report, ROW)
+            record_report(RESULTS, "reconstruction", report, ROW)
     return 0
 
 

@@ -1,16 +1,16 @@
 """Seams between patches, and what decoders make of inexact latents, as those of a generator always are."""
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, write_report
+from measuring import describe_benchmark, record_report
 from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf import HieraTokDiTPipeline
+from hieratok_hf.cli.command_line import make_parser
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import step_generator
 from hieratok_hf.evaluation.generation import GeneratedBatches, image_size
@@ -20,6 +20,7 @@ from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
 from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
+DATA = Path(__file__).parents[2] / "shared" / "data"
 PHOTOGRAPHS, SIZE = "kodak", 512
 REAL_IMAGES = "imagenette_128/val-*.tar"
 
@@ -88,13 +89,18 @@ def tables(report: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    add("--models", nargs="*", default=["hieratok-tiny", "hieratok-tiny-16x"], help="folders, or names that ship")
-    add("--pipelines", nargs="*", default=["hieratok-dit-tiny"], help="the same, of generators")
-    add("--deviations", nargs="+", type=float, default=[0.1, 0.2, 0.3], help="of the noise, of that of the latents")
-    add("--images", type=int, default=200, help="of each generator")
+    add("--data", type=Path, default=DATA, help="folder of the data sets")
+    add(
+        "--models",
+        nargs="*",
+        default=["hieratok-tiny", "hieratok-tiny-16x"],
+        help="tokenizers: folders, or names that ship",
+    )
+    add("--pipelines", nargs="*", default=["hieratok-dit-tiny"], help="generators: folders, or names that ship")
+    add("--deviations", nargs="+", type=float, default=[0.1, 0.2, 0.3], help="std of the noise in that of the latents")
+    add("--images", type=int, default=200, help="images to make by each generator")
     add("--max_images", type=int, help="take only the first photographs")
     add("--json", action="store_true", help="add the figures to results/seams_KIND.json")
     args = parser.parse_args(argv)
@@ -104,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     photographs = load_images(str(args.data / PHOTOGRAPHS))
     batches = EvaluationBatches(photographs, SIZE, batch_size=2, limit=args.max_images)
     report = {
-        "machine": machine(torch.device("cpu")),
+        "machine": describe_benchmark(torch.device("cpu")),
         "deviations": args.deviations,
         "tokenizers": [
             measure_tokenizer(name, load_codec(resolve_model(name)), batches, args.deviations) for name in args.models
@@ -112,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         "generators": [measure_pipeline(name, args.images, args.data) for name in args.pipelines],
     }
     if args.json:
-        report = write_report(RESULTS, "seams", report, ("name",), ("tokenizers", "generators"))
+        report = record_report(RESULTS, "seams", report, ("name",), ("tokenizers", "generators"))
     print(tables(report))
     return 0
 

@@ -1,14 +1,14 @@
 """A whole training step (forward, backward, AdamW), plain and compiled: images a second and the use of the chip."""
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
-from measuring import machine, matrix_rate, side_by_side, write_report
+from measuring import describe_benchmark, matrix_rate, print_machine, record_report, side_by_side
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
+from hieratok_hf.cli.command_line import add_device, find_device, make_parser
 from hieratok_hf.models.losses import tokenizer_losses
 from hieratok_hf.training.tokenizer_loss import TokenizerTraining
 
@@ -28,17 +28,18 @@ def model_flops(config: HieraTokConfig, pixels: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", default="hieratok-b")
-    parser.add_argument("--images", type=int, help="64 on a GPU, 2 on a CPU unless given")
-    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of autocast; bfloat16 on a GPU unless given")
-    parser.add_argument("--plain_only", action="store_true", help="compile nothing")
-    parser.add_argument("--seconds", type=float, default=20, help="time for all together")
-    parser.add_argument("--json", action="store_true", help="write results/train_SIZE_KIND.json")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add_device(parser)
+    add("--size", default="hieratok-b", help="a named size")
+    add("--images", type=int, help="images of a step; 64 on a GPU, 2 on a CPU unless given")
+    add("--pixels", type=int, default=256, help="side of the images")
+    add("--dtype", choices=("bfloat16", "float32"), help="dtype of autocast; bfloat16 on a GPU unless given")
+    add("--plain_only", action="store_true", help="compile nothing")
+    add("--seconds", type=float, default=20, help="time for all together")
+    add("--json", action="store_true", help="write results/train_SIZE_KIND.json")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device = find_device(args)
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     images = args.images or (64 if on_gpu else 2)
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = side_by_side(calls, device, args.seconds, graphs=False)
     rate = matrix_rate(device, dtype)
     report = {
-        "machine": machine(device),
+        "machine": describe_benchmark(device),
         "size": args.size,
         "images": images,
         "pixels": args.pixels,
@@ -78,13 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         report["images_per_second"] = {name: round(images / value, 1) for name, value in seconds.items()}
         report["matrix_tflops"] = round(rate / 1e12, 1)
         report["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print_machine(report["machine"])
     print(f"{args.size}, {images} images of {args.pixels}x{args.pixels}, {report['dtype']}, a training step:")
     for name, share in report["share_of_the_matrix_rate"].items():
         speed = f"{images / seconds[name]:12.1f} images/s" if on_gpu else ""
         print(f"    {name:10}{100 * share:6.1f} % of the measured matrix rate{speed}")
     if args.json:
-        write_report(RESULTS, f"train_{args.size}", report)
+        record_report(RESULTS, f"train_{args.size}", report)
     return 0
 
 

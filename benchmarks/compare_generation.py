@@ -12,8 +12,9 @@ from compare_scales import DISTANCE, README, ROOT, ROWS, steps_to_reach
 from latent_space import IMAGES, NOISE, figures, latents_of, white_noise
 from latent_space import plot as plot_spaces
 from latent_space import table as table_of_spaces
-from measuring import machine
+from measuring import describe_benchmark
 
+from hieratok_hf.cli.command_line import make_parser
 from hieratok_hf.data.latent_cache import LatentCache
 from hieratok_hf.utils.files import write_whole
 
@@ -246,7 +247,7 @@ def collect(args: argparse.Namespace) -> None:
         images = {name: latents_of(folder, IMAGES) for name, folder in folders.items()}
         classes = json.loads((args.data / "imagenette_128" / "meta.json").read_text())["classes"]
         plot_spaces(spaces, images, classes, SPACES_PLOT)
-    results = {"machine": machine(torch.device("cpu")), "runs": runs, "latent_spaces": spaces}
+    results = {"machine": describe_benchmark(torch.device("cpu")), "runs": runs, "latent_spaces": spaces}
     plot(runs, PLOT)
     text = README.read_text()
     for begin, content in sections(results).items():
@@ -257,21 +258,21 @@ def collect(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    add("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     add("--tokenizers", type=Path, default=ROOT / "runs" / "compare_scales", help="the --output of compare_scales.py")
-    add("--output", type=Path, default=ROOT / "runs" / "compare_generation")
-    pair, seed_help = ("single", "multi"), "of the tokenizers, which all generators share"
+    add("--output", type=Path, default=ROOT / "runs" / "compare_generation", help="folder for the runs")
+    pair, seed_help = ("single", "multi"), "seed of the tokenizers, which all generators share"
     add("--pair", nargs=2, choices=ROWS, metavar=("SINGLE", "MULTI"), default=pair, help="rows of compare_scales.py")
     add("--tokenizer_seed", type=int, default=0, help=seed_help)
-    add("--rows", nargs="+", choices=("single", "multi"), default=("single", "multi"), help="which of the pair")
-    add("--seeds", type=int, nargs="+", default=[0], help="of the generators")
+    add("--rows", nargs="+", choices=("single", "multi"), default=("single", "multi"), help="rows of the pair to run")
+    add("--seeds", type=int, nargs="+", default=[0], help="seeds of the generators")
     add("--only_collect", action="store_true", help="run nothing; add what has finished to the results")
-    memory = "the classifier's memory grows with it; the images do not depend on it"
+    memory = "images that are made and judged at a time; they do not depend on it"
     add("--sample_batch_size", type=int, default=50, help=memory)
     for name, value in SETTINGS.items():
-        add(f"--{name}", type=type(value), default=value, help="the same of all runs")
+        add(f"--{name}", type=type(value), default=value, help=f"{name} of every run")
     args = parser.parse_args(argv)
     args.pair = [f"{row}-{args.tokenizer_seed}" for row in args.pair]
     if args.export_every < 1 or args.steps % args.export_every:

@@ -1,6 +1,5 @@
 """Reconstruction from 128 to 1024 pixels with positions in cells, in fractions, and with scaled frequencies."""
 
-import argparse
 import copy
 import json
 import math
@@ -12,11 +11,12 @@ from typing import Any
 
 import torch
 from bench_reconstruction import as_values
-from measuring import machine, write_report
+from measuring import describe_benchmark, record_report
 from PIL import Image
 from torch import Tensor
 
 from hieratok_hf import AutoencoderHieraTok, open_image
+from hieratok_hf.cli.command_line import make_parser
 from hieratok_hf.evaluation.metrics import psnr
 from hieratok_hf.shipped import resolve_model
 
@@ -96,14 +96,15 @@ def table(report: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kodak", required=True, type=Path, help="folder of the Kodak images")
-    parser.add_argument("--model", default="hieratok-tiny")
-    parser.add_argument("--trained", type=int, default=256, help="largest side of its training images, in pixels")
-    parser.add_argument("--images", type=int, default=24)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--json", action="store_true", help="write results/positions_MODEL_KIND.json")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--kodak", required=True, type=Path, help="folder of the Kodak images")
+    add("--model", default="hieratok-tiny", help="a name that ships, or a folder")
+    add("--trained", type=int, default=256, help="largest side of its training images, in pixels")
+    add("--images", type=int, default=24, help="most images to measure on")
+    add("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="sizes of the images")
+    add("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="kinds of positions")
+    add("--json", action="store_true", help="write results/positions_MODEL_KIND.json")
     args = parser.parse_args(argv)
     paths = sorted(args.kodak.glob("*.png"))[: args.images]
     if len(paths) < 4:
@@ -121,12 +122,12 @@ def main(argv: list[str] | None = None) -> int:
             psnr_db[variant][size] = round(statistics.mean(values), 2)
             print(f"{size:8} {variant:20} {psnr_db[variant][size]:6.2f} dB", flush=True)
     report = {
-        "machine": machine(torch.device("cpu")), "model": args.model, "trained": args.trained,
+        "machine": describe_benchmark(torch.device("cpu")), "model": args.model, "trained": args.trained,
         "images": len(paths), "psnr_db": psnr_db,
     }  # fmt: skip
     print(table(report) if "cells" in psnr_db else json.dumps(psnr_db))
     if args.json:
-        write_report(RESULTS, f"positions_{Path(args.model).name}", report)
+        record_report(RESULTS, f"positions_{Path(args.model).name}", report)
     return 0
 
 

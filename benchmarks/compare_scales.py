@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine
+from measuring import describe_benchmark
 from safetensors.torch import load_file
 from variants import VARIANTS
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
+from hieratok_hf.cli.command_line import make_parser
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.models.autoencoder_adapter import Codec
@@ -210,15 +211,14 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "compare_scales")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument(
-        "--only_collect", action="store_true", help="train nothing; add what has finished to the results"
-    )
-    parser.add_argument("--in_process", action="store_true", help=argparse.SUPPRESS)
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
+    add("--output", type=Path, default=ROOT / "runs" / "compare_scales", help="folder for the runs")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table to train")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the trainings")
+    add("--only_collect", action="store_true", help="train nothing; add what has finished to the results")
+    add("--in_process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for seed in args.seeds:
         for row in args.rows:
@@ -239,7 +239,9 @@ def main(argv: list[str] | None = None) -> int:
             path.parent.name: json.loads(path.read_text()) for path in args.output.glob("*/final.json")
         }
         runs = dict(sorted(runs.items()))
-        RESULTS.write_text(json.dumps({"machine": machine(torch.device("cpu")), "runs": runs}, indent=1) + "\n")
+        RESULTS.write_text(
+            json.dumps({"machine": describe_benchmark(torch.device("cpu")), "runs": runs}, indent=1) + "\n"
+        )
         plot(runs, PLOT)
         before, _, rest = README.read_text().partition(BEGIN)
         README.write_text(f"{before}{BEGIN}\n{table(runs)}\n{END}{rest.partition(END)[2]}")

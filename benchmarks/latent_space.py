@@ -1,6 +1,5 @@
 """What a latent space is like: spectra, neighbours, variances, uniformity on the sphere (arXiv 2005.10242), t-SNE."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hieratok_hf.cli.command_line import make_parser
 from hieratok_hf.data.latent_cache import LatentCache
 from hieratok_hf.utils.files import write_whole
 
@@ -250,12 +250,13 @@ def latents_of(folder: Path, most: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("caches", type=Path, nargs="+", help="folders of examples/cache_latents.py, of one data set")
-    parser.add_argument("--names", nargs="+", help="one a cache; their folders' unless given")
-    parser.add_argument("--classes", type=Path, help="a JSON file with the classes' names under 'classes'")
-    parser.add_argument("--plot", type=Path, help="a PNG file to write")
-    parser.add_argument("--json", type=Path, help="a file for all figures")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("caches", type=Path, nargs="+", help="folders of examples/cache_latents.py, of one data set")
+    add("--names", nargs="+", help="a name for each cache; its folder's unless given")
+    add("--classes", type=Path, help="a JSON file with the classes' names under 'classes'")
+    add("--plot", type=Path, help="a PNG file to write")
+    add("--json", type=Path, help="a file for all figures")
     args = parser.parse_args(argv)
     names = args.names or [folder.name for folder in args.caches]
     if len(set(names)) != len(names) or len(names) != len(args.caches):

@@ -16,18 +16,13 @@ from typing import Any
 
 import torch
 
+from hieratok_hf.cli.command_line import describe_machine, write_report
 from hieratok_hf.ops.attention import device_kind
-from hieratok_hf.utils.files import write_whole
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """The device, the versions that matter and the commit, for the record."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{torch.get_num_threads()} threads of {models[0] if models else platform.processor()}"
+def describe_benchmark(device: torch.device) -> dict[str, Any]:
+    """Describe the device, the versions that matter and the commit, for the record."""
+    machine = describe_machine(device)
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     described = subprocess.run(git, capture_output=True, text=True)
     versions = {}
@@ -37,17 +32,21 @@ def machine(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "device": name,
+        "device": machine["device"] if device.type == "cuda" else f"{machine['threads']} threads of {machine['cpu']}",
         "kind": device_kind(device),
         "platform": platform.machine(),
-        "python": platform.python_version(),
+        "python": machine["python"],
         **versions,
         # A copy of the tree without its history is told by whoever made it.
         "commit": described.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown"),
     }
 
 
-def write_report(
+def print_machine(machine: dict[str, Any]) -> None:
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+
+
+def record_report(
     folder: Path, name: str, report: dict[str, Any], key: tuple[str, ...] = (), lists: tuple[str, ...] = ("rows",)
 ) -> dict[str, Any]:
     """
@@ -56,7 +55,7 @@ def write_report(
     Args:
         folder (`Path`): Where the reports lie.
         name (`str`): Of the benchmark.
-        report (`dict`): What it found; `"machine"` is that of `machine`.
+        report (`dict`): What it found; `"machine"` is that of `describe_benchmark`.
         key (`tuple[str, ...]`, *optional*): For a benchmark that can be run in parts: the values that tell its rows
             apart. Rows that an earlier part recorded on the same device with the same versions are kept.
         lists (`tuple[str, ...]`, defaults to `("rows",)`): Lists of rows in the report; a row stands in one of them.
@@ -64,13 +63,12 @@ def write_report(
     Returns:
         What was written.
     """
-    folder.mkdir(exist_ok=True)
     kind = report["machine"]["kind"].replace(" ", "_").replace(".", "").lower()
     path = folder / f"{name}_{kind}.json"
     if key and path.exists():
         report = with_earlier_rows(report, json.loads(path.read_text()), key, lists)
-    with write_whole(path) as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
+    folder.mkdir(exist_ok=True)
+    write_report(path, report)
     print(f"wrote {path.name}")
     return report
 

@@ -1,6 +1,5 @@
 """Parameters and FLOPs of every named size at one image size, counted by PyTorch without computing anything."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import SIZES, HieraTokConfig, HieraTokCore
+from hieratok_hf.cli.command_line import make_parser
 
 
 def count(size: str, height: int, width: int) -> dict[str, int | str]:
@@ -32,9 +32,9 @@ def count(size: str, height: int, width: int) -> dict[str, int | str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--height", type=int, default=256)
-    parser.add_argument("--width", type=int, default=256)
+    parser = make_parser(__doc__)
+    parser.add_argument("--height", type=int, default=256, help="height of the image")
+    parser.add_argument("--width", type=int, default=256, help="width of the image")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     args = parser.parse_args(argv)
     rows = [count(size, args.height, args.width) for size in SIZES]

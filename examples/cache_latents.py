@@ -15,6 +15,7 @@ from hieratok_hf.cli.command_line import (
     add_device,
     device_of_process,
     load_or_explain,
+    make_parser,
     one_line,
     positive,
     run_on_processes,
@@ -34,7 +35,7 @@ def number(text: str) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     model = "a name that ships with the package, a folder, or a Hub id; of a pipeline its VAE"
     data = "folders of images, tar shards in webdataset style, or a Hub data set"
@@ -48,11 +49,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     kinds = "what is kept of a posterior: mean and log-variance, one sample, or the mode"
     add("--kind", choices=KINDS, default="moments", help=kinds)
     add("--no_flips", action="store_true", help="leave the mirrored images out")
-    add("--dtype", choices=DTYPES, default="float16", help="of what is stored")
+    add("--dtype", choices=DTYPES, default="float16", help="dtype of what is stored")
     add("--shard_size", type=positive, default=1024, help="rows of a file")
     add("--batch_size", type=positive, default=32, help="images of a batch in each process")
     add("--threads", type=positive, default=4, help="images that each process decodes at a time")
-    add("--seed", type=number, default=0, help="of the samples")
+    add("--seed", type=number, default=0, help="seed of the samples")
     add("--mixed_precision", choices=["no", *AUTOCAST], default="no", help="encode under torch.autocast")
     add_device(parser)
     return parser.parse_args(argv)
@@ -65,10 +66,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     size = args.size or getattr(codec.model.config, "sample_size", None)
     if not isinstance(size, int):
         raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
-    try:
-        images = load_images(args.data, split=args.split, streaming=args.streaming)
-    except (ImportError, OSError, ValueError) as error:
-        raise Problem(one_line(error)) from error
+    images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
     settings = {name: getattr(args, name) for name in ("kind", "shard_size", "batch_size", "seed", "limit", "threads")}
     dtype = AUTOCAST.get(args.mixed_precision)
     precision = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()

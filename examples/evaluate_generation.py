@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,12 @@ from hieratok_hf import HieraTokDiTPipeline
 from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
+    align_table,
+    check_writable,
+    describe_machine,
     device_of_process,
     load_or_explain,
-    machine,
+    make_parser,
     one_line,
     positive,
     run_on_processes,
@@ -49,34 +51,34 @@ def numbers(text: str) -> range:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    interval = "shares of noise between which guidance acts, from 0, clean, to 1 (default: 0 1)"
+    interval = "shares of noise between which guidance acts, from 0, clean, to 1"
     data = "folders of images, tar shards in webdataset style, or a Hub data set: measure a Fréchet distance to them"
-    add("--model", default="hieratok-dit-tiny", help="a folder, a name that ships, or a Hub repository")
-    add("--samples", type=positive, default=5000, help="images to make, of all classes in turn (default: 5000)")
-    add("--steps", type=positive, default=50, help="of the scheduler (default: 50)")
-    add("--guidance_scale", type=float, default=4.0, help="1 is no guidance (default: 4)")
+    add("--model", default="hieratok-dit-tiny", help="pipeline: a folder, a name that ships, or a Hub repository")
+    add("--samples", type=positive, default=5000, help="images to make, of all classes in turn")
+    add("--steps", type=positive, default=50, help="steps of the scheduler")
+    add("--guidance_scale", type=float, default=4.0, help="strength of the guidance; 1 is none")
     add("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
-    add("--seed", type=int, default=0, help="of all noise (default: 0)")
-    add("--batch_size", type=positive, default=16, help="images of a batch in each process (default: 16)")
+    add("--seed", type=int, default=0, help="seed of all noise")
+    add("--batch_size", type=positive, default=16, help="images of a batch in each process")
     add("--reference", nargs="+", metavar="DATA", help=data)
     add("--reference_split", default="train", help="split of folders and data sets; shards have but one")
     add("--streaming", action="store_true", help="read the reference images without first making a copy of them")
     add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
-    add("--fid_size", type=positive, help="side that its images are resized to; its own unless given")
+    add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
     add("--classifier", metavar="MODEL", help="measure how often this image classifier finds the classes")
     add(
         "--classifier_labels",
         type=numbers,
         nargs="+",
         metavar="ID",
-        help="its label for each class of the pipeline, such as 0 217 or 0-999; found by name unless given",
+        help="label of --classifier for each class of the pipeline, as 0 217 or 0-999; found by name unless given",
     )
     add("--save", type=Path, metavar="FOLDER", help="write the images here, as PNG files in a new or empty folder")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add_device(parser)
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the pipeline")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the pipeline")
     args = parser.parse_args(argv)
     for option, needed in (("fid_model", "reference"), ("fid_size", "fid_model"), ("classifier_labels", "classifier")):
         if getattr(args, option) and not getattr(args, needed):
@@ -84,21 +86,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.classifier_labels:
         args.classifier_labels = [label for part in args.classifier_labels for label in part]
     return args
-
-
-def check_writable(args: argparse.Namespace) -> None:
-    """Fail before the work, not after it."""
-    for option, path in [x for x in (("--json", args.json), ("--save", args.save)) if x[1]]:
-        folder = path if option == "--save" else path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            if option == "--json" and path.is_dir():
-                raise IsADirectoryError("it is a folder")
-            if option == "--save" and any(folder.iterdir()):
-                raise FileExistsError("it is not empty")
-        except OSError as error:
-            raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
 
 
 def make_frechet(args: argparse.Namespace, device: torch.device, notes: list[str]) -> FrechetDistance | None:
@@ -151,12 +138,6 @@ def save_images(batch: dict[str, Any], folder: Path) -> None:
             Image.fromarray(image).save(file, format="PNG")
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Aligned columns under the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-
-
 def tables(figures: dict[str, Any], names: dict[int, str]) -> list[str]:
     """The figures, and those of each class; class accuracy is among the pipeline's classes, top-1 among all labels."""
     shown = {name: f"{value:.4f}" for name, value in figures.items() if name == "gFID" or name.startswith("FD-")}
@@ -164,20 +145,25 @@ def tables(figures: dict[str, Any], names: dict[int, str]) -> list[str]:
         if key in figures:
             shown[name] = f"{100 * figures[key]:.2f}"
     shown["images/s"] = f"{figures['images_per_second']:.2f}"
-    lines = [table([tuple(shown), tuple(shown.values())])]
+    lines = [align_table([tuple(shown), tuple(shown.values())])]
     if "class_accuracy_per_class" in figures:
         rows: list[tuple[str, ...]] = [("class", "images", "class accuracy, %", "top-1 accuracy, %")]
         columns = (f"{name}_per_class" for name in ("images", "class_accuracy", "top1_accuracy"))
         for label, (count, *shares) in enumerate(zip(*(figures[name] for name in columns))):
             rows.append((names.get(label, str(label)), str(count), *(f"{100 * share:.2f}" for share in shares)))
-        lines += ["", table(rows)]
+        lines += ["", align_table(rows)]
     return lines
 
 
 def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
     device = device_of_process(args, state)
-    check_writable(args)
+    if args.json:
+        check_writable("--json", args.json)
+    if args.save:
+        check_writable("--save", args.save, folder=True)
+        if any(args.save.iterdir()):
+            raise Problem(f"--save {str(args.save)!r} must be a new or empty folder")
 
     def load(name: str) -> HieraTokDiTPipeline:
         folder, dtype = resolve_model(name), getattr(torch, args.dtype)
@@ -191,11 +177,8 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     frechet = make_frechet(args, device, notes)
     facts: dict[str, Any] = {}
     size, bar = image_size(pipe), {"unit": "batch", "disable": not state.is_local_main_process, "leave": False}
-    try:
-        source = {"split": args.reference_split, "streaming": args.streaming}
-        reference = load_images(args.reference, **source) if frechet else None
-    except (ImportError, OSError, ValueError) as error:
-        raise Problem(f"--reference: {one_line(error)}") from error
+    source = {"split": args.reference_split, "streaming": args.streaming}
+    reference = load_or_explain(load_images, "--reference", args.reference, **source) if frechet else None
     # No process writes images before all have seen that the folder is empty.
     state.wait_for_everyone()
 
@@ -231,7 +214,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     if args.json and state.is_main_process:
         report: dict[str, Any] = {"settings": {**vars(args), "labels": "balanced", "size": size}}
         report["settings"] |= {"scheduler": type(pipe.scheduler).__name__, "fid_size": frechet and frechet.size}
-        report |= {"machine": machine(device, state.num_processes), "classes": names, "notes": notes, **facts}
+        report |= {"machine": describe_machine(device, state.num_processes), "classes": names, "notes": notes, **facts}
         write_report(args.json, {**report, **figures})
     guidance = f"guidance {args.guidance_scale:g} from {args.guidance_interval[0]:g} to {args.guidance_interval[1]:g}"
     title = f"{args.samples} images of {args.model!r} at {size} x {size} pixels, balanced labels, {args.steps} steps"

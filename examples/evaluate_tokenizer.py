@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,12 @@ from tqdm import tqdm
 from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
+    align_table,
+    check_writable,
+    describe_machine,
     device_of_process,
     load_or_explain,
-    machine,
+    make_parser,
     one_line,
     positive,
     run_on_processes,
@@ -35,7 +37,7 @@ from hieratok_hf.utils.distributed import gather
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     model = "a name that ships with the package, a folder, or a Hub id; of a pipeline its VAE"
     data = "folders of images, tar shards in webdataset style, or a Hub data set"
@@ -53,11 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this transformers vision model"
     )
     add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
-    add(
-        "--fid_size",
-        type=positive,
-        help="side that its images are resized to; what it was trained with unless given",
-    )
+    add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
     add("--no_fid", action="store_true", help="leave the Fréchet distance out")
     add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled images")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
@@ -68,17 +66,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.no_fid and args.fid_model:
         parser.error("--no_fid and --fid_model contradict each other")
     return args
-
-
-def check_writable(path: Path) -> None:
-    """Fail before the work, not after it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-    except OSError as error:
-        raise Problem(f"--json {str(path)!r} cannot be written: {one_line(error)}") from error
 
 
 def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str]) -> ReconstructionMetrics:
@@ -159,20 +146,15 @@ def table(models: list[dict[str, Any]]) -> str:
     rows = [columns(figures) for figures in models]
     # The first model may lack a figure that another has.
     header = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
-    lines = [header, *([row.get(name, "-") for name in header] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    return align_table([header, *([row.get(name, "-") for name in header] for row in rows)])
 
 
 def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
     """The images to evaluate on, and those to fit a probe to."""
-    try:
-        images = load_images(args.data, split=args.split, streaming=args.streaming)
-        if not args.probe_data:
-            return images, None
-        train = load_images(args.probe_data, streaming=args.streaming)
-    except (ImportError, OSError, ValueError) as error:
-        raise Problem(one_line(error)) from error
+    images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
+    if not args.probe_data:
+        return images, None
+    train = load_or_explain(load_images, "--probe_data", args.probe_data, streaming=args.streaming)
     for option, data in (("--data", images), ("--probe_data", train)):
         if data.label is None:
             raise Problem(f"a probe needs labels, and {option} {data.source} has none")
@@ -187,7 +169,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
     device = device_of_process(args, state)
     if args.json:
-        check_writable(args.json)
+        check_writable("--json", args.json)
     # All of them before any work, so that a wrong name is told at once.
     codecs = {args.model: load_or_explain(load_codec, "--model", args.model, device)}
     codecs |= {name: load_or_explain(load_codec, "--compare", name, device) for name in args.compare}
@@ -221,7 +203,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
         notes.append(f"{metrics.frechet.name} has {few}")
     if args.json and state.is_main_process:
         settings = {**vars(args), "size": size, "fid_size": metrics.frechet and metrics.frechet.size}
-        report = {"settings": settings, "machine": machine(device, state.num_processes), "images": count}
+        report = {"settings": settings, "machine": describe_machine(device, state.num_processes), "images": count}
         write_report(args.json, {**report, "notes": notes, "skipped": skipped, "models": models})
     title = f"{count} images of {images.source} at {size} x {size} pixels, mode of the posterior, float32"
     return [title, table(models), *(f"note: {x}" for x in notes), *(f"skipped: {x}" for x in skipped.values())]

@@ -5,7 +5,6 @@ import io
 import math
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +21,20 @@ from diffusers.utils import logging
 from PIL import Image, ImageDraw, ImageFont
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import Problem, one_line, positive
+from hieratok_hf.cli.command_line import (
+    Problem,
+    add_device,
+    check_writable,
+    find_device,
+    load_or_explain,
+    make_parser,
+    one_line,
+    positive,
+    run_script,
+    write_or_explain,
+)
 from hieratok_hf.evaluation.generation import number_images
 from hieratok_hf.shipped import resolve_model
-from hieratok_hf.utils.files import write_whole
 
 COLUMNS, MARGIN, SMALLEST_PANEL = 10, 8, 128
 PREVIEWS = 6
@@ -38,61 +47,41 @@ OTHER_SCHEDULERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("classes", nargs="*", metavar="CLASS", help="names or numbers; all classes of the pipeline unless given")
-    add("--model", default="hieratok-dit-tiny", help="a folder, a name that ships, or a Hub repository")
-    add("--rows", type=positive, default=4, help="images of a class (default: 4)")
-    add("--steps", type=positive, default=50, help="of the scheduler (default: 50)")
-    add("--guidance_scale", type=float, default=4.0, help="1 is no guidance (default: 4)")
-    add(
-        "--guidance_interval",
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("LO", "HI"),
-        help="shares of noise between which guidance acts, from 0, clean, to 1 (default: 0 1)",
-    )
-    add("--scheduler", choices=("euler", "heun", "dpm", "ddim"), help="that of the pipeline unless given")
-    add("--seed", type=int, default=0, help="of all noise (default: 0)")
-    add("--batch_size", type=positive, default=16, help="images made at a time (default: 16)")
-    add("--device", default="auto", help="a device of torch; auto takes an accelerator if there is one")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("classes", nargs="*", metavar="CLASS", help="names or numbers of classes; all of the pipeline unless given")
+    add("--model", default="hieratok-dit-tiny", help="pipeline: a folder, a name that ships, or a Hub repository")
+    add("--rows", type=positive, default=4, help="images of a class")
+    add("--steps", type=positive, default=50, help="steps of the scheduler")
+    add("--guidance_scale", type=float, default=4.0, help="strength of the guidance; 1 is none")
+    interval = "shares of noise between which guidance acts, from 0, clean, to 1"
+    add("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
+    add("--scheduler", choices=("euler", "heun", "dpm", "ddim"), help="scheduler; the pipeline's own unless given")
+    add("--seed", type=int, default=0, help="seed of all noise")
+    add("--batch_size", type=positive, default=16, help="images made at a time")
+    add_device(parser)
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the pipeline")
     add("--output", type=Path, default=Path("outputs/generated.png"), metavar="FILE", help="PNG file for the sheet")
-    add("--images", type=Path, metavar="FOLDER", help="write each image here as well")
-    add(
-        "--previews",
-        type=positive,
-        metavar="K",
-        help="a second sheet, of what the first K scales of the tokenizer show on the way",
-    )
+    add("--images", type=Path, metavar="FOLDER", help="folder to write each image to as well")
+    previews = "write a second sheet, of what the first K scales of the tokenizer show on the way"
+    add("--previews", type=positive, metavar="K", help=previews)
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
-        args.device = next((name for name, backend in backends.items() if backend.is_available()), "cpu")
+    args.device = find_device(args)
     if args.output.suffix.lower() != ".png":
         parser.error(f"--output must be a PNG file, got {str(args.output)!r}")
     return args
 
 
-def prepare_folder(folder: Path, option: str, given: Path) -> None:
-    """Make a folder, and fail before the work unless files can be made in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise Problem(f"{option} {str(given)!r} cannot be written: {one_line(error)}") from error
-
-
 def load_pipeline(args: argparse.Namespace) -> HieraTokDiTPipeline:
     """The pipeline of a folder, of a name that ships with the package, or of the Hub, in this order."""
-    try:
-        if Path(args.model).is_file():
+
+    def load(name: str) -> HieraTokDiTPipeline:
+        if Path(name).is_file():
             raise ValueError("it is a file, not a folder")
-        folder, dtype = resolve_model(args.model), getattr(torch, args.dtype)
-        pipe = HieraTokDiTPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(args.device)
-    except Exception as error:  # diffusers, safetensors, the Hub and torch raise many types
-        raise Problem(f"--model {args.model!r} cannot be loaded on {args.device!r}: {one_line(error)}") from error
+        folder, dtype = resolve_model(name), getattr(torch, args.dtype)
+        return HieraTokDiTPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(args.device)
+
+    pipe = load_or_explain(load, "--model", args.model)
     if args.scheduler:
         pipe.scheduler = other_scheduler(pipe, args.scheduler)
     return pipe
@@ -113,8 +102,8 @@ def other_scheduler(pipe: HieraTokDiTPipeline, name: str) -> Any:
     return scheduler.from_config(config, shift=shift)
 
 
-def find_classes(pipe: HieraTokDiTPipeline, given: list[str]) -> list[int]:
-    """Numbers of the classes, each once."""
+def read_class_ids(pipe: HieraTokDiTPipeline, given: list[str]) -> list[int]:
+    """Read the numbers of the classes off names and numbers, each once."""
     labels = [int(x) if re.fullmatch(r"-?\d+", x) and x not in pipe.labels else x for x in given]
     try:
         return list(dict.fromkeys(pipe.get_label_ids(labels))) if labels else list(range(pipe.num_classes))
@@ -212,23 +201,17 @@ def make_sheet(labels: list[str], columns: list[list[Image.Image]], sides: Seque
 def save(image: Image.Image, path: Path, option: str) -> Path:
     encoded = io.BytesIO()
     image.save(encoded, format="PNG")
-    try:
-        with write_whole(path) as file:
-            file.write(encoded.getvalue())
-    except OSError as error:
-        raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
+    write_or_explain(option, path, encoded.getvalue())
     return path
 
 
 def run(args: argparse.Namespace) -> list[str]:
     """Make and write all that is asked for, and return the lines to print."""
-    prepare_folder(args.output.parent, "--output", args.output)
-    if args.output.is_dir():
-        raise Problem(f"--output {str(args.output)!r} cannot be written: it is a folder")
+    check_writable("--output", args.output)
     if args.images:
-        prepare_folder(args.images, "--images", args.images)
+        check_writable("--images", args.images, folder=True)
     pipe = load_pipeline(args)
-    ids = find_classes(pipe, args.classes)
+    ids = read_class_ids(pipe, args.classes)
     try:
         images, previews, seconds = make_images(pipe, ids, args)
     except (ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
@@ -255,12 +238,7 @@ def run(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.disable_progress_bar()  # of loading
-    try:
-        print("\n".join(run(args)))
-    except Problem as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script(run, args)
 
 
 if __name__ == "__main__":

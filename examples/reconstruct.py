@@ -4,7 +4,6 @@ import argparse
 import io
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,18 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_image
-from hieratok_hf.cli.command_line import Problem, one_line, positive, write_report
+from hieratok_hf.cli.command_line import (
+    Problem,
+    add_device,
+    align_table,
+    check_writable,
+    find_device,
+    load_or_explain,
+    make_parser,
+    one_line,
+    positive,
+    write_report,
+)
 from hieratok_hf.evaluation.metrics import SSIM_WINDOW, psnr, ssim
 from hieratok_hf.models.losses import image_pyramid
 from hieratok_hf.shipped import resolve_model
@@ -44,7 +54,7 @@ def find_images(sources: list[Path]) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def load_model(name: str, device: str, dtype: str) -> AutoencoderHieraTok:
+def load_model(name: str, device: str | torch.device, dtype: str) -> AutoencoderHieraTok:
     """The model of a folder, of a name that ships with the package, or of the Hub, in this order."""
     if Path(name).is_file():
         raise ValueError("it is a file, not a folder")
@@ -148,12 +158,6 @@ def choose_unused_name(stem: str, used: set[str]) -> str:
     return name
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make a folder, and raise `OSError` unless files can be made in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """The figures in aligned columns, a line an image."""
     lines = [HEADER]
@@ -170,8 +174,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{figures['decode_seconds']:.3f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    return align_table(lines)
 
 
 def mean_of(results: list[dict[str, Any]], key: str) -> float | None:
@@ -184,60 +187,42 @@ def as_report(
     args: argparse.Namespace, results: list[dict], mean: dict[str, Any], failures: dict[str, str]
 ) -> dict[str, Any]:
     """What `--json` tells: the settings, every image's figures, their means, and what failed."""
-    settings = {"model": args.model, "device": args.device, "dtype": args.dtype, "size": args.size}
+    settings = {"model": args.model, "device": str(args.device), "dtype": args.dtype, "size": args.size}
     return {**settings, "images": results, "mean": mean, "failures": failures}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="files, or folders to search")
-    parser.add_argument("--model", default="hieratok-tiny", help="a folder, a name that ships, or a Hub repository")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the sheets")
-    parser.add_argument("--size", type=positive, help="cut at most SIZE x SIZE pixels out of the centre")
-    parser.add_argument(
-        "--device", default="auto", help="a device of torch; auto takes an accelerator if there is one"
-    )
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--full", action="store_true", help=f"panels at full size, not at most {LARGEST_PANEL} pixels")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("images", nargs="*", type=Path, metavar="IMAGE", help="files or folders; the bundled photographs unless given")
+    add("--model", default="hieratok-tiny", help="tokenizer: a folder, a name that ships, or a Hub repository")
+    add("--output", type=Path, default=Path("outputs"), help="folder for the sheets")
+    add("--size", type=positive, help="cut at most SIZE x SIZE pixels out of the centre")
+    add_device(parser)
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the model")
+    add("--full", action="store_true", help=f"show panels at full size, not at most {LARGEST_PANEL} pixels")
+    add("--json", type=Path, metavar="FILE", help="file to write the figures to as well")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
-        args.device = next((name for name, backend in backends.items() if backend.is_available()), "cpu")
+    args.device = find_device(args)
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-
-    def stop(message: str) -> int:
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-
+def run(args: argparse.Namespace) -> int:
+    """Write the sheets and print the table; the exit status, 1 where an image failed."""
     sources = args.images or [BUNDLED]
     if not (paths := find_images(sources)):
-        return stop(f"no images found in {', '.join(repr(str(source)) for source in sources)}")
-    try:
-        prepare_folder(args.output)
-    except OSError as error:
-        return stop(f"--output {str(args.output)!r} is no folder that can be written to: {one_line(error)}")
+        raise Problem(f"no images found in {', '.join(repr(str(source)) for source in sources)}")
+    check_writable("--output", args.output, folder=True)
     if args.json:
-        try:
-            prepare_folder(args.json.parent)
-            if args.json.is_dir():
-                raise IsADirectoryError("it is a folder")
-        except OSError as error:
-            return stop(f"--json {str(args.json)!r} cannot be written: {one_line(error)}")
+        check_writable("--json", args.json)
     try:
         ssim(torch.zeros(1, 3, SSIM_WINDOW, SSIM_WINDOW), torch.zeros(1, 3, SSIM_WINDOW, SSIM_WINDOW))
     except ImportError as error:
-        return stop(one_line(error))
-    try:
-        vae = load_model(args.model, args.device, args.dtype)
-    except Exception as error:  # diffusers, safetensors, the Hub and torch raise many types
-        return stop(f"--model {args.model!r} cannot be loaded on {args.device!r}: {one_line(error)}")
+        raise Problem(one_line(error)) from error
+    vae = load_or_explain(load_model, "--model", args.model, args.device, args.dtype)
     if args.size and args.size < vae.spatial_compression_ratio:
-        return stop(f"--size must be at least the model's patch size {vae.spatial_compression_ratio}, got {args.size}")
+        least = vae.spatial_compression_ratio
+        raise Problem(f"--size must be at least the model's patch size {least}, got {args.size}")
 
     results: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
@@ -263,11 +248,17 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in failures.items():
         print(f"failed: {name!r}: {reason}", file=sys.stderr)
     if args.json:
-        try:
-            write_report(args.json, as_report(args, results, mean, failures))
-        except Problem as problem:
-            return stop(str(problem))
+        write_report(args.json, as_report(args, results, mean, failures))
     return 1 if failures else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        return run(args)
+    except Problem as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import positive, run_training
+from hieratok_hf.cli.command_line import make_parser, positive, run_training
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_batches import iterate_cached, iterate_encoded
 from hieratok_hf.data.latent_cache import LatentCache, encoder_facts
@@ -27,56 +27,56 @@ from hieratok_hf.training.state import TrainingState, learning_rate_factor, stat
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder for states, records, samples and the finished pipeline")
     add("--resume", action="store_true", help="go on from the newest state in --output, if there is one")
-    add("--seed", type=int, default=0)
-    model = parser.add_argument_group("model")
-    model.add_argument("--vae", default="hieratok-tiny", help="the tokenizer: a folder, a Hub id, a name that ships")
-    model.add_argument("--size", choices=DIT_SIZES, default="dit-s", help="of the transformer, from scratch")
-    model.add_argument("--config", type=json.loads, default={}, help="JSON of configuration values of --size")
-    model.add_argument("--patch_size", type=int, default=1, help="cells of the latent a side of a token")
-    model.add_argument(
-        "--transformer", help="weights to start from instead: a folder, Hub id or shipped name, also of a pipeline"
+    add("--seed", type=int, default=0, help="seed of the weights, of the order and of all noise")
+    model = parser.add_argument_group("model").add_argument
+    model("--vae", default="hieratok-tiny", help="the tokenizer: a folder, a Hub id, a name that ships")
+    model("--size", choices=DIT_SIZES, default="dit-s", help="size of the transformer, from scratch")
+    model("--config", type=json.loads, default={}, help="JSON of configuration values of --size")
+    model("--patch_size", type=int, default=1, help="side of a token in cells of the latent")
+    model("--transformer", help="weights to start from instead: a folder, Hub id or shipped name, also of a pipeline")
+    data = parser.add_argument_group("data").add_argument
+    data("--latents", type=Path, help="a folder of examples/cache_latents.py, instead of --data")
+    data("--data", nargs="+", help="folders, tar shards, or data sets of the Hub, encoded every time")
+    data("--split", default="train", help="split of folders and data sets; shards have but one")
+    data("--streaming", action="store_true", help="read while training, without a copy in the cache")
+    data("--image_size", type=int, default=256, help="side of the images in pixels, with --data")
+    data("--crop_scale", type=float, nargs=2, default=(1.0, 1.0), help="range of crops, in shorter sides")
+    data("--class_names", nargs="+", help="names of the classes, one for each, or a JSON file")
+    data("--batch_size", type=positive, default=64, help="images a step, of all processes")
+    data("--num_workers", type=int, default=0, help="processes that read images, with --data")
+    flow = parser.add_argument_group("flow matching").add_argument
+    flow("--class_dropout", type=float, default=0.1, help="share of labels left out, for guidance")
+    flow("--time_mean", type=float, default=0.0, help="mean of the logit of the timesteps")
+    flow("--time_std", type=float, default=1.0, help="std of the logit of the timesteps")
+    flow("--time_shift", type=float, default=1.0, help="shift of all timesteps; above 1 for more noise")
+    optim = parser.add_argument_group("optimisation").add_argument
+    optim("--steps", type=positive, default=100_000, help="steps of the optimiser")
+    optim("--lr", type=float, default=2e-4, help="largest learning rate")
+    optim("--warmup_steps", type=int, default=100, help="steps in which the learning rate rises")
+    optim("--decay_steps", type=int, default=0, help="steps of the cosine at the end")
+    optim("--weight_decay", type=float, default=0.0, help="weight decay of AdamW")
+    optim("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    optim("--ema", type=float, default=0.9999, help="decay of the averaged weights, which are exported")
+    optim("--accumulate", type=positive, default=1, help="parts that a step is computed in")
+    optim("--mixed_precision", choices=("no", "bf16", "fp16"), help="precision; that of accelerate unless given")
+    optim("--compile", action="store_true", help="compile the model")
+    optim("--gradient_checkpointing", action="store_true", help="save memory, not time")
+    report = parser.add_argument_group("reports").add_argument
+    report("--log_every", type=positive, default=50, help="steps between records of the loss")
+    report("--sample_every", type=positive, default=5000, help="steps between samples")
+    report("--sample_steps", type=positive, default=25, help="steps of the scheduler, for the samples")
+    report("--guidance_scale", type=float, default=4.0, help="strength of the guidance of the samples")
+    report("--save_every", type=positive, default=500, help="steps between states")
+    report("--keep", type=positive, default=2, help="states to keep")
+    report("--export_every", type=positive, help="steps between pipelines that are kept; none unless given")
+    report(
+        "--export_dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the pipeline"
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--latents", type=Path, help="a folder of examples/cache_latents.py, instead of --data")
-    data.add_argument("--data", nargs="+", help="folders, tar shards, or data sets of the Hub, encoded every time")
-    data.add_argument("--split", default="train")
-    data.add_argument("--streaming", action="store_true", help="read while training, without a copy in the cache")
-    data.add_argument("--image_size", type=int, default=256, help="side in pixels, with --data")
-    data.add_argument("--crop_scale", type=float, nargs=2, default=(1.0, 1.0), help="of the shorter side")
-    data.add_argument("--class_names", nargs="+", help="one for each class, or a JSON file")
-    data.add_argument("--batch_size", type=positive, default=64, help="images a step, of all processes")
-    data.add_argument("--num_workers", type=int, default=0, help="with --data")
-    flow = parser.add_argument_group("flow matching")
-    flow.add_argument("--class_dropout", type=float, default=0.1, help="share of labels left out, for guidance")
-    flow.add_argument("--time_mean", type=float, default=0.0, help="of the times' logit")
-    flow.add_argument("--time_std", type=float, default=1.0)
-    flow.add_argument("--time_shift", type=float, default=1.0, help="above 1 for noisier times, in samples as well")
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--steps", type=positive, default=100_000)
-    optim.add_argument("--lr", type=float, default=2e-4)
-    optim.add_argument("--warmup_steps", type=int, default=100)
-    optim.add_argument("--decay_steps", type=int, default=0, help="length of the cosine at the end")
-    optim.add_argument("--weight_decay", type=float, default=0.0)
-    optim.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    optim.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights, which are exported")
-    optim.add_argument("--accumulate", type=positive, default=1, help="parts of a step")
-    optim.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"))
-    optim.add_argument("--compile", action="store_true")
-    optim.add_argument("--gradient_checkpointing", action="store_true")
-    report = parser.add_argument_group("reports")
-    report.add_argument("--log_every", type=positive, default=50)
-    report.add_argument("--sample_every", type=positive, default=5000)
-    report.add_argument("--sample_steps", type=positive, default=25, help="of the scheduler, for the samples")
-    report.add_argument("--guidance_scale", type=float, default=4.0, help="of the samples")
-    report.add_argument("--save_every", type=positive, default=500)
-    report.add_argument("--keep", type=positive, default=2, help="states to keep")
-    report.add_argument("--export_every", type=positive, help="keep a pipeline of the averaged weights that often")
-    report.add_argument("--export_dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    report.add_argument("--report_to", help="a tracker of accelerate, as tensorboard")
+    report("--report_to", help="a tracker of accelerate, as tensorboard")
     args = parser.parse_args(argv)
     if (args.latents is None) == (args.data is None):
         parser.error("one of --latents and --data is needed")

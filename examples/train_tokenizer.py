@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
-from hieratok_hf.cli.command_line import positive, run_training
+from hieratok_hf.cli.command_line import make_parser, positive, run_training
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
 from hieratok_hf.evaluation.metrics import FrechetDistance
@@ -32,71 +32,70 @@ from hieratok_hf.training.tokenizer_loss import LossWeights, TokenizerTraining, 
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder for states, records, samples and the finished model")
     add("--resume", action="store_true", help="go on from the newest state in --output, if there is one")
-    add("--seed", type=int, default=0)
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="weights to start from: a folder, a Hub id or a name that ships")
-    model.add_argument("--size", default="hieratok-tiny", help="a named size, from scratch")
-    model.add_argument("--config", type=json.loads, default={}, help="JSON of configuration values of --size")
-    model.add_argument("--scale_factors", type=int, nargs="+", help="other scales, as 8 4 2 1; 1 for a single one")
-    model.add_argument("--downsampling", choices=DOWNSAMPLING, help="of the coarse scales, instead of the model's own")
-    model.add_argument("--freeze_encoder", action="store_true", help="train the decoder alone")
-    model.add_argument("--linear_steps", type=int, default=600, help="steps of the linear path alone, from scratch")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", nargs="+", required=True, help="folders, tar shards, or data sets of the Hub")
-    data.add_argument("--split", default="train")
-    data.add_argument("--streaming", action="store_true", help="read while training, without a copy in the cache")
-    data.add_argument("--crop_sizes", type=int, nargs="+", default=[128], help="a step draws one; same pixels a step")
-    data.add_argument("--crop_scale", type=float, nargs=2, default=(0.5, 1.0), help="of the shorter side; 0 0: as is")
-    data.add_argument(
-        "--batch_size", type=positive, default=16, help="images of the first size a step, of all processes"
+    add("--seed", type=int, default=0, help="seed of the weights, of the order and of all noise")
+    model = parser.add_argument_group("model").add_argument
+    model("--model", help="weights to start from: a folder, a Hub id or a name that ships")
+    model("--size", default="hieratok-tiny", help="a named size, from scratch")
+    model("--config", type=json.loads, default={}, help="JSON of configuration values of --size")
+    model("--scale_factors", type=int, nargs="+", help="scales, as 8 4 2 1; the model's own unless given")
+    model("--downsampling", choices=DOWNSAMPLING, help="way to coarser scales; the model's own unless given")
+    model("--freeze_encoder", action="store_true", help="train the decoder alone")
+    model("--linear_steps", type=int, default=600, help="steps of the linear path alone, from scratch")
+    data = parser.add_argument_group("data").add_argument
+    data("--data", nargs="+", required=True, help="folders, tar shards, or data sets of the Hub")
+    data("--split", default="train", help="split of folders and data sets; shards have but one")
+    data("--streaming", action="store_true", help="read while training, without a copy in the cache")
+    data("--crop_sizes", type=int, nargs="+", default=[128], help="sides of crops; a step draws one")
+    data("--crop_scale", type=float, nargs=2, default=(0.5, 1.0), help="range of crops, in shorter sides; 0 0: as is")
+    data("--batch_size", type=positive, default=16, help="images of the first size a step, of all processes")
+    data("--num_workers", type=int, default=0, help="processes that read images")
+    loss = parser.add_argument_group("losses (a weight of 0 switches one off)").add_argument
+    loss("--pixel_loss", choices=PIXEL_LOSSES, default="l1", help="loss of the pixels")
+    loss("--kl_weight", type=float, help="weight of the KL loss; that of the configuration unless given")
+    loss("--coarse_weight", type=float, help="weight of the coarser scales; that of the configuration unless given")
+    loss("--coarse_start", type=int, default=0, help="step from which the coarser scales count")
+    loss("--border_weight", type=float, default=0.0, help="weight of the loss of seams between patches")
+    loss("--perceptual_weight", type=float, default=0.0, help="weight of the perceptual loss")
+    loss("--lpips_weight", type=float, default=0.0, help="weight of LPIPS; needs the package lpips")
+    loss("--alignment_weight", type=float, default=0.0, help="weight of the alignment with a vision model")
+    loss("--adversarial_weight", type=float, default=0.0, help="factor of the adaptive adversarial weight")
+    loss("--adversarial_start", type=int, default=0, help="step from which the discriminator counts")
+    loss("--latent_noise", type=float, default=0.0, help="largest std of noise mixed into the latents")
+    loss("--latent_jitter", type=float, default=0.0, help="largest std of noise added to the latents")
+    loss("--vision_model", default=DEFAULT_VISION_MODEL, help="model of the perceptual loss and the alignment")
+    optim = parser.add_argument_group("optimisation").add_argument
+    optim("--steps", type=positive, default=10_000, help="steps of the optimiser")
+    optim("--lr", type=float, default=1e-3, help="largest learning rate")
+    optim("--linear_lr_factor", type=float, default=0.1, help="factor of --lr for the linear path")
+    optim("--discriminator_lr", type=float, default=2e-4, help="learning rate of the discriminator")
+    optim("--warmup_steps", type=int, default=100, help="steps in which the learning rate rises")
+    optim("--decay_steps", type=int, help="steps of the cosine at the end; all unless given")
+    optim("--weight_decay", type=float, default=0.0, help="weight decay of AdamW")
+    optim("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    optim("--ema", type=float, default=0.999, help="decay of the averaged weights, which are exported")
+    optim("--accumulate", type=positive, default=1, help="parts that a step is computed in")
+    optim("--mixed_precision", choices=("no", "bf16", "fp16"), help="precision; that of accelerate unless given")
+    optim("--compile", action="store_true", help="compile the model")
+    report = parser.add_argument_group("reports").add_argument
+    report("--log_every", type=positive, default=50, help="steps between records of the losses")
+    report("--sample_every", type=positive, default=1000, help="steps between samples")
+    report("--save_every", type=positive, default=500, help="steps between states")
+    report("--keep", type=positive, default=2, help="states to keep")
+    report(
+        "--statistics_batches",
+        type=positive,
+        default=64,
+        help="batches for the start and for the statistics of the latents",
     )
-    data.add_argument("--num_workers", type=int, default=0)
-    loss = parser.add_argument_group("losses (a weight of 0 switches one off)")
-    loss.add_argument("--pixel_loss", choices=PIXEL_LOSSES, default="l1")
-    loss.add_argument("--kl_weight", type=float, help="that of the configuration unless given")
-    loss.add_argument("--coarse_weight", type=float, help="of the coarser scales; as --kl_weight")
-    loss.add_argument("--coarse_start", type=int, default=0, help="step from which the coarser scales count")
-    loss.add_argument("--border_weight", type=float, default=0.0, help="of seams between patches")
-    loss.add_argument("--perceptual_weight", type=float, default=0.0)
-    loss.add_argument("--lpips_weight", type=float, default=0.0)
-    loss.add_argument("--alignment_weight", type=float, default=0.0, help="of the latents with a vision model")
-    loss.add_argument("--adversarial_weight", type=float, default=0.0, help="beside the adaptive weight")
-    loss.add_argument("--adversarial_start", type=int, default=0, help="step from which the discriminator counts")
-    loss.add_argument("--latent_noise", type=float, default=0.0, help="largest deviation mixed into the latents")
-    loss.add_argument("--latent_jitter", type=float, default=0.0, help="largest deviation added to the latents")
-    loss.add_argument("--vision_model", default=DEFAULT_VISION_MODEL, help="of the perceptual loss and the alignment")
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--steps", type=positive, default=10_000)
-    optim.add_argument("--lr", type=float, default=1e-3)
-    optim.add_argument(
-        "--linear_lr_factor", type=float, default=0.1, help="of the linear path, which noise would undo"
-    )
-    optim.add_argument("--discriminator_lr", type=float, default=2e-4)
-    optim.add_argument("--warmup_steps", type=int, default=100)
-    optim.add_argument("--decay_steps", type=int, help="length of the cosine at the end; all steps unless given")
-    optim.add_argument("--weight_decay", type=float, default=0.0)
-    optim.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    optim.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are exported")
-    optim.add_argument("--accumulate", type=positive, default=1, help="parts of a step")
-    optim.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"))
-    optim.add_argument("--compile", action="store_true")
-    report = parser.add_argument_group("reports")
-    report.add_argument("--log_every", type=positive, default=50)
-    report.add_argument("--sample_every", type=positive, default=1000)
-    report.add_argument("--save_every", type=positive, default=500)
-    report.add_argument("--keep", type=positive, default=2, help="states to keep")
-    report.add_argument(
-        "--statistics_batches", type=positive, default=64, help="for the start and the latent statistics"
-    )
-    report.add_argument("--report_to", help="a tracker of accelerate, as tensorboard")
-    report.add_argument("--validation_data", nargs="+", help="images to measure on while training")
-    report.add_argument("--validation_split", default="train")
-    report.add_argument("--fid_size", type=int, help="side that images get for the vision model; its own unless given")
-    report.add_argument("--validation_every", type=positive, default=1000)
+    report("--report_to", help="a tracker of accelerate, as tensorboard")
+    report("--validation_data", nargs="+", help="images to measure on while training")
+    report("--validation_split", default="train", help="split of --validation_data")
+    report("--fid_size", type=int, help="side that images get for the vision model; its own unless given")
+    report("--validation_every", type=positive, default=1000, help="steps between measurements")
     args = parser.parse_args(argv)
     args.decay_steps = args.steps if args.decay_steps is None else args.decay_steps
     return args
@@ -181,18 +180,19 @@ def train(args: argparse.Namespace) -> None:
     groups = parameter_groups(model, args.linear_lr_factor)
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
-    trained, adversary = [(model, optimizer)], None
-    if args.adversarial_weight:
-        adversary = PatchDiscriminator()
-        judge = torch.optim.Adam(adversary.parameters(), args.discriminator_lr, betas=(0.5, 0.9))
-        trained.append(accelerator.prepare(adversary, judge))
+    discriminator = PatchDiscriminator() if args.adversarial_weight else None
     objective = TrainingLoss(
         weights,
         perceptual=PerceptualDistance(vision) if args.perceptual_weight else None,
         lpips=load_lpips().to(device) if args.lpips_weight else None,
-        discriminator=adversary,
+        discriminator=discriminator,
         total=partial(accelerator.reduce, reduction="sum"),
     )
+    trained = [(model, optimizer)]
+    if discriminator is not None:
+        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_lr, betas=(0.5, 0.9))
+        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+        trained.append((discriminator, discriminator_optimizer))
     training = TrainingState(core, trained, args.ema)
 
     def averaged() -> HieraTokCore:
@@ -225,11 +225,11 @@ def train(args: argparse.Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if objective.is_adversarial(step):
-                scores = trained[1][0](torch.cat([pixel_values, made[-1].detach()]))
+                scores = discriminator(torch.cat([pixel_values, made[-1].detach()]))
                 losses["discriminator"] = discriminator_hinge_loss(*scores.chunk(2))
                 accelerator.backward(losses["discriminator"])
-                trained[1][1].step()
-                trained[1][1].zero_grad()
+                discriminator_optimizer.step()
+                discriminator_optimizer.zero_grad()
         report.add(losses, batch["skipped"])
         if not last_part:
             continue

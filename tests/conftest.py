@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ if not torch.cuda.is_available():
 from helpers import random_core, tiny
 from hub_server import hub_here as hub_here
 from hub_server import hub_server as hub_server
-from scripts import forget_processes
+from scripts import forget_processes, load_script
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
 
@@ -66,23 +67,12 @@ def script_surroundings(request, tmp_path_factory, monkeypatch):
     forget_processes()
 
 
-def script_of(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of a folder of the repository as a module, with the scripts beside it to import."""
-    path = Path(__file__).parents[1] / folder / f"{name}.py"
-    monkeypatch.syspath_prepend(str(path.parent))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def load_benchmark(monkeypatch, tmp_path) -> Callable[[str], ModuleType]:
     """A script of `benchmarks/` as a module, whose results go to a folder of the test."""
 
     def load(name: str) -> ModuleType:
-        module = script_of("benchmarks", name, monkeypatch)
+        module = load_script("benchmarks", name)
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results", raising=False)
         return module
 
@@ -90,9 +80,9 @@ def load_benchmark(monkeypatch, tmp_path) -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture
-def load_conversion(monkeypatch) -> Callable[[str], ModuleType]:
+def load_conversion() -> Callable[[str], ModuleType]:
     """A script of `conversion/` as a module."""
-    return lambda name: script_of("conversion", name, monkeypatch)
+    return partial(load_script, "conversion")
 
 
 @pytest.fixture

@@ -1,14 +1,37 @@
-"""What tests of several scripts share: surroundings of their own, and the records that they leave."""
+"""What tests of several scripts share: the scripts as modules, processes that run or kill them, and their records."""
 
+import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers import MobileNetV2Config, MobileNetV2Model
+
+ROOT = Path(__file__).parents[1]
+# What accelerate launch --use_fsdp sets, on CPUs.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+FSDP |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+FSDP |= {"ACCELERATE_USE_CPU": "true"}
+
+
+def load_script(folder: str, name: str) -> ModuleType:
+    """A script of a folder of the repository as a module of its own, with the scripts beside it to import."""
+    path = ROOT / folder / f"{name}.py"
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def forget_processes() -> None:
@@ -21,23 +44,62 @@ def records(output: Path, name: str = "losses.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / name).read_text().splitlines()]
 
 
-def two_processes(script: Path, arguments: list[Any], cache: Path) -> tuple[str, str]:
+def report_in(folder: Path) -> dict[str, Any]:
+    """The only report in the folder of a benchmark's results."""
+    (path,) = folder.iterdir()
+    return json.loads(path.read_text())
+
+
+def with_defaults(given: list[Any], defaults: dict[str, Any]) -> list[str]:
+    """Arguments, and those of `defaults` that are not given."""
+    return [str(x) for x in [*given, *(x for pair in defaults.items() if pair[0] not in given for x in pair)]]
+
+
+def error_of(capsys: Any) -> str:
+    """The one line of error that a script printed, beside its progress bar."""
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    assert not any("Traceback" in line for line in lines)
+    (error,) = (line for line in lines if line.startswith("error: "))
+    return error
+
+
+def save_vision_model(folder: Path, kind: type = MobileNetV2Model, **config: Any) -> Path:
+    """A MobileNetV2 with weights that leave something of an image, unlike those that it begins with."""
+    torch.manual_seed(0)
+    network = kind(MobileNetV2Config(depth_multiplier=0.1, min_depth=4, image_size=32, **config))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    network.save_pretrained(folder)
+    return folder
+
+
+def two_processes(script: Path, arguments: list[Any], cache: Path, **environment: str) -> tuple[str, str]:
     """What the first and the second of two processes of a script print; both must end well."""
     command = [sys.executable, str(script), *map(str, arguments)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         # What torchrun tells its processes; starting it as well would take as long as all else.
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    group |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)}
+    group |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache), **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
         subprocess.Popen(command, env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank}, **pipes)
         for rank in "01"
     ]
     try:
-        told = [process.communicate(timeout=120) for process in started]
+        told = [process.communicate(timeout=240) for process in started]
     finally:
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "".join(errors for _, errors in told)
     return told[0][0], told[1][0]
+
+
+def kill_and_go_on(script: Path, watch: str, runs: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
+    """How runs of `kill_and_resume.py` ended, one after the other."""
+    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), str(script), watch, json.dumps(runs)]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)}
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=400)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])

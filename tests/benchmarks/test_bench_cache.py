@@ -1,13 +1,10 @@
 """The benchmark of caching: it measures both sides on the same images and records what it prints."""
 
-import json
-from pathlib import Path
-
 import pytest
+from scripts import report_in
 
 pytest.importorskip("datasets", reason="images are read through it")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -20,8 +17,7 @@ ARGUMENTS = ["--device", "cpu", "--images", "6", "--pixels", "16", "--batch_size
 
 def test_both_sides_are_measured_and_recorded(bench, tmp_path, capsys):
     assert bench.main(ARGUMENTS) == 0
-    (path,) = (tmp_path / "results").iterdir()
-    report = json.loads(path.read_text())
+    report = report_in(tmp_path / "results")
     assert report["images"] == 6 and report["shard_size"] == 3 and report["size"] == "hieratok-tiny"
     assert 0 < report["caching_over_encoding"] < 10
     assert "images_per_second" not in report  # speeds of a CPU are ratios

@@ -1,14 +1,10 @@
 """The benchmark of sampling: its correlation, and that it measures all that it prints."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import images
+from scripts import report_in
 from tiny_pipelines import tiny_pipeline
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -40,8 +36,7 @@ def test_everything_is_measured_and_recorded(bench, tmp_path, capsys):
     folder = tiny_pipeline(tmp_path / "pipe")
     given = ["--model", folder, "--device", "cpu", "--steps", "4", "--images", "3", "--seconds", "0", "--json"]
     assert bench.main(given) == 0
-    (path,) = (tmp_path / "results").iterdir()
-    report = json.loads(path.read_text())
+    report = report_in(tmp_path / "results")
     assert report["model"] == "pipe" and report["images_per_second"] > 0
     assert 0 < report["decode_share"] < 1 and len(report["correlation_at_each_quarter"]) == 4
     (row,) = report["decoders"]

@@ -1,15 +1,14 @@
 """The benchmark of reconstruction: its baselines are what they say, and every row is measured."""
 
 import io
-import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import random_core, tiny_vision_model
 from PIL import Image
+from scripts import ROOT, report_in
 
 pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")
@@ -19,7 +18,7 @@ from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.metrics import psnr, ssim
 from hieratok_hf.models.autoencoder_adapter import load_codec
 
-PHOTOGRAPH = open_image(next(iter(sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.webp")))))
+PHOTOGRAPH = open_image(min((ROOT / "examples" / "images").glob("*.webp")))
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def _decoded(jpeg, image, quality):
 def test_every_row_is_measured_and_parts_add_up(bench, data, tokenizer, tmp_path, capsys):
     given = ["--data", str(data), "--models", str(tokenizer), "--json", "--sets"]
     assert bench.main([*given, "one"]) == 0 and bench.main([*given, "two", "--max_images", "4"]) == 0
-    report = json.loads(next((tmp_path / "results").iterdir()).read_text())
+    report = report_in(tmp_path / "results")
     rows = {(row["data"], row["code"]): row for row in report["rows"]}
     codes = ("tokenizer", "its linear path alone", "principal components", "JPEG")
     assert list(rows) == [(name, code) for name in ("one", "two") for code in codes]

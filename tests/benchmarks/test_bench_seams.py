@@ -1,11 +1,10 @@
 """The benchmark of seams and of noise on latents: it measures what it prints, and its parts add up."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from helpers import random_core
+from scripts import report_in
 from test_bench_reconstruction import crop
 from tiny_pipelines import tiny_pipeline
 
@@ -36,7 +35,7 @@ def test_every_row_is_measured_and_parts_add_up(bench, tmp_path, capsys):
     given = ["--data", str(tmp_path), "--deviations", "0.5", "2", "--images", "3", "--json"]
     assert bench.main([*given, "--models", str(tmp_path / "tokenizer"), "--pipelines"]) == 0
     assert bench.main([*given, "--models", "--pipelines", tiny_pipeline(tmp_path / "generator")]) == 0
-    report = json.loads(next((tmp_path / "results").iterdir()).read_text())
+    report = report_in(tmp_path / "results")
     ((tokenizer,), (generator,)) = report["tokenizers"], report["generators"]
     assert tokenizer["images"] == generator["images"] == 3
     core = random_core()

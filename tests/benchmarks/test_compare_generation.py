@@ -1,18 +1,15 @@
 """Tests of `benchmarks/compare_generation.py`: both rows from images to table, going on, and what the table says."""
 
-import importlib.util
 import io
 import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import random_core
 from PIL import Image
-from scripts import forget_processes
-from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+from scripts import forget_processes, load_script, save_vision_model
+from transformers import MobileNetV2ForImageClassification
 
 pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("sklearn", reason="t-SNE is that of scikit-learn")
@@ -20,7 +17,6 @@ pytest.importorskip("torchmetrics", reason="it measures the distance")
 
 from hieratok_hf import AutoencoderHieraTok
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["English_springer", "golf_ball", "tench"]
 DIT = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 TINY = [
@@ -30,17 +26,9 @@ TINY = [
 ]
 
 
-def load(folder, name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def compare(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return load("benchmarks", "compare_generation")
+def compare():
+    return load_script("benchmarks", "compare_generation")
 
 
 @pytest.fixture
@@ -58,14 +46,9 @@ def world(compare, tmp_path, monkeypatch):
                 member = tarfile.TarInfo(f"{i:06}.{suffix}")
                 member.size = len(payload)
                 tar.addfile(member, io.BytesIO(payload))
-    names = {"id2label": dict(enumerate(["background", "tench", "English springer", "golf ball"]))}
-    sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4, "finegrained_output": False}
-    torch.manual_seed(0)
-    network = MobileNetV2ForImageClassification(MobileNetV2Config(**sizes, **names, image_size=32))
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)  # the model's own would leave next to nothing of an image
-    network.save_pretrained(data / "mobilenet_v2_1.0_224")
+    config = {"id2label": dict(enumerate(["background", "tench", "English springer", "golf ball"]))}
+    config |= {"depth_divisible_by": 4, "finegrained_output": False}
+    save_vision_model(data / "mobilenet_v2_1.0_224", MobileNetV2ForImageClassification, **config)
     for row, factors in (("single", (1,)), ("multi", (2, 1))):
         vae = AutoencoderHieraTok.from_core(random_core(scale_factors=factors))
         vae.save_pretrained(tmp_path / "tokenizers" / f"{row}-0")
@@ -81,7 +64,7 @@ def world(compare, tmp_path, monkeypatch):
     def call(script, arguments, log):
         calls.append(script)
         forget_processes()
-        assert load("examples", script).main(list(map(str, arguments))) == 0, script
+        assert load_script("examples", script).main(list(map(str, arguments))) == 0, script
 
     monkeypatch.setattr(compare, "call", call)
     folders = ["--data", data, "--tokenizers", tmp_path / "tokenizers", "--output", tmp_path / "runs"]
@@ -187,9 +170,12 @@ def test_what_cannot_run_is_said(compare, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         compare.main(["--steps", "5", "--export_every", "2"])
     assert "multiple of --export_every" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"cache_latents.py failed; .*log.txt says why"):
-        compare.call("cache_latents", ["--model", tmp_path / "none"], tmp_path / "log.txt")
-    assert "--data" in (tmp_path / "log.txt").read_text()
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "fails.py").write_text("import sys; sys.exit(' '.join(sys.argv[1:]))")
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"fails.py failed; .*log.txt says why"):
+        compare.call("fails", ["--model", "none"], tmp_path / "log.txt")
+    assert (tmp_path / "log.txt").read_text() == "--model none\n"
     with pytest.raises(ValueError, match="once"):
         compare.filled("no marker", compare.BEGIN, "")
 

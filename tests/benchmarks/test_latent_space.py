@@ -1,15 +1,14 @@
 """Tests of `benchmarks/latent_space.py`: signals whose figures are known, and what it draws and prints."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import noise, random_core
 from latent_data import make_images
 from PIL import Image
+from scripts import load_script
 
 pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("sklearn", reason="t-SNE is that of scikit-learn")
@@ -17,10 +16,7 @@ pytest.importorskip("sklearn", reason="t-SNE is that of scikit-learn")
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_writer import write_latents
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "latent_space.py"
-SPEC = importlib.util.spec_from_file_location("latent_space", SCRIPT)
-space = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(space)
+space = load_script("benchmarks", "latent_space")
 
 
 def directions(count, dimensions):
@@ -47,7 +43,7 @@ def test_white_noise_is_flat_and_has_the_share_of_the_frequencies():
     assert space.excess_kurtosis(latents).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("k", [0, 1, 3, 4, 6])
+@pytest.mark.parametrize("k", [0, 3, 4])
 def test_a_cosine_has_its_energy_in_its_own_ring(k):
     # k half periods across the grid; of k = 0 each image is a constant of its own.
     wave = torch.cos(torch.pi / 8 * k * (torch.arange(8) + 0.5))

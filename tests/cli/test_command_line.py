@@ -2,16 +2,22 @@
 
 import argparse
 import json
-from unittest import mock
 
 import pytest
 import torch
+from accelerate import PartialState
+from scripts import ROOT, load_script
 
 from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
+    align_table,
+    check_writable,
+    describe_machine,
+    find_device,
     load_or_explain,
-    machine,
+    make_parser,
+    one_line,
     positive,
     run_on_processes,
     run_script,
@@ -22,21 +28,26 @@ from hieratok_hf.cli.command_line import (
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
 
-def test_options_are_checked_and_what_cannot_be_loaded_is_named(capsys):
+def test_errors_become_one_line():
+    assert one_line(ValueError("several\n  lines of\ttext")) == "several lines of text"
+    assert one_line(MemoryError()) == "MemoryError"
+
+
+def test_whole_numbers_from_one():
     assert positive("3") == 3
     for text in ("0", "-1", "1.5", "three"):
         with pytest.raises(ValueError):
             positive(text)
-    parser = argparse.ArgumentParser()
-    add_device(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--device", "toaster"])
-    assert "got 'toaster'" in capsys.readouterr().err
-    assert parser.parse_args(["--device", "cpu"]).device == torch.device("cpu")
+
+
+def test_what_cannot_be_loaded_is_named():
     assert load_or_explain(lambda name, more: (name, more), "--model", "x", 2) == ("x", 2)
-    for error, named in ((KeyError("no\nsuch  key"), "no.*such key"), (MemoryError(), "MemoryError")):
-        with pytest.raises(Problem, match=f"--model 'x' cannot be loaded: .*{named}"):
-            load_or_explain(mock.Mock(side_effect=error), "--model", "x")
+
+    def fail(name):
+        raise KeyError("no\nsuch key")
+
+    with pytest.raises(Problem, match=r"--model 'x' cannot be loaded: .*such key"):
+        load_or_explain(fail, "--model", "x")
 
 
 def test_reports_are_json_and_written_whole(tmp_path):
@@ -49,23 +60,83 @@ def test_reports_are_json_and_written_whole(tmp_path):
 
 
 def test_the_machine_is_named():
-    facts = machine(torch.device("cpu"), 2)
+    facts = describe_machine(torch.device("cpu"), 2)
     assert facts["device"] == "cpu" and facts["torch"] == torch.__version__ and facts["processes"] == 2
     assert facts["cpu"]
 
 
-def test_lines_are_printed_and_problems_become_the_status(capsys):
-    def run(args, state=None):
+def test_rows_are_aligned():
+    assert align_table([["name", "x"], ["a", "1.25"], ["longer", "-"]]) == "name       x\na       1.25\nlonger     -"
+
+
+def test_an_output_that_cannot_be_written_is_named_before_the_work(tmp_path):
+    check_writable("--json", tmp_path / "new" / "a.json")
+    check_writable("--images", tmp_path / "images", folder=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "new"]
+    (tmp_path / "file").touch()
+    with pytest.raises(Problem, match=r"--json .*it is a folder"):
+        check_writable("--json", tmp_path / "new")
+    with pytest.raises(Problem, match=r"--images .*cannot be written"):
+        check_writable("--images", tmp_path / "file", folder=True)
+
+
+def test_devices(capsys):
+    parser = make_parser("A script.")
+    add_device(parser)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--device", "toaster"])
+    assert "must be a device of torch, such as cuda or cpu, got 'toaster'" in capsys.readouterr().err
+    assert find_device(parser.parse_args(["--device", "meta"])) == torch.device("meta")
+    if not torch.accelerator.is_available():
+        assert find_device(parser.parse_args([])) == find_device(parser.parse_args(["--device", "auto"]))
+        assert find_device(parser.parse_args([])) == torch.device("cpu")
+
+
+SCRIPTS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_the_help_of_a_script_shows_every_default(path, monkeypatch):
+    if not hasattr(script := load_script(path.parent.name, path.stem), "main"):
+        pytest.skip("it is no program")
+    found = []
+
+    def parse(parser, argv):
+        found.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(SystemExit):
+        script.main([])
+    (parser,) = found
+    for action in parser._actions:
+        assert action.help, action.dest
+        shown = "" if action.help == argparse.SUPPRESS else parser._get_formatter()._expand_help(action)
+        if action.default not in (None, argparse.SUPPRESS) and not isinstance(action.default, bool) and shown:
+            assert str(action.default) in shown, action.dest
+
+
+def test_a_script_of_one_process_prints_lines_or_its_problem(capsys):
+    def run(args):
+        if args.text == "bad":
+            raise Problem("no such thing")
+        return [args.text, "b"]
+
+    assert run_script(run, argparse.Namespace(text="a")) == 0
+    assert run_script(run, argparse.Namespace(text="bad")) == 2
+    assert capsys.readouterr() == ("a\nb\n", "error: no such thing\n")
+
+
+def test_a_script_of_several_processes_prints_lines_or_its_problem(capsys):
+    def run(args, state):
+        assert type(state) is PartialState
         if args.text == "bad":
             raise Problem("it cannot be done")
-        return [args.text, type(state).__name__]
+        return [args.text, "more"]
 
-    for start, name in ((run_script, "NoneType"), (run_on_processes, "PartialState")):
-        for device in (None, torch.device("cpu")):
-            assert start(run, argparse.Namespace(device=device, text="good")) == 0
-            assert capsys.readouterr() == (f"good\n{name}\n", "")
-        assert start(run, argparse.Namespace(device=None, text="bad")) == 2
-        assert capsys.readouterr() == ("", "error: it cannot be done\n")
+    assert run_on_processes(run, argparse.Namespace(device=torch.device("cpu"), text="good")) == 0
+    assert run_on_processes(run, argparse.Namespace(device=None, text="bad")) == 2
+    assert capsys.readouterr() == ("good\nmore\n", "error: it cannot be done\n")
 
 
 def test_errors_of_a_training_become_the_status(capsys):

@@ -1,4 +1,4 @@
-"""Tests of the page of `examples/app.py` in a browser: results, live previews, messages, two visitors, privacy."""
+"""Tests of the page of `examples/app.py` in a browser: results, live previews, messages, privacy."""
 
 import argparse
 import io
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import script_of
 from image_files import noise, png, saved
 from PIL import Image
+from scripts import ROOT, load_script
 
 import hieratok_hf
 from hieratok_hf import HieraTokDiTPipeline
@@ -29,11 +29,8 @@ pytest.importorskip("torchmetrics", reason="it computes the SSIM")
 playwright = pytest.importorskip("playwright.sync_api", reason="it drives the browser")
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome"),
-]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60_000  # milliseconds, for machines with other work
 OBSERVER = """() => {
     window.seen = [];
@@ -139,30 +136,22 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def visitors(site, browser):
-    """Two, each with a browser of their own; what they ask for is kept in `site`."""
-    contexts = [browser.new_context() for _ in range(2)]
-    for context in contexts:
-        context.set_default_timeout(PATIENCE)
-        context.on("request", lambda request: site.requests.append(request.url))
-        context.add_init_script(LISTENER)
-    return contexts
+def visitor(site, browser):
+    """A browser of a visitor; what it asks for is kept in `site`."""
+    context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
+    context.on("request", lambda request: site.requests.append(request.url))
+    context.add_init_script(LISTENER)
+    return context
 
 
 @pytest.fixture
-def visit(site, visitors):
-    """Open the page as one of the visitors."""
-    pages = []
-
-    def open_page(visitor=0):
-        pages.append(visitors[visitor].new_page())
-        pages[-1].goto(site.url)
-        pages[-1].wait_for_selector("#scales img")
-        return pages[-1]
-
-    yield open_page
-    for page in pages:
-        page.close()
+def page(site, visitor):
+    page = visitor.new_page()
+    page.goto(site.url)
+    page.wait_for_selector("#scales img")
+    yield page
+    page.close()
 
 
 def upload(page, path):
@@ -180,8 +169,8 @@ def hat(folder, name, side):
     return saved(folder, Image.open(ROOT / "examples" / "images" / "hat.webp").resize((side, side)), name)
 
 
-def figures_of(path, monkeypatch):
-    script = script_of("examples", "reconstruct", monkeypatch)
+def figures_of(path):
+    script = load_script("examples", "reconstruct")
     vae = script.load_model("hieratok-tiny", "cpu", "float32")
     return script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))[1]
 
@@ -195,13 +184,13 @@ def fetched(page, source):
     return Image.open(io.BytesIO(page.request.get(source).body()))
 
 
-def test_upload_and_reconstruct(visit, site, tmp_path, monkeypatch):
-    page, path = visit(), hat(tmp_path, "photo.png", 512)
+def test_upload_and_reconstruct(page, tmp_path):
+    path = hat(tmp_path, "photo.png", 512)
     start = time.perf_counter()
     upload(page, path)
     rows = result(page, "photo.png")
     seconds = time.perf_counter() - start
-    figures = figures_of(path, monkeypatch)
+    figures = figures_of(path)
     assert rows["photo.png"] == "512 x 512 pixels"
     assert rows["PSNR"] == f"{figures['psnr_db']:.2f} dB" and rows["SSIM"] == f"{figures['ssim']:.4f}"
     assert rows["latent"] == "16 x 64 x 64, 65,536 numbers" and rows["compression"] == "12.0x fewer numbers"
@@ -210,19 +199,14 @@ def test_upload_and_reconstruct(visit, site, tmp_path, monkeypatch):
     np.testing.assert_array_equal(original, Image.open(path))
     error = np.square(np.asarray(original).astype(int) - np.asarray(reconstruction)).mean()
     assert 10 * np.log10(255**2 / error) == pytest.approx(figures["psnr_db"], abs=1e-3)
-    captions = page.locator("#scales .caption-label").all_inner_texts()
-    made = zip((64, 128, 256, 512), figures["scales_psnr_db"], strict=True)
-    scales = [f"scale {i}: {side} x {side}, {decibels:.1f} dB" for i, (side, decibels) in enumerate(made, start=1)]
-    assert captions == ["original", *scales, "difference x4"]
-    assert page.locator("#scales img").count() == len(captions)
+    assert page.locator("#scales img").count() == 6
 
     page.locator("#examples img, #examples button").last.click()
     assert result(page, "jacket.webp")["jacket.webp"] == "256 x 256 pixels"
     assert seconds < 20, f"{seconds:.1f} s from the upload to the result"
 
 
-def test_previews_arrive_before_the_images(visit):
-    page = visit()
+def test_previews_arrive_before_the_images(page):
     page.get_by_role("tab", name="Generate").click()
     choose(page, "Seed", 7)
     choose(page, "number input for Steps", 20)
@@ -252,19 +236,11 @@ def test_previews_arrive_before_the_images(visit):
     assert abs(shown - expected.permute(0, 2, 3, 1).numpy()).max() <= 2
 
 
-def test_files_that_cannot_be_used_are_named_with_the_reason(visit, tmp_path):
-    page = visit()
+def test_files_that_cannot_be_used_are_named_with_the_reason(page, tmp_path):
     whole = saved(tmp_path, Image.fromarray(noise(64, 64)), "whole.png").read_bytes()
-    Image.new("L", (8000, 6250), 90).save(tmp_path / "large.png")
-    (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 3])
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000, 8, 2))
-    reasons = {
-        "broken.png": "cannot be decoded",
-        "large.png": "is too large for the limit of 32 megapixels (8000 x 6250 pixels)",
-        "notes.txt": "is no image",
-        "bomb.png": "is too large for the limit of 32 megapixels",
-    }
+    reasons = {"notes.txt": "is no image", "bomb.png": "is too large for the limit of 32 megapixels"}
     for name, reason in reasons.items():
         upload(page, tmp_path / name)
         page.wait_for_selector(f"#message:has-text('{name}')")
@@ -279,27 +255,6 @@ def test_files_that_cannot_be_used_are_named_with_the_reason(visit, tmp_path):
     assert page.is_visible("#slider") and not page.is_visible("#message")
 
 
-def test_two_visitors_at_once(visit, tmp_path, monkeypatch):
-    pages = [visit(0), visit(1)]
-    paths = [hat(tmp_path, "one.png", 256), hat(tmp_path, "two.png", 320)]
-    for page, path in zip(pages, paths):
-        upload(page, path)
-    for page, path in zip(pages, paths):
-        assert result(page, path.name)["PSNR"] == f"{figures_of(path, monkeypatch)['psnr_db']:.2f} dB"
-    for seed, page in enumerate(pages, start=1):
-        page.get_by_role("tab", name="Generate").click()
-        choose(page, "Seed", seed)
-        choose(page, "number input for Steps", 8)
-    for page in pages:
-        page.get_by_role("button", name="Generate").click()
-    made = []
-    for seed, page in enumerate(pages, start=1):
-        page.wait_for_selector(f"#status :text('seed {seed}, 8 steps')")
-        page.wait_for_timeout(300)
-        made.append(np.asarray(fetched(page, page.locator("#generated img").first.get_attribute("src"))))
-    assert [image.shape for image in made] == [(64, 64, 3)] * 2 and abs(made[0].astype(int) - made[1]).mean() > 5
-
-
 STRANGE = "/etc/hostname"
 
 
@@ -309,8 +264,7 @@ def server_paths(text, temporary):
     return {path for path in found if os.path.exists(path) and not Path(path).is_relative_to(temporary)}
 
 
-def test_the_page_keeps_to_itself(visit, site, tmp_path):
-    page = visit()
+def test_the_page_keeps_to_itself(page, site, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     for path in (hat(tmp_path, "photo.png", 256), tmp_path / "notes.txt"):
         upload(page, path)

@@ -1,24 +1,17 @@
 """Tests of `examples/generate.py`: the sheets and their labels, schedulers, independence of the batch, bad input."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from huggingface_hub import constants
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw, ImageFont
+from scripts import error_of, load_script, with_defaults
 from tiny_pipelines import make_pipeline, tiny_pipeline
 
 from hieratok_hf.evaluation.generation import number_images
 
-ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location("generate", ROOT / "examples" / "generate.py")
-script = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(script)
-
-SIDE = 8
+script = load_script("examples", "generate")
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +20,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(folder, monkeypatch, capsys, tmp_path):
-    """Call `main`; gives the exit status, what it printed, and its errors."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
+def run(folder, tmp_path):
+    """Call `main`; gives the exit status."""
 
-    def call(*argv, model=folder, output=tmp_path / "sheet.png", steps=3):
-        more = ["--model", model, "--output", output, "--steps", steps, "--device", "cpu"]
-        status = script.main([*map(str, argv), *map(str, more)])
-        return status, *capsys.readouterr()
+    def call(*given):
+        defaults = {"--model": folder, "--output": tmp_path / "sheet.png", "--steps": 3, "--device": "cpu"}
+        return script.main(with_defaults(list(given), defaults))
 
     return call
 
@@ -53,9 +44,9 @@ def panels(sheet, columns, rows):
     return [[sheet[y : y + panel, x : x + panel] for x, y in column] for column in corners]
 
 
-def test_a_column_a_class_and_every_image_as_a_file(run, folder, tmp_path):
-    status, output, _ = run("church", "English springer", "--rows", 2, "--images", tmp_path / "new", "--seed", 7)
-    assert status == 0
+def test_a_column_a_class_and_every_image_as_a_file(run, tmp_path, capsys):
+    assert run("church", "English springer", "--rows", 2, "--images", tmp_path / "new", "--seed", 7) == 0
+    output = capsys.readouterr().out
     names = ["0001_English_springer_000", "0001_English_springer_001", "0002_church_000", "0002_church_001"]
     files = sorted((tmp_path / "new").iterdir())
     assert [file.name for file in files] == [f"{name}.png" for name in names]
@@ -71,39 +62,27 @@ def test_a_column_a_class_and_every_image_as_a_file(run, folder, tmp_path):
     assert abs(np.stack(images) - levels.numpy().astype(int)).max() <= 1
 
 
-def test_images_do_not_depend_on_batch_size_or_on_other_classes(run, tmp_path):
-    kinds = {"whole": ["--batch_size", 16], "small": ["--batch_size", 1], "watched": ["--previews", 2], "one": ["2"]}
+def test_images_do_not_depend_on_batch_size_previews_or_other_classes(run, tmp_path):
+    kinds = {"whole": ["--batch_size", 16], "small": ["--batch_size", 1, "--previews", 2], "one": ["2"]}
     for name, options in kinds.items():
-        assert run(*options, "--rows", 3, "--images", tmp_path / name)[0] == 0
+        assert run(*options, "--rows", 3, "--images", tmp_path / name) == 0
     files = {name: sorted(file.name for file in (tmp_path / name).iterdir()) for name in kinds}
-    assert len(files["whole"]) == 9 and files["whole"] == files["small"] == files["watched"]
+    assert len(files["whole"]) == 9 and files["whole"] == files["small"]
     assert files["one"] == [name for name in files["whole"] if name.startswith("0002")]
     for name, there in files.items():
         for file in there:
             assert abs(array(tmp_path / name / file) - array(tmp_path / "whole" / file)).max() <= 1
 
 
-def test_previews_end_with_the_image(run, tmp_path):
-    status, output, _ = run("--rows", 2, "--previews", 4, "--images", tmp_path / "all", steps=9, output="x.png")
-    assert status == 0 and "previews of 4 scales: x_previews.png" in output and "previews included" in output
-    columns = panels(array("x_previews.png"), 3, script.PREVIEWS + 1)
+def test_previews_end_with_the_image(run, tmp_path, capsys):
+    assert run("--rows", 2, "--previews", 4, "--images", tmp_path / "all", "--steps", 9) == 0
+    assert "previews of 4 scales: " in capsys.readouterr().out
+    columns = panels(array(tmp_path / "sheet_previews.png"), 3, script.PREVIEWS + 1)
     for key, column in enumerate(columns):
         final = array(next((tmp_path / "all").glob(f"{key:04}_*_000.png"))).repeat(16, 0).repeat(16, 1)
         np.testing.assert_array_equal(column[-1], final)
         # With all scales the last step's prediction is the image, and the first step's is not.
         assert abs(column[-2] - final).max() <= 1 < abs(column[0] - final).max()
-
-
-def test_few_scales_give_coarse_previews(run, tmp_path):
-    assert run("0", "--rows", 1, "--previews", 2, steps=2)[0] == 0
-    (column,) = panels(array(tmp_path / "sheet_previews.png"), 1, 3)  # no more previews than steps
-    coarse = column[0].reshape(4, 32, 4, 32, 3)  # of 8 x 8 pixels; no scale is smaller than a patch of 4 x 4
-    assert (coarse == coarse[:, :1, :, :1]).all() and len(np.unique(coarse)) > 1
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
 
 
 def ink(text, font):
@@ -116,7 +95,7 @@ def ink(text, font):
 LONG = ["a", "great white shark man-eater", "Rindfleischetikettierungsüberwachungsaufgabe", "jÄy gÇq"] * 4
 
 
-@pytest.mark.parametrize("size", [1, 100, 130, 300])
+@pytest.mark.parametrize("size", [1, 130])
 @pytest.mark.parametrize("sides", [[], ["step 1 of 1000", "the image itself"]])
 def test_no_label_is_cut_off_or_covered(size, sides):
     white = Image.new("RGB", (size, size), "white")
@@ -132,18 +111,7 @@ def test_no_label_is_cut_off_or_covered(size, sides):
     assert panel >= script.SMALLEST_PANEL
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpm"])
-def test_schedulers_go_to_one_image(run, tmp_path, name):
-    run("0", "--rows", 1, "--images", tmp_path / "own", steps=60)
-    assert run("0", "--rows", 1, "--images", tmp_path / name, "--scheduler", name, steps=60)[0] == 0
-    own, other = (array(tmp_path / kind / "0000_tench_000.png") for kind in ("own", name))
-    assert abs(own - other).mean() < (1e-9 if name == "euler" else 12)
-    assert name == "euler" or (own != other).any()
-
-
 def test_schedulers_keep_the_shift_and_the_kind():
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     pipe = make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.scheduler = script.other_scheduler(pipe, "dpm")
     assert pipe.scheduler.config.flow_shift == 3.0 and pipe.scheduler.config.prediction_type == "flow_prediction"
@@ -154,52 +122,32 @@ def test_schedulers_keep_the_shift_and_the_kind():
         other = script.other_scheduler(pipe, name)
         assert type(other) is kind and other.config.prediction_type == "v_prediction" and other.config.beta_end == 0.03
         pipe.scheduler = other
-        assert number_images(pipe, [0], 0, num_inference_steps=2).shape == (1, 3, SIDE, SIDE)
+        assert number_images(pipe, [0], 0, num_inference_steps=2).shape == (1, 3, 8, 8)
     with pytest.raises(script.Problem, match=r"one of ddim, dpm for a pipeline of 'v_prediction', got 'heun'"):
         script.other_scheduler(pipe, "heun")
 
 
 BAD = {
     "a class with a near name": (["curch"], r"'curch' is no class of this pipeline; did you mean 'church'.*\?"),
-    "a number too large": (["3"], "must be names or numbers from 0 to 2, got 3"),
-    "no folder": (["--model", "missing/model"], "--model 'missing/model' cannot be loaded on 'cpu': "),
-    "no pipeline in a folder": (["--model", "empty"], "--model 'empty' cannot be loaded .*model_index.json"),
-    "a file": (["--model", "file"], "--model 'file' cannot be loaded .*not a folder"),
-    "more previews than scales": (["--previews", "9"], "`preview_scales` must be from 1 to the 4 scales"),
+    "a file": (["--model", "{0}/file"], "--model '.*file' cannot be loaded: .*not a folder"),
     "another scheduler": (["--scheduler", "ddim"], "--scheduler must be one of euler, heun, dpm .*, got 'ddim'"),
     "no guidance": (["--guidance_scale", "0.5"], "`guidance_scale` must be at least 1"),
-    "an interval that falls": (["--guidance_interval", "0.9", "0.1"], "`guidance_interval` must be two rising"),
-    "a folder for the sheet": (["--output", "folder.png"], "--output 'folder.png' cannot be written: it is a folder"),
-    "a file for a folder": (["--output", "file/x.png"], "--output 'file/x.png' cannot be written: "),
-    "a file for images": (["--images", "file"], "--images 'file' cannot be written: "),
-    "no device": (["--device", "cuda:99"], "cannot be loaded on 'cuda:99': "),
+    "a folder for the sheet": (["--output", "{0}/a.png"], "--output '.*a.png' cannot be written: it is a folder"),
+    "a file for images": (["--images", "{0}/file"], "--images '.*file' cannot be written: "),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_no_file(case, folder, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in ("empty", "folder.png"):
-        (tmp_path / name).mkdir()
+def test_bad_input_is_one_line_and_no_file(case, run, capsys, tmp_path):
+    (tmp_path / "a.png").mkdir()
     (tmp_path / "file").write_text("{}")
-    argv, message = BAD[case]
-    more = {"--model": folder, "--output": "new/sheet.png", "--steps": "2", "--device": "cpu"}
-    given = [*argv, *(str(x) for pair in more.items() if pair[0] not in argv for x in pair)]
-    assert script.main(given) == 2
-    error = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
-    assert re.match(f"error: .*{message}", error), error
-    assert not list(tmp_path.rglob("*.png/*")) and not (tmp_path / "new" / "sheet.png").exists()
+    given, message = BAD[case]
+    assert run(*[text.format(tmp_path) for text in given]) == 2
+    assert re.match(f"error: .*{message}", error_of(capsys))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "file"]
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--rows", "0"], "--rows: invalid positive value: '0'"),
-        (["--output", "a.jpg"], "--output must be a PNG file, got 'a.jpg'"),
-        (["--scheduler", "none"], "--scheduler: invalid choice: 'none'"),
-    ],
-)
-def test_bad_arguments_are_refused_by_the_command_line(argv, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        script.main(argv)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+def test_the_sheet_is_a_png_file(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--output", "a.jpg"])
+    assert "--output must be a PNG file, got 'a.jpg'" in capsys.readouterr().err

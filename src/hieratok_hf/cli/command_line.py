@@ -1,11 +1,12 @@
-"""What the command-line scripts in `examples/` and `conversion/` share: their errors, reports and processes."""
+"""What the command-line scripts share: their options, errors, tables, reports and processes."""
 
 import json
 import math
 import platform
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+import tempfile
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,19 @@ from ..utils.files import write_whole
 __all__ = [
     "Problem",
     "add_device",
+    "align_table",
+    "check_writable",
+    "describe_machine",
     "device_of_process",
+    "find_device",
     "load_or_explain",
-    "machine",
+    "make_parser",
     "one_line",
     "positive",
-    "run_script",
     "run_on_processes",
+    "run_script",
     "run_training",
+    "write_or_explain",
     "write_report",
 ]
 
@@ -46,12 +52,65 @@ def positive(text: str) -> int:
     return number
 
 
-def load_or_explain(load: Callable[..., Any], option: str, name: str, *more: Any) -> Any:
+def load_or_explain(load: Callable[..., Any], option: str, name: Any, *more: Any, **options: Any) -> Any:
     """What `load(name, ...)` gives; a `Problem` that names the option where it cannot."""
     try:
-        return load(name, *more)
+        return load(name, *more, **options)
     except Exception as error:  # the libraries, safetensors, the Hub and torch raise many types
         raise Problem(f"{option} {name!r} cannot be loaded: {one_line(error)}") from error
+
+
+def make_parser(description: str | None) -> ArgumentParser:
+    """Make a parser whose help shows the default of every option that has one."""
+    return ArgumentParser(description=description, formatter_class=_ShowDefaults)
+
+
+class _ShowDefaults(ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: Action) -> str | None:
+        nothing = action.default is None or isinstance(action.default, bool)
+        return action.help if nothing else super()._get_help_string(action)
+
+
+def align_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align rows in columns, the first to the left and all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def check_writable(option: str, path: Path, folder: bool = False) -> None:
+    """
+    Make the folder that an output goes to, and fail before the work where the output could not be written.
+
+    Args:
+        option (str): The option that names the output.
+        path (Path): A file, which may be there, or a folder.
+        folder (bool): Whether `path` is a folder.
+
+    Raises:
+        Problem: No file can be made in the folder, or there is a folder where the file should be.
+    """
+    try:
+        parent = path if folder else path.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()
+        if not folder and path.is_dir():
+            raise IsADirectoryError("it is a folder")
+    except OSError as error:
+        raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
+
+
+def write_or_explain(option: str, path: Path, content: bytes) -> None:
+    """
+    Write a file, whole or not at all.
+
+    Raises:
+        Problem: The file cannot be written.
+    """
+    try:
+        with write_whole(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -61,11 +120,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     Raises:
         Problem: The file cannot be written.
     """
-    try:
-        with write_whole(path) as file:
-            file.write((json.dumps(_finite(report), indent=2, allow_nan=False, default=str) + "\n").encode())
-    except OSError as error:
-        raise Problem(f"--json {str(path)!r} cannot be written: {one_line(error)}") from error
+    text = json.dumps(_finite(report), indent=2, allow_nan=False, default=str)
+    write_or_explain("--json", path, f"{text}\n".encode())
 
 
 def _finite(value: Any) -> Any:
@@ -76,8 +132,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def machine(device: torch.device, processes: int) -> dict[str, Any]:
-    """Where figures of speed come from."""
+def describe_machine(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Describe where figures of speed come from."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         names = (line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name"))
@@ -89,14 +145,21 @@ def machine(device: torch.device, processes: int) -> dict[str, Any]:
 
 def add_device(parser: ArgumentParser) -> None:
     """Add `--device`, a `torch.device` or `None`."""
-    parser.add_argument("--device", type=_device, help="a device of torch; what accelerate finds unless given")
+    text = "device of torch, such as cuda or cpu; an accelerator if there is one unless given"
+    parser.add_argument("--device", type=_device, help=text)
 
 
-def _device(text: str) -> torch.device:
+def _device(text: str) -> torch.device | None:
     try:
-        return torch.device(text)
+        return None if text == "auto" else torch.device(text)
     except RuntimeError as error:
         raise ArgumentTypeError(f"must be a device of torch, such as cuda or cpu, got {text!r}") from error
+
+
+def find_device(args: Namespace) -> torch.device:
+    """Find the device of a script of one process: that of `--device`, or an accelerator if there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return args.device or found or torch.device("cpu")
 
 
 def device_of_process(args: Namespace, state: PartialState) -> torch.device:
