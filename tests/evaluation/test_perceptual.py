@@ -22,13 +22,8 @@ REAL = Path(__file__).parents[3] / "shared" / "data" / "mobilenet_v2_1.0_224"
 def make_distance(kind, **options):
     torch.manual_seed(0)
     if kind == "vit":
-        sizes = {
-            "hidden_size": 16,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "image_size": 32,
-            "patch_size": 8,
-        }
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+        sizes |= {"patch_size": 8}
         model = ViTModel(ViTConfig(**{"num_hidden_layers": 6, "initializer_range": 0.2, **sizes, **options}))
     else:
         sizes = {"hidden_sizes": [8, 12, 16, 20], "depths": [1] * 4, "layer_scale_init_value": 1.0}

@@ -239,9 +239,10 @@ def channel_sums(latents: Tensor) -> dict[str, Tensor]:
 
 
 def channel_statistics(sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Give the mean and the standard deviation `(C,)` of all values that `channel_sums` saw, as a whole population."""
-    mean = sums["sum"] / sums["count"]
-    return mean, (sums["squares"] / sums["count"] - mean.square()).clamp(min=0).sqrt()
+    """Give the mean and the standard deviation `(C,)`, as `torch.std`, of all values that `channel_sums` saw."""
+    mean, count = sums["sum"] / sums["count"], sums["count"]
+    variance = (sums["squares"] / count - mean.square()) * count / (count - 1).clamp(min=1)
+    return mean, variance.clamp(min=0).sqrt()
 
 
 def add_sums(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
