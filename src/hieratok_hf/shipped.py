@@ -20,9 +20,6 @@ def pretrained(name: str) -> str:
     Args:
         name (`str`): One of `SHIPPED`.
 
-    Returns:
-        `str`: The path of the folder.
-
     Raises:
         ValueError: `name` is not one of `SHIPPED`.
         FileNotFoundError: The installation lacks the folder.
@@ -44,14 +41,5 @@ def pretrained(name: str) -> str:
 
 
 def resolve_model(name_or_path: str) -> str:
-    """
-    Return the folder of a name that ships, and anything else as it is.
-
-    Args:
-        name_or_path (`str`): One of `SHIPPED`, a folder or a Hub id. A folder in the current directory that has a
-            shipped name goes first.
-
-    Returns:
-        `str`: What `from_pretrained` takes.
-    """
+    """Return the folder of a name that ships, unless a folder here has that name, and anything else as it is."""
     return pretrained(name_or_path) if name_or_path in SHIPPED and not Path(name_or_path).is_dir() else name_or_path

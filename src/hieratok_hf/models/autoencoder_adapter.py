@@ -84,10 +84,7 @@ class Codec:
 
     def latent_shape(self, size: int) -> tuple[int, ...]:
         """
-        Find the shape `(C, h, w)` of the latent of a square image, by encoding and decoding a blank one.
-
-        Args:
-            size (`int`): Side of the image in pixels.
+        Find the shape `(C, h, w)` of the latent of an image of `size` x `size` pixels, by a blank one.
 
         Raises:
             ValueError: The model cannot take an image of that size, or decodes it to another size.

@@ -201,7 +201,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
             return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
                 tuple.
             generator (`torch.Generator`, *optional*): Ignored, because decoding draws nothing; pipelines pass it.
-            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
+            num_scales (`int`, *optional*): Number of scales to run, coarse to fine; all unless given. Fewer give the
                 image of the last of them, for the cost of its tokens and the coarser ones.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
 

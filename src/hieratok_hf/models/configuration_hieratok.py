@@ -107,11 +107,11 @@ class HieraTokConfig(PreTrainedConfig):
         patch_size (`int`, defaults to 16): Side of a patch in pixels; a power of two. The latent is `patch_size`
             times smaller than the image on each side.
         latent_channels (`int`, defaults to 16): Channels of the latent.
-        scale_factors (`tuple[int, ...]`, defaults to `(8, 4, 2, 1)`): How many cells of the finest grid one cell of
-            each scale covers on a side, coarse to fine, ending in 1. `(1,)` is the single-scale twin.
-        downsampling (`str`, defaults to `"learned"`): How the tokens of a coarse scale are made of the latent:
-            `"learned"` by a convolution of each block of cells, or `"mean"` by the block's average. A saved
-            configuration without it is read as `"mean"` (see `complete_saved`).
+        scale_factors (`tuple[int, ...]`, defaults to `(8, 4, 2, 1)`): Cells of the finest grid that one cell of each
+            scale covers on a side, coarse to fine, ending in 1. `(1,)` is the single-scale twin.
+        downsampling (`str`, defaults to `"learned"`): Kind of the coarse scales' tokens: `"learned"` convolutions of
+            blocks of the latent's cells, or `"mean"`, the blocks' averages. A saved configuration without it is read
+            as `"mean"` (see `complete_saved`).
         scale_causal (`bool`, defaults to `True`): A token of the decoder sees its own scale and every coarser one;
             `False` lets all tokens see all, for comparisons: no scale can then be decoded without the finer ones.
         encoder_hidden_size, encoder_num_layers, encoder_num_heads (`int`, default to 768, 12 and 12): Width, number of

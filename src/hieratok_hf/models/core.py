@@ -158,7 +158,8 @@ class HieraTokDecoder(nn.Module):
         """
         Return the side, in pixels, of the square that the linear path makes of one cell for the scale of `factor`.
 
-        It is `p / factor`. Where `factor` does not divide the patch, the square is finer, and its pixels are averaged.
+        It is `p / factor`, or `p` where averages are convolved. Where `factor` does not divide the patch, the square
+        is finer, and its pixels are averaged.
 
         Args:
             factor (`int`): One of the scale factors.
@@ -358,16 +359,10 @@ class HieraTokCore(nn.Module):
 
     def encode(self, pixel_values: Tensor) -> "DiagonalGaussianDistribution":
         """
-        Encode images to the distribution of their latents.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], as for `encode_moments`.
-
-        Returns:
-            The distribution of the latent `(B, C, h, w)`.
+        Encode `pixel_values` `(B, 3, H, W)` to the distribution of the latent `(B, C, h, w)`.
 
         Raises:
-            ValueError: The rank, batch, channels, size, dtype or values are not as above.
+            ValueError: `encode_moments` refuses the images.
         """
         return posterior_of(self.encode_moments(pixel_values)[0])
 
@@ -377,7 +372,7 @@ class HieraTokCore(nn.Module):
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
-            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given.
+            num_scales (`int`, *optional*): Number of scales to run, coarse to fine; all unless given.
 
         Returns:
             `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)` with the grid of the last scale run; `(B, 3, H, W)` for
@@ -391,17 +386,9 @@ class HieraTokCore(nn.Module):
 
     def decode_scales(self, latents: Tensor, num_scales: int | None = None) -> list[Tensor]:
         """
-        Decode latents to the images of all scales that run.
+        Decode `latents` `(B, C, h, w)` to the images `(B, 3, n_h * p, n_w * p)` of all scales that run.
 
-        Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
-            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given.
-
-        Returns:
-            A list of `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`, coarse to fine; values as those of `decode`.
-
-        Raises:
-            ValueError: `latents` or `num_scales` cannot serve, as `decode` says.
+        They go from coarse to fine. Arguments, values and errors are those of `decode`.
         """
         return self._decode(latents, num_scales, all_scales=True)
 
@@ -427,7 +414,7 @@ class HieraTokCore(nn.Module):
 
         Args:
             scale_factors (`tuple[int, ...]`): The scales of the copy, strictly decreasing to 1.
-            downsampling (`str`, defaults to `"learned"`): How the copy makes coarse tokens, one of `DOWNSAMPLING`.
+            downsampling (`str`, defaults to `"learned"`): Kind of the copy's coarse tokens, one of `DOWNSAMPLING`.
                 `"mean"` is for models that have it, or only one scale.
 
         Returns:

@@ -90,16 +90,7 @@ def _rotary_tables(
 
 
 def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """
-    Turn each pair of channels by its token's angle, in float32.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(B, N, A, d)`): Queries or keys.
-        rotary (`tuple[torch.Tensor, torch.Tensor]`): Cosines and signed sines `(N, 1, d)` of `rotary_tables`.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N, A, d)` in the dtype of `hidden_states`.
-    """
+    """Turn pairs of channels of `hidden_states` `(B, N, A, d)` by tables `(N, 1, d)`, in float32; keep the dtype."""
     cos, signed_sin = rotary
     values = hidden_states.float()
     pairs = values.unflatten(-1, (-1, 2))
@@ -109,15 +100,7 @@ def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor
 
 def fused_norm_rotary(hidden_states: Tensor, norm: nn.RMSNorm | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """
-    Compute `norm`, if there is one, and `apply_rotary` in one Triton kernel.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(B, N, A, d)`): Queries or keys.
-        norm (`torch.nn.RMSNorm`, *optional*): The norm of each head's channels.
-        rotary (`tuple[torch.Tensor, torch.Tensor]`): Cosines and signed sines `(N, 1, d)` of `rotary_tables`.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N, A, d)` in the dtype of `hidden_states`.
+    Compute `norm`, if there is one, and `apply_rotary` of `hidden_states` `(B, N, A, d)` in one Triton kernel.
 
     Raises:
         ValueError: Triton cannot serve for this device, dtype or number of channels.
@@ -167,18 +150,7 @@ class HieraTokAttnProcessor:
     def __call__(
         self, attn: "HieraTokAttention", hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
     ) -> tuple[Tensor, Tensor | None]:
-        """
-        Compute the attention of `attn`.
-
-        Args:
-            attn (`HieraTokAttention`): The layer, which holds the weights.
-            hidden_states (`torch.Tensor` of shape `(B, N, D)`): Tokens, coarse scale first.
-            rotary (`tuple[torch.Tensor, torch.Tensor]`): Cosines and signed sines of `rotary_tables`.
-            layout (`PyramidLayout`): The scales of the sequence.
-
-        Returns:
-            `(B, N, D)`, and the weights `(B, A, N, N)` where the eager implementation is in use, else `None`.
-        """
+        """Compute what `HieraTokAttention.forward` returns of `hidden_states` `(B, N, D)`, by `attn`'s weights."""
         if attn.fused_projections:
             projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -257,9 +229,7 @@ class HieraTokSwiGLU(nn.Module):
     """
     Compute a gated feed-forward layer, `W_out (silu(W_gate x) * W_value x)` (Shazeer, arXiv 2002.05202).
 
-    Args:
-        config (`HieraTokConfig`): The configuration; the width is `int(2 / 3 * config.mlp_ratio * hidden_size)`.
-        hidden_size (`int`): Channels `D` of a token.
+    Its width is `int(2 / 3 * mlp_ratio * D)`.
     """
 
     def __init__(self, config: HieraTokConfig, hidden_size: int):
@@ -334,13 +304,7 @@ class HieraTokPositions(nn.Module):
 
 @torch.no_grad()
 def init_weights(module: nn.Module, initializer_range: float) -> None:
-    """
-    Give one module its random weights; those that were loaded from a file stay as they are.
-
-    Args:
-        module (`torch.nn.Module`): Any module; one that holds no weights of its own stays as it is.
-        initializer_range (`float`): Standard deviation of the weights. Biases start at 0, norms at 1.
-    """
+    """Give a module weights of std `initializer_range`, biases 0 and norms 1; those that were loaded stay."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         init.normal_(module.weight, std=initializer_range)
         if module.bias is not None:

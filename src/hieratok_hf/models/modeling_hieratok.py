@@ -99,7 +99,7 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
         reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded image, about [-1, 1], not clamped.
         scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
             fine; the last is `reconstruction`.
-        latents (`torch.Tensor` of shape `(B, C, h, w)`): What was decoded: the posterior's mode, or a sample of it.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents that were decoded: the posterior's mode or a sample.
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
         posterior (`DiagonalGaussianDistribution`): The distribution that the moments describe.
         hidden_states (`tuple`, with `output_hidden_states=True`): Input of the first block of the encoder, then the
@@ -245,7 +245,7 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents as `encode` gives them, of any floating dtype.
-            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given. Fewer give the
+            num_scales (`int`, *optional*): Number of scales to run, coarse to fine; all unless given. Fewer give the
                 image of the last of them, for the cost of its tokens and the coarser ones.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
             return_dict (`bool`, *optional*): Whether to return a `HieraTokDecoderOutput` rather than a tuple.
@@ -297,7 +297,7 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
                 multiples of the patch size.
             sample_posterior (`bool`, defaults to `False`): Whether to decode a sample of the posterior, not its mode.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
-            num_scales (`int`, *optional*): How many scales to run, coarse to fine; all unless given.
+            num_scales (`int`, *optional*): Number of scales to run, coarse to fine; all unless given.
             return_loss (`bool`, defaults to `True`): Whether to compute the loss, for which all images are made.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.

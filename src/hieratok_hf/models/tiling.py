@@ -47,10 +47,6 @@ def tile_weights(spans: Sequence[Span], device: torch.device | None = None) -> l
     Compute the weights of each tile along one side, `(end - start,)` in float32, which sum to 1 everywhere.
 
     Where two tiles overlap, the weight passes evenly from one to the other.
-
-    Args:
-        spans (`Sequence[tuple[int, int]]`): Beginning and end of each tile, as `tile_spans` gives them.
-        device (`torch.device`, *optional*): The device of the weights; the default device unless given.
     """
     total = torch.zeros(spans[-1][1], device=device)
     weights = []

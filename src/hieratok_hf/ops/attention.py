@@ -22,20 +22,9 @@ __all__ = [
 
 def scale_causal_mask(layout: PyramidLayout, device: torch.device | None = None) -> Tensor:
     """
-    Make the dense mask of scale-causal attention.
+    Make the dense mask `(N, N)`, bool, which is true where the query `m` of a row sees the key `n` of a column.
 
-    With `end_s` the number of tokens up to the end of scale `s`, the query `m` of scale `s` sees the key `n` where
-
-    ```
-    n < end_s
-    ```
-
-    Args:
-        layout (`PyramidLayout`): The scales of the sequence.
-        device (`torch.device`, *optional*): The device of the mask; the default device unless given.
-
-    Returns:
-        `torch.Tensor` of shape `(N, N)`, bool: True where the query of a row may see the key of a column.
+    With `end_s` the number of tokens up to the end of the query's scale `s`, that is where `n < end_s`.
     """
     return torch.arange(layout.num_tokens, device=device)[None, :] < layout.visible_ends(device)[:, None]
 

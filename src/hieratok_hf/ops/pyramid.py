@@ -109,10 +109,6 @@ class PyramidLayout:
         """
         Make the layout over a finest grid of `height` x `width` tokens.
 
-        Args:
-            height, width (`int`): Sides of the finest grid, in tokens, at least 1.
-            scale_factors (`tuple[int, ...]`): Cells of the finest grid that one cell of each scale covers on a side.
-
         Raises:
             ValueError: A side is smaller than 1, or the factors do not decrease strictly to 1.
         """
@@ -254,16 +250,7 @@ def convolve_pyramid(latents: Tensor, layout: PyramidLayout, convolutions: Itera
 
 
 def continue_border(maps: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
-    """
-    Repeat the border of maps beyond each side.
-
-    Args:
-        maps (`torch.Tensor` of shape `(B, C, H, W)`): Images or latents.
-        left, right, top, bottom (`int`): How often the border is repeated at each side.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C, top + H + bottom, left + W + right)`.
-    """
+    """Repeat the border of `maps` `(B, C, H, W)` at each side, to `(B, C, top + H + bottom, left + W + right)`."""
     # In compiled graphs the gradient of `F.pad` has other strides than they expect of it.
     if not torch.compiler.is_compiling():
         return F.pad(maps, (left, right, top, bottom), mode="replicate")

@@ -62,13 +62,7 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "Self":
-        """
-        Make a pipeline of another's parts.
-
-        Args:
-            pipeline (`DiffusionPipeline`): The pipeline whose parts are shared.
-            kwargs: Parts to replace, and further arguments of `DiffusionPipeline.from_pipe`.
-        """
+        """Make a pipeline of another's parts, with the arguments of `DiffusionPipeline.from_pipe`."""
         # By itself, diffusers hands on models of the signature's very classes alone.
         parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_types()}
         return super().from_pipe(pipeline, **{**parts, **kwargs})

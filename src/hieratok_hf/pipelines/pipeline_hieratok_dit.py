@@ -300,12 +300,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
     ) -> Tensor:
         """
-        Make the noise to begin with, in float32.
-
-        Args:
-            batch_size (`int`): Number of images.
-            generator (`torch.Generator` or one for each image, *optional*): Source of the noise.
-            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Noise that was drawn already.
+        Draw the noise to begin with, in float32, or take `latents` `(B, C, h, w)` if they are given.
 
         Raises:
             ValueError: `latents` or the list of generators does not suit `batch_size` images.
