@@ -27,5 +27,6 @@ train+=(--freeze_encoder --coarse_weight 1 --border_weight 0.01 --latent_jitter 
     --perceptual_weight 2e-4 --vision_model "$data"/mobilenet_v2_1.0_224)
 "${train[@]}" --output runs/hieratok-tiny-6 --model runs/hieratok-tiny-5 --steps 250 --decay_steps 240 \
     --warmup_steps 10 --lr 3e-4 --batch_size 16 --crop_sizes 64 128 256 --ema 0.98
-"${train[@]}" --output runs/hieratok-tiny --model runs/hieratok-tiny-6 --steps 100 --decay_steps 50 \
+# What ships is the state after 100 of these steps.
+"${train[@]}" --output runs/hieratok-tiny --model runs/hieratok-tiny-6 --steps 200 --decay_steps 150 \
     --warmup_steps 10 --lr 1e-4 --batch_size 16 --crop_sizes 128 --ema 0.98 --adversarial_weight 0.05
