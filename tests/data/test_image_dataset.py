@@ -1,6 +1,7 @@
 """Tests of `image_dataset`: folders, tar shards and data sets of the Hub, whole and streamed, and what is refused."""
 
 import io
+import sys
 import tarfile
 from unittest.mock import Mock, call
 
@@ -157,11 +158,14 @@ def refused(source, message, **options):
     assert all(name in text for name in ([source] if isinstance(source, str) else source)), text
 
 
-def test_nothing_there_is_refused(tmp_path):
+def test_nothing_there_is_refused(tmp_path, monkeypatch):
     for name in (str(tmp_path / "none"), "none.tar", "none/a.tar", "none/*", "./none", "a/b/none"):
         refused(name, "there is no such file, folder or pattern")
     with pytest.raises(ValueError, match="no source was given"):
         load_images([])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"hieratok_hf\[train\]"):
+        load_images(str(tmp_path))
 
 
 def test_nothing_in_it_is_refused(tmp_path):

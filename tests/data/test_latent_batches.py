@@ -8,12 +8,14 @@ import torch
 from helpers import random_core
 from latent_data import make_images, tiny_kl
 
+from hieratok_hf.data import training_batches
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_batches import iterate_cached, iterate_encoded
 from hieratok_hf.data.latent_cache import LatentCache
 from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.data.training_batches import BatchPlan
 from hieratok_hf.models.autoencoder_adapter import Codec
+from hieratok_hf.utils.images import centre_square
 
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 COUNT, SIZE, SHAPE = 10, 32, (4, 8, 8)
@@ -100,22 +102,24 @@ def test_processes_and_parts_divide_the_same_images(batches):
 
 
 def test_moments_are_drawn_anew_each_time(cache):
-    first, second = (
-        batch["latents"].sort(0).values for batch in iterate_cached(cache(), BatchPlan(COUNT, (SIZE,), 2))
-    )
-    assert not torch.equal(first, second)
+    data, noise = cache(), []
+    modes = torch.cat([data.batch(range(COUNT), [side] * COUNT)[0] for side in (False, True)])
+    for batch in iterate_cached(data, BatchPlan(COUNT, (SIZE,), 2)):
+        differences = batch["latents"][:, None] - modes
+        nearest = differences.flatten(2).norm(dim=2).argmin(1)
+        noise.append(dict(zip(nearest.tolist(), differences[range(COUNT), nearest])))
+    both = noise[0].keys() & noise[1].keys()
+    assert both and all(noise[0][i].std() > 0 and not torch.equal(noise[0][i], noise[1][i]) for i in both)
 
 
 def test_a_cache_gives_what_encoding_on_the_way_gives(cache, encoded, monkeypatch):
     """The images of 32 x 40 pixels are cut otherwise, so both read those cut to the middle."""
-    from hieratok_hf.data import training_batches as training_data
-    from hieratok_hf.utils.images import centre_square
 
     def middle(image, size, rng, scale):
         crop = centre_square(image, size)
         return crop.transpose(0) if rng.random() < 0.5 else crop  # Image.Transpose.FLIP_LEFT_RIGHT is 0
 
-    monkeypatch.setattr(training_data, "random_crop", middle)
+    monkeypatch.setattr(training_batches, "random_crop", middle)
     for ours, theirs in zip(iterate_cached(cache(), PLAN()), encoded(PLAN()), strict=True):
         assert torch.equal(ours["labels"], theirs["labels"])
         torch.testing.assert_close(ours["latents"], theirs["latents"], atol=1e-4, rtol=1e-4)

@@ -103,6 +103,13 @@ def test_every_row_is_seen_once_an_epoch_in_another_order(streaming):
     assert len(set(map(tuple, epochs))) > 3
 
 
+@BOTH
+def test_an_image_is_cropped_anew_each_time(streaming):
+    images, plan = as_data([Image.fromarray(noise(20, 20))], streaming), BatchPlan(2, (8,), 20)
+    crops = [x for batch in training_loader(images, plan, crop_scale=(0, 0)) for x in batch["pixel_values"]]
+    assert len({tuple(crop.flatten().tolist()) for crop in crops}) > 30
+
+
 def test_a_step_has_about_the_same_pixels_at_every_size():
     plan = BatchPlan(8, (32, 64, 16, 48), 50, seed=0, world_size=2)
     counts = {size: count for _, size, count, _ in plan.sizes()}
