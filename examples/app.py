@@ -20,7 +20,7 @@ from PIL import Image
 from reconstruct import AMPLIFY, BUNDLED, amplify_difference, encode_and_decode, load_model
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import Problem, load_or_explain, make_parser, one_line, run_script
+from hieratok_hf.cli.command_line import Problem, add_device, load_or_explain, make_parser, one_line, run_script
 from hieratok_hf.evaluation.generation import number_images
 from hieratok_hf.utils.images import ImageError, decode_image
 
@@ -250,7 +250,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="hieratok-tiny", help="tokenizer: a folder, a name that ships, or a Hub repository")
     add("--generator", default="hieratok-dit-tiny", help="pipeline: a folder, a name that ships, or a Hub repository")
-    add("--device", default="cpu", help="device of torch")
+    add_device(parser, default="cpu")
     add("--host", help="address to serve at; that of GRADIO_SERVER_NAME, or this machine alone, unless given")
     add("--port", type=int, help="port to serve at; the first that is free from 7860 unless given")
     return parser.parse_args(argv)

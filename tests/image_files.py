@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -23,6 +24,19 @@ def png(width, height, bits, colour, rows=b"", transparency=None):
     key = b"" if transparency is None else chunk(b"tRNS", transparency)
     signature = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
     return signature + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def write_shard(path, images, labels=()):
+    """A tar shard in webdataset style of PNG files, with a file of its label beside each if there are any."""
+    with tarfile.open(path, "w") as archive:
+        for i, image in enumerate(images):
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            contents = {"png": file.getvalue(), **({"cls": str(labels[i]).encode()} if labels else {})}
+            for suffix, content in contents.items():
+                member = tarfile.TarInfo(f"{i:06}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
 
 
 def saved(tmp_path, image, name, **options):

@@ -1,12 +1,12 @@
 """The benchmark of reconstruction: its baselines are what they say, and every row is measured."""
 
 import io
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from helpers import random_core, tiny_vision_model
+from image_files import write_shard
 from PIL import Image
 from scripts import ROOT, report_in
 
@@ -42,13 +42,7 @@ def data(tmp_path):
     for i in range(3):
         crop(i, 32).save(folder / "one" / f"{i}.png")
     for name, count in (("train-0000", 12), ("val-0000", 5)):
-        with tarfile.open(folder / "shards" / f"{name}.tar", "w") as archive:
-            for i in range(count):
-                file = io.BytesIO()
-                crop(i, 48).save(file, "PNG")
-                member = tarfile.TarInfo(f"{i:04}.png")
-                member.size = len(file.getvalue())
-                archive.addfile(member, io.BytesIO(file.getvalue()))
+        write_shard(folder / "shards" / f"{name}.tar", [crop(i, 48) for i in range(count)])
     tiny_vision_model().save_pretrained(folder / "mobilenet_v2_1.0_224")
     return folder
 

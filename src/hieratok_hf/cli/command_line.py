@@ -93,10 +93,10 @@ def check_writable(option: str, path: Path, folder: bool = False) -> None:
         parent = path if folder else path.parent
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
-        if not folder and path.is_dir():
-            raise IsADirectoryError("it is a folder")
     except OSError as error:
         raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
+    if not folder and path.is_dir():
+        raise Problem(f"{option} {str(path)!r} cannot be written: it is a folder")
 
 
 def write_or_explain(option: str, path: Path, content: bytes) -> None:
@@ -143,10 +143,11 @@ def describe_machine(device: torch.device, processes: int = 1) -> dict[str, Any]
     return {"platform": platform.platform(), "cpu": cpu, "device": name, **software, "processes": processes}
 
 
-def add_device(parser: ArgumentParser) -> None:
-    """Add `--device`, a `torch.device` or `None`."""
-    text = "device of torch, such as cuda or cpu; an accelerator if there is one unless given"
-    parser.add_argument("--device", type=_device, help=text)
+def add_device(parser: ArgumentParser, default: str | None = None) -> None:
+    """Add `--device`, a `torch.device`, or `None` where neither it nor a default is given."""
+    unless = "" if default else "; an accelerator if there is one unless given"
+    text = f"device of torch, such as cuda or cpu{unless}"
+    parser.add_argument("--device", type=_device, default=default, help=text)
 
 
 def _device(text: str) -> torch.device | None:
