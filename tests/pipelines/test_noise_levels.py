@@ -44,11 +44,10 @@ def test_with_flow_matching_the_share_is_the_time(scheduler):
     scheduler.set_timesteps(8)
     times = scheduler.timesteps.float() / scheduler.config.num_train_timesteps
     levels = noise_levels(scheduler)
+    assert prediction_type_of(scheduler) == "flow_prediction"
     assert len(levels) == len(times)
     for index, level in enumerate(levels):
-        assert level.kind == prediction_type_of(
-            scheduler
-        ) == "flow_prediction" and level.signal + level.noise == pytest.approx(1)
+        assert level.kind == "flow_prediction" and level.signal + level.noise == pytest.approx(1)
         assert level.share == pytest.approx(times[index].item(), abs=1.1e-3)  # some round the time to whole numbers
         clean, eps = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1)
         noisy = level.signal * clean + level.noise * eps
@@ -71,11 +70,8 @@ def test_a_perfect_prediction_gives_the_clean_latents(scheduler_class, kind):
         # Of these the latents are not of unit variance, until they are scaled.
         scaled = scheduler_class in (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler)
         fed = noisy / math.hypot(1, float(scheduler.sigmas[index])) if scaled else noisy
-        given = {
-            "epsilon": eps,
-            "v_prediction": level.signal * eps - level.noise * clean,
-            "sample": clean,
-        }[kind]
+        velocity = level.signal * eps - level.noise * clean
+        given = {"epsilon": eps, "v_prediction": velocity, "sample": clean}[kind]
         torch.testing.assert_close(level.clean(fed, given), clean, atol=2e-2, rtol=1e-3)
     assert shares == sorted(shares, reverse=True) and 0 <= shares[-1] < shares[0] <= 1
 

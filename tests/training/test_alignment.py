@@ -8,8 +8,6 @@ from helpers import images, noise
 from transformers import (
     ConvNextConfig,
     ConvNextModel,
-    Dinov2Config,
-    Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     MobileNetV2Config,
@@ -31,7 +29,6 @@ KINDS = {
     "convnext": (32, 20, 0),
     "mobilenet": (32, 1280, 0),
     "vit": (8, 16, 1),
-    "dinov2": (14, 16, 1),
     "registers": (14, 16, 4),
 }
 
@@ -48,8 +45,6 @@ def vision_features(kind):
             model.train()(images(8, 3, 64, 64))  # statistics of batches, without which all features are zero
     elif kind == "vit":
         model = ViTModel(ViTConfig(**VIT, intermediate_size=32, image_size=32, patch_size=8))
-    elif kind == "dinov2":
-        model = Dinov2Model(Dinov2Config(**VIT, mlp_ratio=2, image_size=28, patch_size=14))
     else:
         config = Dinov2WithRegistersConfig(**VIT, mlp_ratio=2, image_size=28, patch_size=14, num_register_tokens=3)
         model = Dinov2WithRegistersModel(config)
@@ -107,10 +102,11 @@ def test_the_loss_is_the_definition_over_features_resampled_to_the_latents_grid(
     both = {"cosine_margin": 0.5, "distance_margin": 0.25, **margins}
     loss = module(latents, x)
     assert loss.shape == () and loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(by_hand(latents, resampled, module.projection.weight, **both), rel=1e-4)
+    expected = by_hand(latents, resampled, module.projection.weight, **both)
+    assert loss.item() == pytest.approx(expected, rel=1e-4) and (expected > 0.01 or grid == (1, 1))
 
 
-@pytest.mark.parametrize("kind", ["convnext", "dinov2"])
+@pytest.mark.parametrize("kind", ["convnext", "registers"])
 def test_gradients_flow_to_the_latents_and_the_map_alone(kind):
     module = alignment(kind).train()
     latents, x = noise(2, 4, 3, 3).requires_grad_(), images(2, 3, 56, 56).requires_grad_()
