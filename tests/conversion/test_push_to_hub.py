@@ -36,17 +36,7 @@ def test_a_dry_run_prints_the_plan_and_sends_nothing(hub_here, push, folder, cap
 def test_options_reach_the_hub_and_the_card(hub_here, push, folder, tmp_path, capsys):
     training = tmp_path / "training.md"
     training.write_text("Three steps.\n")
-    options = [
-        "--private",
-        "--commit_message",
-        "First",
-        "--license",
-        "mit",
-        "--datasets",
-        "org/data",
-        "--tags",
-        "mine",
-    ]
+    options = ["--private", "--commit_message=First", "--license=mit", "--datasets=org/data", "--tags=mine"]
     told = ["--training", str(training), "--hardware", "one lamp", "--base_model", "org/base"]
     assert push([str(folder), "org/name", *options, *told]) == 0
     assert "done: http" in capsys.readouterr().out
