@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..models.modeling_hieratok import HieraTokModel
-from ..models.saving import WEIGHTS_STEM, index_for_transformers, variant_of
+from ..models.saving import WEIGHTS_STEM, index_for_transformers, link_or_copy, variant_of
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.files import read_json
 from .card import card_for
@@ -86,7 +86,9 @@ def prepared(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterat
                 name = path.relative_to(source)
                 if name.parent.as_posix() in parts and _PARTS.fullmatch(name.name):
                     (stage / name).parent.mkdir(exist_ok=True)
-                    _link(path.resolve(), stage / name)
+                    # Only weights are large enough to be worth it, and nobody changes them here.
+                    take = link_or_copy if path.suffix == ".safetensors" else shutil.copyfile
+                    take(path.resolve(), stage / name)
                 else:
                     left_out.append(name.as_posix())
             for part in (stage / part for part in parts):
@@ -135,16 +137,6 @@ def add_card(stage: Path, repo_id: str, tags: Sequence[str] = (), existing: str 
     made.data["tags"] = list(dict.fromkeys([*(made.data.get("tags") or []), *tags]))
     path.unlink(missing_ok=True)
     made.save(path)
-
-
-def _link(path: Path, target: Path) -> None:
-    # Only weights are large enough to be worth it, and nobody changes them here.
-    if path.suffix == ".safetensors":
-        try:
-            return os.link(path, target)
-        except OSError:
-            pass
-    shutil.copyfile(path, target)
 
 
 def _try(root: Path) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "WEIGHTS_STEM",
     "HubUploadMixin",
     "index_for_transformers",
+    "link_or_copy",
     "name_in_errors",
     "pop_hub_arguments",
     "refuse_paths_in_indices",
@@ -199,10 +200,7 @@ def index_for_transformers(folder: Path, keep_own_name: bool = False) -> None:
     for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
         second_name = folder / (_TRANSFORMERS_STEM + path.name.removeprefix(WEIGHTS_STEM))
         if _SHARD.search(path.name) is None and keep_own_name:
-            try:
-                os.link(path, second_name)
-            except OSError:
-                shutil.copyfile(path, second_name)
+            link_or_copy(path, second_name)
         elif _SHARD.search(path.name) is None:
             second_name.unlink(missing_ok=True)
             with safe_open(path, "pt") as weights:
@@ -212,6 +210,14 @@ def index_for_transformers(folder: Path, keep_own_name: bool = False) -> None:
     for name, found in indices.items():
         alias = folder / (_TRANSFORMERS_STEM + name.removeprefix(WEIGHTS_STEM))
         alias.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Give a file a second name where the file system has such, and copy it where not."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
 
 
 def _for_diffusers(name: str) -> str:
