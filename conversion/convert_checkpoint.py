@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a config.json that describe the model; a `Problem` for one that the model does not know."""
+    """Read the values of a config.json that describe the model; a `Problem` for one that the model does not know."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -76,7 +76,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def configuration(values: dict[str, Any], size: str = "hieratok-b") -> HieraTokConfig:
-    """That of a named size with other values; a `Problem` where they contradict each other."""
+    """Make the configuration of a named size with other values; a `Problem` where they contradict each other."""
     try:
         return HieraTokConfig.from_size(size, **values)
     except Exception as error:  # huggingface_hub's own types for a value of another type
@@ -84,7 +84,7 @@ def configuration(values: dict[str, Any], size: str = "hieratok-b") -> HieraTokC
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """A `Problem` where something is in the way, before any work: a checkpoint beside it must not be overwritten."""
+    """Raise a `Problem` where something is in the way, before any work: no checkpoint beside it is overwritten."""
     if args.to_raw and not args.checkpoint.is_dir():
         raise Problem(f"--to_raw needs a folder of this package, got {str(args.checkpoint)!r}")
     if args.to_raw and args.output.suffix != ".safetensors":
@@ -93,8 +93,8 @@ def check_output(args: argparse.Namespace) -> None:
         raise Problem(f"{str(args.output)!r} is there already, take a new {'file' if args.to_raw else 'folder'}")
 
 
-def fitted(args: argparse.Namespace, raw: dict[str, Tensor], values: dict[str, Any] | None) -> tuple[Any, Any, str]:
-    """The configuration, the model's weights, and where the configuration comes from."""
+def fit(args: argparse.Namespace, raw: dict[str, Tensor], values: dict[str, Any] | None) -> tuple[Any, Any, str]:
+    """Find the configuration, the model's weights, and where the configuration comes from."""
     overrides = {**args.override, **({"scale_factors": tuple(args.scale_factors)} if args.scale_factors else {})}
     given = {**(values or {}), **overrides}
     sizes = [""] if values is not None else [args.size] if args.size else list(SIZES)
@@ -116,13 +116,13 @@ def fitted(args: argparse.Namespace, raw: dict[str, Tensor], values: dict[str, A
 
 
 def shapes_of(config: HieraTokConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model, without its memory."""
+    """Give name and shape of every tensor of a model, without its memory."""
     with torch.device("meta"):
         return {f"core.{name}": tuple(x.shape) for name, x in HieraTokCore(config).state_dict().items()}
 
 
 def core_of(config: HieraTokConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> HieraTokCore:
-    """A core with these weights, named as those of the model."""
+    """Make a core with these weights, named as those of the model."""
     with torch.device("meta"):
         core = HieraTokCore(config)
     own = {name.removeprefix("core."): x.to(dtype) for name, x in weights.items()}
@@ -131,7 +131,7 @@ def core_of(config: HieraTokConfig, weights: Mapping[str, Tensor], dtype: torch.
 
 
 def figures(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor, int], Tensor], config: Any) -> list[Tensor]:
-    """The moments of an image of noise, and the images of every number of scales that can be decoded alone."""
+    """Compute the moments of an image of noise, and the images of every number of scales that can be decoded alone."""
     side, count = config.patch_size * config.scale_factors[0], len(config.scale_factors)
     generator = torch.Generator().manual_seed(0)
     # Twice as wide as high: rows and columns that changed places would show.
@@ -150,7 +150,7 @@ def figures_of_core(config: HieraTokConfig, weights: Mapping[str, Tensor]) -> li
 
 
 def check_folder(folder: Path, weights: Mapping[str, Tensor], expected: list[Tensor]) -> None:
-    """A `Problem` unless both libraries load these very weights, and make of them what the core makes, to the bit."""
+    """Raise a `Problem` unless both libraries load these weights and make what the core makes, to the bit."""
     model = HieraTokModel.from_pretrained(folder, dtype=torch.float32)
     vae = AutoencoderHieraTok.from_pretrained(folder, torch_dtype=torch.float32)
     ways = (model, lambda x: model.encode(x).moments), (vae, lambda x: vae.encode(x).latent_dist.parameters)
@@ -180,7 +180,7 @@ def to_folder(args: argparse.Namespace) -> list[str]:
         values = tree.get("config")
         if values is not None and not isinstance(values, dict):
             raise Problem(f"{str(args.checkpoint)!r}: its configuration is a {type(values).__name__}, expected a dict")
-    config, weights, origin = fitted(args, raw, values)
+    config, weights, origin = fit(args, raw, values)
     dtypes = {x.dtype for x in weights.values()}
     own = dtypes.pop() if len(dtypes) == 1 else torch.float32
     dtype = _DTYPES[args.dtype] if args.dtype else own if own in _DTYPES.values() else torch.float32
@@ -208,7 +208,7 @@ def to_folder(args: argparse.Namespace) -> list[str]:
 
 
 def to_raw(args: argparse.Namespace) -> list[str]:
-    """The way back; the lines to print."""
+    """Convert the way back, and return the lines to print."""
     state = read_checkpoint(args.checkpoint)
     config = configuration(read_config(args.checkpoint / "config.json"))
     try:

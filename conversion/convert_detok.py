@@ -50,13 +50,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def to_grid(positions: Tensor) -> Tensor:
-    """Learned positions `(1, n * n, D)` to `(1, D, n, n)`."""
+    """Reshape learned positions `(1, n * n, D)` to `(1, D, n, n)`."""
     side = math.isqrt(positions.shape[1])
     return positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
 
 def detok_key_map() -> KeyMap:
-    """The names of l-DeTok's tensors, and those of `HieraTokModel` for them."""
+    """Map the names of l-DeTok's tensors to those of `HieraTokModel`."""
     linears = {
         "encoder.patch_embed.0": "encoder.patch_embed",
         "encoder.latent_head": "encoder.head",
@@ -86,7 +86,7 @@ def detok_key_map() -> KeyMap:
 
 
 def fetch(checkpoint: str, revision: str | None) -> Path:
-    """The local file of a checkpoint, from the Hub where there is no such file."""
+    """Find the local file of a checkpoint, from the Hub where there is no such file."""
     if (path := Path(checkpoint)).is_file():
         return path
     owner, _, rest = checkpoint.partition("/")
@@ -97,7 +97,7 @@ def fetch(checkpoint: str, revision: str | None) -> Path:
 
 
 def configuration(weights: Mapping[str, Tensor]) -> HieraTokConfig:
-    """That of the single-scale twin, from the shapes of l-DeTok's tensors; `Problem` where one cannot be theirs."""
+    """Read the twin's configuration off the shapes of l-DeTok's tensors; a `Problem` where one cannot be theirs."""
 
     def shape(key: str, rank: int) -> tuple[int, ...]:
         if key not in weights:
@@ -188,18 +188,18 @@ def fold(core: HieraTokCore, args: argparse.Namespace) -> tuple[Tensor, Tensor, 
 
 
 @torch.no_grad()
-def computed(core: HieraTokCore, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and log-variance `(B, C, n, n)` of the latents of images, and the images made of that mean."""
+def compute(core: HieraTokCore, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute mean and log-variance `(B, C, n, n)` of the latents of images, and the images made of that mean."""
     mean, logvar = core.encode_moments(pixel_values)[0].chunk(2, dim=1)
     return mean, logvar, core.decode(mean)
 
 
 def distance(folder: Path, pixel_values: Tensor, expected: tuple[Tensor, ...]) -> float:
-    """The largest distance, as a share, of what both classes compute with a saved folder from what is expected."""
+    """Measure how far, as a share, what both classes compute with a folder is from what is expected, at most."""
     distances = []
     for loader in (HieraTokModel, AutoencoderHieraTok):
         core = load_or_explain(loader.from_pretrained, "the folder just written", str(folder)).core
-        found = computed(core, pixel_values.to(core.decoder.head.weight.dtype))
+        found = compute(core, pixel_values.to(core.decoder.head.weight.dtype))
         distances += [(x.float() - y).norm() / y.norm() for x, y in zip(found, expected)]
     return torch.stack(distances).max().item()  # NaN where one is
 
@@ -234,7 +234,7 @@ def run(args: argparse.Namespace) -> list[str]:
         return [*lines, "every tensor has its place; nothing was written"]
     size = config.sample_size
     pixel_values = torch.rand(1, config.in_channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, logvar, images = computed(core, pixel_values)
+    mean, logvar, images = compute(core, pixel_values)
     if args.data:
         shift, scale, more = fold(core, args)
         shift, scale = shift[:, None, None], scale[:, None, None]

@@ -81,12 +81,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def last_factor(part: str, config: HieraTokConfig, num_scales: int | None) -> int:
-    """The factor of the grid that a part gives: 1 for the encoder and for all scales."""
+    """Find the factor of the grid that a part gives: 1 for the encoder and for all scales."""
     return 1 if part == "encoder" else config.scale_factors[(num_scales or len(config.scale_factors)) - 1]
 
 
 def interface(part: str, config: HieraTokConfig, factor: int) -> dict[str, dict[str, Any]]:
-    """Names, shapes and values of a program's input and output; sizes that stay free are given by name."""
+    """Describe names, shapes and values of a program's input and output; sizes that stay free are given by name."""
     size, channels, least = config.patch_size, config.latent_channels, {"least_rows_and_columns": factor + 1}
     if part == "encoder":
         shape = ["batch", config.in_channels, f"{size}*rows", f"{size}*columns"]
@@ -105,7 +105,7 @@ def interface(part: str, config: HieraTokConfig, factor: int) -> dict[str, dict[
 
 
 def make_inputs(part: str, config: HieraTokConfig, batch: int, rows: int, columns: int) -> Tensor:
-    """Random images in [-1, 1] for the encoder, standard normal latents for the decoder."""
+    """Draw random images in [-1, 1] for the encoder, standard normal latents for the decoder."""
     generator = torch.Generator().manual_seed(0)
     if part == "decoder":
         return torch.randn(batch, config.latent_channels, rows, columns, generator=generator)
@@ -116,7 +116,7 @@ def make_inputs(part: str, config: HieraTokConfig, batch: int, rows: int, column
 def trace(
     part: str, module: nn.Module, config: HieraTokConfig, factor: int, dtype: torch.dtype
 ) -> torch.export.ExportedProgram:
-    """The program of a part for every batch, height and width that makes a grid of at least 2 x 2."""
+    """Trace the program of a part for every batch, height and width that makes a grid of at least 2 x 2."""
     # Sides of one token would be taken for constants, so the example's have more in the coarsest grid too.
     longest = 2 * config.scale_factors[0]
     example = make_inputs(part, config, 2, longest + 1, longest + 3).to(dtype)
@@ -149,8 +149,8 @@ def save_onnx(program: torch.export.ExportedProgram, path: Path, names: dict[str
     exported.save(path, external_data=weights > ONE_FILE_BYTES)
 
 
-def opened(path: Path) -> Callable[[Tensor], Tensor]:
-    """A program that was written, as a server would open it."""
+def open_program(path: Path) -> Callable[[Tensor], Tensor]:
+    """Open a program that was written, as a server would open it."""
     if path.suffix == SUFFIXES["torch"]:
         return torch.export.load(path).module()
     import onnxruntime
@@ -161,7 +161,7 @@ def opened(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def check_sizes(config: HieraTokConfig, factor: int) -> Iterator[tuple[int, int, int]]:
-    """Batches, rows and columns of tokens to compare at, none of them those that a program was traced with."""
+    """List batches, rows and columns of tokens to compare at, none of them those that a program was traced with."""
     longest, least = config.scale_factors[0], factor + 1
     for batch in (1, 3):
         yield from ((batch, least, least + 3), (batch, longest + 1, longest + 4), (batch, 2 * longest + 5, least + 1))
@@ -171,12 +171,12 @@ def largest_difference(
     path: Path, part: str, reference: nn.Module, config: HieraTokConfig, factor: int, dtype: torch.dtype
 ) -> float:
     """
-    How far a written program is from the model in float32 at several sizes and batches.
+    Measure how far a written program is from the model in float32 at several sizes and batches.
 
     Raises:
         Problem: It has another shape, gives what is no number, or is further away than rounding takes it.
     """
-    run, limit = opened(path), DTYPES[str(dtype).removeprefix("torch.")]
+    run, limit = open_program(path), DTYPES[str(dtype).removeprefix("torch.")]
     largest = 0.0
     for sizes in check_sizes(config, factor):
         x = make_inputs(part, config, *sizes).to(dtype)
@@ -214,7 +214,7 @@ def export_part(part: str, core: HieraTokCore, args: argparse.Namespace, folder:
 
 
 def prepare(args: argparse.Namespace) -> HieraTokCore:
-    """The model; a `Problem` where what was asked for cannot be done."""
+    """Load the model; a `Problem` where what was asked for cannot be done."""
     missing = [name for kind in args.format for name in PACKAGES[kind] if importlib.util.find_spec(name) is None]
     if missing:
         raise Problem(f"--format onnx needs {', '.join(missing)} (pip install 'hieratok_hf[export]')")

@@ -199,7 +199,7 @@ def core_key_map(fused: bool = False) -> KeyMap:
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    """What a name with `{}` matches."""
+    """Compile what a name with `{}` matches."""
     return re.compile("([0-9]+)".join(map(re.escape, name.split("{}"))))
 
 
@@ -208,7 +208,7 @@ def _filled(name: str, found: re.Match[str]) -> str:
 
 
 def _parts(rule: Rule, tensor: Tensor, names: list[str], shapes: Mapping[str, Sequence[int]]) -> Sequence[Tensor]:
-    """What a rule makes of a tensor, one for each name; `_Misfit` unless it is what the model needs."""
+    """Make what a rule does of a tensor, one for each name; `_Misfit` unless it is what the model needs."""
     if not isinstance(tensor, Tensor):
         raise _Misfit("no tensors", f"found {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:

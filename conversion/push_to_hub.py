@@ -10,7 +10,7 @@ import diffusers
 import transformers
 
 from hieratok_hf.cli.command_line import Problem, one_line, run_script
-from hieratok_hf.hub.folder import Plan, add_card, prepared
+from hieratok_hf.hub.folder import Plan, add_card, prepare_folder
 from hieratok_hf.hub.push import HubError, push_folder
 from hieratok_hf.shipped import SHIPPED, resolve_model
 
@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def card_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the options say for the model card."""
+    """Collect what the options say for the model card."""
     reports = []
     for path in args.results:
         try:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> list[str]:
     card = None if args.no_card else card_of(args)
     try:
         if args.dry_run:
-            with prepared(folder, not args.no_code) as (stage, left_out):
+            with prepare_folder(folder, not args.no_code) as (stage, left_out):
                 if card is not None:
                     add_card(stage, args.repo_id, args.tags, **card)
                 plan = Plan.of(stage, args.repo_id, left_out)

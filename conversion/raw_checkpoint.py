@@ -29,7 +29,7 @@ _HOLDERS = {"ema_model", "model", "tokenizer", "core"}
 
 def read_checkpoint(path: Path) -> Any:
     """
-    What a file or a folder holds, tensors mapped from the disk where the format allows it; no code in it is run.
+    Read what a file or a folder holds, tensors mapped from the disk where the format allows it; no code in it is run.
 
     Raises:
         Problem: It cannot be read as a whole; the message names the file.
@@ -44,14 +44,14 @@ def read_checkpoint(path: Path) -> Any:
             return read_checkpoint(indices[0])
         if not shards and not states:
             raise Problem(f"{str(path)!r} holds no .safetensors and no training state")
-        return _united(dict.fromkeys(shards)) if shards else read_checkpoint(states[-1])
+        return _unite(dict.fromkeys(shards)) if shards else read_checkpoint(states[-1])
     if not path.is_file():
         raise Problem(f"there is no {str(path)!r}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix == ".json":
-            return _united(_shards(path))
+            return _unite(_shards(path))
         if path.suffix in _PICKLED:
             # Trainings keep their arguments beside the weights; an `argparse.Namespace` has no code.
             with torch.serialization.safe_globals([Namespace]):
@@ -67,7 +67,7 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def _shards(index: Path) -> dict[Path, set[str]]:
-    """The files that an index names, and the tensors that each must hold."""
+    """List the files that an index names, and the tensors that each must hold."""
     weight_map = json.loads(index.read_text()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Problem(f"{str(index)!r} has no `weight_map` of names and files")
@@ -80,8 +80,8 @@ def _shards(index: Path) -> dict[Path, set[str]]:
     return shards
 
 
-def _united(shards: Mapping[Path, set[str] | None]) -> dict[str, Tensor]:
-    """The tensors of several files, which hold exactly those that are expected where that is known."""
+def _unite(shards: Mapping[Path, set[str] | None]) -> dict[str, Tensor]:
+    """Unite the tensors of several files, which hold exactly those that are expected where that is known."""
     weights: dict[str, Tensor] = {}
     for shard, expected in shards.items():
         part = read_checkpoint(shard)
@@ -96,7 +96,7 @@ def _united(shards: Mapping[Path, set[str] | None]) -> dict[str, Tensor]:
 
 def find_weights(tree: Any, averaged: bool, trail: tuple[str, ...] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
     """
-    The names and tensors in what `read_checkpoint` gave, and the keys that lead to them.
+    Find the names and tensors in what `read_checkpoint` gave, and the keys that lead to them.
 
     Raises:
         Problem: There are none, several, or with `averaged` none that are averaged.
@@ -128,12 +128,12 @@ def find_weights(tree: Any, averaged: bool, trail: tuple[str, ...] = ()) -> tupl
 
 
 def _core_alone(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the tokenizer: a training has more, such as the map of an alignment."""
+    """Take the tensors of the tokenizer: a training has more, such as the map of an alignment."""
     return {key: x for key, x in weights.items() if key.startswith("core.")}
 
 
 def without_wrappers(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with the names that `HieraTokCore` gives; a `Problem` where two become one."""
+    """Give the same with the names that `HieraTokCore` gives; a `Problem` where two become one."""
     plain: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for key, x in weights.items():

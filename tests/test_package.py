@@ -61,7 +61,7 @@ def test_a_wheel_carries_the_weights_and_works_alone(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
-    assert "hieratok_hf/py.typed" in names
+    assert {"hieratok_hf/py.typed", "hieratok_hf/hub/card_template.md"} <= set(names)
     assert "hieratok_hf/weights/hieratok-tiny/diffusion_pytorch_model.safetensors" in names
     assert "hieratok_hf/weights/hieratok-tiny-16x/diffusion_pytorch_model.safetensors" in names
     assert "hieratok_hf/weights/hieratok-dit-tiny/model_index.json" in names

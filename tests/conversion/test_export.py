@@ -65,7 +65,7 @@ def small_model(tmp_path):
 @torch.no_grad()
 def differences(path, core, num_scales=None, sizes=SIZES):
     """The largest distance of a program from the model at each size."""
-    run, size, found = export.opened(path), core.config.patch_size, []
+    run, size, found = export.open_program(path), core.config.patch_size, []
     for batch, rows, columns in sizes:
         if path.stem == "encoder":
             x = images(batch, 3, rows * size, columns * size)
@@ -125,7 +125,7 @@ def test_mode_and_sample_follow_from_the_moments_as_the_facts_say(exported):
     core, folder, facts = exported
     channels = facts["latent_channels"]
     x = images(2, 3, 8, 12)
-    moments = export.opened(folder / "encoder.onnx")(x)
+    moments = export.open_program(folder / "encoder.onnx")(x)
     mean, logvar = moments[:, :channels], moments[:, channels:]
     with torch.no_grad():
         posterior = core.encode(x)
@@ -186,7 +186,7 @@ def test_a_program_that_is_wrong_is_not_kept(small_model, tmp_path, monkeypatch,
     reference = export.Encoder(load_codec(small_model).core)
     monkeypatch.setattr(export, "trace", lambda part, module, *_: module)
     monkeypatch.setattr(export.torch.export, "save", lambda program, path: path.write_bytes(b""))
-    monkeypatch.setattr(export, "opened", lambda path: lambda x: wrong(reference(x)))
+    monkeypatch.setattr(export, "open_program", lambda path: lambda x: wrong(reference(x)))
     assert export.main([small_model, str(tmp_path / "made"), "--format", "torch", "--parts", "encoder"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "made").exists()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
-from hieratok_hf.hub.folder import Plan, add_card, prepared
+from hieratok_hf.hub.folder import Plan, add_card, prepare_folder
 from hieratok_hf.hub.remote_code import add_remote_code
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -40,7 +40,7 @@ def test_the_weights_go_once_for_both_libraries(saved_by, tmp_path):
     saved_by.from_core(random_core()).save_pretrained(tmp_path)
     HieraTokImageProcessorPil(size_divisor=4).save_pretrained(tmp_path)
     before = contents(tmp_path)
-    with prepared(tmp_path) as (stage, left_out):
+    with prepare_folder(tmp_path) as (stage, left_out):
         add_card(stage, "org/name")
         plan = Plan.of(stage, "org/name", left_out)
         assert plan.files.keys() == {*TOKENIZER, "README.md", "preprocessor_config.json"}
@@ -56,7 +56,7 @@ def test_only_what_belongs_to_a_model_goes(folder):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     (folder / "LICENSE").write_text("free")
-    with prepared(folder) as (stage, left_out):
+    with prepare_folder(folder) as (stage, left_out):
         plan = Plan.of(stage, "org/name", left_out)
         assert plan.files.keys() == {*TOKENIZER, "LICENSE"}
         assert left_out == sorted(left) and "left out: log.jsonl" in str(plan)
@@ -67,7 +67,7 @@ def test_shards_and_variants_go_whole(folder, monkeypatch):
     vae = AutoencoderHieraTok.from_pretrained(folder)
     vae.save_pretrained(folder, variant="fp16")
     vae.save_pretrained(folder, max_shard_size="40KB")
-    with prepared(folder) as (stage, left_out):
+    with prepare_folder(folder) as (stage, left_out):
         plan = Plan.of(stage, "org/name", left_out)
         shards = {name for name in plan.files if "-of-" in name}
         assert len(shards) > 2 and "diffusion_pytorch_model.fp16.safetensors" in plan.files
@@ -80,7 +80,7 @@ def test_a_pipeline_goes_with_its_parts(tmp_path):
     make_pipeline().save_pretrained(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    with prepared(tmp_path) as (stage, left_out):
+    with prepare_folder(tmp_path) as (stage, left_out):
         assert left_out == ["other/config.json"]
         plan = Plan.of(stage, "org/name", left_out)
         assert {"vae/autoencoder_hieratok.py", "pipeline_hieratok_dit.py", f"vae/{WEIGHTS}"} <= plan.files.keys()
@@ -93,7 +93,7 @@ def test_code_that_stays_behind_is_not_named(folder, tmp_path):
     for path, names in ((folder, ("config.json",)), (tmp_path / "pipe", ("model_index.json", "vae/config.json"))):
         plain = {name: json.loads((path / name).read_text()) for name in names}
         add_remote_code(path)
-        with prepared(path, remote_code=False) as (stage, _):
+        with prepare_folder(path, remote_code=False) as (stage, _):
             assert not list(stage.rglob("*.py"))
             assert {name: json.loads((stage / name).read_text()) for name in names} == plain
 
@@ -102,10 +102,10 @@ def test_code_that_stays_behind_is_not_named(folder, tmp_path):
 def test_a_broken_part_of_a_pipeline_is_found(part, variant, tmp_path):
     make_pipeline().save_pretrained(tmp_path, variant=variant)
     path = tmp_path / part / WEIGHTS.replace(".", f".{variant}.", 1 if variant else 0)
-    with prepared(tmp_path) as (stage, _):
+    with prepare_folder(tmp_path) as (stage, _):
         assert (stage / part / path.name).exists()
     change(path, lambda weights: {name: x * float("nan") for name, x in weights.items()})
-    with pytest.raises(ValueError, match="finite"), prepared(tmp_path):
+    with pytest.raises(ValueError, match="finite"), prepare_folder(tmp_path):
         pass
 
 
@@ -113,18 +113,18 @@ def test_where_a_pipeline_once_lay_is_nobody_s_concern(tmp_path):
     make_pipeline().save_pretrained(tmp_path / "first")
     HieraTokDiTPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     assert str(tmp_path) in (tmp_path / "second" / "model_index.json").read_text()
-    with prepared(tmp_path / "second") as (stage, _):
+    with prepare_folder(tmp_path / "second") as (stage, _):
         assert not [path for path in stage.rglob("*.json") if str(tmp_path) in path.read_text()]
 
 
 def test_the_card_of_the_folder_goes_before_one_of_the_hub(folder):
     theirs = "---\nlicense: mit\n---\n\n# Theirs\n"
-    with prepared(folder) as (stage, _):
+    with prepare_folder(folder) as (stage, _):
         add_card(stage, "org/name", existing=theirs)
         text = (stage / "README.md").read_text()
         assert "# Theirs" in text and "license: mit" in text and "library_name: diffusers" in text
     (folder / "README.md").write_text("# Mine\n")
-    with prepared(folder) as (stage, _):
+    with prepare_folder(folder) as (stage, _):
         add_card(stage, "org/name", tags=["mine"], existing=theirs)
         text = (stage / "README.md").read_text()
         assert "# Mine" in text and "# Theirs" not in text and "- mine" in text and "- hieratok" in text
@@ -152,7 +152,7 @@ BROKEN = {
 @pytest.mark.parametrize(("spoil", "reason"), BROKEN.values(), ids=BROKEN)
 def test_what_does_not_load_does_not_go(spoil, reason, folder):
     spoil(folder)
-    with pytest.raises(ValueError, match=reason) as caught, prepared(folder):
+    with pytest.raises(ValueError, match=reason) as caught, prepare_folder(folder):
         pass
     text = str(caught.value)
     assert repr(str(folder)) in text and "does not pass its load test" in text and "\n" not in text
@@ -162,10 +162,10 @@ def test_a_folder_that_the_libraries_load_differently_does_not_go(folder, monkey
     monkeypatch.setattr(
         HieraTokModel, "from_pretrained", lambda *_, **__: HieraTokModel.from_core(random_core(seed=1))
     )
-    with pytest.raises(ValueError, match="different weights"), prepared(folder):
+    with pytest.raises(ValueError, match="different weights"), prepare_folder(folder):
         pass
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(ValueError, match="`folder`"), prepared(tmp_path / "none"):
+    with pytest.raises(ValueError, match="`folder`"), prepare_folder(tmp_path / "none"):
         pass

@@ -22,7 +22,7 @@ from ..utils.files import read_json
 from .card import card_for
 from .remote_code import PIPELINE_CLASSES, add_remote_code
 
-__all__ = ["Plan", "add_card", "prepared"]
+__all__ = ["Plan", "add_card", "prepare_folder"]
 
 # What a saved folder is made of. Anything else beside it, such as states of a training, stays where it is.
 _PARTS = re.compile(
@@ -60,7 +60,7 @@ class Plan:
 
 
 @contextmanager
-def prepared(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterator[tuple[Path, list[str]]]:
+def prepare_folder(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterator[tuple[Path, list[str]]]:
     """
     Put the files of a folder as they are to be pushed into a temporary folder, and name those that stay.
 
@@ -108,7 +108,7 @@ def prepared(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterat
 
 
 def _plain(saved: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without where a model once lay, which concerns nobody, and without code that stays behind."""
+    """Take away where a model once lay, which concerns nobody, and code that stays behind."""
     plain = {key: value for key, value in saved.items() if key not in ("_name_or_path", "auto_map")}
     if plain.get("_class_name") in PIPELINE_CLASSES:
         plain["_class_name"] = PIPELINE_CLASSES[0]
@@ -121,7 +121,7 @@ def add_card(stage: Path, repo_id: str, tags: Sequence[str] = (), existing: str 
     Write the model card of a prepared folder.
 
     Args:
-        stage (`Path`): From `prepared`.
+        stage (`Path`): From `prepare_folder`.
         repo_id (`str`): What the card shall name.
         tags (`Sequence[str]`): Further tags.
         existing (`str`, *optional*): A README.md to go on from where the folder has none of its own.
@@ -153,7 +153,7 @@ def _try(root: Path) -> None:
 
 
 def _variants(weights: Iterable[Path]) -> list[str | None]:
-    """The variants of weight files, as `from_pretrained` takes them."""
+    """List the variants of weight files, as `from_pretrained` takes them."""
     return [name or None for name in sorted({variant_of(path.name) for path in weights})]
 
 

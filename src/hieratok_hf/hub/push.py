@@ -16,7 +16,7 @@ from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..models.core import has_adapters
 from ..models.image_processing_hieratok import HieraTokImageProcessorPil
 from ..models.saving import stale_weights
-from .folder import add_card, prepared
+from .folder import add_card, prepare_folder
 
 __all__ = ["HubError", "push_folder", "push_model"]
 
@@ -125,7 +125,7 @@ def push_folder(
     """
     api = HfApi(token=token)
     validate_repo_id(repo_id)
-    with prepared(folder, remote_code) as (stage, _):
+    with prepare_folder(folder, remote_code) as (stage, _):
         if card is not None:
             has_own = (stage / "README.md").exists()
             add_card(stage, repo_id, tags or (), **card)  # what is wrong with it is told before anything is made

@@ -107,7 +107,7 @@ def _to_json(value: dict[str, Any]) -> str:
 @functools.cache
 def remote_code() -> str:
     """
-    The source of the models, the image processors and the pipeline, module after module, with one list of imports.
+    Write the models, the image processors and the pipeline, module after module, with one list of imports.
 
     Modules that the package imports on demand, such as the Triton kernels, stand in a `try`: what the machine lacks is
     told when it is asked for.
@@ -200,7 +200,7 @@ class _Module:
 
     @property
     def optional_body(self) -> str:
-        """The body in a `try`, its imports with it."""
+        """Put the body into a `try`, its imports with it."""
         body = "\n".join([*self.imports, "", self.body])
         indented = "\n".join(f"    {line}" if line.strip() else "" for line in body.splitlines())
         needs = "".join(f'    _require("{other}")\n' for other in self.eager)
@@ -216,7 +216,7 @@ def _one_line(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
 
 
 def _meaning(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
-    """Of an imported name, the same however it was imported."""
+    """Say what an imported name means, the same however it was imported."""
     if isinstance(node, ast.ImportFrom):
         return f"{node.module}.{alias.name}"
     return alias.name if alias.asname else alias.name.split(".")[0]

@@ -35,8 +35,10 @@ def report_results(
     report: Mapping[str, Any], kind: str, known: Mapping[str, Any], name: str | None = None
 ) -> tuple[list[EvalResult], list[tuple[Any, ...]]]:
     """
-    The figures of one model in a report. Of places on a machine only the last name is told; speeds, latent statistics,
-    coarser scales and figures that are null are left out.
+    Read the figures of one model out of a report.
+
+    Of places on a machine only the last name is told; speeds, latent statistics, coarser scales and figures that are
+    null are left out.
 
     Args:
         report (`Mapping`): What was read from the JSON file.
@@ -68,7 +70,7 @@ def report_results(
 
 
 def entry(mapping: Any, key: str, kind: type | tuple[type, ...]) -> Any:
-    """What stands under a key; `ValueError` that names the key unless it is of that type."""
+    """Take what stands under a key, or raise a `ValueError` that names it unless it is of that type."""
     value = mapping.get(key) if isinstance(mapping, Mapping) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         wanted = " or ".join(x.__name__ for x in (kind if isinstance(kind, tuple) else (kind,)))
@@ -77,7 +79,7 @@ def entry(mapping: Any, key: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def line(value: Any) -> str:
-    """Text on one line, of characters that can be seen and written."""
+    """Put text on one line, of characters that can be seen and written."""
     return "".join(character for character in " ".join(str(value).split()) if character.isprintable())
 
 
@@ -133,7 +135,7 @@ def _of_generator(
 def _figures(
     found: Mapping[str, Any], kinds: Mapping[str, tuple[str, str]], where: Mapping[str, Any]
 ) -> list[EvalResult]:
-    """Those that are not null, as what is infinite is in a report, to four places."""
+    """Take the figures that are not null, as what is infinite is in a report, to four places."""
     figures = []
     for key, (metric_type, name) in kinds.items():
         if found.get(key) is None:
@@ -146,7 +148,7 @@ def _figures(
 
 
 def _distances(found: Mapping[str, Any], settings: Mapping[str, Any], where: Mapping[str, Any]) -> list[EvalResult]:
-    """Fréchet distances under the name of their network; only Inception's are FIDs."""
+    """Take Fréchet distances under the name of their network; only Inception's are FIDs."""
     side = line(settings.get("fid_size"))
     kinds = {
         key: (
@@ -165,7 +167,7 @@ def _dataset(data: Sequence[Any]) -> dict[str, str]:
 
 
 def _command(kind: str, settings: Mapping[str, Any]) -> str:
-    """The command line that gave a report these settings."""
+    """Write the command line that gave a report these settings."""
     words = ["python", f"examples/evaluate_{'generation' if kind == 'pipeline' else kind}.py"]
     # No options, or an option that only goes with another.
     told = {"labels", "scheduler", "size"} if kind == "pipeline" else set()
@@ -186,7 +188,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def _place(place: Any) -> str:
-    """A name to publish: of a path that tells of the machine the last part, of a shard the folder's name too."""
+    """Shorten a path that tells of the machine to its last part, of a shard to the folder's name and that."""
     text = line(place)
     parts = re.split(r"[/\\]+", text)
     if ".." not in parts and not re.fullmatch(r"|~.*|.*:", parts[0]):

@@ -66,7 +66,7 @@ class HubUploadMixin:
 @contextmanager
 def stage_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
-    A temporary folder whose files replace those of `folder`, one rename each, once the block has ended well.
+    Give a temporary folder whose files replace those of `folder`, one rename each, once the block has ended well.
 
     Weights that an earlier save left behind, such as shards of another number, go with the rename; `config.json`
     comes last, and after it the `model_index.json` of a pipeline. If the block raises, `folder` is as it was, and one
@@ -107,7 +107,7 @@ def stale_weights(there: Iterable[AnyPath], written: Iterable[AnyPath]) -> list[
 
 
 def variant_of(name: str) -> str:
-    """`"fp16"` of `model.fp16-00001-of-00002.safetensors` and of `model.safetensors.index.fp16.json`, else `""`."""
+    """Read `"fp16"` in `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`, and else `""`."""
     name = _SHARD.sub("", name).removesuffix(".json")
     name = name.replace(".safetensors", "").replace(".index", "")
     return name.partition(".")[2]
@@ -125,7 +125,7 @@ def pop_hub_arguments(arguments: dict[str, Any], folder: str | os.PathLike[str])
 
 @contextmanager
 def name_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
-    """An `OSError` of a model that is neither a folder nor to be had from the Hub names it and the way out."""
+    """Let an `OSError` of a model that is neither a folder nor to be had from the Hub name it and the way out."""
     try:
         yield
     except OSError as error:
@@ -138,7 +138,7 @@ def name_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
 
 def refuse_paths_in_indices(folder: Path) -> None:
     """
-    transformers opens whatever file an index names, wherever it lies; diffusers refuses by itself.
+    Refuse indices with paths: transformers opens whatever file one names; diffusers refuses by itself.
 
     Raises:
         ValueError: An index of weights names a file that does not lie beside it.
