@@ -81,7 +81,7 @@ def test_what_pipelines_read(vae):
     assert (vae.config.scaling_factor, vae.config.shift_factor, vae.config.force_upcast) == (1.0, 0.0, False)
     assert vae.config.latents_mean is None and vae.config.latents_std is None
     assert 2 ** (len(vae.config.block_out_channels) - 1) == vae.spatial_compression_ratio == vae.config.patch_size == 4
-    assert len(vae.config.encoder_block_out_channels) == len(vae.config.block_out_channels)
+    assert len(vae.config.encoder_block_out_channels) == len(vae.config.block_out_channels) == 3
     assert vae.config.latent_channels == 4
 
 
