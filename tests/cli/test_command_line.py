@@ -40,18 +40,13 @@ def test_options_are_checked_and_what_cannot_be_loaded_is_named(capsys):
 
 
 def test_reports_are_json_and_written_whole(tmp_path):
-    path = tmp_path / "report.json"
+    facts, path = machine(torch.device("cpu"), 2), tmp_path / "report.json"
+    assert (facts["device"], facts["torch"], facts["processes"]) == ("cpu", torch.__version__, 2) and facts["cpu"]
     write_report(path, {"psnr": float("inf"), "rows": [{"a": float("nan"), "b": 1.5}], "path": tmp_path})
     assert json.loads(path.read_text()) == {"psnr": None, "rows": [{"a": None, "b": 1.5}], "path": str(tmp_path)}
     with pytest.raises(Problem, match=r"--json '.*missing.*' cannot be written"):
         write_report(tmp_path / "missing" / "report.json", {})
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_the_machine_is_named():
-    facts = machine(torch.device("cpu"), 2)
-    assert facts["device"] == "cpu" and facts["torch"] == torch.__version__ and facts["processes"] == 2
-    assert facts["cpu"]
 
 
 def test_lines_are_printed_and_problems_become_the_status(capsys):
