@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
+from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel, VQModel
 from helpers import images, random_core
 from huggingface_hub import constants
 
@@ -33,18 +33,12 @@ def kl():
     return AutoencoderKL(**SMALL, latent_channels=4, sample_size=32)
 
 
-def tiny():
-    channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    return AutoencoderTiny(**channels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
-
-
 def vq():
     return VQModel(**SMALL, latent_channels=3, num_vq_embeddings=16)
 
 
 OTHERS = {
     "kl": (kl, lambda output: output.latent_dist.mode(), 4),
-    "tiny": (tiny, lambda output: output.latents, 4),
     "vq": (vq, lambda output: output.latents, 3),
     "dc": (lambda: AutoencoderDC(**DC), lambda output: output.latent, 4),
 }

@@ -71,6 +71,7 @@ def test_autoencoder_has_the_fields_and_defaults_of_the_configuration_in_order()
     own = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     fields = {field.name: field.default for field in dataclasses.fields(HieraTokConfig)}
     assert list(own) == list(HieraTokConfig.__annotations__)
+    assert not [name for name in own if "_std" in name]  # which the suite of transformers overwrites
     for name, default in own.items():
         assert default == fields[name] and type(default) is type(fields[name]), name
 
@@ -90,15 +91,3 @@ def test_aliases_read_and_write_the_field(alias, name):
     setattr(config, alias, 4)
     assert getattr(config, name) == 4 and alias not in config.to_dict()
     assert config.num_hidden_layers == config.encoder_num_layers + config.decoder_num_layers == 4
-
-
-@pytest.mark.parametrize(("patch_size", "length"), [(1, 1), (2, 2), (8, 4), (16, 5)])
-def test_pipelines_read_the_downsampling_from_block_out_channels(patch_size, length):
-    facts = tiny(patch_size=patch_size).pipeline_facts
-    assert 2 ** (len(facts["block_out_channels"]) - 1) == patch_size
-    assert len(facts["encoder_block_out_channels"]) == length
-    assert facts["latents_mean"] is None and facts["latents_std"] is None
-
-
-def test_no_key_ends_in_std_which_the_suite_of_transformers_overwrites():
-    assert not [name for name in HieraTokConfig.__annotations__ if "_std" in name]

@@ -12,12 +12,7 @@ from tiny_pipelines import make_pipeline
 from torch import nn
 
 import hieratok_hf
-from hieratok_hf import (
-    AutoencoderHieraTok,
-    HieraTokAttnProcessor,
-    HieraTokImageProcessorPil,
-    HieraTokModel,
-)
+from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.evaluation.metrics import psnr
 
 SHIPPED = Path(hieratok_hf.pretrained("hieratok-tiny"))
@@ -156,23 +151,6 @@ def test_an_adapter_is_saved_loaded_merged_and_taken_out_again(vae, sample, tmp_
     assert not any("lora" in name for name in vae.state_dict())
 
 
-def test_training_moves_the_adapter_only(vae, sample):
-    vae.requires_grad_(False)
-    vae.add_adapter(adapter_config(init_lora_weights=True))
-    vae.train().enable_gradient_checkpointing()
-    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
-    optimizer = torch.optim.SGD([weight for weight in vae.parameters() if weight.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(5):
-        losses.append((vae(sample).sample - sample).square().mean())
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
-    moved = {name for name, weight in vae.state_dict().items() if not torch.equal(weight, before[name])}
-    assert moved and all("lora_" in name for name in moved)
-
-
 def test_fused_projections_of_a_loaded_model_with_compiled_blocks_and_with_an_adapter(vae, sample, tmp_path):
     expected, keys = everything(vae, sample), list(vae.state_dict())
     vae.save_pretrained(tmp_path)
@@ -267,9 +245,9 @@ def test_quantised_weights_give_the_same_images(shipped, library, tmp_path):
         if library == "torchao":
             assert torch.equal(HieraTokModel.from_pretrained(tmp_path).eval()(sample).reconstruction, made)
     if library == "torchao":
-        loaded.requires_grad_(False)
-        loaded.add_adapter(adapter_config(init_lora_weights=True, target_modules=["to_q", "to_v"]))
-        loaded(sample).sample.square().mean().backward()
-        gradients = {name: weight.grad for name, weight in loaded.named_parameters() if weight.grad is not None}
+        quantised.requires_grad_(False)
+        quantised.add_adapter(adapter_config(init_lora_weights=True, target_modules=["to_q", "to_v"]))
+        quantised(sample).sample.square().mean().backward()
+        gradients = {name: weight.grad for name, weight in quantised.named_parameters() if weight.grad is not None}
         assert gradients and all("lora_" in name for name in gradients)
         assert any(gradient.abs().max() > 0 for gradient in gradients.values())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import images, random_core
+from helpers import images, random_core, tiny
 from transformers import AutoModel
 
 import hieratok_hf
@@ -120,10 +120,9 @@ def test_public_names_resolve():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_gpu_gives_the_images_of_the_cpu(dtype, tiny_config):
+def test_a_gpu_gives_the_images_of_the_cpu(dtype):
     torch.manual_seed(0)
-    model = HieraTokModel(tiny_config).eval()
-    pixel_values = torch.rand(2, 3, 64, 48) * 2 - 1
+    model, pixel_values = HieraTokModel(tiny()).eval(), images(2, 3, 64, 48)
     with torch.no_grad():
         expected = model(pixel_values).reconstruction
         result = model.to("cuda", dtype)(pixel_values.cuda()).reconstruction

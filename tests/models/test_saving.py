@@ -159,22 +159,6 @@ def test_an_interrupted_save_changes_nothing(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_filled_hub_cache_serves_both_libraries_offline(tmp_path):
-    snapshot = tmp_path / "models--someone--hieratok" / "snapshots" / ("0" * 40)
-    HieraTokModel.from_core(random_core()).save_pretrained(snapshot)
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0" * 40)
-    for library in CLASSES:
-        loaded = from_pretrained(library, "someone/hieratok", cache_dir=tmp_path, local_files_only=True)
-        assert_same_weights(loaded.core, random_core())
-        with pytest.raises(OSError, match=r"'org/nowhere'.*folder"):
-            CLASSES[library].from_pretrained("org/nowhere", cache_dir=tmp_path, local_files_only=True)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(OSError, match="no file named"):
-        HieraTokModel.from_pretrained(tmp_path / "empty")
-
-
 @pytest.mark.parametrize("cls", [*CLASSES.values(), AutoModel], ids=[*CLASSES, "auto"])
 def test_a_folder_from_before_there_was_learned_downsampling_gives_its_images(cls, tmp_path):
     assert "downsampling" not in read_json(MEAN_MODEL / "config.json")

@@ -95,8 +95,7 @@ UPRIGHT = ["123/456", "321/654", "654/321", "456/123", "14/25/36", "41/52/63", "
 @pytest.mark.parametrize("mode", ["RGB", "P", "RGBA", "I;16"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation, mode):
-    values = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
-    exif = Image.Exif()
+    values, exif = np.array([[1, 2, 3], [4, 5, 6]], np.uint8), Image.Exif()
     exif[0x0112] = orientation
     plain, deep = Image.fromarray(values), Image.fromarray(values.astype(np.uint16) * 257)
     image = deep if mode == "I;16" else plain.convert(mode)
