@@ -25,7 +25,7 @@ from hieratok_hf import (
     HieraTokImageProcessorPil,
     HieraTokModel,
 )
-from hieratok_hf.cli.command_line import Problem, one_line, run_script
+from hieratok_hf.cli.command_line import Problem, make_parser, one_line, run_script
 from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING, complete_saved
 from hieratok_hf.models.saving import stage_folder
 from hieratok_hf.utils.files import write_whole
@@ -34,7 +34,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32,
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     sources = "a file (.safetensors, its .index.json, .pt, .pth, .bin) or a folder of safetensors or training states"
     add("checkpoint", type=Path, metavar="CHECKPOINT", help=sources)

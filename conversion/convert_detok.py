@@ -13,7 +13,15 @@ from raw_checkpoint import find_weights, read_checkpoint, without_wrappers
 from torch import Tensor
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil, HieraTokModel
-from hieratok_hf.cli.command_line import Problem, add_device, load_or_explain, one_line, positive, run_script
+from hieratok_hf.cli.command_line import (
+    Problem,
+    add_device,
+    load_or_explain,
+    make_parser,
+    one_line,
+    positive,
+    run_script,
+)
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.saving import stage_folder
@@ -27,7 +35,7 @@ DTYPES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a .pth, .pt or .safetensors file, or owner/name/file on the Hub")
     add("output", type=Path, help="folder to write, for HieraTokModel and AutoencoderHieraTok")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.cli.command_line import Problem, load_or_explain, one_line, positive, run_script
+from hieratok_hf.cli.command_line import Problem, load_or_explain, make_parser, one_line, positive, run_script
 from hieratok_hf.models.autoencoder_adapter import load_codec
 from hieratok_hf.models.saving import stage_folder
 
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", help="a name that ships with the package, a folder, or a Hub id; of a pipeline its VAE")
     add("output", type=Path, help="folder to write; must not be there yet, or be empty")

@@ -9,21 +9,21 @@ from typing import Any
 import diffusers
 import transformers
 
-from hieratok_hf.cli.command_line import Problem, one_line, run_script
+from hieratok_hf.cli.command_line import Problem, make_parser, one_line, run_script
 from hieratok_hf.hub.folder import Plan, add_card, prepare_folder
 from hieratok_hf.hub.push import HubError, push_folder
 from hieratok_hf.shipped import SHIPPED, resolve_model
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("folder", help=f"saved by either library, or one of {', '.join(SHIPPED)}")
     add("repo_id", help="user/name, or name for your own; made if it is not there")
     add("--private", action="store_true", default=None, help="of a repository that is made")
     add("--revision", help="a branch, made if it is not there (main)")
     add("--create_pr", action="store_true", help="open a pull request instead")
-    add("--commit_message")
+    add("--commit_message", help="message of the one commit; it names the model unless given")
     add("--token", help="of the Hub; what `hf auth login` has stored unless given")
     add("--no_code", action="store_true", help="leave out the code that loads it without this package")
     add("--no_card", action="store_true", help="leave the model card as it is")

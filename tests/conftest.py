@@ -14,12 +14,9 @@ if not torch.cuda.is_available():
     # Without a GPU only the interpreter runs Triton's kernels, and Triton asks for it once, when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from helpers import random_core, tiny
 from hub_server import hub_here as hub_here
 from hub_server import hub_server as hub_server
 from scripts import forget_processes, load_script
-
-from hieratok_hf import HieraTokConfig, HieraTokCore
 
 # Files whose fixtures take half a minute to make.
 ON_ONE_WORKER = {
@@ -41,16 +38,6 @@ def pytest_xdist_make_scheduler(config, log):
             return file if Path(file).name in ON_ONE_WORKER else nodeid
 
     return Scheduling(config, log) if config.getvalue("dist") == "load" else None
-
-
-@pytest.fixture
-def tiny_config() -> HieraTokConfig:
-    return tiny()
-
-
-@pytest.fixture
-def tiny_core() -> HieraTokCore:
-    return random_core()
 
 
 @pytest.fixture

@@ -92,10 +92,12 @@ def test_devices(capsys):
         assert find_device(parser.parse_args([])) == torch.device("cpu")
 
 
-SCRIPTS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+SCRIPTS = [
+    path for folder in ("examples", "benchmarks", "conversion") for path in sorted((ROOT / folder).glob("*.py"))
+]
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SCRIPTS), ids=lambda path: path.stem)
 def test_the_help_of_a_script_shows_every_default(path, monkeypatch):
     if not hasattr(script := load_script(path.parent.name, path.stem), "main"):
         pytest.skip("it is no program")
