@@ -151,7 +151,7 @@ def fastest(row: dict[str, Any]) -> str:
 
 
 def choices(reports: list[dict[str, Any]]) -> dict[tuple[str, str, int, bool], dict[int, str]]:
-    """What `hieratok_hf.ops.attention.FASTEST` should hold after these reports."""
+    """Compute the entries of `hieratok_hf.ops.attention.FASTEST` from these reports."""
     table: dict[tuple[str, str, int, bool], dict[int, str]] = {}
     for report in sorted(reports, key=lambda report: report["machine"]["kind"]):
         for row in report["rows"]:

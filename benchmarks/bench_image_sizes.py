@@ -1,4 +1,4 @@
-"""What an image costs as it grows to 4096 pixels a side, whole and in tiles, and whether memory stays flat."""
+"""Measure time and memory of an image as it grows to 4096 pixels a side, whole and in tiles."""
 
 import argparse
 import json

@@ -108,7 +108,7 @@ def measured(
 
 
 def linear_path_alone(codec: Codec) -> Callable[[Tensor], Tensor]:
-    """What is left of a HieraTok model when the heads of both transformers are zero."""
+    """Zero the heads of both transformers of a HieraTok model."""
     core = copy.deepcopy(codec.core)
     assert core is not None
     for side in (core.encoder, core.decoder):
@@ -117,7 +117,7 @@ def linear_path_alone(codec: Codec) -> Callable[[Tensor], Tensor]:
 
 
 def baselines(codec: Codec, data: Path) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What a tokenizer is measured beside: a part of itself, and codes of as many numbers, each of a byte."""
+    """Make the codes to measure a tokenizer beside: a part of itself, and codes of as many numbers of a byte."""
     channels, side, _ = codec.latent_shape(256)
     patch_size = 256 // side
     has_linear_path = codec.core is not None and codec.core.config.linear_path

@@ -133,7 +133,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def recorded() -> dict[str, Any]:
-    """What the results hold already."""
+    """Read the results that are there already."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}, "latent_spaces": {}}
 
 
@@ -203,7 +203,7 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def sections(results: dict[str, Any]) -> dict[str, str]:
-    """What README.md holds of the results, by the markers that it follows."""
+    """Compose the sections of README.md, by the markers that they follow."""
     caption = f"{DISTANCE} of the samples over the steps of the generator"
     parts = {BEGIN: f"{table(results['runs'])}\n\n![{caption}](results/{PLOT.name})"}
     if results["latent_spaces"]:

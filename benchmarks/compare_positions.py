@@ -43,7 +43,7 @@ def at_size(images: list[Path], size: str) -> list[Tensor]:
 
 
 def cells(vae: AutoencoderHieraTok, longest: int, trained: int) -> None:
-    """As the model is: a cell is as far from the next in a large image as in a small one."""
+    """Leave the model as it is: a cell is as far from the next in a large image as in a small one."""
 
 
 def fractions(vae: AutoencoderHieraTok, longest: int, trained: int) -> None:

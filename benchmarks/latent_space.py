@@ -1,4 +1,4 @@
-"""What a latent space is like: spectra, neighbours, variances, uniformity on the sphere (arXiv 2005.10242), t-SNE."""
+"""Describe a latent space: spectra, neighbours, variances, uniformity on the sphere (arXiv 2005.10242), t-SNE."""
 
 import json
 import sys
@@ -100,7 +100,7 @@ def neighbour_correlation(latents: Tensor) -> Tensor:
 
 
 def excess_kurtosis(latents: Tensor) -> Tensor:
-    """Of each channel `(C,)`, over all images and cells: 0 of a normal distribution, -1.2 of a uniform one."""
+    """Compute the excess kurtosis of each channel `(C,)`: 0 of a normal distribution, -1.2 of a uniform one."""
     values = checked(latents).transpose(0, 1).flatten(1)
     values = values - values.mean(1, keepdim=True)
     return values.pow(4).mean(1) / values.square().mean(1).square() - 3
@@ -158,7 +158,7 @@ def chosen(count: int, most: int = IMAGES) -> Tensor:
 
 
 def white_noise(shape: tuple[int, ...]) -> Tensor:
-    """What the figures are of latents without any structure."""
+    """Compute the figures of latents without any structure."""
     return torch.randn(IMAGES, *shape, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine they ran on, and times taken side by side."""
+"""Hold what the benchmarks share: the machine they ran on, and times taken side by side."""
 
 import ctypes
 import json
@@ -96,7 +96,7 @@ def with_earlier_rows(
 
 
 def first_line(error: Exception) -> str:
-    """Of an error's message, or its type's name; compilers say pages."""
+    """Return the first line of an error's message, or its type's name; compilers say pages."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -224,7 +224,7 @@ def in_fresh_process(
     script: str | Path, arguments: list[Any], seconds: float, memory: float | None = None
 ) -> dict[str, Any]:
     """
-    What a script tells in the last line that it prints, as JSON, run in a process of its own.
+    Run a script in a process of its own and read the last line that it prints as JSON.
 
     Args:
         script (`str` or `Path`): The Python file; it gets as many threads as this process has.

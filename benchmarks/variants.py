@@ -15,7 +15,7 @@ from hieratok_hf.ops.pyramid import PyramidLayout, flatten_pyramid
 
 
 class AveragesCore(HieraTokCore):
-    """What the variants share: the coarse scales that they were tried with."""
+    """Hold the coarse scales that the variants were tried with."""
 
     def __init__(self, config: HieraTokConfig):
         if config.downsampling != "mean":

@@ -88,7 +88,7 @@ def read_image(path: str) -> tuple[Image.Image, str]:
 
 def reconstruct(path: str | None, vae: AutoencoderHieraTok) -> tuple[Any, Any, str]:
     """
-    What the page shows of a file: the pair under the slider, labelled images, and a table in Markdown.
+    Make what the page shows of a file: the pair under the slider, labelled images, and a table in Markdown.
 
     Raises:
         Refused: As `read_image`, or there is no file, or the image is smaller than a patch.

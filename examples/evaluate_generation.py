@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_frechet(args: argparse.Namespace, device: torch.device, notes: list[str]) -> FrechetDistance | None:
-    """What the options ask for; an FID, which is measured where it can be, becomes a note where it cannot."""
+    """Make the Fréchet distance that the options ask for, or a note where it cannot be measured."""
     if not args.reference:
         return None
     if args.fid_model:

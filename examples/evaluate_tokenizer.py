@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str]) -> ReconstructionMetrics:
-    """What the options ask for; rFID, which is measured where it can be, becomes a note where it cannot."""
+    """Make the metrics that the options ask for; an rFID that cannot be measured becomes a note."""
     lpips = perceptual = frechet = None
     if args.lpips:
         try:

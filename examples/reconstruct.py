@@ -75,7 +75,7 @@ def timed(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> tupl
 def encode_and_decode(
     image: Image.Image, vae: AutoencoderHieraTok, size: int | None = None
 ) -> tuple[list[Image.Image], list[Image.Image], dict[str, Any]]:
-    """What was encoded, averaged to the size of every scale, coarse to fine; what was decoded; and the figures."""
+    """Return the encoded image at the size of every scale, coarse to fine, the decoded images, and the figures."""
     processor = HieraTokImageProcessorPil(size_divisor=vae.spatial_compression_ratio)
     if size:
         crop_size = {"height": min(size, image.height), "width": min(size, image.width)}
@@ -186,7 +186,7 @@ def mean_of(results: list[dict[str, Any]], key: str) -> float | None:
 def as_report(
     args: argparse.Namespace, results: list[dict], mean: dict[str, Any], failures: dict[str, str]
 ) -> dict[str, Any]:
-    """What `--json` tells: the settings, every image's figures, their means, and what failed."""
+    """Build the report of `--json`: the settings, the figures of every image, their means, and failures."""
     settings = {"model": args.model, "device": str(args.device), "dtype": args.dtype, "size": args.size}
     return {**settings, "images": results, "mean": mean, "failures": failures}
 

@@ -118,6 +118,14 @@ def test_every_public_name_has_a_docstring():
     assert not bare
 
 
+def test_docstrings_read_alone():
+    fragments = re.compile(r"\s*(As|Of|That|Those|What)\b")
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "examples").glob("*.py"), *(ROOT / "conversion").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                assert not fragments.match(ast.get_docstring(node) or ""), (path.name, getattr(node, "name", "module"))
+
+
 def raised_by(function: ast.FunctionDef) -> set[str]:
     """Classes of the exceptions that a function makes itself; one that it caught and raises again is none."""
     raised = [node.exc for node in ast.walk(function) if isinstance(node, ast.Raise) and node.exc is not None]

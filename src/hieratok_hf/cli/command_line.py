@@ -1,4 +1,4 @@
-"""What the command-line scripts share: their options, errors, tables, reports and processes."""
+"""Hold what the command-line scripts share: options, errors, tables, reports and processes."""
 
 import json
 import math
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Problem(Exception):
-    """What the user asked for cannot be done; the message is one line."""
+    """Say in one line why a request of the user cannot be met."""
 
 
 def one_line(error: BaseException) -> str:
@@ -53,7 +53,7 @@ def positive(text: str) -> int:
 
 
 def load_or_explain(load: Callable[..., Any], option: str, name: Any, *more: Any, **options: Any) -> Any:
-    """What `load(name, ...)` gives; a `Problem` that names the option where it cannot."""
+    """Return `load(name, ...)`, or raise a `Problem` that names the option."""
     try:
         return load(name, *more, **options)
     except Exception as error:  # the libraries, safetensors, the Hub and torch raise many types
@@ -164,7 +164,7 @@ def find_device(args: Namespace) -> torch.device:
 
 
 def device_of_process(args: Namespace, state: PartialState) -> torch.device:
-    """That of `--device`, or of this process: of several GPUs each process has its own."""
+    """Choose the device of `--device`, or of this process: of several GPUs each process has its own."""
     return args.device if args.device and args.device != torch.device(state.device.type) else state.device
 
 

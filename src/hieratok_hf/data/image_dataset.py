@@ -59,7 +59,7 @@ class Images(Dataset):
 
     @property
     def class_names(self) -> list[str]:
-        """Those of the labels, where the data names them."""
+        """Name the labels, where the data does."""
         return list(getattr((self.dataset.features or {}).get(self.label), "names", None) or [])
 
     def __len__(self) -> int:

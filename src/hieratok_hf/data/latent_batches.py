@@ -80,5 +80,5 @@ def iterate_encoded(
 
 
 def _posterior_noise(seed: int, step: int, count: int, latent_shape: tuple[int, ...]) -> Tensor:
-    """That of all images of a step, another than that of the generator's training."""
+    """Draw noise for all images of a step, other noise than that of the generator's training."""
     return torch.randn(count, *latent_shape, generator=step_generator(f"{seed}:posterior", step))

@@ -67,7 +67,7 @@ def rows_of(settings: Settings, shard: int) -> range:
 
 
 def stored_name(settings: Settings) -> str:
-    """What the latents are called in a shard: `"moments"` or `"latents"`."""
+    """Name the latents of a shard: `"moments"` or `"latents"`."""
     return "moments" if settings["kind"] == "moments" else "latents"
 
 
@@ -122,7 +122,7 @@ def read_header(path: Path, settings: Settings) -> tuple[int, dict[int, str]]:
 
 def encoder_facts(codec: Codec) -> dict[str, Any]:
     """
-    What of a model decides its latents, and what pipelines do to them.
+    Collect the facts of a model that decide its latents and what pipelines do to them.
 
     Returns:
         `encoder`, a SHA-256 of all its weights but the decoder's; `precision`, the dtype that it runs in; its

@@ -84,7 +84,7 @@ class BatchPlan:
             raise ValueError(f"`crop_sizes` must be positive sides in pixels, got {self.crop_sizes}.")
 
     def sizes(self, first_step: int = 0) -> Iterator[tuple[int, int, int, int]]:
-        """Of each step from `first_step`: its number, the crops' side, their count, and how many came before."""
+        """Iterate over the steps from `first_step`: number, side of the crops, count, and how many came before."""
         rng, before, unit = random.Random(self.seed), 0, self.world_size * self.parts
         for step in range(self.steps):
             size = rng.choice(self.crop_sizes)
@@ -152,7 +152,7 @@ def to_pixel_values(batch: dict[str, Any]) -> Tensor:
 
 class Draw(NamedTuple):
     """
-    What decides a sample: its place in the whole training, and in its step.
+    Identify a sample by its place in the whole training and in its step.
 
     Attributes:
         place, row (`int`): How many samples come before it, in all and in its step.
@@ -190,7 +190,7 @@ def step_generator(seed: int | str, step: int) -> torch.Generator:
 
 
 def _draws(plan: BatchPlan, first_step: int) -> Iterator[list[Draw]]:
-    """Those of this process, part after part."""
+    """Iterate over the draws of this process, part after part."""
     for step, size, count, before in plan.sizes(first_step):
         for part in range(plan.parts):
             yield [Draw(before + row, row, size, step, part, count) for row in plan.share(part, count)]

@@ -179,7 +179,7 @@ class FrechetDistance:
 
 
 class _PooledFeatures(nn.Module):
-    """What torchmetrics asks of features: levels `(B, 3, H, W)` in uint8 to `(B, num_features)`."""
+    """Turn levels `(B, 3, H, W)` in uint8 into features `(B, num_features)`, as torchmetrics asks for them."""
 
     def __init__(self, features: VisionFeatures, size: int):
         super().__init__()
@@ -198,7 +198,7 @@ class _PooledFeatures(nn.Module):
 
 
 def _paired_levels(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of both, which must have one shape."""
+    """Convert both images to levels; they must have one shape."""
     levels, target_levels = _levels("images", images), _levels("targets", targets)
     if images.shape != targets.shape:
         shapes = f"{tuple(images.shape)} and {tuple(targets.shape)}"
@@ -207,7 +207,7 @@ def _paired_levels(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _levels(name: str, tensor: Tensor) -> Tensor:
-    """As whole numbers in 0 ... 255 in float32, checked."""
+    """Convert images to whole numbers in 0 ... 255 in float32, after a check."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"`{name}` must be a floating-point torch.Tensor in [-1, 1], got {got}.")

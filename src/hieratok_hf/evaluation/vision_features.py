@@ -107,7 +107,7 @@ class VisionFeatures(FrozenVisionModel):
 
     @property
     def name(self) -> str:
-        """What figures made with it are called after, as `"MobileNetV2"`."""
+        """Name the network as figures made with it do, such as `"MobileNetV2"`."""
         return type(self.model).__name__.removesuffix("Model")
 
     def forward(self, pixel_values: Tensor, size: int | None = None) -> tuple[Tensor, list[Tensor]]:

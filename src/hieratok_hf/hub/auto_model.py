@@ -10,7 +10,7 @@ __all__ = ["HieraTokAutoModel"]
 
 class HieraTokAutoModel(HieraTokModel):
     """
-    What the `auto_map` of a folder names: transformers and diffusers read the same entry and want different classes.
+    Choose a class for the `auto_map` of a folder, one entry that both libraries read and want different classes from.
 
     transformers' `AutoModel` hands over the configuration that it has loaded, and gets a `HieraTokModel`; diffusers'
     hands over none, and gets an `AutoencoderHieraTok`.
@@ -29,10 +29,10 @@ class HieraTokAutoModel(HieraTokModel):
 
     @classmethod
     def from_config(cls, config: Any, **kwargs: Any) -> AutoencoderHieraTok:
-        """What diffusers' `AutoModel.from_config` asks for."""
+        """Make the model that diffusers' `AutoModel.from_config` asks for."""
         return AutoencoderHieraTok.from_config(config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> HieraTokModel:
-        """What transformers' `AutoModel.from_config` asks for."""
+        """Make the model that transformers' `AutoModel.from_config` asks for."""
         return HieraTokModel._from_config(config, **kwargs)

@@ -34,7 +34,7 @@ _PARTS = re.compile(
 @dataclass
 class Plan:
     """
-    What an upload would do.
+    Describe an upload before it happens.
 
     Attributes:
         repo_id (`str`): The repository, `"user/name"` or `"name"`.

@@ -131,7 +131,7 @@ def add_weighted(reconstruction: Tensor, losses: dict[str, Tensor], config: Hier
 
 def image_pyramid(pixel_values: Tensor, config: HieraTokConfig) -> list[Tensor]:
     """
-    What each scale's image should be: the image at `1 / factor` of its size, by averages.
+    Average an image to `1 / factor` of its size for each scale: the target of that scale.
 
     Where a coarse cell reaches beyond the image, its edge is repeated, so that all scales show a thing in one place.
 

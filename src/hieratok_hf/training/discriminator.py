@@ -79,7 +79,7 @@ class PatchDiscriminator(nn.Module):
 
 def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """
-    What the discriminator minimises: scores of real images rise to 1, those of others fall to -1.
+    Compute the loss of the discriminator: scores of real images rise to 1, scores of others fall to -1.
 
     Args:
         real, fake (`torch.Tensor` of any shape): Its scores of real images, and of reconstructions without their
@@ -93,7 +93,7 @@ def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 def generator_hinge_loss(fake: Tensor) -> Tensor:
     """
-    What the tokenizer minimises: minus the mean score of its reconstructions.
+    Compute the adversarial loss of the tokenizer: minus the mean score of its reconstructions.
 
     Args:
         fake (`torch.Tensor` of any shape): The discriminator's scores of them, with their graph.

@@ -98,7 +98,7 @@ class VelocityTraining(nn.Module):
         self.transformer = transformer
 
     def train(self, mode: bool = True) -> "VelocityTraining":
-        """As that of any module, but labels are not dropped inside: each block would drop others."""
+        """Set the mode as any module does, without dropping labels inside: each block would drop others."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, LabelEmbedding):
@@ -136,7 +136,7 @@ def flow_draws(
     shift: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
-    What some images of a step draw: a function of seed and step, however its images are divided.
+    Draw the times and noise of some images of a step, a function of seed and step however the images are divided.
 
     Args:
         seed, step (`int`): Of the training.

@@ -1,4 +1,4 @@
-"""What a training tells of itself: progress, a file of records, a tracker, and the step at which it went wrong."""
+"""Report a training: its progress, a file of records, a tracker, and the step at which it went wrong."""
 
 import json
 import time

@@ -185,7 +185,7 @@ def states_in(folder: Path) -> list[Path]:
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: int) -> float:
     """
-    Of the learning rate at a step, in (0, 1]: linear warm-up, then constant, then half a cosine down over the last
+    Compute the factor of the learning rate at a step, in (0, 1]: linear warm-up, constant, half a cosine over the last
     `decay` of all `steps`.
     """
     rising = min(1.0, (step + 1) / max(1, warmup))

@@ -1,4 +1,4 @@
-"""What training a tokenizer minimises: its forward pass with noise, and the weighted sum of all losses."""
+"""Compute the loss of a tokenizer in training: its forward pass with noise, and the weighted sum of all losses."""
 
 import math
 from collections.abc import Callable

@@ -8,7 +8,7 @@ __all__ = ["gather", "process_place"]
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process has, in their order."""
+    """Collect the values of all processes, in their order."""
     if (world := process_place()[1]) == 1:
         return [value]
     values: list[Any] = [None] * world
