@@ -237,7 +237,7 @@ def test_a_card_that_is_there_gets_figures_only_if_it_has_none(tmp_path):
     (folder / "README.md").write_text("# No head\n")
     card = card_for(folder, repo_id="me/tok", results=[report])
     assert card.text == "# No head\n" and card.data.to_dict()["model-index"][0]["name"] == "tok"
-    assert [figure.metric_value for figure in card.data.eval_results] == [30.847, 0.8843, 0.3714]
+    assert [figure.metric_value for figure in card.data.eval_results] == [30.8471, 0.8843, 0.3714]
     card.data.eval_results = card.data.eval_results[:1]
     card.data.eval_results[0].metric_value = 1.0
     card.data.model_name = "another"
