@@ -131,9 +131,11 @@ def name_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if Path(name_or_path).is_dir():
             raise
-        offline = "HF_HUB_OFFLINE is set and the cache lacks it: unset it" if is_offline_mode() else "Go online"
-        way_out = f"{offline} to download it once, set HF_HOME to where it was downloaded, or give a folder."
-        raise OSError(f"{str(name_or_path)!r} cannot be loaded. {way_out} The cause: {error}") from error
+        online = "Unset HF_HUB_OFFLINE" if is_offline_mode() else "Connect to the internet"
+        raise OSError(
+            f"Could not load {str(name_or_path)!r}: it is neither a local folder nor available from the Hub. {online} "
+            f"once to download it, set HF_HOME to an existing cache, or pass a folder. Original error: {error}"
+        ) from error
 
 
 def refuse_paths_in_indices(folder: Path) -> None:
