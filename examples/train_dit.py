@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import make_parser, positive, run_training
+from hieratok_hf.cli.command_line import add_training, make_parser, positive, run_training
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_batches import iterate_cached, iterate_encoded
 from hieratok_hf.data.latent_cache import LatentCache, encoder_facts
@@ -53,30 +53,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flow("--time_mean", type=float, default=0.0, help="mean of the logit of the timesteps")
     flow("--time_std", type=float, default=1.0, help="std of the logit of the timesteps")
     flow("--time_shift", type=float, default=1.0, help="shift of all timesteps; above 1 for more noise")
-    optim = parser.add_argument_group("optimisation").add_argument
-    optim("--steps", type=positive, default=100_000, help="steps of the optimiser")
-    optim("--lr", type=float, default=2e-4, help="largest learning rate")
-    optim("--warmup_steps", type=int, default=100, help="steps in which the learning rate rises")
+    optim, report = add_training(parser, steps=100_000, lr=2e-4, ema=0.9999, sample_every=5000)
     optim("--decay_steps", type=int, default=0, help="steps of the cosine at the end")
-    optim("--weight_decay", type=float, default=0.0, help="weight decay of AdamW")
-    optim("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    optim("--ema", type=float, default=0.9999, help="decay of the averaged weights, which are exported")
-    optim("--accumulate", type=positive, default=1, help="parts that a step is computed in")
-    optim("--mixed_precision", choices=("no", "bf16", "fp16"), help="precision; that of accelerate unless given")
-    optim("--compile", action="store_true", help="compile the model")
     optim("--gradient_checkpointing", action="store_true", help="save memory, not time")
-    report = parser.add_argument_group("reports").add_argument
-    report("--log_every", type=positive, default=50, help="steps between records of the loss")
-    report("--sample_every", type=positive, default=5000, help="steps between samples")
     report("--sample_steps", type=positive, default=25, help="steps of the scheduler, for the samples")
     report("--guidance_scale", type=float, default=4.0, help="strength of the guidance of the samples")
-    report("--save_every", type=positive, default=500, help="steps between states")
-    report("--keep", type=positive, default=2, help="states to keep")
     report("--export_every", type=positive, help="steps between pipelines that are kept; none unless given")
     report(
         "--export_dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the pipeline"
     )
-    report("--report_to", help="a tracker of accelerate, as tensorboard")
     args = parser.parse_args(argv)
     if (args.latents is None) == (args.data is None):
         parser.error("one of --latents and --data is needed")

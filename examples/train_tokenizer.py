@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
-from hieratok_hf.cli.command_line import make_parser, positive, run_training
+from hieratok_hf.cli.command_line import add_training, make_parser, positive, run_training
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
 from hieratok_hf.evaluation.metrics import FrechetDistance
@@ -67,31 +67,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     loss("--latent_noise", type=float, default=0.0, help="largest std of noise mixed into the latents")
     loss("--latent_jitter", type=float, default=0.0, help="largest std of noise added to the latents")
     loss("--vision_model", default=DEFAULT_VISION_MODEL, help="model of the perceptual loss and the alignment")
-    optim = parser.add_argument_group("optimisation").add_argument
-    optim("--steps", type=positive, default=10_000, help="steps of the optimiser")
-    optim("--lr", type=float, default=1e-3, help="largest learning rate")
+    optim, report = add_training(parser, steps=10_000, lr=1e-3, ema=0.999, sample_every=1000)
     optim("--linear_lr_factor", type=float, default=0.1, help="factor of --lr for the linear path")
     optim("--discriminator_lr", type=float, default=2e-4, help="learning rate of the discriminator")
-    optim("--warmup_steps", type=int, default=100, help="steps in which the learning rate rises")
     optim("--decay_steps", type=int, help="steps of the cosine at the end; all unless given")
-    optim("--weight_decay", type=float, default=0.0, help="weight decay of AdamW")
-    optim("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    optim("--ema", type=float, default=0.999, help="decay of the averaged weights, which are exported")
-    optim("--accumulate", type=positive, default=1, help="parts that a step is computed in")
-    optim("--mixed_precision", choices=("no", "bf16", "fp16"), help="precision; that of accelerate unless given")
-    optim("--compile", action="store_true", help="compile the model")
-    report = parser.add_argument_group("reports").add_argument
-    report("--log_every", type=positive, default=50, help="steps between records of the losses")
-    report("--sample_every", type=positive, default=1000, help="steps between samples")
-    report("--save_every", type=positive, default=500, help="steps between states")
-    report("--keep", type=positive, default=2, help="states to keep")
     report(
         "--statistics_batches",
         type=positive,
         default=64,
         help="batches for the start and for the statistics of the latents",
     )
-    report("--report_to", help="a tracker of accelerate, as tensorboard")
     report("--validation_data", nargs="+", help="images to measure on while training")
     report("--validation_split", default="train", help="split of --validation_data")
     report("--fid_size", type=int, help="side that images get for the vision model; its own unless given")

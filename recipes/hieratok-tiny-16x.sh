@@ -1,12 +1,7 @@
 #!/usr/bin/env bash
 # Train the weights of hieratok-tiny-16x as those of hieratok-tiny, but for the encoder, which is trained on.
 # Started again after an interruption, it goes on.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-bin=${BIN:-.venv/bin} data=${DATA:-../shared/data}
-train=("$bin/python" examples/train_tokenizer.py --data "$data"/imagenette_128/train-*.tar "$data"/clothing_256/train-*.tar
-    --resume --crop_scale 0 0 --pixel_loss mse)
-averages='{"downsampling": "mean", "coarse_weight": 0.02}'
+source "$(dirname "$0")/tokenizer.sh"
 
 "${train[@]}" --output runs/hieratok-tiny-16x-1 --size hieratok-tiny-16x --config "$averages" \
     --steps 14000 --decay_steps 5000 --lr 1.5e-3 --batch_size 8 --crop_sizes 128 128 128 256 --ema 0.998

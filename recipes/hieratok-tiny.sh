@@ -2,12 +2,7 @@
 # Train the weights of hieratok-tiny: two stages with averages for coarse tokens, without and with a perceptual loss;
 # then the decoder alone, with learned ones and noise on the latents, at last against a discriminator. Started again
 # after an interruption, it goes on.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-bin=${BIN:-.venv/bin} data=${DATA:-../shared/data}
-train=("$bin/python" examples/train_tokenizer.py --data "$data"/imagenette_128/train-*.tar "$data"/clothing_256/train-*.tar
-    --resume --crop_scale 0 0 --pixel_loss mse)
-averages='{"downsampling": "mean", "coarse_weight": 0.02}'
+source "$(dirname "$0")/tokenizer.sh"
 
 "${train[@]}" --output runs/hieratok-tiny-1 --config "$averages" --steps 5500 --decay_steps 2000 --lr 1.5e-3 \
     --batch_size 16 --crop_sizes 64 64 64 128 256 --linear_steps 600 --ema 0.995 --save_every 250

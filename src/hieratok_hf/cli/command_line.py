@@ -19,6 +19,7 @@ from ..utils.files import write_whole
 __all__ = [
     "Problem",
     "add_device",
+    "add_training",
     "align_table",
     "check_writable",
     "describe_machine",
@@ -155,6 +156,29 @@ def _device(text: str) -> torch.device | None:
         return None if text == "auto" else torch.device(text)
     except RuntimeError as error:
         raise ArgumentTypeError(f"must be a device of torch, such as cuda or cpu, got {text!r}") from error
+
+
+def add_training(
+    parser: ArgumentParser, *, steps: int, lr: float, ema: float, sample_every: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Add the options that every training has, and return `add_argument` of their two groups for further ones."""
+    optim = parser.add_argument_group("optimisation").add_argument
+    optim("--steps", type=positive, default=steps, help="steps of the optimiser")
+    optim("--lr", type=float, default=lr, help="largest learning rate")
+    optim("--warmup_steps", type=int, default=100, help="steps in which the learning rate rises")
+    optim("--weight_decay", type=float, default=0.0, help="weight decay of AdamW")
+    optim("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    optim("--ema", type=float, default=ema, help="decay of the averaged weights, which are exported")
+    optim("--accumulate", type=positive, default=1, help="parts that a step is computed in")
+    optim("--mixed_precision", choices=("no", "bf16", "fp16"), help="precision; that of accelerate unless given")
+    optim("--compile", action="store_true", help="compile the model")
+    report = parser.add_argument_group("reports").add_argument
+    report("--log_every", type=positive, default=50, help="steps between records of the losses")
+    report("--sample_every", type=positive, default=sample_every, help="steps between samples")
+    report("--save_every", type=positive, default=500, help="steps between states")
+    report("--keep", type=positive, default=2, help="states to keep")
+    report("--report_to", help="a tracker of accelerate, as tensorboard")
+    return optim, report
 
 
 def find_device(args: Namespace) -> torch.device:

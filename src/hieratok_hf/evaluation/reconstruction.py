@@ -177,8 +177,8 @@ def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: Reconstru
         metrics (`ReconstructionMetrics`): What to measure; it is reset first.
 
     Returns:
-        What `metrics.compute()` gives; `scales_psnr`, that of each scale of a HieraTok model against the image at
-        its size, coarse to fine; `latent_mean` and `latent_std` of each channel.
+        The figures of `metrics.compute()`; `scales_psnr`, the PSNR of each scale of a HieraTok model against the image
+        at its size, coarse to fine; `latent_mean` and `latent_std` of each channel.
 
     Raises:
         ValueError: As `metrics.compute`.

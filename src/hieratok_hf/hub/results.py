@@ -12,7 +12,7 @@ __all__ = ["TASKS", "entry", "line", "report_results"]
 
 # The Hub has no tag for images of named classes; such models stand under this one.
 TASKS = {"tokenizer": "image-to-image", "pipeline": "unconditional-image-generation"}
-"""What a folder holds, and the Hub's name of its task."""
+"""The Hub's name of the task, by what a folder holds."""
 
 _DISTANCE = re.compile(r"rFID|gFID|FD-.+", re.DOTALL)
 _NEEDED = {"settings", "machine", "notes"}
@@ -37,7 +37,7 @@ def report_results(
     """
     Read the figures of one model out of a report.
 
-    Of places on a machine only the last name is told; speeds, latent statistics, coarser scales and figures that are
+    Paths of a machine are cut to their last name; speeds, latent statistics, coarser scales and figures that are
     null are left out.
 
     Args:

@@ -93,7 +93,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         """
         Replace paths by their images, as `open_image` reads them, and URLs as transformers does.
 
-        What is neither stays as it is.
+        Anything else stays as it is.
 
         Raises:
             ImageError: A path leads to no readable image.

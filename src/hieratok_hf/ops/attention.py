@@ -154,7 +154,7 @@ def scale_causal_attention(
     y_m = sum over n < end_s of  softmax_n(scale * q_m . k_n) * v_n
     ```
 
-    What a query sees is a prefix of the sequence. With a layout of one scale it is full attention.
+    So a query sees a prefix of the sequence, and with a layout of one scale all of it: full attention.
 
     Args:
         query, key, value (`torch.Tensor` of shape `(B, A, N, d)`): Projected tokens, coarse scale first.
