@@ -131,7 +131,7 @@ def baselines(codec: Codec, data: Path) -> dict[str, Callable[[Tensor], Tensor]]
 def table(report: dict[str, Any]) -> str:
     """A row for each data set, tokenizer and code in Markdown."""
     name = report["distance"]
-    lines = [f"| images | numbers as | code | PSNR, dB | SSIM | {name} |", "|---|---|---|---|---|---|"]
+    lines = [f"| images | size of | method | PSNR, dB | SSIM | {name} |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:
         cells = [f"{row['images']} of {row['data']} at {row['size']}x{row['size']}", row["like"], row["code"]]
         cells += [f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row[name]:.3f}" if name in row else ""]
