@@ -37,13 +37,8 @@ def backend_of(
     """
     Choose the backend of `scale_causal_attention`, and the kernel of PyTorch's attention to prefer, or `None`.
 
-    The first choice that was made counts, in the order: the model's `set_attention_backend`, the processor's own,
-    diffusers' context manager `attention_backend`, transformers' `attn_implementation`.
-
-    Args:
-        own (`str`, *optional*): The backend that the attention processor was made with.
-        set_by_diffusers (`str`, *optional*): The name that the model's `set_attention_backend` was given.
-        implementation (`str`, *optional*): The model's `attn_implementation`; `"sdpa"` unless given.
+    The first choice that was made counts, in the order: the model's `set_attention_backend`, the processor's `own`,
+    diffusers' context manager `attention_backend`, transformers' `attn_implementation` (`"sdpa"` unless given).
 
     Raises:
         ValueError: `set_by_diffusers` is not one of `DIFFUSERS_BACKENDS`.

@@ -44,30 +44,22 @@ class HieraTokEncoder(nn.Module):
     def __init__(self, config: HieraTokConfig):
         super().__init__()
         hidden_size, patch_size = config.encoder_hidden_size, config.patch_size
+        num_layers, num_heads = config.encoder_num_layers, config.encoder_num_heads
         self.config = config
-        self.head_dim = hidden_size // config.encoder_num_heads
+        self.head_dim = hidden_size // num_heads
         self.patch_embed = nn.Conv2d(config.in_channels, hidden_size, patch_size, stride=patch_size)
         self.positions = HieraTokPositions(config, hidden_size) if config.learned_positions else None
         self.norm_before = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_before_blocks else nn.Identity()
-        self.blocks = nn.ModuleList(
-            HieraTokEncoderBlock(config, hidden_size, config.encoder_num_heads)
-            for _ in range(config.encoder_num_layers)
-        )
+        self.blocks = nn.ModuleList(HieraTokEncoderBlock(config, hidden_size, num_heads) for _ in range(num_layers))
         self.norm_after = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_after_blocks else nn.Identity()
         self.head = HieraTokLinear(hidden_size, 2 * config.latent_channels)
-        self.linear_path = (
-            nn.Conv2d(
-                config.in_channels,
-                config.latent_channels,
-                config.linear_path * patch_size,
-                stride=patch_size,
-                padding=config.linear_path // 2 * patch_size,
-                padding_mode="replicate",
-                bias=False,
+        self.linear_path: nn.Conv2d | None = None
+        if config.linear_path:
+            size, padding = config.linear_path * patch_size, config.linear_path // 2 * patch_size
+            channels = config.in_channels, config.latent_channels
+            self.linear_path = nn.Conv2d(
+                *channels, size, stride=patch_size, padding=padding, padding_mode="replicate", bias=False
             )
-            if config.linear_path
-            else None
-        )
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -116,9 +108,10 @@ class HieraTokDecoder(nn.Module):
 
     def __init__(self, config: HieraTokConfig):
         super().__init__()
-        hidden_size = config.decoder_hidden_size
+        hidden_size, channels = config.decoder_hidden_size, config.in_channels
+        num_layers, num_heads = config.decoder_num_layers, config.decoder_num_heads
         self.config = config
-        self.head_dim = hidden_size // config.decoder_num_heads
+        self.head_dim = hidden_size // num_heads
         self.embed = HieraTokLinear(config.latent_channels, hidden_size)
         learned_factors = config.scale_factors[:-1] if config.downsampling == "learned" else ()
         self.coarse_embed = nn.ModuleList(
@@ -127,19 +120,14 @@ class HieraTokDecoder(nn.Module):
         self.scale_embedding = nn.Parameter(torch.zeros(len(config.scale_factors), hidden_size))
         self.positions = HieraTokPositions(config, hidden_size) if config.learned_positions else None
         self.norm_before = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_before_blocks else nn.Identity()
-        self.blocks = nn.ModuleList(
-            HieraTokDecoderBlock(config, hidden_size, config.decoder_num_heads)
-            for _ in range(config.decoder_num_layers)
-        )
+        self.blocks = nn.ModuleList(HieraTokDecoderBlock(config, hidden_size, num_heads) for _ in range(num_layers))
         self.norm_after = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_after_blocks else nn.Identity()
-        self.head = HieraTokLinear(hidden_size, config.patch_size**2 * config.in_channels)
+        self.head = HieraTokLinear(hidden_size, config.patch_size**2 * channels)
         self.linear_path = nn.ModuleList(
-            nn.Conv2d(config.latent_channels, self.cell_size(factor) ** 2 * config.in_channels, config.linear_path)
+            nn.Conv2d(config.latent_channels, self.cell_size(factor) ** 2 * channels, config.linear_path)
             for factor in (config.scale_factors if config.linear_path else ())
         )
-        self.output_conv = (
-            nn.Conv2d(config.in_channels, config.in_channels, 3, padding=1) if config.output_conv else None
-        )
+        self.output_conv = nn.Conv2d(channels, channels, 3, padding=1) if config.output_conv else None
 
     def cell_size(self, factor: int) -> int:
         """
@@ -208,11 +196,9 @@ class HieraTokDecoder(nn.Module):
 
     def embed_blocks(self, latents: Tensor, layout: PyramidLayout) -> Tensor:
         """Embed the blocks of `latents` `(B, C, h, w)` at the scales of `layout`, coarse first, `(B, N, D)`."""
-        is_whole = layout.scale_factors[-1] == 1
-        parts = []
-        if num_coarse := layout.num_scales - is_whole:
-            parts.append(convolve_pyramid(latents, layout.truncate(num_coarse), self.coarse_embed[:num_coarse]))
-        if is_whole:
+        num_coarse = min(layout.num_scales, len(self.coarse_embed))
+        parts = [convolve_pyramid(latents, layout.truncate(num_coarse), self.coarse_embed)] if num_coarse else []
+        if num_coarse < layout.num_scales:
             parts.append(self.embed(latents.flatten(2).transpose(1, 2)))
         return torch.cat(parts, dim=1)
 
@@ -337,9 +323,7 @@ class HieraTokCore(nn.Module):
         if num_scales is not None:
             layout = layout.truncate(num_scales)
             if layout.num_scales < len(self.config.scale_factors) and not self.config.scale_causal:
-                raise ValueError(
-                    f"Without `scale_causal` no scale can be decoded alone, got `num_scales={num_scales}`."
-                )
+                raise ValueError(f"Without `scale_causal` no scale can run alone, got `num_scales={num_scales}`.")
         return self.decoder(latents, layout, all_scales)
 
     @torch.no_grad()

@@ -63,11 +63,7 @@ def rotary_tables(
 
 @keep_by_size
 def _rotary_tables(
-    layout: PyramidLayout,
-    settings: tuple[str, str, float, float],
-    grid: tuple[int, int],
-    head_dim: int,
-    device: torch.device,
+    layout: PyramidLayout, settings: tuple[Any, ...], grid: tuple[int, int], head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     coordinates, pairing, scale, base = settings
     exponents = torch.linspace(0, 1, head_dim // 4, device=device, dtype=torch.float32)
@@ -100,9 +96,8 @@ def fused_norm_rotary(hidden_states: Tensor, norm: nn.RMSNorm | None, rotary: tu
         raise ValueError(f"`fused_rotary` cannot serve here: {reason}.")
     from ..ops.rotary_triton import norm_rotary
 
-    if norm is None:
-        return norm_rotary(hidden_states, None, *rotary, 0.0)
-    return norm_rotary(hidden_states, norm.weight, *rotary, norm.eps)
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    return norm_rotary(hidden_states, weight, *rotary, eps)
 
 
 def _why_not_fused(hidden_states: Tensor) -> str | None:
