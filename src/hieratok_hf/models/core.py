@@ -256,9 +256,6 @@ class HieraTokCore(nn.Module):
     ```
     mean, log variance = E(x),  z = mean + exp(log variance / 2) * noise,  (y_1, y_2, ...) = D(z)
     ```
-
-    Args:
-        config (`HieraTokConfig`): Sizes and options.
     """
 
     def __init__(self, config: HieraTokConfig):
@@ -478,12 +475,9 @@ def has_adapters(model: nn.Module) -> bool:
 def check_pixel_values(pixel_values: Tensor, config: HieraTokConfig) -> None:
     """Raise `ValueError` unless `pixel_values` are images that a model of this configuration can encode."""
     _check_map(pixel_values, "pixel_values", config.in_channels, PIXEL_LIMIT)
-    height, width = pixel_values.shape[-2:]
-    if height % config.patch_size or width % config.patch_size:
-        raise ValueError(
-            f"Height and width of `pixel_values` must be multiples of the patch size {config.patch_size}, "
-            f"got {height}x{width}."
-        )
+    size, (height, width) = config.patch_size, pixel_values.shape[-2:]
+    if height % size or width % size:
+        raise ValueError(f"Sides of `pixel_values` must be multiples of the patch size {size}, got {height}x{width}.")
 
 
 def check_latents(latents: Tensor, config: HieraTokConfig) -> None:

@@ -189,12 +189,7 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
     ) -> tuple[Tensor, Tensor | None]:
         """
-        Attend over the tokens of all scales.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(B, N, D)`): Tokens, coarse scale first.
-            rotary (`tuple[torch.Tensor, torch.Tensor]`): Cosines and signed sines of `rotary_tables`.
-            layout (`PyramidLayout`): The scales of the sequence.
+        Attend over the tokens `hidden_states` `(B, N, D)`, coarse scale first, with the tables of `rotary_tables`.
 
         Returns:
             `(B, N, D)`, and the weights `(B, A, N, N)` where the eager implementation is in use, else `None`.
@@ -235,7 +230,7 @@ class HieraTokBlock(GradientCheckpointingLayer):
         self.mlp = HieraTokSwiGLU(config, hidden_size)
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
-        """Map `hidden_states` `(B, N, D)` to `(B, N, D)`; `HieraTokAttention.forward` says what the others are."""
+        """Map `hidden_states` `(B, N, D)` to `(B, N, D)`; the others are those of `HieraTokAttention.forward`."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary, layout)[0]
         return hidden_states + self.mlp(self.norm2(hidden_states))
 

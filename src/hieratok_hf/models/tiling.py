@@ -149,9 +149,7 @@ class TilingMixin(AutoencoderMixin):
 
     def _check_multiple(self, name: str, value: Any) -> None:
         if not isinstance(value, int) or value < 1 or value % self._tile_unit:
-            raise ValueError(
-                f"`{name}` must be a positive multiple of the patch size {self._tile_unit}, got {value!r}."
-            )
+            raise ValueError(f"`{name}` must be a positive multiple of patch size {self._tile_unit}, got {value!r}.")
 
 
 def _default_stride(side: int, patch_size: int) -> int:
