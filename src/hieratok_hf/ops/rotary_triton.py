@@ -95,7 +95,7 @@ def _rotary_arguments(states: Tensor, weight: Tensor | None, eps: float) -> dict
 
 
 def _rotary_programs(states: Tensor) -> int:
-    return triton.cdiv(states.numel() // states.shape[-1], ROWS)
+    return triton.cdiv(states.shape[:-1].numel(), ROWS)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::norm_rotary", mutates_args=())
@@ -106,15 +106,11 @@ def norm_rotary(states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: 
     Args:
         states (`torch.Tensor` of shape `(B, N, A, d)`): Projected queries or keys, `d` even.
         weight (`torch.Tensor` of shape `(d,)`, *optional*): Weight of the norm; without one there is no norm.
-        cos, signed_sin (`torch.Tensor` of shape `(N, 1, d)`, float32): The tables of `rotary_tables`, which get no
-            gradient.
+        cos, signed_sin (`torch.Tensor` of shape `(N, 1, d)`, float32): Tables of `rotary_tables`, without gradient.
         eps (`float`): Epsilon that the norm adds to the mean square.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N, A, d)` in the dtype of `states`.
     """
     states, cos, signed_sin = channels_last(states), cos.contiguous(), signed_sin.contiguous()
-    rotated = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+    rotated = states.new_empty(states.shape)
     if states.numel():
         with on_device(states):
             rotary_kernel[(_rotary_programs(states),)](
@@ -131,10 +127,10 @@ def norm_rotary_backward(
     """Compute the gradients of `states`, `(B, N, A, d)`, and of `weight`, `(d,)` in float32 (zero without one)."""
     upstream, states = channels_last(upstream), channels_last(states)
     cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
-    gradient = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+    gradient = states.new_empty(states.shape)
     # A row a program, summed afterwards in one order, so that runs agree to the bit.
     shape = (_rotary_programs(states) if weight is not None else 0, states.shape[-1])
-    weight_gradients = torch.empty(shape, dtype=torch.float32, device=states.device)
+    weight_gradients = states.new_empty(shape, dtype=torch.float32)
     if states.numel():
         with on_device(states):
             rotary_gradient_kernel[(_rotary_programs(states),)](
