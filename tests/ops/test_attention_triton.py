@@ -5,8 +5,7 @@ import types
 
 import pytest
 import torch
-from helpers import AttendMaps, empty_memory_is_nan, noise
-from torch._dynamo.testing import CompileCounterWithBackend
+from helpers import empty_memory_is_nan, noise
 
 from hieratok_hf import PyramidLayout, scale_causal_attention
 from hieratok_hf.ops.attention import reference_attention
@@ -254,36 +253,6 @@ def test_operators_keep_what_they_promise_to_pytorch(device):
     torch.library.opcheck(prefix_attention_backward, (upstream, query, key, value, *saved, ends, 0.2))
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
     torch.library.opcheck(prefix_attention, (*leaves, ends, 0.2))
-
-
-def random_maps(height, width, device):
-    return [noise(1, 16, height, width, seed=seed).to(device) for seed in range(3)]
-
-
-def test_a_compiled_graph_gives_the_same_bits_at_any_size(device):
-    torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    attend_maps = AttendMaps("triton")
-    compiled = torch.compile(attend_maps, backend=counter, fullgraph=True, dynamic=True)
-    for height, width in ((6, 4), (3, 5)):
-        maps = [x.requires_grad_() for x in random_maps(height, width, device)]
-        results = []
-        for function in (compiled, attend_maps):
-            attended = function(*maps)
-            upstream = noise(*attended.shape, seed=9).to(device)
-            results.append([attended, *torch.autograd.grad(attended, maps, upstream)])
-        assert all(torch.equal(actual, expected) for actual, expected in zip(*results))
-    assert counter.frame_count == 1
-    assert "prefix_attention" in str(counter.graphs[0].code)
-
-
-def test_an_exported_graph_of_any_size_holds_the_operator(device):
-    any_size = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
-    attend_maps, maps = AttendMaps("triton"), tuple(random_maps(6, 4, device))
-    exported = torch.export.export(attend_maps, maps, dynamic_shapes=[any_size] * 3)
-    assert "hieratok_hf.prefix_attention.default" in [str(node.target) for node in exported.graph.nodes]
-    maps = random_maps(5, 3, device)
-    assert torch.equal(exported.module()(*maps), attend_maps(*maps))
 
 
 @pytest.mark.parametrize(

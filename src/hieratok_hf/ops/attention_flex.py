@@ -80,7 +80,7 @@ def flex_scale_causal_attention(
         mask_mod=_sees(ends),
         **dict(zip(BLOCK_FIELDS, tensors)),
     )
-    attend = flex_attention
+    attend: Callable[..., Tensor] = flex_attention
     if query.device.type == "cpu":
         # Where no gradient is computed, it still refuses inputs that could have one.
         query, key, value = query.detach(), key.detach(), value.detach()

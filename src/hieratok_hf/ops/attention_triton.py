@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .torch_compat import NAMESPACE
 
-__all__ = ["channels_last", "on_device", "prefix_attention", "tl", "triton", "why_not_triton"]
+__all__ = ["channels_last", "prefix_attention", "tl", "triton", "why_not_triton"]
 
 # A trap: before code from the Hub runs, diffusers and transformers look for its imports. transformers takes those in a
 # `try` for optional. diffusers reads lines, and misses an `import x` only where something stands behind it, so the
@@ -34,7 +33,6 @@ if not hasattr(triton, "knobs"):
 
 # With `TRITON_INTERPRET=1` Triton interprets the kernels, on any device.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 # Three products of the tensor cores' short floats make a float32 one; AMD's compiler has only the plain way.
 PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
@@ -328,7 +326,6 @@ def why_not_triton(query: Tensor, scale: float) -> str | None:
 
 
 def _arguments(query: Tensor, ends: Sequence[int], scale: float) -> dict[str, Any]:
-    """Give the arguments of every launch that describe the sequence."""
     num_tokens, heads, head_dim = query.shape[1:]
     return {
         # An odd number above 1 is never specialised, so one compilation serves all layouts of so many scales.
@@ -357,12 +354,6 @@ def _empty_gradients(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Make a context in which the current device is that of `tensor` of any shape."""
-    # Triton launches on the current device, which need not be the tensor's.
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def channels_last(tensor: Tensor) -> Tensor:
     """Make the last dimension of `tensor` of any shape dense, as the kernels read it; copy only where it is not."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -375,22 +366,15 @@ def prefix_attention(
     """
     Attend so that the rows between two neighbours of `(0, *ends)` see all keys before the second.
 
-    It is deterministic, forward and backward: no sum depends on the order in which programs run.
-
-    Args:
-        query, key, value (`torch.Tensor` of shape `(B, N, A, d)`): Projected tokens, all of one dtype: float16,
-            bfloat16 or float32.
-        ends (`Sequence[int]`): End of each scale in the sequence, increasing; the last is `N`.
-        scale (`float`): Positive factor of the scores before the softmax.
-
-    Returns:
-        The attended values `(B, N, A, d)`, and, for the backward pass, the base-2 logarithm of the sum under each
-        softmax `(B, A, N)` in float32.
+    It takes `query`, `key` and `value`, each of shape `(B, N, A, d)`, and the positive `scale` of the scores. It gives
+    the attended values `(B, N, A, d)`, and, for the backward pass, the base-2 logarithm of the sum under each softmax,
+    `(B, A, N)` in float32. It is deterministic both ways: no sum depends on the order in which programs run.
     """
     query, key, value = channels_last(query), channels_last(key), channels_last(value)
     output, log_sum = _empty_results(query)
     if query.numel():
-        with on_device(query):
+        # Triton launches on the current device, which need not be the tensor's.
+        with torch.cuda.device_of(query):
             _attend[_programs(query, ends, "M")](
                 query, key, value, output, log_sum,
                 query.stride()[:3], key.stride()[:3], value.stride()[:3], output.stride()[:3],
@@ -418,7 +402,7 @@ def prefix_attention_backward(
         delta = torch.empty_like(log_sum)
         strides = [x.stride()[:3] for x in (query, key, value, output, upstream, gradients[0])]
         arguments = {"softmax_scale": scale, **_arguments(query, ends, scale)}
-        with on_device(query):
+        with torch.cuda.device_of(query):
             _query_gradient[_programs(query, ends, "M")](
                 query, key, value, output, upstream, log_sum, delta, gradients[0], *strides, **arguments
             )

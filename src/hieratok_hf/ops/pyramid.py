@@ -111,12 +111,12 @@ class PyramidLayout:
         grids = tuple(((height + factor - 1) // factor, (width + factor - 1) // factor) for factor in scale_factors)
         return cls(grids, tuple(scale_factors))
 
+    # No `cached_property`: `torch.compile` cannot trace the lock that Python 3.11 has in it.
     @property
     def num_scales(self) -> int:
         """Count the scales."""
         return len(self.grids)
 
-    # No `cached_property`: `torch.compile` cannot trace the lock that Python 3.11 has in it.
     @property
     def lengths(self) -> tuple[int, ...]:
         """Count the tokens of each scale."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_triton import channels_last, on_device, tl, triton
+from .attention_triton import channels_last, tl, triton
 from .torch_compat import NAMESPACE
 
 __all__ = ["norm_rotary"]
@@ -80,7 +80,6 @@ def rotary_gradient_kernel(
 
 
 def _rotary_arguments(states: Tensor, weight: Tensor | None, eps: float) -> dict[str, Any]:
-    """Give the arguments of both launches that describe the states."""
     batch, num_tokens, heads, head_dim = states.shape
     return {
         "num_rows": batch * num_tokens * heads,
@@ -103,16 +102,13 @@ def norm_rotary(states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: 
     """
     Norm each head by its root mean square and turn it by its token's angles, in float32 with one rounding at the end.
 
-    Args:
-        states (`torch.Tensor` of shape `(B, N, A, d)`): Projected queries or keys, `d` even.
-        weight (`torch.Tensor` of shape `(d,)`, *optional*): Weight of the norm; without one there is no norm.
-        cos, signed_sin (`torch.Tensor` of shape `(N, 1, d)`, float32): Tables of `rotary_tables`, without gradient.
-        eps (`float`): Epsilon that the norm adds to the mean square.
+    It takes `states` of shape `(B, N, A, d)`, `d` even, the norm's `weight` of shape `(d,)`, without which there is no
+    norm, and the tables of `rotary_tables`, `cos` and `signed_sin`, each of shape `(N, 1, d)`, which get no gradient.
     """
     states, cos, signed_sin = channels_last(states), cos.contiguous(), signed_sin.contiguous()
     rotated = states.new_empty(states.shape)
     if states.numel():
-        with on_device(states):
+        with torch.cuda.device_of(states):
             rotary_kernel[(_rotary_programs(states),)](
                 states, weight, cos, signed_sin, rotated, states.stride()[:3], rotated.stride()[:3],
                 **_rotary_arguments(states, weight, eps),
@@ -132,7 +128,7 @@ def norm_rotary_backward(
     shape = (_rotary_programs(states) if weight is not None else 0, states.shape[-1])
     weight_gradients = states.new_empty(shape, dtype=torch.float32)
     if states.numel():
-        with on_device(states):
+        with torch.cuda.device_of(states):
             rotary_gradient_kernel[(_rotary_programs(states),)](
                 upstream, states, weight, cos, signed_sin, gradient, weight_gradients,
                 upstream.stride()[:3], states.stride()[:3], gradient.stride()[:3],
