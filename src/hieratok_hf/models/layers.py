@@ -92,16 +92,21 @@ def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor
 
 def fused_norm_rotary(hidden_states: Tensor, norm: nn.RMSNorm | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Compute `norm`, if there is one, and `apply_rotary` of `hidden_states` `(B, N, A, d)` in one Triton kernel."""
-    if reason := _why_not_fused(hidden_states):
-        raise ValueError(f"`fused_rotary` cannot serve here: {reason}.")
     from ..ops.rotary_triton import norm_rotary
 
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     return norm_rotary(hidden_states, weight, *rotary, eps)
 
 
-def _why_not_fused(hidden_states: Tensor) -> str | None:
-    return why_not("triton", hidden_states.transpose(1, 2), scale=1.0, needs_gradient=False)
+def takes_fused_rotary(hidden_states: Tensor, fused: bool | None) -> bool:
+    """Tell whether to call `fused_norm_rotary` for `hidden_states` `(B, N, A, d)`: if `fused`, or where it pays."""
+    is_faster = hidden_states.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not (is_faster if fused is None else fused):
+        return False
+    reason = why_not("triton", hidden_states.transpose(1, 2), scale=1.0, needs_gradient=False)
+    if fused and reason is not None:
+        raise ValueError(f"`fused_rotary` cannot serve here: {reason}.")
+    return reason is None
 
 
 class HieraTokAttnProcessor:
@@ -137,11 +142,7 @@ class HieraTokAttnProcessor:
         else:
             projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)  # (B, N, A, d)
-        fused = self.fused_rotary
-        if fused is None:
-            is_faster = query.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            fused = is_faster and _why_not_fused(query) is None
-        if fused:
+        if takes_fused_rotary(query, self.fused_rotary):
             query, key = fused_norm_rotary(query, attn.norm_q, rotary), fused_norm_rotary(key, attn.norm_k, rotary)
         else:
             if attn.norm_q is not None and attn.norm_k is not None:
