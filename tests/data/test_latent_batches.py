@@ -46,10 +46,9 @@ def cache(data, tmp_path_factory, core):
 
 @pytest.fixture
 def encoded(data, core):
-    def make(plan, first_step=0, codec=None, num_classes=2):
-        codec = codec or Codec(core)
+    def make(plan, codec=None, num_classes=2):
         images = load_images(str(data))
-        return iterate_encoded(codec, SHAPE, images, num_classes, plan, first_step, crop_scale=(1.0, 1.0))
+        return iterate_encoded(codec or Codec(core), SHAPE, images, num_classes, plan, crop_scale=(1.0, 1.0))
 
     return make
 
@@ -57,10 +56,6 @@ def encoded(data, core):
 @pytest.fixture(params=["cached", "encoded"])
 def batches(request, cache, encoded):
     return partial(iterate_cached, cache()) if request.param == "cached" else encoded
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in ("latents", "labels"))
 
 
 def test_every_image_comes_once_in_an_epoch_and_half_are_mirrored(cache):
@@ -77,14 +72,6 @@ def test_every_image_comes_once_in_an_epoch_and_half_are_mirrored(cache):
     for start in range(0, len(rows), COUNT):
         assert sorted(rows[start : start + COUNT]) == list(range(COUNT))
     assert 0.4 < sum(sides) / len(sides) < 0.6
-
-
-def test_later_steps_do_not_need_the_earlier(batches):
-    whole = list(batches(PLAN()))
-    assert [batch["step"] for batch in whole] == list(range(7))
-    rest = list(batches(PLAN(), 4))
-    assert [batch["step"] for batch in rest] == [4, 5, 6]
-    assert all(same(a, b) for a, b in zip(rest, whole[4:], strict=True))
 
 
 def test_processes_and_parts_divide_the_same_images(batches):

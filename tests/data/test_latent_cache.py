@@ -57,7 +57,7 @@ def test_rows_are_as_they_are_stored(space, stored):
             assert entry["row"] == ROWS[i] and entry["label"] == ROWS[i] // 7 and set(entry) == {key, "row", "label"}
             assert entry[key].dtype == torch.float32 and torch.equal(entry[key], stored(name, key)[i])
         for i in (13, -14):
-            with pytest.raises(IndexError, match=f"got index {i}"):
+            with pytest.raises(IndexError, match=str(i)):
                 cache[i]
     cache = LatentCache(space / "unlabelled")
     assert cache.class_names == [] and cache.labels.tolist() == [-1] * 6 and cache[0]["label"] == -1
@@ -132,7 +132,7 @@ def test_unfinished_damaged_and_other_folders_are_refused(space, tmp_path):
         LatentCache(tmp_path)
     for shard in (1, 2):
         (tmp_path / f"shard-0000{shard}.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"2 of 4 shards are missing: 1, 2\."):
+    with pytest.raises(ValueError, match="2 of 4 shards are missing, the first is 1"):
         LatentCache(tmp_path)
     for change, message in (({"format": 7}, "the format 1, got 7"), ({"rows": None}, "is unfinished")):
         (tmp_path / "cache.json").write_text(json.dumps(settings | change))

@@ -17,7 +17,7 @@ import datasets
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data import latent_writer as module
 from hieratok_hf.data.image_dataset import Images, load_images
-from hieratok_hf.data.latent_writer import _ShardBatches, write_latents
+from hieratok_hf.data.latent_writer import _missing_rows, _missing_shards, write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec
 
@@ -196,16 +196,12 @@ def test_processes_share_the_shards_that_are_missing(core, images, tmp_path):
     write_latents(core, images(), tmp_path, **SMALL)
     (tmp_path / "shard-00001.safetensors").unlink()
     (tmp_path / "shard-00002.safetensors").unlink()
-    settings = json.loads((tmp_path / "cache.json").read_text()) | {"rows": None}
-    found = {}
-    for rank in range(2):
-        batches = _ShardBatches(images(streaming=True), tmp_path, settings, 3, 2, rank, world=2)
-        for batch in batches:
-            rows = [*batch["rows"], *(row for row, *_ in batch["skipped"])]
-            assert {row // 4 for row in rows} == {batch["shard"]} and batch["shard"] % 2 == rank
-            found |= dict(zip(batch["rows"], batch["levels"]))
-        assert batches.rows == 14
-    assert sorted(found) == [4, 6, 7, 8, 9, 10, 11] and {x.shape for x in found.values()} == {(32, 32, 3)}
+    settings = json.loads((tmp_path / "cache.json").read_text())
+    for rank, expected in enumerate(([[8, 9, 10], [11]], [[4, 5, 6], [7]])):
+        known = {**settings, "rows": None}
+        is_missing = _missing_shards(tmp_path, known, rank, 2)
+        batches = _missing_rows(images(streaming=True), known, is_missing, 3)
+        assert [[row for row, _ in batch] for batch in batches] == expected and known["rows"] == 14
 
 
 def test_a_stream_with_other_rows_than_before_is_refused(core, images, tmp_path):
