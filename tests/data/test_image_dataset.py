@@ -210,21 +210,16 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, streaming):
 
 
 def test_batches_are_decoded_ahead(tmp_path):
-    images = load_images(write_folder(tmp_path / "data", cat=range(3), dog=[3]))
-    asked, entries = [], list(enumerate(images))
+    entries = list(enumerate(load_images(write_folder(tmp_path / "data", cat=range(3), dog=[3]))))
     entries[1][1]["image"] = {"bytes": None, "path": None}
 
-    def batches():
-        for batch in (entries[:2], entries[1:2], entries[2:]):
-            asked.append(len(batch))
-            yield batch
-
-    found = decode_ahead(batches(), 10, 2)
+    batches = iter([entries[:2], entries[1:2], entries[2:], []])
+    found = decode_ahead(batches, 10, 2)
     first = next(found)
-    assert asked == [2, 1] and first["rows"] == [0] and first["labels"] == [0]
+    assert batches.__length_hint__() == 2 and first["rows"] == [0] and first["labels"] == [0]
     assert first["levels"].tolist() == [noise(10, 12, seed=0)[:, 1:11].tolist()]
     name = entries[1][1]["name"]
     assert first["skipped"] == [(1, name, f"{name!r}: is empty (0 bytes)")]
-    second, third = found
+    second, third, _ = found
     assert second["rows"] == [] and second["levels"].shape == (0, 10, 10, 3)
     assert third["rows"] == [2, 3] and third["labels"] == [0, 1] and third["levels"].dtype == torch.uint8
