@@ -233,7 +233,7 @@ def test_damaged_and_other_settings_are_refused(core, images, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("size", 0), ("size", 30), ("shard_size", 0), ("batch_size", -1), ("limit", 0), ("threads", 0), ("seed", -1),
+        ("size", 0), ("size", 30), ("shard_size", 0), ("batch_size", -1), ("limit", 0), ("threads", 0),
         ("kind", "mean"), ("dtype", torch.int8),
     ],
 )  # fmt: skip

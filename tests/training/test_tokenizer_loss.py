@@ -53,7 +53,7 @@ def forward(core, pixel_values, alignment=None, latent_noise=0.0, mix=0.3, laten
 def losses_of(core, weights, step=0, made=None, **modules):
     pixel_values = images(2, 3, 16, 16)
     made = forward(core, pixel_values)[0] if made is None else made
-    return TrainingLoss(weights, **modules)(core.config, pixel_values, *made, step)
+    return TrainingLoss(weights, **modules)(core.config, pixel_values, made, step)
 
 
 @pytest.mark.parametrize(
@@ -171,15 +171,14 @@ def every_part(core, vision, discriminator):
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [{}, {"downsampling": "mean"}, {"scale_factors": (1,)}, {"linear_path": 0, "scale_causal": False}],
+    "overrides", [{}, {"downsampling": "mean"}, {"scale_factors": (1,)}, {"linear_path": 0, "scale_causal": False}]
 )
 def test_gradients_reach_every_trained_parameter(vision, discriminator, overrides):
     core = random_core(**overrides).train()
     model, objective = every_part(core, vision, discriminator)
     pixel_values = images(2, 3, 16, 16)
     made = model(pixel_values, noise(2, 2, 4, 4, 4), torch.full((2, 1, 1, 1), 0.5))
-    objective(core.config, pixel_values, *made, 0)["loss"].backward()
+    objective(core.config, pixel_values, made, 0)["loss"].backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert "alignment.projection.weight" in trained and not [name for name in trained if "features" in name]
     for name, parameter in trained.items():
@@ -194,11 +193,11 @@ def test_losses_are_float32_under_autocast(vision, discriminator):
     model, objective = every_part(core, vision, discriminator)
     pixel_values = images(2, 3, 16, 16)
     inputs = pixel_values, noise(2, 2, 4, 4, 4), torch.full((2, 1, 1, 1), 0.5)
-    expected = objective(core.config, pixel_values, *model(*inputs), 0)
+    expected = objective(core.config, pixel_values, model(*inputs), 0)
     with torch.autocast("cpu", torch.bfloat16):
         made = model(*inputs)
         assert made[0][-1].dtype == torch.bfloat16
-        losses = objective(core.config, pixel_values, *made, 0)
+        losses = objective(core.config, pixel_values, made, 0)
     losses["loss"].backward()
     assert all(p.grad.isfinite().all() for p in core.parameters())
     for name, value in losses.items():

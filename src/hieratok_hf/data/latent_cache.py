@@ -91,11 +91,8 @@ def read_header(path: Path, settings: Settings) -> tuple[int, dict[int, str]]:
 
 def encoder_facts(codec: Codec) -> dict[str, Any]:
     """
-    Collect the facts of a model that decide its latents and what pipelines do to them.
-
-    Returns:
-        `encoder`, a SHA-256 of all its weights but the decoder's; `precision`, the dtype that it runs in;
-        `scaling_factor` and `shift_factor`.
+    Collect the facts of a model that decide its latents and what pipelines do to them: `encoder`, a SHA-256 of all its
+    weights but the decoder's; `precision`, the dtype that it runs in; `scaling_factor` and `shift_factor`.
     """
     digest, weight = hashlib.sha256(), next(codec.model.parameters())
     for name, value in sorted((codec.core or codec.model).state_dict().items()):

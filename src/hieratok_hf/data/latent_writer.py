@@ -95,8 +95,6 @@ def write_latents(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be positive, got {value}.")
-    if seed < 0:
-        raise ValueError(f"`seed` must not be negative, got {seed}.")
     stored_dtype = str(dtype).removeprefix("torch.")
     for name, choice, choices in (("kind", kind, KINDS), ("dtype", stored_dtype, tuple(DTYPES))):
         if choice not in choices:

@@ -119,15 +119,16 @@ def training_loader(
     Raises:
         ImageError: While iterating: a hundred rows in a row cannot be decoded.
     """
+    crops, pin = _Crops(images, plan, crop_scale), torch.cuda.is_available()
     if images.streaming:
         # One worker: several would each read the whole stream.
-        data: Dataset = _StreamedCrops(images, plan, first_step, crop_scale)
-        options: dict[str, Any] = {"batch_size": None, "num_workers": min(num_workers, 1)}
+        stream = _StreamedCrops(crops, first_step)
+        loader = DataLoader(stream, batch_size=None, num_workers=min(num_workers, 1), pin_memory=pin)
     else:
-        data, draws = _Crops(images, plan.seed, crop_scale), plan_draws(len(images), plan, first_step)
-        options = {"batch_sampler": draws, "num_workers": num_workers, "collate_fn": _collate}
+        draws = plan_draws(len(images), plan, first_step)
+        loader = DataLoader(crops, batch_sampler=draws, num_workers=num_workers, collate_fn=_collate, pin_memory=pin)
     try:
-        yield from DataLoader(data, pin_memory=torch.cuda.is_available(), **options)
+        yield from loader
     except ImageError as error:
         # That of a worker holds the worker's traceback in its message, and in its own the loader, with workers that
         # then wait until a timeout.
@@ -177,23 +178,35 @@ def step_generator(seed: int | str, step: int) -> torch.Generator:
 
 
 class _Crops(Dataset):
-    def __init__(self, images: Images, seed: int, scale: tuple[float, float]):
-        self.images, self.seed, self.scale = images, seed, scale
+    def __init__(self, images: Images, plan: BatchPlan, scale: tuple[float, float]):
+        self.images, self.plan, self.scale = images, plan, scale
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         length = len(self.images)
-        rows = (self.images[(draw.data_row + offset) % length] for offset in range(length))
-        return _sample(rows, draw, self.images.source, self.seed, self.scale)
+        return self.sample((self.images[(draw.data_row + offset) % length] for offset in range(length)), draw)
+
+    def sample(self, rows: Iterator[Row], draw: Draw) -> dict[str, Any]:
+        """Crop the first of `rows` that can be decoded."""
+        skipped: list[str] = []
+        for row in islice(rows, _TRIES):
+            rng = random.Random(f"{self.plan.seed}:{draw.place}")
+            try:
+                crop = random_crop(image_of(row), draw.size, rng, self.scale)
+                return {"crop": np.asarray(crop), "label": row["label"], "draw": draw, "skipped": skipped}
+            except ImageError as error:
+                skipped.append(str(error))
+        raise ImageError(f"{self.images.source}: {len(skipped)} images in a row cannot be decoded; {skipped[0]}")
 
 
 class _StreamedCrops(IterableDataset):
     """Each process reads all of the stream and decodes its share."""
 
-    def __init__(self, images: Images, plan: BatchPlan, first_step: int, scale: tuple[float, float]):
-        self.images, self.plan, self.first_step, self.scale = images, plan, first_step, scale
+    def __init__(self, crops: _Crops, first_step: int):
+        self.crops, self.first_step = crops, first_step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        stream, start = self.images.shuffled(self.plan.seed), 0
+        plan, start = self.crops.plan, 0
+        stream = self.crops.images.shuffled(plan.seed)
         held: deque[Row] = deque()  # the rows of the stream from `start` that were read
 
         def rows_from(place: int) -> Iterator[Row]:
@@ -202,24 +215,11 @@ class _StreamedCrops(IterableDataset):
                     held.append(next(stream))
                 yield held[index]
 
-        source, seed = self.images.source, self.plan.seed
-        for draws in plan_draws(None, self.plan, self.first_step):
+        for draws in plan_draws(None, plan, self.first_step):
             while start < draws[0].place - draws[0].row:
                 held.popleft() if held else next(stream)
                 start += 1
-            yield _collate([_sample(rows_from(draw.place), draw, source, seed, self.scale) for draw in draws])
-
-
-def _sample(rows: Iterator[Row], draw: Draw, source: str, seed: int, scale: tuple[float, float]) -> dict[str, Any]:
-    """The crop of the first of `rows` that can be decoded."""
-    skipped: list[str] = []
-    for row in islice(rows, _TRIES):
-        try:
-            crop = random_crop(image_of(row), draw.size, random.Random(f"{seed}:{draw.place}"), scale)
-            return {"crop": np.asarray(crop), "label": row["label"], "draw": draw, "skipped": skipped}
-        except ImageError as error:
-            skipped.append(str(error))
-    raise ImageError(f"{source}: {len(skipped)} images in a row cannot be decoded; {skipped[0]}")
+            yield _collate([self.crops.sample(rows_from(draw.place), draw) for draw in draws])
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -46,12 +46,10 @@ class LatentAlignment(nn.Module):
         super().__init__()
         # Not a part of this module: it would be saved with every state, and sharded, though it never changes.
         self.__dict__["features"] = features
-        self.cosine_margin = cosine_margin
-        self.distance_margin = distance_margin
+        self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
         # Asked rather than read: many configurations do not name the channels of the last layer.
         blank = features.mean.new_zeros(1, 3, features.image_size, features.image_size)
-        self.projection = nn.Conv2d(latent_channels, self.target_map(blank).shape[1], 1, bias=False)
-        self.projection.to(blank.device)
+        self.projection = nn.Conv2d(latent_channels, self.target_map(blank).shape[1], 1, bias=False).to(blank.device)
 
     def forward(self, latents: Tensor, pixel_values: Tensor) -> Tensor:
         """
@@ -77,10 +75,8 @@ class LatentAlignment(nn.Module):
     def target_map(self, pixel_values: Tensor) -> Tensor:
         """
         Compute the last feature map `(B, D, h', w')` of `pixel_values` `(B, 3, H, W)` in [-1, 1], float32, at the
-        vision model's own grid; of a ViT the patches' tokens, which come after all others.
-
-        Raises:
-            ValueError: The model gives tokens, and its configuration has no patch size or they are fewer than patches.
+        vision model's own grid; of a ViT the patches' tokens, which come after all others. `ValueError` for tokens
+        without a patch size, or fewer than patches.
         """
         last = self.features(pixel_values)[1][-1]
         if last.ndim == 4:

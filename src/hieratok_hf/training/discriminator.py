@@ -11,10 +11,6 @@ __all__ = ["PatchDiscriminator", "adaptive_weight", "discriminator_hinge_loss", 
 
 # Shape letters: B batch, H W pixels, h w grid of scores.
 
-_WIDEST = 8
-_NORM_GROUPS = 32
-_NORM_CHANNELS = 4
-
 
 class PatchDiscriminator(nn.Module):
     """
@@ -34,12 +30,12 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, channels: int = 64, num_layers: int = 3):
         super().__init__()
         self.min_size = 3 * 2**num_layers
-        widths = [channels * min(2**i, _WIDEST) for i in range(num_layers + 1)]
+        widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i, (width, next_width) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < num_layers else 1
             # Four channels or more a group: a channel alone would lose its mean.
-            groups = math.gcd(_NORM_GROUPS, next_width // _NORM_CHANNELS)
+            groups = math.gcd(32, next_width // 4)
             layers += [
                 nn.Conv2d(width, next_width, 4, stride=stride, padding=1, bias=False),
                 nn.GroupNorm(groups, next_width),
@@ -54,14 +50,8 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """
-        Score the patches of `images` `(B, 3, H, W)` in [-1, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(B, 1, h, w)`: The scores, float32, high for real; `h` is
-            `H // 2**num_layers - 2`.
-
-        Raises:
-            ValueError: `images` have fewer than `min_size` pixels a side.
+        Score `images` `(B, 3, H, W)` in [-1, 1] by patches: `(B, 1, h, w)`, float32, high for real, with
+        `h = H // 2**num_layers - 2`; `ValueError` for sides of fewer than `min_size` pixels.
         """
         if min(images.shape[2:]) < self.min_size:
             size = f"{images.shape[2]}x{images.shape[3]}"
@@ -71,14 +61,8 @@ class PatchDiscriminator(nn.Module):
 
 def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """
-    Compute the loss of the discriminator: scores of real images rise to 1, scores of others fall to -1.
-
-    Args:
-        real (`torch.Tensor` of any shape): Scores of real images.
-        fake (`torch.Tensor` of any shape): Scores of reconstructions without their graph.
-
-    Returns:
-        `torch.Tensor` of shape `()`: The mean of both sides in float32, 1 where all scores are 0.
+    Compute the loss of the discriminator, float32 of shape `()`: scores of real images, `real` (of any shape), rise
+    to 1, those of reconstructions without their graph, `fake` (of any shape), fall to -1.
     """
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
@@ -101,10 +85,7 @@ def adaptive_weight(reconstruction_square: Tensor, adversarial_square: Tensor) -
 
     Args:
         reconstruction_square, adversarial_square (`torch.Tensor` of shape `()`): Sums of the squares of each loss's
-            gradient with respect to the reconstructed images.
-
-    Returns:
-        `torch.Tensor` of shape `()`: The ratio of the gradients' norms, float32, without a graph.
+            gradient with respect to the reconstructed images. The ratio of their roots is the weight, float32.
     """
     with torch.no_grad():
         adversarial_norm = adversarial_square.float().sqrt() + 1e-4

@@ -66,12 +66,8 @@ class TrainingState:
 
     def save(self, folder: Path, step: int, keep: int, write: bool = True, **facts: Any) -> None:
         """
-        Write the state after `step` steps, then remove all but the newest `keep`; `facts` are written along.
-
-        All processes call it, the one with `write` writes.
-
-        Raises:
-            OSError: The folder is full or cannot be written; earlier states stay.
+        Write the state after `step` steps, then remove all but the newest `keep`; `facts` are written along. All
+        processes call it, the one with `write` writes. `OSError` for a folder that is full; earlier states stay.
         """
         parts = [
             {
@@ -132,10 +128,8 @@ def latest_state(folder: Path) -> dict[str, Any]:
 
 def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[str, Any] | None:
     """
-    Read the newest state of a script's `--output`, `None` where there is none.
-
-    Raises:
-        ValueError: There is one and `--resume` was not given, its `config` is another, or it is damaged.
+    Read the newest state of a script's `--output`, `None` where there is none. `ValueError` without `--resume`, for
+    another `config`, or where the state is damaged.
     """
     if not states_in(folder):
         return None

@@ -20,6 +20,8 @@ __all__ = ["LossWeights", "TokenizerTraining", "TrainingLoss", "step_noise"]
 
 # Shape letters: B batch, H W pixels, C latent channels, h w latent grid.
 
+TrainingOutputs = tuple[list[Tensor], Tensor, Tensor | None]
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -83,17 +85,14 @@ class TokenizerTraining(nn.Module):
         self.core, self.alignment = core, alignment
         self.latent_noise, self.latent_jitter = latent_noise, latent_jitter
 
-    def forward(self, pixel_values: Tensor, noise: Tensor, mix: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    def forward(self, pixel_values: Tensor, noise: Tensor, mix: Tensor) -> TrainingOutputs:
         """
-        Encode, add noise and decode.
+        Encode, add noise and decode: the images of all scales, the moments `(B, 2C, h, w)`, and the alignment loss.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
             noise (`torch.Tensor` of shape `(2, B, C, h, w)`): Standard normal: for the posterior, and for the mixing.
             mix (`torch.Tensor` of shape `(B, 1, 1, 1)`): Share in [0, 1] of a latent that the noise replaces.
-
-        Returns:
-            The images of all scales, the moments `(B, 2C, h, w)`, and the alignment loss.
         """
         moments, _ = self.core.encode_moments(pixel_values)
         posterior = posterior_of(moments)
@@ -109,11 +108,9 @@ class TokenizerTraining(nn.Module):
 
 def step_noise(batch: dict[str, Any], config: HieraTokConfig, seed: int) -> tuple[Tensor, Tensor]:
     """
-    Draw what `TokenizerTraining` takes with a batch of `training_loader`, a function of the seed and the step, however
-    its images are divided over processes and parts.
-
-    Returns:
-        `noise` `(2, B, C, h, w)`, standard normal, and `mix` `(B, 1, 1, 1)`, uniform in [0, 1), float32 on the CPU.
+    Draw what `TokenizerTraining` takes with a batch of `training_loader`: `noise` `(2, B, C, h, w)`, standard normal,
+    and `mix` `(B, 1, 1, 1)`, uniform in [0, 1), float32 on the CPU. They are a function of the seed and the step,
+    however its images are divided over processes and parts.
     """
     height, width = (side // config.patch_size for side in batch["pixel_values"].shape[2:])
     generator = step_generator(seed, batch["step"])
@@ -155,13 +152,7 @@ class TrainingLoss:
         return self.weights.adversarial > 0 and step >= self.weights.adversarial_start
 
     def __call__(
-        self,
-        config: HieraTokConfig,
-        pixel_values: Tensor,
-        images: list[Tensor],
-        moments: Tensor,
-        aligned: Tensor | None,
-        step: int,
+        self, config: HieraTokConfig, pixel_values: Tensor, outputs: TrainingOutputs, step: int
     ) -> dict[str, Tensor]:
         """
         Compute the parts by name, each a scalar, and their sum `loss`.
@@ -169,12 +160,10 @@ class TrainingLoss:
         Args:
             config (`HieraTokConfig`): The tokenizer's configuration.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images that `TokenizerTraining` was given.
-            images (`list[torch.Tensor]`): The images of all scales that it returned.
-            moments (`torch.Tensor` of shape `(B, 2C, h, w)`): The moments that it returned.
-            aligned (`torch.Tensor` of shape `()`, *optional*): The alignment loss that it returned.
+            outputs (`tuple`): The images of all scales, moments and alignment loss that it returned.
             step (`int`): Step of the training, from 0.
         """
-        weights = self.weights
+        weights, (images, moments, aligned) = self.weights, outputs
         parts = tokenizer_losses(images, pixel_values, moments, config, weights.pixel)
         image = images[-1].float()
         reconstruction = parts[weights.pixel]
