@@ -1,5 +1,6 @@
 """Tests of `state`: what is saved comes back bit for bit, and no failure costs the earlier states."""
 
+import copy
 import math
 import os
 
@@ -28,8 +29,8 @@ class Training:
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], 1e-3)
         self.judge = PatchDiscriminator(channels=8, num_layers=1)
         self.judge_optimizer = torch.optim.Adam(self.judge.parameters(), 1e-3)
-        self.pairs = [(self.model, self.optimizer), (self.judge, self.judge_optimizer)]
-        self.state = TrainingState(self.core, self.pairs, decay)
+        pairs = [(self.model, self.optimizer), (self.judge, self.judge_optimizer)]
+        self.state = TrainingState(self.core, pairs, decay)
 
     def train(self, first, last, adversarial_start=2):
         for step in range(first, last):
@@ -48,19 +49,14 @@ class Training:
         return self
 
     def numbers(self):
-        """Everything that training changes, by name."""
-        tensors = {f"core.{name}": x for name, x in self.core.state_dict().items()}
-        tensors |= {f"judge.{name}": x for name, x in self.judge.state_dict().items()}
-        tensors |= {f"average.{i}": x for i, x in enumerate(self.state.average.shadow_params)}
-        for name, optimizer in (("optimizer", self.optimizer), ("judge_optimizer", self.judge_optimizer)):
-            for i, values in optimizer.state_dict()["state"].items():
-                tensors |= {f"{name}.{i}.{key}": torch.as_tensor(value) for key, value in values.items()}
-        return {name: x.detach().clone() for name, x in tensors.items()}
+        """Everything that training changes."""
+        weights = [module.state_dict() for module in (self.core, self.judge)]
+        moments = [optimizer.state_dict()["state"] for optimizer in (self.optimizer, self.judge_optimizer)]
+        return copy.deepcopy([*weights, *moments, [x.detach() for x in self.state.average.shadow_params]])
 
 
 def same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("saved_at", [1, 3])  # before and after the discriminator begins
@@ -187,7 +183,7 @@ def test_a_state_of_another_model_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"^The state does not fit this model: .*core\.") as caught:
             Training(**overrides).state.restore(state)
         assert "\n" not in str(caught.value)
-    alone = TrainingState(training.core, training.pairs[:1], 0.9)
+    alone = TrainingState(training.core, training.state.pairs[:1], 0.9)
     with pytest.raises(ValueError, match="The state is of 2 trained modules, these are 1"):
         alone.restore(state)
     with pytest.raises(ValueError, match="does not fit this model"):
