@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -120,8 +121,7 @@ def test_workers_and_copies_read_the_same(space):
 
 
 def test_unfinished_damaged_and_other_folders_are_refused(space, tmp_path):
-    for path in (space / "moments").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(space / "moments", tmp_path, dirs_exist_ok=True)
     settings = json.loads((tmp_path / "cache.json").read_text())
     (tmp_path / "shard-00002.safetensors").write_bytes(b"x" * 400)
     with pytest.raises(ValueError, match=r"shard '.*shard-00002\.safetensors' is damaged"):

@@ -179,11 +179,10 @@ def test_a_stream_that_breaks_off_goes_on(streaming, core, images, tmp_path):
 
 def test_processes_share_the_shards_that_are_missing(core, images, tmp_path):
     write_latents(core, images(), tmp_path, **SMALL)
-    (tmp_path / "shard-00001.safetensors").unlink()
-    (tmp_path / "shard-00002.safetensors").unlink()
-    settings = json.loads((tmp_path / "cache.json").read_text())
+    for shard in (1, 2):
+        (tmp_path / f"shard-0000{shard}.safetensors").unlink()
     for rank, expected in enumerate(([[8, 9, 10], [11]], [[4, 5, 6], [7]])):
-        known = {**settings, "rows": None}
+        known = json.loads((tmp_path / "cache.json").read_text()) | {"rows": None}
         is_missing = _missing_shards(tmp_path, known, rank, 2)
         batches = _missing_rows(images(streaming=True), known, is_missing, 3)
         assert [[row for row, _ in batch] for batch in batches] == expected and known["rows"] == 14
