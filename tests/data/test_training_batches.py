@@ -62,9 +62,8 @@ def test_a_step_is_the_same_however_it_is_divided(streaming, world_size, parts):
         assert [(x["step"], x["part"]) for x in mine] == [(step, part) for step in range(6) for part in range(parts)]
     for expected in whole:
         mine = [piece for piece in chain(*pieces) if piece["step"] == expected["step"]]
-        assert {(piece["count"], len(piece["rows"])) for piece in mine} == {
-            (expected["count"], expected["count"] // (world_size * parts))
-        }
+        count = expected["count"]
+        assert {(piece["count"], len(piece["rows"])) for piece in mine} == {(count, count // (world_size * parts))}
         rows, crops = (torch.cat([piece[name] for piece in mine]) for name in ("rows", "pixel_values"))
         assert torch.equal(rows.sort().values, expected["rows"])
         assert torch.equal(crops[rows.argsort()], expected["pixel_values"])

@@ -125,15 +125,14 @@ def test_the_weight_balances_the_gradients():
     image = (target + 0.1 * noise(2, 3, 32, 32)).requires_grad_()
     losses = (F.l1_loss(image, target), generator_hinge_loss(module(image)))
     gradients = [torch.autograd.grad(loss, image, retain_graph=True)[0] for loss in losses]
-    squares = [gradient.square().sum() for gradient in gradients]
-    weight = adaptive_weight(*squares)
+    weight = adaptive_weight(*(gradient.square().sum() for gradient in gradients))
     norms = [float(np.linalg.norm(gradient.double().numpy())) for gradient in gradients]
     assert weight.item() == pytest.approx(norms[0] / (norms[1] + 1e-4), rel=1e-5)
     (weighted,) = torch.autograd.grad(weight * losses[1], image)
     assert weighted.norm().item() == pytest.approx(norms[0], rel=0.01)
     # Halves on two processes, added up, give the weight of the whole.
-    halves = [[half.square().sum() for half in gradient.chunk(2)] for gradient in gradients]
-    torch.testing.assert_close(adaptive_weight(*[sum(parts) for parts in halves]), weight)
+    halves = [sum(half.square().sum() for half in gradient.chunk(2)) for gradient in gradients]
+    torch.testing.assert_close(adaptive_weight(*halves), weight)
 
 
 def test_the_weight_is_a_number_without_a_graph_in_its_limits():
