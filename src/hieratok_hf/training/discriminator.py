@@ -61,15 +61,15 @@ class PatchDiscriminator(nn.Module):
 
 def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """
-    Compute the loss of the discriminator, float32 of shape `()`: scores of real images, `real` (of any shape), rise
-    to 1, those of reconstructions without their graph, `fake` (of any shape), fall to -1.
+    Compute the discriminator's loss, float32 of shape `()`. Scores of real images, `real` of any shape, rise to 1,
+    those of reconstructions without their graph, `fake` of any shape, fall to -1.
     """
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
 def generator_hinge_loss(fake: Tensor) -> Tensor:
     """
-    Compute the adversarial loss of the tokenizer, float32 of shape `()`: minus the mean of `fake` (of any shape), the
+    Compute the adversarial loss of the tokenizer, float32 of shape `()`: minus the mean of `fake` of any shape, the
     scores of its reconstructions with their graph.
     """
     return -fake.float().mean()
