@@ -203,14 +203,14 @@ def train(args: argparse.Namespace) -> None:
         pixel_values = to_pixel_values(batch).to(device, non_blocking=True)
         noise, mix = step_noise(batch, core.config, args.seed)
         with accelerator.accumulate(*(module for module, _ in trained)):
-            made, moments, aligned = model(pixel_values, noise.to(device), mix.to(device))
-            losses = objective(core.config, pixel_values, made, moments, aligned, step)
+            outputs = model(pixel_values, noise.to(device), mix.to(device))
+            losses = objective(core.config, pixel_values, outputs, step)
             accelerator.backward(losses["loss"])
             norm = accelerator.clip_grad_norm_(model.parameters(), args.clip) if last_part else None
             optimizer.step()
             optimizer.zero_grad()
             if objective.is_adversarial(step):
-                scores = discriminator(torch.cat([pixel_values, made[-1].detach()]))
+                scores = discriminator(torch.cat([pixel_values, outputs[0][-1].detach()]))
                 losses["discriminator"] = discriminator_hinge_loss(*scores.chunk(2))
                 accelerator.backward(losses["discriminator"])
                 discriminator_optimizer.step()
