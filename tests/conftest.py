@@ -18,7 +18,6 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from hub_server import hub_here as hub_here
-from hub_server import hub_server as hub_server
 from scripts import forget_processes, load_script
 
 # Files whose fixtures take half a minute to make.

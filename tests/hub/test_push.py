@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import images, random_core
-from hub_server import HubServer
+from hub_server import CUT, HubServer
 from test_remote_code import expected_results, in_a_clean_process
 from tiny_pipelines import make_pipeline
 
@@ -119,7 +119,7 @@ def test_a_cut_upload_changes_nothing_and_goes_on(hub_here, folder):
     other.save_pretrained(folder, max_shard_size="60KB")
     before = state(hub_here)
     first = len(hub_here.sent(UPLOAD))
-    hub_here.cut(UPLOAD, after=1000, times=float("inf"))
+    hub_here.fail(UPLOAD, CUT, times=float("inf"))
     with pytest.raises(HubError, match=r"'org/name' was not pushed.*push again: files that have arrived"):
         push_folder(folder, "org/name", card=None)
     assert state(hub_here) == before and len(hub_here.sent(UPLOAD)) > first
