@@ -2,6 +2,7 @@
 
 import json
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
-from hieratok_hf.hub.folder import Plan, add_card, prepare_folder
+from hieratok_hf.hub.folder import add_card, describe_upload, prepare_folder
 from hieratok_hf.hub.remote_code import add_remote_code
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -24,15 +25,8 @@ def folder(tmp_path):
     return path
 
 
-def raising(error):
-    def fail(*_):
-        raise error
-
-    return fail
-
-
 def contents(folder):
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("saved_by", [AutoencoderHieraTok, HieraTokModel])
@@ -42,11 +36,12 @@ def test_the_weights_go_once_for_both_libraries(saved_by, tmp_path):
     before = contents(tmp_path)
     with prepare_folder(tmp_path) as (stage, left_out):
         add_card(stage, "org/name")
-        plan = Plan.of(stage, "org/name", left_out)
-        assert plan.files.keys() == {*TOKENIZER, "README.md", "preprocessor_config.json"}
-        assert plan.files[WEIGHTS] == (tmp_path / WEIGHTS).stat().st_size
-        assert {name: (stage / name).stat().st_size for name in plan.files} == plan.files
-        assert f"{plan.files[WEIGHTS]:>12,}  {WEIGHTS}" in str(plan) and "org/name in one commit" in str(plan)
+        files = contents(stage)
+        assert files.keys() == {*TOKENIZER, "README.md", "preprocessor_config.json"}
+        assert files[WEIGHTS] == before[WEIGHTS]
+        first, *lines = describe_upload(stage, "org/name", left_out)
+        assert first.startswith("6 files") and "org/name in one commit" in first
+        assert lines == [f"  {len(files[name]):>12,}  {name}" for name in sorted(files)]
     assert contents(tmp_path) == before and not stage.exists()
 
 
@@ -57,23 +52,21 @@ def test_only_what_belongs_to_a_model_goes(folder):
         (folder / name).write_bytes(b"x")
     (folder / "LICENSE").write_text("free")
     with prepare_folder(folder) as (stage, left_out):
-        plan = Plan.of(stage, "org/name", left_out)
-        assert plan.files.keys() == {*TOKENIZER, "LICENSE"}
-        assert left_out == sorted(left) and "left out: log.jsonl" in str(plan)
+        assert contents(stage).keys() == {*TOKENIZER, "LICENSE"}
+        assert left_out == sorted(left) and "  left out: log.jsonl" in describe_upload(stage, "org/name", left_out)
 
 
 def test_shards_and_variants_go_whole(folder, monkeypatch):
-    monkeypatch.setattr(os, "link", raising(OSError))  # files are copied where the file system has no links
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError))  # files are copied where the file system has no links
     vae = AutoencoderHieraTok.from_pretrained(folder)
     vae.save_pretrained(folder, variant="fp16")
     vae.save_pretrained(folder, max_shard_size="40KB")
-    with prepare_folder(folder) as (stage, left_out):
-        plan = Plan.of(stage, "org/name", left_out)
-        shards = {name for name in plan.files if "-of-" in name}
-        assert len(shards) > 2 and "diffusion_pytorch_model.fp16.safetensors" in plan.files
-        assert {"diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json"} <= plan.files.keys()
-        index = json.loads((stage / "model.safetensors.index.json").read_text())
-        assert set(index["weight_map"].values()) == shards
+    with prepare_folder(folder) as (stage, _):
+        files = contents(stage)
+    shards = {name for name in files if "-of-" in name}
+    assert len(shards) > 2 and "diffusion_pytorch_model.fp16.safetensors" in files
+    assert "diffusion_pytorch_model.safetensors.index.json" in files
+    assert set(json.loads(files["model.safetensors.index.json"])["weight_map"].values()) == shards
 
 
 def test_a_pipeline_goes_with_its_parts(tmp_path):
@@ -82,9 +75,9 @@ def test_a_pipeline_goes_with_its_parts(tmp_path):
     (tmp_path / "other" / "config.json").write_text("{}")
     with prepare_folder(tmp_path) as (stage, left_out):
         assert left_out == ["other/config.json"]
-        plan = Plan.of(stage, "org/name", left_out)
-        assert {"vae/autoencoder_hieratok.py", "pipeline_hieratok_dit.py", f"vae/{WEIGHTS}"} <= plan.files.keys()
-        assert "transformer/model.safetensors.index.json" not in plan.files
+        names = contents(stage).keys()
+    assert {"vae/autoencoder_hieratok.py", "pipeline_hieratok_dit.py", f"vae/{WEIGHTS}"} <= names
+    assert "transformer/model.safetensors.index.json" not in names
     assert not list(tmp_path.rglob("*.py"))
 
 
@@ -159,9 +152,8 @@ def test_what_does_not_load_does_not_go(spoil, reason, folder):
 
 
 def test_a_folder_that_the_libraries_load_differently_does_not_go(folder, monkeypatch):
-    monkeypatch.setattr(
-        HieraTokModel, "from_pretrained", lambda *_, **__: HieraTokModel.from_core(random_core(seed=1))
-    )
+    other = HieraTokModel.from_core(random_core(seed=1))
+    monkeypatch.setattr(HieraTokModel, "from_pretrained", lambda *_, **__: other)
     with pytest.raises(ValueError, match="different weights"), prepare_folder(folder):
         pass
 

@@ -8,16 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoModel as DiffusersAutoModel
 from diffusers import DDIMScheduler, DiTPipeline
 from helpers import images, random_core
+from scripts import load_script
 from tiny_pipelines import make_pipeline
 from transformers import AutoImageProcessor, AutoModel
 
-import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.hub.remote_code import add_remote_code, remote_code
 
@@ -25,12 +26,8 @@ MEAN_MODEL = Path(__file__).parents[1] / "data" / "mean_model"
 
 
 def load_copy(tmp_path: Path, name: str):
-    path = tmp_path / f"{name}.py"
-    path.write_text(remote_code())
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    (tmp_path / f"{name}.py").write_text(remote_code())
+    return load_script(str(tmp_path), name)
 
 
 @pytest.fixture
@@ -85,16 +82,26 @@ def test_without_triton_and_the_package_it_says_so_when_asked(tmp_path, monkeypa
         vae.push_to_hub("org/name")
 
 
-def test_one_name_with_two_meanings_is_refused(tmp_path, monkeypatch):
-    package = tmp_path / "package"
-    shutil.copytree(
-        Path(hieratok_hf.__file__).parent, package, ignore=shutil.ignore_patterns("weights", "__pycache__")
-    )
-    losses = package / "models" / "losses.py"
-    losses.write_text(losses.read_text() + "\n\ndef convert_to_rgb():\n    return 0\n")
-    monkeypatch.setattr("hieratok_hf.hub.remote_code._PACKAGE", package)
-    with pytest.raises(ValueError, match=r"'convert_to_rgb' is defined in utils\.images.*models\.losses"):
-        remote_code.__wrapped__()
+def bound_by(statement: ast.stmt) -> dict[str, Any]:
+    """What a statement binds at the top of a module, and to what: an import to an object, all else to itself."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        found: dict[str, Any] = {}
+        exec(ast.unparse(statement), found)
+        return {name: value for name, value in found.items() if name != "__builtins__"}
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return {statement.name: statement}
+    targets = [statement.target] if isinstance(statement, ast.AnnAssign) else getattr(statement, "targets", [])
+    names = [x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)]
+    return dict.fromkeys(names, statement)
+
+
+def test_every_name_of_the_file_has_one_meaning():
+    meanings = {}
+    for statement in ast.parse(remote_code()).body:
+        for inner in statement.body if isinstance(statement, ast.Try) else [statement]:
+            for name, meaning in bound_by(inner).items():
+                assert name == "_" or meanings.setdefault(name, meaning) is meaning, name
+    assert "HieraTokModel" in meanings and "prefix_attention" in meanings
 
 
 def test_a_tokenizer_s_folder_loads_in_both_libraries(tokenizer_folder, tmp_path):
