@@ -7,6 +7,7 @@ Xet is not spoken, and a client with hf_xet uses it without asking the server: i
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,9 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -48,49 +50,29 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Commit:
-    oid: str
     files: Mapping[str, bytes]
     title: str
-    parent: str | None
+    oid: str = field(default_factory=partial(secrets.token_hex, 20))
 
 
 @dataclass
 class Repository:
-    private: bool = False
-    refs: dict[str, str] = field(default_factory=dict)
-    history: dict[str, Commit] = field(default_factory=dict)
+    private: bool
+    refs: dict[str, list[Commit]]
     objects: dict[str, bytes] = field(default_factory=dict)
-    pulls: int = 0
-
-    def ref_of(self, revision: str) -> str | None:
-        names = (revision, f"refs/heads/{revision}")
-        return next((name for name in names if name in self.refs), None)
 
     def at(self, revision: str) -> Commit:
-        """The commit of a branch, a pull request's ref or a whole commit id."""
-        ref = self.ref_of(revision)
-        oid = self.refs[ref] if ref else revision
-        if oid not in self.history:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return self.history[oid]
-
-    def add_commit(self, ref: str, files: dict[str, bytes], title: str) -> Commit:
-        commit = Commit(secrets.token_hex(20), files, title, self.refs.get(ref))
-        self.history[commit.oid] = commit
-        self.refs[ref] = commit.oid
-        return commit
+        """The last commit of a branch or a pull request's ref, or that of a whole commit id."""
+        if revision in self.refs:
+            return self.refs[revision][-1]
+        for commit in itertools.chain(*self.refs.values()):
+            if commit.oid == revision:
+                return commit
+        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-class Request(NamedTuple):
-    """One line of the log."""
-
-    method: str
-    path: str  # with its query
-    status: int
 
 
 @dataclass
@@ -135,11 +117,11 @@ def impatient(seconds, sleep=time.sleep, caller=sys._getframe):
 
 
 class HubServer:
-    """A Hub of one user, whose `token` may do everything. `requests` logs each request as it is answered."""
+    """A Hub of one user, whose `token` may do everything. `requests` logs each "METHOD path?query"."""
 
     def __init__(self) -> None:
         self.token = f"hf_{secrets.token_hex(8)}"
-        self.requests: list[Request] = []
+        self.requests: list[str] = []
         self.errors: list[BaseException | None] = []
         self._lock = threading.RLock()
         self._faults: list[Fault] = []
@@ -158,8 +140,7 @@ class HubServer:
 
     def add_commit(self, repo_id: str, files: Mapping[str, bytes]) -> None:
         """Somebody else's commit of `files` to the main branch, past HTTP."""
-        repo = self.repo(repo_id)
-        repo.add_commit("refs/heads/main", {**repo.at("main").files, **files}, "Add files")
+        self.repo(repo_id).refs["main"].append(Commit({**self.files(repo_id), **files}, "Add files"))
 
     def repo(self, repo_id: str) -> Repository:
         if repo_id not in self._repositories:
@@ -172,18 +153,14 @@ class HubServer:
 
     def commits(self, repo_id: str) -> list[Commit]:
         """The commits of the main branch, the newest first."""
-        repo = self.repo(repo_id)
-        line = [repo.at("main")]
-        while line[-1].parent:
-            line.append(repo.history[line[-1].parent])
-        return line
+        return self.repo(repo_id).refs["main"][::-1]
 
-    def sent(self, match: str) -> list[Request]:
-        """The requests so far whose "METHOD path" matches."""
-        return [request for request in self.requests if re.search(match, f"{request.method} {request.path}")]
+    def sent(self, match: str) -> list[str]:
+        """The requests so far that match."""
+        return [request for request in self.requests if re.search(match, request)]
 
     def fail(self, match: str, status: int, times: float = 1, headers: Mapping[str, str] | None = None) -> None:
-        """Answer the next requests whose "METHOD path?query" matches with `status`; `times` may be infinite."""
+        """Answer the next requests that match with `status`; `times` may be infinite."""
         self._faults.append(Fault(match, status, times, headers or {}))
 
     def recover(self) -> None:
@@ -228,11 +205,12 @@ class HubServer:
             monkeypatch.setenv(name, self.environment(folder)[name])
         monkeypatch.setattr(time, "sleep", impatient)
 
-    def fault(self, line: str) -> Fault | None:
-        """The first fault for a request."""
+    def log(self, request: str) -> Fault | None:
+        """Keep a request, and find the first fault for it."""
         with self._lock:
+            self.requests.append(request)
             for fault in self._faults:
-                if fault.times > 0 and re.search(fault.match, line):
+                if fault.times > 0 and re.search(fault.match, request):
                     fault.times -= 1
                     return fault
         return None
@@ -261,8 +239,8 @@ class HubServer:
         status = 409 if name in self._repositories else 200
         if status == 200:
             private = asked.get("visibility") == "private" or bool(asked.get("private"))
-            repo = self._repositories[name] = Repository(private)
-            repo.add_commit("refs/heads/main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+            first = Commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+            self._repositories[name] = Repository(private, {"main": [first]})
         return Answer.json({"url": f"{self.url}/{name}", "name": name, "id": name}, status)
 
     @route("GET", REPO + r"(?:/revision/(?P<revision>[^/]+))?")
@@ -284,8 +262,8 @@ class HubServer:
 
     @route("POST", REPO + r"/branch/(?P<branch>[^/]+)")
     def _branch(self, call: Call, name: str, branch: str) -> Answer:
-        repo = self.repo(name)
-        repo.refs[f"refs/heads/{branch}"] = repo.at("main").oid
+        refs = self.repo(name).refs
+        refs[branch] = list(refs["main"])
         return Answer()
 
     @route("POST", REPO + r"/preupload/(?P<revision>[^/]+)")
@@ -313,9 +291,8 @@ class HubServer:
     @route("POST", REPO + r"/commit/(?P<revision>[^/]+)")
     def _commit(self, call: Call, name: str, revision: str) -> Answer:
         repo = self.repo(name)
-        base, ref = repo.at(revision), repo.ref_of(revision)
         head, *lines = [json.loads(line) for line in call.body.splitlines()]
-        files = dict(base.files)
+        files = self.files(name, revision)
         for line in lines:
             path = line["value"]["path"]
             if line["key"] == "file":
@@ -327,12 +304,11 @@ class HubServer:
                 del files[path]
         told = {"success": True, "hookOutput": ""}
         if call.query.get("create_pr") == ["1"]:
-            repo.pulls += 1
-            ref = f"refs/pr/{repo.pulls}"
-            repo.refs[ref] = base.oid
-            told |= {"pullRequestUrl": f"{self.url}/{name}/discussions/{repo.pulls}"}
-        assert ref is not None
-        commit = repo.add_commit(ref, files, head["value"]["summary"])
+            repo.refs["refs/pr/1"] = list(repo.refs[revision])
+            told |= {"pullRequestUrl": f"{self.url}/{name}/discussions/1"}
+            revision = "refs/pr/1"
+        commit = Commit(files, head["value"]["summary"])
+        repo.refs[revision].append(commit)
         return Answer.json({**told, "commitOid": commit.oid, "commitUrl": f"{self.url}/{name}/commit/{commit.oid}"})
 
     @route("GET HEAD", PAGE + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
@@ -365,11 +341,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
-        fault = self.hub.fault(f"{self.command} {self.path}")
+        fault = self.hub.log(f"{self.command} {self.path}")
         if fault and fault.status == CUT:
             self.rfile.read(length // 2)
             self.close_connection = True
-            self.hub.requests.append(Request(self.command, self.path, CUT))
             return
         body = self.rfile.read(length)
         parts = urlsplit(self.path)
@@ -379,7 +354,6 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             answer = self.hub.answer(Call(self.command, parts.path, parse_qs(parts.query), body), token)
-        self.hub.requests.append(Request(self.command, self.path, answer.status))
         self.send_response(answer.status)
         for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
             self.send_header(name, value)

@@ -83,4 +83,4 @@ def test_problems_are_one_line_and_leave_the_hub_alone(options, message, hub_her
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
     if message != "hf auth login":
-        assert not [r for r in hub_here.requests if "/commit/" in r.path]
+        assert not [r for r in hub_here.requests if "/commit/" in r]
