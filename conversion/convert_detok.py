@@ -16,6 +16,7 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, Hiera
 from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
+    find_device,
     load_or_explain,
     make_parser,
     one_line,
@@ -177,8 +178,7 @@ def convert(weights: Mapping[str, Tensor]) -> HieraTokModel:
 @torch.no_grad()
 def fold(core: HieraTokCore, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """Normalise the latents over the images of `--data`: mean and deviation `(C,)`, and lines to print."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = args.device or found or torch.device("cpu")
+    device = find_device(args)
     try:
         images = load_images(args.data, split=args.split)
         # Data sets are often in the order of their classes.

@@ -15,14 +15,8 @@ from hieratok_hf.hub.folder import add_card, describe_upload, prepare_folder
 from hieratok_hf.hub.remote_code import add_remote_code
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TOKENIZER = {"config.json", WEIGHTS, "model.safetensors.index.json", "modeling_hieratok.py"}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    path = tmp_path / "saved"
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(path)
-    return path
+CODE = "modeling_hieratok.py"
+TOKENIZER = {"config.json", "preprocessor_config.json", WEIGHTS, "model.safetensors.index.json", CODE}
 
 
 def contents(folder):
@@ -37,7 +31,7 @@ def test_the_weights_go_once_for_both_libraries(saved_by, tmp_path):
     with prepare_folder(tmp_path) as (stage, left_out):
         add_card(stage, "org/name")
         files = contents(stage)
-        assert files.keys() == {*TOKENIZER, "README.md", "preprocessor_config.json"}
+        assert files.keys() == {*TOKENIZER, "README.md"}
         assert files[WEIGHTS] == before[WEIGHTS]
         first, *lines = describe_upload(stage, "org/name", left_out)
         assert first.startswith("6 files") and "org/name in one commit" in first
@@ -45,23 +39,23 @@ def test_the_weights_go_once_for_both_libraries(saved_by, tmp_path):
     assert contents(tmp_path) == before and not stage.exists()
 
 
-def test_only_what_belongs_to_a_model_goes(folder):
+def test_only_what_belongs_to_a_model_goes(saved):
     left = ["state-000000100.pt", "log.jsonl", "samples/1.png", ".hidden.json", "train.safetensors.tmp"]
     for name in left:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(b"x")
-    (folder / "LICENSE").write_text("free")
-    with prepare_folder(folder) as (stage, left_out):
+        (saved / name).parent.mkdir(exist_ok=True)
+        (saved / name).write_bytes(b"x")
+    (saved / "LICENSE").write_text("free")
+    with prepare_folder(saved) as (stage, left_out):
         assert contents(stage).keys() == {*TOKENIZER, "LICENSE"}
         assert left_out == sorted(left) and "  left out: log.jsonl" in describe_upload(stage, "org/name", left_out)
 
 
-def test_shards_and_variants_go_whole(folder, monkeypatch):
+def test_shards_and_variants_go_whole(saved, monkeypatch):
     monkeypatch.setattr(os, "link", Mock(side_effect=OSError))  # files are copied where the file system has no links
-    vae = AutoencoderHieraTok.from_pretrained(folder)
-    vae.save_pretrained(folder, variant="fp16")
-    vae.save_pretrained(folder, max_shard_size="40KB")
-    with prepare_folder(folder) as (stage, _):
+    vae = AutoencoderHieraTok.from_pretrained(saved)
+    vae.save_pretrained(saved, variant="fp16")
+    vae.save_pretrained(saved, max_shard_size="40KB")
+    with prepare_folder(saved) as (stage, _):
         files = contents(stage)
     shards = {name for name in files if "-of-" in name}
     assert len(shards) > 2 and "diffusion_pytorch_model.fp16.safetensors" in files
@@ -81,9 +75,9 @@ def test_a_pipeline_goes_with_its_parts(tmp_path):
     assert not list(tmp_path.rglob("*.py"))
 
 
-def test_code_that_stays_behind_is_not_named(folder, tmp_path):
+def test_code_that_stays_behind_is_not_named(saved, tmp_path):
     make_pipeline().save_pretrained(tmp_path / "pipe")
-    for path, names in ((folder, ("config.json",)), (tmp_path / "pipe", ("model_index.json", "vae/config.json"))):
+    for path, names in ((saved, ("config.json",)), (tmp_path / "pipe", ("model_index.json", "vae/config.json"))):
         plain = {name: json.loads((path / name).read_text()) for name in names}
         add_remote_code(path)
         with prepare_folder(path, remote_code=False) as (stage, _):
@@ -110,18 +104,18 @@ def test_where_a_pipeline_once_lay_is_nobody_s_concern(tmp_path):
         assert not [path for path in stage.rglob("*.json") if str(tmp_path) in path.read_text()]
 
 
-def test_the_card_of_the_folder_goes_before_one_of_the_hub(folder):
+def test_the_card_of_the_folder_goes_before_one_of_the_hub(saved):
     theirs = "---\nlicense: mit\n---\n\n# Theirs\n"
-    with prepare_folder(folder) as (stage, _):
+    with prepare_folder(saved) as (stage, _):
         add_card(stage, "org/name", existing=theirs)
         text = (stage / "README.md").read_text()
         assert "# Theirs" in text and "license: mit" in text and "library_name: diffusers" in text
-    (folder / "README.md").write_text("# Mine\n")
-    with prepare_folder(folder) as (stage, _):
+    (saved / "README.md").write_text("# Mine\n")
+    with prepare_folder(saved) as (stage, _):
         add_card(stage, "org/name", tags=["mine"], existing=theirs)
         text = (stage / "README.md").read_text()
         assert "# Mine" in text and "# Theirs" not in text and "- mine" in text and "- hieratok" in text
-    assert (folder / "README.md").read_text() == "# Mine\n"
+    assert (saved / "README.md").read_text() == "# Mine\n"
 
 
 def change(path, make):
@@ -143,18 +137,18 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("spoil", "reason"), BROKEN.values(), ids=BROKEN)
-def test_what_does_not_load_does_not_go(spoil, reason, folder):
-    spoil(folder)
-    with pytest.raises(ValueError, match=reason) as caught, prepare_folder(folder):
+def test_what_does_not_load_does_not_go(spoil, reason, saved):
+    spoil(saved)
+    with pytest.raises(ValueError, match=reason) as caught, prepare_folder(saved):
         pass
     text = str(caught.value)
-    assert repr(str(folder)) in text and "does not pass its load test" in text and "\n" not in text
+    assert repr(str(saved)) in text and "does not pass its load test" in text and "\n" not in text
 
 
-def test_a_folder_that_the_libraries_load_differently_does_not_go(folder, monkeypatch):
+def test_a_folder_that_the_libraries_load_differently_does_not_go(saved, monkeypatch):
     other = HieraTokModel.from_core(random_core(seed=1))
     monkeypatch.setattr(HieraTokModel, "from_pretrained", lambda *_, **__: other)
-    with pytest.raises(ValueError, match="different weights"), prepare_folder(folder):
+    with pytest.raises(ValueError, match="different weights"), prepare_folder(saved):
         pass
 
 

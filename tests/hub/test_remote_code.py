@@ -30,14 +30,6 @@ def load_copy(tmp_path: Path, name: str):
     return load_script(str(tmp_path), name)
 
 
-@pytest.fixture
-def tokenizer_folder(tmp_path) -> Path:
-    folder = tmp_path / "my.model-1"
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder)
-    HieraTokImageProcessorPil(size_divisor=4).save_pretrained(folder)
-    return folder
-
-
 def test_it_is_one_file_of_the_package_s_own_words():
     tree = ast.parse(remote_code())
     for node in ast.walk(tree):
@@ -104,29 +96,29 @@ def test_every_name_of_the_file_has_one_meaning():
     assert "HieraTokModel" in meanings and "prefix_attention" in meanings
 
 
-def test_a_tokenizer_s_folder_loads_in_both_libraries(tokenizer_folder, tmp_path):
-    before = {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}
-    written = add_remote_code(tokenizer_folder)
+def test_a_tokenizer_s_folder_loads_in_both_libraries(saved, tmp_path):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    written = add_remote_code(saved)
     assert written == ["modeling_hieratok.py", "preprocessor_config.json", "config.json"]
-    after = {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}
+    after = {path.name: path.read_bytes() for path in saved.iterdir()}
     assert {name for name in before if after[name] != before[name]} == {"preprocessor_config.json", "config.json"}
-    add_remote_code(tokenizer_folder)
-    assert {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()} == after
+    add_remote_code(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == after
 
     sample = images(1, 3, 16, 24)
-    expected = AutoencoderHieraTok.from_pretrained(tokenizer_folder)
+    expected = AutoencoderHieraTok.from_pretrained(saved)
     with torch.no_grad():
         expected = expected(sample).sample
         # With the package imported no trust is needed, and its own classes are used.
-        model = AutoModel.from_pretrained(tokenizer_folder)
+        model = AutoModel.from_pretrained(saved)
         assert type(model) is HieraTokModel and torch.equal(model(sample).reconstruction, expected)
-        assert type(AutoImageProcessor.from_pretrained(tokenizer_folder)) is HieraTokImageProcessorPil
-        vae = DiffusersAutoModel.from_pretrained(str(tokenizer_folder), trust_remote_code=True)
+        assert type(AutoImageProcessor.from_pretrained(saved)) is HieraTokImageProcessorPil
+        vae = DiffusersAutoModel.from_pretrained(str(saved), trust_remote_code=True)
         assert torch.equal(vae(sample).sample, expected)
     with pytest.raises(ValueError, match="trust_remote_code"):
-        DiffusersAutoModel.from_pretrained(str(tokenizer_folder))
+        DiffusersAutoModel.from_pretrained(str(saved))
     for kind in (HieraTokModel, AutoencoderHieraTok):  # what the package saves again names no code
-        kind.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "plain")
+        kind.from_pretrained(saved).save_pretrained(tmp_path / "plain")
         assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
@@ -233,14 +225,14 @@ def expected_results(tokenizer: Path, pipeline: Path) -> dict:
     return {"transformers": image, "diffusers": image, "again": image, "processor": processed, "pipeline": made}
 
 
-def test_folders_load_without_the_package_and_without_triton(tokenizer_folder, tmp_path):
-    shutil.copytree(MEAN_MODEL, tokenizer_folder, dirs_exist_ok=True)  # saved before there was a choice
+def test_folders_load_without_the_package_and_without_triton(saved, tmp_path):
+    shutil.copytree(MEAN_MODEL, saved, dirs_exist_ok=True)  # saved before there was a choice
     make_pipeline().save_pretrained(tmp_path / "pipeline")
-    expected = expected_results(tokenizer_folder, tmp_path / "pipeline")
-    add_remote_code(tokenizer_folder)
+    expected = expected_results(saved, tmp_path / "pipeline")
+    add_remote_code(saved)
     add_remote_code(tmp_path / "pipeline")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    found = in_a_clean_process(tmp_path, str(tokenizer_folder), str(tmp_path / "pipeline"), environment, "triton")
+    found = in_a_clean_process(tmp_path, str(saved), str(tmp_path / "pipeline"), environment, "triton")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
