@@ -50,21 +50,12 @@ class Rule:
             are equal parts of the tensor along dimension 0, as those of a fused projection.
         to_model (callable, *optional*): Reshapes or permutes the checkpoint's tensor, before it is cut.
         to_raw (callable, *optional*): Its inverse, after the parts were joined.
-
-    Raises:
-        ValueError: There is no name, the numbers of `{}` differ, or only one of the two callables is given.
     """
 
     raw: str
     names: tuple[str, ...]
     to_model: Callable[[Tensor], Tensor] | None = None
     to_raw: Callable[[Tensor], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.names or any(name.count("{}") != self.raw.count("{}") for name in self.names):
-            raise ValueError(f"`names` must have as many {{}} as {self.raw!r}, got {self.names!r}.")
-        if (self.to_model is None) != (self.to_raw is None):
-            raise ValueError(f"The rule for {self.raw!r} must have both `to_model` and `to_raw`, or neither.")
 
 
 class KeyMap:

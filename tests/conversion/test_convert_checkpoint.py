@@ -297,7 +297,6 @@ COLLISION = {"encoder.head.bias": noise(8), "module.encoder.head.bias": noise(8)
 BROKEN = {
     "other patches": (other_core(patch_size=8), "patch_embed.weight: found (32, 3, 8, 8), expected (32, 3, 4, 4)"),
     "more blocks": (other_core(encoder_num_layers=3), "no such part (16):\n  encoder.blocks.2."),
-    "fewer blocks": (other_core(encoder_num_layers=1), "missing in the checkpoint (16):\n  encoder.blocks.1."),
     "fused and its parts differ": (fused, "given twice, with other values (1)"),
     "two become one": (holding(COLLISION), "'encoder.head.bias' and 'module.encoder.head.bias', which are both"),
     "half a file": (half, "raw.pt' cannot be read"),

@@ -121,9 +121,3 @@ def test_what_the_rules_and_the_model_do_not_share_is_named():
     ]:
         with pytest.raises(KeyMapError, match=message):
             TABLE.to_raw(state)
-
-
-def test_rules_that_cannot_be_undone_are_refused():
-    for arguments in ({"names": ("b",)}, {"names": ()}, {"names": ("b.{}",), "to_model": transposed}):
-        with pytest.raises(ValueError, match=r"a\.\{\}"):
-            Rule("a.{}", **arguments)

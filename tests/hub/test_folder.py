@@ -104,20 +104,6 @@ def test_where_a_pipeline_once_lay_is_nobody_s_concern(tmp_path):
         assert not [path for path in stage.rglob("*.json") if str(tmp_path) in path.read_text()]
 
 
-def test_the_card_of_the_folder_goes_before_one_of_the_hub(saved):
-    theirs = "---\nlicense: mit\n---\n\n# Theirs\n"
-    with prepare_folder(saved) as (stage, _):
-        add_card(stage, "org/name", existing=theirs)
-        text = (stage / "README.md").read_text()
-        assert "# Theirs" in text and "license: mit" in text and "library_name: diffusers" in text
-    (saved / "README.md").write_text("# Mine\n")
-    with prepare_folder(saved) as (stage, _):
-        add_card(stage, "org/name", tags=["mine"], existing=theirs)
-        text = (stage / "README.md").read_text()
-        assert "# Mine" in text and "# Theirs" not in text and "- mine" in text and "- hieratok" in text
-    assert (saved / "README.md").read_text() == "# Mine\n"
-
-
 def change(path, make):
     weights = make(load_file(path))
     path.unlink()  # it may have another name

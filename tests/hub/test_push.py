@@ -100,6 +100,11 @@ def test_a_card_that_was_written_on_the_hub_stays(hub_here, saved):
     push_folder(saved, "org/name")
     text = hub_here.files("org/name")["README.md"].decode()
     assert "# By hand" in text and "license: mit" in text and "library_name: diffusers" in text
+    (saved / "README.md").write_text("# Mine\n")  # one of the folder goes before it
+    push_folder(saved, "org/name", tags=["mine"])
+    text = hub_here.files("org/name")["README.md"].decode()
+    assert "# Mine" in text and "# By hand" not in text and "- mine" in text and "- hieratok" in text
+    assert (saved / "README.md").read_text() == "# Mine\n"
 
 
 def test_a_cut_upload_changes_nothing_and_goes_on(hub_here, saved):

@@ -1,7 +1,6 @@
 """Share options, errors, tables, reports and processes among the command-line scripts."""
 
 import json
-import math
 import platform
 import sys
 import tempfile
@@ -101,16 +100,8 @@ def write_or_explain(option: str, path: Path, content: bytes) -> None:
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write the file of `--json` by `write_or_explain`; what is infinite or no number becomes null."""
-    text = json.dumps(_finite(report), indent=2, allow_nan=False, default=str)
-    write_or_explain("--json", path, f"{text}\n".encode())
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
+    write_or_explain("--json", path, f"{json.dumps(finite, indent=2)}\n".encode())
 
 
 def describe_machine(device: torch.device, processes: int = 1) -> dict[str, Any]:

@@ -91,19 +91,11 @@ def _plain(saved: dict[str, Any]) -> dict[str, Any]:
     return {key: ["hieratok_hf", value[1]] if value == coded else value for key, value in plain.items()}
 
 
-def add_card(stage: Path, repo_id: str, tags: Sequence[str] = (), existing: str | None = None, **card: Any) -> None:
-    """
-    Write the model card of a prepared folder, by `card_for` with further `tags`.
-
-    Where the folder has no README.md of its own, the text `existing` stands for it.
-    """
-    path = stage / "README.md"
-    if existing is not None and not path.exists():
-        path.write_text(existing, encoding="utf-8")
+def add_card(stage: Path, repo_id: str, tags: Sequence[str] = (), **card: Any) -> None:
+    """Write the model card of a prepared folder, by `card_for` with further `tags`."""
     made = card_for(stage, repo_id=repo_id, **card)
     made.data["tags"] = list(dict.fromkeys([*(made.data.get("tags") or []), *tags]))
-    path.unlink(missing_ok=True)
-    made.save(path)
+    made.save(stage / "README.md")
 
 
 def _try(root: Path) -> None:

@@ -1,6 +1,8 @@
 """Upload of a model or a pipeline to the Hugging Face Hub: tested first, in one commit, nothing half."""
 
+import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -124,7 +126,8 @@ def push_folder(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if card is not None and not has_own:
                 (stage / "README.md").unlink()
-                add_card(stage, repo_id, tags or (), _card_there(api, repo_id, revision), **card)
+                _fetch_card(api, repo_id, revision, stage)
+                add_card(stage, repo_id, tags or (), **card)
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             root = PurePosixPath(subfolder or "")
@@ -145,13 +148,12 @@ def push_folder(
             raise HubError(_advice(error, repo_id)) from error
 
 
-def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    with tempfile.TemporaryDirectory() as folder:  # the cache may be one that cannot be written
-        try:
-            path = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=folder)
-        except (EntryNotFoundError, RevisionNotFoundError):
-            return None
-        return Path(path).read_text(encoding="utf-8")
+def _fetch_card(api: HfApi, repo_id: str, revision: str | None, stage: Path) -> None:
+    """Take along the README.md that the repository has."""
+    # The cache may be one that cannot be written.
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):
+        path = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=folder)
+        shutil.copyfile(path, stage / "README.md")
 
 
 def _advice(error: BaseException, repo_id: str) -> str:
