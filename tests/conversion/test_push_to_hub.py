@@ -20,6 +20,7 @@ def test_a_dry_run_prints_the_plan_and_sends_nothing(hub_here, push, saved, caps
     assert push([str(saved), "org/name", "--dry_run"]) == 0
     printed = capsys.readouterr().out
     size = (saved / WEIGHTS).stat().st_size
+    assert printed.startswith("6 files, ") and "to org/name in one commit" in printed
     assert f"{size:,}  {WEIGHTS}" in printed and "left out: log.jsonl" in printed and "nothing was sent" in printed
     assert not hub_here.requests
 

@@ -21,21 +21,13 @@ from ..utils.files import read_json
 from .card import card_for
 from .remote_code import PIPELINE_CLASSES, add_remote_code
 
-__all__ = ["add_card", "describe_upload", "prepare_folder"]
+__all__ = ["add_card", "prepare_folder"]
 
 # Anything else in a saved folder, such as states of a training, stays where it is.
 _PARTS = re.compile(
     r"(config|model_index|preprocessor_config|scheduler_config)\.json|README\.md|LICEN[CS]E.*"
     r"|[^.]*\.([\w-]+\.)?safetensors(\.index(\.[\w-]+)?\.json)?|.*\.(png|jpe?g|webp)"
 )
-
-
-def describe_upload(stage: Path, repo_id: str, left_out: list[str]) -> list[str]:
-    """List what `prepare_folder` gave in lines: path in the repository and bytes of each file, and what stays."""
-    sizes = {path.relative_to(stage).as_posix(): path.stat().st_size for path in stage.rglob("*") if path.is_file()}
-    lines = [f"{len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB, to {repo_id} in one commit:"]
-    lines += [f"  {size:>12,}  {name}" for name, size in sorted(sizes.items())]
-    return [*lines, *(f"  left out: {name}" for name in left_out)]
 
 
 @contextmanager
