@@ -154,10 +154,7 @@ def configuration(weights: Mapping[str, Tensor]) -> HieraTokConfig:
 
 def convert(weights: Mapping[str, Tensor]) -> HieraTokModel:
     """
-    The single-scale twin in float32, with l-DeTok's weights.
-
-    Args:
-        weights (`Mapping[str, torch.Tensor]`): The published names and shapes, in any floating dtype.
+    Make the single-scale twin in float32 from l-DeTok's weights, in any floating dtype.
 
     Raises:
         Problem: A tensor is missing, left over, of another shape or not finite.
