@@ -83,10 +83,10 @@ def check_writable(option: str, path: Path, folder: bool = False) -> None:
         parent = path if folder else path.parent
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
-        if not folder and path.is_dir():
-            raise IsADirectoryError("it is a folder")
     except OSError as error:
         raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
+    if not folder and path.is_dir():
+        raise Problem(f"{option} {str(path)!r} cannot be written: it is a folder")
 
 
 def write_or_explain(option: str, path: Path, content: bytes) -> None:
