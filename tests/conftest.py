@@ -17,9 +17,11 @@ if not torch.cuda.is_available():
 # Without it, each name that is not there costs 25 seconds of attempts on a machine without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from helpers import random_core
 from hub_server import hub_here as hub_here
-from hub_server import hub_server as hub_server
 from scripts import forget_processes, load_script
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil
 
 # Files whose fixtures take half a minute to make.
 ON_ONE_WORKER = {
@@ -55,6 +57,15 @@ def script_surroundings(request, tmp_path_factory, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # where every sum has its order
     yield
     forget_processes()
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A saved tiny tokenizer with its image processor."""
+    folder = tmp_path / "my.model-1"
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder)
+    HieraTokImageProcessorPil(size_divisor=4).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
