@@ -68,8 +68,6 @@ def test_batches_do_not_depend_on_their_size_or_on_shares(pipe):
         assert (values - whole[0]["pixel_values"][rows]).abs().max() <= 1.01 / 127.5
         assert [batch["labels"] for batch in share] == [batch["labels"] for batch in batches]
     assert list(GeneratedBatches(pipe, range(0))) == []
-    with pytest.raises(ValueError, match="`batch_size`"):
-        GeneratedBatches(pipe, range(2), batch_size=0)
 
 
 def test_images_that_are_not_finite_are_refused():

@@ -370,7 +370,7 @@ def test_a_wrong_argument_is_named(arguments, message):
 def test_a_scheduler_of_another_kind_is_refused():
     pipe = dit_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match=r"DDIMScheduler for a transformer of prediction type 'epsilon'.*flow_pred"):
+    with pytest.raises(ValueError, match=r"`scheduler` .*'epsilon'.*flow_prediction"):
         pipe([0], 2)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
     assert len(pipe([0], 2).images) == 1
