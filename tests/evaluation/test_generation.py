@@ -9,14 +9,8 @@ from tiny_pipelines import NAMES, make_pipeline
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from hieratok_hf.data.training_batches import step_generator
-from hieratok_hf.evaluation.generation import (
-    ClassAccuracy,
-    GeneratedBatches,
-    ImageClassifier,
-    find_classes,
-    image_size,
-    number_images,
-)
+from hieratok_hf.evaluation import generation
+from hieratok_hf.evaluation.generation import ClassAccuracy, GeneratedBatches, ImageClassifier, number_images
 
 STEPS = {"num_inference_steps": 3}
 LABELS = ("background", "tench, Tinca tinca", "church, church building", "English springer", "French horn, horn")
@@ -37,13 +31,13 @@ def tiny_classifier(labels=LABELS, **more):
 
 def test_a_numbered_image_depends_on_seed_and_number_alone(pipe):
     together = number_images(pipe, range(4), 5, **STEPS)
-    assert together.shape == (4, 3, image_size(pipe), image_size(pipe)) and together.dtype == torch.uint8
+    assert generation.image_size(pipe) == 8
+    assert together.shape == (4, 3, 8, 8) and together.dtype == torch.uint8
     together, other_seed = together.int(), number_images(pipe, range(4), 6, **STEPS).int()
     alone = torch.cat([number_images(pipe, [row], 5, **STEPS) for row in (3, 1)]).int()
     assert abs(alone - together[[3, 1]]).max() <= 1  # sums of other batches are rounded otherwise
     for i in range(4):
-        others = [other_seed[i], *together[:i]]
-        assert all(abs(other - together[i]).max() > 8 for other in others)
+        assert all(abs(other - together[i]).max() > 8 for other in (other_seed[i], *together[:i]))
 
 
 def test_numbers_go_through_the_classes_in_turn(pipe):
@@ -80,12 +74,12 @@ def test_images_that_are_not_finite_are_refused():
 def test_classes_are_found_by_name():
     names = dict(enumerate(LABELS))
     given = {0: "TENCH", 1: "english_Springer", 2: "house of god, Church  building"}
-    assert find_classes(given, 3, names) == [1, 3, 2]
-    assert find_classes(dict(enumerate(NAMES[:4])), 4, names) == [1, 3, 2, 4]
+    assert generation.find_classes(given, 3, names) == [1, 3, 2]
+    assert generation.find_classes(dict(enumerate(NAMES[:4])), 4, names) == [1, 3, 2, 4]
     # A name alone rather than one that another has beside its own.
-    assert find_classes({0: "maillot"}, 1, {0: "tank suit, maillot", 1: "maillot"}) == [1]
+    assert generation.find_classes({0: "maillot"}, 1, {0: "tank suit, maillot", 1: "maillot"}) == [1]
     same = {i: f"class {i}, thing" for i in range(1000)}
-    assert find_classes(same, 1000, same) == list(range(1000))
+    assert generation.find_classes(same, 1000, same) == list(range(1000))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +94,7 @@ def test_classes_are_found_by_name():
 )
 def test_classes_that_are_not_found_are_named(names, message):
     with pytest.raises(ValueError, match=message):
-        find_classes(names, max(len(names), 3), dict(enumerate(LABELS)))
+        generation.find_classes(names, max(len(names), 3), dict(enumerate(LABELS)))
 
 
 def test_accuracy_is_that_of_a_count_by_hand():
