@@ -129,21 +129,19 @@ def find_classes(id2label: Mapping[int, str], num_classes: int, classifier_names
     and of synonyms, which are divided by commas, one is enough.
 
     Args:
-        id2label (`Mapping[int, str]`): Names of the classes by number.
+        id2label (`Mapping[int, str]`): Names of the classes by number; a class without a name is called by its number.
         num_classes (`int`): Number of classes, from 0 on.
         classifier_names (`Mapping[int, str]`): Names of the classifier's labels.
 
     Raises:
-        ValueError: Classes have no name, or not one label each; the message names them.
+        ValueError: Classes have not one label each; the message names them.
     """
     whole, parts = defaultdict(set), defaultdict(set)
     for label, name in classifier_names.items():
         whole[plain_name(name)].add(label)
         for part in _synonyms(name):
             parts[part].add(label)
-    if unnamed := [key for key in range(num_classes) if key not in id2label]:
-        raise ValueError(f"classes without a name cannot be found: {_some(unnamed)}")
-    names = [id2label[key] for key in range(num_classes)]
+    names = [id2label.get(key, str(key)) for key in range(num_classes)]
     # Of labels that share a synonym, that with the very same name is meant.
     found = [whole[plain_name(name)] or set().union(*(parts[part] for part in _synonyms(name))) for name in names]
     if missing := [name for name, labels in zip(names, found) if not labels]:

@@ -130,12 +130,13 @@ class FrechetDistance:
             raise ValueError(f"`size` must be positive, and left out for the Inception network, got {size}.")
         self.name = "rFID" if features is None else f"FD-{features.name}"
         self.size = 299 if features is None else size or features.image_size
-        self.same_targets, self._knows_targets = same_targets, False
+        self.same_targets = same_targets
         network: Any = 2048 if features is None else _PooledFeatures(features.to(device), self.size)
         self.num_features: int = 2048 if features is None else network.num_features
         self._metric = FrechetInceptionDistance(network, reset_real_features=not same_targets).to(device)
         # torchmetrics takes it from the features, which a process without images never sees.
         self._metric.orig_dtype = torch.float64
+        self._knows_targets = False
 
     def update(self, images: Tensor | None, targets: Tensor | None) -> None:
         """

@@ -57,7 +57,8 @@ class EvaluationBatches:
         for name, value in (("size", size), ("batch_size", batch_size), ("limit", limit), ("threads", threads)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
-        self.images, self.size, self.batch_size, self.limit, self.threads = images, size, batch_size, limit, threads
+        self.images, self.size, self.batch_size = images, size, batch_size
+        self.limit, self.threads = limit, threads
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
