@@ -1,4 +1,4 @@
-"""A linear probe: how much of images' classes can be read off an encoder's features by a linear classifier."""
+"""Probe how much of images' classes a linear classifier can read off an encoder's features."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

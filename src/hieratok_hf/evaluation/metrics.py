@@ -1,4 +1,4 @@
-"""Closeness of images, on 8 bits as on files: PSNR, SSIM (Wang et al., 2004) and Fréchet distances; and seams."""
+"""Measure how close images are, on 8 bits as in files: PSNR, SSIM (Wang et al., 2004) and Fréchet distances; and seams."""
 
 from typing import Any
 

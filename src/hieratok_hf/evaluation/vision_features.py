@@ -1,4 +1,4 @@
-"""Features of a frozen transformers vision model: what perceptual losses, alignment and Fréchet distances look at."""
+"""Compute features of a frozen vision model of transformers, for perceptual losses, alignment, Fréchet distances."""
 
 import inspect
 import os

@@ -185,13 +185,22 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(num_inference_steps, guidance_scale, guidance_interval, num_images_per_prompt, output_type)
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, preview_scales)
+        if timesteps is not None and self.scheduler.config.get("shift", 1.0) != 1:
+            raise ValueError("`timesteps` cannot be given to a scheduler with a shift, which moves the noise only.")
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         device, channels = self._execution_device, self.transformer.config.in_channels
         labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
         no_labels = torch.full_like(labels, self.num_classes)
         latents = self.prepare_latents(len(labels), generator, latents)
-        self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        if timesteps is None and sigmas is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # Its own last step would begin with hardly any noise; as in diffusers' pipelines, steps are even.
+            sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        # Some schedulers calculate with them.
+        noise = None if sigmas is None else np.asarray(sigmas, dtype=np.float32)
+        retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, noise)
+        # Schedulers of the second order ask twice in a step.
+        self._num_timesteps = len(self.scheduler.timesteps)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
@@ -295,20 +304,6 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             got = f"{tuple(latents.shape)} of {latents.dtype}" if isinstance(latents, Tensor) else type(latents)
             raise ValueError(f"`latents` must be a tensor of floating point of shape {shape}, got {got}.")
         return latents.to(self._execution_device, torch.float32)
-
-    def _set_timesteps(
-        self, num_inference_steps: int, timesteps: list[int] | None, sigmas: list[float] | None
-    ) -> None:
-        if timesteps is not None and self.scheduler.config.get("shift", 1.0) != 1:
-            raise ValueError("`timesteps` cannot be given to a scheduler with a shift, which moves the noise only.")
-        if timesteps is None and sigmas is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            # Its own last step would begin with hardly any noise; as in diffusers' pipelines, steps are even.
-            sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-        # Some schedulers calculate with them.
-        noise = None if sigmas is None else np.asarray(sigmas, dtype=np.float32)
-        retrieve_timesteps(self.scheduler, num_inference_steps, self._execution_device, timesteps, noise)
-        # Schedulers of the second order ask twice in a step.
-        self._num_timesteps = len(self.scheduler.timesteps)
 
     def _decode(self, latents: Tensor, **scales: int) -> Tensor:
         """Decode latents, as the transformer knows them, to images of about [-1, 1]."""
