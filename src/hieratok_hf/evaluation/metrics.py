@@ -1,4 +1,4 @@
-"""Measure how close images are, on 8 bits as in files: PSNR, SSIM (Wang et al., 2004) and Fréchet distances; and seams."""
+"""Measure how close images are, on 8 bits as files: PSNR, SSIM (Wang et al., 2004), Fréchet distances; and seams."""
 
 from typing import Any
 

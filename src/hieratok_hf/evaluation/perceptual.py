@@ -1,4 +1,4 @@
-"""Measure perceptual distances of images, over the feature maps of any vision model (after LPIPS, arXiv 1801.03924)."""
+"""Measure perceptual distances, over the feature maps of any vision model (after LPIPS, arXiv 1801.03924)."""
 
 from itertools import groupby
 
