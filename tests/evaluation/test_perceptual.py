@@ -147,6 +147,6 @@ def test_lpips_is_asked_for_its_network_and_frozen(monkeypatch):
 
     package = Mock(LPIPS=Mock(side_effect=lambda **given: torch.nn.Conv2d(3, 1, 1)))
     monkeypatch.setitem(sys.modules, "lpips", package)
-    loaded = load_lpips("alex")
-    package.LPIPS.assert_called_once_with(net="alex", verbose=False)
+    loaded, _ = load_lpips(), load_lpips("alex")
+    assert [call.kwargs["net"] for call in package.LPIPS.call_args_list] == ["vgg", "alex"]
     assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())

@@ -267,8 +267,9 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         if (kind := prediction_type_of(self.scheduler)) != (expected := self.config.prediction_type):
             flow = ", use_flow_sigmas=True" if expected == "flow_prediction" else ""
             raise ValueError(
-                f"`scheduler` is a {type(self.scheduler).__name__} of prediction type {kind!r}, the transformer's is "
-                f"{expected!r}: give its `from_config` prediction_type={expected!r}{flow}, or take another scheduler."
+                f"`scheduler` is a {type(self.scheduler).__name__} for a transformer of prediction type {kind!r}, "
+                f"this one's is {expected!r}: give the scheduler's `from_config` prediction_type={expected!r}{flow}, "
+                "if it can have it, or take another scheduler."
             )
 
     def _check_callback(self, callback: Any, tensor_inputs: Sequence[str], preview_scales: int | None) -> None:
