@@ -2,8 +2,8 @@
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import random_core
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
@@ -12,32 +12,32 @@ from hieratok_hf.training.flow_matching import dit_from_size
 NAMES = ("tench", "English_springer", "church, church building", "French_horn", "golf_ball")
 SIDE = 2
 """Of the latent's grid."""
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOW_SCHEDULERS = [
+    diffusers.FlowMatchEulerDiscreteScheduler(),
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    diffusers.FlowMatchHeunDiscreteScheduler(),
+    diffusers.DPMSolverMultistepScheduler(**FLOW),
+    diffusers.UniPCMultistepScheduler(**FLOW),
+]
 
 
 def make_pipeline(
-    vae_overrides: dict[str, Any] | None = None, classes: int = 3, scheduler: Any = None, seed: int = 0
+    vae_overrides: dict[str, Any] | None = None, scheduler: Any = None, seed: int = 0
 ) -> HieraTokDiTPipeline:
-    """
-    A pipeline on the CPU that makes images of 8 x 8 pixels; classes after those of `NAMES` are called by number.
-
-    Args:
-        vae_overrides (`dict`, *optional*): Configuration values of the tiny tokenizer.
-        classes (`int`, defaults to 3): How many the transformer knows.
-        scheduler (`SchedulerMixin`, *optional*): Euler's of flow matching unless given.
-        seed (`int`, defaults to 0): Of the weights.
-    """
+    """A pipeline on the CPU that makes images of 8 x 8 pixels of the first three classes of `NAMES`."""
     sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderHieraTok.from_core(random_core(seed, **(vae_overrides or {}))).eval()
         transformer = dit_from_size(
-            "dit-tiny", in_channels=vae.config.latent_channels, sample_size=SIDE, num_classes=classes, **sizes
+            "dit-tiny", in_channels=vae.config.latent_channels, sample_size=SIDE, num_classes=3, **sizes
         ).eval()
         with torch.no_grad():
             for parameter in transformer.parameters():
                 parameter += 0.1 * torch.randn(parameter.shape)
-    names = dict(enumerate([*NAMES, *(f"class {i}" for i in range(len(NAMES), classes))][:classes]))
-    pipe = HieraTokDiTPipeline(vae, transformer, scheduler or FlowMatchEulerDiscreteScheduler(), id2label=names)
+    scheduler = scheduler or diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = HieraTokDiTPipeline(vae, transformer, scheduler, id2label=dict(enumerate(NAMES[:3])))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -6,21 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from helpers import images
 from PIL import Image
-from transformers import (
-    BertConfig,
-    BertModel,
-    ConvNextConfig,
-    ConvNextModel,
-    Dinov2Config,
-    Dinov2Model,
-    MobileNetV2Config,
-    MobileNetV2Model,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTModel,
-)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hieratok_hf import pretrained
@@ -33,15 +21,16 @@ VIT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "int
 def make_model(kind, **options):
     torch.manual_seed(0)
     if kind == "vit":
-        return ViTModel(ViTConfig(**VIT, patch_size=8, **options))
+        return transformers.ViTModel(transformers.ViTConfig(**VIT, patch_size=8, **options))
     if kind == "dinov2":
         sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 2}
-        return Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14, drop_path_rate=0.5))
+        sizes |= {"image_size": 28, "patch_size": 14, "drop_path_rate": 0.5}
+        return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
     if kind == "convnext":
         sizes = {"hidden_sizes": [8, 12, 16, 20], "depths": [1] * 4, "layer_scale_init_value": 1.0}
-        return ConvNextModel(ConvNextConfig(**sizes, image_size=32, drop_path_rate=0.5))
+        return transformers.ConvNextModel(transformers.ConvNextConfig(**sizes, image_size=32, drop_path_rate=0.5))
     sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4}
-    model = MobileNetV2Model(MobileNetV2Config(**sizes, image_size=32))
+    model = transformers.MobileNetV2Model(transformers.MobileNetV2Config(**sizes, image_size=32))
     with torch.no_grad():
         model.train()(images(8, 3, 64, 64))  # statistics of batches, without which nothing reaches the last layers
     return model
@@ -119,13 +108,14 @@ def test_features_are_float32_under_autocast():
 def test_the_name_and_the_size_are_the_models():
     assert [vision_features(kind).name for kind in ("vit", "mobilenet", "dinov2")] == ["ViT", "MobileNetV2", "Dinov2"]
     assert vision_features("dinov2").image_size == 28
-    oblong = ViTModel(ViTConfig(**{**VIT, "image_size": [48, 64]}, patch_size=8))
+    oblong = transformers.ViTModel(transformers.ViTConfig(**{**VIT, "image_size": [48, 64]}, patch_size=8))
     assert VisionFeatures(oblong, HALF, HALF).image_size == 48
 
 
 def test_a_pooler_without_weights_is_not_made_up(tmp_path):
     torch.manual_seed(0)
-    ViTForImageClassification(ViTConfig(**VIT, patch_size=8)).save_pretrained(tmp_path)  # has no pooler
+    without_pooler = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT, patch_size=8))
+    without_pooler.save_pretrained(tmp_path)
     x = images(1, 3, 32, 32)
     first, second = (VisionFeatures.from_pretrained(tmp_path)(x) for _ in range(2))
     assert_equal(first, second, rtol=0, atol=0)
@@ -142,7 +132,7 @@ def test_other_layers_without_weights_are_refused(tmp_path):
 
 def test_folders_that_are_no_vision_model_are_refused(tmp_path):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    BertModel(BertConfig(**sizes, vocab_size=9)).save_pretrained(tmp_path / "text")
+    transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=9)).save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match="text' must be a vision model, got BertModel"):
         VisionFeatures.from_pretrained(tmp_path / "text")
     with pytest.raises(OSError, match="missing"):

@@ -2,41 +2,17 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    HeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from helpers import noise
+from tiny_pipelines import FLOW_SCHEDULERS
 
 from hieratok_hf.pipelines.noise_levels import NoiseLevel, noise_levels, prediction_type_of
 
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-FLOW_SCHEDULERS = [
-    FlowMatchEulerDiscreteScheduler(),
-    FlowMatchEulerDiscreteScheduler(shift=3.0),
-    FlowMatchHeunDiscreteScheduler(),
-    DPMSolverMultistepScheduler(**FLOW),
-    UniPCMultistepScheduler(**FLOW),
-]
-VARIANCE_PRESERVING = [
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-    EulerDiscreteScheduler,
-    EulerAncestralDiscreteScheduler,
-    HeunDiscreteScheduler,
-]
+# Latents of the latter are not of unit variance, until they are scaled.
+PLAIN = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+SCALED = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
 
 
 @pytest.mark.parametrize("scheduler", FLOW_SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
@@ -55,9 +31,9 @@ def test_with_flow_matching_the_share_is_the_time(scheduler):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("scheduler_class", VARIANCE_PRESERVING, ids=lambda one: one.__name__)
-def test_a_perfect_prediction_gives_the_clean_latents(scheduler_class, kind):
-    scheduler = scheduler_class(prediction_type=kind)
+@pytest.mark.parametrize("name", [*PLAIN, *SCALED])
+def test_a_perfect_prediction_gives_the_clean_latents(name, kind):
+    scheduler = getattr(diffusers, name)(prediction_type=kind)
     assert prediction_type_of(scheduler) == kind
     scheduler.set_timesteps(6)
     clean, eps = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1)
@@ -67,9 +43,7 @@ def test_a_perfect_prediction_gives_the_clean_latents(scheduler_class, kind):
         shares.append(level.share)
         # What the model is fed, by the scheduler's own arithmetic.
         noisy = scheduler.add_noise(clean, eps, t[None])
-        # Of these the latents are not of unit variance, until they are scaled.
-        scaled = scheduler_class in (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler)
-        fed = noisy / math.hypot(1, float(scheduler.sigmas[index])) if scaled else noisy
+        fed = noisy / math.hypot(1, float(scheduler.sigmas[index])) if name in SCALED else noisy
         velocity = level.signal * eps - level.noise * clean
         given = {"epsilon": eps, "v_prediction": velocity, "sample": clean}[kind]
         torch.testing.assert_close(level.clean(fed, given), clean, atol=2e-2, rtol=1e-3)
@@ -82,7 +56,8 @@ def test_clean_latents_and_noise_alone():
     zeros = NoiseLevel(0.0, 1.0, "epsilon").clean(noise(1, 4, 2, 2), noise(1, 4, 2, 2))
     assert torch.isfinite(zeros).all()
     # Zero terminal signal-to-noise: the first step is noise alone.
-    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
+    no_signal = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = diffusers.DDIMScheduler(**no_signal, prediction_type="v_prediction")
     scheduler.set_timesteps(4)
     assert noise_levels(scheduler)[0].share == pytest.approx(1, abs=1e-3)
 
@@ -90,8 +65,8 @@ def test_clean_latents_and_noise_alone():
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (EDMEulerScheduler(), "EDMEulerScheduler"),
-        (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "needs use_flow_sigmas=True"),
+        (diffusers.EDMEulerScheduler(), "EDMEulerScheduler"),
+        (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "needs use_flow_sigmas=True"),
         (object(), "prediction type None"),
     ],
 )

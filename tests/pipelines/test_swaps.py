@@ -9,15 +9,6 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    LCMScheduler,
-    SCMScheduler,
-)
 from helpers import images, random_core
 
 from hieratok_hf import AutoencoderHieraTok
@@ -32,166 +23,96 @@ HEIGHT, WIDTH = 64, 96
 TEXT, TOKENS = 32, 7
 """Channels of a prompt's embedding, and how many tokens it has."""
 SMALL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
-UNET = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 2,
-    "cross_attention_dim": TEXT,
-    "sample_size": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
-SDXL = UNET | {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 4,
-    "projection_class_embeddings_input_dim": 6 * 4 + TEXT,
-    "transformer_layers_per_block": 1,
-    "use_linear_projection": True,
-}
-SD3 = SMALL | {"sample_size": 8, "patch_size": 1, "pos_embed_max_size": 8} | {
-    "joint_attention_dim": TEXT, "caption_projection_dim": 32, "pooled_projection_dim": TEXT,
-}  # fmt: skip
-FLUX = SMALL | {"num_single_layers": 1, "axes_dims_rope": (4, 4, 8)} | {
-    "joint_attention_dim": TEXT, "pooled_projection_dim": TEXT,
-}  # fmt: skip
-PIXART = SMALL | {"caption_channels": TEXT, "cross_attention_dim": 32, "sample_size": 8} | {
-    "norm_type": "ada_norm_single",
-}  # fmt: skip
-COGVIEW = SMALL | {"text_embed_dim": TEXT, "time_embed_dim": 8, "condition_dim": 4, "sample_size": 8}
-SANA = SMALL | {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32} | {
-    "caption_channels": TEXT, "sample_size": 8,
-}  # fmt: skip
-DIT = SMALL | {"sample_size": HEIGHT // 16, "patch_size": 1, "num_embeds_ada_norm": 1000}
+UNET = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2}
+UNET |= {"cross_attention_dim": TEXT, "sample_size": 8}
+UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+SDXL = UNET | {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "use_linear_projection": True}
+SDXL |= {"projection_class_embeddings_input_dim": 6 * 4 + TEXT, "transformer_layers_per_block": 1}
 LCM = UNET | {"time_cond_proj_dim": 32}
-CHROMA = SMALL | {"num_single_layers": 1, "axes_dims_rope": (4, 4, 8), "joint_attention_dim": TEXT} | {
-    "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1,
-}  # fmt: skip
-AURA = {"attention_head_dim": 16, "num_attention_heads": 2, "num_mmdit_layers": 1, "num_single_dit_layers": 1} | {
-    "joint_attention_dim": TEXT, "caption_projection_dim": 32, "sample_size": 8, "pos_embed_max_size": 64,
-}  # fmt: skip
+DIT = SMALL | {"sample_size": HEIGHT // 16, "patch_size": 1, "num_embeds_ada_norm": 1000}
+JOINT = {"joint_attention_dim": TEXT, "pooled_projection_dim": TEXT}
+SD3 = SMALL | JOINT | {"sample_size": 8, "patch_size": 1, "pos_embed_max_size": 8, "caption_projection_dim": 32}
+FLUX = SMALL | JOINT | {"num_single_layers": 1, "axes_dims_rope": (4, 4, 8)}
+CHROMA = SMALL | {"num_single_layers": 1, "axes_dims_rope": (4, 4, 8), "joint_attention_dim": TEXT}
+CHROMA |= {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+AURA = {"attention_head_dim": 16, "num_attention_heads": 2, "num_mmdit_layers": 1, "num_single_dit_layers": 1}
+AURA |= {"joint_attention_dim": TEXT, "caption_projection_dim": 32, "sample_size": 8, "pos_embed_max_size": 64}
+CAPTION = {"caption_channels": TEXT, "cross_attention_dim": 32, "sample_size": 8}
+PIXART = SMALL | CAPTION | {"norm_type": "ada_norm_single"}
+SANA = SMALL | CAPTION | {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16}
+SPRINT = SANA | {"guidance_embeds": True}
+COGVIEW = SMALL | {"text_embed_dim": TEXT, "time_embed_dim": 8, "condition_dim": 4, "sample_size": 8}
+COGVIEW4 = COGVIEW | {"rope_axes_dim": (8, 8)}
 PRX = {"context_in_dim": TEXT, "hidden_size": 32, "num_heads": 2, "depth": 1, "axes_dim": [8, 8]}
-ZIMAGE = {"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": TEXT} | {
-    "axes_dims": [4, 4, 8], "axes_lens": [1024, 64, 64],
-}  # fmt: skip
-HUNYUAN = SMALL | {"patch_size": 2, "hidden_size": 32, "sample_size": 8, "text_len": TOKENS, "text_len_t5": TOKENS} | {
-    "cross_attention_dim": TEXT, "cross_attention_dim_t5": TEXT, "use_style_cond_and_image_meta_size": False,
-}  # fmt: skip
-LUMINA = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16} | {
-    "cross_attention_dim": TEXT, "sample_size": 8,
-}  # fmt: skip
-LUMINA2 = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16} | {
-    "cap_feat_dim": TEXT, "sample_size": 8, "num_refiner_layers": 1, "axes_dim_rope": (4, 4, 8),
-    "axes_lens": (64, 64, 64),
-}  # fmt: skip
+ZIMAGE = {"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": TEXT}
+ZIMAGE |= {"axes_dims": [4, 4, 8], "axes_lens": [1024, 64, 64]}
+HUNYUAN = SMALL | {"patch_size": 2, "hidden_size": 32, "sample_size": 8, "text_len": TOKENS, "text_len_t5": TOKENS}
+HUNYUAN |= {"cross_attention_dim": TEXT, "cross_attention_dim_t5": TEXT, "use_style_cond_and_image_meta_size": False}
+NEXT = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16}
+LUMINA = NEXT | {"cross_attention_dim": TEXT, "sample_size": 8}
+LUMINA2 = NEXT | {"cap_feat_dim": TEXT, "sample_size": 8, "num_refiner_layers": 1}
+LUMINA2 |= {"axes_dim_rope": (4, 4, 8), "axes_lens": (64, 64, 64)}
 
 
 class Swap(NamedTuple):
-    """
-    How to build a pipeline around a VAE, and what to call it with.
-
-    Args:
-        pipeline, denoiser (`str`): Names of classes of diffusers.
-        sizes (`dict`): Arguments of the denoiser, besides its channels.
-        scheduler (`SchedulerMixin`): Flow matching by Euler unless given.
-        embeds (`tuple[str, ...]`): What stands for the prompt.
-        call (`dict`): Further arguments of the call.
-        guided (`bool`): Whether it takes the negatives of `embeds` too.
-        from_image (`bool`): Whether it starts at an image.
-        packed (`bool`): Whether its denoiser's tokens are 2x2 cells of the latent.
-        channels, patch (`int`): Of the tokenizer.
-    """
+    """How to build a pipeline around a VAE, and what to call it with."""
 
     pipeline: str
     denoiser: str
-    sizes: dict[str, Any]
-    scheduler: Any = FlowMatchEulerDiscreteScheduler()
-    embeds: tuple[str, ...] = ("prompt_embeds",)
+    sizes: dict[str, Any]  # of the denoiser, besides its channels
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler()
+    embeds: tuple[str, ...] = ("prompt_embeds",)  # which stand for the prompt
     call: dict[str, Any] = {}
-    guided: bool = True
-    from_image: bool = False
-    packed: bool = False
-    channels: int = 8
+    guided: bool = True  # takes the negatives of `embeds` too
+    from_image: bool = False  # starts at an image
+    packed: bool = False  # the denoiser's tokens are 2x2 cells of the latent
+    channels: int = 8  # of the tokenizer
     patch: int = 16
+
+    def variant(self, kind: str, **changes: Any) -> "Swap":
+        """The pipeline of the same family that starts at an image."""
+        name = self.pipeline.replace("Pipeline", f"{kind}Pipeline")
+        return self._replace(pipeline=name, from_image=True, **changes)
 
 
 POOLED = ("prompt_embeds", "pooled_prompt_embeds")
 MASKED = ("prompt_embeds", "prompt_attention_mask")
+TWICE = (*MASKED, "prompt_embeds_2", "prompt_attention_mask_2")
 ANY_SIZE = {"use_resolution_binning": False}
-OWN_NEGATIVE = {"negative_prompt": None}
-WHOLE = {"mask_image": torch.ones(1, 1, HEIGHT, WIDTH)}
-FEW_STEPS = {"original_inference_steps": 8}
-SPRINT = {"guidance_embeds": True}
-DDIM = DDIMScheduler(clip_sample=False, steps_offset=1)
+ANY_PROMPT = ANY_SIZE | {"negative_prompt": None}
+DDIM, DPM = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1), diffusers.DPMSolverMultistepScheduler()
+COG, DDPM, SCM = diffusers.CogVideoXDDIMScheduler(), diffusers.DDPMScheduler(), diffusers.SCMScheduler()
 SWAPS = {
     "DiT": Swap("DiTPipeline", "DiTTransformer2DModel", DIT, DDIM, (), {"class_labels": [1]}),
     "SD": Swap("StableDiffusionPipeline", "UNet2DConditionModel", UNET, DDIM),
-    "SD img2img": Swap("StableDiffusionImg2ImgPipeline", "UNet2DConditionModel", UNET, DDIM, from_image=True),
-    "LCM": Swap("LatentConsistencyModelPipeline", "UNet2DConditionModel", LCM, LCMScheduler(), guided=False),
-    "LCM img2img": Swap(
-        "LatentConsistencyModelImg2ImgPipeline", "UNet2DConditionModel", LCM, LCMScheduler(), ("prompt_embeds",),
-        FEW_STEPS, guided=False, from_image=True,
-    ),
+    "LCM": Swap("LatentConsistencyModelPipeline", "UNet2DConditionModel", LCM, diffusers.LCMScheduler(), guided=False),
     "SDXL": Swap("StableDiffusionXLPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED),
-    "SDXL img2img": Swap(
-        "StableDiffusionXLImg2ImgPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED, from_image=True
-    ),
-    "PixArt Alpha": Swap(
-        "PixArtAlphaPipeline", "PixArtTransformer2DModel", PIXART, DPMSolverMultistepScheduler(), MASKED,
-        ANY_SIZE | OWN_NEGATIVE,
-    ),
-    "PixArt Sigma": Swap(
-        "PixArtSigmaPipeline", "PixArtTransformer2DModel", PIXART, DPMSolverMultistepScheduler(), MASKED,
-        ANY_SIZE | OWN_NEGATIVE,
-    ),
+    "PixArt Alpha": Swap("PixArtAlphaPipeline", "PixArtTransformer2DModel", PIXART, DPM, MASKED, ANY_PROMPT),
+    "PixArt Sigma": Swap("PixArtSigmaPipeline", "PixArtTransformer2DModel", PIXART, DPM, MASKED, ANY_PROMPT),
     "SD3": Swap("StableDiffusion3Pipeline", "SD3Transformer2DModel", SD3, embeds=POOLED),
-    "SD3 img2img": Swap(
-        "StableDiffusion3Img2ImgPipeline", "SD3Transformer2DModel", SD3, embeds=POOLED, from_image=True
-    ),
     "Flux": Swap("FluxPipeline", "FluxTransformer2DModel", FLUX, embeds=POOLED, guided=False, packed=True),
-    "Flux img2img": Swap(
-        "FluxImg2ImgPipeline", "FluxTransformer2DModel", FLUX, embeds=POOLED, guided=False, packed=True,
-        from_image=True,
-    ),
-    "Flux inpaint": Swap(
-        "FluxInpaintPipeline", "FluxTransformer2DModel", FLUX, embeds=POOLED, guided=False, packed=True,
-        from_image=True, call=WHOLE,
-    ),
     "Chroma": Swap("ChromaPipeline", "ChromaTransformer2DModel", CHROMA, embeds=MASKED, packed=True),
-    "Chroma img2img": Swap(
-        "ChromaImg2ImgPipeline", "ChromaTransformer2DModel", CHROMA, embeds=MASKED, packed=True, from_image=True
-    ),
     "AuraFlow": Swap("AuraFlowPipeline", "AuraFlowTransformer2DModel", AURA, embeds=MASKED),
-    "CogView3+": Swap("CogView3PlusPipeline", "CogView3PlusTransformer2DModel", COGVIEW, CogVideoXDDIMScheduler()),
-    "CogView4": Swap("CogView4Pipeline", "CogView4Transformer2DModel", COGVIEW | {"rope_axes_dim": (8, 8)}),
+    "CogView3+": Swap("CogView3PlusPipeline", "CogView3PlusTransformer2DModel", COGVIEW, COG),
+    "CogView4": Swap("CogView4Pipeline", "CogView4Transformer2DModel", COGVIEW4),
     "PRX": Swap("PRXPipeline", "PRXTransformer2DModel", PRX, embeds=MASKED, call=ANY_SIZE),
-    "Sana": Swap("SanaPipeline", "SanaTransformer2DModel", SANA, embeds=MASKED, call=ANY_SIZE | OWN_NEGATIVE),
-    "Sana Sprint": Swap(
-        "SanaSprintPipeline", "SanaTransformer2DModel", SANA | SPRINT, SCMScheduler(), MASKED, ANY_SIZE, guided=False
-    ),
+    "Sana": Swap("SanaPipeline", "SanaTransformer2DModel", SANA, embeds=MASKED, call=ANY_PROMPT),
+    "Sana Sprint": Swap("SanaSprintPipeline", "SanaTransformer2DModel", SPRINT, SCM, MASKED, ANY_SIZE, guided=False),
     "Z-Image": Swap("ZImagePipeline", "ZImageTransformer2DModel", ZIMAGE),
-    "Z-Image img2img": Swap("ZImageImg2ImgPipeline", "ZImageTransformer2DModel", ZIMAGE, from_image=True),
-    # The rest only with tokenizers of these channels or this patch size.
-    "SD inpaint": Swap(
-        "StableDiffusionInpaintPipeline", "UNet2DConditionModel", UNET, DDIM, call=WHOLE, from_image=True, channels=4
-    ),
-    "SDXL inpaint": Swap(
-        "StableDiffusionXLInpaintPipeline", "UNet2DConditionModel", SDXL, DDIM, POOLED, WHOLE, from_image=True,
-        channels=4,
-    ),
-    "SD3 inpaint": Swap(
-        "StableDiffusion3InpaintPipeline", "SD3Transformer2DModel", SD3, embeds=POOLED, call=WHOLE, from_image=True,
-        channels=16,
-    ),
-    "HunyuanDiT": Swap(
-        "HunyuanDiTPipeline", "HunyuanDiT2DModel", HUNYUAN, DDPMScheduler(), (*MASKED, *(f"{x}_2" for x in MASKED)),
-        ANY_SIZE, patch=8,
-    ),
+    # These only with tokenizers of this patch size.
+    "HunyuanDiT": Swap("HunyuanDiTPipeline", "HunyuanDiT2DModel", HUNYUAN, DDPM, TWICE, ANY_SIZE, patch=8),
     "Lumina": Swap("LuminaPipeline", "LuminaNextDiT2DModel", LUMINA, embeds=MASKED, patch=8),
     "Lumina2": Swap("Lumina2Pipeline", "Lumina2Transformer2DModel", LUMINA2, embeds=MASKED, patch=8),
-}  # fmt: skip
-NAMES = list(SWAPS)
-FROM_IMAGES = [name for name in NAMES if SWAPS[name].from_image]
+}
+for name in ("SD", "LCM", "SDXL", "SD3", "Flux", "Chroma", "Z-Image"):
+    more = {"call": {"original_inference_steps": 8}} if name == "LCM" else {}
+    SWAPS[f"{name} img2img"] = SWAPS[name].variant("Img2Img", **more)
+# Those of Stable Diffusion only with tokenizers of these channels.
+for name, channels in {"SD": 4, "SDXL": 4, "SD3": 16, "Flux": 8}.items():
+    whole = {"mask_image": torch.ones(1, 1, HEIGHT, WIDTH)}
+    SWAPS[f"{name} inpaint"] = SWAPS[name].variant("Inpaint", call=whole, channels=channels)
+FROM_IMAGES = [name for name in SWAPS if SWAPS[name].from_image]
 
 
 def make_vae(swap: Swap) -> AutoencoderHieraTok:
@@ -280,7 +201,7 @@ def unpacked(latents: torch.Tensor) -> torch.Tensor:
     return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SWAPS)
 def test_its_own_decoding_makes_the_image(name, monkeypatch, caplog):
     swap = SWAPS[name]
     with complaints(caplog) as messages:
@@ -340,7 +261,7 @@ def test_it_takes_the_place_of_another(name):
     torch.testing.assert_close(run(pipe, swap), run(own, swap), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SWAPS)
 def test_in_half_precision(name, monkeypatch):
     swap = SWAPS[name]
     pipe = make_pipeline(swap).to(torch.bfloat16)

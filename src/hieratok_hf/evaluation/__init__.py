@@ -1,1 +1,1 @@
-"""Metrics, the networks that they look through, and evaluations over a data set."""
+"""Measure images by metrics and the networks that they look through, and evaluate models over a data set."""

@@ -1,7 +1,8 @@
-"""Evaluation of class-conditional generators: numbered samples, and how often a classifier knows their classes."""
+"""Evaluate class-conditional generators: numbered samples, and how often a classifier knows their classes."""
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,26 +26,26 @@ _SHOWN = 5
 
 
 def image_size(pipe: HieraTokDiTPipeline) -> int:
-    """Side `S` in pixels of the images that a pipeline makes."""
+    """Return the side `S` in pixels of the images that a pipeline makes."""
     return pipe.transformer.config.sample_size * pipe.image_processor.config.vae_scale_factor
 
 
 def number_images(pipe: HieraTokDiTPipeline, rows: Sequence[int], seed: int, **settings: Any) -> Tensor:
     """
-    Some of the images that a seed numbers: image `i` is of class `i % num_classes`, and its noise is a function of
-    the seed and `i`. It does not depend on the images beside it.
+    Generate images by number: image `i` is of class `i % num_classes`, and its noise is a function of `seed` and `i`,
+    so that it does not depend on the images beside it.
 
     Args:
-        pipe (`HieraTokDiTPipeline`): Makes them.
-        rows (`Sequence[int]`): Their numbers.
-        seed (`int`): Of all noise.
+        pipe (`HieraTokDiTPipeline`): The pipeline.
+        rows (`Sequence[int]`): Numbers of the images.
+        seed (`int`): Seed of all noise.
         settings: Further arguments of the pipeline's call.
 
     Returns:
         `torch.Tensor` of shape `(B, 3, S, S)`: Levels in uint8, on the CPU.
 
     Raises:
-        ValueError: As the pipeline's call, or an image is not finite.
+        ValueError: The pipeline refuses an argument, or an image is not finite.
     """
     labels = [row % pipe.num_classes for row in rows]
     generators = [step_generator(seed, row) for row in rows]
@@ -56,30 +57,25 @@ def number_images(pipe: HieraTokDiTPipeline, rows: Sequence[int], seed: int, **s
 
 class GeneratedBatches:
     """
-    Images of a pipeline in batches as those of `EvaluationBatches`; they can be gone through once or again.
+    Iterate over the images of `number_images` in batches like those of `EvaluationBatches`, again and again.
 
-    Iterating gives dictionaries: `pixel_values` `(B, 3, S, S)` in [-1, 1] that lie on 8-bit levels, `rows` and
-    `labels`, a list each.
+    A batch is a dictionary of `pixel_values` `(B, 3, S, S)`, 8-bit levels in [-1, 1], and the lists `rows` and
+    `labels`.
 
     Args:
-        pipe (`HieraTokDiTPipeline`): Makes them.
-        rows (`Sequence[int]`): Numbers of the images, as those of `number_images`.
-        seed (`int`, defaults to 0): Of all noise.
+        pipe (`HieraTokDiTPipeline`): The pipeline.
+        rows (`Sequence[int]`): Numbers of the images.
+        seed (`int`, defaults to 0): Seed of all noise.
         batch_size (`int`, defaults to 16): Most images in a batch.
         settings: Further arguments of the pipeline's call.
 
     Attributes:
-        seconds (`float`): What the pipeline took in the last round.
-
-    Raises:
-        ValueError: `batch_size` is not positive.
+        seconds (`float`): Time that the pipeline took in the last round.
     """
 
     def __init__(
         self, pipe: HieraTokDiTPipeline, rows: Sequence[int], *, seed: int = 0, batch_size: int = 16, **settings: Any
     ):
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be positive, got {batch_size}.")
         self.pipe, self.rows, self.seed, self.batch_size = pipe, rows, seed, batch_size
         self.settings, self.seconds = settings, 0.0
 
@@ -99,14 +95,14 @@ class GeneratedBatches:
 
 class ImageClassifier(FrozenVisionModel):
     """
-    A frozen image classifier of transformers.
+    Classify images by a frozen classifier of transformers.
 
     Args:
-        model (`PreTrainedModel`): Takes `pixel_values` and gives `logits`; its weights are frozen in place.
-        mean, std (`list[float]`): As those of `FrozenVisionModel`.
+        model (`PreTrainedModel`): Model from `pixel_values` to `logits`; its weights are frozen in place.
+        mean, std (`list[float]`): Statistics of each colour in [0, 1], as the model was trained with.
 
     Attributes:
-        names (`dict[int, str]`): Of its labels.
+        names (`dict[int, str]`): Names of its labels.
     """
 
     _auto_class = AutoModelForImageClassification
@@ -118,12 +114,8 @@ class ImageClassifier(FrozenVisionModel):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; they are brought to
-                `image_size` bicubically with antialiasing.
-
-        Returns:
-            `torch.Tensor` of shape `(B, L)`: Logits.
+        Compute logits `(B, L)` of `pixel_values` `(B, 3, H, W)` in [-1, 1], which are brought to `image_size`
+        bicubically with antialiasing.
         """
         pixel_values, size = pixel_values.float(), (self.image_size, self.image_size)
         if pixel_values.shape[-2:] != size:
@@ -133,49 +125,43 @@ class ImageClassifier(FrozenVisionModel):
 
 def find_classes(id2label: Mapping[int, str], num_classes: int, classifier_names: Mapping[int, str]) -> list[int]:
     """
-    The label of a classifier for each class, by names: upper and lower case, spaces and underscores are the same, and
-    of synonyms, which are divided by commas, one is enough.
+    Find the label of a classifier for each class by name: upper and lower case, spaces and underscores are the same,
+    and of synonyms, which are divided by commas, one is enough.
 
     Args:
-        id2label (`Mapping[int, str]`): Names of the classes.
-        num_classes (`int`): Classes go from 0 to one less.
-        classifier_names (`Mapping[int, str]`): Those of the classifier's labels.
+        id2label (`Mapping[int, str]`): Names of the classes by number; a class without a name is called by its number.
+        num_classes (`int`): Number of classes, from 0 on.
+        classifier_names (`Mapping[int, str]`): Names of the classifier's labels.
 
     Raises:
-        ValueError: Classes have no name, or not one label each; the message names them.
+        ValueError: Classes have not one label each; the message names them.
     """
-    if unnamed := [key for key in range(num_classes) if key not in id2label]:
-        raise ValueError(f"classes without a name cannot be found: {_some(unnamed)}")
-    whole: dict[str, set[int]] = {}
-    parts: dict[str, set[int]] = {}
+    whole, parts = defaultdict(set), defaultdict(set)
     for label, name in classifier_names.items():
-        whole.setdefault(plain_name(name), set()).add(label)
+        whole[plain_name(name)].add(label)
         for part in _synonyms(name):
-            parts.setdefault(part, set()).add(label)
+            parts[part].add(label)
+    names = [id2label.get(key, str(key)) for key in range(num_classes)]
     # Of labels that share a synonym, that with the very same name is meant.
-    found = [
-        whole.get(plain_name(id2label[key]))
-        or set().union(*(parts.get(part, ()) for part in _synonyms(id2label[key])))
-        for key in range(num_classes)
-    ]
-    if missing := [id2label[key] for key, labels in enumerate(found) if not labels]:
+    found = [whole[plain_name(name)] or set().union(*(parts[part] for part in _synonyms(name))) for name in names]
+    if missing := [name for name, labels in zip(names, found) if not labels]:
         raise ValueError(f"the classifier has no labels of the names {_some(missing)}")
-    if unclear := [f"{id2label[key]} ({_some(sorted(x))})" for key, x in enumerate(found) if len(x) > 1]:
+    if unclear := [f"{name} ({_some(sorted(x))})" for name, x in zip(names, found) if len(x) > 1]:
         raise ValueError(f"the classifier has more than one label of the names {_some(unclear)}")
     labels = [label for (label,) in found]
-    if shared := [id2label[key] for key, label in enumerate(labels) if labels.count(label) > 1]:
+    if shared := [name for name, label in zip(names, labels) if labels.count(label) > 1]:
         raise ValueError(f"the classifier has one label for several classes: {_some(shared)}")
     return labels
 
 
 class ClassAccuracy:
     """
-    How often a classifier finds the class that an image was made for, over all processes of torch.distributed.
+    Count how often a classifier finds the class that an image was made for, over all processes of torch.distributed.
 
     Args:
-        classifier (`ImageClassifier`): Judges the images.
-        labels (`Sequence[int]`): Its label for each class, as those of `find_classes`.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where it is put and images go.
+        classifier (`ImageClassifier`): The classifier.
+        labels (`Sequence[int]`): Its label for each class, as `find_classes` gives them.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where the classifier is put and images go.
 
     Raises:
         ValueError: `labels` are none, no labels of the classifier, or one is there twice.
@@ -194,13 +180,7 @@ class ClassAccuracy:
         self._counts.zero_()
 
     def update(self, pixel_values: Tensor, classes: Sequence[int]) -> None:
-        """
-        Add images.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
-            classes (`Sequence[int]`): Which each was made for.
-        """
+        """Add images as `pixel_values` `(B, 3, H, W)` in [-1, 1], and the class that each was made for."""
         logits = self.classifier(pixel_values.to(self.device))
         made_for = torch.tensor(classes, device=self.device)
         among = logits[:, self.labels].argmax(1) == made_for
@@ -210,7 +190,7 @@ class ClassAccuracy:
 
     def compute(self) -> dict[str, Any]:
         """
-        The shares over the images of all processes, each of which must call this.
+        Compute the shares over the images of all processes, each of which must call this.
 
         Returns:
             `class_accuracy`, of images whose class the classifier prefers among those of `labels`; `top1_accuracy`,
@@ -237,6 +217,6 @@ def _synonyms(name: str) -> list[str]:
 
 
 def _some(values: Sequence[Any]) -> str:
-    """The first of them, and how many more there are."""
+    """List the first, and how many more there are."""
     more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
     return ", ".join(map(str, values[:_SHOWN])) + more

@@ -1,4 +1,4 @@
-"""A linear probe: how much of images' classes can be read off an encoder's features by a linear classifier."""
+"""Probe how much of images' classes a linear classifier can read off an encoder's features."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,11 +19,11 @@ _PENALTIES = tuple(10.0**power for power in range(-5, 4))
 @torch.no_grad()
 def pool_features(codec: Codec, batches: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """
-    The encoder's features of the images of all processes, averaged over the tokens, in the order of the data.
+    Average the encoder's features over the tokens, for the images of all processes in the order of the data.
 
     Args:
-        codec (`Codec`): Of a HieraTok model.
-        batches (iterable of dictionaries): With `pixel_values`, `rows` and `labels`, as of `EvaluationBatches`.
+        codec (`Codec`): A HieraTok model.
+        batches (iterable of dictionaries): Batches of `EvaluationBatches`.
 
     Returns:
         Features `(N, D)` in float32, and labels `(N,)` in int64.
@@ -41,26 +41,26 @@ def pool_features(codec: Codec, batches: Iterable[dict[str, Any]]) -> tuple[Tens
     found = sorted((entry for part in gather(found) for entry in part), key=lambda entry: entry[0])
     if not found:
         raise ValueError("There were no images to take features of.")
-    if unlabelled := [row for row, label, _ in found if label is None]:
-        raise ValueError(f"A probe needs labels: row {unlabelled[0]} of the data has none that is an integer.")
-    return torch.stack([features for *_, features in found]), torch.tensor([label for _, label, _ in found])
+    rows, labels, features = zip(*found)
+    if None in labels:
+        raise ValueError(f"A probe needs labels: row {rows[labels.index(None)]} of the data has none, or no integer.")
+    return torch.stack(features), torch.tensor(labels)
 
 
 def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
     """
-    Accuracy of a linear classifier: ridge regression in closed form from standardised features to one-hot labels, its
-    penalty the one that does best on every tenth row when fitted to the others.
+    Measure the accuracy of a linear classifier: ridge regression in closed form from standardised features to one-hot
+    labels, its penalty the one that does best on every tenth row when fitted to the others.
 
     Args:
-        features, test_features (`torch.Tensor` of shape `(N, D)`): Of at least ten images to fit, and of those to
-            test.
+        features, test_features (`torch.Tensor` of shape `(N, D)`): Features of the images to fit, and to test.
         labels, test_labels (`torch.Tensor` of shape `(N,)`): Integers.
 
     Returns:
         The share of test images whose label is found, in [0, 1]; a label that was not fitted is never found.
 
     Raises:
-        ValueError: There are fewer than ten rows to fit, or they have one label only.
+        ValueError: There are fewer than ten images to fit, or they have one label only.
     """
     classes = labels.unique()
     if len(labels) < 10 or len(classes) < 2:

@@ -1,4 +1,4 @@
-"""Closeness of images, on 8 bits as on files: PSNR, SSIM (Wang et al., 2004) and Fréchet distances; and seams."""
+"""Measure how close images are, on 8 bits as files: PSNR, SSIM (Wang et al., 2004), Fréchet distances; and seams."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ SSIM_WINDOW = 11
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """
-    Peak signal-to-noise ratio of each image, over all its pixels and colours.
+    Compute the peak signal-to-noise ratio of each image, over all its pixels and colours.
 
     Args:
         images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; values beyond are clamped, and
@@ -38,12 +38,12 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """
-    Structural similarity of each image by torchmetrics: Gaussian window of 11x11 with a standard deviation of 1.5,
-    on each colour, averaged over the whole image with edges reflected.
+    Compute the structural similarity of each image by torchmetrics: a Gaussian window of 11x11 with a standard
+    deviation of 1.5 on each colour, averaged over the whole image with edges reflected.
 
     Args:
-        images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): As those of `psnr`; sides of at least
-            `SSIM_WINDOW` pixels.
+        images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1] with sides of at least
+            `SSIM_WINDOW` pixels; clamped and rounded as by `psnr`.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: Float32, 1 for images that are equal.
@@ -57,8 +57,7 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
     except ImportError as error:
         raise ImportError('`ssim` needs torchmetrics: pip install "hieratok_hf[eval]"') from error
     levels, target_levels = _paired_levels(images, targets)
-    if min(levels.shape[2:]) < SSIM_WINDOW:
-        size = f"{levels.shape[2]}x{levels.shape[3]}"
+    if min(size := tuple(levels.shape[2:])) < SSIM_WINDOW:
         raise ValueError(f"`images` must be at least {SSIM_WINDOW} pixels high and wide, got {size}.")
     # torchmetrics holds more than ten times what it is given, so it gets one image at a time.
     values: list[Any] = [
@@ -70,12 +69,12 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 
 def border_steps(images: Tensor, patch_size: int) -> Tensor:
     """
-    Measure how much neighbouring pixels differ, across the borders of patches and inside of them.
-
-    The ratio of both is about 1 for photographs, and more where a decoder leaves seams between patches.
+    Measure how much neighbouring pixels differ across the borders of patches and inside of them; the ratio is about 1
+    for photographs, and more where a decoder leaves seams.
 
     Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`): As those of `psnr`, of at least two patches on a side.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1] of at least two patches on a side; clamped
+            and rounded as by `psnr`.
         patch_size (`int`): Pixels from border to border, at least 2.
 
     Returns:
@@ -85,30 +84,30 @@ def border_steps(images: Tensor, patch_size: int) -> Tensor:
         ValueError: As `psnr`, or there is no border or nothing between borders.
     """
     levels = _levels("images", images)
-    if patch_size < 2 or min(levels.shape[2:]) <= patch_size:
-        size = f"{levels.shape[2]}x{levels.shape[3]}"
+    size = tuple(levels.shape[2:])
+    if not 2 <= patch_size < min(size):
         raise ValueError(f"`patch_size` must be at least 2 and less than the images' {size}, got {patch_size}.")
     return steps_at_borders(levels, patch_size)
 
 
 class FrechetDistance:
     """
-    Distance between the features of all images and those of their targets, each set taken as one Gaussian (Heusel
-    et al., 2017), by torchmetrics in float64 and over all processes of torch.distributed.
+    Measure the distance between the features of all images and of their targets, each set taken as one Gaussian
+    (Heusel et al., 2017), by torchmetrics in float64 and over all processes of torch.distributed.
 
     Args:
-        features (`VisionFeatures`, *optional*): The model whose pooled features count; the Inception network that the
-            published figures are made with unless given, which torchmetrics loads through torch-fidelity.
+        features (`VisionFeatures`, *optional*): The model whose pooled features count; unless given the Inception
+            network of the published figures, which torchmetrics loads through torch-fidelity.
         size (`int`, *optional*): Side in pixels that images are resized to, `features.image_size` unless given. The
             Inception network always takes 299.
-        same_targets (`bool`, defaults to `False`): Every round, from one `reset` to the next, has the same targets:
-            their features are computed in the first alone.
+        same_targets (`bool`, defaults to `False`): Whether every round, from one `reset` to the next, has the same
+            targets, so that their features are computed in the first alone.
         device (`torch.device` or `str`, defaults to `"cpu"`): Where to compute; it must know float64.
 
     Attributes:
-        name (`str`): `"rFID"`, or of other features `"FD-"` and their name: such figures are no FID.
-        size (`int`): As above.
-        num_features (`int`): Of an image; as many images or fewer have a covariance without full rank.
+        name (`str`): `"rFID"`, or for other features `"FD-"` and their name: such figures are no FID.
+        size (`int`): Side in pixels that images are resized to.
+        num_features (`int`): Features of an image; as many images or fewer have a covariance without full rank.
 
     Raises:
         ImportError: torchmetrics, or for the Inception network torch-fidelity, is not installed.
@@ -127,10 +126,8 @@ class FrechetDistance:
             from torchmetrics.image.fid import FrechetInceptionDistance
         except ImportError as error:
             raise ImportError('A Fréchet distance needs torchmetrics: pip install "hieratok_hf[eval]"') from error
-        if features is None and size is not None:
-            raise ValueError(f"`size` must be left out for the Inception network, which takes 299 pixels, got {size}.")
-        if size is not None and size < 1:
-            raise ValueError(f"`size` must be a positive number of pixels, got {size}.")
+        if size is not None and (features is None or size < 1):
+            raise ValueError(f"`size` must be positive, and left out for the Inception network, got {size}.")
         self.name = "rFID" if features is None else f"FD-{features.name}"
         self.size = 299 if features is None else size or features.image_size
         self.same_targets = same_targets
@@ -146,8 +143,8 @@ class FrechetDistance:
         Add images to both sets, or to one alone: the other is then `None`.
 
         Args:
-            images, targets (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): As those of `psnr`, but each of its
-                own number and size.
+            images, targets (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): Images in [-1, 1], clamped and
+                rounded as by `psnr`; their numbers and sizes may differ.
 
         Raises:
             ValueError: As `psnr`.
@@ -160,7 +157,7 @@ class FrechetDistance:
 
     def compute(self) -> float:
         """
-        The distance over the images of all processes, each of which must call this.
+        Compute the distance over the images of all processes, each of which must call this.
 
         Raises:
             RuntimeError: There are fewer than two images or targets.
@@ -200,17 +197,15 @@ class _PooledFeatures(nn.Module):
 def _paired_levels(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Convert both images to levels; they must have one shape."""
     levels, target_levels = _levels("images", images), _levels("targets", targets)
-    if images.shape != targets.shape:
-        shapes = f"{tuple(images.shape)} and {tuple(targets.shape)}"
-        raise ValueError(f"`images` and `targets` must have the same shape, got {shapes}.")
+    if (one := tuple(images.shape)) != (other := tuple(targets.shape)):
+        raise ValueError(f"`images` and `targets` must have the same shape, got {one} and {other}.")
     return levels, target_levels
 
 
 def _levels(name: str, tensor: Tensor) -> Tensor:
     """Convert images to whole numbers in 0 ... 255 in float32, after a check."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"`{name}` must be a floating-point torch.Tensor in [-1, 1], got {got}.")
+    if not tensor.is_floating_point():
+        raise ValueError(f"`{name}` must be of floating point and lie in [-1, 1], got {tensor.dtype}.")
     if tensor.ndim != 4 or tensor.shape[1] != 3 or 0 in tensor.shape:
         raise ValueError(f"`{name}` must have shape (B, 3, H, W) and not be empty, got {tuple(tensor.shape)}.")
     if not (largest := tensor.detach().abs().max().item()) <= PIXEL_LIMIT:  # phrased so that NaN fails

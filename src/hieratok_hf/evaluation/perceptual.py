@@ -1,4 +1,4 @@
-"""Perceptual distances between images: over the feature maps of any vision model (after LPIPS, arXiv 1801.03924)."""
+"""Measure perceptual distances, over the feature maps of any vision model (after LPIPS, arXiv 1801.03924)."""
 
 from itertools import groupby
 
@@ -16,8 +16,8 @@ _TOKEN_LAYERS = 4
 
 class PerceptualDistance(nn.Module):
     """
-    LPIPS without learned weights: at each place the squared difference of the feature vectors, scaled to unit length,
-    averaged over the places, then over the layers. In [0, 4]; comparable only for one vision model.
+    Measure LPIPS without learned weights: the squared difference of the feature vectors at each place, scaled to unit
+    length, averaged over the places, then over the layers. It lies in [0, 4] and compares only for one vision model.
 
     The last map of each resolution of a convolutional network counts, and of a ViT four layers evenly spaced in depth.
 
@@ -31,23 +31,21 @@ class PerceptualDistance(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """
-        Args:
-            images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]. Gradients flow to `images` alone.
+        Measure the distance `(B,)` of each pair in float32.
 
-        Returns:
-            `torch.Tensor` of shape `(B,)`: The distance of each pair, in float32.
+        Args:
+            images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; gradients flow to `images`
+                alone.
         """
         maps = _chosen(self.features(images)[1])
         with torch.no_grad():
             target_maps = _chosen(self.features(targets)[1])
-        distances = [
-            (_unit(x) - _unit(y)).square().sum(1).flatten(1).mean(1) for x, y in zip(maps, target_maps)
-        ]  # each (B,)
-        return torch.stack(distances).mean(0)
+        differences = [(_unit(x) - _unit(y)).square().sum(1) for x, y in zip(maps, target_maps)]
+        return torch.stack([difference.flatten(1).mean(1) for difference in differences]).mean(0)
 
 
 def _chosen(maps: list[Tensor]) -> list[Tensor]:
-    """The last map of each resolution, or where there is but one, some evenly spaced."""
+    """Choose the last map of each resolution, or where there is but one, some evenly spaced."""
     last = [list(group)[-1] for _, group in groupby(maps, key=lambda x: x.shape[2:])]
     if len(last) > 1 or len(maps) <= _TOKEN_LAYERS:
         return last
@@ -55,16 +53,16 @@ def _chosen(maps: list[Tensor]) -> list[Tensor]:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Vectors along dimension 1 at unit length; one that is zero stays zero and gets a finite gradient."""
+    """Scale vectors along dimension 1 to unit length; one that is zero stays zero and gets a finite gradient."""
     return x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-8)
 
 
 def load_lpips(network: str = "vgg") -> nn.Module:
     """
-    The published LPIPS (Zhang et al., 2018) of the `lpips` package, frozen: images in [-1, 1] to `(B, 1, 1, 1)`.
+    Load the published LPIPS (Zhang et al., 2018) of the `lpips` package, frozen: images in [-1, 1] to `(B, 1, 1, 1)`.
 
     Args:
-        network (`str`, defaults to `"vgg"`): Or `"alex"` or `"squeeze"`.
+        network (`str`, defaults to `"vgg"`): Name of its vision network: `"vgg"`, `"alex"` or `"squeeze"`.
 
     Raises:
         ImportError: `lpips`, or the torchvision that it needs, is not installed.

@@ -1,4 +1,4 @@
-"""Evaluation of image autoencoders, over one process or several: what they lose, what latents are like, speed."""
+"""Evaluate image autoencoders, over one process or several: what they lose, what latents are like, speed."""
 
 import math
 import statistics
@@ -35,17 +35,16 @@ _MOST_REPEATS = 20
 
 class EvaluationBatches:
     """
-    This process's share of images, in batches that can be gone through again and again: every image is seen once
-    by one process, so the shares of several may differ by one.
+    Iterate over this process's share of images, again and again: every image is seen once by one process.
 
-    Iterating gives dictionaries: `pixel_values` `(B, 3, S, S)` in [-1, 1], `rows` and `labels`, a list each.
+    A batch is a dictionary of `pixel_values` `(B, 3, S, S)` in [-1, 1], and the lists `rows` and `labels`.
 
     Args:
         images (`Images`): The data.
         size (`int`): Side `S` that images are brought to by `centre_square`.
         batch_size (`int`, defaults to 16): Most images in a batch.
-        limit (`int`, *optional*): Take only the first rows of the data.
-        threads (`int`, defaults to 4): Decode this many images at a time, one batch ahead.
+        limit (`int`, *optional*): Number of the first rows of the data to take; all unless given.
+        threads (`int`, defaults to 4): Number of images to decode at a time, one batch ahead.
 
     Attributes:
         skipped (`dict[str, str]`): Names of images that could not be decoded, and why.
@@ -63,7 +62,7 @@ class EvaluationBatches:
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
-        """Batches of this process, broken images counted; a stream has no length."""
+        """Count this process's batches, those of broken images too; a stream has no length."""
         return math.ceil(len(self._share()) / self.batch_size)
 
     def _share(self) -> range:
@@ -90,7 +89,7 @@ class EvaluationBatches:
 
 class ReconstructionMetrics:
     """
-    Means over images of what is measured against their targets, over all processes of torch.distributed.
+    Average what is measured of images against their targets, over all processes of torch.distributed.
 
     Args:
         ssim (`bool`, defaults to `True`): Whether to measure `ssim`, which is slow.
@@ -123,14 +122,10 @@ class ReconstructionMetrics:
     @torch.no_grad()
     def update(self, images: Tensor, targets: Tensor) -> None:
         """
-        Add images.
-
-        Args:
-            images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]; all figures are taken of their
-                8-bit levels.
+        Add `images` `(B, 3, H, W)` and their `targets` `(B, 3, H, W)` in [-1, 1], which are measured on 8 bits.
 
         Raises:
-            ValueError: As `metrics.psnr` and `metrics.ssim`.
+            ValueError: `metrics.psnr` or `metrics.ssim` refuses them.
         """
         images, targets = images.to(self.device), targets.to(self.device)
         values = {"psnr": psnr(images, targets)}
@@ -146,7 +141,7 @@ class ReconstructionMetrics:
 
     def compute(self) -> dict[str, float]:
         """
-        The figures over the images of all processes, each of which must call this.
+        Compute the figures over the images of all processes, each of which must call this.
 
         Returns:
             `psnr` in decibels, the mean of each image's; `ssim`, `lpips`, `perceptual` and the Fréchet distance
@@ -173,15 +168,12 @@ def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: Reconstru
 
     Args:
         codec (`Codec`): The autoencoder.
-        batches (iterable of dictionaries): Their `pixel_values`, `(B, 3, S, S)` in [-1, 1].
+        batches (iterable of dictionaries): Images as `pixel_values` `(B, 3, S, S)` in [-1, 1].
         metrics (`ReconstructionMetrics`): What to measure; it is reset first.
 
     Returns:
         The figures of `metrics.compute()`; `scales_psnr`, the PSNR of each scale of a HieraTok model against the image
         at its size, coarse to fine; `latent_mean` and `latent_std` of each channel.
-
-    Raises:
-        ValueError: As `metrics.compute`.
     """
     metrics.reset()
     sums: dict[str, Tensor] = {}
@@ -205,15 +197,15 @@ def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: Reconstru
 @torch.no_grad()
 def throughput(codec: Codec, pixel_values: Tensor, seconds: float = 2.0) -> dict[str, float]:
     """
-    Images a second of one process: the median of repeats over about `seconds`, after one that is not counted.
+    Measure the images a second of one process: the median of repeats over about `seconds`, after one not counted.
 
     Args:
         codec (`Codec`): The autoencoder.
         pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): A batch in [-1, 1].
-        seconds (`float`, defaults to 2.0): Of each direction.
+        seconds (`float`, defaults to 2.0): Time to spend on each direction.
 
     Returns:
-        `encode` and `decode`, the finest scale alone; comparable on one machine and for one batch size.
+        The rates `encode` and `decode`, the finest scale alone; comparable on one machine and for one batch size.
     """
     latents = codec.encode(pixel_values)
     pixel_values = pixel_values.to(latents.device)
@@ -252,7 +244,7 @@ def add_sums(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
 
 
 def _total(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over all processes; one that saw no images has none of them."""
+    """Add up the sums of all processes; one that saw no images has none."""
     total: dict[str, Tensor] = {}
     for part in gather(sums):
         add_sums(total, part)

@@ -1,4 +1,4 @@
-"""Features of a frozen transformers vision model: what perceptual losses, alignment and Fréchet distances look at."""
+"""Compute features of a frozen vision model of transformers, for perceptual losses, alignment, Fréchet distances."""
 
 import inspect
 import os
@@ -23,11 +23,11 @@ ModelType = TypeVar("ModelType", bound="FrozenVisionModel")
 
 class FrozenVisionModel(nn.Module):
     """
-    A vision model of transformers that never trains, with the statistics of the colours that it was trained with.
+    Hold a vision model of transformers that never trains, with the statistics of the colours that it was trained with.
 
     Args:
-        model (`PreTrainedModel`): Takes `pixel_values`; its weights are frozen in place.
-        mean, std (`list[float]`): Of each colour in [0, 1], as the model was trained with.
+        model (`PreTrainedModel`): Model that takes `pixel_values`; its weights are frozen in place.
+        mean, std (`list[float]`): Statistics of each colour in [0, 1], as the model was trained with.
 
     Raises:
         ValueError: `mean` or `std` are not three numbers, or a standard deviation is not positive.
@@ -76,7 +76,7 @@ class FrozenVisionModel(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the images that the model was trained with: that of its configuration, or 224."""
+        """Return the side in pixels of the images that the model was trained with, 224 if it does not say so."""
         size = getattr(self.model.config, "image_size", 224)
         return size if isinstance(size, int) else size[0]
 
@@ -91,11 +91,11 @@ class FrozenVisionModel(nn.Module):
 
 class VisionFeatures(FrozenVisionModel):
     """
-    The features of a frozen vision model: of convolutional networks and ViTs alike.
+    Compute the features of a frozen vision model, a convolutional network or a ViT.
 
     Args:
-        model (`PreTrainedModel`): Takes `pixel_values` and gives `hidden_states`; its weights are frozen in place.
-        mean, std (`list[float]`): As those of `FrozenVisionModel`.
+        model (`PreTrainedModel`): Model from `pixel_values` to `hidden_states`; its weights are frozen in place.
+        mean, std (`list[float]`): Statistics of each colour in [0, 1], as the model was trained with.
     """
 
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
@@ -112,13 +112,12 @@ class VisionFeatures(FrozenVisionModel):
 
     def forward(self, pixel_values: Tensor, size: int | None = None) -> tuple[Tensor, list[Tensor]]:
         """
+        Compute the pooled features `(B, C)` and the maps of all layers, each `(B, C, h, w)`, or `(B, C, N)` of a model
+        whose layers hold tokens.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
-            size (`int`, *optional*): Resize to this side first, bilinearly with antialiasing.
-
-        Returns:
-            The pooled features `(B, C)`, and the maps of all layers, each `(B, C, h, w)`, or `(B, C, N)` of a model
-            whose layers hold tokens.
+            size (`int`, *optional*): Side that images are resized to first, bilinearly with antialiasing.
 
         Raises:
             ValueError: The model gives no hidden states.

@@ -16,20 +16,18 @@ _SHOWN = 10
 
 def names_to_ids(id2label: Mapping[int, str]) -> dict[str, int]:
     """
-    Map every name of every class to its number, synonyms one by one.
-
-    A synonym that two classes share is left out, unless it is the whole name of one.
+    Map every synonym of every class to its number; one that two classes share only if it is the whole name of one.
 
     Args:
         id2label (`Mapping[int, str]`): Names of the classes by number; commas divide synonyms.
     """
     whole = {value.strip(): key for key, value in id2label.items()}
-    owners: dict[str, list[int]] = {}
+    owners: dict[str, set[int]] = {}
     for key, value in id2label.items():
-        for name in dict.fromkeys(part.strip() for part in value.split(",")):
-            owners.setdefault(name, []).append(key)
-    found = {name: keys[0] if len(keys) == 1 else whole.get(name) for name, keys in owners.items() if name}
-    return {name: key for name, key in found.items() if key is not None}
+        for part in value.split(","):
+            owners.setdefault(part.strip(), set()).add(key)
+    unique = {name: min(keys) for name, keys in owners.items() if len(keys) == 1 or name in whole}
+    return {name: whole.get(name, key) for name, key in unique.items() if name}
 
 
 def read_class_names(given: Sequence[str] | None) -> list[str]:
@@ -69,7 +67,7 @@ def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[i
 
     Args:
         labels (`int`, `str`, or a sequence or tensor of them): Numbers, or names as `plain_name` compares them. Lists
-            in a sequence are taken one after the other.
+            in a sequence, as diffusers' pipelines are batched, are taken one after the other.
         names (`Mapping[str, int]`): Numbers by name, as `names_to_ids` gives them.
         num_classes (`int`): Number of classes; their numbers are `0 ... num_classes - 1`.
 
@@ -79,41 +77,39 @@ def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[i
     Raises:
         ValueError: There is no label, or one is no such class; the message offers the near names.
     """
-    many = isinstance(labels, Sequence | Tensor) and not isinstance(labels, str) and getattr(labels, "ndim", 1) > 0
-    listed = list(labels) if many else [labels]
-    # diffusers' pipelines are batched as lists of lists.
-    listed = [label for item in listed for label in (item if isinstance(item, list | tuple) else [item])]
-    if not listed:
-        raise ValueError("`class_labels` is empty, at least one class is needed.")
-    known: dict[str, set[int]] = {}
-    for name, key in names.items():
-        known.setdefault(plain_name(name), set()).add(key)
-    return [_by_name(x, known, names) if isinstance(x, str) else _by_number(x, num_classes) for x in listed]
+    if isinstance(labels, str):
+        return [_find_name(labels, names)]
+    if isinstance(labels, Sequence | Tensor) and getattr(labels, "ndim", 1) > 0:
+        if not len(labels):
+            raise ValueError("`class_labels` is empty, at least one class is needed.")
+        return [key for label in labels for key in label_ids(label, names, num_classes)]
+    try:
+        key = operator.index(labels)
+    except TypeError:
+        key = -1
+    if not 0 <= key < num_classes or isinstance(labels, bool):
+        raise ValueError(f"`class_labels` must be names or numbers from 0 to {num_classes - 1}, got {labels!r}.")
+    return [key]
 
 
-def _by_name(label: str, known: dict[str, set[int]], names: Mapping[str, int]) -> int:
+def _find_name(label: str, names: Mapping[str, int]) -> int:
     # Of ImageNet's classes one is "Cardigan" and another "cardigan".
     if (key := names.get(label.strip())) is not None:
         return key
-    if len(keys := known.get(plain_name(label), ())) == 1:
-        return next(iter(keys))
+    known: dict[str, set[int]] = {}
+    for name, key in names.items():
+        known.setdefault(plain_name(name), set()).add(key)
+    plain = plain_name(label)
+    keys = sorted(known.get(plain, ()))
+    if len(keys) == 1:
+        return keys[0]
     if keys:
-        raise ValueError(f"`class_labels`: {label!r} is the name of several classes: {sorted(keys)}; give a number.")
-    near = difflib.get_close_matches(plain_name(label), known, n=3)
-    near += [name for name in known if plain_name(label) and plain_name(label) in name and name not in near]
+        raise ValueError(f"`class_labels`: {label!r} is the name of several classes: {keys}; give a number.")
+    near = difflib.get_close_matches(plain, known, n=3)
+    near += [name for name in known if plain and plain in name and name not in near]
     shown = [name for name in names if plain_name(name) in near[:_SHOWN]] or list(names)[:_SHOWN]
     hint = f"{'did you mean' if near else 'there are'} {', '.join(map(repr, shown))}" if shown else "it has no names"
     raise ValueError(f"`class_labels`: {label!r} is no class of this pipeline; {hint}{'?' if near else '.'}")
-
-
-def _by_number(label: Any, num_classes: int) -> int:
-    try:
-        key = operator.index(label)
-    except TypeError:
-        key = -1
-    if not 0 <= key < num_classes or isinstance(label, bool):
-        raise ValueError(f"`class_labels` must be names or numbers from 0 to {num_classes - 1}, got {label!r}.")
-    return key
 
 
 def plain_name(name: str) -> str:

@@ -30,14 +30,8 @@ class NoiseLevel:
 
     def clean(self, model_input: Tensor, prediction: Tensor) -> Tensor:
         """
-        Compute the clean latents that a prediction stands for.
-
-        Args:
-            model_input, prediction (`torch.Tensor` of shape `(B, C, h, w)`): Noisy latents that the model was fed, and
-                its output.
-
-        Returns:
-            `torch.Tensor` of shape `(B, C, h, w)`.
+        Compute the clean latents `(B, C, h, w)` from the noisy `model_input` `(B, C, h, w)` that a model was fed and
+        its `prediction` `(B, C, h, w)`.
         """
         if self.kind == "flow_prediction":
             return model_input - self.noise * prediction
@@ -62,28 +56,23 @@ def prediction_type_of(scheduler: Any) -> str:
     Raises:
         ValueError: `scheduler` is of no kind that this package knows.
     """
-    config = getattr(scheduler, "config", {})
-    name = type(scheduler).__name__
-    # Those made for flow matching alone do not say so.
-    kind = "flow_prediction" if name.startswith("FlowMatch") else config.get("prediction_type")
-    if kind not in ("flow_prediction", "epsilon", "v_prediction", "sample"):
-        raise ValueError(f"`scheduler` is a {name} of prediction type {kind!r}, which fits no transformer known here.")
-    if kind == "flow_prediction" and not (name.startswith("FlowMatch") or config.get("use_flow_sigmas")):
-        raise ValueError(f"`scheduler` is a {name} of prediction type {kind!r}, which needs use_flow_sigmas=True.")
-    if kind != "flow_prediction" and not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"`scheduler` is a {name}: neither of flow matching nor with `alphas_cumprod`.")
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if name.startswith("FlowMatch"):  # made for flow matching alone, which its configuration does not say
+        return "flow_prediction"
+    kind = config.get("prediction_type")
+    if kind == "flow_prediction":
+        if not config.get("use_flow_sigmas"):
+            raise ValueError(f"`scheduler` is a {name} of prediction type {kind!r}, which needs use_flow_sigmas=True.")
+    elif kind not in ("epsilon", "v_prediction", "sample") or not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"`scheduler` is a {name} of prediction type {kind!r}: neither of flow matching nor with `alphas_cumprod`."
+        )
     return kind
 
 
 def noise_levels(scheduler: Any) -> list[NoiseLevel]:
     """
-    Compute the noise level of the latents with which each step of a scheduler begins.
-
-    Args:
-        scheduler (`SchedulerMixin`): A scheduler whose `set_timesteps` was called.
-
-    Returns:
-        `list[NoiseLevel]`: The level of each step.
+    Compute the noise level with which each step of a scheduler begins, once its `set_timesteps` was called.
 
     Raises:
         ValueError: `scheduler` is of no kind that `prediction_type_of` knows.

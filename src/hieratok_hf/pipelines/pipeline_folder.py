@@ -17,10 +17,8 @@ _CLASS = "AutoencoderHieraTok"
 
 class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
     """
-    Save a pipeline, and load it by the class itself, which is installed.
-
-    The code that `add_remote_code` put into a folder for machines without the package is not run, so no
-    `trust_remote_code` is needed.
+    Save a pipeline, and load it by the installed class: code that `add_remote_code` put into the folder is not run,
+    and no `trust_remote_code` is needed.
     """
 
     @classmethod
@@ -48,14 +46,10 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "Self":
         """
-        Load a pipeline as `DiffusionPipeline` does; the error of one that cannot be had names the way out.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
-            kwargs: Further arguments of `DiffusionPipeline.from_pretrained`.
+        Load a pipeline from a folder or a Hub id, with the arguments of `DiffusionPipeline.from_pretrained`.
 
         Raises:
-            OSError: There is no such folder or repository, or no network to reach it.
+            OSError: There is no such folder or repository, or no network to reach it; the message names the way out.
         """
         with name_in_errors(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)

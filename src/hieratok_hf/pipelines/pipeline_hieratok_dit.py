@@ -23,7 +23,7 @@ from .pipeline_folder import PipelineFolderMixin
 
 __all__ = ["HieraTokDiTPipeline"]
 
-# Shape letters: B images of a call, C latent channels, h w the latent's grid, p the tokenizer's patch size.
+# Shape letters: B images of a call, C latent channels, h w the latent's grid, H W pixels.
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _ROUNDING = 1e-6  # of a scheduler's noise, which is float32
@@ -80,7 +80,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
     ):
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        kind = prediction_type_of(scheduler) if prediction_type is None else prediction_type
+        kind = prediction_type or prediction_type_of(scheduler)
         # JSON makes text of the numbers.
         names = {int(key): str(value) for key, value in (id2label or {}).items()}
         self.register_to_config(id2label=names, prediction_type=kind)
@@ -154,12 +154,9 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Shares of noise, from 0 for clean to 1
                 for noise alone, between which guidance acts (Kynkäänniemi et al., arXiv 2404.07724).
             num_images_per_prompt (`int`, defaults to 1): Number of images of each class, one after the other.
-            timesteps (`list[int]`, *optional*): Timesteps of the scheduler in place of `num_inference_steps`, where it
-                takes them.
-            sigmas (`list[float]`, *optional*): Noise levels of the scheduler in place of `num_inference_steps`, where
-                it takes them.
-            eta (`float`, defaults to 0.0): Weight of the noise that DDIM adds in a step (arXiv 2010.02502); schedulers
-                without it take no notice.
+            timesteps, sigmas (`list[int]` and `list[float]`, *optional*): Timesteps, or noise levels, of the scheduler
+                in place of `num_inference_steps`, where it takes them.
+            eta (`float`, defaults to 0.0): Weight of the noise that DDIM adds in a step (arXiv 2010.02502).
             generator (`torch.Generator` or one for each image, *optional*): Source of all noise. With one for each,
                 an image does not depend on those beside it.
             latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to begin with; drawn
@@ -186,24 +183,24 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         ids = self.get_label_ids(class_labels)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_inputs(
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            num_images_per_prompt,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            preview_scales,
-        )
-        previews = {} if preview_scales is None else {"num_scales": preview_scales}
+        self.check_inputs(num_inference_steps, guidance_scale, guidance_interval, num_images_per_prompt, output_type)
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, preview_scales)
+        if timesteps is not None and self.scheduler.config.get("shift", 1.0) != 1:
+            raise ValueError("`timesteps` cannot be given to a scheduler with a shift, which moves the noise only.")
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         device, channels = self._execution_device, self.transformer.config.in_channels
         labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
         no_labels = torch.full_like(labels, self.num_classes)
         latents = self.prepare_latents(len(labels), generator, latents)
-        self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        if timesteps is None and sigmas is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # Its own last step would begin with hardly any noise; as in diffusers' pipelines, steps are even.
+            sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        # Some schedulers calculate with them.
+        noise = None if sigmas is None else np.asarray(sigmas, dtype=np.float32)
+        retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, noise)
+        # Schedulers of the second order ask twice in a step.
+        self._num_timesteps = len(self.scheduler.timesteps)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
@@ -233,8 +230,9 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 clean_latents = level.clean(scaled, prediction)
                 values = {"latents": latents, "clean_latents": clean_latents}
                 tensors = {name: values[name] for name in callback_on_step_end_tensor_inputs}
-                if previews:
-                    tensors["preview"] = (self._decode(clean_latents, **previews) / 2 + 0.5).clamp(0, 1)
+                if preview_scales is not None:
+                    preview = self._decode(clean_latents, num_scales=preview_scales)
+                    tensors["preview"] = (preview / 2 + 0.5).clamp(0, 1)
                 latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
 
         if output_type == "latent":
@@ -251,9 +249,6 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         guidance_interval: tuple[float, float],
         num_images_per_prompt: int,
         output_type: str,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        preview_scales: int | None,
     ) -> None:
         """Raise `ValueError` with the name of the argument of `__call__`, or of the part, that cannot serve."""
         counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
@@ -263,13 +258,12 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         if not 1 <= guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be at least 1, which is none, and finite; got {guidance_scale}.")
         if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(
-                f"`guidance_interval` must be two rising shares of noise from 0 to 1, got {guidance_interval}."
-            )
+            raise ValueError(f"`guidance_interval` must be two rising shares from 0 to 1, got {guidance_interval}.")
+        if output_type not in _OUTPUT_TYPES or (self.vae is None and output_type != "latent"):
+            wanted = list(_OUTPUT_TYPES) if self.vae is not None else "'latent' without a `vae`"
+            raise ValueError(f"`output_type` must be one of {wanted}, got {output_type!r}.")
         if self.scheduler.config.get("use_dynamic_shifting"):
-            raise ValueError(
-                "`scheduler` has use_dynamic_shifting=True, by the length of a prompt's image: give it False."
-            )
+            raise ValueError("`scheduler` has use_dynamic_shifting=True, by the length of a prompt: give it False.")
         if (kind := prediction_type_of(self.scheduler)) != (expected := self.config.prediction_type):
             flow = ", use_flow_sigmas=True" if expected == "flow_prediction" else ""
             raise ValueError(
@@ -277,24 +271,20 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 f"this one's is {expected!r}: give the scheduler's `from_config` prediction_type={expected!r}{flow}, "
                 "if it can have it, or take another scheduler."
             )
-        if output_type not in _OUTPUT_TYPES or (self.vae is None and output_type != "latent"):
-            wanted = list(_OUTPUT_TYPES) if self.vae is not None else "'latent' without a `vae`"
-            raise ValueError(f"`output_type` must be one of {wanted}, got {output_type!r}.")
-        if wrong := [x for x in callback_on_step_end_tensor_inputs if x not in self._callback_tensor_inputs]:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {wrong[0]!r}."
-            )
+
+    def _check_callback(self, callback: Any, tensor_inputs: Sequence[str], preview_scales: int | None) -> None:
+        if wrong := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
+            known = self._callback_tensor_inputs
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {known}, got {wrong[0]!r}.")
         if preview_scales is None:
             return
-        if callback_on_step_end is None:
+        if callback is None:
             raise ValueError("`preview_scales` needs a `callback_on_step_end`, which gets the previews.")
         if "num_scales" not in inspect.signature(self.vae.decode).parameters:
             raise ValueError(f"`preview_scales` needs a tokenizer with scales, `vae` is a {type(self.vae).__name__}.")
         scales = len(self.vae.config.scale_factors)
         if not isinstance(preview_scales, int) or not 1 <= preview_scales <= scales:
-            raise ValueError(
-                f"`preview_scales` must be from 1 to the {scales} scales of `vae`, got {preview_scales!r}."
-            )
+            raise ValueError(f"`preview_scales` must be from 1 to the {scales} of `vae`, got {preview_scales!r}.")
 
     def prepare_latents(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
@@ -311,25 +301,10 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             raise ValueError(f"`generator` must be one or one for each of {batch_size} images, got {len(generator)}.")
         if latents is None:
             return randn_tensor(shape, generator, self._execution_device, torch.float32)
-        if not isinstance(latents, Tensor) or tuple(latents.shape) != shape or not latents.is_floating_point():
-            got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            kind = f" of {latents.dtype}" if isinstance(latents, Tensor) else ""
-            raise ValueError(f"`latents` must be a tensor of floating point of shape {shape}, got {got}{kind}.")
+        if not isinstance(latents, Tensor) or latents.shape != shape or not latents.is_floating_point():
+            got = f"{tuple(latents.shape)} of {latents.dtype}" if isinstance(latents, Tensor) else type(latents)
+            raise ValueError(f"`latents` must be a tensor of floating point of shape {shape}, got {got}.")
         return latents.to(self._execution_device, torch.float32)
-
-    def _set_timesteps(
-        self, num_inference_steps: int, timesteps: list[int] | None, sigmas: list[float] | None
-    ) -> None:
-        if timesteps is not None and self.scheduler.config.get("shift", 1.0) != 1:
-            raise ValueError("`timesteps` cannot be given to a scheduler with a shift, which moves the noise only.")
-        if timesteps is None and sigmas is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            # Its own last step would begin with hardly any noise; as in diffusers' pipelines, steps are even.
-            sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-        # Some schedulers calculate with them.
-        noise = None if sigmas is None else np.asarray(sigmas, dtype=np.float32)
-        retrieve_timesteps(self.scheduler, num_inference_steps, self._execution_device, timesteps, noise)
-        # Schedulers of the second order ask twice in a step.
-        self._num_timesteps = len(self.scheduler.timesteps)
 
     def _decode(self, latents: Tensor, **scales: int) -> Tensor:
         """Decode latents, as the transformer knows them, to images of about [-1, 1]."""
@@ -341,22 +316,14 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
 def _check_parts(vae: Any, transformer: Any, id2label: Mapping[int, str]) -> None:
     """Raise `ValueError` unless a transformer denoises a tokenizer's latents and has the classes that are named."""
     channels, config = vae.config.latent_channels, transformer.config
-    for name in ("in_channels", "sample_size", "num_embeds_ada_norm"):
-        if not isinstance(config.get(name), int):
-            raise ValueError(f"`transformer` must have a whole number {name!r} in its configuration.")
-    if config.in_channels != channels:
-        raise ValueError(
-            f"`transformer` takes latents of {config.in_channels} channels, those of `vae` have {channels}."
-        )
+    if (taken := config.in_channels) != channels:
+        raise ValueError(f"`transformer` takes latents of {taken} channels, those of `vae` have {channels}.")
     # As many again are a predicted variance, which is not used.
-    if (out := config.get("out_channels") or channels) not in (channels, 2 * channels):
-        raise ValueError(f"`transformer` must give {channels} channels or twice as many, it gives {out}.")
-    if config.sample_size % (patch := config.get("patch_size") or 1):
-        raise ValueError(
-            f"`transformer` has a sample size of {config.sample_size}, which is no multiple of its patch size {patch}."
-        )
-    if wrong := [key for key in id2label if not 0 <= key < config.num_embeds_ada_norm]:
-        raise ValueError(
-            f"`id2label` names the class {wrong[0]}, `transformer` has the classes 0 to "
-            f"{config.num_embeds_ada_norm - 1}."
-        )
+    if (given := config.get("out_channels") or channels) not in (channels, 2 * channels):
+        raise ValueError(f"`transformer` must give {channels} channels or twice as many, it gives {given}.")
+    side, patch = config.sample_size, config.get("patch_size") or 1
+    if side % patch:
+        raise ValueError(f"`transformer` has a sample size of {side}, which is no multiple of its patch size {patch}.")
+    last = config.num_embeds_ada_norm - 1
+    if wrong := [key for key in id2label if not 0 <= key <= last]:
+        raise ValueError(f"`id2label` names the class {wrong[0]}, `transformer` has the classes 0 to {last}.")
