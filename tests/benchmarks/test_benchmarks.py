@@ -188,33 +188,25 @@ def test_parts_of_the_attention_benchmark_add_up_to_every_row(attention, tmp_pat
     assert "tokens (3x3 finest), forward and backward" in capsys.readouterr().out
 
 
-def test_the_attention_benchmark_reports_nothing_when_a_result_is_wrong(attention, monkeypatch, tmp_path, capsys):
-    right = attention.scale_causal_attention
+def test_a_backend_that_fails_is_absent_and_a_wrong_one_ends_the_report(attention, monkeypatch, tmp_path, capsys):
+    right, factor = attention.scale_causal_attention, {"sdpa": 1}
 
-    def wrong(*args, backend, **kwargs):
-        return right(*args, backend=backend, **kwargs) * (1 + 1e-4 * (backend == "sdpa"))
-
-    monkeypatch.setattr(attention, "scale_causal_attention", wrong)
-    assert attention.main([*CPU, "--json"]) == 1
-    out, err = capsys.readouterr()
-    assert "of sdpa_mask" not in out and "error: wrong results, so nothing is reported: sdpa, torch.float32" in err
-    assert not (tmp_path / "results").exists()
-
-
-def test_a_backend_that_fails_is_absent_from_the_row(attention, monkeypatch, tmp_path, capsys):
-    right = attention.scale_causal_attention
-
-    def no_compiler(*args, backend, **kwargs):
+    def changed(*args, backend, **kwargs):
         if backend == "flex":
             raise NotImplementedError("no compiler here\nand more")
-        return right(*args, backend=backend, **kwargs)
+        return right(*args, backend=backend, **kwargs) * factor.get(backend, 1)
 
-    monkeypatch.setattr(attention, "scale_causal_attention", no_compiler)
-    backends = ["--backends", "sdpa_mask", "sdpa", "flex"]
-    assert attention.main([*CPU, "--kinds", "0", "--json", *backends]) == 0
+    monkeypatch.setattr(attention, "scale_causal_attention", changed)
+    given = [*CPU, "--kinds", "0", "--json", "--backends", "sdpa_mask", "sdpa", "flex"]
+    assert attention.main(given) == 0
     report = report_in(tmp_path / "results")
     assert all(row["absent"] == {"flex": "no compiler here"} for row in report["rows"])
     assert "absent: no compiler here" in capsys.readouterr().out
+    factor["sdpa"] += 1e-4
+    assert attention.main(given) == 1
+    out, err = capsys.readouterr()
+    assert "of sdpa_mask" not in out and "error: wrong results, so nothing is reported: sdpa, torch.float32" in err
+    assert report_in(tmp_path / "results") == report
 
 
 def test_rows_of_another_machine_are_not_kept(attention, tmp_path):
@@ -323,12 +315,10 @@ def test_the_training_benchmark_takes_real_steps(load_benchmark, monkeypatch, tm
     assert "of the measured matrix rate" in capsys.readouterr().out
 
 
-@pytest.fixture
-def scales():
-    return load_script("benchmarks", "compare_scales")
+scales = load_script("benchmarks", "compare_scales")
 
 
-def test_the_table_of_scales_is_what_was_recorded(scales):
+def test_the_table_of_scales_is_what_was_recorded():
     runs = json.loads(scales.RESULTS.read_text())["runs"]
     assert {f"{row}-{seed}" for row in ("single", "multi", "full", "two", "three") for seed in (0, 1)} <= set(runs)
     assert f"{scales.BEGIN}\n{scales.table(runs)}\n{scales.END}" in scales.README.read_text()
@@ -345,14 +335,14 @@ def test_the_tables_of_generation_are_what_was_recorded():
         assert [point["step"] for point in run["curve"]] == [500, 1000, 1500, 2000]
 
 
-def test_a_curve_is_followed_to_a_distance(scales):
+def test_a_curve_is_followed_to_a_distance():
     curve = [{"step": step, scales.DISTANCE: value} for step, value in ((250, 800.0), (500, 600.0), (750, 500.0))]
     assert scales.steps_to_reach(curve, 600) == 500
     assert scales.steps_to_reach(curve, 575) == 562.5
     assert scales.steps_to_reach(curve, 499) is None
 
 
-def test_rows_of_scales_have_models_and_twins(scales):
+def test_rows_of_scales_have_models_and_twins():
     configs = {row: scales.CONFIG | scales.CONFIGS.get(row, {}) for row in scales.ROWS}
     for row, (text, twin, arguments) in scales.ROWS.items():
         core = scales.core_class(row)(HieraTokConfig.from_size("hieratok-tiny", **configs[row]))
@@ -366,7 +356,7 @@ def test_rows_of_scales_have_models_and_twins(scales):
 
 
 @pytest.mark.parametrize("name", ["scale_layers", "coarse_context", "encoder_too"])
-def test_the_other_models_of_the_comparison_are_multi_scale_models(name, scales):
+def test_the_other_models_of_the_comparison_are_multi_scale_models(name):
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="`downsampling` must be 'mean' for a variant, got 'learned'"):
         scales.VARIANTS[name](tiny())

@@ -6,14 +6,9 @@ import pytest
 import torch
 from helpers import images, random_core
 from PIL import Image
-from scripts import report_in
+from scripts import report_in, usage_error
 
 from hieratok_hf import AutoencoderHieraTok
-
-
-@pytest.fixture
-def bench(load_benchmark):
-    return load_benchmark("compare_positions")
 
 
 @pytest.fixture
@@ -57,6 +52,4 @@ def test_it_reports_what_it_measures(bench, folder, tmp_path, capsys):
 
 
 def test_too_few_images_are_refused(bench, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(["--kodak", str(tmp_path)])
-    assert "four images or more, found 0" in capsys.readouterr().err
+    assert "four images or more, found 0" in usage_error(capsys, bench.main, "--kodak", tmp_path)

@@ -8,7 +8,7 @@ import torch
 from helpers import noise, random_core
 from latent_data import make_images
 from PIL import Image
-from scripts import load_script
+from scripts import load_script, usage_error
 
 pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("sklearn", reason="t-SNE is that of scikit-learn")
@@ -36,9 +36,8 @@ def test_white_noise_is_flat_and_has_the_share_of_the_frequencies():
     assert frequencies[0] == 0 and (frequencies.diff() > 0).all() and rings.shape == (2, len(frequencies))
     torch.testing.assert_close(rings, torch.ones_like(rings), rtol=0, atol=0.1)
     upper = sum(i * i + j * j >= 16 for i in range(8) for j in range(8))
-    torch.testing.assert_close(
-        space.upper_half_share(spectrum), torch.full((2,), upper / 64).double(), rtol=0.01, atol=0
-    )
+    shares = torch.full((2,), upper / 64).double()
+    torch.testing.assert_close(space.upper_half_share(spectrum), shares, rtol=0.01, atol=0)
     assert space.neighbour_correlation(latents).abs().max() < 0.01
     assert space.excess_kurtosis(latents).abs().max() < 0.05
 
@@ -115,6 +114,4 @@ def test_caches_beside_each_other(tmp_path, capsys):
     assert len(lines) == 5 and {line.count("|") for line in lines} == {9}
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > image.height > 400
-    with pytest.raises(SystemExit):
-        space.main([str(folders[0]), str(folders[0])])
-    assert "a name of its own" in capsys.readouterr().err
+    assert "a name of its own" in usage_error(capsys, space.main, folders[0], folders[0])

@@ -8,13 +8,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 from helpers import TINY, random_core
 from PIL import Image
-from scripts import FSDP, ROOT, error_of, forget_processes, kill_and_go_on, load_script, records, two_processes
+from scripts import error_of, kill_and_go_on, load_script, records, run_training, two_processes, usage_error
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_writer import write_latents
 
-SCRIPT = ROOT / "examples" / "train_dit.py"
 train_dit = load_script("examples", "train_dit")
 CONFIG = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
 NAMES = ["blue", "green", "red"]
@@ -44,31 +43,16 @@ def arguments(space):
     def make(output, *more):
         settings = "--size dit-tiny --batch_size 6 --steps 6 --warmup_steps 2 --decay_steps 2 --lr 1e-3 --ema 0.5"
         schedule = "--log_every 1 --save_every 3 --sample_every 6 --sample_steps 2"
-        source = [] if "--data" in more else ["--latents", str(space / "latents")]
-        given = ["--vae", str(space / "vae"), "--output", str(output), "--config", json.dumps(CONFIG), *source]
-        return [*given, *settings.split(), *schedule.split(), *map(str, more)]
+        source = [] if "--data" in more else ["--latents", space / "latents"]
+        given = ["--vae", space / "vae", "--output", output, "--config", json.dumps(CONFIG), *source]
+        return list(map(str, [*given, *settings.split(), *schedule.split(), *more]))
 
     return make
 
 
 @pytest.fixture
 def run(arguments):
-    def train(output, *more):
-        forget_processes()
-        assert train_dit.main(arguments(output, *more)) == 0
-        return records(output)
-
-    return train
-
-
-@pytest.fixture
-def failure(arguments, capsys):
-    def train(output, *more):
-        forget_processes()
-        assert train_dit.main(arguments(output, *more)) == 2
-        return error_of(capsys)
-
-    return train
+    return lambda output, *more: run_training(train_dit, arguments(output, *more))
 
 
 def weights_of(folder):
@@ -103,7 +87,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(
     whole = run(tmp_path / "whole", *more)
     go_on = {"arguments": arguments(tmp_path / "parts", *more, "--resume")}
     runs = [*[{**go_on, "kill": 0.1}] * kills, {**go_on, "cut": 2}, go_on]
-    told = kill_and_go_on(SCRIPT, "losses.jsonl", runs, tmp_path / "cache")
+    told = kill_and_go_on(train_dit, "losses.jsonl", runs, tmp_path / "cache")
     assert told[-1]["ended"] and sum(not ended["ended"] for ended in told) >= min(kills, 3), told
     assert records(tmp_path / "parts") == whole
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
@@ -111,7 +95,8 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(
 
 def test_sharded_over_two_processes_it_trains_as_one(tmp_path, run, arguments):
     one = run(tmp_path / "one", "--steps", 3)
-    two_processes(SCRIPT, arguments(tmp_path / "two", "--steps", 3, "--export_every", 3), tmp_path / "cache", **FSDP)
+    given = arguments(tmp_path / "two", "--steps", 3, "--export_every", 3)
+    two_processes(train_dit, given, tmp_path / "cache", shard=True)
     for ours, theirs in zip(records(tmp_path / "two"), one, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
@@ -121,8 +106,7 @@ def test_sharded_over_two_processes_it_trains_as_one(tmp_path, run, arguments):
 
 
 def test_all_labels_are_dropped_at_the_rate(tmp_path, run, monkeypatch):
-    seen = []
-    forward = train_dit.VelocityTraining.forward
+    seen, forward = [], train_dit.VelocityTraining.forward
 
     def watched(self, latents, noise, times, labels):
         seen.extend(labels.tolist())
@@ -149,7 +133,11 @@ def test_options_of_the_optimisation(tmp_path, run):
     assert HieraTokDiTPipeline.from_pretrained(tmp_path / "shifted").scheduler.config.shift == 3
 
 
-def test_what_does_not_fit_is_named(tmp_path, failure, run, space):
+def test_what_does_not_fit_is_named(tmp_path, capsys, arguments, run, space):
+    def failure(output, *more):
+        assert train_dit.main(arguments(output, *more)) == 2
+        return error_of(capsys)
+
     AutoencoderHieraTok.from_core(random_core(seed=1)).save_pretrained(tmp_path / "other")
     assert "was written with the encoder" in failure(tmp_path / "a", "--vae", tmp_path / "other")
     trained = tmp_path / "trained"
@@ -166,17 +154,11 @@ def test_what_does_not_fit_is_named(tmp_path, failure, run, space):
     assert "one is none" in failure(tmp_path / "g", *unnamed, "--class_names", "a", "b")
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--data", "x"], "one of --latents and --data is needed"),
-        (["--class_dropout", "1"], "--class_dropout must be at least 0 and less than 1, got 1.0"),
-    ],
-)
-def test_arguments_that_cannot_be_are_named(tmp_path, capsys, more, message):
-    with pytest.raises(SystemExit, match="2"):
-        train_dit.main(["--output", str(tmp_path), "--latents", "x", *more])
-    assert message in capsys.readouterr().err
+def test_arguments_that_cannot_be_are_named(tmp_path, capsys):
+    given = ["--output", tmp_path, "--latents", "x"]
+    assert "one of --latents and --data" in usage_error(capsys, train_dit.main, *given, "--data", "x")
+    message = usage_error(capsys, train_dit.main, *given, "--class_dropout", 1)
+    assert "--class_dropout must be at least 0 and less than 1, got 1.0" in message
 
 
 @pytest.mark.gpu

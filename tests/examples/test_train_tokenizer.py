@@ -8,13 +8,12 @@ import torch
 from helpers import TINY
 from PIL import Image
 from scripts import (
-    FSDP,
     ROOT,
     error_of,
-    forget_processes,
     kill_and_go_on,
     load_script,
     records,
+    run_training,
     save_vision_model,
     two_processes,
 )
@@ -25,7 +24,6 @@ from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, traini
 from hieratok_hf.training.pca_init import latent_statistics
 from hieratok_hf.training.state import latest_state, states_in
 
-SCRIPT = ROOT / "examples" / "train_tokenizer.py"
 train_tokenizer = load_script("examples", "train_tokenizer")
 IMAGES = str(ROOT / "examples" / "images")
 CONFIG = {**TINY, "scale_factors": [4, 2, 1]}
@@ -50,21 +48,22 @@ def first(tmp_path_factory):
 def arguments(output, *more):
     settings = "--crop_sizes 32 64 --batch_size 8 --steps 6 --warmup_steps 2 --decay_steps 2 --linear_steps 20"
     schedule = "--log_every 1 --save_every 3 --statistics_batches 4 --ema 0.5"
-    return [
-        *("--data", IMAGES, "--output", str(output), *settings.split(), *schedule.split()),
-        *("--config", json.dumps(CONFIG), *map(str, more)),
-    ]
+    given = ["--data", IMAGES, "--output", output, "--config", json.dumps(CONFIG)]
+    return list(map(str, [*given, *settings.split(), *schedule.split(), *more]))
 
 
 def run(output, *more):
-    forget_processes()
-    assert train_tokenizer.main(arguments(output, *more)) == 0
-    return records(output)
+    return run_training(train_tokenizer, arguments(output, *more))
 
 
 def train(output, *more):
     run(output, *more)
     return AutoencoderHieraTok.from_pretrained(output)
+
+
+def failure(capsys, output, *more):
+    assert train_tokenizer.main(arguments(output, *more)) == 2
+    return error_of(capsys)
 
 
 def weights_of(folder):
@@ -101,7 +100,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path, vi
     assert {"discriminator", "adversarial", "alignment", "perceptual", "coarse", "border"} <= set(whole[-1])
     go_on = {"arguments": arguments(tmp_path / "parts", *more, "--resume")}
     runs = [*[{**go_on, "kill": 0.2}] * 5, {**go_on, "cut": 3}, go_on]
-    told = kill_and_go_on(SCRIPT, "losses.jsonl", runs, tmp_path / "cache")
+    told = kill_and_go_on(train_tokenizer, "losses.jsonl", runs, tmp_path / "cache")
     assert told[-1]["ended"] and sum(not ended["ended"] for ended in told[:5]) >= 3, told
     assert records(tmp_path / "parts") == whole
     a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
@@ -111,7 +110,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path, vi
 def test_two_processes_train_as_one(tmp_path, vision_model):
     more = [*all_losses(vision_model), "--validation_data", IMAGES, "--validation_every", "3"]
     one = run(tmp_path / "one", *more)
-    two_processes(SCRIPT, arguments(tmp_path / "two", *more), tmp_path / "cache")
+    two_processes(train_tokenizer, arguments(tmp_path / "two", *more), tmp_path / "cache")
     two = records(tmp_path / "two")
     for ours, theirs in zip(two, one, strict=True):
         # A norm of gradients has the jumps of L1 and ReLU in it, and Adam's first step of the discriminator is a sign,
@@ -131,7 +130,7 @@ def test_two_processes_train_as_one(tmp_path, vision_model):
 def test_sharded_over_two_processes_it_trains_as_one(tmp_path):
     more = ["--steps", 3, "--crop_sizes", 32]
     one = run(tmp_path / "one", *more)
-    two_processes(SCRIPT, arguments(tmp_path / "two", *more), tmp_path / "cache", **FSDP)
+    two_processes(train_tokenizer, arguments(tmp_path / "two", *more), tmp_path / "cache", shard=True)
     for ours, theirs in zip(records(tmp_path / "two"), one, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     # What sharded processes saved, a single one goes on from.
@@ -182,20 +181,12 @@ def test_the_tracker_gets_losses_and_samples(tmp_path):
     assert [event.step for event in events.Scalars("loss")] == [1, 2] and events.Tags()["images"] == ["samples"]
 
 
-def failure(capsys, output, *more):
-    assert train_tokenizer.main(arguments(output, *more)) == 2
-    return error_of(capsys)
-
-
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
-    objective, calls = train_tokenizer.TrainingLoss.__call__, []
+    objective, factors = train_tokenizer.TrainingLoss.__call__, iter([1, 1, 1, 1, float("nan")])
 
     def poisoned(*args):
         losses = objective(*args)
-        calls.append(args)
-        if len(calls) == 5:
-            losses["loss"] = losses["loss"] * float("nan")
-        return losses
+        return {**losses, "loss": losses["loss"] * next(factors, 1)}
 
     monkeypatch.setattr(train_tokenizer.TrainingLoss, "__call__", poisoned)
     assert "not finite at step 5" in failure(capsys, tmp_path, "--log_every", 10)
