@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import draw, markdown_table
 from torch import Tensor
 
 from hieratok_hf.cli.command_line import make_parser
@@ -172,15 +173,14 @@ def embedded(latents: Tensor) -> np.ndarray:
 
 def table(spaces: dict[str, dict[str, Any]]) -> str:
     """A row for each latent space in Markdown."""
-    lines = [
+    head = (
         "| latents of | energy in the upper half of the frequencies | correlation of neighbours | variance of the "
-        "channels, least and largest | their ratio | excess kurtosis | uniformity, flattened | pooled |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        "channels, least and largest | their ratio | excess kurtosis | uniformity, flattened | pooled |"
+    )
+    rows = []
     for name, space in spaces.items():
-        variance, correlation, kurtosis = (
-            space[key] for key in ("variance", "neighbour_correlation", "excess_kurtosis")
-        )
+        keys = ("variance", "neighbour_correlation", "excess_kurtosis")
+        variance, correlation, kurtosis = (space[key] for key in keys)
         cells = [
             f"`{name}`" if name != NOISE else name,
             f"{100 * space['upper_half_share']:.1f} %",
@@ -191,8 +191,8 @@ def table(spaces: dict[str, dict[str, Any]]) -> str:
             f"{space['uniformity_flattened']:.2f}",
             f"{space['uniformity_pooled']:.2f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def plot(
@@ -207,40 +207,31 @@ def plot(
         classes (`list[str]`): Names of the labels.
         path (`Path`): A PNG file.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (5 * (len(images) + 1), 5.4)
-    figure, axes = plt.subplots(1, len(images) + 1, figsize=size, layout="constrained")
     styles: dict[str, Any] = {NOISE: {"color": "grey", "linestyle": ":"}}
-    styles |= {
-        name: {"color": f"C{i}", "marker": ".ox^"[i % 4], "markersize": 4}
-        for i, name in enumerate(x for x in spaces if x != NOISE)
-    }
-    for name, space in spaces.items():
-        for channel, spectrum in enumerate(space["spectra"]):
-            # Shares of the variance, so that spaces of other scales lie beside each other.
-            values = [x / space["variance"][channel] for x in spectrum]
-            axes[0].semilogy(space["frequencies"], values, alpha=0.8, label=None if channel else name, **styles[name])
-    axes[0].axvline(0.5, color="grey", linewidth=0.8)
-    axes[0].set(
-        title="power over the channel's variance, a line a channel", xlabel="frequency over that of alternating cells"
-    )
-    axes[0].grid(alpha=0.3)
-    axes[0].legend()
-    for axis, (name, (latents, labels)) in zip(axes[1:], images.items()):
-        points = embedded(latents)
-        for label, title in enumerate(classes):
-            mine = points[(labels == label).numpy()]
-            axis.scatter(*mine.T, s=6, color=plt.get_cmap("tab10")(label % 10), label=title.replace("_", " "))
-        axis.set(title=f"{name}: t-SNE of {len(latents)} latents", xticks=[], yticks=[])
-    if images:
-        handles = axes[1].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower right", ncols=5, markerscale=2.5)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    for i, name in enumerate(name for name in spaces if name != NOISE):
+        styles[name] = {"color": f"C{i}", "marker": ".ox^"[i % 4], "markersize": 4}
+    panels = len(images) + 1
+    with draw(path, panels, figsize=(5 * panels, 5.4)) as (figure, (first, *others)):
+        for name, space in spaces.items():
+            for channel, spectrum in enumerate(space["spectra"]):
+                # Shares of the variance, so that spaces of other scales lie beside each other.
+                values = [x / space["variance"][channel] for x in spectrum]
+                label = None if channel else name
+                first.semilogy(space["frequencies"], values, alpha=0.8, label=label, **styles[name])
+        first.axvline(0.5, color="grey", linewidth=0.8)
+        first.set(title="power over the channel's variance, a line a channel")
+        first.set(xlabel="frequency over that of alternating cells")
+        first.grid(alpha=0.3)
+        first.legend()
+        for axis, (name, (latents, labels)) in zip(others, images.items()):
+            points = embedded(latents)
+            for label, title in enumerate(classes):
+                mine = points[(labels == label).numpy()]
+                axis.scatter(*mine.T, s=6, color=f"C{label % 10}", label=title.replace("_", " "))
+            axis.set(title=f"{name}: t-SNE of {len(latents)} latents", xticks=[], yticks=[])
+        if others:
+            handles = others[0].get_legend_handles_labels()
+            figure.legend(*handles, loc="outside lower right", ncols=5, markerscale=2.5)
 
 
 def latents_of(folder: Path, most: int | None = None) -> tuple[Tensor, Tensor]:

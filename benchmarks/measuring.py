@@ -1,4 +1,4 @@
-"""Hold what the benchmarks share: the machine they ran on, and times taken side by side."""
+"""Hold what the benchmarks share: the machine they ran on, times taken side by side, tables and plots."""
 
 import ctypes
 import json
@@ -9,15 +9,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hieratok_hf.cli.command_line import describe_machine, write_report
+from hieratok_hf.cli.command_line import add_device, describe_machine, find_device, write_report
 from hieratok_hf.ops.attention import device_kind
+
+END = "<!-- until here -->"
 
 
 def describe_benchmark(device: torch.device) -> dict[str, Any]:
@@ -40,6 +44,25 @@ def describe_benchmark(device: torch.device) -> dict[str, Any]:
         # A copy of the tree without its history is told by whoever made it.
         "commit": described.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown"),
     }
+
+
+def add_model_options(parser: ArgumentParser, dtypes: tuple[str, ...] | None = None) -> None:
+    """Add the options of a benchmark that runs a model of a named size on one batch."""
+    add = parser.add_argument
+    add_device(parser)
+    add("--size", default="hieratok-b", help="a named size")
+    add("--images", type=int, help="images of a batch; 64 on a GPU, 2 on a CPU unless given")
+    add("--pixels", type=int, default=256, help="side of the images")
+    add("--dtype", choices=dtypes, help="dtype; bfloat16 on a GPU, float32 on a CPU unless given")
+    add("--plain_only", action="store_true", help="compile nothing")
+
+
+def settle_model_options(args: Namespace) -> tuple[torch.device, torch.dtype, int]:
+    """Choose the device, the dtype and the number of images that `add_model_options` left open."""
+    device = find_device(args)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    return device, dtype, args.images or (64 if on_gpu else 2)
 
 
 def print_machine(machine: dict[str, Any]) -> None:
@@ -253,3 +276,36 @@ def in_fresh_process(
     if process.returncode == -9 or "out of memory" in errors or "allocate memory" in errors:
         return {"failed": "out of memory" if memory is None else f"more than {memory / 2**30:g} GiB"}
     raise RuntimeError(f"{Path(script).name} failed: {errors[-2000:]}")
+
+
+def markdown_table(head: str, rows: Iterable[Sequence[Any]]) -> str:
+    """Compose a table in Markdown of the line of its heads and of the cells of each row."""
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, cells))} |" for cells in rows)])
+
+
+def fill_section(text: str, begin: str, content: str) -> str:
+    """
+    Put other content between a marker of a text and the next `END`.
+
+    Raises:
+        ValueError: The text does not hold the marker once.
+    """
+    if text.count(begin) != 1:
+        raise ValueError(f"The text must hold {begin!r} once.")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{content}\n{END}{rest.partition(END)[2]}"
+
+
+@contextmanager
+def draw(path: Path, columns: int = 1, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """Give a figure and its axes side by side, and write it as a PNG file at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, squeeze=False, layout="constrained", **options)
+    yield figure, axes[0]
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README, CARD, NUMBERS = ((ROOT / name).read_text() for name in ("README.md", "model_card.md", "benchmarks/README.md"))
 PAGES = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
 CPU = ["--device", "cpu", "--seconds", "0"]
+END = load_script("benchmarks", "measuring").END
 
 
 def test_the_table_of_sizes_is_what_is_counted(tmp_path, capsys):
@@ -321,7 +322,7 @@ scales = load_script("benchmarks", "compare_scales")
 def test_the_table_of_scales_is_what_was_recorded():
     runs = json.loads(scales.RESULTS.read_text())["runs"]
     assert {f"{row}-{seed}" for row in ("single", "multi", "full", "two", "three") for seed in (0, 1)} <= set(runs)
-    assert f"{scales.BEGIN}\n{scales.table(runs)}\n{scales.END}" in scales.README.read_text()
+    assert f"{scales.BEGIN}\n{scales.table(runs)}\n{END}" in scales.README.read_text()
     assert all(run["images"] == 3925 and run["curve"][-1]["step"] >= 1000 for run in runs.values())
 
 
@@ -329,7 +330,7 @@ def test_the_tables_of_generation_are_what_was_recorded():
     generation = load_script("benchmarks", "compare_generation")
     results, text = generation.recorded(), generation.README.read_text()
     for begin, content in generation.sections(results).items():
-        assert f"{begin}\n{content}\n{generation.END}" in text
+        assert f"{begin}\n{content}\n{END}" in text
     for run in results["runs"].values():
         assert run["settings"] == generation.SETTINGS and run["reference_images"] == 9469
         assert [point["step"] for point in run["curve"]] == [500, 1000, 1500, 2000]

@@ -26,7 +26,7 @@ TINY = [
 
 
 compare = load_script("benchmarks", "compare_generation")
-BEGINS = compare.BEGIN, compare.SPACES_BEGIN
+BEGINS, END = (compare.BEGIN, compare.SPACES_BEGIN), load_script("benchmarks", "measuring").END
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def world(tmp_path, monkeypatch):
         vae.save_pretrained(tmp_path / "tokenizers" / f"{row}-0")
     (tmp_path / "results").mkdir()
     readme = tmp_path / "README.md"
-    markers = "".join(f"{begin}\nold\n{compare.END}\n{i} kept\n" for i, begin in enumerate(BEGINS))
+    markers = "".join(f"{begin}\nold\n{END}\n{i} kept\n" for i, begin in enumerate(BEGINS))
     readme.write_text(f"before\n{markers}")
     monkeypatch.setattr(compare, "README", readme)
     for name in ("RESULTS", "PLOT", "SPACES_PLOT"):
@@ -95,7 +95,7 @@ def test_both_rows_from_images_to_the_table(world, capsys, monkeypatch):
     text, printed = compare.README.read_text(), capsys.readouterr().out
     assert "old" not in text and text.startswith("before") and "0 kept" in text and text.endswith("1 kept\n")
     for begin, content in compare.sections(results).items():
-        assert f"{begin}\n{content}\n{compare.END}" in text and content in printed
+        assert f"{begin}\n{content}\n{END}" in text and content in printed
         assert len({line.count("|") for line in content.splitlines() if line.startswith("|")}) == 1
     assert compare.PLOT.exists() and compare.SPACES_PLOT.exists()
 
@@ -149,4 +149,4 @@ def test_what_cannot_run_is_said(tmp_path, capsys, monkeypatch):
         compare.call("fails", ["--model", "none"], tmp_path / "log.txt")
     assert (tmp_path / "log.txt").read_text() == "--model none\n"
     with pytest.raises(ValueError, match="once"):
-        compare.filled("no marker", compare.BEGIN, "")
+        compare.fill_section("no marker", compare.BEGIN, "")
