@@ -116,12 +116,7 @@ def prepared(
 
 
 def compiled(name: str, call: Callable[[], Tensor], expected: Tensor) -> Callable[[], Tensor]:
-    """
-    The call compiled, in one graph if the model is ours.
-
-    Raises:
-        ValueError: It returns another tensor than `expected`.
-    """
+    """The call compiled, in one graph if the model is ours; `ValueError` where it returns another tensor."""
     # The compiler keeps its graphs by code object, and looks through those of all models before it finds one.
     call.__code__ = call.__code__.replace()
     run = torch.compile(call, fullgraph=name.startswith("hieratok"), dynamic=False)
@@ -142,15 +137,7 @@ def measure(
     seconds: float,
 ) -> tuple[dict[str, dict[str, float]], dict[str, int], dict[str, str]]:
     """
-    One direction of several models, taking turns.
-
-    Args:
-        latents (`dict[str, tuple]`): The shape `(B, C, h, w)` of each model's latent.
-        pixels (`int`): Side of the images.
-        direction (`str`): `"encode"` or `"decode"`.
-        modes (`list[str]`): Of `MODES`.
-        device, dtype: Where and in what they run.
-        seconds (`float`): Time for all together.
+    One direction of several models, whose latents `(B, C, h, w)` have these shapes, taking turns.
 
     Returns:
         Seconds of a call by model and mode; on a GPU, bytes at the peak beyond weights and input; and why models are

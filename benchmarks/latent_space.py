@@ -43,15 +43,7 @@ def cosines(size: int) -> Tensor:
 
 
 def power(latents: Tensor) -> Tensor:
-    """
-    Mean energy of each frequency once each channel's mean over all images and cells is taken away.
-
-    Args:
-        latents (`torch.Tensor` of shape `(N, C, h, w)`): Latents.
-
-    Returns:
-        `torch.Tensor` of shape `(C, h, w)`: float64; its mean over frequencies is the channel's variance.
-    """
+    """Mean energy `(C, h, w)` in float64 of each frequency of latents `(N, C, h, w)`, less each channel's mean."""
     # A grid of latents is not periodic: the DFT would take the step from border to border for high frequencies, and
     # a Hann window, its remedy, would hide half of a grid of 8 cells. The DCT mirrors at the border instead.
     latents = checked(latents)
@@ -67,15 +59,7 @@ def radii(height: int, width: int) -> Tensor:
 
 
 def radial_spectrum(spectrum: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    `power` averaged over rings.
-
-    Args:
-        spectrum (`torch.Tensor` of shape `(C, h, w)`): That of `power`.
-
-    Returns:
-        The mean of `radii` in each ring `(R,)`, rising, and the mean power `(C, R)`.
-    """
+    """Give the mean of `radii` in each ring `(R,)`, rising, and the mean of `power` in it `(C, R)`."""
     size = spectrum.shape[1:]
     distance = radii(*size).flatten()
     rings = (distance * min(size)).round().long()
@@ -109,13 +93,9 @@ def excess_kurtosis(latents: Tensor) -> Tensor:
 
 def uniformity(vectors: Tensor, t: float = 2.0) -> float:
     """
-    How evenly directions cover the sphere: `log E exp(-t |x - y|^2)` over all pairs (Wang and Isola, 2020).
+    How evenly directions `(N, D)` cover the sphere: `log E exp(-t |x - y|^2)` over all pairs (Wang and Isola, 2020).
 
-    Args:
-        vectors (`torch.Tensor` of shape `(N, D)`): At least two, none of them zero; their lengths do not count.
-
-    Returns:
-        0 where all directions are one, lower where they are more uniform; uniform ones of many dimensions give `-2 t`.
+    It is 0 where all are one, and lower where they are more uniform; uniform ones of many dimensions give `-2 t`.
     """
     if vectors.ndim != 2 or len(vectors) < 2:
         raise ValueError(f"`vectors` must have shape (N, D) with N of 2 or more, got {tuple(vectors.shape)}.")
@@ -128,12 +108,7 @@ def uniformity(vectors: Tensor, t: float = 2.0) -> float:
 
 
 def figures(latents: Tensor) -> dict[str, Any]:
-    """
-    All of the above, ready for JSON.
-
-    Args:
-        latents (`torch.Tensor` of shape `(N, C, h, w)`): Latents; uniformity is that of `chosen` ones.
-    """
+    """All of the above of latents `(N, C, h, w)`, ready for JSON; uniformity is that of `chosen` ones."""
     latents = checked(latents)
     spectrum = power(latents)
     frequencies, spectra = radial_spectrum(spectrum)
@@ -198,15 +173,7 @@ def table(spaces: dict[str, dict[str, Any]]) -> str:
 def plot(
     spaces: dict[str, dict[str, Any]], images: dict[str, tuple[Tensor, Tensor]], classes: list[str], path: Path
 ) -> None:
-    """
-    The spectra of all spaces, and a t-SNE of each beside them.
-
-    Args:
-        spaces (`dict`): `figures` by name.
-        images (`dict`): Latents `(N, C, h, w)` and labels `(N,)` by name.
-        classes (`list[str]`): Names of the labels.
-        path (`Path`): A PNG file.
-    """
+    """Spectra of all spaces, and beside them a t-SNE of latents `(N, C, h, w)` by their labels `(N,)`."""
     styles: dict[str, Any] = {NOISE: {"color": "grey", "linestyle": ":"}}
     for i, name in enumerate(name for name in spaces if name != NOISE):
         styles[name] = {"color": f"C{i}", "marker": ".ox^"[i % 4], "markersize": 4}

@@ -73,18 +73,10 @@ def record_report(
     folder: Path, name: str, report: dict[str, Any], key: tuple[str, ...] = (), lists: tuple[str, ...] = ("rows",)
 ) -> dict[str, Any]:
     """
-    Write a report with its machine as `NAME_KIND.json` of the device's kind, whole or not at all, and say so.
+    Write a report with its machine as `NAME_KIND.json` of the device's kind, whole or not at all, and return it.
 
-    Args:
-        folder (`Path`): Where the reports lie.
-        name (`str`): Of the benchmark.
-        report (`dict`): What it found; `"machine"` is that of `describe_benchmark`.
-        key (`tuple[str, ...]`, *optional*): For a benchmark that can be run in parts: the values that tell its rows
-            apart. Rows that an earlier part recorded on the same device with the same versions are kept.
-        lists (`tuple[str, ...]`, defaults to `("rows",)`): Lists of rows in the report; a row stands in one of them.
-
-    Returns:
-        What was written.
+    A benchmark that can be run in parts gives as `key` the values that tell its rows apart, and the lists of rows, of
+    which each stands in one: rows that an earlier part recorded on the same device and versions are kept.
     """
     kind = report["machine"]["kind"].replace(" ", "_").replace(".", "").lower()
     path = folder / f"{name}_{kind}.json"
@@ -171,11 +163,8 @@ def side_by_side(
     """
     Median seconds of each call, the calls taking turns so that all meet the same machine.
 
-    Args:
-        calls (`dict[str, Callable]`): What to time, by name; each is warmed up first.
-        device (`torch.device`): Where they run.
-        budget (`float`): Seconds of timing for all together; each is timed at least 3 times whatever it takes.
-        graphs (`bool`, defaults to `True`): On a GPU, time replays of a CUDA graph: the device alone.
+    All together take `budget` seconds, but each call is timed three times at least. On a GPU, `graphs` times replays
+    of a CUDA graph: the device alone.
     """
     on_gpu = device.type == "cuda"
     timers = {}
@@ -247,19 +236,10 @@ def in_fresh_process(
     script: str | Path, arguments: list[Any], seconds: float, memory: float | None = None
 ) -> dict[str, Any]:
     """
-    Run a script in a process of its own and read the last line that it prints as JSON.
+    Run a script in a process of its own, with as many threads, and read the last line that it prints as JSON.
 
-    Args:
-        script (`str` or `Path`): The Python file; it gets as many threads as this process has.
-        arguments (`list`): Of its command line.
-        seconds (`float`): How long it may run.
-        memory (`float`, *optional*): Bytes of data that it may hold.
-
-    Returns:
-        Its object, or `{"failed": ...}` with a reason where time or memory did not suffice.
-
-    Raises:
-        RuntimeError: It failed in another way; the message is the end of what it said.
+    Where the seconds or the bytes of memory that it may have do not suffice, it is `{"failed": ...}` with the reason;
+    `RuntimeError` where the script fails in another way.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
@@ -285,12 +265,7 @@ def markdown_table(head: str, rows: Iterable[Sequence[Any]]) -> str:
 
 
 def fill_section(text: str, begin: str, content: str) -> str:
-    """
-    Put other content between a marker of a text and the next `END`.
-
-    Raises:
-        ValueError: The text does not hold the marker once.
-    """
+    """Put other content between a marker of a text, which it must hold once, and the next `END`."""
     if text.count(begin) != 1:
         raise ValueError(f"The text must hold {begin!r} once.")
     before, _, rest = text.partition(begin)
