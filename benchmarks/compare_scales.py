@@ -1,7 +1,7 @@
 """Multi-scale tokenizers against their single-scale twin under identical settings, at a size that trains on a CPU."""
 
 import argparse
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -86,10 +86,8 @@ def core_class(row: str) -> type[HieraTokCore]:
 
 def train(row: str, seed: int, data: Path, folder: Path) -> None:
     """Train one row in this process, or go on where it was interrupted."""
-    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "examples" / "train_tokenizer.py")
-    assert spec is not None and spec.loader is not None
-    train_tokenizer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train_tokenizer)
+    sys.path.append(str(ROOT / "examples"))
+    train_tokenizer = importlib.import_module("train_tokenizer")
     train_tokenizer.HieraTokCore = core_class(row)
     config = CONFIG | CONFIGS.get(row, {})
     arguments = [*SHARED.split(), "--config", json.dumps(config), "--seed", str(seed), "--output", str(folder)]

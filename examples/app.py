@@ -244,21 +244,11 @@ def run(args: argparse.Namespace) -> list[str]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below goes with the process
     with tempfile.TemporaryDirectory(prefix="hieratok-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        settings = {"server_name": args.host, "server_port": args.port, "max_file_size": MAX_BYTES, "css": CSS}
+        settings["footer_links"] = ["gradio", "settings"]
+        off = ("share", "show_error", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
         try:
-            build(vae, pipe).launch(
-                server_name=args.host,
-                server_port=args.port,
-                share=False,
-                show_error=False,
-                max_file_size=MAX_BYTES,
-                run_history=False,
-                enable_monitoring=False,
-                ssr_mode=False,
-                pwa=False,
-                mcp_server=False,
-                footer_links=["gradio", "settings"],
-                css=CSS,
-            )
+            build(vae, pipe).launch(**settings, **dict.fromkeys(off, False))
         except OSError as error:
             raise Problem(f"--host and --port: {one_line(error)}") from error
     return []

@@ -54,6 +54,13 @@ def records(output: Path, name: str = "losses.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / name).read_text().splitlines()]
 
 
+def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], *names: str, **tolerance: float) -> None:
+    """The records of two trainings are alike, in all or in some numbers."""
+    for mine, other in zip(ours, theirs, strict=True):
+        chosen = names or mine.keys() | other.keys()
+        assert {x: mine[x] for x in chosen} == pytest.approx({x: other[x] for x in chosen}, **tolerance)
+
+
 def report_in(folder: Path) -> dict[str, Any]:
     """The only report in the folder of a benchmark's results."""
     (path,) = folder.iterdir()

@@ -39,24 +39,14 @@ def vae():
     return hieratok_hf.AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
 
 
-@pytest.fixture
-def page(app, vae, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    return app.build(vae, make_pipeline())
-
-
-def cells(table):
-    """The rows of a table in Markdown."""
-    return dict(re.fullmatch(r"\| (.*) \| (.*) \|", line).groups() for line in table.splitlines())
-
-
 def test_figures_are_those_of_the_script(app, vae, tmp_path):
     path = saved(tmp_path, Image.open(HAT).resize((203, 91)), "odd.png")
     (original, reconstruction), gallery, table = app.reconstruct(str(path), vae)
     script = load_script("examples", "reconstruct")
     _, figures = script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))
 
-    rows, (width, height) = cells(table), (figures["width"], figures["height"])
+    rows = dict(re.fullmatch(r"\| (.*) \| (.*) \|", line).groups() for line in table.splitlines())
+    width, height = figures["width"], figures["height"]
     assert original.size == reconstruction.size == (width, height) == (200, 88)
     assert rows["PSNR"] == f"{figures['psnr_db']:.2f} dB" and rows["SSIM"] == f"{figures['ssim']:.4f}"
     assert rows["compression"] == f"{figures['compression']:.1f}x fewer numbers" == "12.0x fewer numbers"
@@ -119,9 +109,8 @@ def test_previews_come_before_the_images_of_the_script(app):
     expected = number_images(make_pipeline(), [1, 4, 7], 5, **settings).permute(0, 2, 3, 1).numpy()
     assert abs(as_levels(images) - expected.astype(int)).max() <= 1
     assert "seed 5, 6 steps, guidance 2" in line and "8 x 8 pixels" in line
-    assert previews
     steps = [int(re.fullmatch(r"step (\d) of 6: previews of 4 x 4 pixels", line)[1]) for _, line in previews]
-    assert steps == sorted(set(steps))
+    assert steps and steps == sorted(set(steps))
     assert all([image.size for image in shown] == [(4, 4)] * 3 for shown, _ in previews)
 
 
@@ -148,6 +137,7 @@ def test_two_visitors_get_their_own_images(app):
         assert line == same_line
 
 
+# The most that a setting takes, and what is beyond its limits.
 LIMITS = {
     "Steps": (100, [0, 101]),
     "Images": (8, [0, 9]),
@@ -158,7 +148,9 @@ LIMITS = {
 }
 
 
-def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(page, app):
+def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(app, vae, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    page = app.build(vae, make_pipeline())
     blocks = {block.label: block for block in page.blocks.values() if getattr(block, "label", None)}
     for label, (most, beyond) in LIMITS.items():
         assert blocks[label].preprocess(most) == most
@@ -169,10 +161,6 @@ def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(page, app):
     assert sorted(fn.concurrency_limit for fn in page.fns.values()) == [1, app.AT_ONCE, app.AT_ONCE]
     assert {fn.api_visibility for fn in page.fns.values()} == {"private"}
     assert page._queue.max_size == app.WAITING
-
-
-def test_a_page_of_one_scale(app, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     pipe = make_pipeline({"scale_factors": (1,)})
     assert app.build(pipe.vae, pipe).config["components"]
 

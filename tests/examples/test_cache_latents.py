@@ -95,11 +95,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_no_file(case, run, space, tmp_path, capsys):
+@pytest.mark.parametrize(("given", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_no_file(given, message, run, space, tmp_path, capsys):
     (space / "strange").mkdir(exist_ok=True)
     (space / "strange" / "shard-00000.safetensors").write_bytes(b"")
-    given, message = BAD[case]
     assert run(tmp_path / "new", *[text.format(space=space) for text in given]) == 2
     assert re.match(f"error: .*{message}", error_of(capsys))
     assert not list(tmp_path.iterdir())

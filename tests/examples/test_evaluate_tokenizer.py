@@ -137,9 +137,8 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_no_file(case, space, capsys, tmp_path):
-    given, message = BAD[case]
+@pytest.mark.parametrize(("given", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_no_file(given, message, space, capsys, tmp_path):
     given = [text.format(space=space) for text in given]
     given += ["--no_ssim", *([] if "--fid_model" in given else ["--no_fid"])]
     given = with_defaults(given, {"--json": tmp_path / "figures.json"})

@@ -136,11 +136,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_no_file(case, run, capsys, tmp_path):
+@pytest.mark.parametrize(("given", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_no_file(given, message, run, capsys, tmp_path):
     (tmp_path / "a.png").mkdir()
     (tmp_path / "file").write_text("{}")
-    given, message = BAD[case]
     assert run(*[text.format(tmp_path) for text in given]) == 2
     assert re.match(f"error: .*{message}", error_of(capsys))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "file"]
