@@ -1,6 +1,5 @@
 """Tests of `examples/evaluate_generation.py`: figures of the images that it saves, two processes, bad input."""
 
-import importlib.util
 import json
 import re
 
@@ -136,14 +135,6 @@ def test_classes_without_images_are_null_and_labels_may_be_given(space, tmp_path
     assert report["settings"]["classifier_labels"] == [4, 1, 2]
     assert report["class_accuracy_per_class"][2] is None
     assert tables_in(capsys.readouterr().out)[1][2]["class accuracy, %"] == "nan"
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity would be used")
-def test_an_fid_that_cannot_be_measured_becomes_a_note(space, capsys):
-    assert run(space, "--reference", space / "images") == 0
-    output = capsys.readouterr().out
-    assert list(tables_in(output)[0][0]) == ["images/s"]
-    assert "note: gFID was left out: it needs torch-fidelity" in output
 
 
 BAD = {

@@ -112,8 +112,8 @@ def test_two_processes_train_as_one(tmp_path, vision_model):
     one = run(tmp_path / "one", *more)
     two_processes(train_tokenizer, arguments(tmp_path / "two", *more), tmp_path / "cache")
     two = records(tmp_path / "two")
-    # A norm of gradients has the jumps of L1 and ReLU in it, and Adam's first step of the discriminator is a sign
-    # of gradients that are all rounding too.
+    # A norm of gradients has the jumps of L1 and ReLU in it, and Adam's first step of the discriminator is a sign,
+    # also of gradients that are all rounding.
     assert_close(two, one, rel=1e-3, abs=1e-3)
     for ours, theirs in zip(two[:5], one[:5]):
         assert_close([ours], [theirs], *(theirs.keys() - {"norm", "adaptive_weight"}), rel=1e-5, abs=1e-5)
