@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import images, random_core
+from image_files import noise
 from PIL import Image
 from scripts import report_in, usage_error
 
@@ -13,10 +14,8 @@ from hieratok_hf import AutoencoderHieraTok
 
 @pytest.fixture
 def folder(tmp_path):
-    generator = torch.Generator().manual_seed(0)
     for i in range(5):
-        values = torch.randint(0, 256, (48, 64, 3), generator=generator, dtype=torch.uint8)
-        image = Image.fromarray(values.numpy()).resize((768, 512) if i % 2 else (512, 768))
+        image = Image.fromarray(noise(48, 64, seed=i)).resize((768, 512) if i % 2 else (512, 768))
         image.save(tmp_path / f"{i}.png")
     return tmp_path
 

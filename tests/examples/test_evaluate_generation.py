@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import images
+from image_files import noise
 from PIL import Image
 from scripts import error_of, load_script, tables_in, two_processes, usage_error, with_defaults
 from tiny_pipelines import tiny_pipeline
@@ -38,9 +38,8 @@ def space(tmp_path_factory):
     ViTForImageClassification(ViTConfig(**sizes, **names)).save_pretrained(folder / "classifier")
     ViTForImageClassification(ViTConfig(**sizes, num_labels=2)).save_pretrained(folder / "nameless")
     (folder / "images").mkdir()
-    levels = ((images(12, 12, SIDE, 3) + 1) * 127.5).round().byte().numpy()
-    for i, image in enumerate(levels):
-        Image.fromarray(image).save(folder / "images" / f"{i:02}.png")
+    for i in range(12):
+        Image.fromarray(noise(12, SIDE, seed=i)).save(folder / "images" / f"{i:02}.png")
     (folder / "images" / "07.png").write_bytes(b"no image")
     (folder / "empty").mkdir()
     return folder
