@@ -71,12 +71,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     optim("--linear_lr_factor", type=float, default=0.1, help="factor of --lr for the linear path")
     optim("--discriminator_lr", type=float, default=2e-4, help="learning rate of the discriminator")
     optim("--decay_steps", type=int, help="steps of the cosine at the end; all unless given")
-    report(
-        "--statistics_batches",
-        type=positive,
-        default=64,
-        help="batches for the start and for the statistics of the latents",
-    )
+    statistics = "batches for the start and for the statistics of the latents"
+    report("--statistics_batches", type=positive, default=64, help=statistics)
     report("--validation_data", nargs="+", help="images to measure on while training")
     report("--validation_split", default="train", help="split of --validation_data")
     report("--fid_size", type=int, help="side that images get for the vision model; its own unless given")
