@@ -23,7 +23,6 @@ from hieratok_hf import (
     pretrained,
     scale_causal_attention,
 )
-from hieratok_hf.models.configuration_hieratok import _POSITIVE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAN, INF = float("nan"), float("inf")
@@ -143,14 +142,21 @@ def test_another_dtype_than_that_of_the_weights_is_refused_by_torch(core):
         core.encode(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
 
 
+POSITIVE = {
+    *("in_channels", "patch_size", "latent_channels", "mlp_ratio", "norm_eps", "rotary_base", "rotary_scale"),
+    *("sample_size", "initializer_range", "scaling_factor"),
+    *(f"{side}_{size}" for side in ("encoder", "decoder") for size in ("hidden_size", "num_layers", "num_heads")),
+}
 BROKEN_VALUES = [
-    *({name: value} for name in sorted(_POSITIVE) for value in map(type(getattr(tiny(), name)), (0, -1))),
+    *({name: value} for name in sorted(POSITIVE) for value in map(type(getattr(tiny(), name)), (0, -1))),
     {"norm_eps": NAN},
     {"rotary_base": INF},
     {"learned_positions": -1},
     {"linear_path": -1},
     {"linear_path": 2},
     {"kl_weight": NAN},
+    {"coarse_weight": -0.5},
+    {"shift_factor": INF},
     {"rotary_coordinates": "pixels"},
     {"downsampling": "max"},
     {"rotary_pairing": "Proper"},
