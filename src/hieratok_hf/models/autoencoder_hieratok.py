@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..ops.pyramid import PyramidLayout
 from .configuration_hieratok import HieraTokConfig, complete_saved
 from .core import HieraTokCore, check_latents, check_pixel_values
-from .saving import HubUploadMixin, name_in_errors, pop_hub_arguments, share_between_libraries, stage_folder
+from .saving import HubUploadMixin, name_in_errors, share_between_libraries
 from .tiling import TilingMixin, run_in_tiles
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         kwargs: The arguments of `HieraTokConfig`, with the same defaults.
 
     Raises:
-        ValueError, StrictDataclassError: `HieraTokConfig` refuses a value.
+        ValueError, StrictDataclassError: `HieraTokConfig` refuses a value, or a method was given images, latents or
+            a `num_scales` that the model cannot take; the message names the argument.
 
     Example:
 
@@ -148,12 +150,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """
-        Sort the entries of a `config.json` as `ConfigMixin.extract_init_dict` does, where both libraries share it.
-
-        The keys of transformers cause no warning, and a file that was saved without `downsampling` is read as
-        `complete_saved` says.
-        """
+        """Sort the entries of a `config.json` as `ConfigMixin` does, with no warning of those of transformers."""
         config_dict = complete_saved(config_dict)
         own_keys = cls._get_init_keys(cls)
         foreign = {*PreTrainedConfig().to_dict(), *HieraTokConfig().pipeline_facts, "auto_map"}
@@ -176,9 +173,6 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
         Returns:
             The distribution of the latent `(B, C, h, w)`, as `latent_dist`.
-
-        Raises:
-            ValueError: `x` is not such images, as `HieraTokCore.encode_moments` says.
         """
         moments = [self._encode(part) for part in self._slices(x)]
         posterior = DiagonalGaussianDistribution(torch.cat(moments) if len(moments) > 1 else moments[0])
@@ -198,19 +192,11 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
         Args:
             z (`torch.Tensor` of shape `(B, C, h, w)`): Latents as `encode` gives them.
-            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
-                tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an object rather than a tuple.
             generator (`torch.Generator`, *optional*): Ignored, because decoding draws nothing; pipelines pass it.
             num_scales (`int`, *optional*): Number of scales to run, coarse to fine; all unless given. Fewer give the
                 image of the last of them, for the cost of its tokens and the coarser ones.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
-
-        Returns:
-            `sample` of shape `(B, 3, H, W)`, smaller for fewer scales, about [-1, 1], not clamped; and `scales`, where
-            they were asked for.
-
-        Raises:
-            ValueError: `z` or `num_scales` is not as above, as `HieraTokCore.decode` says.
         """
         parts = [self._decode(part, num_scales, return_scales) for part in self._slices(z)]
         images = tuple(torch.cat(scale) if len(parts) > 1 else scale[0] for scale in zip(*parts))
@@ -231,16 +217,9 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         Args:
             sample (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch.
             sample_posterior (`bool`, defaults to `False`): Whether to decode a sample of the posterior, not its mode.
-            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
-                tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an object rather than a tuple.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
-
-        Returns:
-            `sample` of shape `(B, 3, H, W)`, about [-1, 1], not clamped; and `scales`, where they were asked for.
-
-        Raises:
-            ValueError: `sample` is not such images, as `HieraTokCore.encode_moments` says.
         """
         posterior = self.encode(sample).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
@@ -248,36 +227,37 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
     def _encode(self, x: Tensor) -> Tensor:
         """Encode to moments `(B, 2C, h, w)`, in tiles where they are on and the images larger than one."""
-        patch_size = self.core.config.patch_size
+
+        def encode(part: Tensor) -> Tensor:
+            return self.core.encode_moments(part)[0]
+
         if not self.needs_tiles(x, 1):
-            return self.core.encode_moments(x)[0]
+            return encode(x)
         check_pixel_values(x, self.core.config)
-        return run_in_tiles(
-            lambda part: self.core.encode_moments(part)[0], x, *self.tiles(1), (1, patch_size), patch_size
-        )
+        patch_size = self.core.config.patch_size
+        return run_in_tiles(encode, x, *self.tiles(1), (1, patch_size), patch_size)
 
     def _decode(self, z: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
         """Decode to the last scale that runs or to all, in tiles where they are on and the latent larger than one."""
-        patch_size, factors = self.core.config.patch_size, tuple(self.core.config.scale_factors)
+        config, patch_size = self.core.config, self.core.config.patch_size
         if not self.needs_tiles(z, patch_size):
             return self.core.decode_scales(z, num_scales) if all_scales else [self.core.decode(z, num_scales)]
-        check_latents(z, self.core.config)
-        layout = PyramidLayout.from_grid(z.shape[2], z.shape[3], factors)
-        layout = layout.truncate(layout.num_scales if num_scales is None else num_scales)
+        check_latents(z, config)
+        layout = PyramidLayout.from_grid(z.shape[2], z.shape[3], tuple(config.scale_factors))
+        last = layout.num_scales if num_scales is None else layout.truncate(num_scales).num_scales
 
-        def decode_in_tiles(num_scales: int) -> Tensor:
+        def decode(part: Tensor, num_scales: int) -> Tensor:
             # Without scale causality the coarser scales see the finer ones, and cannot be decoded alone.
-            alone = self.core.config.scale_causal or num_scales == layout.num_scales
+            if config.scale_causal or num_scales == last:
+                return self.core.decode(part, num_scales)
+            return self.core.decode_scales(part, last)[num_scales - 1]
 
-            def decode(part: Tensor) -> Tensor:
-                if alone:
-                    return self.core.decode(part, num_scales)
-                return self.core.decode_scales(part, layout.num_scales)[num_scales - 1]
-
-            factor = factors[num_scales - 1]
-            return run_in_tiles(decode, z, *self.tiles(patch_size), (patch_size, factor), factor)
-
-        return [decode_in_tiles(k) for k in range(1 if all_scales else layout.num_scales, layout.num_scales + 1)]
+        images = []
+        for k in range(1 if all_scales else last, last + 1):
+            factor = config.scale_factors[k - 1]
+            of_scale = partial(decode, num_scales=k)
+            images.append(run_in_tiles(of_scale, z, *self.tiles(patch_size), (patch_size, factor), factor))
+        return images
 
     def _slices(self, batch: Tensor) -> Sequence[Tensor]:
         """Split a batch into single images where slicing is on; what is no batch is left for the core to refuse."""
@@ -287,14 +267,9 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "Self":
         """
-        Load a model as `ModelMixin.from_pretrained` does, but refuse weights that lack a tensor.
+        Load a model from a folder or the Hub, with the arguments of `ModelMixin.from_pretrained`.
 
-        diffusers would leave that tensor random or without storage.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
-            kwargs: Further arguments of `ModelMixin.from_pretrained`. With `output_loading_info=True` the result is a
-                tuple of the model and what was found on loading.
+        Weights that lack a tensor are refused, where diffusers would leave it random or without storage.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
@@ -340,12 +315,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         Raises:
             ValueError: `save_directory` is a file.
         """
-        kwargs["variant"] = variant
-        hub_arguments = pop_hub_arguments(kwargs, save_directory)
-        with stage_folder(save_directory) as stage:
-            super().save_pretrained(
-                stage, is_main_process, save_function, safe_serialization, max_shard_size=max_shard_size, **kwargs
-            )
+        kwargs |= {"variant": variant, "max_shard_size": max_shard_size}
+        with self.stage_and_push(save_directory, kwargs) as stage:
+            super().save_pretrained(stage, is_main_process, save_function, safe_serialization, **kwargs)
             share_between_libraries(stage, self.core.config)
-        if hub_arguments is not None:
-            self.push_to_hub(**hub_arguments)

@@ -18,14 +18,7 @@ from .configuration_hieratok import HieraTokConfig
 from .core import HieraTokCore, HieraTokDecoder, posterior_of
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
-from .saving import (
-    HubUploadMixin,
-    name_in_errors,
-    pop_hub_arguments,
-    refuse_paths_in_indices,
-    share_between_libraries,
-    stage_folder,
-)
+from .saving import HubUploadMixin, name_in_errors, refuse_paths_in_indices, share_between_libraries
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -157,6 +150,10 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
     Args:
         config (`HieraTokConfig`): Sizes and options.
 
+    Raises:
+        ValueError: A method was given images, latents or a `num_scales` that the model cannot take; the message names
+            the argument.
+
     Example:
 
     ```python
@@ -193,14 +190,10 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> "Self":
         """
-        Load a model as `PreTrainedModel.from_pretrained` does; the error of one that cannot be had names the way out.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
-            args, kwargs: Further arguments of `PreTrainedModel.from_pretrained`.
+        Load a model from a folder or the Hub, with the arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError: There is no such folder or repository, or no network to reach it.
+            OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
             ValueError: In a folder, an index of the weights names a file outside of it.
         """
         if pretrained_model_name_or_path is not None:
@@ -225,9 +218,6 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], of any floating dtype; sides are
                 multiples of the patch size.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
-
-        Raises:
-            ValueError: `pixel_values` are not such images, as `HieraTokCore.encode_moments` says.
         """
         moments, _ = self.core.encode_moments(self._to_own_dtype(pixel_values))
         return HieraTokEncoderOutput(latents=posterior_of(moments).mode(), moments=moments)
@@ -249,15 +239,12 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
                 image of the last of them, for the cost of its tokens and the coarser ones.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
             return_dict (`bool`, *optional*): Whether to return a `HieraTokDecoderOutput` rather than a tuple.
-
-        Raises:
-            ValueError: `latents` or `num_scales` is not as above, as `HieraTokCore.decode` says.
         """
         latents = self._to_own_dtype(latents)
         if not return_scales:
             return HieraTokDecoderOutput(reconstruction=self.core.decode(latents, num_scales))
-        images = tuple(self.core.decode_scales(latents, num_scales))
-        return HieraTokDecoderOutput(reconstruction=images[-1], scales=images)
+        scales = tuple(self.core.decode_scales(latents, num_scales))
+        return HieraTokDecoderOutput(reconstruction=scales[-1], scales=scales)
 
     @capture_outputs
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -271,9 +258,6 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Returns:
             `last_hidden_state` of shape `(B, h * w, D)`, the tokens before the head, and `pooler_output` of shape
             `(B, D)`, their mean.
-
-        Raises:
-            ValueError: `pixel_values` are not such images, as `HieraTokCore.encode_moments` says.
         """
         _, features = self.core.encode_moments(self._to_own_dtype(pixel_values))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
@@ -301,10 +285,6 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
             return_loss (`bool`, defaults to `True`): Whether to compute the loss, for which all images are made.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
-
-        Raises:
-            ValueError: `pixel_values` or `num_scales` is not as above, as `HieraTokCore.encode_moments` and
-                `HieraTokCore.decode` say.
         """
         pixel_values = self._to_own_dtype(pixel_values)
         moments, _ = self.core.encode_moments(pixel_values)
@@ -334,12 +314,9 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Raises:
             ValueError: `save_directory` is a file.
         """
-        hub_arguments = pop_hub_arguments(kwargs, save_directory)
-        with stage_folder(save_directory) as stage:
+        with self.stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, **kwargs)
             share_between_libraries(stage, self.config, for_transformers=True)
-        if hub_arguments is not None:
-            self.push_to_hub(**hub_arguments)
 
     def _to_own_dtype(self, tensor: Tensor) -> Tensor:
         """Cast a floating-point tensor to the dtype of the weights; leave anything else for the core to refuse."""
