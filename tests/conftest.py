@@ -22,12 +22,7 @@ from hub_server import hub_server as hub_server
 from scripts import forget_processes, load_script
 
 # Files whose fixtures take half a minute to make.
-ON_ONE_WORKER = {
-    "test_app_browser.py",
-    "test_docs.py",
-    "test_export.py",
-    "test_gpu_launches.py",
-}
+ON_ONE_WORKER = {"test_app_browser.py", "test_docs.py", "test_export.py", "test_gpu_launches.py"}
 
 
 @pytest.hookimpl(optionalhook=True)
