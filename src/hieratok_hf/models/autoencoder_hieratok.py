@@ -47,8 +47,7 @@ class AutoencoderHieraTokOutput(DecoderOutput):
     Attributes:
         sample (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The image of the last scale that ran, about
             [-1, 1], not clamped.
-        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
-            fine; the last is `sample`.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): Images of all scales that ran, coarse to fine.
     """
 
     scales: tuple[Tensor, ...] | None = None
@@ -59,15 +58,14 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     Encode images and decode latents by the multi-scale visual tokenizer HieraTok, as the VAE of diffusers pipelines.
 
     The method is that of Chen et al. (arXiv 2509.23736), `HieraTokCore` computes it. The class loads the same folders
-    as `HieraTokModel`. The latents of a trained checkpoint are normalised, so `scaling_factor` is 1 and
-    `shift_factor` 0.
+    as `HieraTokModel`. Latents of a trained checkpoint are normalised: `scaling_factor` is 1 and `shift_factor` 0.
 
     Args:
         kwargs: The arguments of `HieraTokConfig`, with the same defaults.
 
     Raises:
-        ValueError, StrictDataclassError: `HieraTokConfig` refuses a value, or a method was given images, latents or
-            a `num_scales` that the model cannot take; the message names the argument.
+        ValueError: A method was given images, latents or a `num_scales` that the model cannot take.
+        ValueError, StrictDataclassError: `HieraTokConfig` refuses a value.
 
     Example:
 
@@ -269,12 +267,10 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         """
         Load a model from a folder or the Hub, with the arguments of `ModelMixin.from_pretrained`.
 
-        Weights that lack a tensor are refused, where diffusers would leave it random or without storage.
-
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
-            ValueError: The weights lack a tensor of the model that the configuration describes, or one of another
-                shape was ignored and has no storage.
+            ValueError: The weights lack a tensor, which diffusers would leave random, or one of another shape was
+                ignored and has no storage.
         """
         return_info = kwargs.pop("output_loading_info", False)
         with name_in_errors(pretrained_model_name_or_path):
@@ -282,8 +278,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         folder = repr(str(pretrained_model_name_or_path))
         if missing := sorted(info.get("missing_keys", ())):
             raise ValueError(
-                f"The weights in {folder} lack {len(missing)} of the tensors that `config.json` asks for, such as "
-                f"{missing[0]!r}."
+                f"The weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]!r}."
             )
         # With a device map, weights may rest on a disk; some quantised ones say of themselves that they are meta.
         ignored = info.get("mismatched_keys") and kwargs.get("device_map") is None
@@ -292,8 +287,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
                 f"Weights in {folder} have other shapes than `config.json` asks for; to start these at random, pass "
                 "`low_cpu_mem_usage=False` beside `ignore_mismatched_sizes=True`."
             )
-        loaded: Any = (model, info) if return_info else model
-        return loaded
+        return (model, info) if return_info else model  # type: ignore[return-value]
 
     # A pipeline hands on only the arguments that stand in this signature by name.
     def save_pretrained(

@@ -73,8 +73,7 @@ class HieraTokDecoderOutput(ModelOutput):
     Attributes:
         reconstruction (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The image of the last scale that ran,
             about [-1, 1], not clamped.
-        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
-            fine; the last is `reconstruction`.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): Images of all scales that ran, coarse to fine.
     """
 
     reconstruction: Tensor | None = None
@@ -87,11 +86,9 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
     Hold what `HieraTokModel` returns.
 
     Attributes:
-        loss (`torch.Tensor` of shape `()`): The weighted sum of `tokenizer_losses`. It is `None` with
-            `return_loss=False`, and when only coarser scales were decoded.
+        loss (`torch.Tensor` of shape `()`): Weighted sum of `tokenizer_losses`; `None` where only coarser scales ran.
         reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded image, about [-1, 1], not clamped.
-        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
-            fine; the last is `reconstruction`.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): Images of all scales that ran, coarse to fine.
         latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents that were decoded: the posterior's mode or a sample.
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
         posterior (`DiagonalGaussianDistribution`): The distribution that the moments describe.
@@ -109,50 +106,18 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class HieraTokPreTrainedModel(PreTrainedModel):
-    config_class = HieraTokConfig
-    base_model_prefix = "hieratok"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Check a name of `ATTENTION_IMPLEMENTATIONS` as transformers does; any other is a `ValueError`."""
-        # The names of this package stay out of the library's registry, whose functions are given no layout.
-        if requested_attention in ATTENTION_IMPLEMENTATIONS and requested_attention.startswith("hieratok_"):
-            return requested_attention
-        implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
-        if implementation not in ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(
-                f"`attn_implementation` must be one of {list(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}."
-            )
-        return implementation
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        init_weights(module, self.config.initializer_range)
-        if isinstance(module, HieraTokDecoder):
-            module.init_weights(self.config.initializer_range)
-
-
-class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
+class HieraTokModel(HubUploadMixin, PreTrainedModel):
     """
     Encode images and decode latents by the multi-scale visual tokenizer HieraTok, as a transformers model.
 
     The method is that of Chen et al. (arXiv 2509.23736), `HieraTokCore` computes it. The class loads the same folders
-    as `AutoencoderHieraTok`.
+    as `AutoencoderHieraTok`, and takes images and latents of any floating dtype.
 
     Args:
         config (`HieraTokConfig`): Sizes and options.
 
     Raises:
-        ValueError: A method was given images, latents or a `num_scales` that the model cannot take; the message names
-            the argument.
+        ValueError: A method was given images, latents or a `num_scales` that the model cannot take.
 
     Example:
 
@@ -166,6 +131,17 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
 
     ```
     """
+
+    config_class = HieraTokConfig
+    base_model_prefix = "hieratok"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
 
     def __init__(self, config: HieraTokConfig):
         super().__init__(config)
@@ -201,6 +177,24 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         with name_in_errors(pretrained_model_name_or_path or ""):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Check a name of `ATTENTION_IMPLEMENTATIONS` as transformers does; any other is a `ValueError`."""
+        # The names of this package stay out of the library's registry, whose functions are given no layout.
+        if requested_attention in ATTENTION_IMPLEMENTATIONS and requested_attention.startswith("hieratok_"):
+            return requested_attention
+        implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        if implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"`attn_implementation` must be one of {list(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}."
+            )
+        return implementation
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config.initializer_range)
+        if isinstance(module, HieraTokDecoder):
+            module.init_weights(self.config.initializer_range)
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the convolution that embeds the patches."""
         return self.core.encoder.patch_embed
@@ -215,8 +209,7 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Encode images to the distribution of their latents.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], of any floating dtype; sides are
-                multiples of the patch size.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
         """
         moments, _ = self.core.encode_moments(self._to_own_dtype(pixel_values))
@@ -234,7 +227,7 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Decode latents to images, by all scales or by the coarser ones alone.
 
         Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents as `encode` gives them, of any floating dtype.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents as `encode` gives them.
             num_scales (`int`, *optional*): Number of scales to run, coarse to fine; all unless given. Fewer give the
                 image of the last of them, for the cost of its tokens and the coarser ones.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
@@ -277,8 +270,7 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Encode images, decode their latents, and compute the loss.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], of any floating dtype; sides are
-                multiples of the patch size.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch.
             sample_posterior (`bool`, defaults to `False`): Whether to decode a sample of the posterior, not its mode.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
             num_scales (`int`, *optional*): Number of scales to run, coarse to fine; all unless given.
