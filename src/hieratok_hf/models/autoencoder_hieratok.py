@@ -310,6 +310,6 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
             ValueError: `save_directory` is a file.
         """
         kwargs |= {"variant": variant, "max_shard_size": max_shard_size}
-        with self.stage_and_push(save_directory, kwargs) as stage:
+        with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, save_function, safe_serialization, **kwargs)
             share_between_libraries(stage, self.core.config)

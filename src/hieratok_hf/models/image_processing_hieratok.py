@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict, infer_channel_dimension_format, load_image
+from transformers.image_utils import PILImageResampling, SizeDict, load_image
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
@@ -94,15 +94,14 @@ class _HieraTokImageProcessing(BaseImageProcessor):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
             return load_image(image_url_or_urls)
-        if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return open_image(image_url_or_urls)
-        return image_url_or_urls
+        is_path = isinstance(image_url_or_urls, (str, os.PathLike))
+        return open_image(image_url_or_urls) if is_path else image_url_or_urls
 
     def center_crop(self, image: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
         """Crop `(..., H, W)` to `size`; unlike in transformers, too small an image is a `ValueError`, never padded."""
         rows, columns = image.shape[-2:]
-        height, width = size.height, size.width
-        if not height or not width or rows < height or columns < width:
+        height, width = size.height or 0, size.width or 0
+        if not (0 < height <= rows and 0 < width <= columns):
             raise ValueError(f"crop_size must fit an image of {rows} x {columns} (height x width), got {dict(size)}")
         top, left = (rows - height) // 2, (columns - width) // 2
         return image[..., top : top + height, left : left + width]
@@ -162,9 +161,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         if image.ndim == 2:
             image, input_data_format = image[None], "channels_first"
         if input_data_format is None:
-            if not {image.shape[0], image.shape[-1]} & {1, 3, 4}:
-                raise ValueError(f"images must have 1, 3 or 4 channels first or last, got shape {tuple(image.shape)}")
-            input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+            input_data_format = "channels_first" if image.shape[0] in (1, 3, 4) else "channels_last"
         if input_data_format == "channels_last":
             image = image.movedim(-1, 0)
         if do_convert_rgb and image.shape[0] == 1:
@@ -176,7 +173,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
             image = blend if image.is_floating_point() else blend.round().to(torch.uint8)
         channels = len(image_mean) if do_normalize and isinstance(image_mean, (list, tuple)) else 3
         if image.shape[0] != channels:
-            raise ValueError(f"images must have {channels} channels with {do_convert_rgb=}, got {image.shape[0]}")
+            raise ValueError(f"images must have {channels} channels, 1 or 4 with do_convert_rgb, got {image.shape[0]}")
         return image.contiguous()
 
     def _preprocess(self, images: list[Any], *args: Any, **kwargs: Any) -> BatchFeature:
@@ -216,8 +213,7 @@ class HieraTokImageProcessor(_HieraTokImageProcessing, TorchvisionBackend):
         images: PIL images, paths, uint8 arrays or tensors `(H, W)`, `(H, W, C)`, `(C, H, W)` or a batch of them with
             1, 3 or 4 channels (alpha is laid on white), or lists of these, given on a call. Arrays of floats need
             values in [0, 1] and `do_rescale=False`.
-        size_divisor (`int`, defaults to 16): Height and width become multiples of it; set it to the model's patch
-            size.
+        size_divisor (`int`, defaults to 16): Height and width become multiples of it; the model's patch size.
         do_convert_rgb (`bool`, defaults to `True`): Whether to make RGB of an image and follow its EXIF orientation;
             without it the channels are taken as they are.
         kwargs: The other arguments of transformers' `ImagesKwargs`, given here or on a call.

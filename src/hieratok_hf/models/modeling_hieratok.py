@@ -306,7 +306,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         Raises:
             ValueError: `save_directory` is a file.
         """
-        with self.stage_and_push(save_directory, kwargs) as stage:
+        with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, **kwargs)
             share_between_libraries(stage, self.config, for_transformers=True)
 

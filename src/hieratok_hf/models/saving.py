@@ -40,7 +40,6 @@ _WEIGHTS = re.compile(
 _LAST = ("config.json", "model_index.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
-
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
@@ -51,20 +50,15 @@ class HubUploadMixin:
         """
         Upload the model or the pipeline, a model card and the code that loads it without the package, in one commit.
 
-        The weights of a tokenizer serve both libraries. Arguments are those of `hieratok_hf.hub.push.push_model`,
-        which also says what it returns and raises.
+        The arguments, results and errors are those of `hieratok_hf.hub.push.push_model`.
         """
         from ..hub.push import push_model
 
         return push_model(self, repo_id, **kwargs)
 
     @contextmanager
-    def stage_and_push(self, folder: str | os.PathLike[str], arguments: dict[str, Any]) -> Iterator[Path]:
-        """
-        Stage `folder` as `stage_folder` does, and push what was saved if `push_to_hub` is among `arguments`.
-
-        The `arguments` are those of `save_pretrained`; what concerns the push is taken out of them.
-        """
+    def _stage_and_push(self, folder: str | os.PathLike[str], arguments: dict[str, Any]) -> Iterator[Path]:
+        """Stage a save as `stage_folder` does, take what concerns a push out of its `arguments`, and push if asked."""
         names = ("repo_id", "commit_message", "private", "create_pr", "token")
         hub_arguments = {name: arguments.pop(name) for name in names if name in arguments}
         is_pushed = arguments.pop("push_to_hub", False)
@@ -81,9 +75,8 @@ def stage_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     Give a temporary folder whose files replace those of `folder`, one rename each, once the block has ended well.
 
-    Weights that an earlier save left behind, such as shards of another number, go with the rename; `config.json`
-    comes last, and after it the `model_index.json` of a pipeline. If the block raises, `folder` is as it was, and one
-    that was not there is not there again.
+    Weights that an earlier save left behind go too; `config.json` comes last, and after it the `model_index.json` of
+    a pipeline. If the block raises, `folder` is as it was, there or not.
 
     Raises:
         ValueError: `folder` is a file.

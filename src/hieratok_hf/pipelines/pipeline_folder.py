@@ -74,5 +74,5 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         Raises:
             ValueError: `save_directory` is a file.
         """
-        with self.stage_and_push(save_directory, kwargs) as stage:
+        with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, *args, **kwargs)
