@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..shipped import resolve_model
-from .core import HieraTokCore, posterior_of
+from .core import HieraTokCore
 
 __all__ = ["Codec", "load_codec"]
 
@@ -33,16 +33,12 @@ class Codec:
 
     def encode(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
         """
-        Encode images to latents, in the dtype and on the device of the model.
+        Encode images to latents `(B, C, h, w)`, in the dtype and on the device of the model.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): Images in [-1, 1], in any dtype, on any device.
-            noise (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise, with which a sample of
-                the posterior is drawn; the posterior's mode unless given. A model without a posterior has only one
-                latent and takes no notice.
-
-        Returns:
-            `torch.Tensor` of shape `(B, C, h, w)`.
+            noise (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to sample the posterior
+                with, whose mode is taken unless given. A model without a posterior takes no notice.
 
         Raises:
             ValueError: A HieraTok model refuses the images, as `HieraTokCore.encode_moments` says.
@@ -50,7 +46,7 @@ class Codec:
         weight = next(self.model.parameters())
         pixel_values = pixel_values.to(weight.device, weight.dtype)
         if self.core is not None:
-            posterior: Any = posterior_of(self.core.encode_moments(pixel_values)[0])
+            posterior: Any = self.core.encode(pixel_values)
         else:
             output: Any = self.model.encode(pixel_values)
             if not hasattr(output, "latent_dist"):

@@ -149,10 +149,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Sort the entries of a `config.json` as `ConfigMixin` does, with no warning of those of transformers."""
-        config_dict = complete_saved(config_dict)
-        own_keys = cls._get_init_keys(cls)
         foreign = {*PreTrainedConfig().to_dict(), *HieraTokConfig().pipeline_facts, "auto_map"}
-        own = {key: value for key, value in config_dict.items() if key in own_keys or key not in foreign}
+        own = {key: value for key, value in complete_saved(config_dict).items() if key not in foreign}
         return super().extract_init_dict(own, **kwargs)
 
     @property
