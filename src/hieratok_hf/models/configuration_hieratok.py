@@ -112,12 +112,10 @@ class HieraTokConfig(PreTrainedConfig):
             and its ratio to the smallest: channel pair `t`, evenly spaced over [0, 1], turns by
             `rotary_scale * rotary_base ** -t`.
         rotary_pairing (`str`, defaults to `"proper"`): How frequencies are given to channels: `"proper"` turns both
-            channels of a pair alike, `"detok"` is the table of l-DeTok (arXiv 2507.15856), which its published weights
-            need.
+            channels of a pair alike, `"detok"` is the table that the weights of l-DeTok (arXiv 2507.15856) need.
         output_conv (`bool`, defaults to `False`): Whether a 3x3 convolution follows on the image after the patches.
-        linear_path (`int`, defaults to 0): Side, in patches, of convolutions from image to latent mean and from
-            latent to image, one a scale, beside the transformers, so that training can start from a principal
-            component analysis. An odd number, or 0 for none.
+        linear_path (`int`, defaults to 0): Side in patches, odd, of convolutions from image to latent mean and from
+            latent to each scale's image, so that training can start from a principal component analysis; 0 for none.
         kl_weight (`float`, defaults to 1e-4): Weight of the KL divergence, per latent number, in the training loss.
         coarse_weight (`float`, defaults to 0.02): Weight in the training loss of the mean squared errors of the
             coarser scales' images, each times its factor.
