@@ -25,7 +25,6 @@ from hieratok_hf import (
     pretrained,
     scale_causal_attention,
 )
-from hieratok_hf.models.configuration_hieratok import _POSITIVE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAN, INF = float("nan"), float("inf")
@@ -117,9 +116,15 @@ def test_bad_num_scales_is_refused(door, owners):
             attrgetter(door)(owners)(value, num_scales=num_scales)
 
 
+POSITIVE = {
+    *("in_channels", "patch_size", "latent_channels", "mlp_ratio", "norm_eps", "rotary_base", "rotary_scale"),
+    *("sample_size", "initializer_range", "scaling_factor"),
+    *(f"{side}_{size}" for side in ("encoder", "decoder") for size in ("hidden_size", "num_layers", "num_heads")),
+}
 BROKEN_VALUES = [
-    *((name, value) for name in sorted(_POSITIVE) for value in map(type(getattr(tiny(), name)), (0, -1))),
+    *((name, value) for name in sorted(POSITIVE) for value in map(type(getattr(tiny(), name)), (0, -1))),
     *(("norm_eps", NAN), ("kl_weight", NAN), ("rotary_base", INF), ("learned_positions", -1)),
+    *(("coarse_weight", -0.5), ("shift_factor", INF)),
     *(("linear_path", -1), ("linear_path", 2), ("rotary_coordinates", "pixels"), ("rotary_pairing", "Proper")),
     *(("downsampling", "max"), ("patch_size", 12), ("encoder_hidden_size", 36), ("decoder_num_heads", 3)),
     *(("scale_factors", factors) for factors in [(8, 4, 2), (1, 2), (2, 2, 1), (), (2, 1, 0), (2, 1, -1), [2, 4, 1]]),
