@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..utils.files import read_json, write_whole
 
 __all__ = ["PIPELINE_CLASSES", "add_remote_code", "remote_code"]
@@ -122,6 +121,8 @@ def remote_code() -> str:
             eager.update(modules[name].eager)
     imports = {line for name in eager & modules.keys() for line in modules[name].imports}
     lines = "\n".join(sorted(imports, key=lambda line: (line.startswith("from"), line)))
+    from .. import __version__  # the package imports this module before it has one
+
     parts = [_HEAD.format(version=__version__, imports=lines, left_out=_LEFT_OUT)]
     for name, module in modules.items():
         title = f"# {name}: {module.purpose}\n\n"
