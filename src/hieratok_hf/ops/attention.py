@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pyramid import PyramidLayout
-from .torch_compat import is_exporting
+from .torch_compat import has_tangents, is_exporting
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -122,6 +122,8 @@ def why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> 
         scale (`float`): Factor of the scores before the softmax.
         needs_gradient (`bool`): Whether a backward pass will follow.
     """
+    if backend in ("flex", "triton") and has_tangents():
+        return "its kernel has no forward-mode derivatives"
     if backend == "flex":
         from .attention_flex import why_not_flex
 
@@ -207,6 +209,8 @@ def scale_causal_attention(
         raise ValueError(f"`backend={backend!r}` cannot return weights; use `backend='reference'`.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
+    if backend == "auto" and has_tangents():
+        backend = "reference"  # the kernels have no forward-mode derivatives
     if backend == "reference" or return_weights:
         attended, weights = reference_attention(query, key, value, layout, scale)
         return (attended, weights) if return_weights else attended
