@@ -11,6 +11,7 @@ from transformers import initialization as init
 
 from ..ops.onednn_linear import HieraTokLinear
 from ..ops.pyramid import PyramidLayout, check_scale_factors, continue_border, convolve_pyramid, flatten_pyramid
+from ..ops.torch_compat import is_watched, mode_of
 from .configuration_hieratok import DOWNSAMPLING, HieraTokConfig
 from .layers import HieraTokDecoderBlock, HieraTokEncoderBlock, HieraTokPositions, init_weights, rotary_tables
 
@@ -285,8 +286,9 @@ class HieraTokCore(nn.Module):
         Raises:
             ValueError: The rank, batch, channels, size, dtype or values are not as above.
         """
-        check_pixel_values(pixel_values, self.config)
-        return self.encoder(pixel_values)
+        with mode_of(pixel_values):
+            check_pixel_values(pixel_values, self.config)
+            return self.encoder(pixel_values)
 
     def encode(self, pixel_values: Tensor) -> "DiagonalGaussianDistribution":
         """Encode `pixel_values` `(B, 3, H, W)`, as `encode_moments`, to the distribution of their latents."""
@@ -315,13 +317,14 @@ class HieraTokCore(nn.Module):
         return self._decode(latents, num_scales, all_scales=True)
 
     def _decode(self, latents: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
-        check_latents(latents, self.config)
-        layout = PyramidLayout.from_grid(latents.shape[-2], latents.shape[-1], tuple(self.config.scale_factors))
-        if num_scales is not None:
-            layout = layout.truncate(num_scales)
-            if layout.num_scales < len(self.config.scale_factors) and not self.config.scale_causal:
-                raise ValueError(f"Without `scale_causal` no scale can run alone, got `num_scales={num_scales}`.")
-        return self.decoder(latents, layout, all_scales)
+        with mode_of(latents):
+            check_latents(latents, self.config)
+            layout = PyramidLayout.from_grid(latents.shape[-2], latents.shape[-1], tuple(self.config.scale_factors))
+            if num_scales is not None:
+                layout = layout.truncate(num_scales)
+                if layout.num_scales < len(self.config.scale_factors) and not self.config.scale_causal:
+                    raise ValueError(f"Without `scale_causal` no scale can run alone, got `num_scales={num_scales}`.")
+            return self.decoder(latents, layout, all_scales)
 
     @torch.no_grad()
     def with_scale_factors(self, scale_factors: tuple[int, ...], downsampling: str = "learned") -> "HieraTokCore":
@@ -497,7 +500,7 @@ def _check_map(tensor: Tensor, name: str, channels: int, limit: float = math.inf
     if not tensor.is_floating_point():
         raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}.")
     # Elsewhere, reading values would wait for a device or break a graph.
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+    if tensor.device.type == "cpu" and not is_watched():
         low, high = (float(x) for x in torch.aminmax(tensor.detach()))  # finite where all are
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
