@@ -43,3 +43,17 @@ def test_a_pipeline_can_be_made_of_another():
         assert made_of_it.vae is ours.vae and made_of_it.transformer is ours.transformer
     other = make_pipeline(seed=1).vae
     assert HieraTokDiTPipeline.from_pipe(ours, vae=other).vae is other
+    assert HieraTokDiTPipeline.from_pipe(ours).config.id2label == ours.config.id2label
+
+
+def test_a_pipeline_made_of_another_leaves_its_dtypes():
+    ours = make_pipeline()
+    ours.transformer.to(torch.bfloat16)
+    made_of_it = HieraTokDiTPipeline.from_pipe(ours)
+    for pipe in (ours, made_of_it):
+        assert (pipe.vae.dtype, pipe.transformer.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(made(made_of_it), made(ours))
+    for name in ("dtype", "torch_dtype"):
+        cast = HieraTokDiTPipeline.from_pipe(ours, **{name: torch.float64})
+        assert cast.vae.dtype == cast.transformer.dtype == torch.float64
+        ours = make_pipeline()

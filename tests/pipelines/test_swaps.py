@@ -249,15 +249,18 @@ def test_a_saved_pipeline_has_it_again(name, tmp_path, caplog):
     torch.testing.assert_close(run(loaded, swap), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["SD", "Flux"])
-def test_it_takes_the_place_of_another(name):
+def test_it_takes_the_place_of_another(name, dtype):
     swap = SWAPS[name]
-    own = make_pipeline(swap)
+    own = make_pipeline(swap).to(dtype)
     widths = {"block_out_channels": (4,), "norm_num_groups": 2, "latent_channels": swap.channels}
-    other = type(own)(**make_parts(swap) | {"vae": diffusers.AutoencoderKL(**widths)})
-    pipe = type(own).from_pipe(other, vae=own.vae)
+    other = type(own)(**make_parts(swap) | {"vae": diffusers.AutoencoderKL(**widths)}).to(dtype)
+    pipe = type(own).from_pipe(other, vae=own.vae, dtype=other.dtype)  # as README.md and docs/pipelines.md have it
     pipe.set_progress_bar_config(disable=True)
     assert pipe.vae is own.vae
+    for part in (*pipe.components.values(), *other.components.values()):
+        assert getattr(part, "dtype", dtype) == dtype
     torch.testing.assert_close(run(pipe, swap), run(own, swap), atol=1e-5, rtol=0)
 
 

@@ -1,8 +1,10 @@
 """Save a pipeline's folder whole, and load it from a disk or the Hub, with or without code of its own."""
 
+import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..models.saving import HubUploadMixin, name_in_errors, pop_hub_arguments, stage_folder
@@ -55,11 +57,31 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "Self":
-        """Make a pipeline of another's parts, with the arguments of `DiffusionPipeline.from_pipe`."""
-        # By itself, diffusers hands on models of the signature's very classes alone.
-        parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_types()}
-        return super().from_pipe(pipeline, **{**parts, **kwargs})
+    def from_pipe(cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **kwargs: Any) -> "Self":
+        """
+        Make a pipeline that shares the parts of another.
+
+        Args:
+            pipeline (`DiffusionPipeline`): A pipeline with a `vae`, a `transformer` and a `scheduler`.
+            dtype (`torch.dtype`, *optional*): Dtype to which the parts are cast, in `pipeline` as well. Each keeps its
+                own unless given.
+            kwargs: Arguments of the class, in the place of what `pipeline` has.
+
+        Raises:
+            ValueError: `pipeline` is none, it lacks a part that is not given, or the parts do not fit together.
+        """
+        # That of diffusers casts all parts to float32 unless told, and hands on models of the signature's very classes
+        # alone.
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"`pipeline` must be a pipeline of diffusers, got {pipeline!r}.")
+        dtype = kwargs.pop("torch_dtype", dtype)
+        held = {**pipeline.config, **pipeline.components, **kwargs}
+        parameters = inspect.signature(cls).parameters
+        for name, parameter in parameters.items():
+            if parameter.default is parameter.empty and name not in held:
+                raise ValueError(f"`pipeline` is a {type(pipeline).__name__}, which has no {name!r}: give one.")
+        made = cls(**kwargs, **{name: held[name] for name in parameters if name in held and name not in kwargs})
+        return made if dtype is None else made.to(dtype)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """
