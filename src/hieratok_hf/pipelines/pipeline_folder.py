@@ -1,7 +1,10 @@
 """Save a pipeline's folder whole, and load it from a disk or the Hub, with or without code of its own."""
 
 import inspect
+import json
 import os
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["PipelineFolderMixin"]
 
 _CLASS = "AutoencoderHieraTok"
+_VAE_FILE, _PIPELINE_FILE = "autoencoder_hieratok", "pipeline_hieratok_dit"
+_IN_PACKAGE = __name__.startswith("hieratok_hf.")  # and not in the one file that a folder brings along
 
 
 class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
@@ -27,6 +32,8 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         # Read before the download, when names of files would still have to be names of modules.
         index = super()._dict_from_json_file(json_file)
+        if not _IN_PACKAGE:
+            return index
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][-1]
         for name, value in index.items():
@@ -87,11 +94,28 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         """
         Save to a folder, with the arguments of `DiffusionPipeline`; files appear whole or not at all.
 
+        A pipeline that was loaded by the code of its folder keeps that code.
+
         Raises:
             ValueError: `save_directory` is a file.
         """
         hub_arguments = pop_hub_arguments(kwargs, save_directory)
         with stage_folder(save_directory) as stage:
             super().save_pretrained(stage, *args, **kwargs)
+            if not _IN_PACKAGE:
+                _keep_code(stage)
         if hub_arguments is not None:
             self.push_to_hub(**hub_arguments)
+
+
+def _keep_code(folder: Path) -> None:
+    """Save this file beside what needs it, and name it in `model_index.json`, as `add_remote_code` does."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    shutil.copyfile(__file__, folder / f"{_PIPELINE_FILE}.py")
+    index["_class_name"] = [_PIPELINE_FILE, index["_class_name"]]
+    for name, value in index.items():
+        if isinstance(value, list) and value[1:] == [_CLASS]:
+            shutil.copyfile(__file__, folder / name / f"{_VAE_FILE}.py")
+            index[name] = [_VAE_FILE, _CLASS]
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
