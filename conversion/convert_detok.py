@@ -16,6 +16,7 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, Hiera
 from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
+    find_device,
     load_or_explain,
     make_parser,
     one_line,
@@ -153,10 +154,7 @@ def configuration(weights: Mapping[str, Tensor]) -> HieraTokConfig:
 
 def convert(weights: Mapping[str, Tensor]) -> HieraTokModel:
     """
-    The single-scale twin in float32, with l-DeTok's weights.
-
-    Args:
-        weights (`Mapping[str, torch.Tensor]`): The published names and shapes, in any floating dtype.
+    Make the single-scale twin in float32 from l-DeTok's weights, in any floating dtype.
 
     Raises:
         Problem: A tensor is missing, left over, of another shape or not finite.
@@ -177,8 +175,7 @@ def convert(weights: Mapping[str, Tensor]) -> HieraTokModel:
 @torch.no_grad()
 def fold(core: HieraTokCore, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """Normalise the latents over the images of `--data`: mean and deviation `(C,)`, and lines to print."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = args.device or found or torch.device("cpu")
+    device = find_device(args)
     try:
         images = load_images(args.data, split=args.split)
         # Data sets are often in the order of their classes.

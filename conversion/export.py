@@ -40,7 +40,7 @@ POSTERIOR = (
 
 
 class Encoder(nn.Module):
-    """`pixel_values (B, 3, H, W) -> moments (B, 2C, h, w)`, without the weights of the decoder."""
+    """Map `pixel_values (B, 3, H, W)` to moments `(B, 2C, h, w)`, without the weights of the decoder."""
 
     def __init__(self, core: HieraTokCore):
         super().__init__()
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`latents (B, C, h, w) -> image (B, 3, H, W)`, smaller with fewer scales, without the encoder's weights."""
+    """Map `latents (B, C, h, w)` to images `(B, 3, H, W)`, smaller with fewer scales, without the encoder."""
 
     def __init__(self, core: HieraTokCore, num_scales: int | None):
         super().__init__()
@@ -78,11 +78,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.num_scales and "decoder" not in args.parts:
         parser.error("--num_scales needs the decoder among --parts")
     return args
-
-
-def last_factor(part: str, config: HieraTokConfig, num_scales: int | None) -> int:
-    """Find the factor of the grid that a part gives: 1 for the encoder and for all scales."""
-    return 1 if part == "encoder" else config.scale_factors[(num_scales or len(config.scale_factors)) - 1]
 
 
 def interface(part: str, config: HieraTokConfig, factor: int) -> dict[str, dict[str, Any]]:
@@ -196,7 +191,8 @@ def export_part(part: str, core: HieraTokCore, args: argparse.Namespace, folder:
     dtype, config = getattr(torch, args.dtype), core.config
     reference = (Encoder(core) if part == "encoder" else Decoder(core, args.num_scales)).eval()
     module = reference if dtype == torch.float32 else copy.deepcopy(reference).to(dtype)
-    factor = last_factor(part, config, args.num_scales)
+    # Of the grid that the part gives.
+    factor = config.scale_factors[args.num_scales - 1] if args.num_scales and part == "decoder" else 1
     program = trace(part, module, config, factor, dtype)
     names = interface(part, config, factor)
     facts = []

@@ -14,12 +14,7 @@ _SHOWN = 8
 
 
 class KeyMapError(ValueError):
-    """
-    A checkpoint and a model do not fit together; the message lists everything that is wrong, by kind.
-
-    Attributes:
-        count (`int`): How much is wrong.
-    """
+    """List by kind everything in which a checkpoint and a model do not fit together; `count` says how much it is."""
 
     def __init__(self, problems: Mapping[str, Sequence[str]]):
         self.count = sum(map(len, problems.values()))
@@ -32,7 +27,7 @@ class KeyMapError(ValueError):
 
 
 class _Misfit(Exception):
-    """One tensor that does not fit: what kind of problem it is, and what was found and expected."""
+    """Say of a tensor that does not fit what kind of problem it is, and what was found and expected."""
 
     def __init__(self, kind: str, detail: str):
         super().__init__(detail)
@@ -42,7 +37,7 @@ class _Misfit(Exception):
 @dataclass(frozen=True)
 class Rule:
     """
-    One tensor of a checkpoint and what the model makes of it.
+    Name one tensor of a checkpoint and what the model makes of it.
 
     Args:
         raw (`str`): Name in the checkpoint; each `{}` stands for a whole number, such as that of a block.
@@ -50,9 +45,6 @@ class Rule:
             are equal parts of the tensor along dimension 0, as those of a fused projection.
         to_model (callable, *optional*): Reshapes or permutes the checkpoint's tensor, before it is cut.
         to_raw (callable, *optional*): Its inverse, after the parts were joined.
-
-    Raises:
-        ValueError: There is no name, the numbers of `{}` differ, or only one of the two callables is given.
     """
 
     raw: str
@@ -60,16 +52,10 @@ class Rule:
     to_model: Callable[[Tensor], Tensor] | None = None
     to_raw: Callable[[Tensor], Tensor] | None = None
 
-    def __post_init__(self) -> None:
-        if not self.names or any(name.count("{}") != self.raw.count("{}") for name in self.names):
-            raise ValueError(f"`names` must have as many {{}} as {self.raw!r}, got {self.names!r}.")
-        if (self.to_model is None) != (self.to_raw is None):
-            raise ValueError(f"The rule for {self.raw!r} must have both `to_model` and `to_raw`, or neither.")
-
 
 class KeyMap:
     """
-    A table of rules that turns a checkpoint into the model's weights and back.
+    Turn a checkpoint into the model's weights and back, by a table of rules.
 
     Args:
         rules (`Sequence[Rule]`): Several may make the same names, as a fused projection and its parts do: a checkpoint
@@ -83,7 +69,7 @@ class KeyMap:
 
     def to_model(self, raw: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """
-        The weights of a model, from those of a checkpoint.
+        Make the weights of a model from those of a checkpoint.
 
         Args:
             raw (`Mapping[str, torch.Tensor]`): Every tensor of it is used, or its name is one of `ignored`.
@@ -123,7 +109,7 @@ class KeyMap:
 
     def to_raw(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """
-        The tensors of a checkpoint, from the weights of a model: what `to_model` was given, but for what it ignored.
+        Make the tensors of a checkpoint from the weights of a model: what `to_model` was given, but what it ignored.
 
         Raises:
             KeyMapError: A name is one that no rule makes, or the parts of a tensor are not all there or do not fit.
@@ -155,14 +141,14 @@ class KeyMap:
         return raw
 
     def _matches(self, raw: Mapping[str, Tensor]) -> Iterator[tuple[Rule, str, list[str]]]:
-        """Every rule that a checkpoint has a tensor for, that tensor's name, and those of what it makes."""
+        """Give every rule that a checkpoint has a tensor for, that tensor's name, and the names of what it makes."""
         for rule in self.rules:
             pattern = _pattern(rule.raw)
             for found in filter(None, map(pattern.fullmatch, raw)):
                 yield rule, found.group(), [_filled(name, found) for name in rule.names]
 
     def _sought(self, name: str) -> str:
-        """The names in a checkpoint that would give one of the model."""
+        """Name what in a checkpoint would give one name of the model."""
         keys = [
             _filled(rule.raw, found)
             for rule in self.rules
@@ -173,7 +159,7 @@ class KeyMap:
 
 def core_key_map(fused: bool = False) -> KeyMap:
     """
-    The table for checkpoints with the names of `HieraTokCore`'s own state dict: those of the model without `core.`.
+    Make the table for the names of `HieraTokCore`'s own state dict, which are those of the model without `core.`.
 
     Args:
         fused (`bool`, defaults to `False`): On the way back, join queries, keys and values to one projection `to_qkv`,

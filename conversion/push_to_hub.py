@@ -10,7 +10,7 @@ import diffusers
 import transformers
 
 from hieratok_hf.cli.command_line import Problem, make_parser, one_line, run_script
-from hieratok_hf.hub.folder import Plan, add_card, prepare_folder
+from hieratok_hf.hub.folder import add_card, prepare_folder
 from hieratok_hf.hub.push import HubError, push_folder
 from hieratok_hf.shipped import SHIPPED, resolve_model
 
@@ -72,8 +72,12 @@ def run(args: argparse.Namespace) -> list[str]:
             with prepare_folder(folder, not args.no_code) as (stage, left_out):
                 if card is not None:
                     add_card(stage, args.repo_id, args.tags, **card)
-                plan = Plan.of(stage, args.repo_id, left_out)
-            return [str(plan), "the folder passes its load test; nothing was sent"]
+                paths = {path.relative_to(stage).as_posix(): path for path in stage.rglob("*") if path.is_file()}
+                sizes = {name: path.stat().st_size for name, path in sorted(paths.items())}
+            lines = [f"{len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB, to {args.repo_id} in one commit:"]
+            lines += [f"  {size:>12,}  {name}" for name, size in sizes.items()]
+            lines += [f"  left out: {name}" for name in left_out]
+            return [*lines, "the folder passes its load test; nothing was sent"]
         told = push_folder(
             folder,
             args.repo_id,

@@ -37,13 +37,8 @@ LIMITS = (
     f"Files of up to {MAX_BYTES / 2**20:.0f} MB and {MAX_PIXELS / 1e6:.0f} megapixels. An image with a side of more "
     f"than {MAX_SIDE} pixels is shrunk to that, and all figures are of the smaller image."
 )
-GALLERY = {
-    "format": "png",
-    "height": "max-content",
-    "object_fit": "contain",
-    "fit_columns": False,
-    "interactive": False,
-}
+GALLERY = {"format": "png", "height": "max-content", "object_fit": "contain", "fit_columns": False}
+GALLERY |= {"interactive": False, "show_label": False}
 # Generated images have few pixels: they are shown as they are, not smoothed.
 CSS = """
 #generated img { image-rendering: pixelated; }
@@ -61,16 +56,13 @@ class Refused(Exception):
 
 def read_image(path: str) -> tuple[Image.Image, str]:
     """
-    A file that a visitor sent, upright and in RGB, with sides of at most `MAX_SIDE` pixels.
-
-    Args:
-        path (`str`): The file; messages show its name without the folders.
+    Read a file that a visitor sent, upright and in RGB, with sides of at most `MAX_SIDE` pixels.
 
     Returns:
         The image, and one line that says what it was and, if so, that it was shrunk.
 
     Raises:
-        Refused: The file is too large, or no image, or damaged; the message names the limit that it exceeds.
+        Refused: The file is too large, or no image, or damaged; the message has its name without the folders.
     """
     name = Path(path).name
     if (size := os.stat(path).st_size) > MAX_BYTES:
@@ -87,12 +79,7 @@ def read_image(path: str) -> tuple[Image.Image, str]:
 
 
 def reconstruct(path: str | None, vae: AutoencoderHieraTok) -> tuple[Any, Any, str]:
-    """
-    Make what the page shows of a file: the pair under the slider, labelled images, and a table in Markdown.
-
-    Raises:
-        Refused: As `read_image`, or there is no file, or the image is smaller than a patch.
-    """
+    """Make what the page shows of a file: the pair under the slider, labelled images, and a table in Markdown."""
     if path is None:
         raise Refused("There is none")
     image, size = read_image(path)
@@ -132,20 +119,11 @@ def generate(
     lock: threading.Lock,
 ) -> Iterator[tuple[list[Image.Image], str]]:
     """
-    Images of a class while they are made: previews of the steps, as many as are asked for in time, then the images
-    themselves, which are those that `generate.py` makes of that class and seed.
-
-    Args:
-        key (`int`), count, steps, guidance, seed: The class, and what the pipeline makes of it, and how.
-        scales (`int`): Of the tokenizer, to decode the previews by.
-        pipe (`HieraTokDiTPipeline`): Used by one call at a time.
-        lock (`threading.Lock`): Held while it is used.
+    Make images of a class, those of `generate.py` for that class and seed, and show them while they are made.
 
     Yields:
-        `count` images, and a line that says what they are.
-
-    Raises:
-        Refused: There is no class or no seed.
+        `count` images, and a line that says what they are: previews of the steps by so many scales of the tokenizer,
+        as many as are asked for in time, then the images themselves. The lock is held while the pipeline is used.
     """
     if key is None or seed is None:
         raise Refused("Choose a class, and a whole number as the seed")
@@ -220,7 +198,7 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
                 gr.Markdown("### Original on the left, reconstruction on the right")
                 slider = gr.ImageSlider(pair, format="png", interactive=False, show_label=False, elem_id="slider")
                 gr.Markdown("### An image a scale, and the difference")
-                gallery = gr.Gallery(images, columns=3, **GALLERY, show_label=False, elem_id="scales")
+                gallery = gr.Gallery(images, columns=3, **GALLERY, elem_id="scales")
             outputs = [file, message, column, slider, gallery, table]
             made_by = {"concurrency_limit": AT_ONCE, "show_progress_on": [slider, table], "api_visibility": "private"}
             file.upload(of_file, file, outputs, **made_by)
@@ -238,7 +216,7 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(scale=2, min_width=320):
                 status = gr.Markdown(line, elem_id="status")
-                generated = gr.Gallery(made, columns=4, **GALLERY, show_label=False, elem_id="generated")
+                generated = gr.Gallery(made, columns=4, **GALLERY, elem_id="generated")
             # The pipeline keeps the state of a call, so that one call goes on at a time.
             made_by = {"concurrency_limit": 1, "show_progress_on": generated, "api_visibility": "private"}
             button.click(of_class, settings, [generated, status], **made_by)
@@ -259,29 +237,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> list[str]:
     """Load the models, serve the page until it is stopped, and return no lines to print."""
     vae = load_or_explain(load_model, "--model", args.model, args.device, "float32")
-    more = {"model": args.generator, "dtype": "float32", "scheduler": None}
-    pipe = load_pipeline(argparse.Namespace(**{**vars(args), **more}))
+    pipe = load_or_explain(load_pipeline, "--generator", args.generator, args.device, "float32")
     if not isinstance(pipe.vae, AutoencoderHieraTok):
         raise Problem(f"--generator {args.generator!r}: its {type(pipe.vae).__name__} decodes no previews")
     pipe.set_progress_bar_config(disable=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below goes with the process
     with tempfile.TemporaryDirectory(prefix="hieratok-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        settings = {"server_name": args.host, "server_port": args.port, "max_file_size": MAX_BYTES, "css": CSS}
+        settings["footer_links"] = ["gradio", "settings"]
+        off = ("share", "show_error", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
         try:
-            build(vae, pipe).launch(
-                server_name=args.host,
-                server_port=args.port,
-                share=False,
-                show_error=False,
-                max_file_size=MAX_BYTES,
-                run_history=False,
-                enable_monitoring=False,
-                ssr_mode=False,
-                pwa=False,
-                mcp_server=False,
-                footer_links=["gradio", "settings"],
-                css=CSS,
-            )
+            build(vae, pipe).launch(**settings, **dict.fromkeys(off, False))
         except OSError as error:
             raise Problem(f"--host and --port: {one_line(error)}") from error
     return []

@@ -68,28 +68,18 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
         raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
     images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
     settings = {name: getattr(args, name) for name in ("kind", "shard_size", "batch_size", "seed", "limit", "threads")}
+    settings |= {"size": size, "flips": not args.no_flips, "dtype": getattr(torch, args.dtype)}
     dtype = AUTOCAST.get(args.mixed_precision)
     precision = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-    with (
-        tqdm(unit="image", disable=not state.is_local_main_process, dynamic_ncols=True, leave=False) as bar,
-        precision,
-    ):
+    shown = {"unit": "image", "disable": not state.is_local_main_process, "dynamic_ncols": True, "leave": False}
+    with tqdm(**shown) as bar, precision:
 
         def progress(done: int, todo: int | None) -> None:
             bar.total = todo
             bar.update(done - bar.n)
 
         try:
-            summary = write_latents(
-                codec,
-                images,
-                args.output,
-                size=size,
-                flips=not args.no_flips,
-                dtype=getattr(torch, args.dtype),
-                progress=progress,
-                **settings,
-            )
+            summary = write_latents(codec, images, args.output, progress=progress, **settings)
         except (OSError, ValueError) as error:
             message = f"{args.model!r} and {images.source} to --output {str(args.output)!r}: {one_line(error)}"
             raise Problem(message) from error

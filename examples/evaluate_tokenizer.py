@@ -51,9 +51,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--batch_size", type=positive, default=16, help="images of a batch in each process")
     add("--no_ssim", action="store_true", help="leave SSIM out, which is slow")
     add("--lpips", action="store_true", help="measure LPIPS; needs the package lpips")
-    add(
-        "--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this transformers vision model"
-    )
+    add("--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this vision model")
     add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
     add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
     add("--no_fid", action="store_true", help="leave the Fréchet distance out")
@@ -68,9 +66,34 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def make_frechet(
+    args: argparse.Namespace, device: torch.device, notes: list[str], name: str, same_targets: bool
+) -> FrechetDistance | None:
+    """Make the Fréchet distance of the options, over Inception called by a name, or note why it cannot be measured."""
+    options = {"same_targets": same_targets, "device": device}
+    if args.fid_model:
+        features = load_or_explain(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
+        try:
+            frechet = FrechetDistance(features, size=args.fid_size, **options)
+        except (ImportError, ValueError) as error:
+            at = args.fid_size or features.image_size
+            raise Problem(f"--fid_model {args.fid_model!r} at {at} pixels: {one_line(error)}") from error
+    else:
+        try:
+            if importlib.util.find_spec("torch_fidelity") is None:
+                raise ImportError("it needs torch-fidelity (pip install torch-fidelity)")
+            frechet = FrechetDistance(**options)
+        except (ImportError, OSError) as error:
+            notes.append(f"{name} was left out: {one_line(error)}; --fid_model takes another network")
+            return None
+        frechet.name = name
+    notes.append(f"{frechet.name} is taken of images resized to {frechet.size} x {frechet.size} pixels")
+    return frechet
+
+
 def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str]) -> ReconstructionMetrics:
     """Make the metrics that the options ask for; an rFID that cannot be measured becomes a note."""
-    lpips = perceptual = frechet = None
+    lpips = perceptual = None
     if args.lpips:
         try:
             lpips = load_lpips()
@@ -80,22 +103,7 @@ def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str
         features = load_or_explain(VisionFeatures.from_pretrained, "--perceptual_model", args.perceptual_model)
         perceptual = PerceptualDistance(features)
         notes.append(f"the perceptual distance is taken over {features.name}")
-    if args.fid_model:
-        features = load_or_explain(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
-        try:
-            frechet = FrechetDistance(features, size=args.fid_size, same_targets=True, device=device)
-        except (ImportError, ValueError) as error:
-            at = args.fid_size or features.image_size
-            raise Problem(f"--fid_model {args.fid_model!r} at {at} pixels: {one_line(error)}") from error
-    elif not args.no_fid:
-        try:
-            if importlib.util.find_spec("torch_fidelity") is None:
-                raise ImportError("it needs torch-fidelity (pip install torch-fidelity)")
-            frechet = FrechetDistance(same_targets=True, device=device)
-        except (ImportError, OSError) as error:
-            notes.append(f"rFID was left out: {one_line(error)}; --fid_model takes another network")
-    if frechet is not None:
-        notes.append(f"{frechet.name} is taken of images resized to {frechet.size} x {frechet.size} pixels")
+    frechet = None if args.no_fid else make_frechet(args, device, notes, "rFID", same_targets=True)
     ssim = not args.no_ssim
     return ReconstructionMetrics(ssim=ssim, lpips=lpips, perceptual=perceptual, frechet=frechet, device=device)
 

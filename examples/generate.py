@@ -72,19 +72,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_pipeline(args: argparse.Namespace) -> HieraTokDiTPipeline:
-    """The pipeline of a folder, of a name that ships with the package, or of the Hub, in this order."""
-
-    def load(name: str) -> HieraTokDiTPipeline:
-        if Path(name).is_file():
-            raise ValueError("it is a file, not a folder")
-        folder, dtype = resolve_model(name), getattr(torch, args.dtype)
-        return HieraTokDiTPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(args.device)
-
-    pipe = load_or_explain(load, "--model", args.model)
-    if args.scheduler:
-        pipe.scheduler = other_scheduler(pipe, args.scheduler)
-    return pipe
+def load_pipeline(name: str, device: str | torch.device, dtype: str) -> HieraTokDiTPipeline:
+    """Load the pipeline of a folder, of a name that ships with the package, or of the Hub, in this order."""
+    if Path(name).is_file():
+        raise ValueError("it is a file, not a folder")
+    folder, dtype = resolve_model(name), getattr(torch, dtype)
+    return HieraTokDiTPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
 
 
 def other_scheduler(pipe: HieraTokDiTPipeline, name: str) -> Any:
@@ -210,7 +203,9 @@ def run(args: argparse.Namespace) -> list[str]:
     check_writable("--output", args.output)
     if args.images:
         check_writable("--images", args.images, folder=True)
-    pipe = load_pipeline(args)
+    pipe = load_or_explain(load_pipeline, "--model", args.model, args.device, args.dtype)
+    if args.scheduler:
+        pipe.scheduler = other_scheduler(pipe, args.scheduler)
     ids = read_class_ids(pipe, args.classes)
     try:
         images, previews, seconds = make_images(pipe, ids, args)

@@ -160,35 +160,26 @@ def choose_unused_name(stem: str, used: set[str]) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The figures in aligned columns, a line an image."""
-    lines = [HEADER]
-    for figures in results:
-        lines.append(
-            (
-                repr(figures["image"])[1:-1],  # line breaks in a name would break the table
-                f"{figures['width']} x {figures['height']}",
-                f"{figures['psnr_db']:.2f}",
-                f"{figures['ssim']:.4f}" if figures["ssim"] is not None else "-",
-                " x ".join(map(str, figures["latent_shape"])),
-                f"{figures['compression']:.1f}x",
-                f"{figures['encode_seconds']:.3f}",
-                f"{figures['decode_seconds']:.3f}",
-            )
+    rows = [
+        (
+            repr(figures["image"])[1:-1],  # line breaks in a name would break the table
+            f"{figures['width']} x {figures['height']}",
+            f"{figures['psnr_db']:.2f}",
+            f"{figures['ssim']:.4f}" if figures["ssim"] is not None else "-",
+            " x ".join(map(str, figures["latent_shape"])),
+            f"{figures['compression']:.1f}x",
+            f"{figures['encode_seconds']:.3f}",
+            f"{figures['decode_seconds']:.3f}",
         )
-    return align_table(lines)
+        for figures in results
+    ]
+    return align_table([HEADER, *rows])
 
 
 def mean_of(results: list[dict[str, Any]], key: str) -> float | None:
     """The mean of a figure over the images that have it, if any has."""
     values = [figures[key] for figures in results if figures[key] is not None]
     return sum(values) / len(values) if values else None
-
-
-def as_report(
-    args: argparse.Namespace, results: list[dict], mean: dict[str, Any], failures: dict[str, str]
-) -> dict[str, Any]:
-    """Build the report of `--json`: the settings, the figures of every image, their means, and failures."""
-    settings = {"model": args.model, "device": str(args.device), "dtype": args.dtype, "size": args.size}
-    return {**settings, "images": results, "mean": mean, "failures": failures}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -248,7 +239,8 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in failures.items():
         print(f"failed: {name!r}: {reason}", file=sys.stderr)
     if args.json:
-        write_report(args.json, as_report(args, results, mean, failures))
+        settings = {name: getattr(args, name) for name in ("model", "device", "dtype", "size")}
+        write_report(args.json, {**settings, "images": results, "mean": mean, "failures": failures})
     return 1 if failures else 0
 
 

@@ -59,9 +59,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     report("--sample_steps", type=positive, default=25, help="steps of the scheduler, for the samples")
     report("--guidance_scale", type=float, default=4.0, help="strength of the guidance of the samples")
     report("--export_every", type=positive, help="steps between pipelines that are kept; none unless given")
-    report(
-        "--export_dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the pipeline"
-    )
+    dtypes = ("float32", "bfloat16", "float16")
+    report("--export_dtype", choices=dtypes, default="float32", help="dtype of the pipeline")
     args = parser.parse_args(argv)
     if (args.latents is None) == (args.data is None):
         parser.error("one of --latents and --data is needed")
@@ -103,15 +102,8 @@ def train(args: argparse.Namespace) -> None:
     device, is_main = accelerator.device, accelerator.is_main_process
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    plan = BatchPlan(
-        args.batch_size,
-        (args.image_size,),
-        args.steps,
-        args.seed,
-        accelerator.num_processes,
-        accelerator.process_index,
-        args.accumulate,
-    )
+    process = (accelerator.num_processes, accelerator.process_index)
+    plan = BatchPlan(args.batch_size, (args.image_size,), args.steps, args.seed, *process, args.accumulate)
 
     codec, given_names = load_codec(args.vae, device), read_class_names(args.class_names)
     batches: Any

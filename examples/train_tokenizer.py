@@ -71,12 +71,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     optim("--linear_lr_factor", type=float, default=0.1, help="factor of --lr for the linear path")
     optim("--discriminator_lr", type=float, default=2e-4, help="learning rate of the discriminator")
     optim("--decay_steps", type=int, help="steps of the cosine at the end; all unless given")
-    report(
-        "--statistics_batches",
-        type=positive,
-        default=64,
-        help="batches for the start and for the statistics of the latents",
-    )
+    statistics = "batches for the start and for the statistics of the latents"
+    report("--statistics_batches", type=positive, default=64, help=statistics)
     report("--validation_data", nargs="+", help="images to measure on while training")
     report("--validation_split", default="train", help="split of --validation_data")
     report("--fid_size", type=int, help="side that images get for the vision model; its own unless given")
@@ -203,14 +199,14 @@ def train(args: argparse.Namespace) -> None:
         pixel_values = to_pixel_values(batch).to(device, non_blocking=True)
         noise, mix = step_noise(batch, core.config, args.seed)
         with accelerator.accumulate(*(module for module, _ in trained)):
-            made, moments, aligned = model(pixel_values, noise.to(device), mix.to(device))
-            losses = objective(core.config, pixel_values, made, moments, aligned, step)
+            outputs = model(pixel_values, noise.to(device), mix.to(device))
+            losses = objective(core.config, pixel_values, outputs, step)
             accelerator.backward(losses["loss"])
             norm = accelerator.clip_grad_norm_(model.parameters(), args.clip) if last_part else None
             optimizer.step()
             optimizer.zero_grad()
             if objective.is_adversarial(step):
-                scores = discriminator(torch.cat([pixel_values, made[-1].detach()]))
+                scores = discriminator(torch.cat([pixel_values, outputs[0][-1].detach()]))
                 losses["discriminator"] = discriminator_hinge_loss(*scores.chunk(2))
                 accelerator.backward(losses["discriminator"])
                 discriminator_optimizer.step()

@@ -17,17 +17,14 @@ if not torch.cuda.is_available():
 # Without it, each name that is not there costs 25 seconds of attempts on a machine without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from helpers import random_core
 from hub_server import hub_here as hub_here
-from hub_server import hub_server as hub_server
 from scripts import forget_processes, load_script
 
+from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil
+
 # Files whose fixtures take half a minute to make.
-ON_ONE_WORKER = {
-    "test_app_browser.py",
-    "test_docs.py",
-    "test_export.py",
-    "test_gpu_launches.py",
-}
+ON_ONE_WORKER = {"test_app_browser.py", "test_docs.py", "test_export.py", "test_gpu_launches.py"}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -58,6 +55,15 @@ def script_surroundings(request, tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
+def saved(tmp_path) -> Path:
+    """A saved tiny tokenizer with its image processor."""
+    folder = tmp_path / "my.model-1"
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder)
+    HieraTokImageProcessorPil(size_divisor=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def load_benchmark(monkeypatch, tmp_path) -> Callable[[str], ModuleType]:
     """A script of `benchmarks/` as a module, whose results go to a folder of the test."""
 
@@ -67,6 +73,12 @@ def load_benchmark(monkeypatch, tmp_path) -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture
+def bench(request, load_benchmark) -> ModuleType:
+    """The script of `benchmarks/` that a file `test_NAME.py` tests."""
+    return load_benchmark(request.module.__name__.removeprefix("test_"))
 
 
 @pytest.fixture

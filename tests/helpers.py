@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import MobileNetV2Config, MobileNetV2Model
 
-from hieratok_hf import HieraTokConfig, HieraTokCore
+from hieratok_hf import HieraTokConfig, HieraTokCore, PyramidLayout, scale_causal_attention
+from hieratok_hf.ops.pyramid import flatten_pyramid
 
 LINEAR_PATH = 3
 TINY: dict[str, Any] = {
@@ -71,6 +72,30 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@contextmanager
+def empty_memory_is_nan() -> Iterator[None]:
+    """Within it, memory that was allocated and not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(9).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class AttendMaps(nn.Module):
+    """Attention of two heads over a pyramid that follows the size of maps `(B, C, h, w)`."""
+
+    def __init__(self, backend: str):
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        layout = PyramidLayout.from_grid(*query.shape[2:], (2, 1))
+        tokens = (flatten_pyramid(x, layout).unflatten(2, (2, -1)).transpose(1, 2) for x in (query, key, value))
+        return scale_causal_attention(*tokens, layout, backend=self.backend)
 
 
 def tiny_vision_model(seed: int = 0) -> MobileNetV2Model:

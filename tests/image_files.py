@@ -7,11 +7,21 @@ import zlib
 
 import numpy as np
 from PIL import Image
+from scripts import ROOT
+
+from hieratok_hf import open_image
 
 
 def noise(height=32, width=48, channels=3, seed=0):
     shape = (height, width, channels) if channels else (height, width)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def crop(i, size, photograph=0):
+    """The i-th of some squares that lie beside each other in a photograph of the examples."""
+    left, top = 64 + 24 * (i % 4), 64 + 24 * (i // 4)
+    path = sorted((ROOT / "examples" / "images").glob("*.webp"))[photograph]
+    return open_image(path).crop((left, top, left + size, top + size))
 
 
 def png(width, height, bits, colour, rows=b"", transparency=None):
@@ -26,13 +36,18 @@ def png(width, height, bits, colour, rows=b"", transparency=None):
     return signature + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def write_shard(path, images, labels=()):
-    """A tar shard in webdataset style of PNG files, with a file of its label beside each if there are any."""
+def encoded(image, kind="png"):
+    """The bytes of a file of an image, without loss."""
+    file = io.BytesIO()
+    image.save(file, kind, lossless=True)
+    return file.getvalue()
+
+
+def write_shard(path, images, labels=(), kind="png"):
+    """A tar shard in webdataset style, with a file of its label beside each image if there are any."""
     with tarfile.open(path, "w") as archive:
         for i, image in enumerate(images):
-            file = io.BytesIO()
-            image.save(file, "PNG")
-            contents = {"png": file.getvalue(), **({"cls": str(labels[i]).encode()} if labels else {})}
+            contents = {kind: encoded(image, kind), **({"cls": str(labels[i]).encode()} if labels else {})}
             for suffix, content in contents.items():
                 member = tarfile.TarInfo(f"{i:06}.{suffix}")
                 member.size = len(content)

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 from diffusers.models.modeling_utils import ModelMixin
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+from .hub.remote_code import add_remote_code
 from .models.configuration_hieratok import SIZES, HieraTokConfig
+from .models.core import HieraTokCore
 from .models.image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
+from .models.layers import HieraTokAttnProcessor
 from .models.modeling_hieratok import HieraTokDecoderOutput, HieraTokEncoderOutput, HieraTokModel, HieraTokOutput
+from .ops.attention import scale_causal_attention
+from .ops.pyramid import PyramidLayout
+from .shipped import SHIPPED, pretrained
 from .utils.images import ImageError, convert_to_rgb, open_image
 
 __version__ = "0.1.0"
 
+# Importing these loads every autoencoder and pipeline of diffusers.
 _LAZY = {
     "AutoencoderHieraTok": "models.autoencoder_hieratok",
     "AutoencoderHieraTokOutput": "models.autoencoder_hieratok",
-    "HieraTokAttnProcessor": "models.layers",
-    "HieraTokCore": "models.core",
     "HieraTokDiTPipeline": "pipelines.pipeline_hieratok_dit",
-    "PyramidLayout": "ops.pyramid",
-    "SHIPPED": "shipped",
-    "add_remote_code": "hub.remote_code",
-    "pretrained": "shipped",
-    "scale_causal_attention": "ops.attention",
 }
 
 __all__ = [
@@ -54,14 +54,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .hub.remote_code import add_remote_code
     from .models.autoencoder_hieratok import AutoencoderHieraTok, AutoencoderHieraTokOutput
-    from .models.core import HieraTokCore
-    from .models.layers import HieraTokAttnProcessor
-    from .ops.attention import scale_causal_attention
-    from .ops.pyramid import PyramidLayout
     from .pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
-    from .shipped import SHIPPED, pretrained
 
 AutoConfig.register(HieraTokConfig.model_type, HieraTokConfig)
 AutoModel.register(HieraTokConfig, HieraTokModel)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,12 +43,8 @@ def test_whole_numbers_from_one():
 
 def test_what_cannot_be_loaded_is_named():
     assert load_or_explain(lambda name, more: (name, more), "--model", "x", 2) == ("x", 2)
-
-    def fail(name):
-        raise KeyError("no\nsuch key")
-
     with pytest.raises(Problem, match=r"--model 'x' cannot be loaded: .*such key"):
-        load_or_explain(fail, "--model", "x")
+        load_or_explain(Mock(side_effect=KeyError("no\nsuch key")), "--model", "x")
 
 
 def test_reports_are_json_and_written_whole(tmp_path):
@@ -92,9 +89,7 @@ def test_devices(capsys):
         assert find_device(parser.parse_args([])) == torch.device("cpu")
 
 
-SCRIPTS = [
-    path for folder in ("examples", "benchmarks", "conversion") for path in sorted((ROOT / folder).glob("*.py"))
-]
+SCRIPTS = [path for folder in ("benchmarks", "conversion", "examples") for path in (ROOT / folder).glob("*.py")]
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS), ids=lambda path: path.stem)
@@ -118,36 +113,26 @@ def test_the_help_of_a_script_shows_every_default(path, monkeypatch):
             assert str(action.default) in shown, action.dest
 
 
-def test_a_script_of_one_process_prints_lines_or_its_problem(capsys):
-    def run(args):
-        if args.text == "bad":
-            raise Problem("no such thing")
-        return [args.text, "b"]
+RUNNERS = [(run_script, None), (run_on_processes, None), (run_on_processes, torch.device("cpu"))]
 
-    assert run_script(run, argparse.Namespace(text="a")) == 0
-    assert run_script(run, argparse.Namespace(text="bad")) == 2
+
+@pytest.mark.parametrize(("runner", "device"), RUNNERS)
+def test_a_script_prints_lines_or_its_problem(runner, device, capsys):
+    run = Mock(side_effect=[["a", "b"], Problem("no such thing")])
+    args = argparse.Namespace(device=device)
+    assert [runner(run, args), runner(run, args)] == [0, 2]
     assert capsys.readouterr() == ("a\nb\n", "error: no such thing\n")
+    given = run.call_args.args
+    assert given[0] is args and [type(x) for x in given[1:]] == [PartialState] * (runner is run_on_processes)
 
 
-def test_a_script_of_several_processes_prints_lines_or_its_problem(capsys):
-    def run(args, state):
-        assert type(state) is PartialState
-        if args.text == "bad":
-            raise Problem("it cannot be done")
-        return [args.text, "more"]
-
-    assert run_on_processes(run, argparse.Namespace(device=torch.device("cpu"), text="good")) == 0
-    assert run_on_processes(run, argparse.Namespace(device=None, text="bad")) == 2
-    assert capsys.readouterr() == ("good\nmore\n", "error: it cannot be done\n")
+@pytest.mark.parametrize("kind", [FloatingPointError, ImportError, OSError, ValueError])
+def test_errors_of_a_training_become_the_status(kind, capsys):
+    assert run_training(Mock(), argparse.Namespace()) == 0
+    assert run_training(Mock(side_effect=kind("what")), argparse.Namespace()) == 2
+    assert capsys.readouterr().err == "error: what\n"
 
 
-def test_errors_of_a_training_become_the_status(capsys):
-    def fail(args):
-        raise args.error
-
-    assert run_training(lambda args: None, argparse.Namespace()) == 0
-    for error in (FloatingPointError("not finite"), ImportError("lpips"), OSError("full"), ValueError("wrong")):
-        assert run_training(fail, argparse.Namespace(error=error)) == 2
-        assert capsys.readouterr().err == f"error: {error}\n"
+def test_a_defect_of_a_training_is_raised():
     with pytest.raises(KeyError):
-        run_training(fail, argparse.Namespace(error=KeyError("a defect")))
+        run_training(Mock(side_effect=KeyError("a defect")), argparse.Namespace())

@@ -4,10 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import random_core
 from tiny_pipelines import make_pipeline
-
-from hieratok_hf import AutoencoderHieraTok
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -18,27 +15,22 @@ def push(load_conversion):
     return load_conversion("push_to_hub").main
 
 
-@pytest.fixture
-def folder(tmp_path):
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
-
-
-def test_a_dry_run_prints_the_plan_and_sends_nothing(hub_here, push, folder, capsys):
-    (folder / "log.jsonl").write_text("{}")
-    assert push([str(folder), "org/name", "--dry_run"]) == 0
+def test_a_dry_run_prints_the_plan_and_sends_nothing(hub_here, push, saved, capsys):
+    (saved / "log.jsonl").write_text("{}")
+    assert push([str(saved), "org/name", "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    size = (folder / WEIGHTS).stat().st_size
+    size = (saved / WEIGHTS).stat().st_size
+    assert printed.startswith("6 files, ") and "to org/name in one commit" in printed
     assert f"{size:,}  {WEIGHTS}" in printed and "left out: log.jsonl" in printed and "nothing was sent" in printed
     assert not hub_here.requests
 
 
-def test_options_reach_the_hub_and_the_card(hub_here, push, folder, tmp_path, capsys):
+def test_options_reach_the_hub_and_the_card(hub_here, push, saved, tmp_path, capsys):
     training = tmp_path / "training.md"
     training.write_text("Three steps.\n")
     options = ["--private", "--commit_message=First", "--license=mit", "--datasets=org/data", "--tags=mine"]
     told = ["--training", str(training), "--hardware", "one lamp", "--base_model", "org/base"]
-    assert push([str(folder), "org/name", *options, *told]) == 0
+    assert push([str(saved), "org/name", *options, *told]) == 0
     assert "done: http" in capsys.readouterr().out
     assert hub_here.repo("org/name").private and hub_here.commits("org/name")[0].title == "First"
     card = hub_here.files("org/name")["README.md"].decode()
@@ -75,12 +67,12 @@ def test_a_pipeline_goes_to_a_branch_or_a_pull_request(hub_here, push, tmp_path,
         (["{folder}", "org/name", "--token", "hf_wrong"], "hf auth login"),
     ],
 )
-def test_problems_are_one_line_and_leave_the_hub_alone(options, message, hub_here, push, folder, tmp_path, capsys):
+def test_problems_are_one_line_and_leave_the_hub_alone(options, message, hub_here, push, saved, tmp_path, capsys):
     (tmp_path / "text").write_text("no json")
-    paths = {"none": tmp_path / "none", "text": tmp_path / "text", "folder": folder}
+    paths = {"none": tmp_path / "none", "text": tmp_path / "text", "folder": saved}
     paths["other"] = RESULTS / "trade_off.json"
     assert push([option.format(**paths) for option in options]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
     if message != "hf auth login":
-        assert not [r for r in hub_here.requests if "/commit/" in r.path]
+        assert not [r for r in hub_here.requests if "/commit/" in r]

@@ -1,47 +1,31 @@
 """Tests of `image_dataset`: folders, tar shards and data sets of the Hub, whole and streamed, and what is refused."""
 
-import io
 import sys
 import tarfile
 from unittest.mock import Mock, call
 
 import datasets
+import image_files
 import numpy as np
 import pytest
 import torch
-from image_files import noise
+from image_files import encoded, noise
 from PIL import Image
 
 from hieratok_hf.data.image_dataset import Images, decode_ahead, image_of, load_images
 from hieratok_hf.utils.images import ImageError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """A cache of its own, no network, no progress bars."""
-    folder = tmp_path_factory.getbasetemp() / "datasets"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+pytestmark = pytest.mark.usefixtures("script_surroundings")
+KINDS = datasets.Features({"image": datasets.Image()})
 
 
-def encoded(seed, kind="png"):
-    buffer = io.BytesIO()
-    Image.fromarray(noise(10, 12, seed=seed)).save(buffer, format={"jpg": "jpeg"}.get(kind, kind), lossless=True)
-    return buffer.getvalue()
+def picture(seed):
+    return Image.fromarray(noise(10, 12, seed=seed))
 
 
 def write_shard(path, seeds, kind="png", labels=True):
-    """A tar file in webdataset style, of the label `seed % 3`."""
-    with tarfile.open(path, "w") as archive:
-        for seed in seeds:
-            parts = {kind: encoded(seed, kind), **({"cls": str(seed % 3).encode()} if labels else {})}
-            for suffix, data in parts.items():
-                member = tarfile.TarInfo(f"{seed:06d}.{suffix}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
+    """A tar shard of the labels `seed % 3`."""
+    image_files.write_shard(path, map(picture, seeds), [seed % 3 for seed in seeds] if labels else (), kind)
     return str(path)
 
 
@@ -49,13 +33,7 @@ def write_folder(folder, **classes):
     for name, seeds in classes.items():
         (folder / name).mkdir(parents=True)
         for seed in seeds:
-            (folder / name / f"{seed}.png").write_bytes(encoded(seed))
-    return str(folder)
-
-
-def write_parquet(folder, columns, **features):
-    folder.mkdir()
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(folder / "train.parquet")
+            (folder / name / f"{seed}.png").write_bytes(encoded(picture(seed)))
     return str(folder)
 
 
@@ -82,7 +60,7 @@ def test_folders_give_images_labels_and_splits(tmp_path, streaming):
 
 def test_names_of_images_decide_no_split(tmp_path):
     for seed, name in enumerate(["a", "bullet_train", "crash test", "valid-ticket"]):
-        (tmp_path / f"{name}.png").write_bytes(encoded(seed))
+        (tmp_path / f"{name}.png").write_bytes(encoded(picture(seed)))
     assert seen(load_images(str(tmp_path)), range(4)) == [None] * 4
 
 
@@ -96,7 +74,7 @@ def test_a_pattern_takes_the_shards_that_match_in_order(tmp_path, streaming):
     shard = write_shard(tmp_path / "a.tar", [4, 5], "webp")
     images = load_images(shard, streaming=streaming)
     assert seen(images, [4, 5]) == [1, 2]
-    assert [row["name"] for row in images] == [f"{shard}:00000{i}.webp" for i in (4, 5)]
+    assert [row["name"] for row in images] == [f"{shard}:00000{i}.webp" for i in (0, 1)]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -112,9 +90,11 @@ def test_a_folder_may_hold_shards_or_parquet(tmp_path):
     (tmp_path / "shards").mkdir()
     write_shard(tmp_path / "shards" / "train-0.tar", [7, 8])
     assert seen(load_images(str(tmp_path / "shards")), [7, 8]) == [1, 2]
-    columns = {"img": [{"bytes": encoded(3), "path": None}], "fine_label": [4]}
-    kinds = {"img": datasets.Image(), "fine_label": datasets.ClassLabel(5)}
-    images = load_images(write_parquet(tmp_path / "parquet", columns, **kinds))
+    (tmp_path / "parquet").mkdir()
+    columns = {"img": [{"bytes": encoded(picture(3)), "path": None}], "fine_label": [4]}
+    kinds = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(5)})
+    datasets.Dataset.from_dict(columns, features=kinds).to_parquet(tmp_path / "parquet" / "train.parquet")
+    images = load_images(str(tmp_path / "parquet"))
     assert seen(images, [3]) == [4] and images[0]["name"] == "row 0"
 
 
@@ -124,27 +104,24 @@ def test_a_shuffled_stream_gives_every_row_once_an_epoch(tmp_path):
 
     def names(seed):
         stream = images.shuffled(seed, buffer_size=3)
-        return [[next(stream)["name"][-10:] for _ in range(8)] for _ in range(2)]
+        return [[next(stream)["name"] for _ in range(8)] for _ in range(2)]
 
     first = names(0)
     assert first == names(0) and first != names(1) and first[0] != first[1]
-    assert all(sorted(epoch) == [f"{i:06d}.png" for i in range(8)] for epoch in [*first, *names(1)])
+    rows = [f"{shard}:{i:06d}.png" for shard in shards for i in range(4)]
+    assert all(sorted(epoch) == rows for epoch in [*first, *names(1)])
 
 
 def test_a_hub_id_is_looked_up_by_datasets(monkeypatch):
-    kinds = datasets.Features({"image": datasets.Image()})
-    found = datasets.Dataset.from_dict({"image": [{"bytes": encoded(1), "path": None}]}, features=kinds)
+    found = datasets.Dataset.from_dict({"image": [{"bytes": encoded(picture(1)), "path": None}]}, features=KINDS)
     monkeypatch.setattr(datasets, "load_dataset", Mock(return_value=found))
     assert seen(load_images("owner/name"), [1]) == [None]
     load_images(["owner/name-v1.5:a.b", "name"], split="test", streaming=True)
     assert datasets.load_dataset.call_args_list == [
-        call("owner/name", None, split="train", streaming=False),
-        call("owner/name-v1.5", "a.b", split="test", streaming=True),
-        call("name", None, split="test", streaming=True),
+        call(path="owner/name", name=None, split="train", streaming=False),
+        call(path="owner/name-v1.5", name="a.b", split="test", streaming=True),
+        call(path="name", name=None, split="test", streaming=True),
     ]
-
-
-def test_what_the_hub_does_not_have_is_said_in_one_line(monkeypatch):
     error = datasets.exceptions.DatasetNotFoundError("Dataset 'owner/none'\ndoesn't exist on the Hub.")
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
     refused("owner/none", "Dataset 'owner/none' doesn't exist on the Hub.")
@@ -184,10 +161,9 @@ def test_nothing_in_it_is_refused(tmp_path):
 
 
 def test_a_data_set_without_rows_is_refused():
-    kinds = datasets.Features({"image": datasets.Image()})
     with pytest.raises(ValueError, match="No images found in here: it has no rows"):
-        Images(datasets.Dataset.from_dict({"image": []}, features=kinds), "here")
-    stream = datasets.IterableDataset.from_generator(lambda: iter(()), features=kinds)
+        Images(datasets.Dataset.from_dict({"image": []}, features=KINDS), "here")
+    stream = datasets.IterableDataset.from_generator(lambda: iter(()), features=KINDS)
     with pytest.raises(ValueError, match="No images found in here: it has no rows"):
         next(Images(stream, "here").shuffled(0))
 
@@ -218,7 +194,7 @@ def test_sources_that_do_not_go_together_are_refused(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path, streaming):
     folder = write_folder(tmp_path / "data", cat=[0, 1])
-    (tmp_path / "data" / "cat" / "1.png").write_bytes(encoded(1)[:200])
+    (tmp_path / "data" / "cat" / "1.png").write_bytes(encoded(picture(1))[:200])
     shard = write_shard(tmp_path / "a.tar", [0, 1])
     data = (tmp_path / "a.tar").read_bytes()
     start = data.index(b"\x89PNG", data.index(b"000001.png"))
@@ -234,21 +210,16 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, streaming):
 
 
 def test_batches_are_decoded_ahead(tmp_path):
-    images = load_images(write_folder(tmp_path / "data", cat=range(3), dog=[3]))
-    asked, entries = [], list(enumerate(images))
+    entries = list(enumerate(load_images(write_folder(tmp_path / "data", cat=range(3), dog=[3]))))
     entries[1][1]["image"] = {"bytes": None, "path": None}
 
-    def batches():
-        for batch in (entries[:2], entries[1:2], entries[2:]):
-            asked.append(len(batch))
-            yield batch
-
-    found = decode_ahead(batches(), 10, 2)
+    batches = iter([entries[:2], entries[1:2], entries[2:], []])
+    found = decode_ahead(batches, 10, 2)
     first = next(found)
-    assert asked == [2, 1] and first["rows"] == [0] and first["labels"] == [0]
+    assert batches.__length_hint__() == 2 and first["rows"] == [0] and first["labels"] == [0]
     assert first["levels"].tolist() == [noise(10, 12, seed=0)[:, 1:11].tolist()]
     name = entries[1][1]["name"]
     assert first["skipped"] == [(1, name, f"{name!r}: is empty (0 bytes)")]
-    second, third = found
+    second, third, _ = found
     assert second["rows"] == [] and second["levels"].shape == (0, 10, 10, 3)
     assert third["rows"] == [2, 3] and third["labels"] == [0, 1] and third["levels"].dtype == torch.uint8

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_rows_are_as_they_are_stored(space, stored):
             assert entry["row"] == ROWS[i] and entry["label"] == ROWS[i] // 7 and set(entry) == {key, "row", "label"}
             assert entry[key].dtype == torch.float32 and torch.equal(entry[key], stored(name, key)[i])
         for i in (13, -14):
-            with pytest.raises(IndexError, match=f"got index {i}"):
+            with pytest.raises(IndexError, match=str(i)):
                 cache[i]
     cache = LatentCache(space / "unlabelled")
     assert cache.class_names == [] and cache.labels.tolist() == [-1] * 6 and cache[0]["label"] == -1
@@ -101,17 +102,13 @@ def test_a_cache_knows_its_encoder(space):
         cache.check_encoder(Codec(kl))
 
 
-@pytest.mark.parametrize(
-    ("indices", "flipped", "kind", "message"),
-    [
-        ([0, 1], [False, True], ValueError, "`flipped`"),
-        ([0, 1], [False], ValueError, "`flipped`"),
-        ([0, 13], None, IndexError, "13"),
-    ],
-)
-def test_bad_batches_are_refused(space, indices, flipped, kind, message):
-    with pytest.raises(kind, match=message):
-        LatentCache(space / "sample").batch(indices, flipped)
+def test_bad_batches_are_refused(space):
+    cache = LatentCache(space / "sample")
+    for flipped in ([False, True], [False]):
+        with pytest.raises(ValueError, match="`flipped`"):
+            cache.batch([0, 1], flipped)
+    with pytest.raises(IndexError, match="13"):
+        cache.batch([0, 13])
 
 
 def test_workers_and_copies_read_the_same(space):
@@ -124,15 +121,14 @@ def test_workers_and_copies_read_the_same(space):
 
 
 def test_unfinished_damaged_and_other_folders_are_refused(space, tmp_path):
-    for path in (space / "moments").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(space / "moments", tmp_path, dirs_exist_ok=True)
     settings = json.loads((tmp_path / "cache.json").read_text())
     (tmp_path / "shard-00002.safetensors").write_bytes(b"x" * 400)
     with pytest.raises(ValueError, match=r"shard '.*shard-00002\.safetensors' is damaged"):
         LatentCache(tmp_path)
     for shard in (1, 2):
         (tmp_path / f"shard-0000{shard}.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"2 of 4 shards are missing: 1, 2\."):
+    with pytest.raises(ValueError, match="2 of 4 shards are missing, the first is 1"):
         LatentCache(tmp_path)
     for change, message in (({"format": 7}, "the format 1, got 7"), ({"rows": None}, "is unfinished")):
         (tmp_path / "cache.json").write_text(json.dumps(settings | change))

@@ -15,8 +15,9 @@ from tiny_pipelines import tiny_pipeline
 import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.hub.card import card_for, model_card
+from hieratok_hf.hub.remote_code import add_remote_code
 
-ROOT = Path(__file__).resolve().parents[2]
+CARD = Path(__file__).resolve().parents[2] / "model_card.md"
 SHIPPED = {name: Path(hieratok_hf.pretrained(name)) for name in hieratok_hf.SHIPPED}
 HOSTILE = "a|b\n---\nlicense: mit\n# {{ 7 * 7 }} {% x %} <script>`*_[x](http://evil.example) \\ \x00\u202e![y]"
 SCALES = "scales: cells of the latent on a side, coarse to fine"
@@ -45,11 +46,16 @@ def pipeline(tmp_path_factory):
     return Path(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
 
 
+@pytest.fixture
+def shipped(tmp_path):
+    """A folder of the shipped tokenizer, for a README.md of its own."""
+    return shutil.copytree(SHIPPED["hieratok-tiny"], tmp_path / "model")
+
+
 def edited(folder, target, name, **values):
-    """A copy whose JSON file `name` has these values; `None` takes a key away."""
+    """A copy whose JSON file `name` has these values."""
     shutil.copytree(folder, target)
-    saved = {**json.loads((target / name).read_text()), **values}
-    (target / name).write_text(json.dumps({key: value for key, value in saved.items() if value is not None}))
+    (target / name).write_text(json.dumps({**json.loads((target / name).read_text()), **values}))
     return target
 
 
@@ -142,17 +148,16 @@ def test_the_code_for_use_runs(kind, names, request):
 
 
 def test_loading_without_the_package_is_shown_where_the_code_is(tokenizer, pipeline, tmp_path):
-    auto_map = {"AutoModel": "modeling_hieratok.HieraTokModel"}
-    with_code = edited(tokenizer, tmp_path / "tokenizer", "config.json", auto_map=auto_map)
-    own = ["pipeline_hieratok_dit", "HieraTokDiTPipeline"]
-    pipe = edited(pipeline, tmp_path / "pipeline", "model_index.json", _class_name=own)
-    for folder, loader in ((with_code, "AutoModel"), (with_code, "diffusers.AutoModel"), (pipe, "DiffusionPipeline")):
+    with_code = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    pipe = shutil.copytree(pipeline, tmp_path / "pipeline")
+    for folder in (with_code, pipe):
+        add_remote_code(folder)
+    loaders = ((with_code, "transformers.AutoModel"), (with_code, "diffusers.AutoModel"), (pipe, "DiffusionPipeline"))
+    for folder, loader in loaders:
         _, code = CODE.findall(model_card(folder, repo_id="me/mine").text)
         compile(code, "card", "exec")
         assert f'{loader}.from_pretrained("me/mine", trust_remote_code=True)' in code
-    config_alone = {"AutoConfig": "configuration_hieratok.HieraTokConfig"}
-    partly = edited(tokenizer, tmp_path / "partly", "config.json", auto_map=config_alone)
-    for folder in (tokenizer, pipeline, partly):
+    for folder in (tokenizer, pipeline):
         assert "trust_remote_code" not in model_card(folder, repo_id="me/mine").text
 
 
@@ -170,7 +175,7 @@ def test_what_is_not_known_is_said_and_what_is_given_stands(tokenizer):
         assert f"(https://huggingface.co/{link})" in told
 
 
-def hostile_card(pipeline, tmp_path):
+def test_hostile_names_stay_names(pipeline, tmp_path):
     names = {"0": HOSTILE, "1": "---", "2": "b"}
     folder = edited(pipeline, tmp_path / "hostile", "model_index.json", id2label=names, prediction_type=HOSTILE)
     report = recorded("hieratok-dit-tiny")
@@ -178,87 +183,71 @@ def hostile_card(pipeline, tmp_path):
     report["settings"] |= {"classifier": HOSTILE, "reference": [HOSTILE, "---"], HOSTILE: HOSTILE, "fid_size": HOSTILE}
     report |= {f"{x}_per_class": [1, 1, 1] for x in ("images", "class_accuracy", "top1_accuracy")}
     report[f"FD-{HOSTILE}"] = 1.5
-    return model_card(folder, repo_id="me/dit", results=[report])
-
-
-def test_hostile_names_stay_names(pipeline, tmp_path):
-    card = hostile_card(pipeline, tmp_path)
+    card = model_card(folder, repo_id="me/dit", results=[report])
     card.save(tmp_path / "README.md")
     head = metadata_load(tmp_path / "README.md")
     assert head["license"] == "apache-2.0" and head == yaml.safe_load(card.data.to_yaml())
     assert model_index_to_eval_results(head["model-index"])[1] == card.data.eval_results
     assert any("{{ 7 * 7 }}" in figure.metric_name for figure in card.data.eval_results)
-    assert ModelCard(str(card)).text == card.text
-    # Outside of code, where there is no Markdown, every special character is escaped.
-    plain = re.sub(r"```.*?```", "", card.text, flags=re.DOTALL)
-    assert "7 \\* 7" in plain
-    assert not re.search(r"(?<!\\)(\{\{|\{%|<script|!\[y|\[x\])", plain)
-    assert not re.search(r"^\s*(---|license: mit)", plain, re.MULTILINE) and "\x00" not in str(card)
-    for table in re.findall(r"(?:^\|.*\n)+", plain, re.MULTILINE):
-        assert len({len(re.split(r"(?<!\\)(?:\\\\)*\|", row)) for row in table.splitlines()}) == 1
+    assert ModelCard(str(card)).text == card.text and "\x00" not in str(card)
     assert all(len(block.splitlines()) == 1 for block in re.findall(r"```bash\n(.*?)\n```", card.text, re.DOTALL))
-
-
-def test_hostile_names_render_as_they_are(pipeline, tmp_path):
+    tables = re.findall(r"(?:^\|.*\n)+", card.text, re.MULTILINE)
+    for table in tables:
+        assert len({len(re.split(r"(?<!\\)(?:\\\\)*\|", row)) for row in table.splitlines()}) == 1
     markdown = pytest.importorskip("markdown_it", reason="it renders Markdown as the Hub does")
-    tokens = markdown.MarkdownIt("gfm-like", {"linkify": False}).parse(hostile_card(pipeline, tmp_path).text)
+    tokens = markdown.MarkdownIt("gfm-like", {"linkify": False}).parse(card.text)
     inline = [child for token in tokens for child in token.children or ()]
     assert not {"html_inline", "image", "em", "strong"} & {child.type for child in inline}
-    assert not any(token.type == "html_block" for token in tokens)
+    assert not {"html_block", "hr"} & {token.type for token in tokens}
+    assert sum(token.type == "table_open" for token in tokens) == len(tables)
     links = {child.attrGet("href") for child in inline if child.type == "link_open"}
     assert links == {"https://arxiv.org/abs/2509.23736"}
-    seen = " ".join(character for character in HOSTILE.split()).replace("\x00", "").replace("\u202e", "")
+    seen = " ".join(HOSTILE.split()).replace("\x00", "").replace("\u202e", "")
     texts = ["".join(child.content for child in token.children or ()) for token in tokens if token.type == "inline"]
     assert texts.count(seen) >= 2  # a row of the classes, and a note
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_card_that_is_there_is_kept(tokenizer, tmp_path, end):
-    folder = edited(tokenizer, tmp_path / "model", "config.json")
+    path = shutil.copytree(tokenizer, tmp_path / "model") / "README.md"
     head = ["---", "license: other", "license_name: mine", "tags:", "- mine", "pipeline_tag: null", "---"]
     body = end.join(["", "# My own", "", "Words | of mine, {{ untouched }}.", "", "---", "", "The end."])
-    (folder / "README.md").write_bytes((end.join(head) + end + body).encode())
-    card = card_for(folder, repo_id="me/tok", datasets=["a/b"], license="mit")
+    path.write_bytes((end.join(head) + end + body).encode())
+    card = card_for(path.parent, repo_id="me/tok", datasets=["a/b"], license="mit")
     assert card.text == body
     data = card.data.to_dict()
     assert (data["license"], data["license_name"], data["tags"]) == ("other", "mine", ["mine"])
     assert (data["library_name"], data["pipeline_tag"], data["datasets"]) == ("diffusers", "image-to-image", ["a/b"])
-    card.save(folder / "README.md")
-    assert list(metadata_load(folder / "README.md"))[:4] == ["license", "license_name", "tags", "pipeline_tag"]
-    written = (folder / "README.md").read_bytes()
-    assert (b"\r\n" in written) == (end == "\r\n") and written.count(b"\n") == written.count(end.encode())
-    assert str(card_for(folder, repo_id="me/tok", license="mit")) == str(card)
+    card.save(path)
+    assert list(metadata_load(path))[:4] == ["license", "license_name", "tags", "pipeline_tag"]
+    assert path.read_bytes().count(b"\n") == path.read_bytes().count(end.encode()) > 0
+    assert (b"\r" in path.read_bytes()) == (end == "\r\n")
+    assert str(card_for(path.parent, repo_id="me/tok", license="mit")) == str(card)
 
 
-def test_a_card_that_is_there_gets_figures_only_if_it_has_none(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(SHIPPED["hieratok-tiny"], folder)
+def test_a_card_that_is_there_gets_figures_only_if_it_has_none(shipped):
     report = recorded("trade_off")
-    (folder / "README.md").write_text("# No head\n")
-    card = card_for(folder, repo_id="me/tok", results=[report])
+    (shipped / "README.md").write_text("# No head\n")
+    card = card_for(shipped, repo_id="me/tok", results=[report])
     assert card.text == "# No head\n" and card.data.to_dict()["model-index"][0]["name"] == "tok"
     assert [figure.metric_value for figure in card.data.eval_results] == [30.8471, 0.8843, 0.3714]
     card.data.eval_results = card.data.eval_results[:1]
     card.data.eval_results[0].metric_value = 1.0
     card.data.model_name = "another"
-    card.save(folder / "README.md")
-    kept = card_for(folder, repo_id="me/tok", results=[report])
+    card.save(shipped / "README.md")
+    kept = card_for(shipped, repo_id="me/tok", results=[report])
     assert kept.data.model_name == "another"
     assert [figure.metric_value for figure in kept.data.eval_results] == [1.0]
 
 
-RESULT = {"task": {"type": "t"}, "metrics": [{"type": "psnr", "value": 1, "unknown": "kept"}]}
-RESULTS = [{**RESULT, "dataset": {"type": "d", "name": name}} for name in ("first", "second")]
-
-
-def test_figures_that_huggingface_hub_would_merge_are_kept(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(SHIPPED["hieratok-tiny"], folder)
-    index = [{"name": name, "results": RESULTS} for name in "ab"]
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'model-index': index})}---\n# Mine\n")
-    card = card_for(folder, repo_id="me/tok", results=[recorded("trade_off")])
-    card.save(folder / "README.md")
-    head = metadata_load(folder / "README.md")
+def test_figures_that_huggingface_hub_would_merge_are_kept(shipped):
+    result = {"task": {"type": "t"}, "metrics": [{"type": "psnr", "value": 1, "unknown": "kept"}]}
+    results = [{**result, "dataset": {"type": "d", "name": name}} for name in ("first", "second")]
+    index = [{"name": name, "results": results} for name in "ab"]
+    (shipped / "README.md").write_text(f"---\n{yaml.safe_dump({'model-index': index})}---\n# Mine\n")
+    card = card_for(shipped, repo_id="me/tok", results=[recorded("trade_off")])
+    card.save(shipped / "README.md")
+    head = metadata_load(shipped / "README.md")
     assert head["model-index"] == index and head["license"] == "apache-2.0"
     assert not {"eval_results", "model_name"} & head.keys()
 
@@ -266,27 +255,19 @@ def test_figures_that_huggingface_hub_would_merge_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "head", [b"---\nlicense: [\n---\n", b"---\n- a list\n---\n", b"---\nmodel-index: 3\n---\n", b"\xff\xfe"]
 )
-def test_metadata_that_cannot_be_kept_is_an_error(tokenizer, tmp_path, head):
-    folder = edited(tokenizer, tmp_path / "model", "config.json")
-    (folder / "README.md").write_bytes(head)
+def test_metadata_that_cannot_be_kept_is_an_error(shipped, head):
+    (shipped / "README.md").write_bytes(head)
     with pytest.raises(ValueError, match=r"README.md"):
-        card_for(folder, repo_id="me/tok")
-    assert (folder / "README.md").read_bytes() == head
+        card_for(shipped, repo_id="me/tok")
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"repo_id": "a/b/c"}, "a/b/c"),
-        ({"repo_id": 'me/x")\nimport os'}, "Repo id"),
-        ({"datasets": ["two words"]}, "two words"),
-        ({"base_model": "/home/me/model"}, "/home/me/model"),
-        ({"license": "apache 2\n"}, "`license` must be an identifier"),
-    ],
-)
-def test_arguments_that_are_no_ids_are_refused(tokenizer, given, message):
-    with pytest.raises(ValueError, match=message):
-        model_card(tokenizer, **{"repo_id": "me/tok", **given})
+NO_IDS = [("repo_id", "a/b/c"), ("repo_id", 'me/x")\nimport os'), ("datasets", ["two words"])]
+
+
+@pytest.mark.parametrize(("name", "value"), [*NO_IDS, ("base_model", "/home/me/model"), ("license", "apache 2\n")])
+def test_arguments_that_are_no_ids_are_refused(tokenizer, name, value):
+    with pytest.raises(ValueError, match="license" if name == "license" else "Repo id"):
+        model_card(tokenizer, **{"repo_id": "me/tok", name: value})
 
 
 @pytest.mark.parametrize(("kind", "name"), [("tokenizer", "config.json"), ("pipeline", "model_index.json")])
@@ -294,9 +275,6 @@ def test_folders_of_other_classes_are_refused(kind, name, request, tmp_path):
     folder = edited(request.getfixturevalue(kind), tmp_path / "other", name, _class_name="Other")
     with pytest.raises(ValueError, match="'Other'"):
         model_card(folder, repo_id="me/tok")
-
-
-CARD = ROOT / "model_card.md"
 
 
 def test_the_repository_s_own_card_has_the_figures_that_are_recorded():

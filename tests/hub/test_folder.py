@@ -2,6 +2,7 @@
 
 import json
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,29 +11,16 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
-from hieratok_hf.hub.folder import Plan, add_card, prepare_folder
+from hieratok_hf.hub.folder import add_card, prepare_folder
 from hieratok_hf.hub.remote_code import add_remote_code
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TOKENIZER = {"config.json", WEIGHTS, "model.safetensors.index.json", "modeling_hieratok.py"}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    path = tmp_path / "saved"
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(path)
-    return path
-
-
-def raising(error):
-    def fail(*_):
-        raise error
-
-    return fail
+CODE = "modeling_hieratok.py"
+TOKENIZER = {"config.json", "preprocessor_config.json", WEIGHTS, "model.safetensors.index.json", CODE}
 
 
 def contents(folder):
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("saved_by", [AutoencoderHieraTok, HieraTokModel])
@@ -40,40 +28,36 @@ def test_the_weights_go_once_for_both_libraries(saved_by, tmp_path):
     saved_by.from_core(random_core()).save_pretrained(tmp_path)
     HieraTokImageProcessorPil(size_divisor=4).save_pretrained(tmp_path)
     before = contents(tmp_path)
-    with prepare_folder(tmp_path) as (stage, left_out):
+    with prepare_folder(tmp_path) as (stage, _):
         add_card(stage, "org/name")
-        plan = Plan.of(stage, "org/name", left_out)
-        assert plan.files.keys() == {*TOKENIZER, "README.md", "preprocessor_config.json"}
-        assert plan.files[WEIGHTS] == (tmp_path / WEIGHTS).stat().st_size
-        assert {name: (stage / name).stat().st_size for name in plan.files} == plan.files
-        assert f"{plan.files[WEIGHTS]:>12,}  {WEIGHTS}" in str(plan) and "org/name in one commit" in str(plan)
+        files = contents(stage)
+        assert files.keys() == {*TOKENIZER, "README.md"}
+        assert files[WEIGHTS] == before[WEIGHTS]
     assert contents(tmp_path) == before and not stage.exists()
 
 
-def test_only_what_belongs_to_a_model_goes(folder):
+def test_only_what_belongs_to_a_model_goes(saved):
     left = ["state-000000100.pt", "log.jsonl", "samples/1.png", ".hidden.json", "train.safetensors.tmp"]
     for name in left:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(b"x")
-    (folder / "LICENSE").write_text("free")
-    with prepare_folder(folder) as (stage, left_out):
-        plan = Plan.of(stage, "org/name", left_out)
-        assert plan.files.keys() == {*TOKENIZER, "LICENSE"}
-        assert left_out == sorted(left) and "left out: log.jsonl" in str(plan)
+        (saved / name).parent.mkdir(exist_ok=True)
+        (saved / name).write_bytes(b"x")
+    (saved / "LICENSE").write_text("free")
+    with prepare_folder(saved) as (stage, left_out):
+        assert contents(stage).keys() == {*TOKENIZER, "LICENSE"}
+        assert left_out == sorted(left)
 
 
-def test_shards_and_variants_go_whole(folder, monkeypatch):
-    monkeypatch.setattr(os, "link", raising(OSError))  # files are copied where the file system has no links
-    vae = AutoencoderHieraTok.from_pretrained(folder)
-    vae.save_pretrained(folder, variant="fp16")
-    vae.save_pretrained(folder, max_shard_size="40KB")
-    with prepare_folder(folder) as (stage, left_out):
-        plan = Plan.of(stage, "org/name", left_out)
-        shards = {name for name in plan.files if "-of-" in name}
-        assert len(shards) > 2 and "diffusion_pytorch_model.fp16.safetensors" in plan.files
-        assert {"diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json"} <= plan.files.keys()
-        index = json.loads((stage / "model.safetensors.index.json").read_text())
-        assert set(index["weight_map"].values()) == shards
+def test_shards_and_variants_go_whole(saved, monkeypatch):
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError))  # files are copied where the file system has no links
+    vae = AutoencoderHieraTok.from_pretrained(saved)
+    vae.save_pretrained(saved, variant="fp16")
+    vae.save_pretrained(saved, max_shard_size="40KB")
+    with prepare_folder(saved) as (stage, _):
+        files = contents(stage)
+    shards = {name for name in files if "-of-" in name}
+    assert len(shards) > 2 and "diffusion_pytorch_model.fp16.safetensors" in files
+    assert "diffusion_pytorch_model.safetensors.index.json" in files
+    assert set(json.loads(files["model.safetensors.index.json"])["weight_map"].values()) == shards
 
 
 def test_a_pipeline_goes_with_its_parts(tmp_path):
@@ -82,15 +66,15 @@ def test_a_pipeline_goes_with_its_parts(tmp_path):
     (tmp_path / "other" / "config.json").write_text("{}")
     with prepare_folder(tmp_path) as (stage, left_out):
         assert left_out == ["other/config.json"]
-        plan = Plan.of(stage, "org/name", left_out)
-        assert {"vae/autoencoder_hieratok.py", "pipeline_hieratok_dit.py", f"vae/{WEIGHTS}"} <= plan.files.keys()
-        assert "transformer/model.safetensors.index.json" not in plan.files
+        names = contents(stage).keys()
+    assert {"vae/autoencoder_hieratok.py", "pipeline_hieratok_dit.py", f"vae/{WEIGHTS}"} <= names
+    assert "transformer/model.safetensors.index.json" not in names
     assert not list(tmp_path.rglob("*.py"))
 
 
-def test_code_that_stays_behind_is_not_named(folder, tmp_path):
+def test_code_that_stays_behind_is_not_named(saved, tmp_path):
     make_pipeline().save_pretrained(tmp_path / "pipe")
-    for path, names in ((folder, ("config.json",)), (tmp_path / "pipe", ("model_index.json", "vae/config.json"))):
+    for path, names in ((saved, ("config.json",)), (tmp_path / "pipe", ("model_index.json", "vae/config.json"))):
         plain = {name: json.loads((path / name).read_text()) for name in names}
         add_remote_code(path)
         with prepare_folder(path, remote_code=False) as (stage, _):
@@ -117,20 +101,6 @@ def test_where_a_pipeline_once_lay_is_nobody_s_concern(tmp_path):
         assert not [path for path in stage.rglob("*.json") if str(tmp_path) in path.read_text()]
 
 
-def test_the_card_of_the_folder_goes_before_one_of_the_hub(folder):
-    theirs = "---\nlicense: mit\n---\n\n# Theirs\n"
-    with prepare_folder(folder) as (stage, _):
-        add_card(stage, "org/name", existing=theirs)
-        text = (stage / "README.md").read_text()
-        assert "# Theirs" in text and "license: mit" in text and "library_name: diffusers" in text
-    (folder / "README.md").write_text("# Mine\n")
-    with prepare_folder(folder) as (stage, _):
-        add_card(stage, "org/name", tags=["mine"], existing=theirs)
-        text = (stage / "README.md").read_text()
-        assert "# Mine" in text and "# Theirs" not in text and "- mine" in text and "- hieratok" in text
-    assert (folder / "README.md").read_text() == "# Mine\n"
-
-
 def change(path, make):
     weights = make(load_file(path))
     path.unlink()  # it may have another name
@@ -150,19 +120,18 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("spoil", "reason"), BROKEN.values(), ids=BROKEN)
-def test_what_does_not_load_does_not_go(spoil, reason, folder):
-    spoil(folder)
-    with pytest.raises(ValueError, match=reason) as caught, prepare_folder(folder):
+def test_what_does_not_load_does_not_go(spoil, reason, saved):
+    spoil(saved)
+    with pytest.raises(ValueError, match=reason) as caught, prepare_folder(saved):
         pass
     text = str(caught.value)
-    assert repr(str(folder)) in text and "does not pass its load test" in text and "\n" not in text
+    assert repr(str(saved)) in text and "does not pass its load test" in text and "\n" not in text
 
 
-def test_a_folder_that_the_libraries_load_differently_does_not_go(folder, monkeypatch):
-    monkeypatch.setattr(
-        HieraTokModel, "from_pretrained", lambda *_, **__: HieraTokModel.from_core(random_core(seed=1))
-    )
-    with pytest.raises(ValueError, match="different weights"), prepare_folder(folder):
+def test_a_folder_that_the_libraries_load_differently_does_not_go(saved, monkeypatch):
+    other = HieraTokModel.from_core(random_core(seed=1))
+    monkeypatch.setattr(HieraTokModel, "from_pretrained", lambda *_, **__: other)
+    with pytest.raises(ValueError, match="different weights"), prepare_folder(saved):
         pass
 
 

@@ -5,23 +5,15 @@ import json
 import pytest
 import torch
 from helpers import images, random_core
-from hub_server import HubServer
+from hub_server import CUT, HubServer
 from test_remote_code import expected_results, in_a_clean_process
 from tiny_pipelines import make_pipeline
 
-from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
+from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokModel
 from hieratok_hf.hub.push import HubError, push_folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UPLOAD = r"PUT "
-
-
-@pytest.fixture
-def folder(tmp_path):
-    path = tmp_path / "saved"
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(path)
-    HieraTokImageProcessorPil(size_divisor=4).save_pretrained(path)
-    return path
 
 
 def state(hub: HubServer, name: str = "org/name") -> tuple:
@@ -60,14 +52,11 @@ def test_a_pipeline_comes_back_by_its_class(hub_here, remote_code):
     assert torch.equal(made(loaded), made(pipe)) and type(loaded.vae) is AutoencoderHieraTok
 
 
-def of_tokenizer(kind):
-    return lambda: kind.from_core(random_core())
-
-
-@pytest.mark.parametrize("make", [of_tokenizer(HieraTokModel), of_tokenizer(AutoencoderHieraTok), make_pipeline])
-def test_saving_can_push(hub_here, tmp_path, make):
-    make().save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="org/name")
-    assert {"modeling_hieratok.py", "pipeline_hieratok_dit.py"} & hub_here.files("org/name").keys()
+def test_saving_can_push(hub_here, tmp_path):
+    pipe = make_pipeline()
+    for name, model in {"pipe": pipe, "vae": pipe.vae, "model": HieraTokModel.from_core(random_core())}.items():
+        model.save_pretrained(tmp_path / name, push_to_hub=True, repo_id=f"org/{name}")
+        assert {"modeling_hieratok.py", "pipeline_hieratok_dit.py"} & hub_here.files(f"org/{name}").keys()
 
 
 def test_a_part_goes_into_a_subfolder(hub_here):
@@ -80,8 +69,8 @@ def test_a_part_goes_into_a_subfolder(hub_here):
     assert f"vae/{WEIGHTS}" in changed and all(name.startswith("vae/") for name in changed)
 
 
-def test_a_later_push_takes_the_earlier_weights_along(hub_here, folder):
-    vae = AutoencoderHieraTok.from_pretrained(folder)
+def test_a_later_push_takes_the_earlier_weights_along(hub_here, saved):
+    vae = AutoencoderHieraTok.from_pretrained(saved)
     vae.push_to_hub("org/name", max_shard_size="40KB")
     vae.push_to_hub("org/name", variant="fp16")
     shards = {name for name in hub_here.files("org/name") if "-of-" in name}
@@ -92,8 +81,8 @@ def test_a_later_push_takes_the_earlier_weights_along(hub_here, folder):
     assert AutoencoderHieraTok.from_pretrained("org/name").config.patch_size == 4
 
 
-def test_branches_and_pull_requests_leave_main_alone(hub_here, folder):
-    push_folder(folder, "org/name")
+def test_branches_and_pull_requests_leave_main_alone(hub_here, saved):
+    push_folder(saved, "org/name")
     before = state(hub_here)
     other = AutoencoderHieraTok.from_core(random_core(seed=1))
     other.push_to_hub("org/name", revision="next")
@@ -105,30 +94,35 @@ def test_branches_and_pull_requests_leave_main_alone(hub_here, folder):
         assert torch.equal(loaded.core.encoder.head.weight, other.core.encoder.head.weight)
 
 
-def test_a_card_that_was_written_on_the_hub_stays(hub_here, folder):
-    push_folder(folder, "org/name")
+def test_a_card_that_was_written_on_the_hub_stays(hub_here, saved):
+    push_folder(saved, "org/name")
     hub_here.add_commit("org/name", {"README.md": b"---\nlicense: mit\n---\n\n# By hand\n"})
-    push_folder(folder, "org/name")
+    push_folder(saved, "org/name")
     text = hub_here.files("org/name")["README.md"].decode()
     assert "# By hand" in text and "license: mit" in text and "library_name: diffusers" in text
+    (saved / "README.md").write_text("# Mine\n")  # one of the folder goes before it
+    push_folder(saved, "org/name", tags=["mine"])
+    text = hub_here.files("org/name")["README.md"].decode()
+    assert "# Mine" in text and "# By hand" not in text and "- mine" in text and "- hieratok" in text
+    assert (saved / "README.md").read_text() == "# Mine\n"
 
 
-def test_a_cut_upload_changes_nothing_and_goes_on(hub_here, folder):
-    push_folder(folder, "org/name", card=None)
+def test_a_cut_upload_changes_nothing_and_goes_on(hub_here, saved):
+    push_folder(saved, "org/name", card=None)
     other = AutoencoderHieraTok.from_core(random_core(seed=1))
-    other.save_pretrained(folder, max_shard_size="60KB")
+    other.save_pretrained(saved, max_shard_size="60KB")
     before = state(hub_here)
     first = len(hub_here.sent(UPLOAD))
-    hub_here.cut(UPLOAD, after=1000, times=float("inf"))
+    hub_here.fail(UPLOAD, CUT, times=float("inf"))
     with pytest.raises(HubError, match=r"'org/name' was not pushed.*push again: files that have arrived"):
-        push_folder(folder, "org/name", card=None)
+        push_folder(saved, "org/name", card=None)
     assert state(hub_here) == before and len(hub_here.sent(UPLOAD)) > first
     hub_here.recover()
     hub_here.fail(r"POST .*/commit/", 500, times=1)
     with pytest.raises(HubError, match="500"):
-        push_folder(folder, "org/name", card=None)
+        push_folder(saved, "org/name", card=None)
     sent = len(hub_here.sent(UPLOAD))
-    push_folder(folder, "org/name", card=None)
+    push_folder(saved, "org/name", card=None)
     assert len(hub_here.sent(UPLOAD)) == sent  # everything had arrived
     loaded = HieraTokModel.from_pretrained("org/name")
     assert torch.equal(loaded.core.encoder.head.weight, other.core.encoder.head.weight)
@@ -137,52 +131,48 @@ def test_a_cut_upload_changes_nothing_and_goes_on(hub_here, folder):
 @pytest.mark.parametrize(
     ("status", "advice"), [(503, "push again"), (412, "somebody else pushed"), (404, "nothing was changed")]
 )
-def test_a_refusal_changes_nothing_and_says_what_to_do(hub_here, folder, monkeypatch, status, advice):
-    push_folder(folder, "org/name", card=None)
-    AutoencoderHieraTok.from_core(random_core(seed=1)).save_pretrained(folder)
+def test_a_refusal_changes_nothing_and_says_what_to_do(hub_here, saved, monkeypatch, status, advice):
+    push_folder(saved, "org/name", card=None)
+    AutoencoderHieraTok.from_core(random_core(seed=1)).save_pretrained(saved)
     before = state(hub_here)
     hub_here.fail(r"POST .*/commit/", status, times=float("inf"), headers={"Retry-After": "0"})
     with pytest.raises(HubError, match=rf"{status}.*{advice}"):
-        push_folder(folder, "org/name", card=None)
+        push_folder(saved, "org/name", card=None)
     assert state(hub_here) == before
     with monkeypatch.context() as offline, pytest.raises(HubError, match="HF_HUB_OFFLINE"):
         offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        push_folder(folder, "org/name", card=None)
+        push_folder(saved, "org/name", card=None)
     hub_here.recover()
-    push_folder(folder, "org/name", card=None)
-    assert hub_here.files("org/name")[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    push_folder(saved, "org/name", card=None)
+    assert hub_here.files("org/name")[WEIGHTS] == (saved / WEIGHTS).read_bytes()
 
 
-def test_a_wrong_token_is_told(hub_here, folder):
+def test_a_wrong_token_is_told(hub_here, saved):
     with pytest.raises(HubError, match="hf auth login"):
-        push_folder(folder, "org/name", token="hf_wrong")
-    push_folder(folder, "org/name")
+        push_folder(saved, "org/name", token="hf_wrong")
+    push_folder(saved, "org/name")
     with pytest.raises(HubError, match="hf auth login"):
-        push_folder(folder, "org/name", token="hf_wrong")
+        push_folder(saved, "org/name", token="hf_wrong")
     assert len(hub_here.commits("org/name")) == 2
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "org/na me"])
-def test_names_that_the_hub_does_not_take(hub_here, folder, name):
-    with pytest.raises(ValueError):
-        push_folder(folder, name)
-    assert not hub_here.requests
-
-
-def test_what_is_wrong_is_told_before_a_repository_is_made(hub_here, folder, tmp_path):
+def test_what_is_wrong_is_told_before_a_repository_is_made(hub_here, saved):
+    for name in ("a/b/c", "org/na me"):
+        with pytest.raises(ValueError, match=name):
+            push_folder(saved, name)
     with pytest.raises(ValueError, match="license"):
-        push_folder(folder, "org/name", card={"license": "No Licence"})
-    (folder / WEIGHTS).write_bytes(b"12345678")
+        push_folder(saved, "org/name", card={"license": "No Licence"})
+    (saved / WEIGHTS).write_bytes(b"12345678")
     with pytest.raises(ValueError, match="does not pass its load test"):
-        push_folder(folder, "org/name")
+        push_folder(saved, "org/name")
     assert not hub_here.requests
 
 
-def test_the_cache_need_not_be_writable(hub_here, folder, monkeypatch, tmp_path):
+def test_the_cache_need_not_be_writable(hub_here, saved, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file"))
     for _ in range(2):  # the second reads the card that is there
-        push_folder(folder, "org/name")
+        push_folder(saved, "org/name")
     assert WEIGHTS in hub_here.files("org/name")
 
 
@@ -198,18 +188,16 @@ def test_neither_adapters_nor_pickles_are_pushed(hub_here):
     assert not hub_here.requests
 
 
-def test_what_was_pushed_loads_without_the_package_and_then_offline(hub_here, folder, tmp_path):
+def test_what_was_pushed_loads_without_the_package_and_then_offline(hub_here, saved, tmp_path):
     make_pipeline().save_pretrained(tmp_path / "pipe")
-    expected = expected_results(folder, tmp_path / "pipe")
-    push_folder(folder, "org/name")
+    expected = expected_results(saved, tmp_path / "pipe")
+    push_folder(saved, "org/name")
     push_folder(tmp_path / "pipe", "org/pipe")
     environment = hub_here.environment(tmp_path / "without")
     for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
         before = len(hub_here.requests)
         found = in_a_clean_process(tmp_path, "org/name", "org/pipe", {**environment, **offline})
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert torch.equal(found[name], value), name
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
         assert (len(hub_here.requests) == before) == bool(offline)
 
 

@@ -8,16 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoModel as DiffusersAutoModel
 from diffusers import DDIMScheduler, DiTPipeline
 from helpers import images, random_core
+from scripts import load_script
 from tiny_pipelines import make_pipeline
 from transformers import AutoImageProcessor, AutoModel
 
-import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.hub.remote_code import add_remote_code, remote_code
 
@@ -25,20 +26,8 @@ MEAN_MODEL = Path(__file__).parents[1] / "data" / "mean_model"
 
 
 def load_copy(tmp_path: Path, name: str):
-    path = tmp_path / f"{name}.py"
-    path.write_text(remote_code())
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def tokenizer_folder(tmp_path) -> Path:
-    folder = tmp_path / "my.model-1"
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder)
-    HieraTokImageProcessorPil(size_divisor=4).save_pretrained(folder)
-    return folder
+    (tmp_path / f"{name}.py").write_text(remote_code())
+    return load_script(str(tmp_path), name)
 
 
 def test_it_is_one_file_of_the_package_s_own_words():
@@ -62,17 +51,15 @@ def test_a_copy_computes_the_same_bit_for_bit(tmp_path):
     vae = AutoencoderHieraTok.from_core(core)
     other = copy.AutoencoderHieraTok(**core.config.model_fields).eval()
     other.load_state_dict(vae.state_dict())
-    sample = images(2, 3, 20, 28)
-    with torch.no_grad():
-        assert torch.equal(other(sample).sample, vae(sample).sample)
-        assert torch.equal(other.decode(other.encode(sample).latent_dist.mode(), num_scales=2).sample, vae.decode(
-            vae.encode(sample).latent_dist.mode(), num_scales=2).sample)  # fmt: skip
-    vae(sample).sample.mean().backward()
-    other(sample).sample.mean().backward()
-    gradients = [{name: p.grad for name, p in x.named_parameters() if p.grad is not None} for x in (vae, other)]
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 40
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+    found = []
+    for model in (vae, other):
+        latents = model.encode(images(2, 3, 20, 28)).latent_dist.mode()
+        made = [model.decode(latents, num_scales=count).sample for count in (2, 4)]
+        made[1].mean().backward()
+        gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+        found.append({**gradients, "coarse": made[0], "fine": made[1]})
+    assert len(gradients) > 40
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_without_triton_and_the_package_it_says_so_when_asked(tmp_path, monkeypatch):
@@ -85,41 +72,51 @@ def test_without_triton_and_the_package_it_says_so_when_asked(tmp_path, monkeypa
         vae.push_to_hub("org/name")
 
 
-def test_one_name_with_two_meanings_is_refused(tmp_path, monkeypatch):
-    package = tmp_path / "package"
-    shutil.copytree(
-        Path(hieratok_hf.__file__).parent, package, ignore=shutil.ignore_patterns("weights", "__pycache__")
-    )
-    losses = package / "models" / "losses.py"
-    losses.write_text(losses.read_text() + "\n\ndef convert_to_rgb():\n    return 0\n")
-    monkeypatch.setattr("hieratok_hf.hub.remote_code._PACKAGE", package)
-    with pytest.raises(ValueError, match=r"'convert_to_rgb' is defined in utils\.images.*models\.losses"):
-        remote_code.__wrapped__()
+def bound_by(statement: ast.stmt) -> dict[str, Any]:
+    """What a statement binds at the top of a module, and to what: an import to an object, all else to itself."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        found: dict[str, Any] = {}
+        exec(ast.unparse(statement), found)
+        return {name: value for name, value in found.items() if name != "__builtins__"}
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return {statement.name: statement}
+    targets = [statement.target] if isinstance(statement, ast.AnnAssign) else getattr(statement, "targets", [])
+    names = [x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)]
+    return dict.fromkeys(names, statement)
 
 
-def test_a_tokenizer_s_folder_loads_in_both_libraries(tokenizer_folder, tmp_path):
-    before = {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}
-    written = add_remote_code(tokenizer_folder)
+def test_every_name_of_the_file_has_one_meaning():
+    meanings = {}
+    for statement in ast.parse(remote_code()).body:
+        for inner in statement.body if isinstance(statement, ast.Try) else [statement]:
+            for name, meaning in bound_by(inner).items():
+                assert name == "_" or meanings.setdefault(name, meaning) is meaning, name
+    assert "HieraTokModel" in meanings and "prefix_attention" in meanings
+
+
+def test_a_tokenizer_s_folder_loads_in_both_libraries(saved, tmp_path):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    written = add_remote_code(saved)
     assert written == ["modeling_hieratok.py", "preprocessor_config.json", "config.json"]
-    after = {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}
+    after = {path.name: path.read_bytes() for path in saved.iterdir()}
     assert {name for name in before if after[name] != before[name]} == {"preprocessor_config.json", "config.json"}
-    add_remote_code(tokenizer_folder)
-    assert {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()} == after
+    add_remote_code(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == after
 
     sample = images(1, 3, 16, 24)
-    expected = AutoencoderHieraTok.from_pretrained(tokenizer_folder)
+    expected = AutoencoderHieraTok.from_pretrained(saved)
     with torch.no_grad():
         expected = expected(sample).sample
         # With the package imported no trust is needed, and its own classes are used.
-        model = AutoModel.from_pretrained(tokenizer_folder)
+        model = AutoModel.from_pretrained(saved)
         assert type(model) is HieraTokModel and torch.equal(model(sample).reconstruction, expected)
-        assert type(AutoImageProcessor.from_pretrained(tokenizer_folder)) is HieraTokImageProcessorPil
-        vae = DiffusersAutoModel.from_pretrained(str(tokenizer_folder), trust_remote_code=True)
+        assert type(AutoImageProcessor.from_pretrained(saved)) is HieraTokImageProcessorPil
+        vae = DiffusersAutoModel.from_pretrained(str(saved), trust_remote_code=True)
         assert torch.equal(vae(sample).sample, expected)
     with pytest.raises(ValueError, match="trust_remote_code"):
-        DiffusersAutoModel.from_pretrained(str(tokenizer_folder))
+        DiffusersAutoModel.from_pretrained(str(saved))
     for kind in (HieraTokModel, AutoencoderHieraTok):  # what the package saves again names no code
-        kind.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "plain")
+        kind.from_pretrained(saved).save_pretrained(tmp_path / "plain")
         assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
@@ -231,14 +228,12 @@ def expected_results(tokenizer: Path, pipeline: Path) -> dict:
     return {**results, "pipeline": made, "pipeline again": made}
 
 
-def test_folders_load_without_the_package_and_without_triton(tokenizer_folder, tmp_path):
-    shutil.copytree(MEAN_MODEL, tokenizer_folder, dirs_exist_ok=True)  # saved before there was a choice
+def test_folders_load_without_the_package_and_without_triton(saved, tmp_path):
+    shutil.copytree(MEAN_MODEL, saved, dirs_exist_ok=True)  # saved before there was a choice
     make_pipeline().save_pretrained(tmp_path / "pipeline")
-    expected = expected_results(tokenizer_folder, tmp_path / "pipeline")
-    add_remote_code(tokenizer_folder)
+    expected = expected_results(saved, tmp_path / "pipeline")
+    add_remote_code(saved)
     add_remote_code(tmp_path / "pipeline")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    found = in_a_clean_process(tmp_path, str(tokenizer_folder), str(tmp_path / "pipeline"), environment, "triton")
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+    found = in_a_clean_process(tmp_path, str(saved), str(tmp_path / "pipeline"), environment, "triton")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

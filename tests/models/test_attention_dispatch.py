@@ -7,7 +7,8 @@ from helpers import images, random_core
 from torch.nn.attention import SDPBackend
 
 from hieratok_hf import AutoencoderHieraTok
-from hieratok_hf.models.attention_dispatch import DIFFUSERS_BACKENDS, backend_of, preferring
+from hieratok_hf.models import layers
+from hieratok_hf.models.attention_dispatch import DIFFUSERS_BACKENDS, backend_of
 
 NATIVE = [name for name in DIFFUSERS_BACKENDS if name.startswith("_native")]
 
@@ -54,28 +55,19 @@ def test_set_and_context_give_the_same_images(vae, name):
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_a_kernel_is_preferred_where_it_serves(vae, name, monkeypatch):
-    asked = []
+def test_a_kernel_comes_before_all_others_while_the_model_attends(vae, name, monkeypatch):
+    orders, before = [], torch._C._get_sdp_priority_order()
 
-    def remember(kernel):
-        asked.append(kernel)
-        return preferring(kernel)
+    def attend(*args, attend=layers.scale_causal_attention, **kwargs):
+        orders.append(torch._C._get_sdp_priority_order())
+        return attend(*args, **kwargs)
 
-    monkeypatch.setattr("hieratok_hf.models.layers.preferring", remember)
+    monkeypatch.setattr(layers, "scale_causal_attention", attend)
     vae.set_attention_backend(name)
     vae.encode(images(1, 3, 16, 16))
-    assert set(asked) == {DIFFUSERS_BACKENDS[name][1]}
-
-
-def test_preferring_sets_the_order_of_kernels_inside_alone():
-    before = torch._C._get_sdp_priority_order()
-    for kernel in SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION:
-        with preferring(kernel):
-            order = torch._C._get_sdp_priority_order()
-            assert order[0] == int(kernel) and {int(SDPBackend.MATH), int(SDPBackend.FLASH_ATTENTION)} < set(order)
-        assert torch._C._get_sdp_priority_order() == before
-    with preferring(None):
-        assert torch._C._get_sdp_priority_order() == before
+    assert {order[0] for order in orders} == {int(DIFFUSERS_BACKENDS[name][1])}
+    assert all({int(SDPBackend.MATH), int(SDPBackend.FLASH_ATTENTION)} < set(order) for order in orders)
+    assert torch._C._get_sdp_priority_order() == before
 
 
 def test_a_preferred_kernel_compiles_without_a_break(vae):

@@ -53,6 +53,8 @@ def test_kinds_of_pixel_differences_by_hand():
         assert (gradient == 0).all()
         assert pixel_loss(a.bfloat16(), b, kind).dtype == torch.float32
     assert pixel_loss(a, b) == pixel_loss(a, b, "mse")
+    with pytest.raises(ValueError, match="kind"):
+        pixel_loss(a, b, "l3")
 
 
 def test_the_border_loss_is_that_of_a_plain_loop_over_steps():

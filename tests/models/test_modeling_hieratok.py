@@ -33,27 +33,27 @@ def test_output_holds_everything(model, pixel_values):
     assert output.attentions is None
     losses = tokenizer_losses(model.core.decode_scales(output.latents), pixel_values, output.moments, model.config)
     torch.testing.assert_close(output.loss, losses["loss"])
-    as_tuple, as_output = model(pixel_values, return_dict=False), model(pixel_values)
-    assert all(torch.equal(a, b) for a, b in zip(as_tuple, as_output.to_tuple(), strict=True))
+    as_tuple = model(pixel_values, return_dict=False)
+    torch.testing.assert_close(as_tuple, model(pixel_values).to_tuple(), rtol=0, atol=0)
     alone = model(pixel_values, return_loss=False)
-    assert alone.loss is None and torch.equal(alone.reconstruction, as_output.reconstruction)
+    assert alone.loss is None and torch.equal(alone.reconstruction, output.reconstruction)
 
 
 @pytest.mark.parametrize("num_scales", [None, 1, 3])
 def test_all_scales_are_returned_where_they_are_asked_for(model, pixel_values, num_scales):
     latents = model.encode(pixel_values).latents
-    expected = model.core.decode_scales(latents, num_scales)
-    decoded = model.decode(latents, num_scales=num_scales, return_scales=True)
-    as_tuple = model.decode(latents, num_scales=num_scales, return_scales=True, return_dict=False)
-    assert list(decoded) == ["reconstruction", "scales"] and len(as_tuple) == 2
-    assert torch.equal(as_tuple[0], decoded.reconstruction)
+    expected = tuple(model.core.decode_scales(latents, num_scales))
+    options = {"num_scales": num_scales, "return_scales": True}
+    decoded = model.decode(latents, **options)
+    assert list(decoded) == ["reconstruction", "scales"]
+    as_tuple = model.decode(latents, **options, return_dict=False)
+    for made in (decoded.to_tuple(), as_tuple):
+        torch.testing.assert_close(made, (expected[-1], expected), rtol=0, atol=0)
     for return_loss in (True, False):
-        output = model(pixel_values, num_scales=num_scales, return_scales=True, return_loss=return_loss)
+        output = model(pixel_values, **options, return_loss=return_loss)
         assert (output.loss is not None) == (return_loss and num_scales is None)
-        for scales in (decoded.scales, as_tuple[1], output.scales):
-            assert type(scales) is tuple
-            assert all(torch.equal(ours, theirs) for ours, theirs in zip(scales, expected, strict=True))
         assert output.reconstruction is output.scales[-1]
+        torch.testing.assert_close(output.scales, expected, rtol=0, atol=0)
     assert "scales" not in model(pixel_values) and "scales" not in model.decode(latents)
 
 
@@ -92,8 +92,7 @@ def test_gradient_checkpointing_changes_no_gradient(cls, pixel_values):
             assert model.is_gradient_checkpointing
         model(pixel_values)[0].mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
+    torch.testing.assert_close(*gradients)
 
 
 def test_images_are_cast_to_the_weights(model, pixel_values):

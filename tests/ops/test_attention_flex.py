@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from helpers import noise
-from torch._dynamo.testing import CompileCounterWithBackend
+from helpers import AttendMaps, noise
 
 from hieratok_hf import PyramidLayout, scale_causal_attention
 from hieratok_hf.ops import attention_flex
-from hieratok_hf.ops.pyramid import flatten_pyramid
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
@@ -48,38 +46,14 @@ def test_outputs_equal_the_reference(grid, factors):
     torch.testing.assert_close(attend(*tensors, layout), reference(*tensors, layout), atol=1e-5, rtol=0)
 
 
-def attend_maps(query, key, value, function=attend):
-    """Attention over a pyramid that follows the size of maps `(B, 32, h, w)`."""
-    layout = PyramidLayout.from_grid(*query.shape[2:], (2, 1))
-    return function(
-        *(flatten_pyramid(x, layout).unflatten(2, (2, 16)).transpose(1, 2) for x in (query, key, value)), layout
-    )
-
-
-@torch.no_grad()
-def test_a_compiled_graph_gives_the_same_numbers_at_two_sizes(made_masks):
-    torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attend_maps, backend=counter, fullgraph=True, dynamic=True)
-    for height, width in ((6, 8), (4, 6), (6, 8)):
-        maps = [noise(2, 32, height, width, seed=seed) for seed in range(3)]
-        torch.testing.assert_close(compiled(*maps), attend_maps(*maps, reference), atol=1e-5, rtol=0)
-    assert counter.frame_count == 2  # a block mask is of one size, also where shapes are symbols
-    assert made_masks == [6 * 8 + 3 * 4, 4 * 6 + 2 * 3]
-
-
 def test_an_exported_graph_gives_the_same_numbers(made_masks):
-    class Attend(torch.nn.Module):
-        def forward(self, query, key, value):
-            return attend_maps(query, key, value)
-
     maps = [noise(2, 32, 8, 6, seed=seed) for seed in range(3)]
     with torch.no_grad():
-        exported = torch.export.export(Attend(), tuple(maps), strict=False)
-        expected = attend_maps(*maps, reference)
+        exported = torch.export.export(AttendMaps("flex"), tuple(maps), strict=False)
+        expected = AttendMaps("reference")(*maps)
         torch.testing.assert_close(exported.module()(*maps), expected, atol=1e-5, rtol=0)
         # What was traced is not kept for later.
-        torch.testing.assert_close(attend_maps(*maps), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(AttendMaps("flex")(*maps), expected, atol=1e-5, rtol=0)
 
 
 def test_a_block_mask_is_made_once_a_layout(made_masks):

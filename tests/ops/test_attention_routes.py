@@ -1,8 +1,6 @@
 """Tests of every route to an attention backend: it is the one that computes, and images stay scale-causal."""
 
-import importlib.util
 import tempfile
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,22 +16,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),  # norms under autocast
 ]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 FACTORS = (4, 2, 1)
 GRID = (5, 3)
 LAYOUT = PyramidLayout.from_grid(*GRID, FACTORS)
-IMPLEMENTATIONS = {
-    "eager": "reference",
-    "sdpa": "auto",
-    "flex_attention": "flex",
-    "hieratok_auto": "auto",
-    "hieratok_reference": "reference",
-    "hieratok_sdpa": "sdpa",
-    "hieratok_sdpa_mask": "sdpa_mask",
-    "hieratok_flex": "flex",
-    "hieratok_triton": "triton",
-}
+IMPLEMENTATIONS = {"eager": "reference", "sdpa": "auto", "flex_attention": "flex"}
+IMPLEMENTATIONS |= {f"hieratok_{backend}": backend for backend in ATTENTION_BACKENDS}
 # On a CPU `flex` goes forward only. A `sdpa` has one computation a scale, and the encoder has one scale.
 CALLS_OF_TRAINING = {"sdpa": 2 * 1 + 2 * 3, "sdpa_mask": 4, "triton": 4}
 
@@ -112,42 +100,29 @@ ROUTES = [
 ]
 
 
-@pytest.fixture(params=ROUTES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
-def route(request, device_of, monkeypatch):
-    """A model at the end of a route: its doors, its device, and the backend that should compute."""
-    make, name, backend = request.param
+def test_every_name_has_a_route():
+    assert ATTENTION_IMPLEMENTATIONS == IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "backend"), ROUTES, ids=lambda value: value if isinstance(value, str) else value.__name__
+)
+def test_the_route_ends_at_its_backend_and_keeps_coarser_images_from_finer_tokens(
+    make, name, backend, expected, device_of, reached, monkeypatch
+):
     in_triton = backend == "triton" or make is rotary_fused
-    if in_triton and importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton")
+    if in_triton:
+        pytest.importorskip("triton", reason="needs Triton")
     # diffusers keeps the backend that was set last for all its models.
     registry = attention_dispatch._AttentionBackendRegistry
     monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
     device = device_of("triton" if in_triton else backend)
     core = make(name).to(device)
-
-    def door(function):
-        if make is compiled:
-            return torch.compile(function, backend="aot_eager", fullgraph=True)
-        return torch.autocast(device, torch.bfloat16)(function) if make is autocast else function
-
-    with torch.set_grad_enabled(make is checkpointed):
-        yield SimpleNamespace(
-            core=core,
-            decoder=door(core.decoder),
-            device=device,
-            backend=backend,
-            tolerance=0.1 if make is autocast else 1e-4,
-        )
-
-
-def test_every_name_has_a_route():
-    assert set(ATTENTION_IMPLEMENTATIONS) == set(IMPLEMENTATIONS)
-    assert set(IMPLEMENTATIONS.values()) == set(ATTENTION_BACKENDS)
-
-
-def test_the_route_ends_at_its_backend_and_keeps_coarser_images_from_finer_tokens(
-    route, expected, reached, monkeypatch
-):
+    decoder, tolerance = core.decoder, 1e-4
+    if make is compiled:
+        decoder = torch.compile(decoder, backend="aot_eager", fullgraph=True)
+    if make is autocast:
+        decoder, tolerance = torch.autocast(device, torch.bfloat16)(decoder), 0.1
     asked_for = []
 
     def recording(*args, backend, **kwargs):
@@ -155,27 +130,29 @@ def test_the_route_ends_at_its_backend_and_keeps_coarser_images_from_finer_token
         return scale_causal_attention(*args, backend=backend, **kwargs)
 
     monkeypatch.setattr("hieratok_hf.models.layers.scale_causal_attention", recording)
-    latents = noise(1, 4, *GRID).to(route.device)
+    latents = noise(1, 4, *GRID).to(device)
     # From the start and added, because a compiled route does not look for hooks again.
-    change = {"tokens": torch.zeros(1, LAYOUT.num_tokens, 32, device=route.device)}
-    with changed_tokens(route.core.decoder, lambda tokens: tokens + change["tokens"]):
-        before = route.decoder(latents, LAYOUT, all_scales=True)
-        assert asked_for == [route.backend] * 2  # two layers
+    change = {"tokens": torch.zeros(1, LAYOUT.num_tokens, 32, device=device)}
+    with (
+        torch.set_grad_enabled(make is checkpointed),
+        changed_tokens(core.decoder, lambda tokens: tokens + change["tokens"]),
+    ):
+        before = decoder(latents, LAYOUT, all_scales=True)
+        assert asked_for == [backend] * 2  # two layers
         for image, other in zip(before, expected, strict=True):
-            torch.testing.assert_close(image.float().cpu(), other, atol=route.tolerance, rtol=0)
+            torch.testing.assert_close(image.float().cpu(), other, atol=tolerance, rtol=0)
         for scale in range(1, LAYOUT.num_scales):
-            start = LAYOUT.slices[scale].start
-            change["tokens"] = 3 * noise(1, LAYOUT.num_tokens, 32, seed=5).to(route.device)
-            change["tokens"][:, :start] = 0
-            after = route.decoder(latents, LAYOUT, all_scales=True)
+            change["tokens"] = 3 * noise(1, LAYOUT.num_tokens, 32, seed=5).to(device)
+            change["tokens"][:, : LAYOUT.slices[scale].start] = 0
+            after = decoder(latents, LAYOUT, all_scales=True)
             assert all(torch.equal(image, same) for image, same in zip(before[:scale], after[:scale]))
             for image, other in zip(before[scale:], after[scale:]):
                 assert not torch.allclose(image, other, atol=0.1)
-    asked_for.clear()
-    route.core.encode(images(1, 3, 20, 12).to(route.device))
-    assert asked_for == [route.backend] * 2
-    if route.backend != "auto":
-        assert set(reached) == {route.backend}
+        asked_for.clear()
+        core.encode(images(1, 3, 20, 12).to(device))
+    assert asked_for == [backend] * 2
+    if backend != "auto":
+        assert set(reached) == {backend}
 
 
 def gradients_of(core, device):
@@ -188,14 +165,11 @@ def gradients_of(core, device):
 
 @pytest.mark.parametrize(
     ("make", "backend"),
-    [
-        (processed, "sdpa"),
-        (checkpointed, "sdpa_mask"),
-        (projections_fused, "sdpa"),
-        pytest.param(checkpointed, "triton", marks=needs_triton),
-    ],
+    [(processed, "sdpa"), (checkpointed, "sdpa_mask"), (projections_fused, "sdpa"), (checkpointed, "triton")],
 )
 def test_training_has_the_gradients_of_the_reference(make, backend, device_of, reached):
+    if backend == "triton":
+        pytest.importorskip("triton", reason="needs Triton")
     expected = gradients_of(make("reference"), "cpu")
     reached.clear()
     actual = gradients_of(make(backend), device_of(backend))

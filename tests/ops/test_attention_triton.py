@@ -1,17 +1,14 @@
 """Tests of `attention_triton`: numbers and gradients, what is read and written, and what an operator promises."""
 
-import itertools
 import math
 import types
 
 import pytest
 import torch
-from helpers import noise
-from torch._dynamo.testing import CompileCounterWithBackend
+from helpers import empty_memory_is_nan, noise
 
 from hieratok_hf import PyramidLayout, scale_causal_attention
 from hieratok_hf.ops.attention import reference_attention
-from hieratok_hf.ops.pyramid import flatten_pyramid
 
 pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4")
 import triton
@@ -34,6 +31,10 @@ AWKWARD_GRID = PyramidLayout.from_grid(9, 7, (6, 5, 3, 2, 1)).ends
 @pytest.fixture
 def device(device_of):
     return device_of("triton")
+
+
+def on_a_gpu(*values):
+    return pytest.param(*values, marks=[pytest.mark.gpu, needs_a_gpu])
 
 
 def random_inputs(ends, device, dtype=torch.float32, head_dim=16, batch=1, heads=2, seed=0):
@@ -96,12 +97,32 @@ def test_outputs_and_gradients_equal_the_reference(ends, head_dim, dtype, device
     check_against_the_reference(tensors, ends, scale=head_dim**-0.5)
 
 
-@pytest.mark.parametrize(("m", "k"), [(16, 64), (64, 16)])
-@pytest.mark.parametrize("ends", [(16, 80), (3, 20, 70)], ids=["whole", "ragged"])
-def test_any_tile_equals_the_reference(ends, m, k, device, monkeypatch):
-    for kernel in (attention_triton._attend, attention_triton._query_gradient, attention_triton._key_gradient):
-        monkeypatch.setattr(kernel, "configs", [triton.Config({"M": m, "K": k}, num_stages=1)])
-    check_against_the_reference(random_inputs(ends, device, heads=1, seed=m + k), ends)
+WHOLE_AND_RAGGED = [(16, 80), (3, 20, 70)]
+LARGER = [(16, 80, 336, 1360), (1, 7, 25, 91, 352, 1363)]
+KERNELS = {
+    "_attend": attention_triton.ATTENTION_TILES,
+    "_query_gradient": attention_triton.QUERY_GRADIENT_TILES,
+    "_key_gradient": attention_triton.KEY_GRADIENT_TILES,
+}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "tile", "layouts", "dtype", "head_dim"),
+    [
+        *((KERNELS, tile, WHOLE_AND_RAGGED, torch.float32, 16) for tile in ((16, 64, 4, 1), (64, 16, 4, 1))),
+        *(on_a_gpu([name], tile, LARGER, torch.bfloat16, 64) for name, tiles in KERNELS.items() for tile in tiles),
+    ],
+)
+def test_any_tile_equals_the_reference(kernels, tile, layouts, dtype, head_dim, device, monkeypatch):
+    m, k, warps, stages = tile
+    config = triton.Config({"M": m, "K": k}, num_warps=warps, num_stages=stages)
+    for name in kernels:
+        monkeypatch.setattr(getattr(attention_triton, name), "configs", [config])
+    for ends in layouts:
+        try:
+            check_against_the_reference(random_inputs(ends, device, dtype, head_dim), ends)
+        except triton.runtime.errors.OutOfResources as error:
+            pytest.skip(f"a tile for larger chips: {error}")
 
 
 def test_scores_far_beyond_the_range_of_the_exponential_equal_the_reference(device):
@@ -130,25 +151,12 @@ def amid_nan(tensor):
 
 
 @pytest.mark.parametrize(("ends", "head_dim"), [(ENDS, 40), ((32, 64), 16)], ids=["ragged", "whole"])
-def test_nothing_beside_the_inputs_is_read_and_every_element_is_written(ends, head_dim, device, monkeypatch):
+def test_nothing_beside_the_inputs_is_read_and_every_element_is_written(ends, head_dim, device):
     tensors = random_inputs(ends, device, head_dim=head_dim, heads=1)
     expected = [prefix_attention(*tensors[:3], ends, 0.2)[1], *computed(*tensors, ends)]
-    made = []
-
-    def full_of_nan(allocate):
-        def allocated(*args, **kwargs):
-            made.append(allocate(*args, **kwargs).fill_(NAN))
-            return made[-1]
-
-        return allocated
-
-    poisoned = types.SimpleNamespace(**vars(torch))
-    poisoned.empty, poisoned.empty_like = full_of_nan(torch.empty), full_of_nan(torch.empty_like)
-    monkeypatch.setattr(attention_triton, "torch", poisoned)
     tensors = list(map(amid_nan, tensors))
-    results = [prefix_attention(*tensors[:3], ends, 0.2)[1], *computed(*tensors, ends)]
-    assert {x.data_ptr() for x in results} <= {x.data_ptr() for x in made}
-    assert len(made) == 8  # an output and a sum, twice, `delta`, and three gradients
+    with empty_memory_is_nan():
+        results = [prefix_attention(*tensors[:3], ends, 0.2)[1], *computed(*tensors, ends)]
     for actual, same in zip(results, expected):
         assert torch.equal(actual, same)
 
@@ -170,47 +178,38 @@ def test_finer_queries_and_coarser_keys_that_are_nan_leave_no_trace_beyond_their
         assert actual[:, :cut].isnan().all()
 
 
-def heads_first(x):
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def one_of_three(x):
-    return (
-        torch.cat([x.flatten(2) + 1, x.flatten(2), x.flatten(2) - 1], dim=-1).chunk(3, dim=-1)[1].unflatten(2, (2, -1))
-    )
-
-
 def every_second_channel(x):
     return torch.stack([x, x + 1], dim=-1).flatten(-2)[..., ::2]
 
 
-def channels_before_rows(x):
-    return x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+def heads_first(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def batch_last(x):
     return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
-ARRANGEMENTS = [heads_first, one_of_three, every_second_channel, channels_before_rows, batch_last]
+def one_head(x):
+    return x[:1, :, :1].expand_as(x)
 
 
-@pytest.mark.parametrize("arrangements", [ARRANGEMENTS[:4], ARRANGEMENTS[:0:-1]], ids=["first", "last"])
+def one_number(x):
+    return x[0, 0, 0, 0].expand_as(x)
+
+
+@pytest.mark.parametrize(
+    "arrangements",
+    [(every_second_channel, heads_first, batch_last, one_number), (heads_first, one_head, one_number, batch_last)],
+    ids=["first", "last"],
+)
 def test_strides_change_no_bit(arrangements, device):
     ends = (9, 43)  # more than a tile
-    tensors = random_inputs(ends, device, batch=2)
-    arranged = [arrange(x) for arrange, x in zip(arrangements, tensors)]
-    assert not {x.stride() for x in arranged} & {x.stride() for x in tensors}
-    for actual, expected in zip(computed(*arranged, ends), computed(*tensors, ends)):
+    arranged = [arrange(x) for arrange, x in zip(arrangements, random_inputs(ends, device, batch=2))]
+    compact = [x.contiguous() for x in arranged]
+    assert len({x.stride() for x in (*arranged, compact[0])}) == 5
+    for actual, expected in zip(computed(*arranged, ends), computed(*compact, ends)):
         assert torch.equal(actual, expected) and actual.is_contiguous()
-
-
-def test_expanded_tensors_are_taken(device):
-    query, key, value, upstream = random_inputs(ENDS[:3], device, batch=2)
-    expanded = [query, key[:1].expand_as(key), value[:, :, :1].expand_as(value), upstream[0, 0, 0, 0].expand_as(query)]
-    compact = [x.contiguous() for x in expanded]
-    for actual, expected in zip(computed(*expanded, ENDS[:3]), computed(*compact, ENDS[:3])):
-        assert torch.equal(actual, expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
@@ -256,111 +255,51 @@ def test_operators_keep_what_they_promise_to_pytorch(device):
     torch.library.opcheck(prefix_attention, (*leaves, ends, 0.2))
 
 
-def attend_maps(query, key, value):
-    """Attention over a pyramid that follows the size of maps `(B, 16, h, w)`."""
-    layout = PyramidLayout.from_grid(*query.shape[2:], (2, 1))
-    tokens = [flatten_pyramid(x, layout).unflatten(2, (2, 8)).transpose(1, 2) for x in (query, key, value)]
-    return scale_causal_attention(*tokens, layout, backend="triton")
-
-
-def random_maps(height, width, device):
-    return [noise(1, 16, height, width, seed=seed).to(device) for seed in range(3)]
-
-
-def test_a_compiled_graph_gives_the_same_bits_at_any_size(device):
-    torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attend_maps, backend=counter, fullgraph=True, dynamic=True)
-    for height, width in ((6, 4), (3, 5)):
-        maps = [x.requires_grad_() for x in random_maps(height, width, device)]
-        results = []
-        for function in (compiled, attend_maps):
-            attended = function(*maps)
-            upstream = noise(*attended.shape, seed=9).to(device)
-            results.append([attended, *torch.autograd.grad(attended, maps, upstream)])
-        assert all(torch.equal(actual, expected) for actual, expected in zip(*results))
-    assert counter.frame_count == 1
-    assert "prefix_attention" in str(counter.graphs[0].code)
-
-
-def test_an_exported_graph_of_any_size_holds_the_operator(device):
-    class Attend(torch.nn.Module):
-        def forward(self, query, key, value):
-            return attend_maps(query, key, value)
-
-    any_size = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
-    maps = tuple(random_maps(6, 4, device))
-    exported = torch.export.export(Attend(), maps, dynamic_shapes=[any_size] * 3)
-    assert "hieratok_hf.prefix_attention.default" in [str(node.target) for node in exported.graph.nodes]
-    maps = random_maps(5, 3, device)
-    assert torch.equal(exported.module()(*maps), attend_maps(*maps))
-
-
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "scale", "reason"),
+    ("different", "reason"),
     [
-        *((dtype, head_dim, 0.1, None) for dtype, head_dim in zip(TOLERANCES, (1, 64, 128))),
-        (torch.float64, 64, 0.1, "float16, bfloat16 and float32, not torch.float64"),
-        (torch.float32, 129, 0.1, "at most 128 channels, not 129"),
-        (torch.float32, 64, 0.0, "positive `scale`, not 0.0"),
-        (torch.float32, 64, NAN, "positive `scale`, not nan"),
+        *(({"dtype": dtype, "channels": channels}, None) for dtype, channels in zip(TOLERANCES, (1, 64, 128))),
+        ({"dtype": torch.float64}, "float16, bfloat16 and float32, not torch.float64"),
+        ({"channels": 129}, "at most 128 channels, not 129"),
+        ({"scale": 0.0}, "positive `scale`, not 0.0"),
+        ({"scale": NAN}, "positive `scale`, not nan"),
+        ({"device": "cpu"}, "the kernel runs on a CUDA device, not on 'cpu'"),
+        ({"capability": (7, 5)}, "the kernel needs CUDA compute capability 8.0 or higher, not 7.5"),
+        ({"capability": (7, 5), "hip": "6.4"}, None),
     ],
 )
-def test_what_the_kernel_does_not_take_is_named(dtype, head_dim, scale, reason, device):
-    found = why_not_triton(torch.zeros(1, 1, 5, head_dim, dtype=dtype, device=device), scale)
+def test_what_the_kernel_does_not_take_is_named(different, reason, monkeypatch):
+    asked = {"dtype": torch.bfloat16, "channels": 64, "scale": 0.1, "device": "cuda", "capability": (8, 0)}
+    asked |= different
+    monkeypatch.setattr(attention_triton, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked["capability"])
+    monkeypatch.setattr(torch.version, "hip", asked.get("hip"))
+    shape = (1, 1, 4, asked["channels"])
+    query = types.SimpleNamespace(dtype=asked["dtype"], shape=shape, device=torch.device(asked["device"]))
+    found = why_not_triton(query, asked["scale"])
     assert found is None if reason is None else reason in found
 
 
-@pytest.mark.parametrize(
-    ("device_type", "capability", "hip", "reason"),
-    [
-        ("cpu", None, None, "the kernel runs on a CUDA device, not on 'cpu'"),
-        ("cuda", (7, 5), None, "the kernel needs CUDA compute capability 8.0 or higher, not 7.5"),
-        ("cuda", (8, 0), None, None),
-        ("cuda", (7, 5), "6.4", None),
-    ],
-)
-def test_without_the_interpreter_a_cpu_and_an_old_chip_are_refused(device_type, capability, hip, reason, monkeypatch):
-    monkeypatch.setattr(attention_triton, "INTERPRETED", triton.language.constexpr(False))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    query = types.SimpleNamespace(dtype=torch.bfloat16, shape=(1, 1, 4, 64), device=torch.device(device_type))
-    found = why_not_triton(query, 0.1)
-    assert found is None if reason is None else found.startswith(reason)
-
-
 @triton.jit
-def places_kernel(places, ends, BLOCK: tl.constexpr, FINEST_FIRST: tl.constexpr):
-    """Where each program stands, `(programs, 4)`."""
-    batch_head, first_row, start, end = _locate(tl.program_id(0), ends, BLOCK, FINEST_FIRST)
-    place = places + 4 * tl.program_id(0)
-    tl.store(place, batch_head)
-    tl.store(place + 1, first_row)
-    tl.store(place + 2, start)
-    tl.store(place + 3, end)
+def scale_ends_kernel(scale_ends, ends, BLOCK: tl.constexpr, FINEST_FIRST: tl.constexpr):
+    """Where the scale ends that each program is of, `(programs,)`."""
+    _, _, _, end = _locate(tl.program_id(0), ends, BLOCK, FINEST_FIRST)
+    tl.store(scale_ends + tl.program_id(0), end)
 
 
-@pytest.mark.parametrize(("finest_first", "block"), [(False, 16), (True, 64)])
-@pytest.mark.parametrize("ends", [(1,), (33,), ENDS, (128, 256), tuple(range(1, 11))])
-def test_every_row_of_every_head_is_taken_once_by_a_tile_of_its_own_scale(ends, block, finest_first, device):
-    query = torch.zeros(1, ends[-1], 2, 16, device=device)
-    programs = attention_triton._programs(query, ends, "M")({"M": block})
-    places = torch.full((*programs, 4), -1, dtype=torch.int32, device=device)
-    told = attention_triton._arguments(query, ends, 1.0)["ends"]
-    places_kernel[programs](places, told, BLOCK=block, FINEST_FIRST=finest_first)
-    taken = []
-    for batch_head, first_row, start, end in places.tolist():
-        assert (start, end) in set(zip((0, *ends), ends)) and start <= first_row < end
-        assert (first_row - start) % block == 0
-        taken += [(batch_head, row) for row in range(first_row, min(first_row + block, end))]
-    assert sorted(taken) == list(itertools.product(range(2), range(ends[-1])))
-    for batch_head in range(2):
-        # A query of a finer scale sees more keys; a key of a coarser scale is seen by more queries: most work first.
-        in_order = [place[3] for place in places.tolist() if place[0] == batch_head]
-        assert in_order == sorted(in_order, reverse=finest_first)
+@pytest.mark.parametrize("finest_first", [False, True])
+def test_the_programs_with_most_work_start_first(finest_first, device):
+    query = torch.zeros(1, ENDS[-1], 2, 16, device=device)
+    programs = attention_triton._programs(query, ENDS, "M")({"M": 16})
+    found = torch.zeros(programs, dtype=torch.int32, device=device)
+    told = attention_triton._arguments(query, ENDS, 1.0)["ends"]
+    scale_ends_kernel[programs](found, told, BLOCK=16, FINEST_FIRST=finest_first)
+    # A query of a finer scale sees more keys; a key of a coarser scale is seen by more queries.
+    expected = sorted([1, 5, 21, *[85] * 4], reverse=finest_first)
+    assert found.view(2, -1).tolist() == [expected] * 2
 
 
-ON_A_GPU = (16, 80, 336, 1360)
+ON_A_GPU = LARGER[0]
 
 
 @pytest.mark.gpu
@@ -376,28 +315,6 @@ def test_a_gpu_computes_a_training_batch_as_the_reference(dtype):
             error = (actual[i : i + 1, :, head : head + 1].float() - expected).norm() / expected.norm()
             assert error < TOLERANCES[dtype]
     assert all(torch.equal(a, b) for a, b in zip(results, computed(*tensors, ON_A_GPU)))
-
-
-@pytest.mark.gpu
-@needs_a_gpu
-@pytest.mark.parametrize(
-    ("kernel", "tile"),
-    [
-        *(("_attend", tile) for tile in attention_triton.ATTENTION_TILES),
-        *(("_query_gradient", tile) for tile in attention_triton.QUERY_GRADIENT_TILES),
-        *(("_key_gradient", tile) for tile in attention_triton.KEY_GRADIENT_TILES),
-    ],
-)
-def test_every_tile_equals_the_reference_on_a_gpu(kernel, tile, device, monkeypatch):
-    m, k, warps, stages = tile
-    config = triton.Config({"M": m, "K": k}, num_warps=warps, num_stages=stages)
-    monkeypatch.setattr(getattr(attention_triton, kernel), "configs", [config])
-    for ends in (ON_A_GPU, (1, 7, 25, 91, 352, 1363)):
-        tensors = random_inputs(ends, device, torch.bfloat16, head_dim=64)
-        try:
-            check_against_the_reference(tensors, ends)
-        except triton.runtime.errors.OutOfResources as error:
-            pytest.skip(f"a tile for larger chips: {error}")
 
 
 @pytest.mark.gpu

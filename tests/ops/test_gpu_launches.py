@@ -13,21 +13,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 # Runs where the kernels are compiled, not interpreted: a driver that names a chip, and launches that only compile.
 SCRIPT = """
 import json, sys
+from types import SimpleNamespace
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-class NamedChip:
-    def get_current_target(self):
-        return GPUTarget("cuda", int(sys.argv[1]), 32)
-    def get_current_device(self):
-        return 0
-    def get_current_stream(self, device):
-        return 0
-
-driver.set_active(NamedChip())
+chip = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", int(sys.argv[1]), 32))
+chip.get_current_device, chip.get_current_stream = lambda: 0, lambda device: 0
+driver.set_active(chip)
 launches, run = [], JITFunction.run
 
 def compile_only(self, *args, grid, warmup, **kwargs):
@@ -106,16 +101,18 @@ def test_the_choice_of_a_tile_is_kept_and_serves_all_layouts_of_so_many_scales(t
         assert len(tuned) >= 3 and len(later) == 1 and later <= tuned
 
 
-def test_the_last_tile_fits_every_chip_with_the_largest_heads_and_numbers(tmp_path):
-    # 8.6 has the smallest shared memory.
-    rows = launches(tmp_path, 86, "float32", 128, [[4, 20, 84, 340]], tiles="last")
-    for row in rows:
-        if row["kernel"] in KERNELS:
-            assert row["cores"] == ["mma.sync"] and 0 < row["shared"] <= 99 * 1024
-    assert {row["kernel"] for row in rows} >= {*KERNELS}
-
-
-def test_many_scales_odd_heads_and_unaligned_rows_compile(tmp_path):
-    rows = launches(tmp_path, 90, "float16", 40, [list(range(1, 101, 11))], tiles="first", offset=1)
-    assert all(row["cores"] for row in rows if row["kernel"] in KERNELS)
-    assert {row["kernel"] for row in rows} >= {*KERNELS}
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "ends", "tiles", "offset", "shared"),
+    [
+        # The largest heads and numbers where shared memory is the smallest.
+        (86, "float32", 128, [4, 20, 84, 340], "last", 0, 99 * 1024),
+        # Many scales, odd heads and unaligned rows.
+        (90, "float16", 40, [*range(1, 101, 11)], "first", 1, 227 * 1024),
+    ],
+)
+def test_the_first_and_the_last_tile_compile(tmp_path, capability, dtype, head_dim, ends, tiles, offset, shared):
+    rows = launches(tmp_path, capability, dtype, head_dim, [ends], tiles, offset)
+    rows = [row for row in rows if row["kernel"] in KERNELS]
+    assert all(row["cores"] and 0 < row["shared"] <= shared for row in rows)
+    assert capability == 90 or all(row["cores"] == ["mma.sync"] for row in rows)
+    assert {row["kernel"] for row in rows} == {*KERNELS}

@@ -118,12 +118,6 @@ def test_image_pyramid_averages_and_repeats_the_edge():
                 torch.testing.assert_close(pooled[..., row, column], image[:, :, rows][..., columns].mean((2, 3)))
 
 
-def test_spans_end_with_the_grid():
-    (top, bottom), (left, right) = PyramidLayout.from_grid(7, 5, (6, 4, 1)).cells().spans((7, 5))
-    assert [a.item() for a in (top[0], bottom[0], left[0], right[0])] == [0, 6, 0, 5]
-    assert (bottom.max(), right.max()) == (7, 5)
-
-
 def test_what_is_kept_is_that_of_its_own_size():
     made = []
 

@@ -4,56 +4,45 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from helpers import images, noise
-from transformers import (
-    ConvNextConfig,
-    ConvNextModel,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    MobileNetV2Config,
-    MobileNetV2Model,
-    PvtConfig,
-    PvtModel,
-    SwinConfig,
-    SwinModel,
-    ViTConfig,
-    ViTModel,
-)
 
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 from hieratok_hf.training.alignment import LatentAlignment
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
-# Kind of model: side of a patch or cell, feature channels, tokens that are no patches.
-KINDS = {
-    "convnext": (32, 20, 0),
-    "mobilenet": (32, 1280, 0),
-    "vit": (8, 16, 1),
-    "registers": (14, 16, 4),
+CONV = {
+    "hidden_sizes": [8, 12, 16, 20],
+    "depths": [1] * 4,
+    "layer_scale_init_value": 1.0,
+    "initializer_range": 0.2,
 }
+MOBILENET = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4, "image_size": 32}
+REGISTERS = {**VIT, "mlp_ratio": 2, "image_size": 28, "patch_size": 14, "num_register_tokens": 3}
+# Side of a patch or cell, feature channels, tokens that are no patches; the model and its configuration.
+KINDS = {
+    "convnext": (32, 20, 0, "ConvNext", CONV),
+    "mobilenet": (32, 1280, 0, "MobileNetV2", MOBILENET),
+    "vit": (8, 16, 1, "ViT", {**VIT, "intermediate_size": 32, "image_size": 32, "patch_size": 8}),
+    "registers": (14, 16, 4, "Dinov2WithRegisters", REGISTERS),
+}
+MARGINS = {"vit": (0.5, 0.25), "registers": (0.1, 0.1), "convnext": (1.2, 0.25), "mobilenet": (0, 0)}
 
 
-def vision_features(kind):
+def vision_features(kind, **config):
     torch.manual_seed(0)
-    if kind == "convnext":
-        sizes = {"hidden_sizes": [8, 12, 16, 20], "depths": [1] * 4, "layer_scale_init_value": 1.0}
-        model = ConvNextModel(ConvNextConfig(**sizes, initializer_range=0.2))
-    elif kind == "mobilenet":
-        sizes = {"depth_multiplier": 0.1, "min_depth": 4, "depth_divisible_by": 4}
-        model = MobileNetV2Model(MobileNetV2Config(**sizes, image_size=32))
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**config))
+    if kind == "MobileNetV2":
         with torch.no_grad():
             model.train()(images(8, 3, 64, 64))  # statistics of batches, without which all features are zero
-    elif kind == "vit":
-        model = ViTModel(ViTConfig(**VIT, intermediate_size=32, image_size=32, patch_size=8))
-    else:
-        config = Dinov2WithRegistersConfig(**VIT, mlp_ratio=2, image_size=28, patch_size=14, num_register_tokens=3)
-        model = Dinov2WithRegistersModel(config)
     return VisionFeatures(model, [0.5] * 3, [0.5] * 3)
 
 
-def alignment(kind="vit", latent_channels=4, **margins):
+def alignment(kind="vit", **margins):
+    *_, name, config = KINDS[kind]
+    features = vision_features(name, **config)
     torch.manual_seed(1)
-    return LatentAlignment(latent_channels, vision_features(kind), **margins)
+    return LatentAlignment(4, features, **margins)
 
 
 def by_hand(latents, targets, weight, cosine_margin, distance_margin):
@@ -72,7 +61,7 @@ def by_hand(latents, targets, weight, cosine_margin, distance_margin):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_target_is_the_last_map_at_the_models_own_grid(kind):
-    cell, channels, others = KINDS[kind]
+    cell, channels, others, *_ = KINDS[kind]
     module = alignment(kind)
     x = images(2, 3, *((32, 32) if kind == "vit" else (2 * cell, 3 * cell)))  # this ViT takes one size
     height, width = (x.shape[2] // cell, x.shape[3] // cell)
@@ -85,24 +74,16 @@ def test_the_target_is_the_last_map_at_the_models_own_grid(kind):
     assert target.std(dim=(2, 3)).mean() > 1e-3  # or the order of the places would not matter
 
 
-@pytest.mark.parametrize(
-    ("kind", "margins"),
-    [
-        ("vit", {}),
-        ("registers", {"cosine_margin": 0.1, "distance_margin": 0.1}),
-        ("convnext", {"cosine_margin": 1.2}),
-        ("mobilenet", {"cosine_margin": 0.0, "distance_margin": 0.0}),
-    ],
-)
+@pytest.mark.parametrize("kind", MARGINS)
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (8, 8)])
-def test_the_loss_is_the_definition_over_features_resampled_to_the_latents_grid(kind, margins, grid):
-    module, x = alignment(kind, **margins), images(2, 3, *((32, 32) if kind == "vit" else (96, 64)))
+def test_the_loss_is_the_definition_over_features_resampled_to_the_latents_grid(kind, grid):
+    given = {} if kind == "vit" else dict(zip(("cosine_margin", "distance_margin"), MARGINS[kind]))
+    module, x = alignment(kind, **given), images(2, 3, *((32, 32) if kind == "vit" else (96, 64)))
     latents, target = noise(2, 4, *grid), module.target_map(x)
     resampled = F.interpolate(target, grid, mode="bilinear", antialias=True)
-    both = {"cosine_margin": 0.5, "distance_margin": 0.25, **margins}
     loss = module(latents, x)
     assert loss.shape == () and loss.dtype == torch.float32
-    expected = by_hand(latents, resampled, module.projection.weight, **both)
+    expected = by_hand(latents, resampled, module.projection.weight, *MARGINS[kind])
     assert loss.item() == pytest.approx(expected, rel=1e-4) and (expected > 0.01 or grid == (1, 1))
 
 
@@ -135,21 +116,13 @@ def test_it_is_float32_under_autocast():
     torch.testing.assert_close(low, plain, rtol=0.05, atol=0.01)
 
 
-def test_wrong_arguments_are_named():
-    features = vision_features("vit")
-    with pytest.raises(ValueError, match="latent_channels"):
-        LatentAlignment(0, features)
-    for name, margin in (("cosine_margin", -0.1), ("distance_margin", 2.0), ("cosine_margin", float("nan"))):
-        with pytest.raises(ValueError, match=name):
-            LatentAlignment(4, features, **{name: margin})
-
-
-def test_models_whose_tokens_are_no_grid_of_patches_are_refused():
-    sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4, "image_size": 32}
-    swin = VisionFeatures(SwinModel(SwinConfig(**sizes, patch_size=4)), [0.5] * 3, [0.5] * 3)
-    with pytest.raises(ValueError, match="Swin"):
-        LatentAlignment(4, swin)
-    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "image_size": 32}
-    pvt = VisionFeatures(PvtModel(PvtConfig(**sizes)), [0.5] * 3, [0.5] * 3)
-    with pytest.raises(ValueError, match="patch_size"):
-        LatentAlignment(4, pvt)
+@pytest.mark.parametrize(
+    ("kind", "sizes", "message"),
+    [
+        ("Swin", {"embed_dim": 8, "num_heads": [1] * 2, "depths": [1] * 2, "window_size": 4, "patch_size": 4}, "Swin"),
+        ("Pvt", {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}, "patch_size"),
+    ],
+)
+def test_models_whose_tokens_are_no_grid_of_patches_are_refused(kind, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        LatentAlignment(4, vision_features(kind, **sizes, image_size=32))

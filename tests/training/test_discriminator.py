@@ -1,7 +1,5 @@
 """Tests of `discriminator`: what a score sees, hinge losses by hand, learning, and the balance of gradients."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -17,17 +15,13 @@ from hieratok_hf.training.discriminator import (
 )
 
 
-def discriminator(channels=8, num_layers=2, seed=0):
-    torch.manual_seed(seed)
+def discriminator(channels=8, num_layers=2):
+    torch.manual_seed(0)
     return PatchDiscriminator(channels, num_layers)
 
 
 def without_norms(module):
-    module = copy.deepcopy(module)
-    for i, layer in enumerate(module.layers):
-        if isinstance(layer, nn.GroupNorm):
-            module.layers[i] = nn.Identity()
-    return module
+    return nn.Sequential(*(layer for layer in module.layers if not isinstance(layer, nn.GroupNorm)))
 
 
 @pytest.mark.parametrize(("num_layers", "size"), [(1, 16), (3, 70)])
@@ -50,21 +44,23 @@ def test_a_score_sees_a_patch_of_the_documented_size(num_layers, size):
 
 
 def test_the_convolutions_are_those_of_pix2pix():
+    def layers_of(module, kind):
+        return [layer for layer in module.layers if isinstance(layer, kind)]
+
     module = PatchDiscriminator()
-    convolutions = [layer for layer in module.layers if isinstance(layer, nn.Conv2d)]
+    convolutions = layers_of(module, nn.Conv2d)
     assert [layer.out_channels for layer in convolutions] == [64, 128, 256, 512, 1]
     assert [layer.stride[0] for layer in convolutions] == [2, 2, 2, 1, 1]
     assert all(layer.kernel_size == (4, 4) and layer.padding == (1, 1) for layer in convolutions)
-    assert [layer.negative_slope for layer in module.layers if isinstance(layer, nn.LeakyReLU)] == [0.2] * 4
+    assert [layer.negative_slope for layer in layers_of(module, nn.LeakyReLU)] == [0.2] * 4
     for layer in convolutions[1:-1]:
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
     for tested, groups in ((module, [32, 32, 32]), (PatchDiscriminator(12), [2, 4, 8])):
-        norms = [layer for layer in tested.layers if isinstance(layer, nn.GroupNorm)]
+        norms = layers_of(tested, nn.GroupNorm)
         assert [norm.num_groups for norm in norms] == groups
         assert all(norm.num_channels >= 4 * norm.num_groups for norm in norms)
-    assert [layer.out_channels for layer in PatchDiscriminator(4, 6).layers if isinstance(layer, nn.Conv2d)] == [
-        *(4, 8, 16, 32, 32, 32, 32, 1)
-    ]
+    widths = [layer.out_channels for layer in layers_of(PatchDiscriminator(4, 6), nn.Conv2d)]
+    assert widths == [4, 8, 16, 32, 32, 32, 32, 1]
 
 
 def test_scores_do_not_depend_on_the_company_the_mode_or_autocast():
@@ -129,15 +125,14 @@ def test_the_weight_balances_the_gradients():
     image = (target + 0.1 * noise(2, 3, 32, 32)).requires_grad_()
     losses = (F.l1_loss(image, target), generator_hinge_loss(module(image)))
     gradients = [torch.autograd.grad(loss, image, retain_graph=True)[0] for loss in losses]
-    squares = [gradient.square().sum() for gradient in gradients]
-    weight = adaptive_weight(*squares)
+    weight = adaptive_weight(*(gradient.square().sum() for gradient in gradients))
     norms = [float(np.linalg.norm(gradient.double().numpy())) for gradient in gradients]
     assert weight.item() == pytest.approx(norms[0] / (norms[1] + 1e-4), rel=1e-5)
     (weighted,) = torch.autograd.grad(weight * losses[1], image)
     assert weighted.norm().item() == pytest.approx(norms[0], rel=0.01)
     # Halves on two processes, added up, give the weight of the whole.
-    halves = [[half.square().sum() for half in gradient.chunk(2)] for gradient in gradients]
-    torch.testing.assert_close(adaptive_weight(*[sum(parts) for parts in halves]), weight)
+    halves = [sum(half.square().sum() for half in gradient.chunk(2)) for gradient in gradients]
+    torch.testing.assert_close(adaptive_weight(*halves), weight)
 
 
 def test_the_weight_is_a_number_without_a_graph_in_its_limits():
@@ -148,14 +143,3 @@ def test_the_weight_is_a_number_without_a_graph_in_its_limits():
     assert adaptive_weight(square.bfloat16(), square.double()).dtype == torch.float32
     assert adaptive_weight(zero, one).item() == 0 and adaptive_weight(zero, zero).item() == 0
     assert adaptive_weight(torch.tensor(1e12), zero).item() == 1e4
-    assert adaptive_weight(one, zero, limit=7).item() == 7
-    small = adaptive_weight(torch.tensor(4e-10), torch.tensor(1e-10), epsilon=1e-12)
-    assert small.item() == pytest.approx(2, rel=1e-5)
-
-
-def test_wrong_arguments_are_named():
-    for channels in (0, 6, -4):
-        with pytest.raises(ValueError, match=f"`channels` must be a positive multiple of 4, got {channels}"):
-            PatchDiscriminator(channels)
-    with pytest.raises(ValueError, match="`num_layers` must be at least 1, got 0"):
-        PatchDiscriminator(8, 0)

@@ -53,7 +53,7 @@ def forward(core, pixel_values, alignment=None, latent_noise=0.0, mix=0.3, laten
 def losses_of(core, weights, step=0, made=None, **modules):
     pixel_values = images(2, 3, 16, 16)
     made = forward(core, pixel_values)[0] if made is None else made
-    return TrainingLoss(weights, **modules)(core.config, pixel_values, *made, step)
+    return TrainingLoss(weights, **modules)(core.config, pixel_values, made, step)
 
 
 @pytest.mark.parametrize(
@@ -101,24 +101,16 @@ def test_every_part_counts_with_its_weight(vision, discriminator, pixel):
         "alignment": aligned,
         "adversarial": -discriminator(made[-1]).mean(),
     }
-    reconstruction = (
-        expected[pixel] + 0.8 * expected["border"] + 0.2 * expected["perceptual"] + 1.5 * expected["lpips"]
-    )
-    norms = [
-        torch.autograd.grad(part, made[-1], retain_graph=True)[0].norm()
-        for part in (reconstruction, expected["adversarial"])
-    ]
-    expected["adaptive_weight"] = norms[0] / (norms[1] + 1e-4)
-    expected["loss"] = (
-        reconstruction
-        + 0.3 * expected["kl"]
-        + 0.7 * expected["coarse"]
-        + 0.4 * expected["alignment"]
-        + 0.6 * expected["adaptive_weight"] * expected["adversarial"]
-    )
-    assert losses.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(losses[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+    def weighted(**factors):
+        return sum(factor * expected[name] for name, factor in factors.items())
+
+    reconstruction = weighted(**{pixel: 1}, border=0.8, perceptual=0.2, lpips=1.5)
+    parts = (reconstruction, expected["adversarial"])
+    norms = [torch.autograd.grad(part, made[-1], retain_graph=True)[0].norm() for part in parts]
+    expected["adaptive_weight"] = factor = norms[0] / (norms[1] + 1e-4)
+    expected["loss"] = reconstruction + weighted(kl=0.3, coarse=0.7, alignment=0.4, adversarial=0.6 * factor)
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     assert all(value.abs() > 1e-3 for value in losses.values())
 
 
@@ -144,11 +136,11 @@ def test_coarser_scales_count_from_their_step_on_and_get_a_gradient_before():
 
 
 def test_the_discriminator_counts_from_its_step_on_by_the_gradients_of_all_processes(discriminator):
-    core, calls = random_core(), []
+    core, calls, others = random_core(), [], iter([3.0, 5.0])
 
     def total(square):
         calls.append(square)
-        return square + (3.0 if len(calls) == 1 else 5.0)  # what another process would add
+        return square + next(others)  # what another process would add
 
     weights = LossWeights(adversarial=0.5, adversarial_start=3)
     assert "adversarial" not in losses_of(core, weights, 2, discriminator=Never())
@@ -167,19 +159,18 @@ def every_part(core, vision, discriminator):
     alignment.cosine_margin = alignment.distance_margin = 0.0
     weights = LossWeights("charbonnier", border=0.1, perceptual=0.1, lpips=0.1, alignment=0.1, adversarial=0.1)
     modules = {"perceptual": PerceptualDistance(vision), "lpips": Lpips(), "discriminator": discriminator}
-    return TokenizerTraining(core, alignment, latent_noise=1.0, latent_jitter=0.1), TrainingLoss(weights, **modules)
+    model = TokenizerTraining(core, alignment, latent_noise=1.0, latent_jitter=0.1)
+    inputs = images(2, 3, 16, 16), noise(2, 2, 4, 4, 4), torch.full((2, 1, 1, 1), 0.5)
+    return model, TrainingLoss(weights, **modules), inputs
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [{}, {"downsampling": "mean"}, {"scale_factors": (1,)}, {"linear_path": 0, "scale_causal": False}],
+    "overrides", [{}, {"downsampling": "mean"}, {"scale_factors": (1,)}, {"linear_path": 0, "scale_causal": False}]
 )
 def test_gradients_reach_every_trained_parameter(vision, discriminator, overrides):
     core = random_core(**overrides).train()
-    model, objective = every_part(core, vision, discriminator)
-    pixel_values = images(2, 3, 16, 16)
-    made = model(pixel_values, noise(2, 2, 4, 4, 4), torch.full((2, 1, 1, 1), 0.5))
-    objective(core.config, pixel_values, *made, 0)["loss"].backward()
+    model, objective, inputs = every_part(core, vision, discriminator)
+    objective(core.config, inputs[0], model(*inputs), 0)["loss"].backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert "alignment.projection.weight" in trained and not [name for name in trained if "features" in name]
     for name, parameter in trained.items():
@@ -191,14 +182,12 @@ def test_gradients_reach_every_trained_parameter(vision, discriminator, override
 
 def test_losses_are_float32_under_autocast(vision, discriminator):
     core = random_core().train()
-    model, objective = every_part(core, vision, discriminator)
-    pixel_values = images(2, 3, 16, 16)
-    inputs = pixel_values, noise(2, 2, 4, 4, 4), torch.full((2, 1, 1, 1), 0.5)
-    expected = objective(core.config, pixel_values, *model(*inputs), 0)
+    model, objective, inputs = every_part(core, vision, discriminator)
+    expected = objective(core.config, inputs[0], model(*inputs), 0)
     with torch.autocast("cpu", torch.bfloat16):
         made = model(*inputs)
         assert made[0][-1].dtype == torch.bfloat16
-        losses = objective(core.config, pixel_values, *made, 0)
+        losses = objective(core.config, inputs[0], made, 0)
     losses["loss"].backward()
     assert all(p.grad.isfinite().all() for p in core.parameters())
     for name, value in losses.items():
@@ -207,17 +196,12 @@ def test_losses_are_float32_under_autocast(vision, discriminator):
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        *(({name: 0.5}, f"`{name}` must be 0 where nothing") for name in ("perceptual", "lpips", "adversarial")),
-        *(({name: -0.1}, f"`{name}` must be finite") for name in ("border", "alignment")),
-        ({"lpips": math.nan}, "`lpips` must be finite"),
-        ({"pixel": "l3"}, "`pixel` must be one of"),
-    ],
+    ("name", "value"),
+    [("perceptual", 0.5), ("adversarial", 0.5), ("border", -0.1), ("lpips", math.nan), ("pixel", "l3")],
 )
-def test_weights_that_cannot_serve_are_refused(weights, message):
-    with pytest.raises(ValueError, match=message):
-        TrainingLoss(LossWeights(**weights))
+def test_weights_that_cannot_serve_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        TrainingLoss(LossWeights(**{name: value}))
 
 
 def batch_of(rows, step=3, count=6, size=(8, 12)):

@@ -1,7 +1,6 @@
-"""Hold what the command-line scripts share: options, errors, tables, reports and processes."""
+"""Share options, errors, tables, reports and processes among the command-line scripts."""
 
 import json
-import math
 import platform
 import sys
 import tempfile
@@ -42,12 +41,12 @@ class Problem(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message, or its type's name, without line breaks."""
+    """Give an error's message, or its type's name, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def positive(text: str) -> int:
-    """A whole number from 1, for argparse; `ValueError` of any other text."""
+    """Read a whole number from 1, for argparse; `ValueError` of any other text."""
     if (number := int(text)) < 1:
         raise ValueError
     return number
@@ -79,17 +78,7 @@ def align_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def check_writable(option: str, path: Path, folder: bool = False) -> None:
-    """
-    Make the folder that an output goes to, and fail before the work where the output could not be written.
-
-    Args:
-        option (str): The option that names the output.
-        path (Path): A file, which may be there, or a folder.
-        folder (bool): Whether `path` is a folder.
-
-    Raises:
-        Problem: No file can be made in the folder, or there is a folder where the file should be.
-    """
+    """Make the folder that an output, a file unless `folder`, goes to; a `Problem` where it could not be written."""
     try:
         parent = path if folder else path.parent
         parent.mkdir(parents=True, exist_ok=True)
@@ -101,12 +90,7 @@ def check_writable(option: str, path: Path, folder: bool = False) -> None:
 
 
 def write_or_explain(option: str, path: Path, content: bytes) -> None:
-    """
-    Write a file, whole or not at all.
-
-    Raises:
-        Problem: The file cannot be written.
-    """
+    """Write a file, whole or not at all; a `Problem` where it cannot be written."""
     try:
         with write_whole(path) as file:
             file.write(content)
@@ -115,26 +99,13 @@ def write_or_explain(option: str, path: Path, content: bytes) -> None:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """
-    Write the file of `--json`, whole or not at all; what is infinite or no number becomes null.
-
-    Raises:
-        Problem: The file cannot be written.
-    """
-    text = json.dumps(_finite(report), indent=2, allow_nan=False, default=str)
-    write_or_explain("--json", path, f"{text}\n".encode())
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Write the file of `--json` by `write_or_explain`; what is infinite or no number becomes null."""
+    finite = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
+    write_or_explain("--json", path, f"{json.dumps(finite, indent=2)}\n".encode())
 
 
 def describe_machine(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Describe where figures of speed come from."""
+    """Describe the machine and the software that figures of speed come from."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         names = (line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name"))
@@ -146,8 +117,8 @@ def describe_machine(device: torch.device, processes: int = 1) -> dict[str, Any]
 
 def add_device(parser: ArgumentParser, default: str | None = None) -> None:
     """Add `--device`, a `torch.device`, or `None` where neither it nor a default is given."""
-    unless = "" if default else "; an accelerator if there is one unless given"
-    text = f"device of torch, such as cuda or cpu{unless}"
+    text = "device of torch, such as cuda or cpu"
+    text += "" if default else "; an accelerator if there is one unless given"
     parser.add_argument("--device", type=_device, default=default, help=text)
 
 
@@ -183,7 +154,7 @@ def add_training(
 
 def find_device(args: Namespace) -> torch.device:
     """Find the device of a script of one process: that of `--device`, or an accelerator if there is one."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = torch.accelerator.current_accelerator(check_available=True)
     return args.device or found or torch.device("cpu")
 
 
@@ -193,7 +164,7 @@ def device_of_process(args: Namespace, state: PartialState) -> torch.device:
 
 
 def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
-    """Run a training; the exit status: 0, or 2 after an error that is said in one line, beside the progress bar."""
+    """Run a training and give the exit status: 0, or 2 after an error, told in one line beside the progress bar."""
     try:
         train(args)
     except (FloatingPointError, ImportError, OSError, ValueError) as error:
@@ -203,7 +174,7 @@ def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
 
 
 def run_script(run: Callable[[Namespace], list[str]], args: Namespace) -> int:
-    """Run a script and print its lines; the exit status: 0, or 2 after a `Problem`, which goes to stderr."""
+    """Run a script, print its lines, and give the exit status: 0, or 2 after a `Problem`, which goes to stderr."""
     try:
         print("\n".join(run(args)))
     except Problem as problem:
@@ -214,13 +185,10 @@ def run_script(run: Callable[[Namespace], list[str]], args: Namespace) -> int:
 
 def run_on_processes(run: Callable[[Namespace, PartialState], list[str]], args: Namespace) -> int:
     """
-    Run a script on all processes that accelerate or torchrun started; the main one prints.
+    Run a script on all processes that accelerate or torchrun started, and give the exit status.
 
-    Args:
-        run (callable): Given `args`, whose `device` may be `None`, and the processes; gives the lines to print.
-
-    Returns:
-        The exit status: 0, or 2 after a `Problem`, which every process that meets it prints to stderr.
+    `run` is given `args`, whose `device` may be `None`, and the processes; the main one prints the lines that it
+    gives. The status is 0, or 2 after a `Problem`, which every process that meets it prints to stderr.
     """
     # Unless it is told, accelerate leaves processes of a machine without an accelerator unconnected.
     state = PartialState(cpu=args.device.type == "cpu" if args.device else not torch.accelerator.is_available())

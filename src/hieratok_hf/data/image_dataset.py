@@ -1,11 +1,10 @@
 """Images by row from folders, tar shards and data sets of the Hub, through Hugging Face `datasets`."""
 
 import random
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
-from itertools import count
+from itertools import chain, count, pairwise
 from pathlib import Path
 from tarfile import TarError
 from typing import Any
@@ -22,7 +21,7 @@ from ..utils.images import ImageError, centre_square, decode_image, open_image
 __all__ = ["Images", "Row", "decode_ahead", "load_images", "image_of"]
 
 Row = dict[str, Any]
-"""An image of a data set, not decoded, as `Images` gives it."""
+"""An image of a data set that is not decoded, an item of `Images`."""
 
 _FILES = (".tar", ".parquet", ".zip", ".png", ".jpg", ".jpeg", ".webp")  # what no data set of the Hub is called
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
@@ -32,12 +31,12 @@ _LABELS = ("label", "labels", "cls", "class", "fine_label")
 
 class Images(Dataset):
     """
-    Rows `{"image": {"bytes", "path"}, "name", "label"}` of a data set, its images not decoded; `label` is an integer
-    or `None`. A stream has no length and is iterated.
+    Give the rows `{"image": {"bytes", "path"}, "name", "label"}` of a data set, with images that are not decoded and
+    a `label` that is an integer or `None`. A stream has no length and is iterated.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Has a column of images.
-        source (`str`): What messages call it.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): A data set with a column of images.
+        source (`str`): The name of the data in messages.
 
     Raises:
         ValueError: It has no column of images, or no rows.
@@ -72,7 +71,7 @@ class Images(Dataset):
         return (self._row(example, index) for index, example in enumerate(self.dataset))
 
     def shuffled(self, seed: int, buffer_size: int = 1000) -> Iterator[Row]:
-        """The rows of a stream in an order that the seed decides, epoch after epoch; `ValueError` without rows."""
+        """Iterate over a stream in an order that the seed decides, epoch after epoch; `ValueError` without rows."""
         fsspec.asyn.reset_lock()  # a worker inherits the lock, and nobody who would open it
         for epoch in count():
             order, rows = random.Random(f"{seed}:{epoch}").getrandbits(32), 0
@@ -94,7 +93,7 @@ class Images(Dataset):
 
 def load_images(source: str | Sequence[str], *, split: str = "train", streaming: bool = False) -> Images:
     """
-    Images from a folder, webdataset tar shards (`"shards/train-*.tar"`), or a data set of the Hub.
+    Load images from a folder, webdataset tar shards (`"shards/train-*.tar"`), or a data set of the Hub.
 
     Args:
         source (`str` or a sequence of them): A folder of images, or one that `datasets.load_dataset` understands
@@ -126,18 +125,16 @@ def load_images(source: str | Sequence[str], *, split: str = "train", streaming:
         if not is_folder and not files and local:
             raise ValueError(f"No images found in {name!r}: there is no such file, folder or pattern.")
         repository, _, config = name.partition(":")
-        path = (name, None) if is_folder else (repository, config or None)
+        arguments: dict[str, Any] = {"path": repository, "name": config or None, "split": split}
         try:
             if files:
-                found = datasets.load_dataset("webdataset", data_files=files, split="train", streaming=streaming)
+                arguments = {"path": "webdataset", "data_files": files, "split": "train"}
             elif is_folder and _holds_one_split(Path(name)):
                 # Left to itself, datasets takes words in the names of images for splits, as in bullet_train.jpg.
-                one = {split: ["**"]}
-                found = datasets.load_dataset(
-                    "imagefolder", data_dir=name, data_files=one, split=split, streaming=streaming
-                )
-            else:
-                found = datasets.load_dataset(*path, split=split, streaming=streaming)
+                arguments = {"path": "imagefolder", "data_dir": name, "data_files": {split: ["**"]}, "split": split}
+            elif is_folder:
+                arguments = {"path": name, "split": split}
+            found = datasets.load_dataset(**arguments, streaming=streaming)
         except (OSError, ValueError, RuntimeError, TarError, DatasetsError) as error:
             # That a data set could not be made is said by one error, why by its cause.
             reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
@@ -158,14 +155,13 @@ def load_images(source: str | Sequence[str], *, split: str = "train", streaming:
 
 
 def _holds_one_split(folder: Path) -> bool:
-    """Whether a folder holds images and no folders that are named as splits."""
     if any(path.is_dir() and path.name.lower() in _SPLITS for path in folder.iterdir()):
         return False
     return any(path.suffix.lower() in _IMAGES for path in folder.rglob("*"))
 
 
 def image_of(row: Row) -> Image.Image:
-    """The upright RGB image of a row of `Images`; `ImageError` where it cannot be decoded."""
+    """Decode a row of `Images` to an upright RGB image; `ImageError` where it cannot be decoded."""
     image = row["image"]
     if image["bytes"] is None and image["path"] is not None:
         return open_image(image["path"])
@@ -192,23 +188,17 @@ def decode_ahead(batches: Iterable[Sequence[tuple[int, Row]]], size: int, thread
         except ImageError as error:
             return error
 
-    def collate(batch: Sequence[tuple[int, Row]], decoded: Iterable[Tensor | ImageError]) -> dict[str, Any]:
-        levels, rows, labels, skipped = [], [], [], []
-        for (index, row), image in zip(batch, decoded):
-            if isinstance(image, ImageError):
-                skipped.append((index, row["name"], str(image)))
-            else:
-                levels.append(image)
-                rows.append(index)
-                labels.append(row["label"])
-        stacked = torch.stack(levels) if levels else torch.empty(0, size, size, 3, dtype=torch.uint8)
-        return {"levels": stacked, "rows": rows, "labels": labels, "skipped": skipped}
-
     with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[tuple[Sequence[tuple[int, Row]], Iterator[Tensor | ImageError]]] = deque()
-        for batch in batches:
-            ahead.append((batch, pool.map(decode, batch)))
-            if len(ahead) > 1:
-                yield collate(*ahead.popleft())
-        for pair in ahead:
-            yield collate(*pair)
+        started: Iterator[Iterable[Any]] = (zip(batch, pool.map(decode, batch)) for batch in batches)
+        # Pairs, because to get the second of two starts it while the first is collected.
+        for decoded, _ in pairwise(chain(started, [()])):
+            levels, rows, labels, skipped = [], [], [], []
+            for (index, row), image in decoded:
+                if isinstance(image, ImageError):
+                    skipped.append((index, row["name"], str(image)))
+                else:
+                    levels.append(image)
+                    rows.append(index)
+                    labels.append(row["label"])
+            stacked = torch.stack(levels) if levels else torch.empty(0, size, size, 3, dtype=torch.uint8)
+            yield {"levels": stacked, "rows": rows, "labels": labels, "skipped": skipped}

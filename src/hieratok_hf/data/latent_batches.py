@@ -19,16 +19,16 @@ __all__ = ["iterate_cached", "iterate_encoded"]
 
 def iterate_cached(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> Iterator[dict[str, Any]]:
     """
-    Batches of one process from a cache, mirrored half the time if it has flips, and drawn anew from moments.
+    Read the batches of one process from a cache, mirrored half the time if it has flips, and drawn anew from moments.
 
     Args:
         cache (`LatentCache`): The data.
-        plan (`BatchPlan`): What each step sees.
-        first_step (`int`, defaults to 0): To begin with.
+        plan (`BatchPlan`): Decides what each step sees.
+        first_step (`int`, defaults to 0): The step to begin with.
 
     Returns:
         Iterator of dictionaries: `latents` `(B, C, h, w)` float32; `labels` `(B,)` int64; `step`, `part`, `count` and
-        `rows` as those of `training_loader`; `skipped`, always empty.
+        `rows` as `training_loader` gives them; `skipped`, always empty.
     """
     for draws in plan_draws(len(cache), plan, first_step):
         step, count, rows = draws[0].step, draws[0].total, torch.tensor([draw.row for draw in draws])
@@ -36,10 +36,8 @@ def iterate_cached(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> 
         is_drawn = cache.settings["kind"] == "moments"
         noise = _posterior_noise(plan.seed, step, count, cache.latent_shape)[rows] if is_drawn else None
         latents, labels = cache.batch([draw.data_row for draw in draws], flipped, noise)
-        yield {
-            "latents": latents, "labels": labels, "step": step, "part": draws[0].part, "count": count, "rows": rows,
-            "skipped": [],
-        }  # fmt: skip
+        facts = {"step": step, "part": draws[0].part, "count": count, "rows": rows, "skipped": []}
+        yield {**facts, "latents": latents, "labels": labels}
 
 
 def iterate_encoded(
@@ -52,20 +50,19 @@ def iterate_encoded(
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """
-    The same from images, random crops of which are encoded as they come.
+    Encode random crops of images as they come, in the batches that `iterate_cached` gives of a cache.
 
     Args:
         codec (`Codec`): The tokenizer.
-        latent_shape (`tuple[int, ...]`): `(C, h, w)` of a latent.
-        images (`Images`): The data, with labels.
-        num_classes (`int`): Labels must be smaller.
-        options: Those of `training_loader`.
+        latent_shape (`tuple[int, ...]`): The shape `(C, h, w)` of a latent.
+        images (`Images`): The data, with labels from 0 to `num_classes - 1`.
+        plan, first_step, options: What `training_loader` takes.
 
     Returns:
-        As `iterate_cached`; `skipped` holds the reasons of images left out.
+        Iterator of dictionaries like those of `iterate_cached`; `skipped` holds the reasons of images left out.
 
     Raises:
-        ImageError: As `training_loader`.
+        ImageError: A hundred rows in a row cannot be decoded.
         ValueError: An image has no label or one that is no class.
     """
     for batch in training_loader(images, plan, first_step=first_step, **options):

@@ -17,26 +17,12 @@ from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
 from ..utils.files import read_json
 
-__all__ = [
-    "DTYPES",
-    "FORMAT",
-    "KINDS",
-    "SETTINGS_FILE",
-    "LatentCache",
-    "encoder_facts",
-    "read_header",
-    "read_settings",
-    "rows_of",
-    "shard_path",
-    "shards_of",
-    "stored_name",
-    "stored_shape",
-]
+__all__ = ["DTYPES", "KINDS", "LatentCache", "encoder_facts"]
 
 # Shape letters: B batch, C latent channels, h w the latent's grid.
 
-FORMAT = 1
-"""Of `cache.json` and the shards; a cache of another one is refused."""
+FORMAT = 1  # of `cache.json` and the shards; a cache of another one is refused
+SETTINGS_FILE = "cache.json"
 
 KINDS = ("moments", "sample", "mode")
 """What a cache may hold of each posterior."""
@@ -44,47 +30,35 @@ KINDS = ("moments", "sample", "mode")
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 """What a cache may be stored in, and what safetensors calls it."""
 
-SETTINGS_FILE = "cache.json"
-"""The file that says what the shards hold."""
-
 Settings = dict[str, Any]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """The file of a shard by its number, from 0."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 
 def shards_of(settings: Settings) -> range:
-    """The numbers of all shards of a cache whose rows are known."""
+    """Number all shards of a cache whose rows are known."""
     return range(math.ceil(settings["rows"] / settings["shard_size"]))
 
 
 def rows_of(settings: Settings, shard: int) -> range:
-    """The rows of the data that a shard is made of."""
     first = shard * settings["shard_size"]
     return range(first, min(first + settings["shard_size"], settings["rows"]))
 
 
 def stored_name(settings: Settings) -> str:
-    """Name the latents of a shard: `"moments"` or `"latents"`."""
     return "moments" if settings["kind"] == "moments" else "latents"
 
 
 def stored_shape(settings: Settings) -> tuple[int, ...]:
-    """`(2C, h, w)` of moments or `(C, h, w)` of latents."""
+    """Give `(2C, h, w)` of moments or `(C, h, w)` of latents."""
     channels, *grid = settings["latent_shape"]
     return (2 * channels if settings["kind"] == "moments" else channels, *grid)
 
 
 def read_settings(folder: Path) -> Settings:
-    """
-    The content of `cache.json`.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged or of another format.
-    """
+    """Read `cache.json`: `FileNotFoundError` where there is none, `ValueError` where it is of another format."""
     settings = read_json(folder / SETTINGS_FILE)
     if settings is None:
         raise FileNotFoundError(f"{str(folder)!r} is no cache of latents: it has no {SETTINGS_FILE}.")
@@ -94,12 +68,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def read_header(path: Path, settings: Settings) -> tuple[int, dict[int, str]]:
-    """
-    How many images a shard holds, and why which rows were left out.
-
-    Raises:
-        ValueError: It is damaged, or holds something else than the settings say; the message names it.
-    """
+    """Count the images of a shard and tell why rows were left out; `ValueError` where it is not what it should be."""
     try:
         with safe_open(path, "pt") as file:
             skipped = {int(row): reason for row, reason in json.loads(file.metadata()["skipped"]).items()}
@@ -122,11 +91,8 @@ def read_header(path: Path, settings: Settings) -> tuple[int, dict[int, str]]:
 
 def encoder_facts(codec: Codec) -> dict[str, Any]:
     """
-    Collect the facts of a model that decide its latents and what pipelines do to them.
-
-    Returns:
-        `encoder`, a SHA-256 of all its weights but the decoder's; `precision`, the dtype that it runs in; its
-        `scaling_factor` and `shift_factor`.
+    Collect the facts of a model that decide its latents and what pipelines do to them: `encoder`, a SHA-256 of all its
+    weights but the decoder's; `precision`, the dtype that it runs in; `scaling_factor` and `shift_factor`.
     """
     digest, weight = hashlib.sha256(), next(codec.model.parameters())
     for name, value in sorted((codec.core or codec.model).state_dict().items()):
@@ -135,24 +101,19 @@ def encoder_facts(codec: Codec) -> dict[str, Any]:
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     kind = weight.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return {
-        "encoder": digest.hexdigest(),
-        "precision": str(precision).removeprefix("torch."),
-        **codec.statistics,
-    }
+    return {"encoder": digest.hexdigest(), "precision": str(precision).removeprefix("torch."), **codec.statistics}
 
 
 class LatentCache(Dataset):
     """
-    Read what `write_latents` wrote; index `i` runs over images in the order of their rows. Shards are mapped into
-    memory when they are first used, in each worker for itself.
-
-    Args:
-        folder (`str` or `Path`): The folder.
+    Read what `write_latents` wrote to `folder`; index `i` runs over images in the order of their rows. Shards are
+    mapped into memory when they are first used, in each worker for itself.
 
     Attributes:
         settings (`dict`): The content of `cache.json`.
-        flips (`bool`), latent_shape (`tuple` `(C, h, w)`), class_names (`list`, empty where unknown): Of those.
+        flips (`bool`): Whether mirrored images were encoded too.
+        latent_shape (`tuple[int, ...]`): The shape `(C, h, w)` of a latent.
+        class_names (`list[str]`): Names of the labels, empty where unknown.
         labels, rows (`torch.Tensor` of shape `(len(self),)`): int64; a label is -1 where there is none.
 
     Raises:
@@ -167,10 +128,8 @@ class LatentCache(Dataset):
             raise ValueError(f"{str(folder)!r} is unfinished: its stream has not come to an end. Go on writing it.")
         paths = [shard_path(self.folder, shard) for shard in shards_of(settings)]
         if missing := [shard for shard, path in enumerate(paths) if not path.exists()]:
-            numbers = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
-            raise ValueError(
-                f"{str(folder)!r} is unfinished: {len(missing)} of {len(paths)} shards are missing: {numbers}."
-            )
+            counts = f"{len(missing)} of {len(paths)}"
+            raise ValueError(f"{str(folder)!r} is unfinished: {counts} shards are missing, the first is {missing[0]}.")
         self.flips, self.latent_shape = settings["flips"], tuple(settings["latent_shape"])
         self.class_names: list[str] = settings["classes"]
         columns = []
@@ -187,12 +146,9 @@ class LatentCache(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """
-        `latents` `(C, h, w)` or `moments` `(2C, h, w)` as they are stored, float32; `label` and `row`. `IndexError`
-        for an index beyond.
-        """
-        values = self._read([index], [False])[0].float()
-        return {self._name: values, "label": int(self.labels[index]), "row": int(self.rows[index])}
+        """Read `latents` `(C, h, w)` or `moments` `(2C, h, w)` as they are stored, float32; `label` and `row`."""
+        label, row = int(self.labels[index]), int(self.rows[index])
+        return {self._name: self._read([index], [False])[0].float(), "label": label, "row": row}
 
     def batch(
         self,
@@ -201,12 +157,12 @@ class LatentCache(Dataset):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
-        Many images at once, as a generator of diffusers is fed them: `(x - shift_factor) * scaling_factor`, which
-        changes nothing for HieraTok, whose latents arrive normalised.
+        Read many images at once, as a generator of diffusers is fed them: `(x - shift_factor) * scaling_factor`,
+        which changes nothing for HieraTok, whose latents arrive normalised.
 
         Args:
-            indices (sequence of `int` or `torch.Tensor` of shape `(B,)`): Which images.
-            flipped (sequence of `bool` or `torch.Tensor` of shape `(B,)`, *optional*): Which of them mirrored.
+            indices (sequence of `int` or `torch.Tensor` of shape `(B,)`): The images to read.
+            flipped (sequence of `bool` or `torch.Tensor` of shape `(B,)`, *optional*): Which of them are mirrored.
             noise (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal, to draw from moments, whose
                 mode is given without. Samples and modes are as they were written, with or without it.
 
@@ -223,22 +179,20 @@ class LatentCache(Dataset):
             raise ValueError(f"`flipped` must have the length of `indices`, {len(chosen)}, got {len(sides)}.")
         if any(sides) and not self.flips:
             raise ValueError(f"`flipped` must be false throughout: {str(self.folder)!r} was written without flips.")
-        values = self._read(chosen, sides)
+        labels, values = self.labels[chosen], self._read(chosen, sides)
         if self._name == "moments" and noise is None:
             values = values[:, : self.latent_shape[0]]
         elif self._name == "moments":
             posterior = posterior_of(values.float())
             values = posterior.mean + posterior.std * noise
-        return (values.float() - self.settings["shift_factor"]) * self.settings["scaling_factor"], self.labels[chosen]
+        return (values.float() - self.settings["shift_factor"]) * self.settings["scaling_factor"], labels
 
     def _read(self, indices: list[int], flipped: list[bool]) -> Tensor:
-        if wrong := [index for index in indices if not -len(self) <= index < len(self)]:
-            raise IndexError(f"There are {len(self)} images in {str(self.folder)!r}, got index {wrong[0]}.")
         numbers = np.asarray(indices, dtype=np.int64) % max(len(self), 1)
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         places = numbers - self._starts[shards]
-        dtype = getattr(torch, self.settings["dtype"])
-        values = torch.empty(len(indices), *stored_shape(self.settings), dtype=dtype)
+        shape, dtype = stored_shape(self.settings), getattr(torch, self.settings["dtype"])
+        values = torch.empty(len(indices), *shape, dtype=dtype)
         # As bytes, which NumPy has for every dtype: to copy row by row, torch takes four times as long.
         levels = values.view(torch.uint8).numpy()
         for i, (shard, place, side) in enumerate(zip(shards.tolist(), places.tolist(), flipped)):
@@ -253,7 +207,7 @@ class LatentCache(Dataset):
         return {**self.__dict__, "_mapped": {}}  # a worker maps the shards itself
 
     def check_encoder(self, codec: Codec) -> None:
-        """`ValueError` unless the latents were written with the encoder of this autoencoder, tensor for tensor."""
+        """Raise `ValueError` unless the latents were written with this encoder, tensor for tensor."""
         if (got := encoder_facts(codec)["encoder"]) != self.settings["encoder"]:
             wanted = self.settings["encoder"]
             raise ValueError(f"{str(self.folder)!r} was written with the encoder {wanted[:12]}, not with {got[:12]}.")

@@ -68,7 +68,7 @@ def write_latents(
     Args:
         codec_or_vae (`Codec` or `torch.nn.Module`): The autoencoder, or what `Codec` takes.
         images (`Images`): The data; a stream is gone through by every process.
-        folder (`str` or `Path`): Where shards and `cache.json` go; made if it is not there.
+        folder (`str` or `Path`): The folder for shards and `cache.json`; made if it is not there.
         size (`int`): Side `S` that images are brought to by `centre_square`.
         kind (`str`, defaults to `"moments"`): `"moments"`, or of each posterior one `"sample"` or the `"mode"`.
         flips (`bool`, defaults to `True`): Whether to encode the mirrored images too.
@@ -77,8 +77,8 @@ def write_latents(
         batch_size (`int`, defaults to 32): Most images encoded at a time; no batch spans two shards.
         seed (`int`, defaults to 0): With its row decides the noise of a sample.
         limit (`int`, *optional*): Take only the first rows of the data.
-        progress (callable, *optional*): Told after each batch how many rows this process has done in this call, and
-            how many it has to do, `None` in a stream.
+        progress (callable, *optional*): Called after each batch with how many rows this process has done in this
+            call and how many it has to do, `None` in a stream.
         threads (`int`, defaults to 4): Decode this many images at a time, a batch or two ahead.
 
     Returns:
@@ -87,8 +87,7 @@ def write_latents(
 
     Raises:
         ValueError: An argument is out of its range, the model cannot take images of that size or has no posterior,
-            the data has no rows, the latents are not finite in `dtype`, or `folder` holds something else: another
-            cache, or shards without their `cache.json`.
+            the data has no rows, the latents are not finite in `dtype`, or `folder` holds something else.
         OSError: The folder cannot be written.
     """
     codec = codec_or_vae if isinstance(codec_or_vae, Codec) else Codec(codec_or_vae)
@@ -96,8 +95,6 @@ def write_latents(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be positive, got {value}.")
-    if seed < 0:
-        raise ValueError(f"`seed` must not be negative, got {seed}.")
     stored_dtype = str(dtype).removeprefix("torch.")
     for name, choice, choices in (("kind", kind, KINDS), ("dtype", stored_dtype, tuple(DTYPES))):
         if choice not in choices:
@@ -115,32 +112,34 @@ def write_latents(
     if problem:
         raise ValueError(problem)
     started = time.perf_counter()
-    weight = next(codec.model.parameters())
-    batches = _ShardBatches(images, folder, settings, batch_size, threads, rank, world)
-    encoded, written = _write_shards(batches, encode, weight, progress)
+    is_missing = _missing_shards(folder, settings, rank, world)
+    batches = decode_ahead(_missing_rows(images, settings, is_missing, batch_size), size, threads)
+    todo = None
+    if settings["rows"] is not None:
+        todo = sum(len(rows_of(settings, shard)) for shard in filter(is_missing, shards_of(settings)))
+    encoded, written = _write_shards(batches, encode, next(codec.model.parameters()), folder, settings, progress, todo)
     seconds = time.perf_counter() - started
-    if not batches.rows:
+    if not settings["rows"]:
         raise ValueError(f"No images found in {images.source}: it has no rows.")
-    settings["rows"] = batches.rows
     mine = [read_header(shard_path(folder, shard), settings) for shard in shards_of(settings)[rank::world]]
-    told = gather((mine, encoded, written, seconds))
+    headers, encoded_by, written_by, times = zip(*gather((mine, encoded, written, seconds)))
     # A stream gets its number of rows, which says that it has come to its end, once all shards are there.
     if rank == 0:
         _write_settings(folder, settings)
-    headers = [header for part in told for header in part[0]]
+    image_counts, skipped = zip(*chain(*headers))
     return {
         "rows": settings["rows"],
-        "images": sum(count for count, _ in headers),
-        "shards": len(headers),
-        "skipped": dict(sorted(entry for _, skipped in headers for entry in skipped.items())),
-        "encoded": sum(part[1] for part in told),
-        "written": sum(part[2] for part in told),
-        "seconds": max(part[3] for part in told),
+        "images": sum(image_counts),
+        "shards": len(image_counts),
+        "skipped": dict(sorted(chain(*(rows.items() for rows in skipped)))),
+        "encoded": sum(encoded_by),
+        "written": sum(written_by),
+        "seconds": max(times),
     }
 
 
 def _settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
-    """The settings to go on with, once `cache.json` holds them; or why the folder cannot be written, in one line."""
+    """Write `cache.json`, and give the settings to go on with, or the reason why the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / SETTINGS_FILE).exists():
@@ -160,10 +159,7 @@ def _settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
 
 
 def _write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) -> None:
-    """
-    Write the batches that make up a shard, with what the encoder gave of them as `plain` and, with flips, `flipped`;
-    `ValueError` where that is not finite in the dtype of the cache.
-    """
+    """Write the batches of a shard, with what the encoder gave of them as `plain` and, with flips, `flipped`."""
     rows = [row for batch in batches for row in batch["rows"]]
     labels = [-1 if label is None else label for batch in batches for label in batch["labels"]]
     tensors = {"labels": torch.tensor(labels, dtype=torch.int64), "rows": torch.tensor(rows, dtype=torch.int64)}
@@ -186,90 +182,81 @@ def _write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) 
         file.write(save(tensors, {"skipped": json.dumps(skipped)}))
 
 
-class _ShardBatches:
-    """
-    Give the images of those shards that process `rank` of `world` has yet to write, as `decode_ahead` does, with the
-    number of their `shard`; no batch spans two. Of a stream the `rows` are known once it has ended, and what there is
-    `todo` is not; `ValueError` while iterating if it has another number of rows than before.
-    """
+def _missing_shards(folder: Path, settings: Settings, rank: int, world: int) -> Callable[[int], bool]:
+    """Make a function that tells of the number of a shard whether process `rank` of `world` has yet to write it."""
 
-    def __init__(
-        self, images: Images, folder: Path, settings: Settings, batch_size: int, threads: int, rank: int, world: int
-    ):
-        self.images, self.folder, self.settings = images, folder, settings
-        self.batch_size, self.threads, self.rank, self.world = batch_size, threads, rank, world
-        self.rows: int | None = settings["rows"]
-        self.todo: int | None = None
-        if self.rows is not None:
-            self.shards = [shard for shard in shards_of(settings) if self._lacks(shard)]
-            self.todo = sum(len(rows_of(settings, shard)) for shard in self.shards)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in decode_ahead(self._chunks(), self.settings["size"], self.threads):
-            first = batch["rows"][0] if batch["rows"] else batch["skipped"][0][0]
-            yield {**batch, "shard": first // self.settings["shard_size"]}
-
-    def _chunks(self) -> Iterator[list[tuple[int, Row]]]:
-        for _, entries in groupby(self._numbered(), lambda entry: entry[0] // self.settings["shard_size"]):
-            while chunk := list(islice(entries, self.batch_size)):
-                yield chunk
-
-    def _lacks(self, shard: int) -> bool:
-        if shard % self.world != self.rank:
+    @functools.cache
+    def is_missing(shard: int) -> bool:
+        if shard % world != rank:
             return False
         try:
-            read_header(shard_path(self.folder, shard), self.settings)
+            read_header(shard_path(folder, shard), settings)
         except ValueError:
             return True
         return False
 
-    def _numbered(self) -> Iterator[tuple[int, Row]]:
-        if not self.images.streaming:
-            for row in chain.from_iterable(rows_of(self.settings, shard) for shard in self.shards):
-                yield row, self.images[row]
-        elif self.todo != 0:
-            lacks, count = functools.cache(self._lacks), 0
-            for row, entry in enumerate(islice(self.images, self.settings["limit"])):
+    return is_missing
+
+
+def _missing_rows(
+    images: Images, settings: Settings, is_missing: Callable[[int], bool], batch_size: int
+) -> Iterator[list[tuple[int, Row]]]:
+    """Iterate over batches of the rows of missing shards, none of two, and note the number of rows of a stream."""
+    shard_size, known = settings["shard_size"], settings["rows"]
+
+    def numbered() -> Iterator[tuple[int, Row]]:
+        if not images.streaming:
+            for shard in filter(is_missing, shards_of(settings)):
+                yield from ((row, images[row]) for row in rows_of(settings, shard))
+        elif known is None or any(map(is_missing, shards_of(settings))):
+            count = 0
+            for row, entry in enumerate(islice(images, settings["limit"])):
                 count = row + 1
-                if lacks(row // self.settings["shard_size"]):
+                if is_missing(row // shard_size):
                     yield row, entry
-            if self.rows not in (None, count):
-                raise ValueError(f"{self.images.source} must have {self.rows} rows as before, got {count}.")
-            self.rows = count
+            if known not in (None, count):
+                raise ValueError(f"{images.source} must have {known} rows as before, got {count}.")
+            settings["rows"] = count
+
+    for _, entries in groupby(numbered(), lambda entry: entry[0] // shard_size):
+        while batch := list(islice(entries, batch_size)):
+            yield batch
 
 
 def _encoder(codec: Codec, settings: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """From images to moments, or to modes."""
+    """Choose the function from images to moments or to modes; `ValueError` for a model without the former."""
     core, model = codec.core, codec.model
     if settings["kind"] == "mode":
         return codec.encode
     if core is not None:
         return lambda pixel_values: core.encode_moments(pixel_values)[0]
-
-    def moments(pixel_values: Tensor) -> Tensor:
-        posterior = getattr(model.encode(pixel_values), "latent_dist", None)
-        if not hasattr(posterior, "parameters"):
-            name = type(model).__name__
-            raise ValueError(f"{name} has no posterior: `kind` must be 'mode', got {settings['kind']!r}.")
-        return posterior.parameters
-
     weight, side = next(model.parameters()), settings["size"]
     with torch.inference_mode():
-        moments(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))  # refused before any work
-    return moments
+        output = model.encode(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
+    if not hasattr(getattr(output, "latent_dist", None), "parameters"):
+        raise ValueError(f"{type(model).__name__} has no posterior: `kind` must be 'mode', got {settings['kind']!r}.")
+    return lambda pixel_values: model.encode(pixel_values).latent_dist.parameters
 
 
 def _write_shards(
-    batches: _ShardBatches,
+    batches: Iterator[dict[str, Any]],
     encode: Callable[[Tensor], Tensor],
     weight: Tensor,
+    folder: Path,
+    settings: Settings,
     progress: Callable[[int, int | None], None] | None,
+    todo: int | None,
 ) -> tuple[int, int]:
-    """Encode in this thread while others decode and write; gives the images encoded and the shards written."""
-    encoded = done = written = 0
+    """Encode in this thread while others decode and write, and count the images encoded and the shards written."""
+
+    def shard_of(batch: dict[str, Any]) -> int:
+        first = batch["rows"][0] if batch["rows"] else batch["skipped"][0][0]
+        return first // settings["shard_size"]
+
+    encoded = done = 0
+    written: list[Future[None]] = []
     with ThreadPoolExecutor(1) as writer, torch.inference_mode():
-        pending: Future[None] | None = None
-        for shard, parts in groupby(batches, lambda batch: batch["shard"]):
+        for shard, parts in groupby(batches, shard_of):
             whole = []
             for batch in parts:
                 if batch["rows"]:
@@ -279,19 +266,18 @@ def _write_shards(
                     pixel_values = from_uint8(levels.permute(0, 3, 1, 2)).to(weight.dtype)
                     # Left on the device: the writer fetches a whole shard, and this thread waits for nothing.
                     batch["plain"] = encode(pixel_values)
-                    if batches.settings["flips"]:
+                    if settings["flips"]:
                         batch["flipped"] = encode(pixel_values.flip(-1))
                 whole.append(batch)
                 encoded, done = encoded + len(batch["rows"]), done + len(batch["rows"]) + len(batch["skipped"])
                 if progress is not None:
-                    progress(done, batches.todo)
-            if pending is not None:
-                pending.result()
-            pending = writer.submit(_write_shard, shard_path(batches.folder, shard), whole, batches.settings)
-            written += 1
-        if pending is not None:
-            pending.result()
-    return encoded, written
+                    progress(done, todo)
+            if written:
+                written[-1].result()
+            written.append(writer.submit(_write_shard, shard_path(folder, shard), whole, settings))
+    if written:
+        written[-1].result()
+    return encoded, len(written)
 
 
 def _write_settings(folder: Path, settings: Settings) -> None:

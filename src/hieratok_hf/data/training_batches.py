@@ -1,10 +1,10 @@
 """Batches of random crops for training: which step sees which crop is a function of the seed alone."""
 
-import itertools
 import random
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..utils.images import ImageError, from_uint8
 from .image_dataset import Images, Row, image_of
 
-__all__ = ["BatchPlan", "Draw", "plan_draws", "random_crop", "step_generator", "to_pixel_values", "training_loader"]
+__all__ = ["BatchPlan", "random_crop", "step_generator", "to_pixel_values", "training_loader"]
 
 # Shape letters: B images of this process in one part of a step, S side of a crop in pixels.
 
@@ -25,17 +25,14 @@ _TRIES = 100  # rows after a broken one, before the data counts as broken
 
 def random_crop(image: Image.Image, size: int, rng: random.Random, scale: tuple[float, float]) -> Image.Image:
     """
-    A random square, mirrored half the time, at `size` pixels a side.
+    Cut a random square of an RGB image, mirror it half the time, and resize it bicubically to `size` pixels a side.
 
     Args:
-        image (`PIL.Image.Image`): Of mode RGB.
-        size (`int`): Side of the result.
-        rng (`random.Random`): Decides.
-        scale (`tuple[float, float]`): Least and largest share of the shorter side that the square covers, before it is
-            resized; `(0, 0)` cuts exactly `size` pixels and resizes only images that are smaller.
-
-    Returns:
-        `PIL.Image.Image`: Of mode RGB, bicubically resized.
+        image (`PIL.Image.Image`): An image of mode RGB.
+        size (`int`): Side of the result in pixels.
+        rng (`random.Random`): The source of chance.
+        scale (`tuple[float, float]`): Least and largest share of the shorter side that the square covers; `(0, 0)`
+            cuts exactly `size` pixels and resizes only images that are smaller.
     """
     short = min(image.size)
     side = min(size, short) if scale[1] == 0 else max(1, round(short * rng.uniform(*scale)))
@@ -49,7 +46,7 @@ def random_crop(image: Image.Image, size: int, rng: random.Random, scale: tuple[
 @dataclass(frozen=True)
 class BatchPlan:
     """
-    The images of every step, divided over processes and parts so that together they are always the same.
+    Divide the images of every step over processes and parts, so that together they are always the same.
 
     A step draws one of `crop_sizes` and takes `batch_size` times the pixels of the first size, rounded to a multiple
     of processes times parts: where that rounds nothing, the images are the same however they are divided.
@@ -57,9 +54,9 @@ class BatchPlan:
     Attributes:
         batch_size (`int`): Images of a step at the first crop size, of all processes together.
         crop_sizes (`tuple[int, ...]`): Sides in pixels; repeat one to draw it more often.
-        steps (`int`): Of the whole training.
+        steps (`int`): Steps of the whole training.
         seed (`int`): Decides sizes, order and crops.
-        world_size, rank (`int`): Processes, and which of them this is.
+        world_size, rank (`int`): Number of processes, and which of them this is.
         parts (`int`): Parts of a step whose gradients are accumulated.
 
     Raises:
@@ -88,16 +85,10 @@ class BatchPlan:
         rng, before, unit = random.Random(self.seed), 0, self.world_size * self.parts
         for step in range(self.steps):
             size = rng.choice(self.crop_sizes)
-            count = max(1, self.batch_size * self.crop_sizes[0] ** 2 // (size**2 * unit)) * unit
+            total = max(1, self.batch_size * self.crop_sizes[0] ** 2 // (size**2 * unit)) * unit
             if step >= first_step:
-                yield step, size, count, before
-            before += count
-
-    def share(self, part: int, count: int) -> range:
-        """The rows of a step's `count` that one part of this process takes."""
-        each = count // (self.world_size * self.parts)
-        start = (part * self.world_size + self.rank) * each
-        return range(start, start + each)
+                yield step, size, total, before
+            before += total
 
 
 def training_loader(
@@ -109,14 +100,14 @@ def training_loader(
     num_workers: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """
-    Batches of one process, part after part, from `first_step` to the plan's last.
+    Load the batches of one process, part after part, from `first_step` to the plan's last.
 
     An image that cannot be decoded is replaced by the next one of the data.
 
     Args:
         images (`Images`): The data.
-        plan (`BatchPlan`): What each step sees.
-        first_step (`int`, defaults to 0): To begin with.
+        plan (`BatchPlan`): Decides what each step sees.
+        first_step (`int`, defaults to 0): The step to begin with.
         crop_scale (`tuple[float, float]`, defaults to `(0.5, 1.0)`): The `scale` of `random_crop`.
         num_workers (`int`, defaults to 0): Processes that read and decode; of a stream at most one.
 
@@ -128,13 +119,13 @@ def training_loader(
     Raises:
         ImageError: While iterating: a hundred rows in a row cannot be decoded.
     """
-    pin = torch.cuda.is_available()
+    crops, pin = _Crops(images, plan, crop_scale), torch.cuda.is_available()
     if images.streaming:
         # One worker: several would each read the whole stream.
-        stream = _StreamedCrops(images, plan, first_step, crop_scale)
+        stream = _StreamedCrops(crops, first_step)
         loader = DataLoader(stream, batch_size=None, num_workers=min(num_workers, 1), pin_memory=pin)
     else:
-        crops, draws = _Crops(images, plan.seed, crop_scale), plan_draws(len(images), plan, first_step)
+        draws = plan_draws(len(images), plan, first_step)
         loader = DataLoader(crops, batch_sampler=draws, num_workers=num_workers, collate_fn=_collate, pin_memory=pin)
     try:
         yield from loader
@@ -146,102 +137,89 @@ def training_loader(
 
 
 def to_pixel_values(batch: dict[str, Any]) -> Tensor:
-    """The images of a batch as models take them, `(B, 3, S, S)` float32 in [-1, 1]."""
+    """Give the images of a batch as models take them, `(B, 3, S, S)` float32 in [-1, 1]."""
     return from_uint8(batch["pixel_values"])
 
 
 class Draw(NamedTuple):
-    """
-    Identify a sample by its place in the whole training and in its step.
-
-    Attributes:
-        place, row (`int`): How many samples come before it, in all and in its step.
-        size (`int`): Side of the crop in pixels.
-        step, part, total (`int`): Its step, the part of it, and the step's samples.
-        data_row (`int`): The row of the data, where that has a length.
-    """
+    """A sample by its place in the whole training and in its step."""
 
     place: int
-    row: int
+    row: int  # of the `total` samples of its step
     size: int
     step: int
     part: int
     total: int
-    data_row: int = -1
+    data_row: int  # -1 in a stream
 
 
-def plan_draws(length: int, plan: BatchPlan, first_step: int = 0) -> Iterator[list[Draw]]:
-    """The draws of this process, part after part: all rows of the data in a random order, epoch after epoch."""
+def plan_draws(length: int | None, plan: BatchPlan, first_step: int = 0) -> Iterator[list[Draw]]:
+    """Iterate over the draws of this process, part after part; every epoch has all rows of the data in a new order."""
     epoch, order = -1, np.zeros(0, np.int64)
-    for draws in _draws(plan, first_step):
-        placed = []
-        for draw in draws:
-            if draw.place // length != epoch:
-                epoch = draw.place // length
-                order = np.random.default_rng((plan.seed, epoch)).permutation(length)
-            placed.append(draw._replace(data_row=int(order[draw.place % length])))
-        yield placed
+    for step, size, total, before in plan.sizes(first_step):
+        share = total // (plan.world_size * plan.parts)
+        for part in range(plan.parts):
+            start, draws = (part * plan.world_size + plan.rank) * share, []
+            for row in range(start, start + share):
+                place, data_row = before + row, -1
+                if length is not None:
+                    if place // length != epoch:
+                        epoch = place // length
+                        order = np.random.default_rng((plan.seed, epoch)).permutation(length)
+                    data_row = int(order[place % length])
+                draws.append(Draw(place, row, size, step, part, total, data_row))
+            yield draws
 
 
 def step_generator(seed: int | str, step: int) -> torch.Generator:
-    """A source of noise on the CPU for one step: a function of the two."""
+    """Make a source of noise on the CPU for one step, a function of the two."""
     # torch's generator takes 32 bits of its seed.
     return torch.Generator().manual_seed(random.Random(f"{seed}:{step}").getrandbits(32))
 
 
-def _draws(plan: BatchPlan, first_step: int) -> Iterator[list[Draw]]:
-    """Iterate over the draws of this process, part after part."""
-    for step, size, count, before in plan.sizes(first_step):
-        for part in range(plan.parts):
-            yield [Draw(before + row, row, size, step, part, count) for row in plan.share(part, count)]
-
-
 class _Crops(Dataset):
-    """Random crops of the drawn rows."""
-
-    def __init__(self, images: Images, seed: int, scale: tuple[float, float]):
-        self.images, self.seed, self.scale = images, seed, scale
+    def __init__(self, images: Images, plan: BatchPlan, scale: tuple[float, float]):
+        self.images, self.plan, self.scale = images, plan, scale
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        rows = (self.images[(draw.data_row + offset) % len(self.images)] for offset in range(len(self.images)))
-        return _sample(rows, draw, self.images.source, self.seed, self.scale)
+        length = len(self.images)
+        return self.sample((self.images[(draw.data_row + offset) % length] for offset in range(length)), draw)
+
+    def sample(self, rows: Iterator[Row], draw: Draw) -> dict[str, Any]:
+        """Crop the first of `rows` that can be decoded."""
+        skipped: list[str] = []
+        for row in islice(rows, _TRIES):
+            rng = random.Random(f"{self.plan.seed}:{draw.place}")
+            try:
+                crop = random_crop(image_of(row), draw.size, rng, self.scale)
+                return {"crop": np.asarray(crop), "label": row["label"], "draw": draw, "skipped": skipped}
+            except ImageError as error:
+                skipped.append(str(error))
+        raise ImageError(f"{self.images.source}: {len(skipped)} images in a row cannot be decoded; {skipped[0]}")
 
 
 class _StreamedCrops(IterableDataset):
-    """The same over a stream: each process reads all of it and decodes its share."""
+    """Each process reads all of the stream and decodes its share."""
 
-    def __init__(self, images: Images, plan: BatchPlan, first_step: int, scale: tuple[float, float]):
-        self.images, self.plan, self.first_step, self.scale = images, plan, first_step, scale
+    def __init__(self, crops: _Crops, first_step: int):
+        self.crops, self.first_step = crops, first_step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        stream, start = self.images.shuffled(self.plan.seed), 0
+        plan, start = self.crops.plan, 0
+        stream = self.crops.images.shuffled(plan.seed)
         held: deque[Row] = deque()  # the rows of the stream from `start` that were read
 
         def rows_from(place: int) -> Iterator[Row]:
-            for index in itertools.count(place - start):
+            for index in count(place - start):
                 while len(held) <= index:
                     held.append(next(stream))
                 yield held[index]
 
-        for draws in _draws(self.plan, self.first_step):
+        for draws in plan_draws(None, plan, self.first_step):
             while start < draws[0].place - draws[0].row:
                 held.popleft() if held else next(stream)
                 start += 1
-            source, seed = self.images.source, self.plan.seed
-            yield _collate([_sample(rows_from(draw.place), draw, source, seed, self.scale) for draw in draws])
-
-
-def _sample(rows: Iterator[Row], draw: Draw, source: str, seed: int, scale: tuple[float, float]) -> dict[str, Any]:
-    """The crop of the first of `rows` that can be decoded."""
-    skipped: list[str] = []
-    for row in itertools.islice(rows, _TRIES):
-        try:
-            crop = random_crop(image_of(row), draw.size, random.Random(f"{seed}:{draw.place}"), scale)
-        except ImageError as error:
-            skipped.append(str(error))
-        else:
-            return {"crop": np.asarray(crop), "label": row["label"], "draw": draw, "skipped": skipped}
-    raise ImageError(f"{source}: {len(skipped)} images in a row cannot be decoded; {skipped[0]}")
+            yield _collate([self.crops.sample(rows_from(draw.place), draw) for draw in draws])
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,10 +18,7 @@ class HieraTokAutoModel(HieraTokModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """
-        `HieraTokModel.from_pretrained` with `config`, `AutoencoderHieraTok.from_pretrained` without; both say what
-        they raise.
-        """
+        """Call `HieraTokModel.from_pretrained` with `config`, `AutoencoderHieraTok.from_pretrained` without."""
         if kwargs.get("config") is None:
             kwargs.pop("config", None)
             return AutoencoderHieraTok.from_pretrained(pretrained_model_name_or_path, **kwargs)

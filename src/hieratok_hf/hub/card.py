@@ -42,28 +42,28 @@ def model_card(
     hardware: str | None = None,
 ) -> ModelCard:
     """
-    Make a card of what is known.
+    Make a card from what a complete folder and reports of its evaluations tell.
 
-    All that comes from JSON is escaped, and of places on a machine only the last name is told. Call it when the folder
-    is complete: loading without the package is shown if its code is there.
+    All that comes from JSON is escaped, and of places on a machine only the last name is told. Loading without the
+    package is shown if the code for it is in the folder.
 
     Args:
         folder (`Path`): A tokenizer, or a pipeline that holds one, as saved.
-        repo_id (`str`): Of the repository that the card is for.
-        results (`Sequence[Mapping]`): Reports that `--json` of `examples/evaluate_tokenizer.py` wrote (for a pipeline
-            those of `examples/evaluate_generation.py`). Speeds, latent statistics and coarser scales are left out, and
-            so are figures that are null.
+        repo_id (`str`): The repository that the card is for.
+        results (`Sequence[Mapping]`): Reports that `--json` of `examples/evaluate_tokenizer.py` wrote, for a pipeline
+            that of `examples/evaluate_generation.py`. Speeds, latent statistics, coarser scales and figures that are
+            null are left out.
         result_name (`str`, *optional*): The model among several of a report; that of its `--model` unless given.
         base_model (`str`, *optional*): Hub id of the model that training went on from.
         datasets (`Sequence[str]`): Hub ids of the training data.
-        license (`str`, defaults to `"apache-2.0"`): Of the weights, by the Hub's identifier.
+        license (`str`, defaults to `"apache-2.0"`): Licence of the weights, by the Hub's identifier.
         training, hardware (`str`, *optional*): Markdown, put in as it is: the training, its data and their terms; what
             it ran on and for how long. Where there is none, the card says that it was not recorded.
 
     Raises:
         OSError: A file of the folder is not there or cannot be read.
         ValueError: The class in the folder is neither a tokenizer nor a pipeline, a name is no id, or a report is of
-            another model, lacks a key, has one that is not known or a value that is no figure; the message names it.
+            another model, lacks a key or has a value that is no figure; the message names it.
     """
     for name in (repo_id, *datasets, *([base_model] if base_model else [])):
         validate_repo_id(name)
@@ -112,14 +112,10 @@ def model_card(
 
 def card_for(folder: Path, **given: Any) -> ModelCard:
     """
-    Make the card of a folder by `model_card`, unless a README.md is there.
+    Make the card of a folder by `model_card`, which takes the arguments, unless a README.md is there.
 
     That one keeps its text and all metadata that it has, in their order, and gets what is missing of the rest;
     comments in its YAML are lost.
-
-    Args:
-        folder (`Path`): As that of `model_card`.
-        given: Further arguments of `model_card`.
 
     Raises:
         OSError, ValueError: As `model_card`, or the README.md cannot be read or has metadata that cannot be kept.

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +21,22 @@ from ..utils.files import read_json
 from .card import card_for
 from .remote_code import PIPELINE_CLASSES, add_remote_code
 
-__all__ = ["Plan", "add_card", "prepare_folder"]
+__all__ = ["add_card", "prepare_folder"]
 
-# What a saved folder is made of. Anything else beside it, such as states of a training, stays where it is.
+# Anything else in a saved folder, such as states of a training, stays where it is.
 _PARTS = re.compile(
     r"(config|model_index|preprocessor_config|scheduler_config)\.json|README\.md|LICEN[CS]E.*"
     r"|[^.]*\.([\w-]+\.)?safetensors(\.index(\.[\w-]+)?\.json)?|.*\.(png|jpe?g|webp)"
 )
 
 
-@dataclass
-class Plan:
-    """
-    Describe an upload before it happens.
-
-    Attributes:
-        repo_id (`str`): The repository, `"user/name"` or `"name"`.
-        files (`dict[str, int]`): Path in the repository and bytes of each file.
-        left_out (`list[str]`): Files of the folder that are none of a model's and stay where they are.
-    """
-
-    repo_id: str
-    files: dict[str, int]
-    left_out: list[str]
-
-    @classmethod
-    def of(cls, stage: Path, repo_id: str, left_out: list[str]) -> "Plan":
-        """Make the plan for a prepared folder."""
-        paths = [path for path in stage.rglob("*") if path.is_file()]
-        return cls(repo_id, {path.relative_to(stage).as_posix(): path.stat().st_size for path in paths}, left_out)
-
-    def __str__(self) -> str:
-        size = sum(self.files.values())
-        lines = [f"{len(self.files)} files, {size / 1e6:.1f} MB, to {self.repo_id} in one commit:"]
-        lines += [f"  {bytes_:>12,}  {name}" for name, bytes_ in sorted(self.files.items())]
-        return "\n".join([*lines, *(f"  left out: {name}" for name in self.left_out)])
-
-
 @contextmanager
 def prepare_folder(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterator[tuple[Path, list[str]]]:
     """
-    Put the files of a folder as they are to be pushed into a temporary folder, and name those that stay.
+    Put the files of a saved tokenizer or pipeline as they are to be pushed into a temporary folder, and name the rest.
 
-    Weights that stand there under two names for the two libraries go once, and the code that loads them without the
-    package is added. Before, the folder is loaded as its users will, in both classes or as a pipeline, and run once.
-
-    Args:
-        folder (`str` or `os.PathLike`): A saved tokenizer or pipeline.
-        remote_code (`bool`, defaults to `True`): Whether to add the code.
+    The folder is loaded as its users will, in both classes or as a pipeline, and run once. Weights that stand there
+    under two names for the two libraries go once; `remote_code` adds the code that loads them without the package.
 
     Raises:
         ValueError: It does not load, gives numbers that are not finite, or the classes disagree.
@@ -108,7 +75,7 @@ def prepare_folder(folder: str | os.PathLike[str], remote_code: bool = True) -> 
 
 
 def _plain(saved: dict[str, Any]) -> dict[str, Any]:
-    """Take away where a model once lay, which concerns nobody, and code that stays behind."""
+    """Take away where a model once lay, and the names of code that stays behind."""
     plain = {key: value for key, value in saved.items() if key not in ("_name_or_path", "auto_map")}
     if plain.get("_class_name") in PIPELINE_CLASSES:
         plain["_class_name"] = PIPELINE_CLASSES[0]
@@ -116,30 +83,15 @@ def _plain(saved: dict[str, Any]) -> dict[str, Any]:
     return {key: ["hieratok_hf", value[1]] if value == coded else value for key, value in plain.items()}
 
 
-def add_card(stage: Path, repo_id: str, tags: Sequence[str] = (), existing: str | None = None, **card: Any) -> None:
-    """
-    Write the model card of a prepared folder.
-
-    Args:
-        stage (`Path`): From `prepare_folder`.
-        repo_id (`str`): What the card shall name.
-        tags (`Sequence[str]`): Further tags.
-        existing (`str`, *optional*): A README.md to go on from where the folder has none of its own.
-        card: Further arguments of `hieratok_hf.hub.card.model_card`.
-
-    Raises:
-        ValueError: As `card_for`.
-    """
-    path = stage / "README.md"
-    if existing is not None and not path.exists():
-        path.write_text(existing, encoding="utf-8")
+def add_card(stage: Path, repo_id: str, tags: Sequence[str] = (), **card: Any) -> None:
+    """Write the model card of a prepared folder, by `card_for` with further `tags`."""
     made = card_for(stage, repo_id=repo_id, **card)
     made.data["tags"] = list(dict.fromkeys([*(made.data.get("tags") or []), *tags]))
-    path.unlink(missing_ok=True)
-    made.save(path)
+    made.save(stage / "README.md")
 
 
 def _try(root: Path) -> None:
+    """Load and run what a folder holds; a `ValueError` that says what is wrong with it."""
     index = read_json(root / "model_index.json")
     if index is not None and index.get("_class_name") in PIPELINE_CLASSES:
         for variant in _variants(root.glob(f"*/{WEIGHTS_STEM}*.safetensors")):
@@ -153,7 +105,6 @@ def _try(root: Path) -> None:
 
 
 def _variants(weights: Iterable[Path]) -> list[str | None]:
-    """List the variants of weight files, as `from_pretrained` takes them."""
     return [name or None for name in sorted({variant_of(path.name) for path in weights})]
 
 

@@ -1,6 +1,8 @@
 """Upload of a model or a pipeline to the Hugging Face Hub: tested first, in one commit, nothing half."""
 
+import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -22,11 +24,10 @@ __all__ = ["HubError", "push_folder", "push_model"]
 
 # The HTTP client's own base class of errors, of whichever client huggingface_hub uses.
 _HTTP_ERRORS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, RuntimeError)
-_PLAIN_CARD: Mapping[str, Any] = MappingProxyType({})
 
 
 class HubError(Exception):
-    """An upload that did not happen; the message says why, and what to do."""
+    """Say why an upload did not happen, and what to do."""
 
 
 def push_model(
@@ -37,9 +38,7 @@ def push_model(
     max_shard_size: int | str = "10GB",
     safe_serialization: bool = True,
     subfolder: str | None = None,
-    tags: list[str] | None = None,
-    card: Mapping[str, Any] | None = _PLAIN_CARD,
-    remote_code: bool = True,
+    commit_message: str | None = None,
     **upload: Any,
 ) -> CommitInfo:
     """
@@ -47,21 +46,14 @@ def push_model(
 
     Args:
         model: One of the three.
-        repo_id (`str`): `"user/name"`, or `"name"` for one's own.
-        variant (`str`, *optional*): As that of `save_pretrained`.
-        max_shard_size (`int` or `str`, defaults to `"10GB"`): As that of `save_pretrained`.
+        variant, max_shard_size (*optional*): Arguments of `save_pretrained`.
         safe_serialization (`bool`, defaults to `True`): Nothing but safetensors is pushed.
-        subfolder (`str`, *optional*): Of the repository, for a part of a pipeline; it gets neither card nor code.
-        tags (`list[str]`, *optional*): Further tags of the model card.
-        card, remote_code: As those of `push_folder`.
-        upload: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description` of `push_folder`.
-
-    Returns:
-        `CommitInfo`: As `push_folder`.
+        subfolder (`str`, *optional*): Folder for a part of a pipeline; it gets neither card nor code.
+        repo_id, commit_message, upload: Arguments of `push_folder`, which also says what it returns.
 
     Raises:
         ValueError: `safe_serialization` is `False`, or the tokenizer has adapters.
-        HubError: As `push_folder`.
+        HubError: The Hub refused, or could not be reached; the repository is as it was.
     """
     if not safe_serialization:
         raise ValueError("`safe_serialization` must be True: only safetensors are pushed.")
@@ -75,10 +67,11 @@ def push_model(
             core = model.core
             AutoencoderHieraTok.from_core(core).save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(folder)
-        upload |= {"commit_message": upload.get("commit_message") or f"Upload {type(model).__name__}"}
         if subfolder:
-            return push_folder(folder, repo_id, subfolder=subfolder, card=None, remote_code=False, **upload)
-        return push_folder(folder, repo_id, card=card, remote_code=remote_code, tags=tags, **upload)
+            upload |= {"subfolder": subfolder, "card": None, "remote_code": False}
+        return push_folder(
+            folder, repo_id, commit_message=commit_message or f"Upload {type(model).__name__}", **upload
+        )
 
 
 def push_folder(
@@ -93,7 +86,7 @@ def push_folder(
     commit_description: str | None = None,
     subfolder: str | None = None,
     tags: Sequence[str] | None = None,
-    card: Mapping[str, Any] | None = _PLAIN_CARD,
+    card: Mapping[str, Any] | None = MappingProxyType({}),
     remote_code: bool = True,
 ) -> CommitInfo:
     """
@@ -105,16 +98,16 @@ def push_folder(
     Args:
         folder (`str` or `os.PathLike`): A saved tokenizer or pipeline.
         repo_id (`str`): `"user/name"`, or `"name"` for one's own; it is made if it is not there.
-        private (`bool`, *optional*): Of a repository that is made.
-        token (`str` or `bool`, *optional*): Of the Hub; the one that `hf auth login` stored unless given.
+        private (`bool`, *optional*): Whether a repository that is made is private.
+        token (`str` or `bool`, *optional*): Token of the Hub; the one that `hf auth login` stored unless given.
         revision (`str`, *optional*): A branch, made if it is not there; `"main"` unless given.
         create_pr (`bool`, defaults to `False`): Open a pull request instead.
-        commit_message, commit_description (`str`, *optional*): Of the commit.
-        subfolder (`str`, *optional*): Where the files go in the repository.
+        commit_message, commit_description (`str`, *optional*): Title and text of the commit.
+        subfolder (`str`, *optional*): Folder of the repository that the files go to.
         tags (`Sequence[str]`, *optional*): Further tags of the model card.
         card (`Mapping`, *optional*): Further arguments of `hieratok_hf.hub.card.model_card`; `None` for no card. The
             README.md of the folder, or else of the repository, keeps its text.
-        remote_code (`bool`, defaults to `True`): Whether to add the code that loads it without the package.
+        remote_code (`bool`, defaults to `True`): Add the code that loads it without the package.
 
     Returns:
         `CommitInfo`: What the Hub says of the commit, a `str` with its URL.
@@ -133,7 +126,8 @@ def push_folder(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if card is not None and not has_own:
                 (stage / "README.md").unlink()
-                add_card(stage, repo_id, tags or (), _card_there(api, repo_id, revision), **card)
+                _fetch_card(api, repo_id, revision, stage)
+                add_card(stage, repo_id, tags or (), **card)
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             root = PurePosixPath(subfolder or "")
@@ -154,14 +148,12 @@ def push_folder(
             raise HubError(_advice(error, repo_id)) from error
 
 
-def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """Read the README.md that the repository has."""
-    with tempfile.TemporaryDirectory() as folder:  # the cache may be one that cannot be written
-        try:
-            path = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=folder)
-        except (EntryNotFoundError, RevisionNotFoundError):
-            return None
-        return Path(path).read_text(encoding="utf-8")
+def _fetch_card(api: HfApi, repo_id: str, revision: str | None, stage: Path) -> None:
+    """Take along the README.md that the repository has."""
+    # The cache may be one that cannot be written.
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):
+        path = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=folder)
+        shutil.copyfile(path, stage / "README.md")
 
 
 def _advice(error: BaseException, repo_id: str) -> str:

@@ -24,15 +24,8 @@ _LEFT_OUT = {
     "hub.push": "Pushing to the Hub needs the package hieratok_hf, and a model that its own classes have loaded."
 }
 
-_AUTO_MAP = {
-    "AutoConfig": f"{_MODEL_FILE}.HieraTokConfig",
-    "AutoModel": f"{_MODEL_FILE}.HieraTokAutoModel",
-}
 PIPELINE_CLASSES = ("HieraTokDiTPipeline", [_PIPELINE_FILE, "HieraTokDiTPipeline"])
 """The `_class_name` of a pipeline without and with its code."""
-
-# The first for Pillow, the second for torchvision.
-_AUTO_IMAGE_PROCESSOR = [f"{_MODEL_FILE}.HieraTokImageProcessorPil", f"{_MODEL_FILE}.HieraTokImageProcessor"]
 
 _HEAD = '''\
 """
@@ -62,21 +55,17 @@ def add_remote_code(folder: str | os.PathLike[str]) -> list[str]:
     the root if it is a `HieraTokDiTPipeline`; the names in `model_index.json` become those of the files, so other
     pipelines than `HieraTokDiTPipeline` then want `trust_remote_code=True` always.
 
-    Args:
-        folder (`str` or `os.PathLike`): Saved by `save_pretrained` of the model or the pipeline.
-
     Returns:
         `list[str]`: The files that were written, relative to `folder`; those that had to change come last.
 
     Raises:
-        ValueError: `folder` holds neither.
+        ValueError: `folder` holds neither a saved tokenizer nor a pipeline with one.
     """
     root = Path(folder)
     index = read_json(root / "model_index.json")
     if index is not None:
-        ours = [
-            name for name, value in index.items() if isinstance(value, list) and value[1:] == ["AutoencoderHieraTok"]
-        ]
+        classes = {name: value[1:] for name, value in index.items() if isinstance(value, list)}
+        ours = [name for name, found in classes.items() if found == ["AutoencoderHieraTok"]]
         if not ours:
             raise ValueError(f"`folder` {str(root)!r} is a pipeline without a HieraTok tokenizer.")
         files = {f"{name}/{_VAE_FILE}.py": remote_code() for name in ours}
@@ -86,14 +75,16 @@ def add_remote_code(folder: str | os.PathLike[str]) -> list[str]:
             index["_class_name"] = PIPELINE_CLASSES[1]
         files["model_index.json"] = _to_json(index)
     else:
-        config = read_json(root / "config.json")
-        if config is None or config.get("_class_name") != "AutoencoderHieraTok":
+        config = read_json(root / "config.json") or {}
+        if config.get("_class_name") != "AutoencoderHieraTok":
             raise ValueError(f"`folder` {str(root)!r} is neither a saved HieraTok model nor a saved pipeline.")
         files = {f"{_MODEL_FILE}.py": remote_code()}
         if (processor := read_json(root / "preprocessor_config.json")) is not None:
-            processor["auto_map"] = {"AutoImageProcessor": _AUTO_IMAGE_PROCESSOR}
-            files["preprocessor_config.json"] = _to_json(processor)
-        files["config.json"] = _to_json({**config, "auto_map": _AUTO_MAP})
+            # The first for Pillow, the second for torchvision.
+            pair = [f"{_MODEL_FILE}.HieraTokImageProcessorPil", f"{_MODEL_FILE}.HieraTokImageProcessor"]
+            files["preprocessor_config.json"] = _to_json({**processor, "auto_map": {"AutoImageProcessor": pair}})
+        auto_map = {"AutoConfig": f"{_MODEL_FILE}.HieraTokConfig", "AutoModel": f"{_MODEL_FILE}.HieraTokAutoModel"}
+        files["config.json"] = _to_json({**config, "auto_map": auto_map})
     for name, text in files.items():
         with write_whole(root / name) as file:
             file.write(text.encode())
@@ -107,13 +98,10 @@ def _to_json(value: dict[str, Any]) -> str:
 @functools.cache
 def remote_code() -> str:
     """
-    Write the models, the image processors and the pipeline, module after module, with one list of imports.
+    Join the models, the image processors and the pipeline, module after module, with one list of imports.
 
     Modules that the package imports on demand, such as the Triton kernels, stand in a `try`: what the machine lacks is
     told when it is asked for.
-
-    Raises:
-        ValueError: Two modules give one name two meanings.
     """
     modules: dict[str, _Module] = {}
 
@@ -131,23 +119,11 @@ def remote_code() -> str:
     for name in reversed(modules):
         if name in eager:
             eager.update(modules[name].eager)
-    imports: list[str] = []
-    meanings: dict[str, tuple[str, str]] = {}
-    for name, module in modules.items():
-        for bound, meaning in module.bound.items():
-            other = meanings.setdefault(bound, (name, meaning))
-            if other[1] != meaning and bound != "_":
-                raise ValueError(f"{bound!r} is {other[1]} in {other[0]} and {meaning} in {name}.")
-        if name in eager:
-            imports += module.imports
-    lines = (_PACKAGE / "__init__.py").read_text().splitlines()
-    version = next(line for line in lines if line.startswith("__version__"))
-    head = _HEAD.format(
-        version=version.split('"')[1],
-        imports="\n".join(sorted(set(imports), key=lambda line: (line.startswith("from"), line))),
-        left_out=repr(_LEFT_OUT),
-    )
-    parts = [head]
+    imports = {line for name in eager & modules.keys() for line in modules[name].imports}
+    lines = "\n".join(sorted(imports, key=lambda line: (line.startswith("from"), line)))
+    from .. import __version__  # the package imports this module before it has one
+
+    parts = [_HEAD.format(version=__version__, imports=lines, left_out=_LEFT_OUT)]
     for name, module in modules.items():
         title = f"# {name}: {module.purpose}\n\n"
         parts.append(title + (module.body if name in eager else module.optional_body))
@@ -155,18 +131,16 @@ def remote_code() -> str:
 
 
 class _Module:
-    """A module's source, apart from what it imports."""
+    """Read a module's source, apart from what it imports."""
 
     def __init__(self, name: str):
         self.name = name
         source = (_PACKAGE / f"{name.replace('.', '/')}.py").read_text()
         tree = ast.parse(source)
-        self.lines = source.splitlines()
         self.purpose = (ast.get_docstring(tree) or "").split("\n")[0].split(": ")[0].rstrip(".")
         self.eager: list[str] = []
         self.lazy: list[str] = []
         self.imports: list[str] = []
-        self.bound: dict[str, str] = {}
         replaced: dict[int, str | None] = {}  # line: what stands there instead
 
         def replace(node: ast.stmt, text: str | None = None) -> None:
@@ -184,18 +158,12 @@ class _Module:
                 replace(node, None if id(node) in top else f'{indent}_require("{other}")')
         for node in tree.body:
             if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
-                self.imports += [_one_line(node, alias) for alias in node.names]
-                self.bound |= {a.asname or a.name.split(".")[0]: _meaning(node, a) for a in node.names}
+                where = f"from {node.module} " if isinstance(node, ast.ImportFrom) else ""
+                self.imports += [f"{where}import {ast.unparse(alias)}" for alias in node.names]
                 replace(node)
             elif node is tree.body[0] or ast.unparse(node).startswith("__all__ ="):  # the docstring is first
                 replace(node)
-            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-                self.bound[node.name] = f"defined in {name}"
-            elif isinstance(node, ast.Assign | ast.AnnAssign):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                found = [x for target in targets for x in ast.walk(target)]
-                self.bound |= {x.id: f"set in {name}" for x in found if isinstance(x, ast.Name)}
-        kept = [replaced.get(i, line) for i, line in enumerate(self.lines, 1)]
+        kept = [replaced.get(i, line) for i, line in enumerate(source.splitlines(), 1)]
         self.body = "\n".join(line for line in kept if line is not None).strip("\n") + "\n"
 
     @property
@@ -208,15 +176,3 @@ class _Module:
             f"try:\n{needs}{indented.rstrip()}\n"
             f'except ImportError as error:\n    _UNAVAILABLE["{self.name}"] = str(error)\n'
         )
-
-
-def _one_line(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
-    name = alias.name + (f" as {alias.asname}" if alias.asname else "")
-    return f"from {node.module} import {name}" if isinstance(node, ast.ImportFrom) else f"import {name}"
-
-
-def _meaning(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
-    """Say what an imported name means, the same however it was imported."""
-    if isinstance(node, ast.ImportFrom):
-        return f"{node.module}.{alias.name}"
-    return alias.name if alias.asname else alias.name.split(".")[0]

@@ -4,6 +4,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from huggingface_hub import EvalResult
@@ -14,67 +15,50 @@ __all__ = ["TASKS", "entry", "line", "report_results"]
 TASKS = {"tokenizer": "image-to-image", "pipeline": "unconditional-image-generation"}
 """The Hub's name of the task, by what a folder holds."""
 
-_DISTANCE = re.compile(r"rFID|gFID|FD-.+", re.DOTALL)
-_NEEDED = {"settings", "machine", "notes"}
 _SHARES = ("images_per_class", "class_accuracy_per_class", "top1_accuracy_per_class")
-_ALLOWED = {
-    "tokenizer": {"images", "skipped", "models", *_NEEDED},
-    "pipeline": {
-        *("classes", "skipped", "reference_images", "images_per_second", "class_accuracy", "top1_accuracy"),
-        *(*_SHARES, *_NEEDED),
-    },
-}
-_MODEL_NEEDED = {"model", "latent_shape", "parameters", "psnr"}
-_MODEL_ALLOWED = {
-    *("class", "ssim", "lpips", "perceptual", "probe_accuracy", "images", "scales_psnr", "latent_mean"),
-    *("latent_std", "images_per_second", *_MODEL_NEEDED),
-}
 
 
 def report_results(
     report: Mapping[str, Any], kind: str, known: Mapping[str, Any], name: str | None = None
 ) -> tuple[list[EvalResult], list[tuple[Any, ...]]]:
     """
-    Read the figures of one model out of a report.
+    Read the figures of one model out of a report, and for a pipeline a row for each class that was judged.
 
     Paths of a machine are cut to their last name; speeds, latent statistics, coarser scales and figures that are
     null are left out.
 
     Args:
         report (`Mapping`): What was read from the JSON file.
-        kind (`str`): A `"tokenizer"`, so a report of `evaluate_tokenizer.py`, or a `"pipeline"`, so one of
+        kind (`str`): `"tokenizer"` for a report of `evaluate_tokenizer.py`, `"pipeline"` for one of
             `evaluate_generation.py`.
         known (`Mapping`): What the report must agree with: `parameters` and `channels` of the latent of a tokenizer,
             `names` (as in JSON) of the classes of a pipeline.
         name (`str`, *optional*): The model among several of a report; that of its `--model` unless given.
 
     Returns:
-        The figures, whose `metric_args` hold the command and the machine, and for each class of a pipeline that was
-        judged its name, the number of images, and the accuracies among its classes and among all labels.
+        The figures, whose `metric_args` hold the command and the machine, and rows of a class's name, the number of
+        its images, and the accuracies among the model's classes and among all labels.
 
     Raises:
-        ValueError: The report is of another model, lacks a key, has one that is not known, or a value that is no
-            figure; the message names it.
+        ValueError: The report is of another model, lacks a key or has a value that is no figure; the message names it.
     """
-    _check_keys(report, _ALLOWED[kind], _NEEDED, f"a report of a {kind}")
     settings = entry(report, "settings", dict)
-    figures, rows = (
-        (_of_tokenizer(report, settings, known, name), [])
-        if kind == "tokenizer"
-        else _of_generator(report, settings, known)
-    )
+    rows: list[tuple[Any, ...]] = []
+    if kind == "tokenizer":
+        figures = _of_tokenizer(report, settings, known, name)
+    else:
+        figures, rows = _of_generator(report, settings, known)
     source = {"command": _command(kind, settings), "machine": _machine(entry(report, "machine", dict))}
     for figure in figures:
         figure.metric_args = source
     return figures, rows
 
 
-def entry(mapping: Any, key: str, kind: type | tuple[type, ...]) -> Any:
+def entry(mapping: Any, key: str, kind: type) -> Any:
     """Take what stands under a key, or raise a `ValueError` that names it unless it is of that type."""
     value = mapping.get(key) if isinstance(mapping, Mapping) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = " or ".join(x.__name__ for x in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ValueError(f"{key!r} must be of type {wanted}, got {value!r}.")
+        raise ValueError(f"`results`: {key!r} must be of type {kind.__name__}, got {value!r}.")
     return value
 
 
@@ -91,11 +75,9 @@ def _of_tokenizer(
     if len(models) != 1:
         raise ValueError(f"`results`: a report must have one model {name!r}, got {len(models)}.")
     (model,) = models
-    _check_keys(model, _MODEL_ALLOWED, _MODEL_NEEDED, f"the model {name!r}")
-    found = model["parameters"], entry(model, "latent_shape", list)[:1]
+    found = entry(model, "parameters", int), entry(model, "latent_shape", list)[:1]
     if found != (known["parameters"], [known["channels"]]):
-        wanted = f"{known['parameters']} parameters and {known['channels']} channels"
-        raise ValueError(f"`results`: {name!r} has not the folder's {wanted}: a report of another model.")
+        raise ValueError(f"`results`: {name!r} has other parameters or channels than the folder: another model.")
     size = entry(settings, "size", int)
     where = {"task_type": TASKS["tokenizer"], **_dataset(entry(settings, "data", list))}
     where["dataset_config"] = f"{entry(report, 'images', int)} images at {size}x{size}"
@@ -116,8 +98,8 @@ def _of_generator(
     if names != known["names"]:
         raise ValueError("`results`: the classes of a report are not the folder's: a report of another model.")
     size, samples, steps = (entry(settings, key, int) for key in ("size", "samples", "steps"))
-    guidance = f"{entry(settings, 'guidance_scale', (int, float)):g}"
-    config = f"{samples} samples at {size}x{size}, {steps} steps, guidance {guidance}, {line(settings.get('dtype'))}"
+    guidance, dtype = f"{entry(settings, 'guidance_scale', Real):g}", line(settings.get("dtype"))
+    config = f"{samples} samples at {size}x{size}, {steps} steps, guidance {guidance}, {dtype}"
     where = {"task_type": TASKS["pipeline"], "dataset_config": config}
     judge = f"accuracy of {_place(settings.get('classifier'))}"
     kinds = {
@@ -140,24 +122,19 @@ def _figures(
     for key, (metric_type, name) in kinds.items():
         if found.get(key) is None:
             continue
-        if not math.isfinite(value := entry(found, key, (int, float))):
+        if not math.isfinite(value := entry(found, key, Real)):
             raise ValueError(f"`results`: {key!r} must be finite, got {value!r}.")
-        value = round(float(value), 4)
-        figures.append(EvalResult(metric_type=metric_type, metric_name=name, metric_value=value, **where))
+        rounded = round(float(value), 4)
+        figures.append(EvalResult(metric_type=metric_type, metric_name=name, metric_value=rounded, **where))
     return figures
 
 
 def _distances(found: Mapping[str, Any], settings: Mapping[str, Any], where: Mapping[str, Any]) -> list[EvalResult]:
     """Take Fréchet distances under the name of their network; only Inception's are FIDs."""
     side = line(settings.get("fid_size"))
-    kinds = {
-        key: (
-            "fid" if key in ("rFID", "gFID") else "frechet_distance",
-            f"{line(key)} of images resized to {side}x{side}",
-        )
-        for key in found
-        if _DISTANCE.fullmatch(key)
-    }
+    resized = f"of images resized to {side}x{side}"
+    kinds = {key: ("fid", f"{key} {resized}") for key in ("rFID", "gFID")}
+    kinds |= {key: ("frechet_distance", f"{line(key)} {resized}") for key in found if key.startswith("FD-")}
     return _figures(found, kinds, where)
 
 
@@ -181,10 +158,8 @@ def _command(kind: str, settings: Mapping[str, Any]) -> str:
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
-    cpu, device, torch, threads, processes = (
-        line(machine.get(key, "unknown")) for key in ("cpu", "device", "torch", "threads", "processes")
-    )
-    return f"{cpu}, device {device}, torch {torch}, threads {threads}, processes {processes}"
+    keys = ("cpu", "device", "torch", "threads", "processes")
+    return ", ".join(f"{key} {line(machine.get(key, 'unknown'))}" for key in keys).removeprefix("cpu ")
 
 
 def _place(place: Any) -> str:
@@ -194,10 +169,3 @@ def _place(place: Any) -> str:
     if ".." not in parts and not re.fullmatch(r"|~.*|.*:", parts[0]):
         return text
     return "/".join([part for part in parts if part not in ("", "..")][-2 if text.endswith(".tar") else -1 :])
-
-
-def _check_keys(mapping: Any, allowed: set[str], needed: set[str], what: str) -> None:
-    keys = set(mapping) if isinstance(mapping, Mapping) else set()
-    unknown = sorted(key for key in map(str, keys) if key not in allowed and not _DISTANCE.fullmatch(key))
-    if unknown or not needed <= keys:
-        raise ValueError(f"`results`: {what} lacks the keys {sorted(needed - keys)}, and has unknown ones: {unknown}.")

@@ -10,12 +10,7 @@ from ..ops.attention import ATTENTION_BACKENDS
 
 __all__ = ["ATTENTION_IMPLEMENTATIONS", "DIFFUSERS_BACKENDS", "preferring", "backend_of"]
 
-_KERNELS = (
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,
-)
+_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 
 ATTENTION_IMPLEMENTATIONS = {"eager": "reference", "sdpa": "auto", "flex_attention": "flex"} | {
     f"hieratok_{backend}": backend for backend in ATTENTION_BACKENDS
@@ -40,18 +35,10 @@ def backend_of(
     own: str | None, set_by_diffusers: str | None, implementation: str | None
 ) -> tuple[str, SDPBackend | None]:
     """
-    Choose the backend of `scale_causal_attention`, and the kernel of PyTorch's attention that it should prefer.
+    Choose the backend of `scale_causal_attention`, and the kernel of PyTorch's attention to prefer, or `None`.
 
-    The first choice that was made counts, in the order: the model's `set_attention_backend`, the processor's own,
-    diffusers' context manager `attention_backend`, transformers' `attn_implementation`.
-
-    Args:
-        own (`str`, *optional*): The backend that the attention processor was made with.
-        set_by_diffusers (`str`, *optional*): The name that the model's `set_attention_backend` was given.
-        implementation (`str`, *optional*): The model's `attn_implementation`; `"sdpa"` unless given.
-
-    Returns:
-        The name of a backend, and a kernel or `None` for PyTorch's own order.
+    The first choice that was made counts, in the order: the model's `set_attention_backend`, the processor's `own`,
+    diffusers' context manager `attention_backend`, transformers' `attn_implementation` (`"sdpa"` unless given).
 
     Raises:
         ValueError: `set_by_diffusers` is not one of `DIFFUSERS_BACKENDS`.

@@ -1,13 +1,14 @@
 """Use every image autoencoder, of this package and of diffusers, in one way."""
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..shipped import resolve_model
-from .core import HieraTokCore, posterior_of
+from .core import HieraTokCore
 
 __all__ = ["Codec", "load_codec"]
 
@@ -22,7 +23,6 @@ class Codec:
         model (`torch.nn.Module`): A `HieraTokCore`, a model around one, or an image autoencoder of diffusers.
 
     Attributes:
-        model (`torch.nn.Module`): The model that was given.
         core (`HieraTokCore` or `None`): The core of a HieraTok model, `None` for another autoencoder.
     """
 
@@ -33,17 +33,12 @@ class Codec:
 
     def encode(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
         """
-        Encode images to latents, in the dtype and on the device of the model.
+        Encode images to latents `(B, C, h, w)`, in the dtype and on the device of the model.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): Images in [-1, 1], of any floating dtype, on any
-                device.
-            noise (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise, with which a sample of
-                the posterior is drawn; the posterior's mode unless given. A model without a posterior has only one
-                latent and takes no notice.
-
-        Returns:
-            `torch.Tensor` of shape `(B, C, h, w)`.
+            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): Images in [-1, 1], in any dtype, on any device.
+            noise (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to sample the posterior
+                with, whose mode is taken unless given. A model without a posterior takes no notice.
 
         Raises:
             ValueError: A HieraTok model refuses the images, as `HieraTokCore.encode_moments` says.
@@ -51,7 +46,7 @@ class Codec:
         weight = next(self.model.parameters())
         pixel_values = pixel_values.to(weight.device, weight.dtype)
         if self.core is not None:
-            posterior: Any = posterior_of(self.core.encode_moments(pixel_values)[0])
+            posterior: Any = self.core.encode(pixel_values)
         else:
             output: Any = self.model.encode(pixel_values)
             if not hasattr(output, "latent_dist"):
@@ -75,11 +70,7 @@ class Codec:
         return self.core.decode(latents) if self.core is not None else self.model.decode(latents).sample
 
     def decode_scales(self, latents: Tensor) -> list[Tensor]:
-        """
-        Decode `latents` `(B, C, h, w)` to images of every scale, coarse to fine, the last of shape `(B, 3, S, S)`.
-
-        A model other than HieraTok has only that one.
-        """
+        """Decode `latents` `(B, C, h, w)` to the images of all scales that the model has, the last `(B, 3, S, S)`."""
         return [self.decode(latents)] if self.core is None else self.core.decode_scales(latents)
 
     def latent_shape(self, size: int) -> tuple[int, ...]:
@@ -108,8 +99,8 @@ def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str 
     Load a HieraTok model or an autoencoder of diffusers in float32, from safetensors alone.
 
     Args:
-        name_or_path (`str` or `os.PathLike`): A name of `SHIPPED`, a folder, or a Hub id. Of a pipeline its part `vae`
-            is loaded.
+        name_or_path (`str` or `os.PathLike`): A name of `SHIPPED`, a folder, or a Hub id, also of a pipeline with a
+            part `vae`.
         device (`torch.device` or `str`, defaults to `"cpu"`): The device that the weights are put on.
 
     Returns:
@@ -125,17 +116,12 @@ def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str 
     from .autoencoder_hieratok import AutoencoderHieraTok
 
     name = resolve_model(os.fspath(name_or_path))
-    arguments: dict[str, Any] = {}
-    try:
-        config = AutoencoderHieraTok.load_config(name)
-    except OSError:
-        arguments = {"subfolder": "vae"}
-        try:
-            config = AutoencoderHieraTok.load_config(name, **arguments)
-        except OSError:
-            raise OSError(
-                f"{name!r} is no folder or repository with a config.json, in itself or in its vae."
-            ) from None
+    for subfolder in (None, "vae"):
+        with suppress(OSError):
+            config = AutoencoderHieraTok.load_config(name, subfolder=subfolder)
+            break
+    else:
+        raise OSError(f"{name!r} is no folder or repository with a config.json, in itself or in its vae.")
     kind = config.get("_class_name")
     is_own = kind == AutoencoderHieraTok.__name__ or config.get("model_type") == "hieratok"
     model_class: Any = AutoencoderHieraTok if is_own else getattr(diffusers, str(kind), None)
@@ -143,5 +129,6 @@ def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str 
         raise ValueError(
             f"{name!r} must hold an autoencoder of HieraTok or diffusers, its config.json names {kind!r}."
         )
-    model = model_class.from_pretrained(name, torch_dtype=torch.float32, use_safetensors=True, **arguments)
+    options = {"torch_dtype": torch.float32, "use_safetensors": True, "subfolder": subfolder}
+    model = model_class.from_pretrained(name, **options)
     return Codec(model.eval().requires_grad_(False).to(device))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..ops.pyramid import PyramidLayout
 from .configuration_hieratok import HieraTokConfig, complete_saved
 from .core import HieraTokCore, check_latents, check_pixel_values
-from .saving import HubUploadMixin, name_in_errors, pop_hub_arguments, share_between_libraries, stage_folder
+from .saving import HubUploadMixin, name_in_errors, share_between_libraries
 from .tiling import TilingMixin, run_in_tiles
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class AutoencoderHieraTokOutput(DecoderOutput):
     Attributes:
         sample (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The image of the last scale that ran, about
             [-1, 1], not clamped.
-        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
-            fine; the last is `sample`.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): Images of all scales that ran, coarse to fine.
     """
 
     scales: tuple[Tensor, ...] | None = None
@@ -58,13 +58,13 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     Encode images and decode latents by the multi-scale visual tokenizer HieraTok, as the VAE of diffusers pipelines.
 
     The method is that of Chen et al. (arXiv 2509.23736), `HieraTokCore` computes it. The class loads the same folders
-    as `HieraTokModel`. The latents of a trained checkpoint are normalised, so `scaling_factor` is 1 and
-    `shift_factor` 0.
+    as `HieraTokModel`. Latents of a trained checkpoint are normalised: `scaling_factor` is 1 and `shift_factor` 0.
 
     Args:
         kwargs: The arguments of `HieraTokConfig`, with the same defaults.
 
     Raises:
+        ValueError: A method was given images, latents or a `num_scales` that the model cannot take.
         ValueError, StrictDataclassError: `HieraTokConfig` refuses a value.
 
     Example:
@@ -148,16 +148,9 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """
-        Sort the entries of a `config.json` as `ConfigMixin.extract_init_dict` does, where both libraries share it.
-
-        The keys of transformers cause no warning, and a file that was saved without `downsampling` is read as
-        `complete_saved` says.
-        """
-        config_dict = complete_saved(config_dict)
-        own_keys = cls._get_init_keys(cls)
+        """Sort the entries of a `config.json` as `ConfigMixin` does, with no warning of those of transformers."""
         foreign = {*PreTrainedConfig().to_dict(), *HieraTokConfig().pipeline_facts, "auto_map"}
-        own = {key: value for key, value in config_dict.items() if key in own_keys or key not in foreign}
+        own = {key: value for key, value in complete_saved(config_dict).items() if key not in foreign}
         return super().extract_init_dict(own, **kwargs)
 
     @property
@@ -176,9 +169,6 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
         Returns:
             The distribution of the latent `(B, C, h, w)`, as `latent_dist`.
-
-        Raises:
-            ValueError: `x` is not such images, as `HieraTokCore.encode_moments` says.
         """
         moments = [self._encode(part) for part in self._slices(x)]
         posterior = DiagonalGaussianDistribution(torch.cat(moments) if len(moments) > 1 else moments[0])
@@ -198,19 +188,11 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
         Args:
             z (`torch.Tensor` of shape `(B, C, h, w)`): Latents as `encode` gives them.
-            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
-                tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an object rather than a tuple.
             generator (`torch.Generator`, *optional*): Ignored, because decoding draws nothing; pipelines pass it.
             num_scales (`int`, *optional*): Number of scales to run, coarse to fine; all unless given. Fewer give the
                 image of the last of them, for the cost of its tokens and the coarser ones.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
-
-        Returns:
-            `sample` of shape `(B, 3, H, W)`, smaller for fewer scales, about [-1, 1], not clamped; and `scales`, where
-            they were asked for.
-
-        Raises:
-            ValueError: `z` or `num_scales` is not as above, as `HieraTokCore.decode` says.
         """
         parts = [self._decode(part, num_scales, return_scales) for part in self._slices(z)]
         images = tuple(torch.cat(scale) if len(parts) > 1 else scale[0] for scale in zip(*parts))
@@ -231,16 +213,9 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         Args:
             sample (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch.
             sample_posterior (`bool`, defaults to `False`): Whether to decode a sample of the posterior, not its mode.
-            return_dict (`bool`, defaults to `True`): Whether to return an `AutoencoderHieraTokOutput` rather than a
-                tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an object rather than a tuple.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
-
-        Returns:
-            `sample` of shape `(B, 3, H, W)`, about [-1, 1], not clamped; and `scales`, where they were asked for.
-
-        Raises:
-            ValueError: `sample` is not such images, as `HieraTokCore.encode_moments` says.
         """
         posterior = self.encode(sample).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
@@ -248,36 +223,37 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
     def _encode(self, x: Tensor) -> Tensor:
         """Encode to moments `(B, 2C, h, w)`, in tiles where they are on and the images larger than one."""
-        patch_size = self.core.config.patch_size
+
+        def encode(part: Tensor) -> Tensor:
+            return self.core.encode_moments(part)[0]
+
         if not self.needs_tiles(x, 1):
-            return self.core.encode_moments(x)[0]
+            return encode(x)
         check_pixel_values(x, self.core.config)
-        return run_in_tiles(
-            lambda part: self.core.encode_moments(part)[0], x, *self.tiles(1), (1, patch_size), patch_size
-        )
+        patch_size = self.core.config.patch_size
+        return run_in_tiles(encode, x, *self.tiles(1), (1, patch_size), patch_size)
 
     def _decode(self, z: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
         """Decode to the last scale that runs or to all, in tiles where they are on and the latent larger than one."""
-        patch_size, factors = self.core.config.patch_size, tuple(self.core.config.scale_factors)
+        config, patch_size = self.core.config, self.core.config.patch_size
         if not self.needs_tiles(z, patch_size):
             return self.core.decode_scales(z, num_scales) if all_scales else [self.core.decode(z, num_scales)]
-        check_latents(z, self.core.config)
-        layout = PyramidLayout.from_grid(z.shape[2], z.shape[3], factors)
-        layout = layout.truncate(layout.num_scales if num_scales is None else num_scales)
+        check_latents(z, config)
+        layout = PyramidLayout.from_grid(z.shape[2], z.shape[3], tuple(config.scale_factors))
+        last = layout.num_scales if num_scales is None else layout.truncate(num_scales).num_scales
 
-        def decode_in_tiles(num_scales: int) -> Tensor:
+        def decode(part: Tensor, num_scales: int) -> Tensor:
             # Without scale causality the coarser scales see the finer ones, and cannot be decoded alone.
-            alone = self.core.config.scale_causal or num_scales == layout.num_scales
+            if config.scale_causal or num_scales == last:
+                return self.core.decode(part, num_scales)
+            return self.core.decode_scales(part, last)[num_scales - 1]
 
-            def decode(part: Tensor) -> Tensor:
-                if alone:
-                    return self.core.decode(part, num_scales)
-                return self.core.decode_scales(part, layout.num_scales)[num_scales - 1]
-
-            factor = factors[num_scales - 1]
-            return run_in_tiles(decode, z, *self.tiles(patch_size), (patch_size, factor), factor)
-
-        return [decode_in_tiles(k) for k in range(1 if all_scales else layout.num_scales, layout.num_scales + 1)]
+        images = []
+        for k in range(1 if all_scales else last, last + 1):
+            factor = config.scale_factors[k - 1]
+            of_scale = partial(decode, num_scales=k)
+            images.append(run_in_tiles(of_scale, z, *self.tiles(patch_size), (patch_size, factor), factor))
+        return images
 
     def _slices(self, batch: Tensor) -> Sequence[Tensor]:
         """Split a batch into single images where slicing is on; what is no batch is left for the core to refuse."""
@@ -287,19 +263,12 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "Self":
         """
-        Load a model as `ModelMixin.from_pretrained` does, but refuse weights that lack a tensor.
-
-        diffusers would leave that tensor random or without storage.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
-            kwargs: Further arguments of `ModelMixin.from_pretrained`. With `output_loading_info=True` the result is a
-                tuple of the model and what was found on loading.
+        Load a model from a folder or the Hub, with the arguments of `ModelMixin.from_pretrained`.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
-            ValueError: The weights lack a tensor of the model that the configuration describes, or one of another
-                shape was ignored and has no storage.
+            ValueError: The weights lack a tensor, which diffusers would leave random, or one of another shape was
+                ignored and has no storage.
         """
         return_info = kwargs.pop("output_loading_info", False)
         with name_in_errors(pretrained_model_name_or_path):
@@ -307,8 +276,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         folder = repr(str(pretrained_model_name_or_path))
         if missing := sorted(info.get("missing_keys", ())):
             raise ValueError(
-                f"The weights in {folder} lack {len(missing)} of the tensors that `config.json` asks for, such as "
-                f"{missing[0]!r}."
+                f"The weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]!r}."
             )
         # With a device map, weights may rest on a disk; some quantised ones say of themselves that they are meta.
         ignored = info.get("mismatched_keys") and kwargs.get("device_map") is None
@@ -317,8 +285,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
                 f"Weights in {folder} have other shapes than `config.json` asks for; to start these at random, pass "
                 "`low_cpu_mem_usage=False` beside `ignore_mismatched_sizes=True`."
             )
-        loaded: Any = (model, info) if return_info else model
-        return loaded
+        return (model, info) if return_info else model  # type: ignore[return-value]
 
     # A pipeline hands on only the arguments that stand in this signature by name.
     def save_pretrained(
@@ -340,12 +307,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         Raises:
             ValueError: `save_directory` is a file.
         """
-        kwargs["variant"] = variant
-        hub_arguments = pop_hub_arguments(kwargs, save_directory)
-        with stage_folder(save_directory) as stage:
-            super().save_pretrained(
-                stage, is_main_process, save_function, safe_serialization, max_shard_size=max_shard_size, **kwargs
-            )
+        kwargs |= {"variant": variant, "max_shard_size": max_shard_size}
+        with self._stage_and_push(save_directory, kwargs) as stage:
+            super().save_pretrained(stage, is_main_process, save_function, safe_serialization, **kwargs)
             share_between_libraries(stage, self.core.config)
-        if hub_arguments is not None:
-            self.push_to_hub(**hub_arguments)

@@ -72,24 +72,7 @@ Named sizes, each with the arguments in which it differs from the defaults of `H
 depths are this project's choice, because the paper publishes none.
 """
 
-_POSITIVE = (
-    "in_channels",
-    "patch_size",
-    "latent_channels",
-    "encoder_hidden_size",
-    "encoder_num_layers",
-    "encoder_num_heads",
-    "decoder_hidden_size",
-    "decoder_num_layers",
-    "decoder_num_heads",
-    "mlp_ratio",
-    "norm_eps",
-    "rotary_base",
-    "rotary_scale",
-    "sample_size",
-    "initializer_range",
-    "scaling_factor",
-)
+_NOT_NEGATIVE = ("learned_positions", "linear_path", "kl_weight", "coarse_weight")
 _CHOICES = {
     "downsampling": DOWNSAMPLING,
     "rotary_coordinates": ("cells", "fraction"),
@@ -104,22 +87,19 @@ class HieraTokConfig(PreTrainedConfig):
 
     Args:
         in_channels (`int`, defaults to 3): Colour channels of an image.
-        patch_size (`int`, defaults to 16): Side of a patch in pixels; a power of two. The latent is `patch_size`
-            times smaller than the image on each side.
+        patch_size (`int`, defaults to 16): Side in pixels of a patch, and of a cell of the latent; a power of two.
         latent_channels (`int`, defaults to 16): Channels of the latent.
         scale_factors (`tuple[int, ...]`, defaults to `(8, 4, 2, 1)`): Cells of the finest grid that one cell of each
             scale covers on a side, coarse to fine, ending in 1. `(1,)` is the single-scale twin.
         downsampling (`str`, defaults to `"learned"`): Kind of the coarse scales' tokens: `"learned"` convolutions of
-            blocks of the latent's cells, or `"mean"`, the blocks' averages. A saved configuration without it is read
-            as `"mean"` (see `complete_saved`).
+            blocks of the latent's cells, or `"mean"`, the blocks' averages, as in a saved configuration without it.
         scale_causal (`bool`, defaults to `True`): A token of the decoder sees its own scale and every coarser one;
             `False` lets all tokens see all, for comparisons: no scale can then be decoded without the finer ones.
         encoder_hidden_size, encoder_num_layers, encoder_num_heads (`int`, default to 768, 12 and 12): Width, number of
             blocks and number of attention heads of the encoder.
         decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`, default to 768, 12 and 12): Width, number of
             blocks and number of attention heads of the decoder.
-        mlp_ratio (`float`, defaults to 4.0): Factor of the width of a SwiGLU, which is
-            `int(2 / 3 * mlp_ratio * hidden_size)`.
+        mlp_ratio (`float`, defaults to 4.0): A SwiGLU has the width `int(2 / 3 * mlp_ratio * hidden_size)`.
         norm_eps (`float`, defaults to 1e-6): Epsilon of every RMSNorm.
         qk_norm (`bool`, defaults to `False`): Whether an RMSNorm stands on the queries and keys of each head.
         norm_before_blocks, norm_after_blocks (`bool`, default to `False` and `True`): Whether an RMSNorm stands
@@ -132,12 +112,10 @@ class HieraTokConfig(PreTrainedConfig):
             and its ratio to the smallest: channel pair `t`, evenly spaced over [0, 1], turns by
             `rotary_scale * rotary_base ** -t`.
         rotary_pairing (`str`, defaults to `"proper"`): How frequencies are given to channels: `"proper"` turns both
-            channels of a pair alike, `"detok"` is the table of l-DeTok (arXiv 2507.15856), which its published weights
-            need.
+            channels of a pair alike, `"detok"` is the table that the weights of l-DeTok (arXiv 2507.15856) need.
         output_conv (`bool`, defaults to `False`): Whether a 3x3 convolution follows on the image after the patches.
-        linear_path (`int`, defaults to 0): Side, in patches, of convolutions from image to latent mean and from
-            latent to image, one a scale, beside the transformers, so that training can start from a principal
-            component analysis. An odd number, or 0 for none.
+        linear_path (`int`, defaults to 0): Side in patches, odd, of convolutions from image to latent mean and from
+            latent to each scale's image, so that training can start from a principal component analysis; 0 for none.
         kl_weight (`float`, defaults to 1e-4): Weight of the KL divergence, per latent number, in the training loss.
         coarse_weight (`float`, defaults to 0.02): Weight in the training loss of the mean squared errors of the
             coarser scales' images, each times its factor.
@@ -204,14 +182,15 @@ class HieraTokConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         self.scale_factors = tuple(self.scale_factors)
         super().__post_init__(**kwargs)
-        for name in _POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be greater than 0 and finite, got {getattr(self, name)!r}.")
-        for name in ("learned_positions", "linear_path", "kl_weight", "coarse_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)!r}.")
-        if not math.isfinite(self.shift_factor):
-            raise ValueError(f"`shift_factor` must be finite, got {self.shift_factor!r}.")
+        for name, value in self.model_fields.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value):
+                raise ValueError(f"`{name}` must be finite, got {value!r}.")
+            if name in _NOT_NEGATIVE and value < 0:
+                raise ValueError(f"`{name}` must not be negative, got {value!r}.")
+            if name not in (*_NOT_NEGATIVE, "shift_factor") and value <= 0:
+                raise ValueError(f"`{name}` must be greater than 0, got {value!r}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
@@ -251,12 +230,8 @@ class HieraTokConfig(PreTrainedConfig):
 
     @property
     def pipeline_facts(self) -> dict[str, Any]:
-        """
-        Return what diffusers pipelines read of a VAE's configuration, and this model has no use for.
-
-        They take the length of `block_out_channels` for the downsampling, and want `latents_mean` and `latents_std` to
-        be there.
-        """
+        """Return what diffusers pipelines read of a VAE's configuration, and this model has no use for."""
+        # Pipelines take the length for the downsampling, and want the statistics to be there.
         block_out_channels = [self.encoder_hidden_size] * self.patch_size.bit_length()
         return {
             "block_out_channels": block_out_channels,
@@ -275,25 +250,17 @@ class HieraTokConfig(PreTrainedConfig):
             overrides: Arguments of `HieraTokConfig` that replace those of the named size.
 
         Raises:
-            ValueError: `size` is not one of `SIZES`, an override is no argument of the configuration, or
-                `HieraTokConfig` refuses its value.
+            ValueError: `size` is not one of `SIZES`, or an override is no argument of the configuration.
         """
         if not isinstance(size, str) or size not in SIZES:
             raise ValueError(f"`size` must be one of {list(SIZES)}, got {size!r}.")
-        if unknown := sorted(set(overrides) - set(cls.__annotations__)):
-            raise ValueError(f"HieraTokConfig has no argument {unknown[0]!r}; it has {list(cls.__annotations__)}.")
+        for name in overrides:
+            if name not in cls.__annotations__:
+                raise ValueError(f"HieraTokConfig has no argument {name!r}; it has {list(cls.__annotations__)}.")
         return cls(**{**SIZES[size], **overrides})
 
 
 def complete_saved(values: dict[str, Any]) -> dict[str, Any]:
-    """
-    Give a saved configuration its `downsampling`, which is `"mean"` where the file does not have it.
-
-    Args:
-        values (`dict[str, Any]`): The content of a `config.json`, or arguments that no library has saved.
-
-    Returns:
-        `values`, with the key if a library saved them without it.
-    """
+    """Complete a `config.json` that a library saved without `downsampling` by `"mean"`; return all else as it is."""
     saved = "transformers_version" in values or "_diffusers_version" in values
     return {"downsampling": "mean", **values} if saved else values

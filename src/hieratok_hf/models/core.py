@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 # N tokens of all scales, n tokens of one scale.
 
 PIXEL_LIMIT = 16.0
-"""
-Largest magnitude of a pixel that is taken for one in [-1, 1]. Noise and resampling overshoot that range a little,
-images in [0, 255] by far.
-"""
+"""Largest magnitude of a pixel that is taken for one in [-1, 1], which noise and resampling overshoot a little."""
 
 _INITIAL_LOGVAR = -6.0
 
@@ -42,38 +39,27 @@ class HieraTokEncoder(nn.Module):
     ```
     mean, log variance = head(blocks(patches(x))),  mean = mean + L x
     ```
-
-    Args:
-        config (`HieraTokConfig`): Sizes and options.
     """
 
     def __init__(self, config: HieraTokConfig):
         super().__init__()
         hidden_size, patch_size = config.encoder_hidden_size, config.patch_size
+        num_layers, num_heads = config.encoder_num_layers, config.encoder_num_heads
         self.config = config
-        self.head_dim = hidden_size // config.encoder_num_heads
+        self.head_dim = hidden_size // num_heads
         self.patch_embed = nn.Conv2d(config.in_channels, hidden_size, patch_size, stride=patch_size)
         self.positions = HieraTokPositions(config, hidden_size) if config.learned_positions else None
         self.norm_before = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_before_blocks else nn.Identity()
-        self.blocks = nn.ModuleList(
-            HieraTokEncoderBlock(config, hidden_size, config.encoder_num_heads)
-            for _ in range(config.encoder_num_layers)
-        )
+        self.blocks = nn.ModuleList(HieraTokEncoderBlock(config, hidden_size, num_heads) for _ in range(num_layers))
         self.norm_after = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_after_blocks else nn.Identity()
         self.head = HieraTokLinear(hidden_size, 2 * config.latent_channels)
-        self.linear_path = (
-            nn.Conv2d(
-                config.in_channels,
-                config.latent_channels,
-                config.linear_path * patch_size,
-                stride=patch_size,
-                padding=config.linear_path // 2 * patch_size,
-                padding_mode="replicate",
-                bias=False,
+        self.linear_path: nn.Conv2d | None = None
+        if config.linear_path:
+            size, padding = config.linear_path * patch_size, config.linear_path // 2 * patch_size
+            channels = config.in_channels, config.latent_channels
+            self.linear_path = nn.Conv2d(
+                *channels, size, stride=patch_size, padding=padding, padding_mode="replicate", bias=False
             )
-            if config.linear_path
-            else None
-        )
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -81,7 +67,7 @@ class HieraTokEncoder(nn.Module):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch
-                size. `HieraTokCore` checks them, this module does not.
+                size. They are not checked.
 
         Returns:
             The moments `(B, 2C, h, w)` and the features `(B, h * w, D)` that they are read from.
@@ -118,16 +104,14 @@ class HieraTokDecoder(nn.Module):
     u = blocks([t_1 + e_1, t_2 + e_2, ...])
     y_s = O(unpatchify(head(norm(u_s))) + L_s z)
     ```
-
-    Args:
-        config (`HieraTokConfig`): Sizes and options.
     """
 
     def __init__(self, config: HieraTokConfig):
         super().__init__()
-        hidden_size = config.decoder_hidden_size
+        hidden_size, channels = config.decoder_hidden_size, config.in_channels
+        num_layers, num_heads = config.decoder_num_layers, config.decoder_num_heads
         self.config = config
-        self.head_dim = hidden_size // config.decoder_num_heads
+        self.head_dim = hidden_size // num_heads
         self.embed = HieraTokLinear(config.latent_channels, hidden_size)
         learned_factors = config.scale_factors[:-1] if config.downsampling == "learned" else ()
         self.coarse_embed = nn.ModuleList(
@@ -136,75 +120,35 @@ class HieraTokDecoder(nn.Module):
         self.scale_embedding = nn.Parameter(torch.zeros(len(config.scale_factors), hidden_size))
         self.positions = HieraTokPositions(config, hidden_size) if config.learned_positions else None
         self.norm_before = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_before_blocks else nn.Identity()
-        self.blocks = nn.ModuleList(
-            HieraTokDecoderBlock(config, hidden_size, config.decoder_num_heads)
-            for _ in range(config.decoder_num_layers)
-        )
+        self.blocks = nn.ModuleList(HieraTokDecoderBlock(config, hidden_size, num_heads) for _ in range(num_layers))
         self.norm_after = nn.RMSNorm(hidden_size, config.norm_eps) if config.norm_after_blocks else nn.Identity()
-        self.head = HieraTokLinear(hidden_size, config.patch_size**2 * config.in_channels)
+        self.head = HieraTokLinear(hidden_size, config.patch_size**2 * channels)
         self.linear_path = nn.ModuleList(
-            nn.Conv2d(
-                config.latent_channels,
-                self.cell_size(factor) ** 2 * config.in_channels,
-                config.linear_path,
-            )
+            nn.Conv2d(config.latent_channels, self.cell_size(factor) ** 2 * channels, config.linear_path)
             for factor in (config.scale_factors if config.linear_path else ())
         )
-        self.output_conv = (
-            nn.Conv2d(config.in_channels, config.in_channels, 3, padding=1) if config.output_conv else None
-        )
+        self.output_conv = nn.Conv2d(channels, channels, 3, padding=1) if config.output_conv else None
 
     def cell_size(self, factor: int) -> int:
         """
         Return the side, in pixels, of the square that the linear path makes of one cell for the scale of `factor`.
 
         It is `p / factor`, or `p` where averages are convolved. Where `factor` does not divide the patch, the square
-        is finer, and its pixels are averaged.
-
-        Args:
-            factor (`int`): One of the scale factors.
+        is larger, and its pixels are averaged.
         """
         size = self.config.patch_size
         return size if self.config.downsampling == "mean" else size // math.gcd(size, factor)
 
     @torch.no_grad()
     def init_weights(self, initializer_range: float) -> None:
-        """
-        Give random values to the weights that `layers.init_weights` does not reach or that need others.
-
-        The weights of a coarse scale's convolution get a smaller standard deviation, so that tokens of all scales vary
-        alike. The output convolution starts as the identity.
-
-        Args:
-            initializer_range (`float`): Standard deviation of the scale embeddings, and of the convolutions times
-                their factors.
-        """
+        """Start the scale embeddings at std `initializer_range`, and the output convolution as the identity."""
         init.normal_(self.scale_embedding, std=initializer_range)
+        # Tokens of all scales vary alike.
         for factor, embed in zip(self.config.scale_factors, self.coarse_embed):
             init.normal_(embed.weight, std=initializer_range / factor)
         if self.output_conv is not None:
             init.dirac_(self.output_conv.weight)
             init.zeros_(self.output_conv.bias)
-
-    @torch.no_grad()
-    def init_coarse_scale(self, index: int) -> None:
-        """
-        Start a coarse scale from the finest one.
-
-        Its tokens become those of the average cell, `W_s = W / f^2` and `b_s = b`, and its linear path makes the
-        average image.
-
-        Args:
-            index (`int`): Number of the scale, 0 the coarsest.
-        """
-        factor = self.config.scale_factors[index]
-        self.scale_embedding[index] = self.scale_embedding[-1]
-        if self.config.downsampling == "learned":
-            embed = self.coarse_embed[index]
-            embed.weight.copy_((self.embed.weight / factor**2)[..., None, None])
-            embed.bias.copy_(self.embed.bias)
-        if self.config.linear_path:
-            self.init_coarse_path(index)
 
     @torch.no_grad()
     def init_coarse_path(self, index: int) -> None:
@@ -224,7 +168,7 @@ class HieraTokDecoder(nn.Module):
             all_scales (`bool`, defaults to `False`): Whether to make the image of every scale, not only of the last.
 
         Returns:
-            A list of images `(B, 3, n_h * p, n_w * p)`, coarse to fine; the last is that of the layout's last scale.
+            Images `(B, 3, n_h * p, n_w * p)`, coarse to fine; the last is that of the layout's last scale.
         """
         grid = (latents.shape[-2], latents.shape[-1])
         averages = flatten_pyramid(latents, layout) if self.config.downsampling == "mean" else None  # (B, N, C)
@@ -252,17 +196,15 @@ class HieraTokDecoder(nn.Module):
 
     def embed_blocks(self, latents: Tensor, layout: PyramidLayout) -> Tensor:
         """Embed the blocks of `latents` `(B, C, h, w)` at the scales of `layout`, coarse first, `(B, N, D)`."""
-        is_whole = layout.scale_factors[-1] == 1
-        parts = []
-        if num_coarse := layout.num_scales - is_whole:
-            parts.append(convolve_pyramid(latents, layout.truncate(num_coarse), self.coarse_embed[:num_coarse]))
-        if is_whole:
+        num_coarse = min(layout.num_scales, len(self.coarse_embed))
+        parts = [convolve_pyramid(latents, layout.truncate(num_coarse), self.coarse_embed)] if num_coarse else []
+        if num_coarse < layout.num_scales:
             parts.append(self.embed(latents.flatten(2).transpose(1, 2)))
         return torch.cat(parts, dim=1)
 
     def linear_image(self, cells: Tensor, index: int) -> Tensor:
         """
-        Compute the part of a scale's image that is linear in the latent.
+        Compute the part of a scale's image that is linear in the latent, `(B, 3, n_h * p, n_w * p)`.
 
         With `k = config.linear_path`, and cells beyond the latent equal to its border, the cell `(i, j)` becomes a
         square of `cell_size(factor)` pixels a side, whose numbers `r` are
@@ -271,15 +213,11 @@ class HieraTokDecoder(nn.Module):
         r = b_s + sum over a, b < k, c < C of  L_s[:, c, a, b] * z[c, i + a - k // 2, j + b - k // 2]
         ```
 
-        Squares that are finer than the image of the scale are averaged to its size.
+        Their pixels are averaged where they are more than those of the scale's image.
 
         Args:
-            cells (`torch.Tensor` of shape `(B, C, h, w)`): The latent; with averages, that of the scale itself,
-                `(B, C, n_h, n_w)`.
+            cells (`torch.Tensor` of shape `(B, C, h, w)`): The latent; for averages, the scale's `(B, C, n_h, n_w)`.
             index (`int`): Number of the scale, 0 the coarsest.
-
-        Returns:
-            `torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`: The summand of the scale's image.
         """
         height, width = cells.shape[-2:]
         around = continue_border(cells, *[self.config.linear_path // 2] * 4)
@@ -297,15 +235,11 @@ class HieraTokDecoder(nn.Module):
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """
-        Lay patches out as an image.
+        Lay squares of any side `s` out as an image `(B, 3, height * s, width * s)`.
 
         Args:
-            patches (`torch.Tensor` of shape `(B, n, s * s * 3)`): Squares of any side `s`, each in the order (row,
-                column, colour).
+            patches (`torch.Tensor` of shape `(B, n, s * s * 3)`): Squares in the order (row, column, colour).
             height, width (`int`): Sides of the grid of `n` squares.
-
-        Returns:
-            `torch.Tensor` of shape `(B, 3, height * s, width * s)`.
         """
         size = math.isqrt(patches.shape[2] // self.config.in_channels)
         patches = patches.unflatten(2, (size, size, -1)).unflatten(1, (height, width))  # (B, height, width, s, s, 3)
@@ -322,9 +256,6 @@ class HieraTokCore(nn.Module):
     ```
     mean, log variance = E(x),  z = mean + exp(log variance / 2) * noise,  (y_1, y_2, ...) = D(z)
     ```
-
-    Args:
-        config (`HieraTokConfig`): Sizes and options.
     """
 
     def __init__(self, config: HieraTokConfig):
@@ -345,8 +276,8 @@ class HieraTokCore(nn.Module):
         Encode images to the moments of their latents.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; `H` and `W` are multiples of
-                the patch size. Values are checked on a CPU only, where looking at them stalls nothing.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch
+                size. Values are checked on a CPU only.
 
         Returns:
             The moments `(B, 2C, h, w)`, mean first, and the encoder's features `(B, h * w, D)`.
@@ -358,12 +289,7 @@ class HieraTokCore(nn.Module):
         return self.encoder(pixel_values)
 
     def encode(self, pixel_values: Tensor) -> "DiagonalGaussianDistribution":
-        """
-        Encode `pixel_values` `(B, 3, H, W)` to the distribution of the latent `(B, C, h, w)`.
-
-        Raises:
-            ValueError: `encode_moments` refuses the images.
-        """
+        """Encode `pixel_values` `(B, 3, H, W)`, as `encode_moments`, to the distribution of their latents."""
         return posterior_of(self.encode_moments(pixel_values)[0])
 
     def decode(self, latents: Tensor, num_scales: int | None = None) -> Tensor:
@@ -385,11 +311,7 @@ class HieraTokCore(nn.Module):
         return self._decode(latents, num_scales, all_scales=False)[-1]
 
     def decode_scales(self, latents: Tensor, num_scales: int | None = None) -> list[Tensor]:
-        """
-        Decode `latents` `(B, C, h, w)` to the images `(B, 3, n_h * p, n_w * p)` of all scales that run.
-
-        They go from coarse to fine. Arguments, values and errors are those of `decode`.
-        """
+        """Decode `latents` `(B, C, h, w)` as `decode`, to the images of all scales that run, coarse to fine."""
         return self._decode(latents, num_scales, all_scales=True)
 
     def _decode(self, latents: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
@@ -398,15 +320,13 @@ class HieraTokCore(nn.Module):
         if num_scales is not None:
             layout = layout.truncate(num_scales)
             if layout.num_scales < len(self.config.scale_factors) and not self.config.scale_causal:
-                raise ValueError(
-                    f"Without `scale_causal` no scale can be decoded alone, got `num_scales={num_scales}`."
-                )
+                raise ValueError(f"Without `scale_causal` no scale can run alone, got `num_scales={num_scales}`.")
         return self.decoder(latents, layout, all_scales)
 
     @torch.no_grad()
     def with_scale_factors(self, scale_factors: tuple[int, ...], downsampling: str = "learned") -> "HieraTokCore":
         """
-        Copy the model with other scales.
+        Copy the model with other scales, in its dtype, on its device and in its mode.
 
         A coarse scale that this model does not have, or makes of averages where the copy is to learn, starts from the
         finest one: its tokens are those of the average cell, and its linear path is that of the finest one, averaged.
@@ -417,9 +337,6 @@ class HieraTokCore(nn.Module):
             downsampling (`str`, defaults to `"learned"`): Kind of the copy's coarse tokens, one of `DOWNSAMPLING`.
                 `"mean"` is for models that have it, or only one scale.
 
-        Returns:
-            `HieraTokCore`: The copy, in the dtype, on the device and in the mode of the model.
-
         Raises:
             ValueError: The factors do not decrease strictly to 1, averages cannot stand for what was learned, or the
                 model has adapters.
@@ -428,11 +345,9 @@ class HieraTokCore(nn.Module):
         if has_adapters(self):
             raise ValueError("The model has adapters, which a copy would lack: fuse them and unload them first.")
         own = tuple(self.config.scale_factors)
-        has_averages = self.config.downsampling == "mean" or len(own) == 1
-        if downsampling == "mean" and not has_averages:
-            raise ValueError("`downsampling` must be one of 'learned', as the model has it, got 'mean'.")
-        if downsampling not in DOWNSAMPLING:
-            raise ValueError(f"`downsampling` must be one of {list(DOWNSAMPLING)}, got {downsampling!r}.")
+        kinds = DOWNSAMPLING if self.config.downsampling == "mean" or len(own) == 1 else ("learned",)
+        if downsampling not in kinds:
+            raise ValueError(f"`downsampling` must be one of {list(kinds)} for this model, got {downsampling!r}.")
         config = copy.deepcopy(self.config)
         config.scale_factors, config.downsampling = tuple(scale_factors), downsampling
         core = HieraTokCore(config).init_weights()
@@ -440,19 +355,22 @@ class HieraTokCore(nn.Module):
         of_scales = ("decoder.scale_embedding", "decoder.coarse_embed.", "decoder.linear_path.")
         shared = {name: x for name, x in self.state_dict().items() if not name.startswith(of_scales)}
         core.load_state_dict(shared, strict=False)
-        for i, factor in reversed(list(enumerate(scale_factors))):
-            if factor > 1:
-                theirs.init_coarse_scale(i)
-            if factor not in own:
+
+        sources = [own.index(factor) if factor in own else -1 for factor in scale_factors]
+        theirs.scale_embedding.copy_(ours.scale_embedding[sources])
+        if config.linear_path:
+            theirs.linear_path[-1].load_state_dict(ours.linear_path[-1].state_dict())
+        for i, factor in enumerate(scale_factors[:-1]):
+            if factor in own and downsampling == self.config.downsampling:
+                for name in ("coarse_embed", "linear_path"):
+                    if layers := getattr(theirs, name):
+                        layers[i].load_state_dict(getattr(ours, name)[sources[i]].state_dict())
                 continue
-            row = own.index(factor)
-            theirs.scale_embedding[i] = ours.scale_embedding[row]
-            if factor > 1 and downsampling != self.config.downsampling:
-                continue
-            if self.config.linear_path:
-                theirs.linear_path[i].load_state_dict(ours.linear_path[row].state_dict())
-            if factor > 1 and downsampling == "learned":
-                theirs.coarse_embed[i].load_state_dict(ours.coarse_embed[row].state_dict())
+            if downsampling == "learned":
+                theirs.coarse_embed[i].weight.copy_((theirs.embed.weight / factor**2)[..., None, None])
+                theirs.coarse_embed[i].bias.copy_(theirs.embed.bias)
+            if config.linear_path:
+                theirs.init_coarse_path(i)
         return core.to(ours.head.weight).train(self.training)
 
     @torch.no_grad()
@@ -475,8 +393,7 @@ class HieraTokCore(nn.Module):
             scale (`torch.Tensor` of shape `(C,)`): Standard deviation of the patches along each direction.
 
         Raises:
-            ValueError: The model was configured without a linear path, a shape is not that above, or a scale is not
-                positive and finite.
+            ValueError: The model has no linear path, a shape is not as above, or a scale is not positive and finite.
         """
         if not self.config.linear_path:
             raise ValueError("The model has no linear path: configure it with `linear_path`.")
@@ -557,17 +474,10 @@ def has_adapters(model: nn.Module) -> bool:
 
 def check_pixel_values(pixel_values: Tensor, config: HieraTokConfig) -> None:
     """Raise `ValueError` unless `pixel_values` are images that a model of this configuration can encode."""
-    _check_map(pixel_values, "pixel_values", config.in_channels)
-    height, width = pixel_values.shape[-2:]
-    if height % config.patch_size or width % config.patch_size:
-        raise ValueError(
-            f"Height and width of `pixel_values` must be multiples of the patch size {config.patch_size}, "
-            f"got {height}x{width}."
-        )
-    if _may_look_at(pixel_values):
-        low, high = (float(x) for x in torch.aminmax(pixel_values.detach()))
-        if low < -PIXEL_LIMIT or high > PIXEL_LIMIT:
-            raise ValueError(f"`pixel_values` must lie in [-1, 1], got values from {low:g} to {high:g}.")
+    _check_map(pixel_values, "pixel_values", config.in_channels, PIXEL_LIMIT)
+    size, (height, width) = config.patch_size, pixel_values.shape[-2:]
+    if height % size or width % size:
+        raise ValueError(f"Sides of `pixel_values` must be multiples of the patch size {size}, got {height}x{width}.")
 
 
 def check_latents(latents: Tensor, config: HieraTokConfig) -> None:
@@ -575,7 +485,7 @@ def check_latents(latents: Tensor, config: HieraTokConfig) -> None:
     _check_map(latents, "latents", config.latent_channels)
 
 
-def _check_map(tensor: Tensor, name: str, channels: int) -> None:
+def _check_map(tensor: Tensor, name: str, channels: int, limit: float = math.inf) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.ndim != 4:
@@ -586,9 +496,13 @@ def _check_map(tensor: Tensor, name: str, channels: int) -> None:
         raise ValueError(f"`{name}` must not be empty, got shape {tuple(tensor.shape)}.")
     if not tensor.is_floating_point():
         raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}.")
-    # Their extremes are finite where all are, and need no second tensor of that size.
-    if _may_look_at(tensor) and not all(math.isfinite(x) for x in torch.aminmax(tensor.detach())):
-        raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+    # Elsewhere, reading values would wait for a device or break a graph.
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (float(x) for x in torch.aminmax(tensor.detach()))  # finite where all are
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+        if low < -limit or high > limit:
+            raise ValueError(f"`{name}` must lie in [-1, 1], got values from {low:g} to {high:g}.")
 
 
 def _check_statistics(name: str, values: Tensor, shape: tuple[int, ...], positive: bool = False) -> None:
@@ -597,8 +511,3 @@ def _check_statistics(name: str, values: Tensor, shape: tuple[int, ...], positiv
         raise ValueError(f"`{name}` must be a tensor of shape {shape}, got {got}.")
     if not torch.isfinite(values).all() or (positive and not (values > 0).all()):
         raise ValueError(f"`{name}` must be finite{' and positive' if positive else ''}, got {values.tolist()}.")
-
-
-def _may_look_at(tensor: Tensor) -> bool:
-    """Tell whether reading values costs no synchronisation with a device and breaks no graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

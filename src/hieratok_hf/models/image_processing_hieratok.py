@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict, infer_channel_dimension_format, load_image
+from transformers.image_utils import PILImageResampling, SizeDict, load_image
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
@@ -54,8 +54,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
 
         Args:
             pixel_values (`torch.Tensor` or `np.ndarray` of shape `(B, 3, H, W)`): Images of any floating dtype, on any
-                device, with or without gradients; in [-1, 1] with the default normalisation, values beyond are
-                clamped.
+                device; in [-1, 1] with the default normalisation.
             output_type (`str`, defaults to `"pil"`): `"pil"` for a list of `B` RGB images, rounded to the nearest of
                 256 levels; `"np"` for a float32 array `(B, H, W, 3)` in [0, 1]; `"pt"` for a float32 tensor
                 `(B, 3, H, W)` in [0, 1], detached and on the same device.
@@ -90,14 +89,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         return [Image.fromarray(image) for image in np.rint(array * 255).astype(np.uint8)]
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """
-        Replace paths by their images, as `open_image` reads them, and URLs as transformers does.
-
-        Anything else stays as it is.
-
-        Raises:
-            ImageError: A path leads to no readable image.
-        """
+        """Replace paths by their images, as `open_image` reads them and with its errors, and URLs as transformers."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
@@ -107,8 +99,9 @@ class _HieraTokImageProcessing(BaseImageProcessor):
 
     def center_crop(self, image: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
         """Crop `(..., H, W)` to `size`; unlike in transformers, too small an image is a `ValueError`, never padded."""
-        (rows, columns), height, width = image.shape[-2:], size.height, size.width
-        if not height or not width or rows < height or columns < width:
+        rows, columns = image.shape[-2:]
+        height, width = size.height or 0, size.width or 0
+        if not (0 < height <= rows and 0 < width <= columns):
             raise ValueError(f"crop_size must fit an image of {rows} x {columns} (height x width), got {dict(size)}")
         top, left = (rows - height) // 2, (columns - width) // 2
         return image[..., top : top + height, left : left + width]
@@ -128,13 +121,13 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         return {**super()._standardize_kwargs(*args, **kwargs), "size_divisor": size_divisor}
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        if isinstance(images := self.fetch_images(images), (list, tuple)):
+        images = self.fetch_images(images)
+        if isinstance(images, (list, tuple)):
             return [image for item in images for image in self._prepare_images_structure(item)]
         if isinstance(images, Image.Image):
             return [images]
         if not isinstance(images, (np.ndarray, torch.Tensor)):
-            expected = "PIL images, numpy arrays, torch tensors, paths or lists of them"
-            raise TypeError(f"images must be {expected}, got {type(images).__name__}")
+            raise TypeError(f"images must be images, arrays, tensors, paths or lists of them, got {type(images)}")
         if images.ndim not in (2, 3, 4):
             raise ValueError(f"images must be arrays of 2, 3 or 4 dimensions, got shape {tuple(images.shape)}")
         return list(images) if images.ndim == 4 else [images]
@@ -168,9 +161,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         if image.ndim == 2:
             image, input_data_format = image[None], "channels_first"
         if input_data_format is None:
-            if not {image.shape[0], image.shape[-1]} & {1, 3, 4}:
-                raise ValueError(f"images must have 1, 3 or 4 channels first or last, got shape {tuple(image.shape)}")
-            input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+            input_data_format = "channels_first" if image.shape[0] in (1, 3, 4) else "channels_last"
         if input_data_format == "channels_last":
             image = image.movedim(-1, 0)
         if do_convert_rgb and image.shape[0] == 1:
@@ -182,14 +173,14 @@ class _HieraTokImageProcessing(BaseImageProcessor):
             image = blend if image.is_floating_point() else blend.round().to(torch.uint8)
         channels = len(image_mean) if do_normalize and isinstance(image_mean, (list, tuple)) else 3
         if image.shape[0] != channels:
-            rgb = f"do_convert_rgb={do_convert_rgb}"
-            raise ValueError(f"images must have {channels} channels with {rgb}, got {image.shape[0]}")
+            raise ValueError(f"images must have {channels} channels, 1 or 4 with do_convert_rgb, got {image.shape[0]}")
         return image.contiguous()
 
     def _preprocess(self, images: list[Any], *args: Any, **kwargs: Any) -> BatchFeature:
         if not images:
             raise ValueError("images must hold at least one image, got none")
-        divisor, cropped = kwargs.pop("size_divisor"), []
+        divisor = kwargs.pop("size_divisor")
+        cropped = []
         for image in images:
             if kwargs["do_resize"]:
                 resized = self.resize(image, kwargs["size"], kwargs["resample"])
@@ -199,13 +190,12 @@ class _HieraTokImageProcessing(BaseImageProcessor):
                 image = self.center_crop(image, kwargs["crop_size"])
             rows, columns = image.shape[-2:]
             if rows < divisor or columns < divisor:
-                least = f"at least size_divisor={divisor} pixels on each side"
-                raise ValueError(f"images must have {least}, got {rows} x {columns} (height x width)")
+                raise ValueError(f"images must be as large as size_divisor={divisor}, got {rows} x {columns} pixels")
             divisible = SizeDict(height=rows - rows % divisor, width=columns - columns % divisor)
             cropped.append(self.center_crop(image, divisible))
         sizes = sorted({tuple(image.shape[-2:]) for image in cropped})
         if kwargs["return_tensors"] is not None and len(sizes) > 1 and not kwargs["do_pad"]:
-            hint = "set do_resize and do_center_crop, or return_tensors=None for a list"
+            hint = "set do_resize and do_center_crop, or return_tensors=None"
             raise ValueError(f"images of one batch must come out at one size, got {sizes} (height, width): {hint}")
         return super()._preprocess(cropped, *args, **{**kwargs, "do_resize": False, "do_center_crop": False})
 
@@ -223,8 +213,7 @@ class HieraTokImageProcessor(_HieraTokImageProcessing, TorchvisionBackend):
         images: PIL images, paths, uint8 arrays or tensors `(H, W)`, `(H, W, C)`, `(C, H, W)` or a batch of them with
             1, 3 or 4 channels (alpha is laid on white), or lists of these, given on a call. Arrays of floats need
             values in [0, 1] and `do_rescale=False`.
-        size_divisor (`int`, defaults to 16): Height and width become multiples of it; set it to the model's patch
-            size.
+        size_divisor (`int`, defaults to 16): Height and width become multiples of it; the model's patch size.
         do_convert_rgb (`bool`, defaults to `True`): Whether to make RGB of an image and follow its EXIF orientation;
             without it the channels are taken as they are.
         kwargs: The other arguments of transformers' `ImagesKwargs`, given here or on a call.

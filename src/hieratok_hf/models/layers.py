@@ -24,7 +24,6 @@ __all__ = [
     "HieraTokPositions",
     "HieraTokSwiGLU",
     "apply_rotary",
-    "fused_norm_rotary",
     "init_weights",
     "rotary_tables",
 ]
@@ -39,8 +38,8 @@ def rotary_tables(
     Compute the cosines and sines of the rotary angle of every token and channel (Su et al., arXiv 2104.09864).
 
     A token sits at the mean of the finest cells that it covers, of the rows `first ... end - 1` and of columns alike.
-    The first half of a head's channels turns with the row, the second half with the column. Neighbouring channels make
-    a pair, of which each axis has `P = d / 4`, and pair `t` turns by
+    The first half of a head's channels turns with the row, the second half with the column. Of each axis's `P = d / 4`
+    pairs of neighbouring channels, pair `t` turns by
 
     ```
     angle = (first + end - 1) / 2 * rotary_scale * rotary_base ** -(t / (P - 1))
@@ -49,14 +48,14 @@ def rotary_tables(
     With `rotary_coordinates="fraction"` the position is divided by the last one of its axis.
 
     Args:
-        config (`HieraTokConfig`): The configuration, whose `rotary_*` values say how far a position turns each pair.
+        config (`HieraTokConfig`): The configuration, of which the `rotary_*` values count.
         layout (`PyramidLayout`): The scales of the sequence.
-        grid (`tuple[int, int]`): Height and width of the finest grid, in cells, which are the unit of positions.
+        grid (`tuple[int, int]`): Height and width of the finest grid, in cells.
         head_dim (`int`): Channels of a head, `d`, a multiple of 4.
         device (`torch.device`): The device of the tables.
 
     Returns:
-        Two `torch.Tensor` of shape `(N, 1, d)` in float32; the sines are negative in the first channel of a pair.
+        Two tensors `(N, 1, d)` in float32; the sines are negative in the first channel of a pair.
     """
     settings = config.rotary_coordinates, config.rotary_pairing, config.rotary_scale, config.rotary_base
     return _rotary_tables(layout, settings, grid, head_dim, device)
@@ -64,19 +63,12 @@ def rotary_tables(
 
 @keep_by_size
 def _rotary_tables(
-    layout: PyramidLayout,
-    settings: tuple[str, str, float, float],
-    grid: tuple[int, int],
-    head_dim: int,
-    device: torch.device,
+    layout: PyramidLayout, settings: tuple[Any, ...], grid: tuple[int, int], head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     coordinates, pairing, scale, base = settings
-    num_pairs = head_dim // 4
-    exponents = torch.linspace(0, 1, num_pairs, device=device, dtype=torch.float32)
+    exponents = torch.linspace(0, 1, head_dim // 4, device=device, dtype=torch.float32)
     frequencies = scale * base**-exponents  # (d / 4,)
-    detok = pairing == "detok"
-    frequencies = torch.cat([frequencies] * 2) if detok else frequencies.repeat_interleave(2)  # (d / 2,)
-
+    frequencies = frequencies.repeat(2) if pairing == "detok" else frequencies.repeat_interleave(2)  # (d / 2,)
     angles = []
     for num_cells, (first, end) in zip(grid, layout.cells(device).spans(grid)):
         centre = (first + end - 1) / 2  # (N,)
@@ -99,27 +91,22 @@ def apply_rotary(hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor
 
 
 def fused_norm_rotary(hidden_states: Tensor, norm: nn.RMSNorm | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """
-    Compute `norm`, if there is one, and `apply_rotary` of `hidden_states` `(B, N, A, d)` in one Triton kernel.
-
-    Raises:
-        ValueError: Triton cannot serve for this device, dtype or number of channels.
-    """
-    reason = why_not("triton", hidden_states.transpose(1, 2), scale=1.0, needs_gradient=False)
-    if reason is not None:
-        raise ValueError(f"`fused_rotary` cannot serve here: {reason}.")
+    """Compute `norm`, if there is one, and `apply_rotary` of `hidden_states` `(B, N, A, d)` in one Triton kernel."""
     from ..ops.rotary_triton import norm_rotary
 
-    if norm is None:
-        return norm_rotary(hidden_states, None, *rotary, 0.0)
-    return norm_rotary(hidden_states, norm.weight, *rotary, norm.eps)
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    return norm_rotary(hidden_states, weight, *rotary, eps)
 
 
-def prefers_fused_rotary(hidden_states: Tensor) -> bool:
-    """Tell whether `fused_norm_rotary` is the faster way for `hidden_states` `(B, N, A, d)`, and can serve."""
-    if not hidden_states.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+def takes_fused_rotary(hidden_states: Tensor, fused: bool | None) -> bool:
+    """Tell whether to call `fused_norm_rotary` for `hidden_states` `(B, N, A, d)`: if `fused`, or where it pays."""
+    is_faster = hidden_states.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not (is_faster if fused is None else fused):
         return False
-    return why_not("triton", hidden_states.transpose(1, 2), scale=1.0, needs_gradient=False) is None
+    reason = why_not("triton", hidden_states.transpose(1, 2), scale=1.0, needs_gradient=False)
+    if fused and reason is not None:
+        raise ValueError(f"`fused_rotary` cannot serve here: {reason}.")
+    return reason is None
 
 
 class HieraTokAttnProcessor:
@@ -129,9 +116,8 @@ class HieraTokAttnProcessor:
     Args:
         backend (`str`, *optional*): One of `ATTENTION_BACKENDS`. Unless given, the model's `attn_implementation`
             decides (see `ATTENTION_IMPLEMENTATIONS`), and without one it is `"auto"`.
-        fused_rotary (`bool`, *optional*): Whether to compute QK-norm and rotary positions in one Triton kernel. Unless
-            given, it is used where it was measured to be faster: on a CUDA device, without gradients and without
-            `torch.compile`, which fuses these steps by itself.
+        fused_rotary (`bool`, *optional*): Whether to compute QK-norm and rotary positions in one Triton kernel; unless
+            given, where it was measured to be faster: on a CUDA device, without gradients and `torch.compile`.
 
     Raises:
         ValueError: `backend` is not one of `ATTENTION_BACKENDS`, or, when called, cannot serve.
@@ -156,8 +142,7 @@ class HieraTokAttnProcessor:
         else:
             projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)  # (B, N, A, d)
-        fused = prefers_fused_rotary(query) if self.fused_rotary is None else self.fused_rotary
-        if fused:
+        if takes_fused_rotary(query, self.fused_rotary):
             query, key = fused_norm_rotary(query, attn.norm_q, rotary), fused_norm_rotary(key, attn.norm_k, rotary)
         else:
             if attn.norm_q is not None and attn.norm_k is not None:
@@ -175,14 +160,7 @@ class HieraTokAttnProcessor:
 
 
 class HieraTokAttention(nn.Module, AttentionModuleMixin):
-    """
-    Attend over a pyramid of tokens with several heads; a layout of one scale makes it full attention.
-
-    Args:
-        config (`HieraTokConfig`): The configuration, of which `qk_norm`, `norm_eps` and the attention implementation
-            count.
-        hidden_size, num_heads (`int`): Width `D` and number of heads `A`.
-    """
+    """Attend over a pyramid of tokens with `num_heads` heads; a layout of one scale makes it full attention."""
 
     _default_processor_cls = HieraTokAttnProcessor
     _available_processors = [HieraTokAttnProcessor]
@@ -203,7 +181,7 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def fuse_projections(self) -> None:
-        """Fuse the projections of queries, keys and values into one linear layer, as diffusers does."""
+        """Fuse the projections of queries, keys and values into one linear layer."""
         super().fuse_projections()
         if self.fused_projections:
             self.to_qkv.__class__ = HieraTokLinear
@@ -212,12 +190,7 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout
     ) -> tuple[Tensor, Tensor | None]:
         """
-        Attend over the tokens of all scales.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(B, N, D)`): Tokens, coarse scale first.
-            rotary (`tuple[torch.Tensor, torch.Tensor]`): Cosines and signed sines of `rotary_tables`.
-            layout (`PyramidLayout`): The scales of the sequence.
+        Attend over the tokens `hidden_states` `(B, N, D)`, coarse scale first, with the tables of `rotary_tables`.
 
         Returns:
             `(B, N, D)`, and the weights `(B, A, N, N)` where the eager implementation is in use, else `None`.
@@ -226,11 +199,7 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
 
 
 class HieraTokSwiGLU(nn.Module):
-    """
-    Compute a gated feed-forward layer, `W_out (silu(W_gate x) * W_value x)` (Shazeer, arXiv 2002.05202).
-
-    Its width is `int(2 / 3 * mlp_ratio * D)`.
-    """
+    """Compute a gated feed-forward layer, `W_out (silu(W_gate x) * W_value x)` (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: HieraTokConfig, hidden_size: int):
         super().__init__()
@@ -245,19 +214,13 @@ class HieraTokSwiGLU(nn.Module):
 
 
 class HieraTokBlock(GradientCheckpointingLayer):
-    """
-    Compute a pre-norm transformer block, `y = x + attention(norm(x))` and `y + mlp(norm(y))`.
-
-    Args:
-        config (`HieraTokConfig`): Options of the layers.
-        hidden_size, num_heads (`int`): Width `D` and number of heads `A`.
-    """
+    """Compute a pre-norm transformer block, `y = x + attention(norm(x))` and `y + mlp(norm(y))`."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         # A trap: dynamo keeps its compiled graphs, and counts recompilations, by code object, and transformers puts
-        # the same one around every layer's `forward`. The blocks of a side get a code object of their own, so that one
-        # graph serves them all and the two sides do not use up each other's limit.
+        # the same one around every layer's `forward` (5.17 puts none, hence the two `forward` below). The blocks of a
+        # side get a code object of their own, so that the two sides do not use up each other's limit.
         cls.forward.__code__ = cls.forward.__code__.replace(co_name=cls.__name__)
 
     def __init__(self, config: HieraTokConfig, hidden_size: int, num_heads: int):
@@ -268,7 +231,7 @@ class HieraTokBlock(GradientCheckpointingLayer):
         self.mlp = HieraTokSwiGLU(config, hidden_size)
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
-        """Map `hidden_states` `(B, N, D)` to `(B, N, D)`; `HieraTokAttention.forward` says what the others are."""
+        """Map `hidden_states` `(B, N, D)` to `(B, N, D)`; the others are those of `HieraTokAttention.forward`."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary, layout)[0]
         return hidden_states + self.mlp(self.norm2(hidden_states))
 

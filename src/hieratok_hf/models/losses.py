@@ -1,4 +1,4 @@
-"""The losses of a tokenizer that need no other model: differences of pixels at every scale and the KL divergence."""
+"""Compute a tokenizer's losses that need no other model: pixel differences at every scale and the KL divergence."""
 
 import torch
 from torch import Tensor
@@ -19,22 +19,19 @@ __all__ = [
 ]
 
 PIXEL_LOSSES = ("mse", "l1", "charbonnier")
-"""What `pixel_loss` takes as its `kind`."""
+"""Kinds of `pixel_loss`."""
 
 _CHARBONNIER_EPSILON = 1e-3
 
 
 def pixel_loss(images: Tensor, targets: Tensor, kind: str = "mse") -> Tensor:
     """
-    The mean difference of images in float32: `"mse"`, `"l1"`, or `"charbonnier"` (Charbonnier et al., 1994), the
-    absolute difference, but smooth within a thousandth of zero.
+    Compute the mean difference of images in float32, a scalar.
 
     Args:
-        images, targets (`torch.Tensor` of any shape, the same): In [-1, 1].
-        kind (`str`, defaults to `"mse"`): One of `PIXEL_LOSSES`.
-
-    Returns:
-        `torch.Tensor` of shape `()`.
+        images, targets (`torch.Tensor` of any shape, the same): Images in [-1, 1].
+        kind (`str`, defaults to `"mse"`): One of `PIXEL_LOSSES`; `"charbonnier"` (Charbonnier et al., 1994) is the
+            absolute difference, but smooth within a thousandth of zero.
 
     Raises:
         ValueError: `kind` is not one of `PIXEL_LOSSES`.
@@ -51,18 +48,16 @@ def pixel_loss(images: Tensor, targets: Tensor, kind: str = "mse") -> Tensor:
 
 def border_loss(images: Tensor, patch_size: int) -> Tensor:
     """
-    By how much neighbouring pixels differ more across the borders of patches than inside of them, in float32.
+    Measure by how much neighbouring pixels differ more across the borders of patches than inside of them, in float32.
 
-    A decoder that smooths fine texture keeps more of it at borders, where it shows as a seam. Photographs have 0 on
-    average.
+    A decoder that smooths fine texture keeps more of it at borders, where it shows as a seam.
 
     Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
         patch_size (`int`): Pixels from border to border.
 
     Returns:
-        `torch.Tensor` of shape `()`: The mean of each image's, not less than 0; 0 without borders, or nothing but
-        borders.
+        A scalar, the mean over images of what exceeds 0; 0 without borders, or with nothing but borders.
     """
     across, inside = steps_at_borders(images.float(), patch_size).unbind(1)
     return (across - inside).relu().mean()
@@ -70,15 +65,13 @@ def border_loss(images: Tensor, patch_size: int) -> Tensor:
 
 def steps_at_borders(values: Tensor, patch_size: int) -> Tensor:
     """
-    Measure how much neighbouring values differ, across the borders of patches and inside of them.
+    Measure the mean absolute difference of neighbours across the borders of patches, and inside of them, `(B, 2)`.
+
+    A direction without borders, or with nothing but borders, does not count; 0 stands for both.
 
     Args:
         values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in any unit, float32.
         patch_size (`int`): Pixels from border to border.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 2)`: The mean absolute difference across borders and inside, averaged over rows
-        and columns; a direction without borders, or with nothing but borders, is left out, and 0 stands for both.
     """
     steps = []
     for dim in (2, 3):
@@ -93,21 +86,20 @@ def tokenizer_losses(
     images: list[Tensor], pixel_values: Tensor, moments: Tensor, config: HieraTokConfig, kind: str = "mse"
 ) -> dict[str, Tensor]:
     """
-    The parts of the loss and their weighted sum, in float32.
+    Compute the parts of the loss and their weighted sum, in float32.
 
-    Means per element, unlike sums, keep their balance when images change in size.
+    They are means per element, which unlike sums keep their balance when images change in size.
 
     Args:
-        images (`list[torch.Tensor]`): What `HieraTokCore.decode_scales` gives for all scales.
+        images (`list[torch.Tensor]`): The images of all scales, as `HieraTokCore.decode_scales` gives them.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images that were encoded, in [-1, 1].
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of their latents.
         config (`HieraTokConfig`): Its `kl_weight` and `coarse_weight`.
         kind (`str`, defaults to `"mse"`): The difference of pixels, one of `PIXEL_LOSSES`.
 
     Returns:
-        Scalars: the difference of the finest scale, by the name of its kind; `kl` divergence a latent number;
-        `coarse`, the mean over the coarser scales of their difference times their factor, where there are any; `loss`,
-        the weighted sum.
+        Scalars: the difference of the finest scale, by the name of its kind; `kl`, divergence a latent number; `loss`,
+        the weighted sum; and `coarse`, the mean over coarser scales, if any, of their difference times their factor.
 
     Raises:
         ValueError: `kind` is not one of `PIXEL_LOSSES`.
@@ -131,16 +123,13 @@ def add_weighted(reconstruction: Tensor, losses: dict[str, Tensor], config: Hier
 
 def image_pyramid(pixel_values: Tensor, config: HieraTokConfig) -> list[Tensor]:
     """
-    Average an image to `1 / factor` of its size for each scale: the target of that scale.
+    Average images to the target of each scale, `(B, 3, n_h * p, n_w * p)`, coarse to fine.
 
     Where a coarse cell reaches beyond the image, its edge is repeated, so that all scales show a thing in one place.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images; sides are multiples of the patch size.
-        config (`HieraTokConfig`): The patch size and the scales.
-
-    Returns:
-        A list of `(B, 3, n_h * p, n_w * p)`, coarse to fine; the last is `pixel_values`.
+        config (`HieraTokConfig`): Its patch size and scales.
     """
     height, width = pixel_values.shape[-2:]
     images = []

@@ -18,14 +18,7 @@ from .configuration_hieratok import HieraTokConfig
 from .core import HieraTokCore, HieraTokDecoder, posterior_of
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
-from .saving import (
-    HubUploadMixin,
-    name_in_errors,
-    pop_hub_arguments,
-    refuse_paths_in_indices,
-    share_between_libraries,
-    stage_folder,
-)
+from .saving import HubUploadMixin, name_in_errors, refuse_paths_in_indices, share_between_libraries
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -80,8 +73,7 @@ class HieraTokDecoderOutput(ModelOutput):
     Attributes:
         reconstruction (`torch.Tensor` of shape `(B, 3, n_h * p, n_w * p)`): The image of the last scale that ran,
             about [-1, 1], not clamped.
-        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
-            fine; the last is `reconstruction`.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): Images of all scales that ran, coarse to fine.
     """
 
     reconstruction: Tensor | None = None
@@ -94,11 +86,9 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
     Hold what `HieraTokModel` returns.
 
     Attributes:
-        loss (`torch.Tensor` of shape `()`): The weighted sum of `tokenizer_losses`. It is `None` with
-            `return_loss=False`, and when only coarser scales were decoded.
+        loss (`torch.Tensor` of shape `()`): Weighted sum of `tokenizer_losses`; `None` where only coarser scales ran.
         reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded image, about [-1, 1], not clamped.
-        scales (`tuple[torch.Tensor]`, with `return_scales=True`): The images of all scales that ran, coarse to
-            fine; the last is `reconstruction`.
+        scales (`tuple[torch.Tensor]`, with `return_scales=True`): Images of all scales that ran, coarse to fine.
         latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents that were decoded: the posterior's mode or a sample.
         moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of the posterior.
         posterior (`DiagonalGaussianDistribution`): The distribution that the moments describe.
@@ -116,46 +106,18 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class HieraTokPreTrainedModel(PreTrainedModel):
-    config_class = HieraTokConfig
-    base_model_prefix = "hieratok"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Check a name of `ATTENTION_IMPLEMENTATIONS` as transformers does; any other is a `ValueError`."""
-        # The names of this package stay out of the library's registry, whose functions are given no layout.
-        if requested_attention in ATTENTION_IMPLEMENTATIONS and requested_attention.startswith("hieratok_"):
-            return requested_attention
-        implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
-        if implementation not in ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(
-                f"`attn_implementation` must be one of {list(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}."
-            )
-        return implementation
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        init_weights(module, self.config.initializer_range)
-        if isinstance(module, HieraTokDecoder):
-            module.init_weights(self.config.initializer_range)
-
-
-class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
+class HieraTokModel(HubUploadMixin, PreTrainedModel):
     """
     Encode images and decode latents by the multi-scale visual tokenizer HieraTok, as a transformers model.
 
     The method is that of Chen et al. (arXiv 2509.23736), `HieraTokCore` computes it. The class loads the same folders
-    as `AutoencoderHieraTok`.
+    as `AutoencoderHieraTok`, and takes images and latents of any floating dtype.
 
     Args:
         config (`HieraTokConfig`): Sizes and options.
+
+    Raises:
+        ValueError: A method was given images, latents or a `num_scales` that the model cannot take.
 
     Example:
 
@@ -169,6 +131,17 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
 
     ```
     """
+
+    config_class = HieraTokConfig
+    base_model_prefix = "hieratok"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
 
     def __init__(self, config: HieraTokConfig):
         super().__init__(config)
@@ -193,20 +166,34 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> "Self":
         """
-        Load a model as `PreTrainedModel.from_pretrained` does; the error of one that cannot be had names the way out.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
-            args, kwargs: Further arguments of `PreTrainedModel.from_pretrained`.
+        Load a model from a folder or the Hub, with the arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError: There is no such folder or repository, or no network to reach it.
+            OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
             ValueError: In a folder, an index of the weights names a file outside of it.
         """
         if pretrained_model_name_or_path is not None:
             refuse_paths_in_indices(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         with name_in_errors(pretrained_model_name_or_path or ""):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Check a name of `ATTENTION_IMPLEMENTATIONS` as transformers does; any other is a `ValueError`."""
+        # The names of this package stay out of the library's registry, whose functions are given no layout.
+        if requested_attention in ATTENTION_IMPLEMENTATIONS and requested_attention.startswith("hieratok_"):
+            return requested_attention
+        implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        if implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"`attn_implementation` must be one of {list(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}."
+            )
+        return implementation
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config.initializer_range)
+        if isinstance(module, HieraTokDecoder):
+            module.init_weights(self.config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the convolution that embeds the patches."""
@@ -222,12 +209,8 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Encode images to the distribution of their latents.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], of any floating dtype; sides are
-                multiples of the patch size.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
-
-        Raises:
-            ValueError: `pixel_values` are not such images, as `HieraTokCore.encode_moments` says.
         """
         moments, _ = self.core.encode_moments(self._to_own_dtype(pixel_values))
         return HieraTokEncoderOutput(latents=posterior_of(moments).mode(), moments=moments)
@@ -244,20 +227,17 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Decode latents to images, by all scales or by the coarser ones alone.
 
         Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents as `encode` gives them, of any floating dtype.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents as `encode` gives them.
             num_scales (`int`, *optional*): Number of scales to run, coarse to fine; all unless given. Fewer give the
                 image of the last of them, for the cost of its tokens and the coarser ones.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
             return_dict (`bool`, *optional*): Whether to return a `HieraTokDecoderOutput` rather than a tuple.
-
-        Raises:
-            ValueError: `latents` or `num_scales` is not as above, as `HieraTokCore.decode` says.
         """
         latents = self._to_own_dtype(latents)
         if not return_scales:
             return HieraTokDecoderOutput(reconstruction=self.core.decode(latents, num_scales))
-        images = tuple(self.core.decode_scales(latents, num_scales))
-        return HieraTokDecoderOutput(reconstruction=images[-1], scales=images)
+        scales = tuple(self.core.decode_scales(latents, num_scales))
+        return HieraTokDecoderOutput(reconstruction=scales[-1], scales=scales)
 
     @capture_outputs
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -271,9 +251,6 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Returns:
             `last_hidden_state` of shape `(B, h * w, D)`, the tokens before the head, and `pooler_output` of shape
             `(B, D)`, their mean.
-
-        Raises:
-            ValueError: `pixel_values` are not such images, as `HieraTokCore.encode_moments` says.
         """
         _, features = self.core.encode_moments(self._to_own_dtype(pixel_values))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
@@ -293,18 +270,13 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Encode images, decode their latents, and compute the loss.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], of any floating dtype; sides are
-                multiples of the patch size.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1]; sides are multiples of the patch.
             sample_posterior (`bool`, defaults to `False`): Whether to decode a sample of the posterior, not its mode.
             generator (`torch.Generator`, *optional*): Source of the sample's noise.
             num_scales (`int`, *optional*): Number of scales to run, coarse to fine; all unless given.
             return_loss (`bool`, defaults to `True`): Whether to compute the loss, for which all images are made.
             return_scales (`bool`, defaults to `False`): Whether to return the images of the coarser scales as well.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
-
-        Raises:
-            ValueError: `pixel_values` or `num_scales` is not as above, as `HieraTokCore.encode_moments` and
-                `HieraTokCore.decode` say.
         """
         pixel_values = self._to_own_dtype(pixel_values)
         moments, _ = self.core.encode_moments(pixel_values)
@@ -334,12 +306,9 @@ class HieraTokModel(HubUploadMixin, HieraTokPreTrainedModel):
         Raises:
             ValueError: `save_directory` is a file.
         """
-        hub_arguments = pop_hub_arguments(kwargs, save_directory)
-        with stage_folder(save_directory) as stage:
+        with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, **kwargs)
             share_between_libraries(stage, self.config, for_transformers=True)
-        if hub_arguments is not None:
-            self.push_to_hub(**hub_arguments)
 
     def _to_own_dtype(self, tensor: Tensor) -> Tensor:
         """Cast a floating-point tensor to the dtype of the weights; leave anything else for the core to refuse."""

@@ -23,7 +23,6 @@ __all__ = [
     "index_for_transformers",
     "link_or_copy",
     "name_in_errors",
-    "pop_hub_arguments",
     "refuse_paths_in_indices",
     "share_between_libraries",
     "stage_folder",
@@ -32,10 +31,7 @@ __all__ = [
 ]
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
-"""
-How names of weights begin: diffusers looks for this only, and transformers takes any that an index under its own name
-points to.
-"""
+"""How names of weights begin: diffusers looks for no other, and transformers takes any that an index of its names."""
 
 _TRANSFORMERS_STEM = "model"
 _WEIGHTS = re.compile(
@@ -44,23 +40,34 @@ _WEIGHTS = re.compile(
 _LAST = ("config.json", "model_index.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
-
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
 class HubUploadMixin:
-    """Upload to the Hub, the only way up to `hieratok_hf.hub` from the models and the pipeline."""
+    """Save and upload, the only way up to `hieratok_hf.hub` from the models and the pipeline."""
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """
         Upload the model or the pipeline, a model card and the code that loads it without the package, in one commit.
 
-        The weights of a tokenizer serve both libraries. Arguments are those of `hieratok_hf.hub.push.push_model`,
-        which also says what it returns and raises.
+        The arguments, results and errors are those of `hieratok_hf.hub.push.push_model`.
         """
         from ..hub.push import push_model
 
         return push_model(self, repo_id, **kwargs)
+
+    @contextmanager
+    def _stage_and_push(self, folder: str | os.PathLike[str], arguments: dict[str, Any]) -> Iterator[Path]:
+        """Stage a save as `stage_folder` does, take what concerns a push out of its `arguments`, and push if asked."""
+        names = ("repo_id", "commit_message", "private", "create_pr", "token")
+        hub_arguments = {name: arguments.pop(name) for name in names if name in arguments}
+        is_pushed = arguments.pop("push_to_hub", False)
+        if arguments.get("variant"):
+            hub_arguments["variant"] = arguments["variant"]
+        with stage_folder(folder) as stage:
+            yield stage
+        if is_pushed:
+            self.push_to_hub(**{"repo_id": Path(folder).resolve().name, **hub_arguments})
 
 
 @contextmanager
@@ -68,9 +75,8 @@ def stage_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     Give a temporary folder whose files replace those of `folder`, one rename each, once the block has ended well.
 
-    Weights that an earlier save left behind, such as shards of another number, go with the rename; `config.json`
-    comes last, and after it the `model_index.json` of a pipeline. If the block raises, `folder` is as it was, and one
-    that was not there is not there again.
+    Weights that an earlier save left behind go too; `config.json` comes last, and after it the `model_index.json` of
+    a pipeline. If the block raises, `folder` is as it was, there or not.
 
     Raises:
         ValueError: `folder` is a file.
@@ -113,16 +119,6 @@ def variant_of(name: str) -> str:
     return name.partition(".")[2]
 
 
-def pop_hub_arguments(arguments: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Take what concerns an upload out of the arguments of `save_pretrained`; `None` unless one was asked for."""
-    names = ("repo_id", "commit_message", "private", "create_pr", "token")
-    hub_arguments = {name: arguments.pop(name) for name in names if name in arguments}
-    if not arguments.pop("push_to_hub", False):
-        return None
-    variant = {"variant": arguments["variant"]} if arguments.get("variant") else {}
-    return {"repo_id": Path(folder).resolve().name, **hub_arguments, **variant}
-
-
 @contextmanager
 def name_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
     """Let an `OSError` of a model that is neither a folder nor to be had from the Hub name it and the way out."""
@@ -139,12 +135,7 @@ def name_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def refuse_paths_in_indices(folder: Path) -> None:
-    """
-    Refuse indices with paths: transformers opens whatever file one names; diffusers refuses by itself.
-
-    Raises:
-        ValueError: An index of weights names a file that does not lie beside it.
-    """
+    """Raise `ValueError` if an index of weights names a file elsewhere, which transformers would open."""
     for path in folder.glob("*.safetensors.index*.json"):
         weight_map = (read_json(path) or {}).get("weight_map")
         names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
@@ -157,9 +148,8 @@ def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformer
     """
     Turn what either library has saved to `stage` into the folder that both load.
 
-    Weights get the name that diffusers looks for, transformers finds them through an index that names those files,
-    and `config.json` gets the keys of both. With `for_transformers`, weights in one file have transformers' own name
-    as well, a second name of the same file where the file system has such, for tools that look for it.
+    Weights get the name that diffusers looks for, transformers finds them as `index_for_transformers` says (with
+    `keep_own_name` where `for_transformers`), and `config.json` gets the keys of both.
     """
     for path in sorted(stage.glob(f"{_TRANSFORMERS_STEM}*.safetensors*")):
         renamed = path.rename(stage / _for_diffusers(path.name))
@@ -196,14 +186,16 @@ def index_for_transformers(folder: Path, keep_own_name: bool = False) -> None:
     """
     Let transformers find the weights that have diffusers' names in a folder, through an index.
 
-    With `keep_own_name`, weights in one file have transformers' own name as well; without it they lose that one.
+    With `keep_own_name`, weights in one file get transformers' own name instead, for other tools that look for it.
     """
     indices = {path.name: read_json(path) for path in folder.glob(f"{WEIGHTS_STEM}.safetensors.index*.json")}
     for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
+        if _SHARD.search(path.name):
+            continue
         second_name = folder / (_TRANSFORMERS_STEM + path.name.removeprefix(WEIGHTS_STEM))
-        if _SHARD.search(path.name) is None and keep_own_name:
+        if keep_own_name:
             link_or_copy(path, second_name)
-        elif _SHARD.search(path.name) is None:
+        else:
             second_name.unlink(missing_ok=True)
             with safe_open(path, "pt") as weights:
                 index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), path.name)}

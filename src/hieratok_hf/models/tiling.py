@@ -7,7 +7,7 @@ import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import Tensor
 
-__all__ = ["TilingMixin", "run_in_tiles", "tile_spans", "tile_weights"]
+__all__ = ["TilingMixin", "run_in_tiles"]
 
 # Shape letters: B batch, C channels of the input, K channels of the result, H W sides of the input.
 
@@ -15,39 +15,20 @@ Span = tuple[int, int]
 
 
 def tile_spans(length: int, size: int, stride: int, unit: int = 1) -> list[Span]:
-    """
-    Divide one side of a map into overlapping tiles.
-
-    All tiles but the last are as long as `size`, so that they meet one compiled graph and the context that the model
-    was trained with; with a unit of 1 the last is so too, and overlaps the one before by more.
-
-    Args:
-        length (`int`): Length of the side, in cells.
-        size (`int`): Length of a tile, in cells; a side that is no longer than this is one tile.
-        stride (`int`): Step from the beginning of a tile to the next, in cells; at most `size`.
-        unit (`int`, defaults to 1): Number of cells of which every tile's beginning is a multiple.
-
-    Returns:
-        Beginning and end of each tile.
-
-    Raises:
-        ValueError: The stride is not in `1 ... size`, or the unit is larger than a tile.
-    """
+    """Divide a side into overlapping tiles `(start, end)`, whose starts are multiples of `unit`."""
     if not 0 < stride <= size or unit > size:
         raise ValueError(f"Tiles of {size} that begin every {stride}, at multiples of {unit}, do not cover a side.")
     if length <= size:
         return [(0, length)]
+    # All tiles but the last are as long as `size`, so that they meet one compiled graph and the context that the model
+    # was trained with; with a unit of 1 the last is so too, and overlaps the one before by more.
     step = max(stride // unit, 1) * unit
     last = -(-(length - size) // unit) * unit
     return [(start, start + size) for start in range(0, last, step)] + [(last, length)]
 
 
 def tile_weights(spans: Sequence[Span], device: torch.device | None = None) -> list[Tensor]:
-    """
-    Compute the weights of each tile along one side, `(end - start,)` in float32, which sum to 1 everywhere.
-
-    Where two tiles overlap, the weight passes evenly from one to the other.
-    """
+    """Compute each tile's weights `(end - start,)`, which sum to 1 and pass evenly from tile to tile."""
     total = torch.zeros(spans[-1][1], device=device)
     weights = []
     for i, (start, end) in enumerate(spans):
@@ -71,10 +52,7 @@ def run_in_tiles(
     unit: int = 1,
 ) -> Tensor:
     """
-    Run a function of maps tile by tile, and add the weighted results.
-
-    The result is as large as that of the whole map, and close to it as far as the function looks no further than a
-    tile.
+    Run a function of maps tile by tile, and add the weighted results to `(B, K, H * ratio, W * ratio)`.
 
     Args:
         function (`Callable`): A function from `(B, C, height, width)` to `(B, K, height * ratio, width * ratio)`. It
@@ -84,9 +62,6 @@ def run_in_tiles(
         ratio (`tuple[int, int]`): Sides of the result over those of the map, as numerator and denominator.
         unit (`int`, defaults to 1): Number of cells of which every tile's beginning is a multiple, so that it lies at
             a whole cell of the result.
-
-    Returns:
-        `torch.Tensor` of shape `(B, K, H * ratio, W * ratio)`, in the dtype that the function gives.
 
     Raises:
         ValueError: Tiles of these sizes and steps do not cover the map.
@@ -173,10 +148,8 @@ class TilingMixin(AutoencoderMixin):
         return self.use_tiling and is_map and (batch.shape[2] > height or batch.shape[3] > width)
 
     def _check_multiple(self, name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % self._tile_unit:
-            raise ValueError(
-                f"`{name}` must be a positive multiple of the patch size {self._tile_unit}, got {value!r}."
-            )
+        if not isinstance(value, int) or value < 1 or value % self._tile_unit:
+            raise ValueError(f"`{name}` must be a positive multiple of patch size {self._tile_unit}, got {value!r}.")
 
 
 def _default_stride(side: int, patch_size: int) -> int:

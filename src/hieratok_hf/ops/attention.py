@@ -21,11 +21,7 @@ __all__ = [
 
 
 def scale_causal_mask(layout: PyramidLayout, device: torch.device | None = None) -> Tensor:
-    """
-    Make the dense mask `(N, N)`, bool, which is true where the query `m` of a row sees the key `n` of a column.
-
-    With `end_s` the number of tokens up to the end of the query's scale `s`, that is where `n < end_s`.
-    """
+    """Make the dense mask `(N, N)`, bool, which is true where the query of a row sees the key of a column."""
     return torch.arange(layout.num_tokens, device=device)[None, :] < layout.visible_ends(device)[:, None]
 
 
@@ -35,13 +31,8 @@ def reference_attention(
     """
     Compute scale-causal attention from its dense mask, as the definition that the backends are tested against.
 
-    Args:
-        query, key, value (`torch.Tensor` of shape `(B, A, N, d)`): Projected tokens, coarse scale first.
-        layout (`PyramidLayout`): The scales of the sequence.
-        scale (`float`): Factor of the scores before the softmax.
-
-    Returns:
-        The attended values `(B, A, N, d)` in the dtype of `query`, and the weights `(B, A, N, N)` in float32.
+    It takes `query`, `key` and `value`, each of shape `(B, A, N, d)`, and the `scale` of the scores. It returns the
+    attended values `(B, A, N, d)` in the dtype of `query`, and the weights `(B, A, N, N)` in float32.
     """
     scores = (query.float() * scale) @ key.float().transpose(-1, -2)  # (B, A, N, N)
     scores = scores.masked_fill(~scale_causal_mask(layout, query.device), float("-inf"))
@@ -82,17 +73,9 @@ def device_kind(device: torch.device) -> str:
 
 def fastest_backend(query: Tensor, needs_gradient: bool) -> str:
     """
-    Choose the backend that was fastest at the nearest measured number of tokens.
+    Choose the backend that was fastest for a `query` of shape `(B, A, N, d)` at the nearest measured number of tokens.
 
     It is `"sdpa"` where nothing was measured, and in `torch.export`.
-
-    Args:
-        query (`torch.Tensor` of shape `(B, A, N, d)`): Any such queries; only device, dtype, number of tokens and
-            channels of a head count.
-        needs_gradient (`bool`): Whether a backward pass will follow.
-
-    Returns:
-        `str`: One of `ATTENTION_BACKENDS`.
     """
     if is_exporting():
         return "sdpa"  # an exported graph serves every size, so no one size may choose for it
@@ -112,20 +95,9 @@ ATTENTION_BACKENDS = ("auto", "reference", "sdpa", "sdpa_mask", "flex", "triton"
 
 
 def why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> str | None:
-    """
-    Give the reason that a backend cannot serve such projections, or `None` where it can.
-
-    Args:
-        backend (`str`): One of `ATTENTION_BACKENDS`.
-        query (`torch.Tensor` of shape `(B, A, N, d)`): Any such queries; only device, dtype and channels of a head
-            count.
-        scale (`float`): Factor of the scores before the softmax.
-        needs_gradient (`bool`): Whether a backward pass will follow.
-    """
-    if backend == "flex":
-        from .attention_flex import why_not_flex
-
-        return why_not_flex(query, needs_gradient)
+    """Give the reason that a backend cannot serve for a `query` of shape `(B, A, N, d)`, or `None` where it can."""
+    if backend == "flex" and query.device.type == "cpu" and needs_gradient:
+        return "`flex_attention` has no backward pass on a CPU"
     if backend == "triton":
         try:
             from .attention_triton import why_not_triton
@@ -226,10 +198,8 @@ def scale_causal_attention(
         backend = "sdpa" if layout.num_scales == 1 else fastest_backend(query, needs_gradient)
         if why_not(backend, query, scale, needs_gradient) is not None:
             backend = "sdpa"
-    else:
-        reason = why_not(backend, query, scale, needs_gradient)
-        if reason is not None:
-            raise ValueError(f"`backend={backend!r}` cannot serve here: {reason}.")
+    elif (reason := why_not(backend, query, scale, needs_gradient)) is not None:
+        raise ValueError(f"`backend={backend!r}` cannot serve here: {reason}.")
 
     if backend == "sdpa_mask":
         mask = scale_causal_mask(layout, query.device)

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from .pyramid import PyramidLayout
 from .torch_compat import is_exporting
 
-__all__ = ["flex_scale_causal_attention", "why_not_flex"]
+__all__ = ["flex_scale_causal_attention"]
 
 # Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
 
@@ -27,19 +27,6 @@ BLOCK_FIELDS = (
     "full_q_num_blocks",
     "full_q_indices",
 )
-
-
-def why_not_flex(query: Tensor, needs_gradient: bool) -> str | None:
-    """
-    Give the reason that `flex_attention` cannot serve such projections, or `None` where it can.
-
-    Args:
-        query (`torch.Tensor` of shape `(B, A, N, d)`): Any such queries; only the device counts.
-        needs_gradient (`bool`): Whether a backward pass will follow.
-    """
-    if query.device.type == "cpu" and needs_gradient:
-        return "`flex_attention` has no backward pass on a CPU"
-    return None
 
 
 def _sees(ends: tuple[int, ...]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -77,18 +64,10 @@ def flex_scale_causal_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PyramidLayout, scale: float
 ) -> Tensor:
     """
-    Compute scale-causal attention by `flex_attention`.
+    Compute scale-causal attention of `query`, `key` and `value`, each of shape `(B, A, N, d)`, by `flex_attention`.
 
     Inside `torch.compile` it becomes part of the graph. Outside it is compiled by itself on an accelerator; on a CPU
     PyTorch computes it unfused there.
-
-    Args:
-        query, key, value (`torch.Tensor` of shape `(B, A, N, d)`): Projected tokens, coarse scale first.
-        layout (`PyramidLayout`): The scales of the sequence.
-        scale (`float`): Factor of the scores before the softmax.
-
-    Returns:
-        `torch.Tensor` of shape `(B, A, N, d)` in the dtype of `query`.
     """
     # A block mask is of one layout, and so is a graph that holds it, also where shapes are symbols.
     ends = tuple(operator.index(end) for end in layout.ends)
@@ -101,10 +80,10 @@ def flex_scale_causal_attention(
         mask_mod=_sees(ends),
         **dict(zip(BLOCK_FIELDS, tensors)),
     )
-    on_cpu = query.device.type == "cpu"
-    if on_cpu:
+    attend: Callable[..., Tensor] = flex_attention
+    if query.device.type == "cpu":
         # Where no gradient is computed, it still refuses inputs that could have one.
         query, key, value = query.detach(), key.detach(), value.detach()
-    unfused = on_cpu or torch.compiler.is_compiling()
-    attend = flex_attention if unfused else _compiled_flex_attention()
+    elif not torch.compiler.is_compiling():
+        attend = _compiled_flex_attention()
     return attend(query, key, value, block_mask=block_mask, scale=scale)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,18 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .torch_compat import NAMESPACE
 
-__all__ = [
-    "INTERPRETED",
-    "attention_kernel",
-    "channels_last",
-    "key_gradient_kernel",
-    "on_device",
-    "prefix_attention",
-    "query_gradient_kernel",
-    "tl",
-    "triton",
-    "why_not_triton",
-]
+__all__ = ["channels_last", "prefix_attention", "tl", "triton", "why_not_triton"]
 
 # A trap: before code from the Hub runs, diffusers and transformers look for its imports. transformers takes those in a
 # `try` for optional. diffusers reads lines, and misses an `import x` only where something stands behind it, so the
@@ -43,9 +31,8 @@ if not hasattr(triton, "knobs"):
 # of its keys are seen by one suffix. So scores need a mask only at the ragged end of a prefix, and nothing beyond the
 # prefix is ever read.
 
+# With `TRITON_INTERPRET=1` Triton interprets the kernels, on any device.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Whether Triton interprets the kernels, on any device, as with `TRITON_INTERPRET=1`; the `bool` is its `value`."""
-
 # Three products of the tensor cores' short floats make a float32 one; AMD's compiler has only the plain way.
 PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
@@ -321,14 +308,7 @@ _key_gradient = _tuned(key_gradient_kernel, KEY_GRADIENT_TILES)
 
 
 def why_not_triton(query: Tensor, scale: float) -> str | None:
-    """
-    Give the reason that the kernel cannot serve such projections, or `None` where it can.
-
-    Args:
-        query (`torch.Tensor` of shape `(B, A, N, d)`): Any such queries; only device, dtype and channels of a head
-            count.
-        scale (`float`): Factor of the scores before the softmax.
-    """
+    """Give the reason that the kernel cannot serve for a `query` of shape `(B, A, N, d)`, or `None` where it can."""
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernel takes float16, bfloat16 and float32, not {query.dtype}"
     if query.shape[-1] > LARGEST_HEAD:
@@ -346,7 +326,6 @@ def why_not_triton(query: Tensor, scale: float) -> str | None:
 
 
 def _arguments(query: Tensor, ends: Sequence[int], scale: float) -> dict[str, Any]:
-    """Give the arguments of every launch that describe the sequence."""
     num_tokens, heads, head_dim = query.shape[1:]
     return {
         # An odd number above 1 is never specialised, so one compilation serves all layouts of so many scales.
@@ -366,24 +345,17 @@ def _programs(query: Tensor, ends: Sequence[int], block: str) -> Callable[[dict[
     return lambda meta: (query.shape[0] * query.shape[2] * sum(triton.cdiv(n, meta[block]) for n in lengths),)
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """
-    Make a context in which the current device is that of a tensor.
+def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
+    batch, num_tokens, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, num_tokens), dtype=torch.float32)
 
-    Args:
-        tensor (`torch.Tensor` of any shape): A tensor on the device.
-    """
-    # Triton launches on the current device, which need not be the tensor's.
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+def _empty_gradients(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """
-    Make the last dimension of a tensor dense, as the kernels read it; one that is so already is returned itself.
-
-    Args:
-        tensor (`torch.Tensor` of any shape): A tensor of one dimension or more.
-    """
+    """Make the last dimension of `tensor` of any shape dense, as the kernels read it; copy only where it is not."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -394,23 +366,15 @@ def prefix_attention(
     """
     Attend so that the rows between two neighbours of `(0, *ends)` see all keys before the second.
 
-    It is deterministic, forward and backward: no sum depends on the order in which programs run.
-
-    Args:
-        query, key, value (`torch.Tensor` of shape `(B, N, A, d)`): Projected tokens, all of one dtype: float16,
-            bfloat16 or float32.
-        ends (`Sequence[int]`): End of each scale in the sequence, increasing; the last is `N`.
-        scale (`float`): Positive factor of the scores before the softmax.
-
-    Returns:
-        The attended values `(B, N, A, d)`, and, for the backward pass, the base-2 logarithm of the sum under each
-        softmax `(B, A, N)` in float32.
+    It takes `query`, `key` and `value`, each of shape `(B, N, A, d)`, and the positive `scale` of the scores. It gives
+    the attended values `(B, N, A, d)`, and, for the backward pass, the base-2 logarithm of the sum under each softmax,
+    `(B, A, N)` in float32. It is deterministic both ways: no sum depends on the order in which programs run.
     """
     query, key, value = channels_last(query), channels_last(key), channels_last(value)
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    log_sum = torch.empty(_rows(query), dtype=torch.float32, device=query.device)
+    output, log_sum = _empty_results(query)
     if query.numel():
-        with on_device(query):
+        # Triton launches on the current device, which need not be the tensor's.
+        with torch.cuda.device_of(query):
             _attend[_programs(query, ends, "M")](
                 query, key, value, output, log_sum,
                 query.stride()[:3], key.stride()[:3], value.stride()[:3], output.stride()[:3],
@@ -433,12 +397,12 @@ def prefix_attention_backward(
     """Compute the gradients of `query`, `key` and `value`, each `(B, N, A, d)`, with weights made from `log_sum`."""
     query, key, value = channels_last(query), channels_last(key), channels_last(value)
     upstream = channels_last(upstream)
-    gradients = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]
+    gradients = _empty_gradients(query)
     if query.numel():
         delta = torch.empty_like(log_sum)
         strides = [x.stride()[:3] for x in (query, key, value, output, upstream, gradients[0])]
         arguments = {"softmax_scale": scale, **_arguments(query, ends, scale)}
-        with on_device(query):
+        with torch.cuda.device_of(query):
             _query_gradient[_programs(query, ends, "M")](
                 query, key, value, output, upstream, log_sum, delta, gradients[0], *strides, **arguments
             )
@@ -446,21 +410,17 @@ def prefix_attention_backward(
             _key_gradient[_programs(query, ends, "K")](
                 query, key, value, upstream, log_sum, delta, *gradients[1:], *strides, **arguments
             )
-    return gradients[0], gradients[1], gradients[2]
-
-
-def _rows(query: Tensor) -> tuple[int, int, int]:
-    return query.shape[0], query.shape[2], query.shape[1]
+    return gradients
 
 
 @prefix_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, ends: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(_rows(query), dtype=torch.float32)
+    return _empty_results(query)
 
 
 @prefix_attention_backward.register_fake
 def _(upstream, query, key, value, output, log_sum, ends, scale) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+    return _empty_gradients(query)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +32,9 @@ _KEPT_TOKENS = 2**14
 # z = torch.zeros(1, core.config.latent_channels, 8, 8)" "core.decode(z)"
 def keep_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
     """
-    Keep the last few results of a function of a layout, further sizes and, as its last argument, a device.
+    Keep the last few results of a function of a layout, other hashable arguments and, as the last, a device.
 
     Nothing is kept inside a graph, which may be traced with tensors without data, and whose memory ends with it.
-
-    Args:
-        function (`Callable`): A function of arguments that can be hashed, which makes tensors.
     """
 
     @functools.lru_cache(maxsize=8)
@@ -106,12 +103,7 @@ class PyramidLayout:
 
     @classmethod
     def from_grid(cls, height: int, width: int, scale_factors: tuple[int, ...]) -> "PyramidLayout":
-        """
-        Make the layout over a finest grid of `height` x `width` tokens.
-
-        Raises:
-            ValueError: A side is smaller than 1, or the factors do not decrease strictly to 1.
-        """
+        """Make the layout over `height` x `width` tokens; `ValueError` unless the factors decrease strictly to 1."""
         if height < 1 or width < 1:
             raise ValueError(f"`height` and `width` must be at least 1 token, got {height} and {width}.")
         check_scale_factors(scale_factors)
@@ -119,12 +111,12 @@ class PyramidLayout:
         grids = tuple(((height + factor - 1) // factor, (width + factor - 1) // factor) for factor in scale_factors)
         return cls(grids, tuple(scale_factors))
 
+    # No `cached_property`: `torch.compile` cannot trace the lock that Python 3.11 has in it.
     @property
     def num_scales(self) -> int:
         """Count the scales."""
         return len(self.grids)
 
-    # No `cached_property`: `torch.compile` cannot trace the lock that Python 3.11 has in it.
     @property
     def lengths(self) -> tuple[int, ...]:
         """Count the tokens of each scale."""
@@ -133,11 +125,7 @@ class PyramidLayout:
     @property
     def ends(self) -> tuple[int, ...]:
         """Return the end of each scale in the sequence, which is the number of keys that its queries see."""
-        ends, end = [], 0
-        for length in self.lengths:
-            end += length
-            ends.append(end)
-        return tuple(ends)
+        return tuple(accumulate(self.lengths))
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -150,12 +138,7 @@ class PyramidLayout:
         return sum(self.lengths)
 
     def truncate(self, num_scales: int) -> "PyramidLayout":
-        """
-        Make the layout of the coarsest `num_scales` scales, whose positions keep the unit of the finest grid.
-
-        Raises:
-            ValueError: `num_scales` is not in `1 ... self.num_scales`.
-        """
+        """Make the layout of the coarsest `num_scales`; `ValueError` unless that is in `1 ... self.num_scales`."""
         if isinstance(num_scales, bool) or not isinstance(num_scales, int) or not 1 <= num_scales <= self.num_scales:
             raise ValueError(f"`num_scales` must be an integer from 1 to {self.num_scales}, got {num_scales!r}.")
         return PyramidLayout(self.grids[:num_scales], self.scale_factors[:num_scales])
@@ -201,12 +184,8 @@ def flatten_pyramid(latents: Tensor, layout: PyramidLayout) -> Tensor:
     t_f[i, j] = 1 / n * sum over a, b < f of  z[:, f i + a, f j + b]
     ```
 
-    Args:
-        latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
-        layout (`PyramidLayout`): The scales to make, over a finest grid of `h x w`.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N, C)`: The tokens of all scales, coarse first, each scale row by row.
+    The finest map is `latents` of shape `(B, C, h, w)`, and `layout` is one over `h x w`. The tokens of all scales,
+    `(B, N, C)`, come coarse first, each scale row by row.
     """
     if layout.scale_factors == (1,):
         return latents.flatten(2).transpose(1, 2)
@@ -232,13 +211,8 @@ def convolve_pyramid(latents: Tensor, layout: PyramidLayout, convolutions: Itera
     t_f[i, j] = b_f + sum over a, b < f, c < C of  W_f[:, c, a, b] * z[c, min(f i + a, h - 1), min(f j + b, w - 1)]
     ```
 
-    Args:
-        latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
-        layout (`PyramidLayout`): The scales to make, over a finest grid of `h x w`.
-        convolutions (`Iterable[nn.Module]`): One convolution a scale, coarse to fine, of kernel and stride `f`.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N, D)`: The tokens of all scales, coarse first, each scale row by row.
+    The finest map is `latents` of shape `(B, C, h, w)`, and `layout` is one over `h x w`. There is one convolution a
+    scale, coarse to fine, of kernel and stride `f`. The tokens `(B, N, D)` lie as those of `flatten_pyramid`.
     """
     grid = (latents.shape[-2], latents.shape[-1])
     maps = []

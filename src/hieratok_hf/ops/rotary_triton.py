@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_triton import channels_last, on_device, tl, triton
+from .attention_triton import channels_last, tl, triton
 from .torch_compat import NAMESPACE
 
 __all__ = ["norm_rotary"]
@@ -80,7 +80,6 @@ def rotary_gradient_kernel(
 
 
 def _rotary_arguments(states: Tensor, weight: Tensor | None, eps: float) -> dict[str, Any]:
-    """Give the arguments of both launches that describe the states."""
     batch, num_tokens, heads, head_dim = states.shape
     return {
         "num_rows": batch * num_tokens * heads,
@@ -95,7 +94,7 @@ def _rotary_arguments(states: Tensor, weight: Tensor | None, eps: float) -> dict
 
 
 def _rotary_programs(states: Tensor) -> int:
-    return triton.cdiv(states.numel() // states.shape[-1], ROWS)
+    return triton.cdiv(states.shape[:-1].numel(), ROWS)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::norm_rotary", mutates_args=())
@@ -103,20 +102,13 @@ def norm_rotary(states: Tensor, weight: Tensor | None, cos: Tensor, signed_sin: 
     """
     Norm each head by its root mean square and turn it by its token's angles, in float32 with one rounding at the end.
 
-    Args:
-        states (`torch.Tensor` of shape `(B, N, A, d)`): Projected queries or keys, `d` even.
-        weight (`torch.Tensor` of shape `(d,)`, *optional*): Weight of the norm; without one there is no norm.
-        cos, signed_sin (`torch.Tensor` of shape `(N, 1, d)`, float32): The tables of `rotary_tables`, which get no
-            gradient.
-        eps (`float`): Epsilon that the norm adds to the mean square.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N, A, d)` in the dtype of `states`.
+    It takes `states` of shape `(B, N, A, d)`, `d` even, the norm's `weight` of shape `(d,)`, without which there is no
+    norm, and the tables of `rotary_tables`, `cos` and `signed_sin`, each of shape `(N, 1, d)`, which get no gradient.
     """
     states, cos, signed_sin = channels_last(states), cos.contiguous(), signed_sin.contiguous()
-    rotated = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+    rotated = states.new_empty(states.shape)
     if states.numel():
-        with on_device(states):
+        with torch.cuda.device_of(states):
             rotary_kernel[(_rotary_programs(states),)](
                 states, weight, cos, signed_sin, rotated, states.stride()[:3], rotated.stride()[:3],
                 **_rotary_arguments(states, weight, eps),
@@ -131,12 +123,12 @@ def norm_rotary_backward(
     """Compute the gradients of `states`, `(B, N, A, d)`, and of `weight`, `(d,)` in float32 (zero without one)."""
     upstream, states = channels_last(upstream), channels_last(states)
     cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
-    gradient = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+    gradient = states.new_empty(states.shape)
     # A row a program, summed afterwards in one order, so that runs agree to the bit.
     shape = (_rotary_programs(states) if weight is not None else 0, states.shape[-1])
-    weight_gradients = torch.empty(shape, dtype=torch.float32, device=states.device)
+    weight_gradients = states.new_empty(shape, dtype=torch.float32)
     if states.numel():
-        with on_device(states):
+        with torch.cuda.device_of(states):
             rotary_gradient_kernel[(_rotary_programs(states),)](
                 upstream, states, weight, cos, signed_sin, gradient, weight_gradients,
                 upstream.stride()[:3], states.stride()[:3], gradient.stride()[:3],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from ..models.saving import HubUploadMixin, name_in_errors, pop_hub_arguments, stage_folder
+from ..models.saving import HubUploadMixin, name_in_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,13 +99,10 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         Raises:
             ValueError: `save_directory` is a file.
         """
-        hub_arguments = pop_hub_arguments(kwargs, save_directory)
-        with stage_folder(save_directory) as stage:
+        with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, *args, **kwargs)
             if not _IN_PACKAGE:
                 _keep_code(stage)
-        if hub_arguments is not None:
-            self.push_to_hub(**hub_arguments)
 
 
 def _keep_code(folder: Path) -> None:

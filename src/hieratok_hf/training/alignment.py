@@ -13,7 +13,7 @@ __all__ = ["LatentAlignment"]
 
 class LatentAlignment(nn.Module):
     """
-    How far the latent's directions are from those of a frozen vision model, place by place and between places.
+    Measure how far the latent's directions are from a frozen vision model's, place by place and between places.
 
     A linear map without bias takes the latent to the features' channels, and two losses are added up: the mean of
     `relu(1 - cosine_margin - cos(z_i, f_i))` over the places, and that of
@@ -30,8 +30,10 @@ class LatentAlignment(nn.Module):
         cosine_margin, distance_margin (`float`, default to 0.5 and 0.25): Differences that cost nothing, in [0, 2).
 
     Raises:
-        ValueError: An argument is not one of those above, or the model's last tokens are no grid of patches.
+        ValueError: The model's last tokens are no grid of patches.
     """
+
+    features: VisionFeatures
 
     def __init__(
         self,
@@ -42,34 +44,21 @@ class LatentAlignment(nn.Module):
         distance_margin: float = 0.25,
     ):
         super().__init__()
-        if latent_channels < 1:
-            raise ValueError(f"`latent_channels` must be at least 1, got {latent_channels}.")
-        for name, margin in {"cosine_margin": cosine_margin, "distance_margin": distance_margin}.items():
-            if not 0 <= margin < 2:
-                raise ValueError(f"`{name}` must lie in [0, 2), got {margin}.")
         # Not a part of this module: it would be saved with every state, and sharded, though it never changes.
-        self._frozen = (features,)
-        self.cosine_margin = cosine_margin
-        self.distance_margin = distance_margin
+        self.__dict__["features"] = features
+        self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
         # Asked rather than read: many configurations do not name the channels of the last layer.
         blank = features.mean.new_zeros(1, 3, features.image_size, features.image_size)
-        self.projection = nn.Conv2d(latent_channels, self.target_map(blank).shape[1], 1, bias=False)
-        self.projection.to(blank.device)
-
-    @property
-    def features(self) -> VisionFeatures:
-        """The frozen vision model."""
-        return self._frozen[0]
+        self.projection = nn.Conv2d(latent_channels, self.target_map(blank).shape[1], 1, bias=False).to(blank.device)
 
     def forward(self, latents: Tensor, pixel_values: Tensor) -> Tensor:
         """
+        Add up both losses, float32 of shape `()`; gradients flow to the latents and to the map.
+
         Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): Gradients flow to them and to the map.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): The latents to align.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The same images in [-1, 1], at any size that the
                 vision model takes.
-
-        Returns:
-            `torch.Tensor` of shape `()`: The sum of both losses, in float32.
         """
         # Autocasting would round the cosines by up to a hundredth of the margins.
         with torch.autocast(latents.device.type, enabled=False):
@@ -85,11 +74,9 @@ class LatentAlignment(nn.Module):
     @torch.no_grad()
     def target_map(self, pixel_values: Tensor) -> Tensor:
         """
-        The last feature map `(B, D, h', w')` of `pixel_values` `(B, 3, H, W)` in [-1, 1], float32, at the vision
-        model's own grid; of a ViT the patches' tokens, which come after all others.
-
-        Raises:
-            ValueError: The model gives tokens, and its configuration has no patch size or they are fewer than patches.
+        Compute the last feature map `(B, D, h', w')` of `pixel_values` `(B, 3, H, W)` in [-1, 1], float32, at the
+        vision model's own grid; of a ViT the patches' tokens, which come after all others. `ValueError` for tokens
+        without a patch size, or fewer than patches.
         """
         last = self.features(pixel_values)[1][-1]
         if last.ndim == 4:

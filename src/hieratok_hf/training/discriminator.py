@@ -11,14 +11,10 @@ __all__ = ["PatchDiscriminator", "adaptive_weight", "discriminator_hinge_loss", 
 
 # Shape letters: B batch, H W pixels, h w grid of scores.
 
-_WIDEST = 8
-_NORM_GROUPS = 32
-_NORM_CHANNELS = 4
-
 
 class PatchDiscriminator(nn.Module):
     """
-    Scores how real each patch of an image looks, by convolutions of 4x4: `num_layers` of stride 2, then two of
+    Score how real each patch of an image looks, by convolutions of 4x4: `num_layers` of stride 2, then two of
     stride 1. A score sees 16, 34, 70 or 142 pixels each way with 1 to 4 layers, and the rest of its image only
     through the statistics of the norms.
 
@@ -29,24 +25,17 @@ class PatchDiscriminator(nn.Module):
         channels (`int`, defaults to 64): Channels after the first convolution, a multiple of 4; later ones have
             up to eight times as many.
         num_layers (`int`, defaults to 3): Convolutions of stride 2.
-
-    Raises:
-        ValueError: `channels` or `num_layers` are not those above.
     """
 
     def __init__(self, channels: int = 64, num_layers: int = 3):
         super().__init__()
-        if channels < 1 or channels % _NORM_CHANNELS:
-            raise ValueError(f"`channels` must be a positive multiple of {_NORM_CHANNELS}, got {channels}.")
-        if num_layers < 1:
-            raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
         self.min_size = 3 * 2**num_layers
-        widths = [channels * min(2**i, _WIDEST) for i in range(num_layers + 1)]
+        widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i, (width, next_width) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < num_layers else 1
             # Four channels or more a group: a channel alone would lose its mean.
-            groups = math.gcd(_NORM_GROUPS, next_width // _NORM_CHANNELS)
+            groups = math.gcd(32, next_width // 4)
             layers += [
                 nn.Conv2d(width, next_width, 4, stride=stride, padding=1, bias=False),
                 nn.GroupNorm(groups, next_width),
@@ -61,15 +50,8 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """
-        Args:
-            images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1]; sides of at least `min_size` pixels.
-
-        Returns:
-            `torch.Tensor` of shape `(B, 1, h, w)`: The scores in float32, high for real; `h` is
-            `H // 2**num_layers - 2`.
-
-        Raises:
-            ValueError: `images` are too small for a score.
+        Score `images` `(B, 3, H, W)` in [-1, 1] by patches: `(B, 1, h, w)`, float32, high for real, with
+        `h = H // 2**num_layers - 2`; `ValueError` for sides of fewer than `min_size` pixels.
         """
         if min(images.shape[2:]) < self.min_size:
             size = f"{images.shape[2]}x{images.shape[3]}"
@@ -79,50 +61,32 @@ class PatchDiscriminator(nn.Module):
 
 def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """
-    Compute the loss of the discriminator: scores of real images rise to 1, scores of others fall to -1.
-
-    Args:
-        real, fake (`torch.Tensor` of any shape): Its scores of real images, and of reconstructions without their
-            graph.
-
-    Returns:
-        `torch.Tensor` of shape `()`: The mean of both sides in float32, 1 where all scores are 0.
+    Compute the discriminator's loss, float32 of shape `()`. Scores of real images, `real` of any shape, rise to 1,
+    those of reconstructions without their graph, `fake` of any shape, fall to -1.
     """
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
 def generator_hinge_loss(fake: Tensor) -> Tensor:
     """
-    Compute the adversarial loss of the tokenizer: minus the mean score of its reconstructions.
-
-    Args:
-        fake (`torch.Tensor` of any shape): The discriminator's scores of them, with their graph.
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32.
+    Compute the adversarial loss of the tokenizer, float32 of shape `()`: minus the mean of `fake` of any shape, the
+    scores of its reconstructions with their graph.
     """
     return -fake.float().mean()
 
 
-def adaptive_weight(
-    reconstruction_square: Tensor, adversarial_square: Tensor, *, limit: float = 1e4, epsilon: float = 1e-4
-) -> Tensor:
+def adaptive_weight(reconstruction_square: Tensor, adversarial_square: Tensor) -> Tensor:
     """
-    The weight that makes the adversarial loss pull as hard as the reconstruction loss (VQGAN's eq. 7).
+    Compute the weight that makes the adversarial loss pull as hard as the reconstruction loss (VQGAN's eq. 7), at
+    most 1e4.
 
     VQGAN compares the gradients at the last layer's weight. Those at the reconstructed images need no wrapper (DDP,
     FSDP, compile) to be opened, and several processes can add up their sums of squares first.
 
     Args:
         reconstruction_square, adversarial_square (`torch.Tensor` of shape `()`): Sums of the squares of each loss's
-            gradient with respect to the reconstructed images.
-        limit (`float`, defaults to 1e4): The largest weight.
-        epsilon (`float`, defaults to 1e-4): Added to the adversarial norm. The gradient of a mean shrinks with the
-            root of the number of pixels, so that a large batch may ask for less than VQGAN's 1e-4.
-
-    Returns:
-        `torch.Tensor` of shape `()`: The ratio of the gradients' norms in [0, `limit`], float32, without a graph.
+            gradient with respect to the reconstructed images. The ratio of their roots is the weight, float32.
     """
     with torch.no_grad():
-        adversarial_norm = adversarial_square.float().sqrt() + epsilon
-        return (reconstruction_square.float().sqrt() / adversarial_norm).clamp(0, limit)
+        adversarial_norm = adversarial_square.float().sqrt() + 1e-4
+        return (reconstruction_square.float().sqrt() / adversarial_norm).clamp(0, 1e4)

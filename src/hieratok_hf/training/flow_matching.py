@@ -32,27 +32,24 @@ def dit_from_size(
     size: str, *, in_channels: int, sample_size: int, num_classes: int, patch_size: int = 1, **overrides: Any
 ) -> DiTTransformer2DModel:
     """
-    A DiT of a named size with random weights, in evaluation mode. Every block does nothing at first, as in the paper.
+    Make a DiT of a named size with random weights, in evaluation mode; as in the paper, every block does nothing yet.
 
     Args:
         size (`str`): One of `DIT_SIZES`.
         in_channels (`int`): Channels of the latent.
         sample_size (`int`): Side of the latent's grid.
-        num_classes (`int`): Classes; the label after the last is that of no class.
-        patch_size (`int`, defaults to 1): Cells of a token's side.
+        num_classes (`int`): Number of classes; the label after the last is that of no class.
+        patch_size (`int`, defaults to 1): Cells of a token's side, a divisor of `sample_size`.
         overrides: Further values of the configuration.
 
     Raises:
-        ValueError: There is no such size, a number is not positive, the grid is no multiple of the patch, or an
-            override is no value of the configuration that can be chosen.
+        ValueError: There is no such size, the grid is no multiple of the patch, or an override is no value of the
+            configuration that can be chosen.
     """
     if size not in DIT_SIZES:
         raise ValueError(f"`size` must be one of {list(DIT_SIZES)}, got {size!r}.")
-    for name, value in (("patch_size", patch_size), ("sample_size", sample_size), ("num_classes", num_classes)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be positive, got {value}.")
-    if sample_size % patch_size:
-        raise ValueError(f"The latent's side, {sample_size}, must be a multiple of `patch_size`, got {patch_size}.")
+    if patch_size < 1 or sample_size % patch_size:
+        raise ValueError(f"`patch_size` must divide the latent's side, {sample_size}, got {patch_size}.")
     sizes = ("in_channels", "out_channels", "sample_size", "patch_size", "num_embeds_ada_norm")
     known = set(inspect.signature(DiTTransformer2DModel.__init__).parameters) - {"self", *sizes}
     if unknown := sorted(set(overrides) - known):
@@ -84,10 +81,8 @@ def dit_from_size(
 
 class VelocityTraining(nn.Module):
     """
-    The part of a training step that owns the trained weights, so that one wrapper (DDP, FSDP, `torch.compile`) serves.
-
-    Args:
-        transformer (`ModelMixin`): A `DiTTransformer2DModel`, or another model that is called as one.
+    Hold the trained weights and compute their loss, so that one wrapper (DDP, FSDP, `torch.compile`) serves.
+    `transformer` is a `DiTTransformer2DModel`, or another model that is called as one.
     """
 
     # What accelerate's FSDP wraps one by one, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`.
@@ -98,7 +93,7 @@ class VelocityTraining(nn.Module):
         self.transformer = transformer
 
     def train(self, mode: bool = True) -> "VelocityTraining":
-        """Set the mode as any module does, without dropping labels inside: each block would drop others."""
+        """Set the mode, but never drop labels inside: each block would drop others."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, LabelEmbedding):
@@ -107,14 +102,13 @@ class VelocityTraining(nn.Module):
 
     def forward(self, latents: Tensor, noise: Tensor, times: Tensor, labels: Tensor) -> Tensor:
         """
-        Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): Clean ones of about unit variance.
-            noise (`torch.Tensor` of shape `(B, C, h, w)`): Standard normal.
-            times (`torch.Tensor` of shape `(B,)`): In [0, 1], from clean to noise alone.
-            labels (`torch.Tensor` of shape `(B,)`): int64; the number of classes is no class.
+        Compute the loss, the mean square of the velocity's error, float32 of shape `()`.
 
-        Returns:
-            `torch.Tensor` of shape `()`: The loss, float32: the mean square of the velocity's error.
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): Clean latents of about unit variance.
+            noise (`torch.Tensor` of shape `(B, C, h, w)`): Standard normal noise.
+            times (`torch.Tensor` of shape `(B,)`): Times in [0, 1], from clean to noise alone.
+            labels (`torch.Tensor` of shape `(B,)`): int64; the number of classes stands for no class.
         """
         share = times[:, None, None, None]
         noisy = (1 - share) * latents + share * noise
@@ -139,11 +133,11 @@ def flow_draws(
     Draw the times and noise of some images of a step, a function of seed and step however the images are divided.
 
     Args:
-        seed, step (`int`): Of the training.
+        seed, step (`int`): The training's seed and the step's number.
         count (`int`): Images of the whole step.
         rows (`torch.Tensor` of shape `(B,)`): Which of them these are.
-        shape (`tuple[int, ...]`): `(C, h, w)` of a latent.
-        mean, std (`float`, default to 0.0 and 1.0): Of the times' logit, which is normal (arXiv 2403.03206).
+        shape (`tuple[int, ...]`): The shape `(C, h, w)` of a latent.
+        mean, std (`float`, default to 0.0 and 1.0): Moments of the times' logit, which is normal (arXiv 2403.03206).
         shift (`float`, defaults to 1.0): More than 1 draws noisier times, as the `shift` of diffusers' schedulers.
 
     Returns:

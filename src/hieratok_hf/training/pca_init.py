@@ -29,12 +29,7 @@ def start_from_principal_components(core: HieraTokCore, batches: Iterable[Tensor
     core.set_linear_path(directions.T[order].float(), mean.float(), scale.float())
 
 
-def fit_linear_path(
-    core: HieraTokCore,
-    batches: Iterable[Tensor],
-    steps: int,
-    learning_rate: float = 1e-3,
-) -> None:
+def fit_linear_path(core: HieraTokCore, batches: Iterable[Tensor], steps: int, learning_rate: float = 1e-3) -> None:
     """
     Train the linear path alone for `steps` of the batches `(B, 3, H, W)` in [-1, 1]: without the blocks a step is
     cheap, and they start from what it reaches.
@@ -60,11 +55,8 @@ def fit_linear_path(
 @torch.no_grad()
 def latent_statistics(core: HieraTokCore, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """
-    Mean and standard deviation `(C,)`, float32, of each channel of the posterior's mode over images `(B, 3, H, W)`
-    in [-1, 1].
-
-    Raises:
-        ValueError: There are fewer than two latent positions.
+    Measure the mean and standard deviation `(C,)`, float32, of each channel of the posterior's mode over images
+    `(B, 3, H, W)` in [-1, 1]; `ValueError` for fewer than two latent positions.
     """
     sums: dict[str, Tensor] = {}
     for batch in batches:

@@ -1,5 +1,6 @@
 """Report a training: its progress, a file of records, a tracker, and the step at which it went wrong."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -18,26 +19,18 @@ __all__ = ["JsonLines", "TrainingReport"]
 
 
 class JsonLines:
-    """
-    Records of a training, a line each, for plots and comparisons; a run that goes on drops those after its start.
-
-    Args:
-        path (`Path`): The file, made if it is not there.
-        first_step (`int`): Records of this step and later ones are dropped.
-    """
+    """Keep records in a file, a line each; a run that goes on from `first_step` drops those after it."""
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
         kept = []
-        for line in lines:
-            try:
+        for line in path.read_text().splitlines() if path.exists() else ():
+            # The line that was being written when a run was killed is no JSON.
+            with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] <= first_step:
-                    kept.append(line)
-            except ValueError:  # the line that was being written when the run was killed
-                continue
+                    kept.append(f"{line}\n")
         with write_whole(path) as file:
-            file.write("".join(f"{line}\n" for line in kept).encode())
+            file.write("".join(kept).encode())
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; tensors become numbers, without rounding."""
@@ -48,22 +41,21 @@ class JsonLines:
 
 class TrainingReport:
     """
-    Losses of every process, averaged, on a progress bar, in `losses.jsonl` and in the accelerator's tracker.
+    Show losses, averaged over all processes, on a progress bar, in `losses.jsonl` and in the accelerator's tracker.
 
     Args:
         accelerator (`Accelerator`): Knows the processes and the trackers.
-        folder (`Path`): Where the records go.
-        first_step, steps (`int`): Of this run, and of the whole training.
+        folder (`Path`): The folder for the records.
+        first_step, steps (`int`): The step that this run begins with, and the steps of the whole training.
         every (`int`): Steps from one record to the next; looking at a loss makes a GPU wait.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, first_step: int, steps: int, every: int):
-        self.accelerator, self.every = accelerator, every
-        self.is_main = accelerator.is_main_process
-        self.folder = folder
-        self.records = JsonLines(folder / "losses.jsonl", first_step) if self.is_main else None
-        self.figures = JsonLines(folder / "validation.jsonl", first_step) if self.is_main else None
-        self.bar = tqdm(total=steps, initial=first_step, disable=not self.is_main, unit="step", dynamic_ncols=True)
+        self.accelerator, self.folder, self.every = accelerator, folder, every
+        is_main = accelerator.is_main_process
+        self.records = JsonLines(folder / "losses.jsonl", first_step) if is_main else None
+        self.figures = JsonLines(folder / "validation.jsonl", first_step) if is_main else None
+        self.bar = tqdm(total=steps, initial=first_step, disable=not is_main, unit="step", dynamic_ncols=True)
         self.sums: dict[str, Tensor] = {}
         self.parts = self.images = 0
         self.skipped: set[str] = set()
@@ -83,10 +75,8 @@ class TrainingReport:
 
     def end_step(self, step: int, norm: Tensor, count: int, learning_rate: float) -> None:
         """
-        Close a step of `count` images whose gradient has the norm `norm` `()`.
-
-        Raises:
-            FloatingPointError: As `check`; with a GPU only when a record is due.
+        Close a step of `count` images whose gradient has the norm `norm` `()`; raises what `check` does, with a GPU
+        only when a record is due.
         """
         finite = torch.isfinite(self.sums["loss"])
         if self.accelerator.scaler is None:  # a scaler of float16 tries scales until one does not overflow
@@ -129,7 +119,7 @@ class TrainingReport:
                 tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, **order)
 
     def check(self) -> None:
-        """`FloatingPointError` with the number of the step, if a loss or gradient was not finite."""
+        """Raise `FloatingPointError` with the number of the step, if a loss or gradient was not finite."""
         if (bad_step := int(self.bad_step)) >= 0:
             raise FloatingPointError(
                 f"The loss or its gradient was not finite at step {bad_step + 1}. The last state is from before; a "

@@ -18,52 +18,41 @@ _GAP = 2
 @torch.no_grad()
 def sample_grid(core: HieraTokCore, pixel_values: Tensor) -> Image.Image:
     """
-    One row an image: the image, then the decoded image of every scale, coarse to fine, at the image's size.
-
-    Args:
-        core (`HieraTokCore`): On the device of the images.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
-
-    Returns:
-        `PIL.Image.Image`: `B` rows and one column more than scales, with white gaps.
+    Show each image of `pixel_values` `(B, 3, H, W)` in [-1, 1] in a row: the image, then the decoded image of every
+    scale, coarse to fine, at the image's size, with white gaps. `core` is on the device of the images.
     """
     size = pixel_values.shape[2:]
     scales = core.decode_scales(core.encode(pixel_values).mode())
     # Nearest, so that a coarse scale shows as coarse as it is; its last cell may reach beyond the image.
-    columns = []
+    columns = [pixel_values]
     for image, factor in zip(scales, core.config.scale_factors):
         columns.append(F.interpolate(image, scale_factor=factor, mode="nearest")[..., : size[0], : size[1]])
-    cells = torch.stack([pixel_values, *columns], dim=1)  # (B, scales + 1, 3, H, W)
-    return _sheet(cells)
+    return _sheet(torch.stack(columns, dim=1))  # (B, scales + 1, 3, H, W)
 
 
 def class_grid(
     pipe: HieraTokDiTPipeline, steps: int, guidance_scale: float, seed: int, *, rows: int = 4, classes: int = 10
 ) -> Image.Image:
     """
-    One column a class, for the first of them; the noise is that of the seed, whatever the weights.
+    Show images of the first classes, a column a class, with white gaps; the noise is the same whatever the weights.
 
     Args:
-        pipe (`HieraTokDiTPipeline`): Makes the images.
-        steps (`int`): Of its scheduler.
-        guidance_scale (`float`): As that of the pipeline.
-        seed (`int`): Of the noise.
+        pipe (`HieraTokDiTPipeline`): The pipeline that makes the images.
+        steps (`int`): Steps of its scheduler.
+        guidance_scale (`float`): The `guidance_scale` of the pipeline.
+        seed (`int`): Seed of the noise.
         rows (`int`, defaults to 4): Images of a class.
         classes (`int`, defaults to 10): Most columns.
-
-    Returns:
-        `PIL.Image.Image`: The images with white gaps.
     """
     labels = list(range(min(classes, pipe.num_classes))) * rows
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(
-        labels, steps, guidance_scale, generator=torch.Generator().manual_seed(seed), output_type="pt"
-    ).images
+    generator = torch.Generator().manual_seed(seed)
+    images = pipe(labels, steps, guidance_scale, generator=generator, output_type="pt").images
     return _sheet((2 * images - 1).unflatten(0, (rows, -1)))
 
 
 def _sheet(cells: Tensor) -> Image.Image:
-    """Images `(rows, columns, 3, H, W)` in [-1, 1] with white gaps."""
+    """Join images `(rows, columns, 3, H, W)` in [-1, 1] with white gaps."""
     padded = F.pad(cells, (0, _GAP, 0, _GAP), value=1.0)
     sheet = padded.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (rows * H, columns * W, 3)
     levels = to_uint8(sheet[:-_GAP, :-_GAP]).cpu().numpy()

@@ -31,28 +31,24 @@ _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 class TrainingState:
     """
-    Everything that a training changes, and the average of the weights that it exports.
+    Save and restore everything that a training changes, and average the weights that it exports.
 
     Args:
         core (`nn.Module`): The module whose weights are averaged.
         pairs (`list[tuple[nn.Module, torch.optim.Optimizer]]`): Modules, wrapped or not, with their optimizers; `core`
             lies in the first.
-        decay (`float`): Of the average, which follows faster at first.
-        name (`str`, defaults to `"core"`): That of `core` in the first module.
+        decay (`float`): Decay of the average, which follows faster at first.
+        name (`str`, defaults to `"core"`): Name of `core` in the first module.
     """
 
     def __init__(
-        self,
-        core: nn.Module,
-        pairs: list[tuple[nn.Module, torch.optim.Optimizer]],
-        decay: float,
-        name: str = "core",
+        self, core: nn.Module, pairs: list[tuple[nn.Module, torch.optim.Optimizer]], decay: float, name: str = "core"
     ):
         self.core, self.pairs, self.prefix = core, pairs, f"{name}."
         self.average = EMAModel(core.parameters(), decay=decay, foreach=True)
 
     def average_weights(self) -> dict[str, Any]:
-        """The weights of the first module with the average in place of those of `core`, whole, on the CPU."""
+        """Gather the first module's weights, whole, on the CPU, with the average in place of those of `core`."""
         self.average.store(self.core.parameters())
         self.average.copy_to(self.core.parameters())
         try:
@@ -70,16 +66,9 @@ class TrainingState:
 
     def save(self, folder: Path, step: int, keep: int, write: bool = True, **facts: Any) -> None:
         """
-        Write the state after `step` steps, then remove all but the newest `keep`; `facts` are written along.
-
-        All processes call it, the one with `write` writes.
-
-        Raises:
-            OSError: The folder is full or cannot be written; earlier states stay.
-            ValueError: `keep` is less than 1.
+        Write the state after `step` steps, then remove all but the newest `keep`; `facts` are written along. All
+        processes call it, the one with `write` writes. `OSError` for a folder that is full; earlier states stay.
         """
-        if keep < 1:
-            raise ValueError(f"`keep` must be at least 1, got {keep}.")
         parts = [
             {
                 "model": get_model_state_dict(module, options=_GATHER),
@@ -89,17 +78,20 @@ class TrainingState:
             for module, optimizer in self.pairs
         ]
         average = self.average_weights()
-        if write:
-            state = {"step": step, "parts": parts, "average": average, "updates": self.average.optimization_step}
-            save_state(folder, step, {**state, **facts}, keep)
+        if not write:
+            return
+        state = {"step": step, "parts": parts, "average": average, "updates": self.average.optimization_step}
+        path = folder / _PATTERN.format(step)
+        try:
+            with write_whole(path) as file:
+                torch.save({**state, **facts}, file)
+        except RuntimeError as error:  # what torch's writer makes of a full disk
+            raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+        for old in states_in(folder)[:-keep]:
+            old.unlink()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """
-        Put back what `latest_state` read; all processes call it.
-
-        Raises:
-            ValueError: The state is that of other modules.
-        """
+        """Put back what `latest_state` read; all processes call it. `ValueError` for a state of other modules."""
         distributed = torch.distributed.is_initialized()
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
         if len(state["parts"]) != len(self.pairs):
@@ -119,32 +111,8 @@ class TrainingState:
             raise ValueError(f"The state does not fit this model: {str(error).splitlines()[-1].strip()}") from error
 
 
-def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """
-    Write `state` as that of `step`, then remove all but the newest `keep`.
-
-    Raises:
-        OSError: The folder cannot be written or is full; states that were there before stay.
-    """
-    path = folder / _PATTERN.format(step)
-    try:
-        with write_whole(path) as file:
-            torch.save(state, file)
-    except RuntimeError as error:  # what torch's writer makes of a full disk
-        raise OSError(f"{str(path)!r} cannot be written: {error}") from error
-    for old in states_in(folder)[:-keep]:
-        old.unlink()
-    return path
-
-
 def latest_state(folder: Path) -> dict[str, Any]:
-    """
-    The newest state of a folder.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged, or no state of this package.
-    """
+    """Read the newest state of a folder; `FileNotFoundError` without one, `ValueError` where it is damaged."""
     states = states_in(folder)
     if not states:
         raise FileNotFoundError(f"{str(folder)!r} holds no training state to go on from ({_PATTERN.format(0)} or so).")
@@ -160,10 +128,8 @@ def latest_state(folder: Path) -> dict[str, Any]:
 
 def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[str, Any] | None:
     """
-    The newest state of a script's `--output`, `None` where there is none.
-
-    Raises:
-        ValueError: There is one and `--resume` was not given, its `config` is another, or as `latest_state`.
+    Read the newest state of a script's `--output`, `None` where there is none. `ValueError` without `--resume`, for
+    another `config`, or where the state is damaged.
     """
     if not states_in(folder):
         return None
@@ -179,15 +145,12 @@ def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[
 
 
 def states_in(folder: Path) -> list[Path]:
-    """The states in a folder, the newest last."""
+    """List the states in a folder, the newest last."""
     return sorted(folder.glob(_GLOB))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: int) -> float:
-    """
-    Compute the factor of the learning rate at a step, in (0, 1]: linear warm-up, constant, half a cosine over the last
-    `decay` of all `steps`.
-    """
+    """Compute a step's factor of the learning rate, in (0, 1]: linear warm-up, constant, half a cosine at the end."""
     rising = min(1.0, (step + 1) / max(1, warmup))
     falling = min(1.0, (steps - step) / max(1, decay))
     return rising * 0.5 * (1 - math.cos(math.pi * falling))

@@ -20,18 +20,20 @@ __all__ = ["LossWeights", "TokenizerTraining", "TrainingLoss", "step_noise"]
 
 # Shape letters: B batch, H W pixels, C latent channels, h w latent grid.
 
+TrainingOutputs = tuple[list[Tensor], Tensor, Tensor | None]
+
 
 @dataclass(frozen=True)
 class LossWeights:
     """
-    Weights of the parts; a part of weight 0 is not computed. Those of `kl` and `coarse` are the configuration's.
+    Weigh the parts of the loss, `kl` and `coarse` aside, which the configuration weighs; 0 leaves a part out.
 
     Attributes:
         pixel (`str`): Kind of the difference of pixels, one of `PIXEL_LOSSES`; its weight is 1.
-        border (`float`): Of seams between patches, see `border_loss`.
-        perceptual, lpips (`float`): Of the distances over a vision model, and by the published LPIPS.
-        alignment (`float`): Of the latents' alignment with a vision model.
-        adversarial (`float`): Of the discriminator's verdict, beside the adaptive weight.
+        border (`float`): Weight of seams between patches, see `border_loss`.
+        perceptual, lpips (`float`): Weights of the distances over a vision model, and by the published LPIPS.
+        alignment (`float`): Weight of the latents' alignment with a vision model.
+        adversarial (`float`): Factor of the discriminator's verdict, beside the adaptive weight.
         adversarial_start, coarse_start (`int`): Steps before which those parts do not count.
 
     Raises:
@@ -57,8 +59,7 @@ class LossWeights:
 
 class TokenizerTraining(nn.Module):
     """
-    The part of a training step that owns every trained weight but the discriminator's, so that one wrapper (DDP,
-    FSDP, `torch.compile`) serves.
+    Hold every trained weight but the discriminator's, so that one wrapper (DDP, FSDP, `torch.compile`) serves.
 
     Args:
         core (`HieraTokCore`): The tokenizer.
@@ -81,20 +82,17 @@ class TokenizerTraining(nn.Module):
         latent_jitter: float = 0.0,
     ):
         super().__init__()
-        self.core = core
-        self.alignment = alignment
-        self.latent_noise = latent_noise
-        self.latent_jitter = latent_jitter
+        self.core, self.alignment = core, alignment
+        self.latent_noise, self.latent_jitter = latent_noise, latent_jitter
 
-    def forward(self, pixel_values: Tensor, noise: Tensor, mix: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    def forward(self, pixel_values: Tensor, noise: Tensor, mix: Tensor) -> TrainingOutputs:
         """
+        Encode, add noise and decode: the images of all scales, the moments `(B, 2C, h, w)`, and the alignment loss.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
             noise (`torch.Tensor` of shape `(2, B, C, h, w)`): Standard normal: for the posterior, and for the mixing.
-            mix (`torch.Tensor` of shape `(B, 1, 1, 1)`): In [0, 1], how much of a latent the noise replaces.
-
-        Returns:
-            The images of all scales, the moments `(B, 2C, h, w)`, and the alignment loss.
+            mix (`torch.Tensor` of shape `(B, 1, 1, 1)`): Share in [0, 1] of a latent that the noise replaces.
         """
         moments, _ = self.core.encode_moments(pixel_values)
         posterior = posterior_of(moments)
@@ -110,11 +108,9 @@ class TokenizerTraining(nn.Module):
 
 def step_noise(batch: dict[str, Any], config: HieraTokConfig, seed: int) -> tuple[Tensor, Tensor]:
     """
-    The `noise` and `mix` that `TokenizerTraining` takes, for a batch of `training_loader`: those of a step are a
-    function of the seed and the step, however its images are divided over processes and parts.
-
-    Returns:
-        `noise` `(2, B, C, h, w)`, standard normal, and `mix` `(B, 1, 1, 1)`, uniform in [0, 1), float32 on the CPU.
+    Draw what `TokenizerTraining` takes with a batch of `training_loader`: `noise` `(2, B, C, h, w)`, standard normal,
+    and `mix` `(B, 1, 1, 1)`, uniform in [0, 1), float32 on the CPU. They are a function of the seed and the step,
+    however its images are divided over processes and parts.
     """
     height, width = (side // config.patch_size for side in batch["pixel_values"].shape[2:])
     generator = step_generator(seed, batch["step"])
@@ -125,12 +121,12 @@ def step_noise(batch: dict[str, Any], config: HieraTokConfig, seed: int) -> tupl
 
 class TrainingLoss:
     """
-    The weighted sum of all losses, in float32.
+    Add up all weighted losses, in float32.
 
     Args:
-        weights (`LossWeights`): What counts how much.
+        weights (`LossWeights`): The weights of the parts.
         perceptual, lpips (`nn.Module`, *optional*): Distances of images; needed where their weight is not 0.
-        discriminator (`nn.Module`, *optional*): Scores images; the same.
+        discriminator (`nn.Module`, *optional*): Scores images; needed where `adversarial` is not 0.
         total (`Callable`, *optional*): Adds a tensor up over all processes.
 
     Raises:
@@ -152,31 +148,22 @@ class TrainingLoss:
         self.discriminator, self.total = discriminator, total
 
     def is_adversarial(self, step: int) -> bool:
-        """Whether the discriminator counts at a step, and learns."""
+        """Tell whether the discriminator counts at a step, and learns."""
         return self.weights.adversarial > 0 and step >= self.weights.adversarial_start
 
     def __call__(
-        self,
-        config: HieraTokConfig,
-        pixel_values: Tensor,
-        images: list[Tensor],
-        moments: Tensor,
-        aligned: Tensor | None,
-        step: int,
+        self, config: HieraTokConfig, pixel_values: Tensor, outputs: TrainingOutputs, step: int
     ) -> dict[str, Tensor]:
         """
-        Args:
-            config (`HieraTokConfig`): That of the tokenizer.
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): What `TokenizerTraining` was given.
-            images (`list[torch.Tensor]`): Those of all scales that it returned.
-            moments (`torch.Tensor` of shape `(B, 2C, h, w)`): That it returned.
-            aligned (`torch.Tensor` of shape `()`, *optional*): That it returned.
-            step (`int`): Of the training, from 0.
+        Compute the parts by name, each a scalar, and their sum `loss`.
 
-        Returns:
-            The parts by name, each a scalar, and `loss`.
+        Args:
+            config (`HieraTokConfig`): The tokenizer's configuration.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images that `TokenizerTraining` was given.
+            outputs (`tuple`): The images of all scales, moments and alignment loss that it returned.
+            step (`int`): Step of the training, from 0.
         """
-        weights = self.weights
+        weights, (images, moments, aligned) = self.weights, outputs
         parts = tokenizer_losses(images, pixel_values, moments, config, weights.pixel)
         image = images[-1].float()
         reconstruction = parts[weights.pixel]

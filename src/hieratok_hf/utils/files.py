@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that says what is wrong with it."""
+"""Write files whole or not at all, and read JSON with errors that name the file."""
 
 import json
 import os
@@ -12,7 +12,7 @@ __all__ = ["read_json", "write_whole"]
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` once it is whole; after an error the old one stays."""
+    """Open a file to write, which takes the place of `path` once it is whole; after an error the old one stays."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -25,12 +25,7 @@ def write_whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """
-    The object in a file, `None` where there is no file.
-
-    Raises:
-        ValueError: It is no JSON object.
-    """
+    """Read the JSON object in a file, `None` where there is no file; `ValueError` where it is no JSON object."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Image files of any mode to upright 8-bit RGB, with one-line errors, and 8-bit levels to [-1, 1] and back."""
+"""Read image files of any mode as upright 8-bit RGB, with one-line errors, and map 8-bit levels to [-1, 1]."""
 
 import io
 import os
@@ -13,22 +13,19 @@ __all__ = ["ImageError", "centre_square", "convert_to_rgb", "decode_image", "fro
 
 
 class ImageError(ValueError):
-    """An image file that cannot be used; the message is one line with the path and the reason."""
+    """Report an image file that cannot be used, by its path and the reason on one line."""
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Turn an image of any mode upright and into 8-bit RGB.
+    """
+    Make a new image of mode RGB, 8 bits a channel and upright, of an image of any size and mode.
 
     EXIF orientation is followed and transparency laid on white. Greys of 16 and 32 bits ("I;16*", "I") are scaled from
     0..65535, floats ("F") from [0, 1], both rounded to the nearest of 256 levels. Colour profiles are not applied.
 
-    Args:
-        image: image of any size and mode; it is loaded but not changed.
-    Returns:
-        A new image of mode RGB, independent of the file that `image` came from.
     Raises:
-        ValueError: an "I" or "F" image has values outside those ranges, or Pillow cannot convert the mode.
-        OSError: the image's file is cut short.
+        ValueError: An "I" or "F" image has values outside those ranges, or Pillow cannot convert the mode.
+        OSError: The image's file is cut short.
     """
     image.load()
     try:
@@ -51,15 +48,15 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) -> Image.Image:
-    """Read an image file as upright RGB (of several frames the first) and close the file.
+    """
+    Read an image file (of several frames the first) as `convert_to_rgb` makes it, and close the file.
 
     Args:
-        path: a regular file in any format that Pillow reads.
-        max_pixels: an image whose header announces more is refused before it is decoded.
-    Returns:
-        A fully loaded image of mode RGB, see `convert_to_rgb`.
+        path (`str` or `os.PathLike`): A regular file in any format that Pillow reads.
+        max_pixels (`int`, defaults to 50 million): An image of more pixels is refused before it is decoded.
+
     Raises:
-        ImageError: the file is missing, a folder, empty, unreadable, no image, too large or damaged.
+        ImageError: The file is missing, a folder, empty, unreadable, no image, too large or damaged.
     """
     name = repr(os.fspath(path))  # repr keeps the message on one line whatever the name holds
     try:
@@ -76,17 +73,7 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) ->
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Image.Image:
-    """Read an image from a file's content, as data sets hold it.
-
-    Args:
-        data: the content of a file in any format that Pillow reads.
-        name: what messages call it.
-        max_pixels: as that of `open_image`.
-    Returns:
-        A fully loaded image of mode RGB, see `convert_to_rgb`.
-    Raises:
-        ImageError: the content is empty, no image, too large or damaged.
-    """
+    """Read the image in a file's content as `open_image` does; in an `ImageError`, `name` stands for the path."""
     if not data:
         raise ImageError(f"{name!r}: is empty (0 bytes)")
     return _decode(io.BytesIO(data), repr(name), max_pixels)
@@ -108,7 +95,7 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of an image, bicubically at `size` x `size` pixels; one of that short side is only cut."""
+    """Cut the middle square of an image, and resize it bicubically to `size` x `size` pixels unless it is that."""
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     box = (left, top, left + short, top + short)
