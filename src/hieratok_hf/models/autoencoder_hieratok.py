@@ -127,8 +127,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     ):
         super().__init__()
         config = HieraTokConfig(**{name: self.config[name] for name in HieraTokConfig.__annotations__})
-        # JSON turns the tuple into a list.
-        self.register_to_config(scale_factors=config.scale_factors, **config.pipeline_facts)
+        # JSON turns the tuple into a list, and has no numbers of numpy.
+        self.register_to_config(**config.model_fields, **config.pipeline_facts)
         self.core = HieraTokCore(config).init_weights()
         self.use_slicing = False
         self.init_tiling(config.patch_size, max(256, 2 * config.patch_size * config.scale_factors[0]))

@@ -4,9 +4,10 @@ import math
 import operator
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["real_number", "whole_number"]
+__all__ = ["plain_numbers", "real_number", "whole_number"]
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -57,3 +58,12 @@ def real_number(name: str, value: Any, least: float, most: float = math.inf) -> 
         limits = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
         raise ValueError(f"`{name}` must be a finite number {limits}, got {value!r}.")
     return number
+
+
+def plain_numbers(value: Any) -> Any:
+    """Turn numbers and arrays of numpy and PyTorch, also those in lists and dictionaries, into Python's."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return type(value)(plain_numbers(item) for item in value)
+    return {key: plain_numbers(item) for key, item in value.items()} if type(value) is dict else value
