@@ -49,6 +49,8 @@ def read_class_names(given: Sequence[str] | None) -> list[str]:
     """
     if not given:
         return []
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"Class names must be a list of texts, got {given!r}.")
     names: Any = list(given)
     if len(given) == 1 and given[0].endswith(".json"):
         try:

@@ -11,13 +11,14 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..models.saving import HubUploadMixin, name_in_errors
+from ..utils.files import read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["PipelineFolderMixin"]
 
-_CLASS = "AutoencoderHieraTok"
+_CLASS, _PARTS = "AutoencoderHieraTok", ("vae", "transformer", "scheduler")
 _VAE_FILE, _PIPELINE_FILE = "autoencoder_hieratok", "pipeline_hieratok_dit"
 _IN_PACKAGE = __name__.startswith("hieratok_hf.")  # and not in the one file that a folder brings along
 
@@ -31,7 +32,8 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         # Read before the download, when names of files would still have to be names of modules.
-        index = super()._dict_from_json_file(json_file)
+        index = read_json(Path(json_file)) or {}
+        _check_index(json_file, index)
         if not _IN_PACKAGE:
             return index
         if isinstance(index.get("_class_name"), list):
@@ -59,9 +61,20 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message names the way out.
+            ValueError: A file is not as that of a pipeline must be.
         """
-        with name_in_errors(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        index = read_json(folder / "model_index.json") or {}
+        for part in _PARTS:
+            if _is_pair(index.get(part)) and part not in kwargs and not (folder / part).is_dir():
+                raise OSError(f"{str(folder)!r} lacks the folder {part!r} that its model_index.json names.")
+        try:
+            with name_in_errors(pretrained_model_name_or_path):
+                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            # What diffusers' own classes make of a configuration with a wrong type.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"Could not load {str(pretrained_model_name_or_path)!r} ({reason}).") from error
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **kwargs: Any) -> "Self":
@@ -116,3 +129,17 @@ def _keep_code(folder: Path) -> None:
             shutil.copyfile(__file__, folder / name / f"{_VAE_FILE}.py")
             index[name] = [_VAE_FILE, _CLASS]
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_index(path: str | os.PathLike[str], index: dict[str, Any]) -> None:
+    """Raise `ValueError` unless an index names its class, and each part's library and class."""
+    name = index.get("_class_name")
+    if not isinstance(name, str) and not _is_pair(name):
+        raise ValueError(f"{str(path)!r} must name a class under '_class_name', got {name!r}.")
+    for part in _PARTS:
+        if not _is_pair(index.get(part)) and index.get(part) != [None, None]:
+            raise ValueError(f"{str(path)!r} must name a library and a class under {part!r}, got {index.get(part)!r}.")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)

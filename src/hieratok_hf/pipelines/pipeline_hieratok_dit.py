@@ -208,6 +208,8 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         if times is None and noise is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             # Its own last step would begin with hardly any noise; as in diffusers' pipelines, steps are even.
             noise = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        if times is not None and self.scheduler.config.get("use_flow_sigmas"):
+            raise ValueError("`timesteps` cannot be given to a scheduler with use_flow_sigmas=True: give it `sigmas`.")
         # Some schedulers calculate with them.
         given_sigmas: Any = None if noise is None else np.array(noise, dtype=np.float32)
         retrieve_timesteps(self.scheduler, num_inference_steps, device, times, given_sigmas)
@@ -312,8 +314,13 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         shape = (batch_size, self.transformer.config.in_channels, size, size)
         if latents is None:
             return randn_tensor(shape, generator, self._execution_device, torch.float32)
-        if not isinstance(latents, Tensor) or latents.shape != shape or not latents.is_floating_point():
-            got = f"{tuple(latents.shape)} of {latents.dtype}" if isinstance(latents, Tensor) else type(latents)
+        is_usable = isinstance(latents, Tensor) and latents.is_floating_point() and not latents.is_meta
+        if not is_usable or latents.shape != shape:
+            got = (
+                f"{tuple(latents.shape)} of {latents.dtype} on {latents.device}"
+                if isinstance(latents, Tensor)
+                else type(latents)
+            )
             raise ValueError(f"`latents` must be a tensor of floating point of shape {shape}, got {got}.")
         latents = latents.to(self._execution_device, torch.float32)
         if latents.layout != torch.strided or not latents.isfinite().all():
