@@ -276,6 +276,22 @@ def test_in_half_precision(name, monkeypatch):
     assert (made.float() - expected).abs().mean() < 0.01
 
 
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["SDXL", "SDXL img2img", "SDXL inpaint"])
+def test_half_pipelines_decode_in_float32_where_the_tokenizer_asks_for_it(name, monkeypatch):
+    swap = SWAPS[name]
+    pipe = make_pipeline(swap)
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.to(torch.float16)
+    expected = make_vae(swap).to(torch.float16).float()
+    decoded = watch(monkeypatch, pipe.vae, "decode")
+    made = run(pipe, swap)
+    assert decoded[0].dtype == torch.float32 and pipe.vae.dtype == torch.float16
+    with torch.no_grad():
+        images = (expected.decode(decoded[0]).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(made.float(), images, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "tokenizer", "error", "message"),
     [
