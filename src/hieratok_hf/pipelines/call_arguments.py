@@ -1,16 +1,17 @@
-"""Take the arguments of a pipeline's call, and what its callback returns, as whoever calls has them."""
+"""Take what a pipeline's call is given, and what its callback returns, or say what is wrong with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..utils.numbers import real_number
 
-__all__ = ["take_falling", "take_generators", "take_interval", "take_latents"]
+__all__ = ["evaluating", "take_falling", "take_generators", "take_interval", "take_latents"]
 
 
 def take_interval(guidance_interval: Any) -> tuple[float, float]:
@@ -41,7 +42,8 @@ def take_generators(generator: Any, batch_size: int) -> Any:
     generators = list(generator) if _is_list(generator) else []
     if len(generators) != batch_size or not all(isinstance(each, torch.Generator) for each in generators):
         raise ValueError(
-            f"`generator` must be a torch.Generator, or one for each of {batch_size} images, got {generator!r}."
+            f"`generator` must be a torch.Generator, or one for each of {batch_size} images, "
+            f"got {f'{len(generators)} of them' if generators else repr(generator)}."
         )
     return generators
 
@@ -57,6 +59,19 @@ def take_latents(returned: Any, latents: Tensor) -> Tensor:
             f"{tuple(latents.shape)}, got {getattr(changed, 'shape', returned)!r}."
         )
     return changed.to(latents)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode, as in the midst of its training, when a DiT drops labels; restore its mode."""
+    modes = {module: module.training for module in model.modules()} if model.training else {}
+    try:
+        if modes:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _is_list(value: Any) -> bool:

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..utils.numbers import real_number, whole_number
-from .call_arguments import take_falling, take_generators, take_interval, take_latents
+from .call_arguments import evaluating, take_falling, take_generators, take_interval, take_latents
 from .class_names import label_ids, names_to_ids
 from .noise_levels import PREDICTION_TYPES, NoiseLevel, noise_levels, prediction_type_of
 from .pipeline_folder import PipelineFolderMixin
@@ -230,12 +230,13 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 scaled = self.scheduler.scale_model_input(latents, t)
             guided = self.guidance_scale > 1 and lowest - _ROUNDING <= level.share <= highest + _ROUNDING
             model_input = torch.cat([scaled] * 2) if guided else scaled
-            prediction = self.transformer(
-                model_input.to(self.transformer.dtype),
-                timestep=t.to(device).expand(len(model_input)),
-                class_labels=torch.cat([labels, no_labels]) if guided else labels,
-                return_dict=False,
-            )[0]
+            with evaluating(self.transformer):
+                prediction = self.transformer(
+                    model_input.to(self.transformer.dtype),
+                    timestep=t.to(device).expand(len(model_input)),
+                    class_labels=torch.cat([labels, no_labels]) if guided else labels,
+                    return_dict=False,
+                )[0]
             prediction = prediction[:, :channels].float()
             if guided:
                 conditional, unconditional = prediction.chunk(2)
