@@ -67,6 +67,7 @@ def test_clean_latents_and_noise_alone():
     [
         (diffusers.EDMEulerScheduler(), "EDMEulerScheduler"),
         (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "needs use_flow_sigmas=True"),
+        (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "needs use_flow_sigmas=False"),
         (diffusers.IPNDMScheduler(), "prediction type None"),
         (diffusers.CogVideoXDPMScheduler(), "CogVideoXDPMScheduler, which asks for"),
         (object(), "is a object"),

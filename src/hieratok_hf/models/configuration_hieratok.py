@@ -88,7 +88,8 @@ def _with_plain_numbers(config: type[Config]) -> type[Config]:
     set_checked: Any = config.__setattr__
 
     def set_plain(self: Config, name: str, value: Any) -> None:
-        set_checked(self, name, plain_numbers(value) if name in config.__annotations__ else value)
+        is_field = config.attribute_map.get(name, name) in config.__annotations__
+        set_checked(self, name, plain_numbers(value) if is_field else value)
 
     config.__setattr__ = set_plain  # type: ignore[assignment]
     return config

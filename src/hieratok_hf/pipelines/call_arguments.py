@@ -49,7 +49,16 @@ def take_generators(generator: Any, batch_size: int) -> Any:
 
 
 def take_latents(returned: Any, latents: Tensor) -> Tensor:
-    """Take the latents that a callback returns, and those of the step where it returns none."""
+    """
+    Take the latents that a callback returns, and those of the step where it returns none.
+
+    Args:
+        returned (`dict` or `None`): What the callback returned.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents of the step.
+
+    Raises:
+        ValueError: `returned` is no dictionary, or its latents are of another shape.
+    """
     if returned is None:
         return latents
     changed = returned.get("latents", latents) if isinstance(returned, Mapping) else None

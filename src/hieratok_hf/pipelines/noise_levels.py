@@ -72,11 +72,13 @@ def prediction_type_of(scheduler: Any) -> str:
         raise ValueError(f"`scheduler` is a {name}, which asks for {needed} in a step.")
     if name.startswith("FlowMatch"):  # made for flow matching alone, which its configuration does not say
         return "flow_prediction"
-    kind = config.get("prediction_type")
-    if kind == "flow_prediction":
-        if not config.get("use_flow_sigmas"):
-            raise ValueError(f"`scheduler` is a {name} of prediction type {kind!r}, which needs use_flow_sigmas=True.")
-    elif kind not in ("epsilon", "v_prediction", "sample") or not hasattr(scheduler, "alphas_cumprod"):
+    kind: Any = config.get("prediction_type")
+    is_flow = kind == "flow_prediction"
+    if bool(config.get("use_flow_sigmas")) != is_flow:
+        raise ValueError(
+            f"`scheduler` is a {name} of prediction type {kind!r}, which needs use_flow_sigmas={is_flow}."
+        )
+    if not is_flow and (kind not in PREDICTION_TYPES or not hasattr(scheduler, "alphas_cumprod")):
         raise ValueError(
             f"`scheduler` is a {name} of prediction type {kind!r}: neither of flow matching nor with `alphas_cumprod`."
         )

@@ -139,7 +139,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         preview_scales: int | None = None,
     ) -> ImagePipelineOutput | Any:
@@ -151,15 +151,17 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
 
         Args:
             class_labels (`int`, `str` or a list of them): Classes by number or name.
-            num_inference_steps (`int`, defaults to 50): Number of the scheduler's steps.
+            num_inference_steps (`int`, defaults to 50): Number of the scheduler's steps, at most its
+                `num_train_timesteps`.
             guidance_scale (`float`, defaults to 4.0): Scale of classifier-free guidance, at least 1. A scale of 1 is
                 none, and asks the transformer half as much.
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Shares of noise, from 0 for clean to 1
                 for noise alone, between which guidance acts (Kynkäänniemi et al., arXiv 2404.07724).
             num_images_per_prompt (`int`, defaults to 1): Number of images of each class, one after the other.
             timesteps, sigmas (`list[int]` and `list[float]`, *optional*): Timesteps, or noise levels, of the scheduler
-                in place of `num_inference_steps`, where it takes them.
-            eta (`float`, defaults to 0.0): Weight of the noise that DDIM adds in a step (arXiv 2010.02502).
+                in place of `num_inference_steps`, where it takes them; they fall.
+            eta (`float`, defaults to 0.0): Weight, from 0 to 1, of the noise that DDIM adds in a step (arXiv
+                2010.02502).
             generator (`torch.Generator` or one for each image, *optional*): Source of all noise. With one for each,
                 an image does not depend on those beside it.
             latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to begin with; drawn
@@ -168,9 +170,9 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 `(B, 3, H, W)`, both in [0, 1], or `"latent"` for latents that are not decoded.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end (`Callable`, *optional*): Function that is called as
-                `callback(pipe, step, timestep, tensors)` after each step; the `"latents"` that it returns replace
-                those of the step. A `PipelineCallback` of diffusers names its tensors itself, and a callback may set
-                `pipe._guidance_scale`.
+                `callback(pipe, step, timestep, tensors)` after each step and returns a dictionary, whose `"latents"`
+                replace those of the step, or `None`. A `PipelineCallback` of diffusers names its tensors itself, and a
+                callback may set `pipe._guidance_scale`.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Names of the tensors that
                 the callback gets: `"latents"`, and `"clean_latents"`, the clean ones that the transformer predicts.
             preview_scales (`int`, *optional*): Number of the tokenizer's scales by which the predicted clean latents
