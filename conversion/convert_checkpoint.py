@@ -63,8 +63,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def read_config(path: Path) -> dict[str, Any]:
     """Read the values of a config.json that describe the model; a `Problem` for one that the model does not know."""
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise Problem(f"{str(path)!r} cannot be read: {one_line(error)}") from error
     if not isinstance(values, dict) or values.get("model_type", "hieratok") != "hieratok":
         raise Problem(f"{str(path)!r} is not that of a HieraTok tokenizer")

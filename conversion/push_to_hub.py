@@ -45,7 +45,7 @@ def card_of(args: argparse.Namespace) -> dict[str, Any]:
     reports = []
     for path in args.results:
         try:
-            reports.append(json.loads(path.read_text(encoding="utf-8")))
+            reports.append(json.loads(path.read_bytes()))
         except (OSError, ValueError) as error:
             raise Problem(f"--results {str(path)!r} cannot be read: {one_line(error)}") from error
     try:

@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> Any:
 
 def _shards(index: Path) -> dict[Path, set[str]]:
     """List the files that an index names, and the tensors that each must hold."""
-    weight_map = json.loads(index.read_text()).get("weight_map")
+    weight_map = json.loads(index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Problem(f"{str(index)!r} has no `weight_map` of names and files")
     shards: dict[Path, set[str]] = {}

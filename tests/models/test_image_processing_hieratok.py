@@ -115,7 +115,7 @@ def test_argument_errors(backend, images, options, kind, text):
     with pytest.raises(kind, match=re.escape(text).replace(r"\.\*", ".*")):
         backend()(images, **options)
     for value in (0, -8, 1.5, "16", True, None):
-        with pytest.raises(ValueError, match=f"size_divisor .*{value!r}"):
+        with pytest.raises(ValueError, match=f"`size_divisor` .*{value!r}"):
             backend(size_divisor=value)
 
 

@@ -74,9 +74,19 @@ def test_names_of_a_file(tmp_path):
         read_class_names(["a", "b", "a"])
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "[1]", "not JSON", '{"classes": "ab"}'])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_names_of_a_file_in_every_encoding_of_json(tmp_path, encoding):
+    path = tmp_path / "names.json"
+    path.write_bytes(json.dumps(["café", "猫"], ensure_ascii=False).encode(encoding))
+    assert read_class_names([str(path)]) == ["café", "猫"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "[]", "[1]", "not JSON", '{"classes": "ab"}', "", "[" * 10**5, "1" * 5000, '["caf\udce9"]', '[{"a": 1}]'],
+)
 def test_a_file_without_names_is_refused(tmp_path, content):
     path = tmp_path / "names.json"
-    path.write_text(content)
+    path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"names\.json"):
         read_class_names([str(path)])

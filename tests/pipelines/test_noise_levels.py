@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 from helpers import noise
-from tiny_pipelines import FLOW_SCHEDULERS
+from tiny_pipelines import FLOW, FLOW_SCHEDULERS
 
 from hieratok_hf.pipelines.noise_levels import NoiseLevel, noise_levels, prediction_type_of
 
@@ -67,9 +67,26 @@ def test_clean_latents_and_noise_alone():
     [
         (diffusers.EDMEulerScheduler(), "EDMEulerScheduler"),
         (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "needs use_flow_sigmas=True"),
-        (object(), "prediction type None"),
+        (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "needs use_flow_sigmas=False"),
+        (diffusers.IPNDMScheduler(), "prediction type None"),
+        (diffusers.CogVideoXDPMScheduler(), "CogVideoXDPMScheduler, which asks for"),
+        (object(), "is a object"),
     ],
 )
 def test_a_scheduler_that_fits_no_transformer_is_refused(scheduler, message):
     with pytest.raises(ValueError, match=message):
         prediction_type_of(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (diffusers.DDIMInverseScheduler(), "noise rises"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "noise rises"),
+        (diffusers.DEISMultistepScheduler(**FLOW), "ends with a share of noise of 0.10"),
+    ],
+)
+def test_a_scheduler_that_does_not_end_at_clean_latents_is_refused(scheduler, message):
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match=message):
+        noise_levels(scheduler)

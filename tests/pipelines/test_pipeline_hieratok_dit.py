@@ -215,6 +215,16 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
         pipe.save_pretrained(next(iter(before)))
 
 
+def test_a_transformer_in_training_mode_drops_no_labels_and_stays_in_it():
+    pipe = dit_pipeline()
+    expected = pipe([0, 1, 2] * 10, 2, generator=seeds(*range(30)), output_type="latent").images
+    pipe.transformer.train()
+    pipe.transformer.transformer_blocks[0].ff.eval()
+    modes = [module.training for module in pipe.transformer.modules()]
+    assert torch.equal(pipe([0, 1, 2] * 10, 2, generator=seeds(*range(30)), output_type="latent").images, expected)
+    assert [module.training for module in pipe.transformer.modules()] == modes
+
+
 def test_images_are_the_decoded_latents_in_every_type():
     pipe, pixels = dit_pipeline(), SIDE * TINY["patch_size"]
     kinds = ("pil", "np", "pt", "latent")

@@ -249,15 +249,18 @@ def test_a_saved_pipeline_has_it_again(name, tmp_path, caplog):
     torch.testing.assert_close(run(loaded, swap), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["SD", "Flux"])
-def test_it_takes_the_place_of_another(name):
+def test_it_takes_the_place_of_another(name, dtype):
     swap = SWAPS[name]
-    own = make_pipeline(swap)
+    own = make_pipeline(swap).to(dtype)
     widths = {"block_out_channels": (4,), "norm_num_groups": 2, "latent_channels": swap.channels}
-    other = type(own)(**make_parts(swap) | {"vae": diffusers.AutoencoderKL(**widths)})
-    pipe = type(own).from_pipe(other, vae=own.vae)
+    other = type(own)(**make_parts(swap) | {"vae": diffusers.AutoencoderKL(**widths)}).to(dtype)
+    pipe = type(own).from_pipe(other, vae=own.vae, dtype=other.dtype)  # as README.md and docs/pipelines.md have it
     pipe.set_progress_bar_config(disable=True)
     assert pipe.vae is own.vae
+    for part in (*pipe.components.values(), *other.components.values()):
+        assert getattr(part, "dtype", dtype) == dtype
     torch.testing.assert_close(run(pipe, swap), run(own, swap), atol=1e-5, rtol=0)
 
 
@@ -271,6 +274,22 @@ def test_in_half_precision(name, monkeypatch):
     with torch.no_grad():
         expected = (make_vae(swap).decode(decoded[0].float()).sample / 2 + 0.5).clamp(0, 1)
     assert (made.float() - expected).abs().mean() < 0.01
+
+
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["SDXL", "SDXL img2img", "SDXL inpaint"])
+def test_half_pipelines_decode_in_float32_where_the_tokenizer_asks_for_it(name, monkeypatch):
+    swap = SWAPS[name]
+    pipe = make_pipeline(swap)
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.to(torch.float16)
+    expected = make_vae(swap).to(torch.float16).float()
+    decoded = watch(monkeypatch, pipe.vae, "decode")
+    made = run(pipe, swap)
+    assert decoded[0].dtype == torch.float32 and pipe.vae.dtype == torch.float16
+    with torch.no_grad():
+        images = (expected.decode(decoded[0]).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(made.float(), images, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

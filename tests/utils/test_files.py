@@ -21,3 +21,15 @@ def test_json_that_is_no_object_is_named(text, tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         read_json(tmp_path / "config.json")
     assert read_json(tmp_path / "none.json") is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_of_windows_is_read(encoding, tmp_path):
+    (tmp_path / "config.json").write_bytes('{"name": "café"}'.encode(encoding))
+    assert read_json(tmp_path / "config.json") == {"name": "café"}
+
+
+def test_json_that_is_nested_without_end_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        read_json(tmp_path / "config.json")

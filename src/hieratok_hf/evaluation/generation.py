@@ -16,6 +16,7 @@ from ..pipelines.class_names import plain_name
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.distributed import gather
 from ..utils.images import from_uint8
+from ..utils.numbers import whole_number
 from .vision_features import FrozenVisionModel
 
 __all__ = ["ClassAccuracy", "GeneratedBatches", "ImageClassifier", "find_classes", "number_images", "image_size"]
@@ -47,6 +48,7 @@ def number_images(pipe: HieraTokDiTPipeline, rows: Sequence[int], seed: int, **s
     Raises:
         ValueError: The pipeline refuses an argument, or an image is not finite.
     """
+    rows = [whole_number("rows", row, 0) for row in rows]
     labels = [row % pipe.num_classes for row in rows]
     generators = [step_generator(seed, row) for row in rows]
     images = pipe(labels, generator=generators, output_type="pt", **settings).images.float().cpu()

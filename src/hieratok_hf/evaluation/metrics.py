@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..models.core import PIXEL_LIMIT
 from ..models.losses import steps_at_borders
 from ..utils.images import from_uint8, to_uint8
+from ..utils.numbers import whole_number
 from .vision_features import VisionFeatures
 
 __all__ = ["SSIM_WINDOW", "FrechetDistance", "border_steps", "psnr", "ssim"]
@@ -84,10 +85,7 @@ def border_steps(images: Tensor, patch_size: int) -> Tensor:
         ValueError: As `psnr`, or there is no border or nothing between borders.
     """
     levels = _levels("images", images)
-    size = tuple(levels.shape[2:])
-    if not 2 <= patch_size < min(size):
-        raise ValueError(f"`patch_size` must be at least 2 and less than the images' {size}, got {patch_size}.")
-    return steps_at_borders(levels, patch_size)
+    return steps_at_borders(levels, whole_number("patch_size", patch_size, 2, min(levels.shape[2:]) - 1))
 
 
 class FrechetDistance:
@@ -126,8 +124,9 @@ class FrechetDistance:
             from torchmetrics.image.fid import FrechetInceptionDistance
         except ImportError as error:
             raise ImportError('A Fréchet distance needs torchmetrics: pip install "hieratok_hf[eval]"') from error
-        if size is not None and (features is None or size < 1):
-            raise ValueError(f"`size` must be positive, and left out for the Inception network, got {size}.")
+        if size is not None and features is None:
+            raise ValueError(f"`size` must be left out for the Inception network, got {size}.")
+        size = size if size is None else whole_number("size", size, 1)
         self.name = "rFID" if features is None else f"FD-{features.name}"
         self.size = 299 if features is None else size or features.image_size
         self.same_targets = same_targets
@@ -204,6 +203,8 @@ def _paired_levels(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _levels(name: str, tensor: Tensor) -> Tensor:
     """Convert images to whole numbers in 0 ... 255 in float32, after a check."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        raise ValueError(f"`{name}` must be a dense torch.Tensor, got {getattr(tensor, 'layout', type(tensor))}.")
     if not tensor.is_floating_point():
         raise ValueError(f"`{name}` must be of floating point and lie in [-1, 1], got {tensor.dtype}.")
     if tensor.ndim != 4 or tensor.shape[1] != 3 or 0 in tensor.shape:

@@ -13,7 +13,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import PyramidLayout
@@ -127,8 +127,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     ):
         super().__init__()
         config = HieraTokConfig(**{name: self.config[name] for name in HieraTokConfig.__annotations__})
-        # JSON turns the tuple into a list.
-        self.register_to_config(scale_factors=config.scale_factors, **config.pipeline_facts)
+        # JSON turns the tuple into a list, and has no numbers of numpy.
+        self.register_to_config(**config.model_fields, **config.pipeline_facts)
         self.core = HieraTokCore(config).init_weights()
         self.use_slicing = False
         self.init_tiling(config.patch_size, max(256, 2 * config.patch_size * config.scale_factors[0]))
@@ -157,6 +157,11 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     def spatial_compression_ratio(self) -> int:
         """Return how many pixels of an image's side one cell of its latent stands for."""
         return self.core.config.patch_size
+
+    @property
+    def post_quant_conv(self) -> nn.Module:
+        """Return the layer that reads the latents, of whose parameters pipelines ask the dtype with `force_upcast`."""
+        return self.core.decoder.embed
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:

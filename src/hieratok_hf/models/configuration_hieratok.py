@@ -1,12 +1,13 @@
 """Configure HieraTok: every size of the model, checked once, and the sizes that have names."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import check_scale_factors
+from ..utils.numbers import plain_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,6 +73,8 @@ Named sizes, each with the arguments in which it differs from the defaults of `H
 depths are this project's choice, because the paper publishes none.
 """
 
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
 _NOT_NEGATIVE = ("learned_positions", "linear_path", "kl_weight", "coarse_weight")
 _CHOICES = {
     "downsampling": DOWNSAMPLING,
@@ -80,6 +83,19 @@ _CHOICES = {
 }
 
 
+def _with_plain_numbers(config: type[Config]) -> type[Config]:
+    """Let the fields of a configuration be numbers and arrays of numpy too, which its check of types would refuse."""
+    set_checked: Any = config.__setattr__
+
+    def set_plain(self: Config, name: str, value: Any) -> None:
+        is_field = config.attribute_map.get(name, name) in config.__annotations__
+        set_checked(self, name, plain_numbers(value) if is_field else value)
+
+    config.__setattr__ = set_plain  # type: ignore[assignment]
+    return config
+
+
+@_with_plain_numbers
 @strict
 class HieraTokConfig(PreTrainedConfig):
     r"""

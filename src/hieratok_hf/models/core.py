@@ -344,7 +344,7 @@ class HieraTokCore(nn.Module):
             ValueError: The factors do not decrease strictly to 1, averages cannot stand for what was learned, or the
                 model has adapters.
         """
-        check_scale_factors(scale_factors)
+        scale_factors = check_scale_factors(scale_factors)
         if has_adapters(self):
             raise ValueError("The model has adapters, which a copy would lack: fuse them and unload them first.")
         own = tuple(self.config.scale_factors)
@@ -352,7 +352,7 @@ class HieraTokCore(nn.Module):
         if downsampling not in kinds:
             raise ValueError(f"`downsampling` must be one of {list(kinds)} for this model, got {downsampling!r}.")
         config = copy.deepcopy(self.config)
-        config.scale_factors, config.downsampling = tuple(scale_factors), downsampling
+        config.scale_factors, config.downsampling = scale_factors, downsampling
         core = HieraTokCore(config).init_weights()
         ours, theirs = self.decoder, core.decoder
         of_scales = ("decoder.scale_embedding", "decoder.coarse_embed.", "decoder.linear_path.")

@@ -13,6 +13,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
 from ..utils.images import convert_to_rgb, open_image
+from ..utils.numbers import plain_numbers, whole_number
 
 __all__ = ["HieraTokImageProcessor", "HieraTokImageProcessorPil"]
 
@@ -116,9 +117,9 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         return output
 
     def _standardize_kwargs(self, *args: Any, size_divisor: Any = None, **kwargs: Any) -> dict[str, Any]:
-        if type(size_divisor) is not int or size_divisor < 1:
-            raise ValueError(f"size_divisor must be a positive integer, got {size_divisor!r}")
-        return {**super()._standardize_kwargs(*args, **kwargs), "size_divisor": size_divisor}
+        size_divisor = whole_number("size_divisor", size_divisor, 1)
+        plain = {name: plain_numbers(value) for name, value in kwargs.items()}
+        return {**super()._standardize_kwargs(*args, **plain), "size_divisor": size_divisor}
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         images = self.fetch_images(images)

@@ -7,6 +7,8 @@ import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import Tensor
 
+from ..utils.numbers import whole_number
+
 __all__ = ["TilingMixin", "run_in_tiles"]
 
 # Shape letters: B batch, C channels of the input, K channels of the result, H W sides of the input.
@@ -126,9 +128,9 @@ class TilingMixin(AutoencoderMixin):
             size_name, stride_name = f"tile_sample_min_{side}", f"tile_sample_stride_{side}"
             if size is None:
                 size, stride = getattr(self, size_name), getattr(self, stride_name) if stride is None else stride
-            self._check_multiple(size_name, size)
+            size = self._take_multiple(size_name, size)
             stride = _default_stride(size, self._tile_unit) if stride is None else stride
-            self._check_multiple(stride_name, stride)
+            stride = self._take_multiple(stride_name, stride)
             if stride > size:
                 raise ValueError(f"`{stride_name}` must be at most the tile's {size} pixels, got {stride}.")
             values |= {size_name: size, stride_name: stride}
@@ -147,9 +149,11 @@ class TilingMixin(AutoencoderMixin):
         is_map = isinstance(batch, Tensor) and batch.ndim == 4
         return self.use_tiling and is_map and (batch.shape[2] > height or batch.shape[3] > width)
 
-    def _check_multiple(self, name: str, value: Any) -> None:
-        if not isinstance(value, int) or value < 1 or value % self._tile_unit:
-            raise ValueError(f"`{name}` must be a positive multiple of patch size {self._tile_unit}, got {value!r}.")
+    def _take_multiple(self, name: str, value: Any) -> int:
+        number = whole_number(name, value, self._tile_unit)
+        if number % self._tile_unit:
+            raise ValueError(f"`{name}` must be a multiple of the patch size {self._tile_unit}, got {number}.")
+        return number
 
 
 def _default_stride(side: int, patch_size: int) -> int:

@@ -1,6 +1,7 @@
 """Lay out the pyramid of token grids in the decoder's sequence, and make the tokens of each scale of the latent."""
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .torch_compat import is_watched
+from ..utils.numbers import whole_number
 
 __all__ = [
     "PyramidCells",
@@ -106,10 +108,10 @@ class PyramidLayout:
         """Make the layout over `height` x `width` tokens; `ValueError` unless the factors decrease strictly to 1."""
         if height < 1 or width < 1:
             raise ValueError(f"`height` and `width` must be at least 1 token, got {height} and {width}.")
-        check_scale_factors(scale_factors)
+        scale_factors = check_scale_factors(scale_factors)
         # Rounded up without negative numbers, because division in ONNX rounds towards zero.
         grids = tuple(((height + factor - 1) // factor, (width + factor - 1) // factor) for factor in scale_factors)
-        return cls(grids, tuple(scale_factors))
+        return cls(grids, scale_factors)
 
     # No `cached_property`: `torch.compile` cannot trace the lock that Python 3.11 has in it.
     @property
@@ -139,8 +141,7 @@ class PyramidLayout:
 
     def truncate(self, num_scales: int) -> "PyramidLayout":
         """Make the layout of the coarsest `num_scales`; `ValueError` unless that is in `1 ... self.num_scales`."""
-        if isinstance(num_scales, bool) or not isinstance(num_scales, int) or not 1 <= num_scales <= self.num_scales:
-            raise ValueError(f"`num_scales` must be an integer from 1 to {self.num_scales}, got {num_scales!r}.")
+        num_scales = whole_number("num_scales", num_scales, 1, self.num_scales)
         return PyramidLayout(self.grids[:num_scales], self.scale_factors[:num_scales])
 
     def cells(self, device: torch.device | None = None) -> PyramidCells:
@@ -254,9 +255,12 @@ def _places_in_pooled(layout: PyramidLayout, grid: tuple[int, int], device: torc
     return index, (cells.factor.square().float() / covered)[:, None]
 
 
-def check_scale_factors(scale_factors: tuple[int, ...]) -> None:
-    """Raise `ValueError` unless `scale_factors` are positive, strictly decreasing integers that end in 1."""
-    integers = isinstance(scale_factors, tuple | list) and all(isinstance(factor, int) for factor in scale_factors)
-    decreasing = integers and all(coarse > fine for coarse, fine in pairwise(scale_factors))
-    if not scale_factors or not decreasing or scale_factors[-1] != 1:
+def check_scale_factors(scale_factors: Iterable[int]) -> tuple[int, ...]:
+    """Return `scale_factors` as an `int` each; `ValueError` unless they are integers that decrease strictly to 1."""
+    try:
+        factors = tuple(operator.index(factor) for factor in scale_factors)
+    except TypeError:
+        factors = ()
+    if not factors or factors[-1] != 1 or not all(coarse > fine for coarse, fine in pairwise(factors)):
         raise ValueError(f"`scale_factors` must be integers that decrease strictly and end in 1, got {scale_factors}.")
+    return factors

@@ -2,12 +2,14 @@
 
 import difflib
 import json
-import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
+
+from ..utils.numbers import whole_number
 
 __all__ = ["label_ids", "names_to_ids", "plain_name", "read_class_names"]
 
@@ -47,11 +49,13 @@ def read_class_names(given: Sequence[str] | None) -> list[str]:
     """
     if not given:
         return []
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"Class names must be a list of texts, got {given!r}.")
     names: Any = list(given)
     if len(given) == 1 and given[0].endswith(".json"):
         try:
-            content = json.loads(Path(given[0]).read_text())
-        except ValueError as error:
+            content = json.loads(Path(given[0]).read_bytes())  # which tells the encoding from the first bytes
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{given[0]!r} must hold JSON: {error}") from error
         names = content.get("classes") if isinstance(content, dict) else content
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -79,17 +83,13 @@ def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[i
     """
     if isinstance(labels, str):
         return [_find_name(labels, names)]
-    if isinstance(labels, Sequence | Tensor) and getattr(labels, "ndim", 1) > 0:
+    # Bytes are a sequence of numbers, which would pass for classes.
+    is_list = isinstance(labels, Sequence | Tensor | np.ndarray) and not isinstance(labels, bytes | bytearray)
+    if is_list and getattr(labels, "ndim", 1) > 0:
         if not len(labels):
             raise ValueError("`class_labels` is empty, at least one class is needed.")
         return [key for label in labels for key in label_ids(label, names, num_classes)]
-    try:
-        key = operator.index(labels)
-    except TypeError:
-        key = -1
-    if not 0 <= key < num_classes or isinstance(labels, bool):
-        raise ValueError(f"`class_labels` must be names or numbers from 0 to {num_classes - 1}, got {labels!r}.")
-    return [key]
+    return [whole_number("class_labels", labels, 0, num_classes - 1)]
 
 
 def _find_name(label: str, names: Mapping[str, int]) -> int:

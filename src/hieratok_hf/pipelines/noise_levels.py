@@ -1,12 +1,20 @@
 """Read from a scheduler of diffusers how noisy the latents of a step are, and which clean ones a model predicts."""
 
+import inspect
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-__all__ = ["NoiseLevel", "noise_levels", "prediction_type_of"]
+__all__ = ["PREDICTION_TYPES", "NoiseLevel", "noise_levels", "prediction_type_of"]
+
+PREDICTION_TYPES = ("flow_prediction", "epsilon", "v_prediction", "sample")
+"""What a model may predict: the velocity of flow matching, the noise, `v`, or the clean sample."""
+
+_LEFT = 0.05  # share of noise with which schedulers may end: DPM-Solver's `sigma_min` is 0.03
 
 
 @dataclass(frozen=True)
@@ -57,13 +65,20 @@ def prediction_type_of(scheduler: Any) -> str:
         ValueError: `scheduler` is of no kind that this package knows.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if not isinstance(scheduler, SchedulerMixin) or "num_train_timesteps" not in config:
+        raise ValueError(f"`scheduler` is a {name}, which is no scheduler of diffusers with `num_train_timesteps`.")
+    needed = [p.name for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty]
+    if len(needed) != 3:
+        raise ValueError(f"`scheduler` is a {name}, which asks for {needed} in a step.")
     if name.startswith("FlowMatch"):  # made for flow matching alone, which its configuration does not say
         return "flow_prediction"
-    kind = config.get("prediction_type")
-    if kind == "flow_prediction":
-        if not config.get("use_flow_sigmas"):
-            raise ValueError(f"`scheduler` is a {name} of prediction type {kind!r}, which needs use_flow_sigmas=True.")
-    elif kind not in ("epsilon", "v_prediction", "sample") or not hasattr(scheduler, "alphas_cumprod"):
+    kind: Any = config.get("prediction_type")
+    is_flow = kind == "flow_prediction"
+    if bool(config.get("use_flow_sigmas")) != is_flow:
+        raise ValueError(
+            f"`scheduler` is a {name} of prediction type {kind!r}, which needs use_flow_sigmas={is_flow}."
+        )
+    if not is_flow and (kind not in PREDICTION_TYPES or not hasattr(scheduler, "alphas_cumprod")):
         raise ValueError(
             f"`scheduler` is a {name} of prediction type {kind!r}: neither of flow matching nor with `alphas_cumprod`."
         )
@@ -75,16 +90,28 @@ def noise_levels(scheduler: Any) -> list[NoiseLevel]:
     Compute the noise level with which each step of a scheduler begins, once its `set_timesteps` was called.
 
     Raises:
-        ValueError: `scheduler` is of no kind that `prediction_type_of` knows.
+        ValueError: `scheduler` is of no kind that `prediction_type_of` knows, its noise rises from one step to the
+            next, or it ends with noise.
     """
-    kind = prediction_type_of(scheduler)
+    name, kind = type(scheduler).__name__, prediction_type_of(scheduler)
+    left = 0.0
     if hasattr(scheduler, "sigmas"):
         # All at once: a GPU would have to wait for each.
-        sigmas = scheduler.sigmas.tolist()[: len(scheduler.timesteps)]
+        sigmas = scheduler.sigmas.tolist()
+        left = _level(sigmas[-1], kind).share
+        sigmas = sigmas[: len(scheduler.timesteps)]
     else:
         kept = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps.tolist()]
         sigmas = [math.sqrt((1 - share) / share) if share else math.inf for share in kept]
-    return [_level(sigma, kind) for sigma in sigmas]
+    levels = [_level(sigma, kind) for sigma in sigmas]
+    if any(following.share > level.share + 1e-4 for level, following in pairwise(levels)):
+        raise ValueError(f"`scheduler` is a {name} whose noise rises from one step to the next.")
+    if left > _LEFT:
+        raise ValueError(
+            f"`scheduler` is a {name} that ends with a share of noise of {left:.2f} after {len(levels)} steps: "
+            "take more steps or another scheduler."
+        )
+    return levels
 
 
 def _level(sigma: float, kind: str) -> NoiseLevel:

@@ -1,18 +1,26 @@
 """Save a pipeline's folder whole, and load it from a disk or the Hub, with or without code of its own."""
 
+import inspect
+import json
 import os
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..models.saving import HubUploadMixin, name_in_errors
+from ..utils.files import read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["PipelineFolderMixin"]
 
-_CLASS = "AutoencoderHieraTok"
+_CLASS, _PARTS = "AutoencoderHieraTok", ("vae", "transformer", "scheduler")
+_VAE_FILE, _PIPELINE_FILE = "autoencoder_hieratok", "pipeline_hieratok_dit"
+_IN_PACKAGE = __name__.startswith("hieratok_hf.")  # and not in the one file that a folder brings along
 
 
 class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
@@ -24,7 +32,10 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         # Read before the download, when names of files would still have to be names of modules.
-        index = super()._dict_from_json_file(json_file)
+        index = read_json(Path(json_file)) or {}
+        _check_index(json_file, index)
+        if not _IN_PACKAGE:
+            return index
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][-1]
         for name, value in index.items():
@@ -50,23 +61,85 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message names the way out.
+            ValueError: A file is not as that of a pipeline must be.
         """
-        with name_in_errors(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        index = read_json(folder / "model_index.json") or {}
+        for part in _PARTS:
+            if _is_pair(index.get(part)) and part not in kwargs and not (folder / part).is_dir():
+                raise OSError(f"{str(folder)!r} lacks the folder {part!r} that its model_index.json names.")
+        try:
+            with name_in_errors(pretrained_model_name_or_path):
+                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            # What diffusers' own classes make of a configuration with a wrong type.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"Could not load {str(pretrained_model_name_or_path)!r} ({reason}).") from error
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "Self":
-        """Make a pipeline of another's parts, with the arguments of `DiffusionPipeline.from_pipe`."""
-        # By itself, diffusers hands on models of the signature's very classes alone.
-        parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_types()}
-        return super().from_pipe(pipeline, **{**parts, **kwargs})
+    def from_pipe(cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **kwargs: Any) -> "Self":
+        """
+        Make a pipeline that shares the parts of another.
+
+        Args:
+            pipeline (`DiffusionPipeline`): A pipeline with a `vae`, a `transformer` and a `scheduler`.
+            dtype (`torch.dtype`, *optional*): Dtype to which the parts are cast, in `pipeline` as well. Each keeps its
+                own unless given.
+            kwargs: Arguments of the class, in the place of what `pipeline` has.
+
+        Raises:
+            ValueError: `pipeline` is none, it lacks a part that is not given, or the parts do not fit together.
+        """
+        # That of diffusers casts all parts to float32 unless told, and hands on models of the signature's very classes
+        # alone.
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"`pipeline` must be a pipeline of diffusers, got {pipeline!r}.")
+        dtype = kwargs.pop("torch_dtype", dtype)
+        held = {**pipeline.config, **pipeline.components, **kwargs}
+        parameters = inspect.signature(cls).parameters
+        for name, parameter in parameters.items():
+            if parameter.default is parameter.empty and name not in held:
+                raise ValueError(f"`pipeline` is a {type(pipeline).__name__}, which has no {name!r}: give one.")
+        made = cls(**kwargs, **{name: held[name] for name in parameters if name in held and name not in kwargs})
+        return made if dtype is None else made.to(dtype)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """
         Save to a folder, with the arguments of `DiffusionPipeline`; files appear whole or not at all.
+
+        A pipeline that was loaded by the code of its folder keeps that code.
 
         Raises:
             ValueError: `save_directory` is a file.
         """
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, *args, **kwargs)
+            if not _IN_PACKAGE:
+                _keep_code(stage)
+
+
+def _keep_code(folder: Path) -> None:
+    """Save this file beside what needs it, and name it in `model_index.json`, as `add_remote_code` does."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    shutil.copyfile(__file__, folder / f"{_PIPELINE_FILE}.py")
+    index["_class_name"] = [_PIPELINE_FILE, index["_class_name"]]
+    for name, value in index.items():
+        if isinstance(value, list) and value[1:] == [_CLASS]:
+            shutil.copyfile(__file__, folder / name / f"{_VAE_FILE}.py")
+            index[name] = [_VAE_FILE, _CLASS]
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_index(path: str | os.PathLike[str], index: dict[str, Any]) -> None:
+    """Raise `ValueError` unless an index names its class, and each part's library and class."""
+    name = index.get("_class_name")
+    if not isinstance(name, str) and not _is_pair(name):
+        raise ValueError(f"{str(path)!r} must name a class under '_class_name', got {name!r}.")
+    for part in _PARTS:
+        if not _is_pair(index.get(part)) and index.get(part) != [None, None]:
+            raise ValueError(f"{str(path)!r} must name a library and a class under {part!r}, got {index.get(part)!r}.")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)

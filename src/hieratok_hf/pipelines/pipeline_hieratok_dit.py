@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..utils.numbers import real_number, whole_number
+from .call_arguments import evaluating, take_falling, take_generators, take_interval, take_latents
 from .class_names import label_ids, names_to_ids
-from .noise_levels import noise_levels, prediction_type_of
+from .noise_levels import PREDICTION_TYPES, NoiseLevel, noise_levels, prediction_type_of
 from .pipeline_folder import PipelineFolderMixin
 
 __all__ = ["HieraTokDiTPipeline"]
@@ -79,13 +82,13 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         prediction_type: str | None = None,
     ):
         super().__init__()
+        kind = prediction_type if scheduler is None else prediction_type or prediction_type_of(scheduler)
+        if kind not in PREDICTION_TYPES:
+            raise ValueError(f"`prediction_type` must be one of {list(PREDICTION_TYPES)}, got {kind!r}.")
+        names = _read_id2label({} if id2label is None else id2label)
+        _check_parts(vae, transformer, names)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        kind = prediction_type or prediction_type_of(scheduler)
-        # JSON makes text of the numbers.
-        names = {int(key): str(value) for key, value in (id2label or {}).items()}
         self.register_to_config(id2label=names, prediction_type=kind)
-        if vae is not None and transformer is not None:
-            _check_parts(vae, transformer, names)
         self.labels = names_to_ids(names)
         factor = 8
         if vae is not None:
@@ -136,7 +139,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         preview_scales: int | None = None,
     ) -> ImagePipelineOutput | Any:
@@ -148,15 +151,17 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
 
         Args:
             class_labels (`int`, `str` or a list of them): Classes by number or name.
-            num_inference_steps (`int`, defaults to 50): Number of the scheduler's steps.
+            num_inference_steps (`int`, defaults to 50): Number of the scheduler's steps, at most its
+                `num_train_timesteps`.
             guidance_scale (`float`, defaults to 4.0): Scale of classifier-free guidance, at least 1. A scale of 1 is
                 none, and asks the transformer half as much.
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Shares of noise, from 0 for clean to 1
                 for noise alone, between which guidance acts (Kynkäänniemi et al., arXiv 2404.07724).
             num_images_per_prompt (`int`, defaults to 1): Number of images of each class, one after the other.
             timesteps, sigmas (`list[int]` and `list[float]`, *optional*): Timesteps, or noise levels, of the scheduler
-                in place of `num_inference_steps`, where it takes them.
-            eta (`float`, defaults to 0.0): Weight of the noise that DDIM adds in a step (arXiv 2010.02502).
+                in place of `num_inference_steps`, where it takes them; they fall.
+            eta (`float`, defaults to 0.0): Weight, from 0 to 1, of the noise that DDIM adds in a step (arXiv
+                2010.02502).
             generator (`torch.Generator` or one for each image, *optional*): Source of all noise. With one for each,
                 an image does not depend on those beside it.
             latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to begin with; drawn
@@ -165,9 +170,9 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 `(B, 3, H, W)`, both in [0, 1], or `"latent"` for latents that are not decoded.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end (`Callable`, *optional*): Function that is called as
-                `callback(pipe, step, timestep, tensors)` after each step; the `"latents"` that it returns replace
-                those of the step. A `PipelineCallback` of diffusers names its tensors itself, and a callback may set
-                `pipe._guidance_scale`.
+                `callback(pipe, step, timestep, tensors)` after each step and returns a dictionary, whose `"latents"`
+                replace those of the step, or `None`. A `PipelineCallback` of diffusers names its tensors itself, and a
+                callback may set `pipe._guidance_scale`.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Names of the tensors that
                 the callback gets: `"latents"`, and `"clean_latents"`, the clean ones that the transformer predicts.
             preview_scales (`int`, *optional*): Number of the tokenizer's scales by which the predicted clean latents
@@ -180,46 +185,60 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         Raises:
             ValueError: An argument is not as above, or the scheduler is not of the transformer's kind.
         """
+        self.check_inputs(output_type)
         ids = self.get_label_ids(class_labels)
+        most_steps = self.scheduler.config.num_train_timesteps
+        num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1, most_steps)
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        guidance_scale, eta = real_number("guidance_scale", guidance_scale, 1), real_number("eta", eta, 0, 1)
+        lowest, highest = take_interval(guidance_interval)
+        times = take_falling("timesteps", timesteps, most_steps)
+        # The noise of flow matching is a share.
+        noise = take_falling("sigmas", sigmas, 1 if self.config.prediction_type == "flow_prediction" else math.inf)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_inputs(num_inference_steps, guidance_scale, guidance_interval, num_images_per_prompt, output_type)
-        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, preview_scales)
-        if timesteps is not None and self.scheduler.config.get("shift", 1.0) != 1:
-            raise ValueError("`timesteps` cannot be given to a scheduler with a shift, which moves the noise only.")
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if preview_scales is not None:
+            preview_scales = self._check_preview_scales(preview_scales, callback_on_step_end)
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         device, channels = self._execution_device, self.transformer.config.in_channels
         labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
         no_labels = torch.full_like(labels, self.num_classes)
+        generator = take_generators(generator, len(labels))
         latents = self.prepare_latents(len(labels), generator, latents)
-        if timesteps is None and sigmas is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+        if times is None and noise is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             # Its own last step would begin with hardly any noise; as in diffusers' pipelines, steps are even.
-            sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+            noise = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        if times is not None and self.scheduler.config.get("use_flow_sigmas"):
+            raise ValueError("`timesteps` cannot be given to a scheduler with use_flow_sigmas=True: give it `sigmas`.")
         # Some schedulers calculate with them.
-        noise = None if sigmas is None else np.asarray(sigmas, dtype=np.float32)
-        retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, noise)
+        given_sigmas: Any = None if noise is None else np.array(noise, dtype=np.float32)
+        retrieve_timesteps(self.scheduler, num_inference_steps, device, times, given_sigmas)
+        levels = noise_levels(self.scheduler)
+        if times is not None:
+            self._check_given_timesteps(times, levels)
         # Schedulers of the second order ask twice in a step.
         self._num_timesteps = len(self.scheduler.timesteps)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
-        lowest, highest = guidance_interval[0] - _ROUNDING, guidance_interval[1] + _ROUNDING
 
-        for i, (t, level) in enumerate(zip(self.progress_bar(self.scheduler.timesteps), noise_levels(self.scheduler))):
+        for i, (t, level) in enumerate(zip(self.progress_bar(self.scheduler.timesteps), levels)):
             if self.interrupt:
                 continue
             scaled = latents
             if hasattr(self.scheduler, "scale_model_input"):
                 scaled = self.scheduler.scale_model_input(latents, t)
-            guided = self.guidance_scale > 1 and lowest <= level.share <= highest
+            guided = self.guidance_scale > 1 and lowest - _ROUNDING <= level.share <= highest + _ROUNDING
             model_input = torch.cat([scaled] * 2) if guided else scaled
-            prediction = self.transformer(
-                model_input.to(self.transformer.dtype),
-                timestep=t.to(device).expand(len(model_input)),
-                class_labels=torch.cat([labels, no_labels]) if guided else labels,
-                return_dict=False,
-            )[0]
+            with evaluating(self.transformer):
+                prediction = self.transformer(
+                    model_input.to(self.transformer.dtype),
+                    timestep=t.to(device).expand(len(model_input)),
+                    class_labels=torch.cat([labels, no_labels]) if guided else labels,
+                    return_dict=False,
+                )[0]
             prediction = prediction[:, :channels].float()
             if guided:
                 conditional, unconditional = prediction.chunk(2)
@@ -233,7 +252,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 if preview_scales is not None:
                     preview = self._decode(clean_latents, num_scales=preview_scales)
                     tensors["preview"] = (preview / 2 + 0.5).clamp(0, 1)
-                latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                latents = take_latents(callback_on_step_end(self, i, t, tensors), latents)
 
         if output_type == "latent":
             images = latents.to(self.transformer.dtype)
@@ -242,23 +261,11 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def check_inputs(
-        self,
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        num_images_per_prompt: int,
-        output_type: str,
-    ) -> None:
-        """Raise `ValueError` with the name of the argument of `__call__`, or of the part, that cannot serve."""
-        counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
-        for name, value in counts.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
-        if not 1 <= guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` must be at least 1, which is none, and finite; got {guidance_scale}.")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(f"`guidance_interval` must be two rising shares from 0 to 1, got {guidance_interval}.")
+    def check_inputs(self, output_type: str) -> None:
+        """Raise `ValueError` with the name of the part, or of the argument of `__call__`, that cannot serve."""
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` is None: a pipeline without one makes no images.")
         if output_type not in _OUTPUT_TYPES or (self.vae is None and output_type != "latent"):
             wanted = list(_OUTPUT_TYPES) if self.vae is not None else "'latent' without a `vae`"
             raise ValueError(f"`output_type` must be one of {wanted}, got {output_type!r}.")
@@ -272,19 +279,30 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 "if it can have it, or take another scheduler."
             )
 
-    def _check_callback(self, callback: Any, tensor_inputs: Sequence[str], preview_scales: int | None) -> None:
-        if wrong := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
-            known = self._callback_tensor_inputs
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {known}, got {wrong[0]!r}.")
-        if preview_scales is None:
-            return
+    def _check_callback(self, callback: Any, tensor_inputs: Any) -> None:
+        if callback is not None and not callable(callback):
+            raise ValueError(f"`callback_on_step_end` must be a function, got {callback!r}.")
+        known = self._callback_tensor_inputs
+        if not isinstance(tensor_inputs, list | tuple) or any(name not in known for name in tensor_inputs):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {known}, got {tensor_inputs!r}.")
+
+    def _check_preview_scales(self, preview_scales: Any, callback: Any) -> int:
         if callback is None:
             raise ValueError("`preview_scales` needs a `callback_on_step_end`, which gets the previews.")
-        if "num_scales" not in inspect.signature(self.vae.decode).parameters:
+        if self.vae is None or "num_scales" not in inspect.signature(self.vae.decode).parameters:
             raise ValueError(f"`preview_scales` needs a tokenizer with scales, `vae` is a {type(self.vae).__name__}.")
-        scales = len(self.vae.config.scale_factors)
-        if not isinstance(preview_scales, int) or not 1 <= preview_scales <= scales:
-            raise ValueError(f"`preview_scales` must be from 1 to the {scales} of `vae`, got {preview_scales!r}.")
+        return whole_number("preview_scales", preview_scales, 1, len(self.vae.config.scale_factors))
+
+    def _check_given_timesteps(self, timesteps: list[float], levels: list[NoiseLevel]) -> None:
+        """Refuse times that the scheduler does not take as they are, or to which it does not give their noise."""
+        given, taken = np.array(timesteps), self.scheduler.timesteps.cpu().numpy()
+        same = given.shape == taken.shape and np.allclose(given, taken, rtol=0, atol=0.01)
+        if same and self.config.prediction_type == "flow_prediction":
+            noise = np.array([level.noise for level in levels])
+            same = np.allclose(given, noise * self.scheduler.config.num_train_timesteps, rtol=0, atol=0.01)
+        if not same:
+            name = type(self.scheduler).__name__
+            raise ValueError(f"`timesteps` cannot be given to this {name}, which takes others or moves their noise.")
 
     def prepare_latents(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
@@ -293,18 +311,24 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         Draw the noise to begin with, in float32, or take `latents` `(B, C, h, w)` if they are given.
 
         Raises:
-            ValueError: `latents` or the list of generators does not suit `batch_size` images.
+            ValueError: `latents` do not suit `batch_size` images.
         """
         size = self.transformer.config.sample_size
         shape = (batch_size, self.transformer.config.in_channels, size, size)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` must be one or one for each of {batch_size} images, got {len(generator)}.")
         if latents is None:
             return randn_tensor(shape, generator, self._execution_device, torch.float32)
-        if not isinstance(latents, Tensor) or latents.shape != shape or not latents.is_floating_point():
-            got = f"{tuple(latents.shape)} of {latents.dtype}" if isinstance(latents, Tensor) else type(latents)
+        is_usable = isinstance(latents, Tensor) and latents.is_floating_point() and not latents.is_meta
+        if not is_usable or latents.shape != shape:
+            got = (
+                f"{tuple(latents.shape)} of {latents.dtype} on {latents.device}"
+                if isinstance(latents, Tensor)
+                else type(latents)
+            )
             raise ValueError(f"`latents` must be a tensor of floating point of shape {shape}, got {got}.")
-        return latents.to(self._execution_device, torch.float32)
+        latents = latents.to(self._execution_device, torch.float32)
+        if latents.layout != torch.strided or not latents.isfinite().all():
+            raise ValueError("`latents` must be dense and finite.")
+        return latents
 
     def _decode(self, latents: Tensor, **scales: int) -> Tensor:
         """Decode latents, as the transformer knows them, to images of about [-1, 1]."""
@@ -313,8 +337,31 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         return self.vae.decode(raw.to(self.vae.dtype), return_dict=False, **scales)[0]
 
 
+def _read_id2label(id2label: Any) -> dict[int, str]:
+    if not isinstance(id2label, Mapping):
+        raise ValueError(f"`id2label` must be a dictionary of names by number, got {id2label!r}.")
+    names: dict[int, str] = {}
+    for key, name in id2label.items():
+        try:
+            number = operator.index(int(key) if isinstance(key, str) else key)  # JSON makes text of the numbers
+        except (TypeError, ValueError):
+            raise ValueError(f"`id2label` must have whole numbers for keys, got {key!r}.") from None
+        if not isinstance(name, str):
+            raise ValueError(f"`id2label` must name the class {number} by a text, got {name!r}.")
+        names[number] = name
+    return names
+
+
 def _check_parts(vae: Any, transformer: Any, id2label: Mapping[int, str]) -> None:
     """Raise `ValueError` unless a transformer denoises a tokenizer's latents and has the classes that are named."""
+    sizes = ("in_channels", "sample_size", "num_embeds_ada_norm")
+    needed: dict[str, tuple[str, ...]] = {"vae": ("latent_channels", "scaling_factor"), "transformer": sizes}
+    for name, part in {"vae": vae, "transformer": transformer}.items():
+        for key in needed[name]:
+            if part is not None and not hasattr(getattr(part, "config", None), key):
+                raise ValueError(f"`{name}` is a {type(part).__name__}, whose configuration lacks {key!r}.")
+    if vae is None or transformer is None:
+        return
     channels, config = vae.config.latent_channels, transformer.config
     if (taken := config.in_channels) != channels:
         raise ValueError(f"`transformer` takes latents of {taken} channels, those of `vae` have {channels}.")

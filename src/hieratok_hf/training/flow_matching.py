@@ -10,6 +10,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor, nn
 
 from ..data.training_batches import step_generator
+from ..utils.numbers import whole_number
 
 __all__ = ["DIT_SIZES", "VelocityTraining", "dit_from_size", "flow_draws"]
 
@@ -48,7 +49,9 @@ def dit_from_size(
     """
     if size not in DIT_SIZES:
         raise ValueError(f"`size` must be one of {list(DIT_SIZES)}, got {size!r}.")
-    if patch_size < 1 or sample_size % patch_size:
+    in_channels, num_classes = whole_number("in_channels", in_channels, 1), whole_number("num_classes", num_classes, 1)
+    sample_size, patch_size = whole_number("sample_size", sample_size, 1), whole_number("patch_size", patch_size, 1)
+    if sample_size % patch_size:
         raise ValueError(f"`patch_size` must divide the latent's side, {sample_size}, got {patch_size}.")
     sizes = ("in_channels", "out_channels", "sample_size", "patch_size", "num_embeds_ada_norm")
     known = set(inspect.signature(DiTTransformer2DModel.__init__).parameters) - {"self", *sizes}

@@ -29,8 +29,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_bytes())  # which tells the encoding from the first bytes
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is no JSON: {error}.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}.")

@@ -1,0 +1,92 @@
+"""Take what a pipeline's call is given, and what its callback returns, or say what is wrong with it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..utils.numbers import real_number
+
+__all__ = ["evaluating", "take_falling", "take_generators", "take_interval", "take_latents"]
+
+
+def take_interval(guidance_interval: Any) -> tuple[float, float]:
+    """Convert two rising shares of noise, or raise `ValueError`."""
+    given = guidance_interval if _is_list(guidance_interval) else ()
+    shares = [real_number("guidance_interval", share, 0, 1) for share in given]
+    if len(shares) != 2 or shares[0] > shares[1]:
+        raise ValueError(f"`guidance_interval` must be two rising shares from 0 to 1, got {guidance_interval!r}.")
+    return shares[0], shares[1]
+
+
+def take_falling(name: str, values: Any, most: float) -> list[float] | None:
+    """Convert the times or the noise of steps, which must fall, or raise `ValueError` with the argument's name."""
+    if values is None:
+        return None
+    if not _is_list(values) or not len(values):
+        raise ValueError(f"`{name}` must be a list of numbers, got {values!r}.")
+    numbers = [real_number(name, value, 0, most) for value in values]
+    if any(following >= number for number, following in pairwise(numbers)):
+        raise ValueError(f"`{name}` must fall from step to step, got {values!r}.")
+    return numbers
+
+
+def take_generators(generator: Any, batch_size: int) -> Any:
+    """Give a scheduler one generator, or a list of one for each image; `ValueError` for anything else."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    generators = list(generator) if _is_list(generator) else []
+    if len(generators) != batch_size or not all(isinstance(each, torch.Generator) for each in generators):
+        raise ValueError(
+            f"`generator` must be a torch.Generator, or one for each of {batch_size} images, "
+            f"got {f'{len(generators)} of them' if generators else repr(generator)}."
+        )
+    return generators
+
+
+def take_latents(returned: Any, latents: Tensor) -> Tensor:
+    """
+    Take the latents that a callback returns, and those of the step where it returns none.
+
+    Args:
+        returned (`dict` or `None`): What the callback returned.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents of the step.
+
+    Raises:
+        ValueError: `returned` is no dictionary, or its latents are of another shape.
+    """
+    if returned is None:
+        return latents
+    changed = returned.get("latents", latents) if isinstance(returned, Mapping) else None
+    if not isinstance(changed, Tensor) or changed.shape != latents.shape:
+        raise ValueError(
+            "`callback_on_step_end` must return a dictionary, whose 'latents', if any, are of shape "
+            f"{tuple(latents.shape)}, got {getattr(changed, 'shape', returned)!r}."
+        )
+    return changed.to(latents)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode, as in the midst of its training, when a DiT drops labels; restore its mode."""
+    modes = {module: module.training for module in model.modules()} if model.training else {}
+    try:
+        if modes:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _is_list(value: Any) -> bool:
+    """Tell sequences, and arrays and tensors of one dimension, from numbers and texts."""
+    return (
+        isinstance(value, Sequence | np.ndarray | Tensor)
+        and not isinstance(value, str | bytes)
+        and len(getattr(value, "shape", (0,))) == 1
+    )

@@ -1,0 +1,414 @@
+"""Hostile input to the pipeline: one error that names what was wrong, before anything is computed, written or lost."""
+
+import json
+import math
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.callbacks import PipelineCallback
+from helpers import images, tiny_vision_model
+from huggingface_hub.errors import StrictDataclassError
+from tiny_pipelines import FLOW, make_pipeline
+
+from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
+from hieratok_hf.evaluation.generation import number_images
+from hieratok_hf.evaluation.metrics import FrechetDistance, border_steps, psnr, ssim
+from hieratok_hf.evaluation.vision_features import VisionFeatures
+from hieratok_hf.pipelines.class_names import label_ids, names_to_ids, read_class_names
+
+NAN, INF = math.nan, math.inf
+LATENTS = torch.zeros(1, 4, 2, 2)
+
+
+def ignore(pipe, step, timestep, tensors):
+    return None
+
+
+class Nameless(PipelineCallback):
+    tensor_inputs = ["prompt_embeds"]
+
+
+def gaussian(count: int = 1) -> list[torch.Generator]:
+    return [torch.Generator() for _ in range(count)]
+
+
+def nest(depth: int) -> list:
+    nested: list = []
+    for _ in range(depth):
+        nested = [nested]
+    return nested
+
+
+def zeros_but(value: float) -> torch.Tensor:
+    latents = LATENTS.clone()
+    latents[0, 0, 0, 0] = value
+    return latents
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline()
+
+
+CALLS = {
+    "class_labels": [
+        *(None, True, 1.0, NAN, 3, -1, 10**30, b"\x01\x02", bytearray(b"\x01"), {1: 2}, {1}, object(), 1j),
+        *([], [[]], [1, None], [1, [2, 3]], "", " ", "tench\0", "x" * 10**5, "1", np.array([1.5]), np.array([True])),
+        *(np.array("tench"), torch.tensor([0.5]), torch.tensor(True), torch.zeros(0, dtype=torch.int64), iter([1])),
+    ],
+    "num_inference_steps": [0, -1, 1.5, 2.0, "2", None, True, NAN, 10**9, np.float32(2), torch.tensor([1, 2]), [2]],
+    "num_images_per_prompt": [0, -1, 1.0, "1", None, False, 1j],
+    "guidance_scale": [0.5, -1, NAN, INF, "3", None, True, 1j, 10**400, [3.0], np.ones(2), torch.ones(2)],
+    "guidance_interval": [
+        *(None, 0.5, "01", b"01", (), (0.5,), (0, 0.5, 1), (0.8, 0.2), (-0.1, 1), (0, 1.1), (NAN, 1), (0, INF)),
+        *(("0", "1"), {0: 1, 1: 1}, np.eye(2), (None, 1)),
+    ],
+    "timesteps": [
+        [],
+        900,
+        "900",
+        [NAN],
+        [INF, 1],
+        [-1],
+        [500, 900],
+        [500, 500],
+        [2000, 1],
+        ["900"],
+        np.eye(2),
+        [None],
+    ],
+    "sigmas": [[], 0.5, "1", [NAN, 0.5], [2.0, 1.0], [0.5, 1.0], [1.0, -0.5], [0.5, 0.5], [[1.0], [0.5]], {1.0: 0.5}],
+    "eta": [-0.1, 1.5, NAN, "0", None],
+    "generator": [0, "0", [None], gaussian(2), [0], (torch.Generator, 1), np.random.default_rng(), torch.Generator],
+    "latents": [
+        *(0, LATENTS[0], LATENTS[:, :3], LATENTS.expand(2, -1, -1, -1), LATENTS.long(), LATENTS.bool()),
+        *(LATENTS.to(torch.complex64), LATENTS.numpy(), LATENTS.tolist(), zeros_but(NAN), zeros_but(-INF)),
+        *(LATENTS.to_sparse(), torch.zeros(0, 4, 2, 2), torch.zeros(1, 4, 2, 2, device="meta")),
+    ],
+    "output_type": ["jpeg", "PIL", "", None, 1, b"pil", ["pil"], "latents"],
+    "callback_on_step_end": [
+        *(1, "print", lambda *given: 1, lambda *given: [LATENTS], lambda *given: LATENTS),
+        *(lambda *given: {"latents": None}, lambda *given: {"latents": LATENTS[0]}, lambda *given: {"latents": 1.0}),
+    ],
+    "callback_on_step_end_tensor_inputs": [None, "latents", ["noise"], ["latents", 1], 1, {"latents"}, [None]],
+    "preview_scales": [0, 5, -1, 1.5, "1", True, NAN, [1], torch.tensor([1, 2])],
+}
+
+
+def shown(value):
+    return repr(value)[:40]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in CALLS.items() for value in values], ids=shown
+)
+def test_a_call_is_refused_by_the_argument_s_name(pipe, name, value, monkeypatch):
+    if name != "callback_on_step_end":
+        monkeypatch.setattr(pipe.transformer, "forward", None)  # nothing is computed before
+    given = {"num_inference_steps": 1, "callback_on_step_end": ignore, "output_type": "pt"}
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        pipe(**{"class_labels": [1], **given, name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"timesteps": [900, 100], "sigmas": [1.0, 0.5]}, "`timesteps` or `sigmas`"),
+        ({"preview_scales": 1}, "`callback_on_step_end`"),
+        ({"callback_on_step_end": Nameless(cutoff_step_ratio=0.5)}, "`callback_on_step_end_tensor_inputs`"),
+        ({"class_labels": [0, 1], "generator": gaussian(3)}, "`generator`"),
+        ({"class_labels": [0, 1], "num_images_per_prompt": 2, "generator": gaussian(2)}, "`generator`"),
+        ({"num_images_per_prompt": 2, "latents": LATENTS}, "`latents`"),
+    ],
+)
+def test_arguments_that_do_not_go_together(pipe, given, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"class_labels": [1], **given})
+
+
+PARTS = [
+    ({"vae": "folder"}, "`vae` is a str"),
+    ({"vae": torch.nn.Linear(1, 1)}, "`vae` is a Linear"),
+    ({"vae": AutoencoderHieraTok}, "`vae`"),
+    ({"vae": "transformer", "transformer": "vae"}, "`vae` is a DiTTransformer2DModel"),
+    (
+        {
+            "transformer": diffusers.UNet2DModel(
+                block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+            )
+        },
+        "`transformer` is a UNet2DModel",
+    ),
+    ({"transformer": 1}, "`transformer` is a int"),
+    ({"scheduler": "ddim"}, "`scheduler` is a str"),
+    ({"scheduler": diffusers.DDIMScheduler}, "`scheduler`"),
+    ({"scheduler": diffusers.DDIMScheduler(), "prediction_type": "noise"}, "`prediction_type`"),
+    ({"scheduler": None}, "`prediction_type`"),
+    ({"prediction_type": ["epsilon"]}, "`prediction_type`"),
+    *(
+        ({"id2label": value}, "`id2label`")
+        for value in (
+            ["a"],
+            "a",
+            1,
+            {"a": "b"},
+            {1.5: "b"},
+            {None: "b"},
+            {3: "b"},
+            {-1: "b"},
+            {0: None},
+            {0: 1},
+            {0: ["b"]},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), PARTS, ids=shown)
+def test_parts_are_refused_by_name(pipe, changes, message):
+    names = {"vae": pipe.vae, "transformer": pipe.transformer}
+    parts = {name: names.get(value, value) if isinstance(value, str) else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        HieraTokDiTPipeline(**{**pipe.components, **parts})
+
+
+@pytest.mark.parametrize("missing", ["vae", "transformer", "scheduler"])
+def test_a_pipeline_without_a_part_says_so(missing):
+    pipe = make_pipeline()
+    setattr(pipe, missing, None)
+    with pytest.raises(ValueError, match=f"`{missing}`"):
+        pipe([0], 1)
+    if missing == "vae":
+        with pytest.raises(ValueError, match="`vae`"):
+            pipe([0], 1, output_type="latent", callback_on_step_end=ignore, preview_scales=1)
+
+
+@pytest.mark.parametrize("source", ["folder", None, 1, {}, diffusers.DDPMPipeline])
+def test_only_a_pipeline_becomes_another(source):
+    with pytest.raises(ValueError, match="`pipeline`"):
+        HieraTokDiTPipeline.from_pipe(source)
+
+
+def test_a_pipeline_without_the_parts_names_them(pipe):
+    other = diffusers.DDIMPipeline(
+        diffusers.UNet2DModel(
+            block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+        ),
+        diffusers.DDIMScheduler(),
+    )
+    with pytest.raises(ValueError, match=r"`pipeline` .*'vae'"):
+        HieraTokDiTPipeline.from_pipe(other)
+
+
+SCHEDULERS = [
+    (diffusers.DDIMInverseScheduler(), {}),
+    (diffusers.DPMSolverMultistepInverseScheduler(), {}),
+    (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {}),
+    (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), {}),
+    (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), {"timesteps": [1000, 500]}),
+    (diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), {"timesteps": [1000, 600, 500]}),
+    (diffusers.FlowMatchEulerDiscreteScheduler(shift_terminal=0.3), {"timesteps": [1000, 500]}),
+    (diffusers.DPMSolverMultistepScheduler(**FLOW), {"timesteps": [999, 500]}),
+    (diffusers.DEISMultistepScheduler(**FLOW), {}),
+    (diffusers.SASolverScheduler(**FLOW), {}),
+    (diffusers.FlowMatchHeunDiscreteScheduler(), {"sigmas": [1.0, 0.5]}),
+    (diffusers.DDIMScheduler(), {"timesteps": [900, 100]}),
+    (diffusers.DDPMScheduler(), {"timesteps": [900.5, 100]}),
+    (diffusers.DDPMScheduler(num_train_timesteps=100), {"num_inference_steps": 101}),
+    (diffusers.LCMScheduler(), {"num_inference_steps": 60}),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "given"), SCHEDULERS, ids=shown)
+def test_a_scheduler_that_would_not_end_at_an_image_is_refused(pipe, scheduler, given, monkeypatch):
+    own = HieraTokDiTPipeline(pipe.vae, pipe.transformer, scheduler)
+    monkeypatch.setattr(own.transformer, "forward", None)
+    with pytest.raises(ValueError, match=r"scheduler|timesteps|num_inference_steps"):
+        own([0], **{"num_inference_steps": 8, **given})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+INDEX = "model_index.json"
+INDICES = {
+    "empty": "",
+    "cut": '{"_class_name": "HieraTok',
+    "list": "[]",
+    "text": '"HieraTokDiTPipeline"',
+    "null": "null",
+    "nested": "[" * 10**5,
+    "binary": "\udcff\udcfe\udc80",
+    "not a pipeline": "{}",
+}
+CHANGES = [
+    {"_class_name": None},
+    {"_class_name": []},
+    {"_class_name": 1},
+    {"_class_name": {}},
+    {"vae": None},
+    {"vae": "hieratok_hf"},
+    {"vae": []},
+    {"vae": ["hieratok_hf"]},
+    {"vae": [1, 2]},
+    {"vae": {"AutoencoderHieraTok": 1}},
+    {"scheduler": 1},
+    {"id2label": ["a"]},
+    {"id2label": {"a": "b"}},
+    {"id2label": {"0": None}},
+    {"id2label": {"99": "b"}},
+    {"id2label": 1},
+    {"prediction_type": "noise"},
+    {"prediction_type": 1},
+    {"prediction_type": ["epsilon"]},
+    {"id2label": {"1" * 5000: "a"}},
+]
+FILES = {
+    "vae/config.json": ["", "[]", "{}", '{"patch_size": "4"}'],
+    "transformer/config.json": ["", "[]", '{"sample_size": null}'],
+    "scheduler/scheduler_config.json": ["", "[]", '{"shift": "a"}'],
+    "vae/diffusion_pytorch_model.safetensors": ["", "x" * 100],
+    "transformer/diffusion_pytorch_model.safetensors": ["", "x" * 100],
+}
+
+
+def refuses_folder(folder, part):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises((ValueError, OSError, StrictDataclassError)) as caught:
+        HieraTokDiTPipeline.from_pretrained(folder)
+    assert part in str(caught.value), caught.value
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_a_broken_index_is_named(saved, tmp_path, case):
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    (folder / INDEX).write_bytes(INDICES[case].encode(errors="surrogateescape"))
+    refuses_folder(folder, INDEX)
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=shown)
+def test_a_wrong_entry_of_the_index_is_named(saved, tmp_path, changes):
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, **changes}))
+    refuses_folder(folder, next(iter(changes)))
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [("hieratok_hf", "NoClass"), ("os", "system"), ("../evil", "Vae"), ("diffusers", "no_class")]
+)
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_what_is_no_class_of_a_library_is_not_loaded(saved, tmp_path, part, library, name):
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, part: [library, name]}))
+    refuses_folder(folder, library if name == "Vae" else name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name, texts in FILES.items() for text in texts], ids=shown
+)
+def test_a_broken_part_is_refused(saved, tmp_path, name, text):
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    (folder / name).write_text(text)
+    refuses_folder(folder, "")
+
+
+@pytest.mark.parametrize("name", ["vae", "transformer", "scheduler"])
+def test_a_missing_part_is_named(saved, tmp_path, name):
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    shutil.rmtree(folder / name)
+    refuses_folder(folder, repr(name))
+
+
+def test_an_index_of_windows_is_read(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    (folder / INDEX).write_bytes((folder / INDEX).read_text().encode("utf-8-sig"))
+    assert HieraTokDiTPipeline.from_pretrained(folder).num_classes == 3
+
+
+NAMES = names_to_ids({0: "tench, Tinca tinca", 1: "cardigan", 2: "Cardigan", 3: "a b"})
+LABELS = [
+    "tench,",
+    "tinca",
+    "CARDIGAN",
+    "a\0b",
+    "\udcff",
+    "ab",
+    "a" * 10**6,
+    "0",
+    "-1",
+    "None",
+    ",",
+    "tench, Tinca tinca",
+]
+
+
+@pytest.mark.parametrize("label", LABELS, ids=shown)
+def test_what_is_no_name_is_refused(label):
+    with pytest.raises(ValueError, match="`class_labels`"):
+        label_ids(label, NAMES, 4)
+
+
+@pytest.mark.parametrize(
+    "given", [["no such.json"], [".json"], ["a", "b", "a"], "names", b"names", [1], [None, "a"], [["a"]], 5], ids=shown
+)
+def test_names_of_classes_that_cannot_be_read(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".json").mkdir()
+    with pytest.raises((ValueError, OSError)):
+        read_class_names(given)
+
+
+PIXELS = torch.zeros(1, 3, 16, 16)
+METRICS = {
+    "psnr": [
+        *((PIXELS, images(1, 3, 16, 8)), (PIXELS[0], PIXELS[0]), (PIXELS[:, :1], PIXELS[:, :1]), (PIXELS, None)),
+        *((PIXELS.numpy(), PIXELS), (PIXELS.byte(), PIXELS), (PIXELS * NAN, PIXELS), (PIXELS + 50, PIXELS)),
+        *(
+            (PIXELS[:0], PIXELS[:0]),
+            ([1.0], PIXELS),
+            (PIXELS.to(torch.complex64), PIXELS),
+            (PIXELS, PIXELS.to_sparse()),
+        ),
+    ],
+    "ssim": [(PIXELS[..., :8, :], PIXELS[..., :8, :]), (PIXELS, "images"), (PIXELS, -INF * PIXELS)],
+    "border_steps": [
+        *((PIXELS, patch_size) for patch_size in (0, 1, -8, 16, 8.5, "8", None, True, NAN)),
+        (PIXELS.tolist(), 8),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [(name, given) for name, rows in METRICS.items() for given in rows],
+    ids=lambda value: shown(value),
+)
+def test_metrics_name_what_they_cannot_measure(name, given):
+    pytest.importorskip("torchmetrics")
+    metric = {"psnr": psnr, "ssim": ssim, "border_steps": border_steps}[name]
+    with pytest.raises(ValueError, match=r"`(images|targets|patch_size)`"):
+        metric(*given)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "224", True, NAN])
+def test_a_frechet_distance_of_no_size(size):
+    pytest.importorskip("torchmetrics")
+    features = VisionFeatures(tiny_vision_model(), [0.5] * 3, [0.5] * 3)
+    with pytest.raises(ValueError, match="`size`"):
+        FrechetDistance(features, size=size)
+
+
+@pytest.mark.parametrize("rows", [[1.5], ["0"], [None], [-1], [True]])
+def test_images_without_a_number(pipe, rows):
+    with pytest.raises(ValueError, match="`rows`"):
+        number_images(pipe, rows, 0, num_inference_steps=1)
