@@ -1,6 +1,5 @@
 """Configure HieraTok: every size of the model, checked once, and the sizes that have names."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
@@ -78,6 +77,9 @@ _CHOICES = {
     "rotary_coordinates": ("cells", "fraction"),
     "rotary_pairing": ("proper", "detok"),
 }
+
+
+_MOST_LAYERS = 4096
 
 
 @strict
@@ -185,8 +187,9 @@ class HieraTokConfig(PreTrainedConfig):
         for name, value in self.model_fields.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not math.isfinite(value):
-                raise ValueError(f"`{name}` must be finite, got {value!r}.")
+            # No whole number beyond is one of PyTorch's, and no loop over more layers ends soon.
+            if not abs(value) < (_MOST_LAYERS if name.endswith("num_layers") else 2**63):
+                raise ValueError(f"`{name}` must be finite and not absurdly large, got {value!r}.")
             if name in _NOT_NEGATIVE and value < 0:
                 raise ValueError(f"`{name}` must not be negative, got {value!r}.")
             if name not in (*_NOT_NEGATIVE, "shift_factor") and value <= 0:
