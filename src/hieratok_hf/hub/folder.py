@@ -54,7 +54,7 @@ def select_files(folder: str | os.PathLike[str]) -> tuple[dict[str, Path], list[
         if path.is_dir():
             goes = path.is_symlink() and name.as_posix() in parts
         else:
-            is_known = name.parent.as_posix() in parts and _PARTS.fullmatch(name.name)
+            is_known = name.parent.as_posix() in parts and bool(_PARTS.fullmatch(name.name))
             goes = place.is_file() and (is_known or name.as_posix() in shown)
         if goes and not place.is_relative_to(source):
             raise ValueError(f"`folder` {str(folder)!r}: {name.as_posix()!r} is a link out of it; put a copy there.")

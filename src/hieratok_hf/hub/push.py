@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -162,7 +161,7 @@ def push_folder(
 def _fetch_card(api: HfApi, repo_id: str, commit: str | None, stage: Path) -> None:
     """Take along the README.md that the repository has."""
     # The cache may be one that cannot be written.
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EntryNotFoundError):
+    with scratch_folder() as folder, contextlib.suppress(EntryNotFoundError):
         path = api.hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=folder)
         shutil.copyfile(path, stage / "README.md")
 

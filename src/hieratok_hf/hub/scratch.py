@@ -16,18 +16,22 @@ except ImportError:  # on Windows, where what a killed process leaves stays
 
 __all__ = ["scratch_folder"]
 
-_PREFIX = "hieratok-push-"
+_NEW, _LOCKED = "hieratok-new-", "hieratok-push-"
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Give a temporary folder, after those that are left of pushes that were killed are gone."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*") if fcntl else ():
+    for left in Path(tempfile.gettempdir()).glob(f"{_LOCKED}*") if fcntl else ():
         with suppress(OSError), _locked(left):
-            if any(left.iterdir()):  # an empty one may wait for its lock
-                shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder, _locked(Path(folder)):
-        yield Path(folder)
+            shutil.rmtree(left)
+    made = Path(tempfile.mkdtemp(prefix=_NEW))
+    with _locked(made):
+        folder = made.rename(made.with_name(made.name.replace(_NEW, _LOCKED)))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
