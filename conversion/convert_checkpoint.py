@@ -232,7 +232,8 @@ def run(args: argparse.Namespace) -> list[str]:
         check_output(args)
         return (to_raw if args.to_raw else to_folder)(args)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # torch and safetensors on a full disk
-        raise Problem(one_line(error)) from error
+        places = f"{str(args.checkpoint)!r} cannot be converted to {str(args.output)!r}"
+        raise Problem(f"{places}: {one_line(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
