@@ -315,3 +315,32 @@ def test_a_push_that_is_killed_at_any_request_changes_nothing_and_goes_on(
     assert not list(scratch.iterdir())
     loaded = AutoencoderHieraTok.from_pretrained("org/name")
     torch.testing.assert_close(loaded.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [HieraTokModel, AutoencoderHieraTok, HieraTokDiTPipeline])
+@pytest.mark.parametrize(
+    ("status", "code", "advice"),
+    [
+        (403, "GatedRepo", r"[Aa]sk for access at http.*/org/name"),
+        (401, "RepoNotFound", "hf auth login"),
+        (404, "RevisionNotFound", "revision"),
+        (503, "", "Connect to the internet"),
+    ],
+)
+def test_a_repository_that_cannot_be_had_is_named_with_the_way_out(hub_here, kind, status, code, advice):
+    hub_here.fail(".*", status, times=float("inf"), headers={"X-Error-Code": code})
+    with pytest.raises(OSError, match=rf"'org/name'.*{advice}"):
+        kind.from_pretrained("org/name")
+
+
+@pytest.mark.parametrize("kind", [HieraTokModel, AutoencoderHieraTok])
+def test_what_was_downloaded_loads_while_the_hub_is_down(hub_here, untried, kind):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.push_to_hub("org/name")
+    oid = hub_here.commits("org/name")[0].oid
+    for revision in ("main", oid):
+        kind.from_pretrained("org/name", revision=revision)
+    hub_here.fail(".*", 503, times=float("inf"))
+    for revision in ("main", oid):
+        loaded = kind.from_pretrained("org/name", revision=revision)
+        assert torch.equal(loaded.core.encoder.head.weight, vae.core.encoder.head.weight)
