@@ -13,6 +13,7 @@ import torch
 import transformers
 from key_map import KeyMapError, core_key_map
 from raw_checkpoint import TRAINING_STATE, find_weights, read_checkpoint, without_wrappers
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -28,7 +29,7 @@ from hieratok_hf import (
 from hieratok_hf.cli.command_line import Problem, make_parser, one_line, run_script
 from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING, complete_saved
 from hieratok_hf.models.saving import stage_folder
-from hieratok_hf.utils.files import write_whole
+from hieratok_hf.utils.files import read_json, write_whole
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -63,10 +64,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def read_config(path: Path) -> dict[str, Any]:
     """Read the values of a config.json that describe the model; a `Problem` for one that the model does not know."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
         raise Problem(f"{str(path)!r} cannot be read: {one_line(error)}") from error
-    if not isinstance(values, dict) or values.get("model_type", "hieratok") != "hieratok":
+    if values is None or values.get("model_type", "hieratok") != "hieratok":
         raise Problem(f"{str(path)!r} is not that of a HieraTok tokenizer")
     libraries = {*PreTrainedConfig().to_dict(), *HieraTokConfig().to_dict(), *HieraTokConfig().pipeline_facts}
     own = HieraTokConfig.__annotations__
@@ -230,8 +231,9 @@ def run(args: argparse.Namespace) -> list[str]:
     try:
         check_output(args)
         return (to_raw if args.to_raw else to_folder)(args)
-    except (OSError, ValueError) as error:
-        raise Problem(one_line(error)) from error
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # torch and safetensors on a full disk
+        places = f"{str(args.checkpoint)!r} cannot be converted to {str(args.output)!r}"
+        raise Problem(f"{places}: {one_line(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from key_map import KeyMap, KeyMapError, Rule
 from raw_checkpoint import find_weights, read_checkpoint, without_wrappers
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil, HieraTokModel
@@ -219,7 +220,7 @@ def save(model: HieraTokModel, args: argparse.Namespace, pixel_values: Tensor, e
             if not found <= DTYPES[args.dtype]:
                 advice = "" if args.dtype == "float32" else "; try --dtype float32"
                 raise Problem(f"{args.dtype} differs from the checkpoint by {found:.2g} of its values{advice}")
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # torch and safetensors on a full disk
         raise Problem(f"OUTPUT {str(args.output)!r} cannot be written: {one_line(error)}") from error
     return found
 
@@ -227,7 +228,11 @@ def save(model: HieraTokModel, args: argparse.Namespace, pixel_values: Tensor, e
 def run(args: argparse.Namespace) -> list[str]:
     """Convert, check, write, and return the lines to print."""
     path = load_or_explain(fetch, "CHECKPOINT", args.checkpoint, args.revision)
-    model = convert(without_wrappers(find_weights(read_checkpoint(path), args.ema)[0]))
+    tree = read_checkpoint(path)
+    try:
+        model = convert(without_wrappers(find_weights(tree, args.ema)[0]))
+    except Problem as problem:
+        raise Problem(f"{str(path)!r}: {problem}") from problem
     config, core = model.config, model.core
     lines = [
         f"l-DeTok of {sum(x.numel() for x in core.parameters()) / 1e6:.1f} M parameters: encoder "

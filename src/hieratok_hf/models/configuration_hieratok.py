@@ -1,6 +1,6 @@
 """Configure HieraTok: every size of the model, checked once, and the sizes that have names."""
 
-import math
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
@@ -201,7 +201,7 @@ class HieraTokConfig(PreTrainedConfig):
         for name, value in self.model_fields.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:  # phrased so that NaN fails, and whole numbers beyond it
                 raise ValueError(f"`{name}` must be finite, got {value!r}.")
             if name in _NOT_NEGATIVE and value < 0:
                 raise ValueError(f"`{name}` must not be negative, got {value!r}.")
@@ -221,6 +221,10 @@ class HieraTokConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{side}_hidden_size` must be a multiple of 4 * `{side}_num_heads` (two rotary axes of channel "
                     f"pairs a head), got {hidden_size} and {num_heads}."
+                )
+            if getattr(self, f"{side}_num_layers") > 4096:  # beyond, making them does not end soon
+                raise ValueError(
+                    f"`{side}_num_layers` must be at most 4096, got {getattr(self, f'{side}_num_layers')}."
                 )
             if int(2 / 3 * self.mlp_ratio * hidden_size) < 1:
                 raise ValueError(f"`mlp_ratio` must leave a width of at least 1, got {self.mlp_ratio!r}.")

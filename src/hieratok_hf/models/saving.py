@@ -11,7 +11,8 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from diffusers import __version__ as diffusers_version
-from huggingface_hub import is_offline_mode
+from huggingface_hub import constants, is_offline_mode
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 
 from ..utils.files import read_json
@@ -127,10 +128,20 @@ def name_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if Path(name_or_path).is_dir():
             raise
-        online = "Unset HF_HUB_OFFLINE" if is_offline_mode() else "Connect to the internet"
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, HfHubHTTPError):
+            cause = cause.__cause__ or cause.__context__
+        if is_offline_mode():
+            todo = "Unset HF_HUB_OFFLINE once to download it"
+        elif isinstance(cause, GatedRepoError):
+            todo = f"Ask for access at {constants.ENDPOINT}/{name_or_path} and log in with `hf auth login`"
+        elif isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError):
+            todo = "Check its name and `revision`, and log in with `hf auth login` if it is private"
+        else:
+            todo = "Connect to the internet once to download it"
         raise OSError(
-            f"Could not load {str(name_or_path)!r}: it is neither a local folder nor available from the Hub. {online} "
-            f"once to download it, set HF_HOME to an existing cache, or pass a folder. Original error: {error}"
+            f"Could not load {str(name_or_path)!r}: it is neither a local folder nor available from the Hub. {todo}, "
+            f"set HF_HOME to an existing cache, or pass a folder. Original error: {cause or error}"
         ) from error
 
 

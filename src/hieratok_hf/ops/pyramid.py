@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .torch_compat import is_watched
 from ..utils.numbers import whole_number
+from .torch_compat import is_watched
 
 __all__ = [
     "PyramidCells",
