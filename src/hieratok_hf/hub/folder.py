@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..models.modeling_hieratok import HieraTokModel
+from ..models.saved_code import PIPELINE_CLASSES
 from ..models.saving import WEIGHTS_STEM, finish_save, index_for_transformers, link_or_copy, variant_of
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.files import read_json
 from .card import card_for
-from .remote_code import PIPELINE_CLASSES, add_remote_code
+from .remote_code import add_remote_code
 
 __all__ = ["Plan", "add_card", "prepare_folder"]
 

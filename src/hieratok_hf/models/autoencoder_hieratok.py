@@ -20,6 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..ops.pyramid import PyramidLayout
 from .configuration_hieratok import HieraTokConfig, complete_saved
 from .core import HieraTokCore, check_latents, check_pixel_values
+from .saved_code import library_of
 from .saving import HubUploadMixin, load_whole, name_in_errors, share_between_libraries
 from .tiling import TilingMixin, run_in_tiles
 
@@ -83,7 +84,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     # A trap: diffusers writes `__module__` of a component's class into `model_index.json`, and on loading imports that
     # module and looks up on it the class and diffusers' own `ModelMixin`. Only the package has both, and the path of
     # this file would tie every saved pipeline to it.
-    __module__ = "hieratok_hf"
+    __module__ = library_of("autoencoder_hieratok")
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from ..utils.files import read_json
 from .configuration_hieratok import HieraTokConfig
+from .saved_code import OWN_CODE, add_code
 
 __all__ = [
     "WEIGHTS_STEM",
@@ -74,6 +75,8 @@ class HubUploadMixin:
             hub_arguments["variant"] = arguments["variant"]
         with stage_folder(folder) as stage:
             yield stage
+            if OWN_CODE is not None:
+                add_code(stage, OWN_CODE.read_text(encoding="utf-8"))
         if is_pushed:
             self.push_to_hub(**{"repo_id": Path(folder).resolve().name, **hub_arguments})
 
@@ -300,12 +303,9 @@ def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformer
     }
     # The files say their own names; a second place could only disagree. So would the dtype of one of several variants.
     has_variant = any(variant_of(path.name) for path in stage.glob(f"{WEIGHTS_STEM}*"))
-    for key in ("transformers_weights", "_name_or_path", *(["dtype"] if has_variant else [])):
+    # Code that stays where the model came from is not named.
+    for key in ("transformers_weights", "_name_or_path", "auto_map", *(["dtype"] if has_variant else [])):
         merged.pop(key, None)
-    # Code that was saved along is named, code that stayed where the model came from is not.
-    code = merged.pop("auto_map", None)
-    if code and (stage / "modeling_hieratok.py").exists():
-        merged["auto_map"] = {key: value.rpartition("--")[2] for key, value in code.items()}
     config_path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
 
 
