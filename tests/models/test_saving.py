@@ -111,6 +111,40 @@ def test_saving_again_with_fewer_shards_leaves_none_behind(first, tmp_path):
         ]
 
 
+REGISTERED = {
+    "scaling_factor": 0.5,
+    "shift_factor": 0.25,
+    "force_upcast": True,
+    "sample_size": 64,
+    "latents_mean": [0.0, 1.0, 2.0, 3.0],
+    "latents_std": [1.0] * 4,
+}
+
+
+def test_what_is_registered_for_pipelines_is_saved_by_both_classes(tmp_path):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.register_to_config(**REGISTERED)
+    vae.save_pretrained(tmp_path / "diffusers")
+    HieraTokModel.from_pretrained(tmp_path / "diffusers").save_pretrained(tmp_path / "transformers")
+    for library in CLASSES:
+        assert REGISTERED.items() <= read_json(tmp_path / library / "config.json").items()
+        loaded = AutoencoderHieraTok.from_pretrained(tmp_path / library)
+        assert REGISTERED.items() <= dict(loaded.config).items()
+        assert_same_weights(loaded, vae)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("patch_size", 8), ("rotary_base", 5.0), ("block_out_channels", [8, 8]), ("scaling_factor", 0.0)],
+)
+def test_what_the_model_does_not_compute_is_not_saved(name, value, tmp_path):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.register_to_config(**{name: value})
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        vae.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_trainer_resumes(tmp_path):
     def trainer(steps):
         arguments = TrainingArguments(

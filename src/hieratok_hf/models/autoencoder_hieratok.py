@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import PyramidLayout
-from .configuration_hieratok import HieraTokConfig, complete_saved
+from .configuration_hieratok import OF_PIPELINES, HieraTokConfig, complete_saved, refuse_misspelt
 from .core import HieraTokCore, check_latents, check_pixel_values
 from .saved_code import library_of
-from .saving import HubUploadMixin, load_whole, name_in_errors, share_between_libraries
+from .saving import HubUploadMixin, check_kind, load_whole, name_in_errors, share_between_libraries
 from .tiling import TilingMixin, run_in_tiles
 
 if TYPE_CHECKING:
@@ -151,9 +151,14 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Sort the entries of a `config.json` as `ConfigMixin` does, with no warning of those of transformers."""
-        foreign = {*PreTrainedConfig().to_dict(), *HieraTokConfig().pipeline_facts, "auto_map"}
+        facts = HieraTokConfig().pipeline_facts
+        foreign = {*PreTrainedConfig().to_dict(), *facts, "auto_map"}
         own = {key: value for key, value in complete_saved(config_dict).items() if key not in foreign}
-        return super().extract_init_dict(own, **kwargs)
+        refuse_misspelt([*own, *kwargs])
+        init, unused, hidden = super().extract_init_dict(own, **kwargs)
+        # Those that say something are registered without the warning of an unknown argument.
+        given = {key: config_dict[key] for key in ("latents_mean", "latents_std") if config_dict.get(key) is not None}
+        return init, unused, {**hidden, **given}
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -274,8 +279,14 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         """
         return_info = kwargs.pop("output_loading_info", False)
         load = partial(super().from_pretrained, pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        subfolder = kwargs.get("subfolder")
+
+        def load_checked() -> Any:
+            check_kind(Path(pretrained_model_name_or_path, subfolder or ""), needs_config="config" not in kwargs)
+            return load()
+
         with name_in_errors(pretrained_model_name_or_path):
-            model, info = load_whole(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""), load)
+            model, info = load_whole(pretrained_model_name_or_path, subfolder, load_checked)
         folder = repr(str(pretrained_model_name_or_path))
         if missing := sorted(info.get("missing_keys", ())):
             raise ValueError(
@@ -308,11 +319,25 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         `safe_serialization=False` writes loads in diffusers alone.
 
         Raises:
-            ValueError: `save_directory` names no folder.
+            ValueError: `save_directory` names no folder, or `register_to_config` has changed a value that the model
+                computes with.
         """
         if not is_main_process:
             return
+        config = self._own_config()
         kwargs |= {"variant": variant, "max_shard_size": max_shard_size}
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, save_function, safe_serialization, **kwargs)
-            share_between_libraries(stage, self.core.config)
+            share_between_libraries(stage, config)
+
+    def _own_config(self) -> HieraTokConfig:
+        """Make the configuration to save: the registered one, which must describe the core."""
+        config = HieraTokConfig(**{name: self.config[name] for name in HieraTokConfig.__annotations__})
+        config.latents_mean, config.latents_std = self.config["latents_mean"], self.config["latents_std"]
+        core = self.core.config
+        expected = {**core.model_fields, "block_out_channels": core.pipeline_facts["block_out_channels"]}
+        for name in expected.keys() - OF_PIPELINES:
+            found = getattr(config, name, self.config[name])
+            if found != expected[name]:
+                raise ValueError(f"`{name}` must stay as the weights are made, {expected[name]!r}, got {found!r}.")
+        return config

@@ -20,7 +20,14 @@ from .configuration_hieratok import HieraTokConfig
 from .core import HieraTokCore, HieraTokDecoder, posterior_of
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
-from .saving import HubUploadMixin, load_whole, name_in_errors, refuse_paths_in_indices, share_between_libraries
+from .saving import (
+    HubUploadMixin,
+    check_kind,
+    load_whole,
+    name_in_errors,
+    refuse_paths_in_indices,
+    share_between_libraries,
+)
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -146,6 +153,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
 
     def __init__(self, config: HieraTokConfig):
+        HieraTokConfig(**config.model_fields)  # checks values that were set since it was made
         super().__init__(config)
         self.core = HieraTokCore(config)
         self.post_init()
@@ -172,7 +180,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
-            ValueError: In a folder, an index of the weights names a file outside of it.
+            ValueError: It is of another architecture, or an index of the weights names a file outside of the folder.
         """
         load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is None:
@@ -180,11 +188,12 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
 
         def load_checked() -> "Self":
+            check_kind(folder, needs_config=kwargs.get("config") is None)
             refuse_paths_in_indices(folder)
             return load()
 
         with name_in_errors(pretrained_model_name_or_path):
-            return load_whole(folder, load_checked)
+            return load_whole(pretrained_model_name_or_path, kwargs.get("subfolder"), load_checked)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Check a name of `ATTENTION_IMPLEMENTATIONS` as transformers does; any other is a `ValueError`."""

@@ -16,12 +16,13 @@ from huggingface_hub import is_offline_mode
 from safetensors import safe_open
 
 from ..utils.files import read_json
-from .configuration_hieratok import HieraTokConfig
+from .configuration_hieratok import HieraTokConfig, complete_saved, pipeline_hint
 from .saved_code import OWN_CODE, add_code
 
 __all__ = [
     "WEIGHTS_STEM",
     "HubUploadMixin",
+    "check_kind",
     "finish_save",
     "index_for_transformers",
     "link_or_copy",
@@ -201,13 +202,19 @@ def finish_save(folder: Path) -> None:
         ) from error
 
 
-def load_whole(folder: Path, load: Callable[[], Loaded]) -> Loaded:
+def load_whole(name_or_path: str | os.PathLike[str], subfolder: str | None, load: Callable[[], Loaded]) -> Loaded:
     """
     Load a folder as one save left it: end one that was killed, and load again where another one came between.
 
     Raises:
-        OSError, ValueError: `finish_save` raises them, or the folder is saved to all the time.
+        OSError: `finish_save` raises it, or the folder is saved to all the time.
+        ValueError: `name_or_path` is no path or empty, or `finish_save` raises it.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must name a folder or a repository of the Hub, got {name_or_path!r}."
+        )
+    folder = Path(name_or_path, subfolder or "")
     for _ in range(_ATTEMPTS):
         for place in (folder, folder.parent):
             finish_save(place)
@@ -264,6 +271,16 @@ def name_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
+def check_kind(folder: Path, needs_config: bool = True) -> None:
+    """Raise `OSError` if a local folder has no `config.json`, `ValueError` if it has that of another architecture."""
+    path = folder / "config.json"
+    if path.is_file():
+        with suppress(json.JSONDecodeError, UnicodeDecodeError):  # which the libraries tell
+            complete_saved(json.loads(path.read_text(encoding="utf-8")))
+    elif folder.is_dir() and needs_config:
+        raise OSError(f"{str(folder)!r} has no config.json{pipeline_hint(folder)}.")
+
+
 def refuse_paths_in_indices(folder: Path) -> None:
     """Raise `ValueError` if an index of weights names a file elsewhere, which transformers would open."""
     for path in folder.glob("*.safetensors.index*.json"):
@@ -279,7 +296,7 @@ def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformer
     Turn what either library has saved to `stage` into the folder that both load.
 
     Weights get the name that diffusers looks for, transformers finds them as `index_for_transformers` says (with
-    `keep_own_name` where `for_transformers`), and `config.json` gets the keys of both.
+    `keep_own_name` where `for_transformers`), and `config.json` gets the keys of both, with the values of `config`.
     """
     for path in sorted(stage.glob(f"{_TRANSFORMERS_STEM}*.safetensors*")):
         renamed = path.rename(stage / _for_diffusers(path.name))

@@ -2,7 +2,6 @@
 
 import os
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -61,7 +60,7 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         """
         load = partial(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
         with name_in_errors(pretrained_model_name_or_path):
-            return load_whole(Path(pretrained_model_name_or_path), load)
+            return load_whole(pretrained_model_name_or_path, None, load)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "Self":
