@@ -14,7 +14,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import PyramidLayout
@@ -165,6 +165,11 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         """Return how many pixels of an image's side one cell of its latent stands for."""
         return self.core.config.patch_size
 
+    @property
+    def post_quant_conv(self) -> nn.Module:
+        """Return the layer that reads the latents, of whose parameters pipelines ask the dtype with `force_upcast`."""
+        return self.core.decoder.embed
+
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """
@@ -264,7 +269,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
     def _slices(self, batch: Tensor) -> Sequence[Tensor]:
         """Split a batch into single images where slicing is on; what is no batch is left for the core to refuse."""
-        is_batch = isinstance(batch, Tensor) and batch.ndim == 4 and batch.shape[0] > 1
+        is_dense = isinstance(batch, Tensor) and not batch.is_nested and batch.layout == torch.strided
+        is_batch = is_dense and batch.ndim == 4 and batch.shape[0] > 1
         return batch.split(1) if self.use_slicing and is_batch else [batch]
 
     @classmethod

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ images in [0, 255] by far.
 """
 
 _INITIAL_LOGVAR = -6.0
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class HieraTokEncoder(nn.Module):
@@ -352,10 +354,11 @@ class HieraTokCore(nn.Module):
             The moments `(B, 2C, h, w)`, mean first, and the encoder's features `(B, h * w, D)`.
 
         Raises:
-            ValueError: The rank, batch, channels, size, dtype or values are not as above.
+            ValueError: The rank, batch, channels, size, dtype or values are not as above, or the dtype is not that of
+                the weights.
         """
         check_pixel_values(pixel_values, self.config)
-        return self.encoder(pixel_values)
+        return _name_dtype_in_errors("pixel_values", self.encoder, pixel_values)
 
     def encode(self, pixel_values: Tensor) -> "DiagonalGaussianDistribution":
         """
@@ -401,7 +404,7 @@ class HieraTokCore(nn.Module):
                 raise ValueError(
                     f"Without `scale_causal` no scale can be decoded alone, got `num_scales={num_scales}`."
                 )
-        return self.decoder(latents, layout, all_scales)
+        return _name_dtype_in_errors("latents", self.decoder, latents, layout, all_scales)
 
     @torch.no_grad()
     def with_scale_factors(self, scale_factors: tuple[int, ...], downsampling: str = "learned") -> "HieraTokCore":
@@ -578,17 +581,33 @@ def check_latents(latents: Tensor, config: HieraTokConfig) -> None:
 def _check_map(tensor: Tensor, name: str, channels: int) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"`{name}` must be a dense tensor, got one that is {kind}.")
     if tensor.ndim != 4:
         raise ValueError(f"`{name}` must have shape (batch, channels, height, width), got {tuple(tensor.shape)}.")
     if tensor.shape[1] != channels:
         raise ValueError(f"`{name}` must have {channels} channels, got {tensor.shape[1]}.")
     if 0 in tensor.shape:
         raise ValueError(f"`{name}` must not be empty, got shape {tuple(tensor.shape)}.")
-    if not tensor.is_floating_point():
-        raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}.")
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"`{name}` must be floating point of 16 bits or more, got {tensor.dtype}.")
     # Their extremes are finite where all are, and need no second tensor of that size.
     if _may_look_at(tensor) and not all(math.isfinite(x) for x in torch.aminmax(tensor.detach())):
         raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+
+
+def _name_dtype_in_errors(name: str, module: nn.Module, tensor: Tensor, *args: Any) -> Any:
+    """Call a module, and tell which argument it was that torch could not join with the weights."""
+    if torch.compiler.is_compiling():
+        return module(tensor, *args)
+    try:
+        return module(tensor, *args)
+    except RuntimeError as error:  # not before, because hooks and autocast may cast the one or the other
+        dtype = next(parameter.dtype for parameter in module.parameters())
+        if tensor.dtype == dtype or not re.search(r"should be the same|same dtype", str(error)):
+            raise
+        raise ValueError(f"`{name}` must have the dtype of the weights, {dtype}, got {tensor.dtype}.") from error
 
 
 def _check_statistics(name: str, values: Tensor, shape: tuple[int, ...], positive: bool = False) -> None:

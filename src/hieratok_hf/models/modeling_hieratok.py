@@ -38,9 +38,13 @@ if TYPE_CHECKING:
     # transformers' own have no types, so they would hide the arguments of what they decorate from type checkers.
     def can_return_tuple(method: Callable[_Arguments, Any]) -> Callable[_Arguments, Any]: ...
     def capture_outputs(method: Callable[_Arguments, Any]) -> Callable[_Arguments, Any]: ...
+    def capture_both_sides(method: Callable[_Arguments, Any]) -> Callable[_Arguments, Any]: ...
 else:
     from transformers.utils.generic import can_return_tuple
     from transformers.utils.output_capturing import capture_outputs
+
+    # The last hidden state of all is the decoder's.
+    capture_both_sides = capture_outputs(tie_last_hidden_states=False)
 
 __all__ = ["HieraTokDecoderOutput", "HieraTokEncoderOutput", "HieraTokModel", "HieraTokOutput"]
 
@@ -95,6 +99,9 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
     Hold what `HieraTokModel` returns.
 
     Attributes:
+        last_hidden_state (`torch.Tensor` of shape `(B, h * w, D)`): Tokens of the encoder before its head. It comes
+            first, because transformers' pipeline `"image-feature-extraction"` takes what is first.
+        pooler_output (`torch.Tensor` of shape `(B, D)`): Mean of these tokens.
         loss (`torch.Tensor` of shape `()`): Weighted sum of `tokenizer_losses`; `None` where only coarser scales ran.
         reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded image, about [-1, 1], not clamped.
         scales (`tuple[torch.Tensor]`, with `return_scales=True`): Images of all scales that ran, coarse to fine.
@@ -106,6 +113,8 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
         attentions (`tuple`, with `output_attentions=True` and the eager attention): Weights of each block.
     """
 
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
     loss: Tensor | None = None
     reconstruction: Tensor | None = None
     scales: tuple[Tensor, ...] | None = None
@@ -273,7 +282,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         _, features = self.core.encode_moments(self._to_own_dtype(pixel_values))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
 
-    @capture_outputs
+    @capture_both_sides
     def forward(
         self,
         pixel_values: Tensor,
@@ -297,7 +306,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
         """
         pixel_values = self._to_own_dtype(pixel_values)
-        moments, _ = self.core.encode_moments(pixel_values)
+        moments, features = self.core.encode_moments(pixel_values)
         posterior = posterior_of(moments)
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         has_loss = return_loss and num_scales in (None, len(self.config.scale_factors))
@@ -306,6 +315,8 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         else:
             images = [self.core.decode(latents, num_scales)]
         return HieraTokOutput(
+            last_hidden_state=features,
+            pooler_output=features.mean(dim=1),
             loss=tokenizer_losses(images, pixel_values, moments, self.config)["loss"] if has_loss else None,
             reconstruction=images[-1],
             scales=tuple(images) if return_scales else None,
