@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +166,7 @@ class HieraTokConfig(PreTrainedConfig):
     """
 
     model_type = "hieratok"
+    keys_to_ignore_at_inference = ["last_hidden_state", "pooler_output"]
     attribute_map = {
         "num_channels": "in_channels",
         "image_size": "sample_size",
@@ -206,12 +207,11 @@ class HieraTokConfig(PreTrainedConfig):
     force_upcast: bool = False
 
     def __post_init__(self, **kwargs: Any):
-        for name in kwargs:
-            refuse_misspelt([name])
-            if not _is_foreign(name):
-                raise ValueError(
-                    f"HieraTokConfig has no argument {name!r}; it has {list(type(self).__annotations__)}."
-                )
+        unknown = [name for name in kwargs if not _is_foreign(name)]
+        refuse_misspelt(unknown, type(self).__annotations__, "HieraTokConfig")
+        if unknown:
+            name = unknown[0]
+            raise ValueError(f"HieraTokConfig has no argument {name!r}; it has {list(type(self).__annotations__)}.")
         self.scale_factors = tuple(self.scale_factors)
         super().__post_init__(**kwargs)
         for name, value in self.model_fields.items():
@@ -256,7 +256,7 @@ class HieraTokConfig(PreTrainedConfig):
             values[cls.attribute_map.get(name, name)] = kwargs.pop(name)
         known = {*cls.__annotations__, *PreTrainedConfig().to_dict()}
         others = {name: values.pop(name) for name in [*values] if name not in known and not _is_foreign(name)}
-        refuse_misspelt([*others, *kwargs])
+        refuse_misspelt([*others, *kwargs], cls.__annotations__, "HieraTokConfig")
         loaded: Any = super().from_dict(values, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, value in others.items():
@@ -344,10 +344,9 @@ def _is_foreign(name: str) -> bool:
     return name.startswith("_") or name in _FOREIGN or name in HieraTokConfig.attribute_map
 
 
-def refuse_misspelt(names: Iterable[str]) -> None:
-    """Raise `ValueError` for a name that only a few letters divide from an argument of `HieraTokConfig`."""
-    fields = HieraTokConfig.__annotations__
+def refuse_misspelt(names: Iterable[str], known: Collection[str], owner: str) -> None:
+    """Raise `ValueError` for a name that only a few letters divide from an argument that `owner` has."""
     for name in names:
-        near = [] if name in fields or _is_foreign(name) else difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
-        if near:
-            raise ValueError(f"HieraTokConfig has no argument {name!r}; did you mean {near[0]!r}?")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if near and name not in known:
+            raise ValueError(f"{owner} has no argument {name!r}; did you mean {near[0]!r}?")

@@ -196,7 +196,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
             return load()
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
 
-        def load_checked() -> "Self":
+        def load_checked() -> Any:
             check_kind(folder, needs_config=kwargs.get("config") is None)
             refuse_paths_in_indices(folder)
             return load()
