@@ -21,7 +21,7 @@ from ..ops.pyramid import PyramidLayout
 from .configuration_hieratok import OF_PIPELINES, HieraTokConfig, complete_saved, refuse_misspelt
 from .core import HieraTokCore, check_latents, check_pixel_values
 from .saved_code import library_of
-from .saving import HubUploadMixin, check_kind, load_whole, name_in_errors, share_between_libraries
+from .saving import HubUploadMixin, check_indices, check_kind, load_whole, name_in_errors, share_between_libraries
 from .tiling import TilingMixin, run_in_tiles
 
 if TYPE_CHECKING:
@@ -280,7 +280,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
-            ValueError: The weights lack a tensor, which diffusers would leave random, or one of another shape was
+            ValueError: It is of another architecture, an index of the weights names a file outside of the folder, or
+                the weights lack a tensor, which diffusers would leave random, or one of another shape was
                 ignored and has no storage.
         """
         return_info = kwargs.pop("output_loading_info", False)
@@ -288,7 +289,9 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         subfolder = kwargs.get("subfolder")
 
         def load_checked() -> Any:
-            check_kind(Path(pretrained_model_name_or_path, subfolder or ""), needs_config="config" not in kwargs)
+            folder = Path(pretrained_model_name_or_path, subfolder or "")
+            check_kind(folder, needs_config="config" not in kwargs)
+            check_indices(folder)
             return load()
 
         with name_in_errors(pretrained_model_name_or_path):

@@ -1,7 +1,7 @@
 """Configure HieraTok: every size of the model, checked once, and the sizes that have names."""
 
 import difflib
-import math
+import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,7 +217,7 @@ class HieraTokConfig(PreTrainedConfig):
         for name, value in self.model_fields.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:  # phrased so that NaN fails, and whole numbers beyond it
                 raise ValueError(f"`{name}` must be finite, got {value!r}.")
             if name in _NOT_NEGATIVE and value < 0:
                 raise ValueError(f"`{name}` must not be negative, got {value!r}.")

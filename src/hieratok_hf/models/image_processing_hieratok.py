@@ -137,10 +137,25 @@ class _HieraTokImageProcessing(BaseImageProcessor):
     def _standardize_kwargs(self, *args: Any, size_divisor: Any = None, **kwargs: Any) -> dict[str, Any]:
         if type(size_divisor) is not int or size_divisor < 1:
             raise ValueError(f"size_divisor must be a positive integer, got {size_divisor!r}")
-        return {**super()._standardize_kwargs(*args, **kwargs), "size_divisor": size_divisor}
+        settings = super()._standardize_kwargs(*args, **kwargs)
+        if settings["do_resize"]:
+            if any(side < 1 for side in dict(settings["size"]).values()):
+                raise ValueError(f"size must be of positive sides, got {dict(settings['size'])}")
+            if isinstance(settings["resample"], int) and settings["resample"] not in [*PILImageResampling]:
+                raise ValueError(f"resample must be one of {[*PILImageResampling]}, got {settings['resample']}")
+        positive = {"rescale_factor": "do_rescale", "image_std": "do_normalize"}
+        for name, switch in {**positive, "image_mean": "do_normalize"}.items():
+            values = np.ravel(np.asarray(settings[name], dtype=float))  # None becomes NaN
+            if settings[switch] and not (np.isfinite(values).all() and (name not in positive or (values > 0).all())):
+                kind = "positive and finite" if name in positive else "finite"
+                raise ValueError(f"{name} must be {kind}, got {settings[name]!r}")
+        return {**settings, "size_divisor": size_divisor}
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        images = self.fetch_images(images)
+        try:
+            images = self.fetch_images(images)
+        except RecursionError as error:
+            raise ValueError("images must not be lists that hold themselves") from error
         if isinstance(images, (list, tuple)):
             return [image for item in images for image in self._prepare_images_structure(item)]
         if isinstance(images, Image.Image):

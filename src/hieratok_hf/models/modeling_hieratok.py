@@ -22,10 +22,10 @@ from .layers import HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
 from .saving import (
     HubUploadMixin,
+    check_indices,
     check_kind,
     load_whole,
     name_in_errors,
-    refuse_paths_in_indices,
     share_between_libraries,
 )
 
@@ -198,7 +198,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
 
         def load_checked() -> Any:
             check_kind(folder, needs_config=kwargs.get("config") is None)
-            refuse_paths_in_indices(folder)
+            check_indices(folder)
             return load()
 
         with name_in_errors(pretrained_model_name_or_path):

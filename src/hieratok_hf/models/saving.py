@@ -22,13 +22,13 @@ from .saved_code import OWN_CODE, add_code
 __all__ = [
     "WEIGHTS_STEM",
     "HubUploadMixin",
+    "check_indices",
     "check_kind",
     "finish_save",
     "index_for_transformers",
     "link_or_copy",
     "load_whole",
     "name_in_errors",
-    "refuse_paths_in_indices",
     "share_between_libraries",
     "stage_folder",
     "stale_weights",
@@ -72,6 +72,7 @@ class HubUploadMixin:
         names = ("repo_id", "commit_message", "private", "create_pr", "token")
         hub_arguments = {name: arguments.pop(name) for name in names if name in arguments}
         is_pushed = arguments.pop("push_to_hub", False)
+        _check_names(arguments)
         if arguments.get("variant"):
             hub_arguments["variant"] = arguments["variant"]
         with stage_folder(folder) as stage:
@@ -80,6 +81,18 @@ class HubUploadMixin:
                 add_code(stage, OWN_CODE.read_text(encoding="utf-8"))
         if is_pushed:
             self.push_to_hub(**{"repo_id": Path(folder).resolve().name, **hub_arguments})
+
+
+def _check_names(arguments: dict[str, Any]) -> None:
+    """Raise `ValueError` for a `variant` or `max_shard_size` that no file can have; a size of `None` is the usual."""
+    variant = arguments.get("variant")
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
+        raise ValueError(f"`variant` must be None or a name of letters, digits, '_' and '-', got {variant!r}.")
+    if arguments.get("max_shard_size") is None:
+        arguments.pop("max_shard_size", None)
+    elif not re.fullmatch(r"0*[1-9]\d*|[\d.]*[1-9][\d.]*\s*[kmgtKMGT][bB]", str(arguments["max_shard_size"])):
+        given = arguments["max_shard_size"]
+        raise ValueError(f"`max_shard_size` must be a positive number of bytes, or text such as '5GB', got {given!r}.")
 
 
 @contextmanager
@@ -272,23 +285,43 @@ def name_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_kind(folder: Path, needs_config: bool = True) -> None:
-    """Raise `OSError` if a local folder has no `config.json`, `ValueError` if it has that of another architecture."""
+    """
+    Check the `config.json` of a folder before a library reads it, and leave what is no folder to the libraries.
+
+    Raises:
+        OSError: There is none, or it is no JSON object.
+        ValueError: It is that of another architecture.
+    """
     path = folder / "config.json"
     if path.is_file():
-        with suppress(json.JSONDecodeError, UnicodeDecodeError):  # which the libraries tell
-            complete_saved(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            values = read_json(path)
+        except (ValueError, RecursionError) as error:
+            raise OSError(f"{str(path)!r} must be a JSON object: {error}") from error
+        complete_saved(values or {})
     elif folder.is_dir() and needs_config:
         raise OSError(f"{str(folder)!r} has no config.json{pipeline_hint(folder)}.")
 
 
-def refuse_paths_in_indices(folder: Path) -> None:
-    """Raise `ValueError` if an index of weights names a file elsewhere, which transformers would open."""
+def check_indices(folder: Path) -> None:
+    """
+    Check the indices of weights in a folder before a library opens what they name.
+
+    Raises:
+        OSError: One is no JSON object, or names a file that is not there.
+        ValueError: One names no files, or a file elsewhere.
+    """
     for path in folder.glob("*.safetensors.index*.json"):
-        weight_map = (read_json(path) or {}).get("weight_map")
-        names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
-        for name in names:
-            if not isinstance(name, str) or re.search(r"[\\/:]", name) or name in ("", ".", ".."):
-                raise ValueError(f"{str(path)!r} must name files beside it, got {name!r}.")
+        try:
+            weight_map = (read_json(path) or {}).get("weight_map")
+        except (ValueError, RecursionError) as error:
+            raise OSError(f"{str(path)!r} must be a JSON object: {error}") from error
+        names = [*weight_map.values()] if isinstance(weight_map, dict) else []
+        for name in dict.fromkeys(map(repr, names)) or ["nothing"]:
+            if not re.fullmatch(r"'[^\\/:]+\.safetensors'", name):
+                raise ValueError(f"{str(path)!r} must name files beside it, got {name}.")
+            if not (folder / name[1:-1]).is_file():
+                raise OSError(f"{str(path)!r} names {name}, which is not there.")
 
 
 def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformers: bool = False) -> None:
