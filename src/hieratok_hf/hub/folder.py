@@ -13,11 +13,12 @@ import torch
 
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..models.modeling_hieratok import HieraTokModel
-from ..models.saving import WEIGHTS_STEM, index_for_transformers, link_or_copy, variant_of
+from ..models.saved_code import PIPELINE_CLASSES
+from ..models.saving import WEIGHTS_STEM, finish_save, index_for_transformers, link_or_copy, variant_of
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.files import read_json
 from .card import card_for
-from .remote_code import PIPELINE_CLASSES, add_remote_code
+from .remote_code import add_remote_code
 from .scratch import scratch_folder
 
 __all__ = ["add_card", "prepare_folder", "select_files"]
@@ -100,6 +101,7 @@ def prepare_folder(folder: str | os.PathLike[str], remote_code: bool = True) -> 
         ValueError: A file must not go, or the folder does not load, gives numbers that are not finite, or the classes
             disagree.
     """
+    finish_save(Path(folder))
     files, _ = select_files(folder)
     with scratch_folder() as stage:
         for name, path in files.items():

@@ -146,7 +146,7 @@ class TilingMixin(AutoencoderMixin):
     def needs_tiles(self, batch: Any, pixels: int) -> bool:
         """Tell whether tiling is on and `batch` holds maps, in cells of `pixels` a side, larger than a tile."""
         (height, width), _ = self.tiles(pixels)
-        is_map = isinstance(batch, Tensor) and batch.ndim == 4
+        is_map = isinstance(batch, Tensor) and not batch.is_nested and batch.ndim == 4
         return self.use_tiling and is_map and (batch.shape[2] > height or batch.shape[3] > width)
 
     def _take_multiple(self, name: str, value: Any) -> int:
