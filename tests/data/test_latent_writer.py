@@ -7,7 +7,7 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
-from helpers import random_core
+from helpers import random_core, temporary_of
 from latent_data import BROKEN, bytes_in, make_images, shards_in, tiny_kl, tiny_without_posterior
 
 pytest.importorskip("datasets", reason="images are read through it")
@@ -132,7 +132,7 @@ def test_what_is_there_is_not_made_again(streaming, core, images, tmp_path, monk
     whole = bytes_in(tmp_path)
     (tmp_path / "shard-00001.safetensors").unlink()
     (tmp_path / "shard-00003.safetensors").write_bytes(whole["shard-00003.safetensors"][:-9])
-    (tmp_path / ".shard-00001.safetensors.tmp").write_bytes(b"half")
+    temporary_of(tmp_path / "shard-00009.safetensors").write_bytes(b"half")
     watched, told = Mock(wraps=core.encode_moments), []
     monkeypatch.setattr(core, "encode_moments", watched)
     data = images(streaming=streaming)

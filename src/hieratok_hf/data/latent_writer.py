@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
 from ..utils.distributed import gather, process_place
-from ..utils.files import write_whole
+from ..utils.files import remove_leftovers, write_whole
 from ..utils.images import from_uint8
 from .image_dataset import Images, Row, decode_ahead
 from .latent_cache import (
@@ -142,6 +142,7 @@ def _settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
     """Write `cache.json`, and give the settings to go on with, or the reason why the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         if (folder / SETTINGS_FILE).exists():
             old, new = read_settings(folder), dict(settings)
             if old.get("rows") is None or new["rows"] is None:  # of a stream they are known once it has ended

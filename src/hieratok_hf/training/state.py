@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..utils.files import write_whole
+from ..utils.files import remove_leftovers, write_whole
 
 __all__ = ["TrainingState", "latest_state", "learning_rate_factor", "state_to_resume", "states_in"]
 
@@ -87,6 +87,7 @@ class TrainingState:
                 torch.save({**state, **facts}, file)
         except RuntimeError as error:  # what torch's writer makes of a full disk
             raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+        remove_leftovers(folder)
         for old in states_in(folder)[:-keep]:
             old.unlink()
 
