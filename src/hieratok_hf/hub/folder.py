@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..models.modeling_hieratok import HieraTokModel
-from ..models.saving import WEIGHTS_STEM, index_for_transformers, link_or_copy, variant_of
+from ..models.saving import WEIGHTS_STEM, finish_save, index_for_transformers, link_or_copy, variant_of
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.files import read_json
 from .card import card_for
@@ -44,6 +44,7 @@ def prepare_folder(folder: str | os.PathLike[str], remote_code: bool = True) -> 
     source = Path(folder)
     if not source.is_dir():
         raise ValueError(f"`folder` {str(source)!r} is not a folder.")
+    finish_save(source)
     with tempfile.TemporaryDirectory() as temporary:
         stage, left_out = Path(temporary), []
         try:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..ops.pyramid import PyramidLayout
 from .configuration_hieratok import HieraTokConfig, complete_saved
 from .core import HieraTokCore, check_latents, check_pixel_values
-from .saving import HubUploadMixin, name_in_errors, share_between_libraries
+from .saving import HubUploadMixin, load_whole, name_in_errors, share_between_libraries
 from .tiling import TilingMixin, run_in_tiles
 
 if TYPE_CHECKING:
@@ -271,8 +272,9 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
                 ignored and has no storage.
         """
         return_info = kwargs.pop("output_loading_info", False)
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         with name_in_errors(pretrained_model_name_or_path):
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            model, info = load_whole(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""), load)
         folder = repr(str(pretrained_model_name_or_path))
         if missing := sorted(info.get("missing_keys", ())):
             raise ValueError(
@@ -301,12 +303,14 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         """
         Save to a folder that this class and `HieraTokModel` both load; files appear whole or not at all.
 
-        The arguments are those of `ModelMixin.save_pretrained`. What `safe_serialization=False` writes loads in
-        diffusers alone.
+        The arguments are those of `ModelMixin.save_pretrained`; a process that is not the main one does nothing. What
+        `safe_serialization=False` writes loads in diffusers alone.
 
         Raises:
-            ValueError: `save_directory` is a file.
+            ValueError: `save_directory` names no folder.
         """
+        if not is_main_process:
+            return
         kwargs |= {"variant": variant, "max_shard_size": max_shard_size}
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, save_function, safe_serialization, **kwargs)

@@ -1,8 +1,10 @@
 """Give HieraTok to transformers as a model: configuration, outputs and flags around `HieraTokCore`."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from .configuration_hieratok import HieraTokConfig
 from .core import HieraTokCore, HieraTokDecoder, posterior_of
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
-from .saving import HubUploadMixin, name_in_errors, refuse_paths_in_indices, share_between_libraries
+from .saving import HubUploadMixin, load_whole, name_in_errors, refuse_paths_in_indices, share_between_libraries
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -172,10 +174,17 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
             ValueError: In a folder, an index of the weights names a file outside of it.
         """
-        if pretrained_model_name_or_path is not None:
-            refuse_paths_in_indices(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        with name_in_errors(pretrained_model_name_or_path or ""):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is None:
+            return load()
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+
+        def load_checked() -> "Self":
+            refuse_paths_in_indices(folder)
+            return load()
+
+        with name_in_errors(pretrained_model_name_or_path):
+            return load_whole(folder, load_checked)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Check a name of `ATTENTION_IMPLEMENTATIONS` as transformers does; any other is a `ValueError`."""
@@ -301,11 +310,16 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         """
         Save to a folder that this class and `AutoencoderHieraTok` both load; files appear whole or not at all.
 
-        The arguments are those of `PreTrainedModel.save_pretrained`.
+        The arguments are those of `PreTrainedModel.save_pretrained`; a process that is not the main one writes
+        nothing.
 
         Raises:
-            ValueError: `save_directory` is a file.
+            ValueError: `save_directory` names no folder.
         """
+        if not is_main_process:
+            # It may still have to send its share of the weights to the main one.
+            with tempfile.TemporaryDirectory() as nowhere:
+                return super().save_pretrained(nowhere, is_main_process, **{**kwargs, "push_to_hub": False})
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, **kwargs)
             share_between_libraries(stage, self.config, for_transformers=True)

@@ -5,12 +5,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from diffusers import __version__ as diffusers_version
+from filelock import FileLock
 from huggingface_hub import is_offline_mode
 from safetensors import safe_open
 
@@ -20,8 +21,10 @@ from .configuration_hieratok import HieraTokConfig
 __all__ = [
     "WEIGHTS_STEM",
     "HubUploadMixin",
+    "finish_save",
     "index_for_transformers",
     "link_or_copy",
+    "load_whole",
     "name_in_errors",
     "refuse_paths_in_indices",
     "share_between_libraries",
@@ -40,7 +43,12 @@ _WEIGHTS = re.compile(
 _LAST = ("config.json", "model_index.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
+# What a save has beside the files of a folder: all that is written but not whole, then whole, then on its way.
+_STAGE, _WHOLE, _MOVING, _LOCK = ".saving-", ".saved", ".saved-moving", ".saving.lock"
+_ATTEMPTS = 10
+
 AnyPath = TypeVar("AnyPath", bound=PurePath)
+Loaded = TypeVar("Loaded")
 
 
 class HubUploadMixin:
@@ -73,35 +81,154 @@ class HubUploadMixin:
 @contextmanager
 def stage_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
-    Give a temporary folder whose files replace those of `folder`, one rename each, once the block has ended well.
+    Give a temporary folder whose files take the place of those of `folder` once the block has ended well.
 
-    Weights that an earlier save left behind go too; `config.json` comes last, and after it the `model_index.json` of
-    a pipeline. If the block raises, `folder` is as it was, there or not.
+    Weights that an earlier save left behind go. If the block raises or the process dies in it, `folder` is as it was,
+    there or not; if the process dies later, the next save or `load_whole` ends what it began. Saves of several
+    processes wait for each other.
 
     Raises:
-        ValueError: `folder` is a file.
+        ValueError: `folder` is empty text, no path or a file, or has a folder in the place of a file.
     """
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+        raise ValueError(f"`save_directory` must name a folder, got {folder!r}.")
     target = Path(folder)
     if target.is_file():
         raise ValueError(f"`save_directory` must be a folder, got the file {str(target)!r}.")
     existed = target.is_dir()
     target.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
-        yield stage
-        files = sorted(stage.rglob("*"), key=lambda path: _LAST.index(path.name) if path.name in _LAST else -1)
-        written = [path.relative_to(stage) for path in files if path.is_file()]
-        there = [path for part in {path.parent for path in written} for path in (target / part).glob("*")]
-        stale = stale_weights(there, [target / path for path in written])
-        for path in written:
-            (target / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(stage / path, target / path)
-        for path in stale:
-            path.unlink()
+        with _alone(target):
+            for killed in target.glob(f"{_STAGE}*"):
+                shutil.rmtree(killed, ignore_errors=True)
+            stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=target))
+            try:
+                yield stage
+                _make_ready(stage, target)
+                stage.rename(target / _WHOLE)
+            except BaseException:
+                shutil.rmtree(stage, ignore_errors=True)
+                raise
+            _put_in_place(target)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
         if not existed and not any(target.iterdir()):
             target.rmdir()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep every other save from a folder until the block or the process ends, after the last one is complete."""
+    with FileLock(folder / _LOCK):
+        try:
+            _put_in_place(folder)
+            yield
+        finally:
+            (folder / _LOCK).unlink(missing_ok=True)
+
+
+def _make_ready(stage: Path, target: Path) -> None:
+    """Write files of a stage through to the disk, each with the permissions of the file that it replaces."""
+    probe = stage / _LOCK  # safetensors hides its own files from all other users
+    probe.touch()
+    usual = probe.stat().st_mode
+    probe.unlink()
+    for name in _files(stage):
+        place = target / name
+        if place.is_dir() or (place.parent.exists() and not place.parent.is_dir()):
+            raise ValueError(f"`save_directory` must have room for the file {str(name)!r}, got a folder at its place.")
+        with (stage / name).open("rb") as file:
+            os.fsync(file.fileno())
+        (stage / name).chmod((place.stat().st_mode if place.is_file() else usual) & 0o777)
+
+
+def _files(folder: Path) -> list[Path]:
+    """List files in a folder as paths relative to it, in the order of their moves: what names others comes last."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return sorted(paths, key=lambda path: (_LAST.index(path.name) if path.name in _LAST else -1, _is_index(path)))
+
+
+def _is_index(path: PurePath) -> bool:
+    return ".index" in path.suffixes
+
+
+def _is_own(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink()
+
+
+def _put_in_place(folder: Path) -> None:
+    """Go on from wherever a save stands that has written everything, until all of it is in its place."""
+    whole, moving = folder / _WHOLE, folder / _MOVING
+    if _is_own(whole):
+        new = _files(whole)
+        there = [
+            path.relative_to(folder) for part in {path.parent for path in new} for path in (folder / part).glob("*")
+        ]
+        # Without an index, nobody takes new shards and old ones for one model.
+        old = [*filter(_is_index, new), *stale_weights(there, new)]
+        for path in sorted(old, key=_is_index, reverse=True):
+            (folder / path).unlink(missing_ok=True)
+        whole.rename(moving)
+    if _is_own(moving):
+        for path in _files(moving):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(moving / path, folder / path)
+        shutil.rmtree(moving)
+
+
+def finish_save(folder: Path) -> None:
+    """
+    End a save to a folder that was killed after everything was written and before all of it was in its place.
+
+    Raises:
+        OSError: The folder cannot be written.
+        ValueError: A part of the folder is a symbolic link, which may lead anywhere.
+    """
+    killed = [folder / name for name in (_WHOLE, _MOVING) if _is_own(folder / name)]
+    parts = {folder / part for stage in killed for path in _files(stage) for part in list(path.parents)[:-1]}
+    if links := [part for part in parts if part.is_symlink()]:
+        raise ValueError(f"{str(folder)!r} holds a save that was killed, and {str(links[0])!r} is a symbolic link.")
+    if not killed:
+        return
+    try:
+        with _alone(folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{str(folder)!r} holds a save that was killed half way, and cannot be written to end it: {error}"
+        ) from error
+
+
+def load_whole(folder: Path, load: Callable[[], Loaded]) -> Loaded:
+    """
+    Load a folder as one save left it: end one that was killed, and load again where another one came between.
+
+    Raises:
+        OSError, ValueError: `finish_save` raises them, or the folder is saved to all the time.
+    """
+    for _ in range(_ATTEMPTS):
+        for place in (folder, folder.parent):
+            finish_save(place)
+        before = _stamps(folder)
+        try:
+            loaded = load()
+        except Exception:
+            if _stamps(folder) == before:
+                raise
+        else:
+            if _stamps(folder) == before:
+                return loaded
+    raise OSError(f"{str(folder)!r} changed each of {_ATTEMPTS} times that it was loaded.")
+
+
+def _stamps(folder: Path) -> set[tuple[Path, int, int]]:
+    """Tell files of weights and configurations from those that another save puts in their place."""
+    stamps = set()
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.name in _LAST or _WEIGHTS.fullmatch(path.name):
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                stamps.add((path, stat.st_ino, stat.st_mtime_ns))
+    return stamps
 
 
 def stale_weights(there: Iterable[AnyPath], written: Iterable[AnyPath]) -> list[AnyPath]:

@@ -1,11 +1,13 @@
 """Save a pipeline's folder whole, and load it from a disk or the Hub, with or without code of its own."""
 
 import os
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from ..models.saving import HubUploadMixin, name_in_errors
+from ..models.saving import HubUploadMixin, load_whole, name_in_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,8 +53,9 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message names the way out.
         """
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
         with name_in_errors(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return load_whole(Path(pretrained_model_name_or_path), load)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "Self":
@@ -61,12 +64,18 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_types()}
         return super().from_pipe(pipeline, **{**parts, **kwargs})
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """
         Save to a folder, with the arguments of `DiffusionPipeline`; files appear whole or not at all.
 
+        With `is_main_process=False`, as in the models, nothing is done.
+
         Raises:
-            ValueError: `save_directory` is a file.
+            ValueError: `save_directory` names no folder.
         """
+        if not is_main_process:
+            return
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, *args, **kwargs)
