@@ -1,7 +1,6 @@
 """Tiny configurations and models with weights that are random everywhere, shared by the tests."""
 
 import json
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,17 +73,6 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-@contextmanager
-def full_disk(free: int) -> Iterator[None]:
-    """Let no file grow beyond `free` bytes, whoever writes it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def temporary_of(path: Path) -> Path:

@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from helpers import full_disk, images, noise, random_core, temporary_of
+from full_disk import full_disk
+from helpers import images, noise, random_core, temporary_of
 
 from hieratok_hf import HieraTokCore
 from hieratok_hf.training.discriminator import PatchDiscriminator

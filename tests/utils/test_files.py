@@ -4,7 +4,8 @@ import os
 import threading
 
 import pytest
-from helpers import full_disk, temporary_of
+from full_disk import full_disk
+from helpers import temporary_of
 
 from hieratok_hf.utils.files import read_json, write_whole
 
@@ -130,7 +131,7 @@ def test_errors_name_the_file_and_not_the_temporary_one(tmp_path):
     with full_disk(1000), pytest.raises(OSError, match=r"large: '.*x'$"), write_whole(long) as file:
         file.write(bytes(5000))
         raise RuntimeError("what torch makes of it")
-    with pytest.raises(OSError, match="x' cannot be written: encoder error"), write_whole(long):
+    with pytest.raises(OSError, match=r"encoder error.*x'$"), write_whole(long):
         raise OSError("encoder error -2 when writing image file")
     assert long.read_bytes() == b"new" and list(tmp_path.iterdir()) == [long]
 

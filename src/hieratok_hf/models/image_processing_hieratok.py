@@ -12,6 +12,7 @@ from transformers.image_utils import PILImageResampling, SizeDict, load_image
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
+from ..utils.files import write_whole
 from ..utils.images import convert_to_rgb, open_image
 
 __all__ = ["HieraTokImageProcessor", "HieraTokImageProcessorPil"]
@@ -114,6 +115,11 @@ class _HieraTokImageProcessing(BaseImageProcessor):
             names = [f"{module}.HieraTokImageProcessorPil", f"{module}.HieraTokImageProcessor"]
             output["auto_map"] = {**output.get("auto_map", {}), self._auto_class: names}
         return output
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the settings to a file, whole or not at all."""
+        with write_whole(json_file_path) as file:
+            file.write(self.to_json_string().encode())
 
     def _standardize_kwargs(self, *args: Any, size_divisor: Any = None, **kwargs: Any) -> dict[str, Any]:
         if type(size_divisor) is not int or size_divisor < 1:

@@ -1,5 +1,6 @@
 """Write files whole or not at all, and read JSON with errors that name the file."""
 
+import errno
 import json
 import os
 import stat
@@ -11,12 +12,14 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:  # on Windows, where what a killed process leaves stays
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["read_json", "remove_leftovers", "write_whole"]
+__all__ = ["name_when_full", "read_json", "remove_leftovers", "write_whole"]
 
 _NO_WAIT, _NO_LINK = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_NOFOLLOW", 0)
 
@@ -32,7 +35,7 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises:
         OSError: The file cannot be written, the disk is full, or nobody reads the pipe; the error names the file.
     """
-    try:
+    with name_when_full(path):
         stream, mode = _look_at(path)
         if stream is not None:
             with stream:
@@ -53,10 +56,21 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
                 with suppress(OSError):
                     os.unlink(file.name)  # before its lock is gone
                 raise
-    except OSError as error:
-        if error.errno is None:  # as of Pillow's encoders
-            raise OSError(f"{os.fspath(path)!r} cannot be written: {error}") from error
-        error.filename = error.filename or os.fspath(path)
+
+
+@contextmanager
+def name_when_full(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what libraries raise where they cannot write, as on a full disk, into an `OSError` that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # that of torch's writer
+            raise
+        if not isinstance(error, OSError) or error.errno is None:
+            reason = f"The disk may be full ({' '.join(str(error).split())})"
+            raise OSError(errno.EIO, reason, os.fspath(path)) from error
+        if error.filename is None or str(error.filename).startswith(os.fspath(path)):
+            error.filename = os.fspath(path)
         raise
 
 
