@@ -181,7 +181,7 @@ def test_half_precision_and_weights_in_a_second_file(small_model, tmp_path, monk
 def test_a_program_that_is_wrong_is_not_kept(small_model, tmp_path, monkeypatch, capsys, wrong, message):
     reference = export.Encoder(load_codec(small_model).core)
     monkeypatch.setattr(export, "trace", lambda part, module, *_: module)
-    monkeypatch.setattr(export.torch.export, "save", lambda program, path: path.write_bytes(b""))
+    monkeypatch.setattr(export.torch.export, "save", lambda program, file: file.write(b""))
     monkeypatch.setattr(export, "open_program", lambda path: lambda x: wrong(reference(x)))
     assert export.main([small_model, str(tmp_path / "made"), "--format", "torch", "--parts", "encoder"]) == 2
     assert message in capsys.readouterr().err
