@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from helpers import images, noise, random_core
+from full_disk import full_disk
+from helpers import images, noise, random_core, temporary_of
 
 from hieratok_hf import HieraTokCore
 from hieratok_hf.training.discriminator import PatchDiscriminator
@@ -106,7 +107,7 @@ def test_the_averaged_core_is_the_average_by_hand():
 
 
 def test_the_newest_states_remain_and_what_a_killed_save_leaves_does_no_harm(tmp_path):
-    (tmp_path / ".state-000000100.pt.tmp").write_bytes(b"half a state")
+    temporary_of(tmp_path / "state-000000030.pt").write_bytes(b"half a state")
     with pytest.raises(FileNotFoundError, match="training state to go on from"):
         latest_state(tmp_path)
     training = Training()
@@ -117,13 +118,11 @@ def test_the_newest_states_remain_and_what_a_killed_save_leaves_does_no_harm(tmp
     assert latest_state(tmp_path)["step"] == 1000
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
-def test_a_save_to_a_full_device_is_an_os_error_and_leaves_the_earlier_states(tmp_path):
+def test_a_save_to_a_full_disk_is_an_os_error_and_leaves_the_earlier_states(tmp_path):
     training = Training().train(0, 1)
     training.state.save(tmp_path, 1, keep=1)
     before, contents = training.numbers(), states_in(tmp_path)[0].read_bytes()
-    (tmp_path / ".state-000000002.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError):
+    with full_disk(free=len(contents) - 1), pytest.raises(OSError, match="state-000000002"):
         training.state.save(tmp_path, 2, keep=1)
     assert os.listdir(tmp_path) == ["state-000000001.pt"] and states_in(tmp_path)[0].read_bytes() == contents
     same(training.numbers(), before)

@@ -1,6 +1,7 @@
 """Configure HieraTok: every size of the model, checked once, and the sizes that have names."""
 
 import difflib
+import os
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import check_scale_factors
-from ..utils.files import read_json
+from ..utils.files import read_json, write_whole
 from ..utils.numbers import plain_numbers
 
 if TYPE_CHECKING:
@@ -295,6 +296,11 @@ class HieraTokConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what differs from the defaults, and `downsampling`, whose absence means `"mean"`."""
         return {**super().to_diff_dict(), "downsampling": self.downsampling}
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write the configuration to a file as transformers does, whole or not at all."""
+        with write_whole(json_file_path) as file:
+            file.write(self.to_json_string(use_diff=use_diff).encode())
 
     @property
     def num_hidden_layers(self) -> int:

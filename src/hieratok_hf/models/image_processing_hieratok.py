@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict, load_image
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
-from ..utils.images import convert_to_rgb, open_image
+from ..utils.files import write_whole
+from ..utils.images import convert_to_rgb, fetch_image, open_image
 from ..utils.numbers import plain_numbers, whole_number
 from .configuration_hieratok import refuse_misspelt
 
@@ -113,7 +114,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
-            return load_image(image_url_or_urls)
+            return fetch_image(image_url_or_urls)
         is_path = isinstance(image_url_or_urls, (str, os.PathLike))
         return open_image(image_url_or_urls) if is_path else image_url_or_urls
 
@@ -134,6 +135,11 @@ class _HieraTokImageProcessing(BaseImageProcessor):
             names = [f"{module}.HieraTokImageProcessorPil", f"{module}.HieraTokImageProcessor"]
             output["auto_map"] = {**output.get("auto_map", {}), self._auto_class: names}
         return output
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the settings to a file, whole or not at all."""
+        with write_whole(json_file_path) as file:
+            file.write(self.to_json_string().encode())
 
     def _standardize_kwargs(self, *args: Any, size_divisor: Any = None, **kwargs: Any) -> dict[str, Any]:
         size_divisor = whole_number("size_divisor", size_divisor, 1)
@@ -186,6 +192,9 @@ class _HieraTokImageProcessing(BaseImageProcessor):
             image = torch.from_numpy(image.astype(image.dtype.newbyteorder("="), order="C"))
         if image.dtype != torch.uint8 and not (isinstance(image, torch.Tensor) and image.is_floating_point()):
             raise ValueError(f"images must have the dtype uint8 or a floating one, got {image.dtype}")
+        if image.layout != torch.strided or image.is_nested or image.is_meta or not image.numel():
+            kind = "nested" if image.is_nested else f"{image.layout}, {image.device}, {tuple(image.shape)}"
+            raise ValueError(f"images must be dense tensors of at least one pixel, got {kind}")
         if image.is_floating_point():
             image = image.detach().float()
             if do_rescale:

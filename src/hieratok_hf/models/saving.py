@@ -16,7 +16,7 @@ from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 
-from ..utils.files import read_json
+from ..utils.files import name_when_full, read_json
 from .configuration_hieratok import HieraTokConfig, complete_saved, pipeline_hint
 from .saved_code import OWN_CODE, add_code
 
@@ -106,6 +106,7 @@ def stage_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     processes wait for each other.
 
     Raises:
+        OSError: The folder cannot be written, or the disk is full.
         ValueError: `folder` is empty text, no path or a file, or has a folder in the place of a file.
     """
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
@@ -116,7 +117,7 @@ def stage_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     existed = target.is_dir()
     target.mkdir(parents=True, exist_ok=True)
     try:
-        with _alone(target):
+        with name_when_full(target), _alone(target):
             for killed in target.glob(f"{_STAGE}*"):
                 shutil.rmtree(killed, ignore_errors=True)
             stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=target))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..utils.files import write_whole
+from ..utils.files import name_when_full, write_whole
 
 __all__ = ["JsonLines", "TrainingReport"]
 
@@ -35,7 +35,7 @@ class JsonLines:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; tensors become numbers, without rounding."""
         plain = {name: x.item() if isinstance(x, Tensor) else x for name, x in record.items()}
-        with self.path.open("a") as file:
+        with name_when_full(self.path), self.path.open("a") as file:
             file.write(json.dumps(plain) + "\n")
 
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..utils.files import write_whole
+from ..utils.files import remove_leftovers, write_whole
 
 __all__ = ["TrainingState", "latest_state", "learning_rate_factor", "state_to_resume", "states_in"]
 
@@ -82,11 +82,9 @@ class TrainingState:
             return
         state = {"step": step, "parts": parts, "average": average, "updates": self.average.optimization_step}
         path = folder / _PATTERN.format(step)
-        try:
-            with write_whole(path) as file:
-                torch.save({**state, **facts}, file)
-        except RuntimeError as error:  # what torch's writer makes of a full disk
-            raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+        with write_whole(path) as file:
+            torch.save({**state, **facts}, file)
+        remove_leftovers(folder)
         for old in states_in(folder)[:-keep]:
             old.unlink()
 
