@@ -7,13 +7,16 @@ import sys
 import tempfile
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import get_int_from_env
 from tqdm import tqdm
 
+from ..training.state import hold_folder
 from ..utils.files import write_whole
 
 __all__ = [
@@ -193,9 +196,16 @@ def device_of_process(args: Namespace, state: PartialState) -> torch.device:
 
 
 def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
-    """Run a training; the exit status: 0, or 2 after an error that is said in one line, beside the progress bar."""
+    """
+    Run a training, the only one in the folder `args.output`.
+
+    Returns:
+        The exit status: 0, or 2 after an error that is said in one line, beside the progress bar.
+    """
+    is_main = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
     try:
-        train(args)
+        with hold_folder(args.output) if is_main else nullcontext():
+            train(args)
     except (FloatingPointError, ImportError, OSError, ValueError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)
         return 2

@@ -101,7 +101,7 @@ def _checksum_of(settings: Settings) -> str:
 
 def checksum(values: Tensor) -> str:
     """Compute the CRC-32 of a contiguous tensor's bytes on the CPU."""
-    return f"{zlib.crc32(values.reshape(-1).view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data):08x}"
 
 
 def read_settings(folder: Path) -> Settings:
@@ -127,12 +127,12 @@ class Header(NamedTuple):
     What a shard says of itself.
 
     Attributes:
-        count (`int`): The number of its images.
+        images (`int`): The number of its images.
         skipped (`dict[int, str]`): Why rows were left out.
         checksums (`dict[str, str]`): The CRC-32 of each tensor, by name.
     """
 
-    count: int
+    images: int
     skipped: dict[int, str]
     checksums: dict[str, str]
 
@@ -221,7 +221,7 @@ class LatentCache(Dataset):
             torch.cat([read_tensor(path, name, header.checksums) for path, header in zip(paths, headers)])
             for name in ("labels", "rows")
         )
-        self._starts = np.cumsum([0] + [header.count for header in headers])
+        self._starts = np.cumsum([0] + [header.images for header in headers])
         self._paths, self._name = paths, stored_name(settings)
         self._mapped: dict[tuple[int, bool], np.ndarray] = {}
 

@@ -163,8 +163,8 @@ def _shard_images(path: str) -> list[_Image]:
                 elif stem not in images:
                     images[stem] = _Image(name, member.size, None, path, member.offset_data)
             # What is no header ends a list as zeros do.
-            archive.fileobj.seek(archive.offset)  # type: ignore[union-attr]
-            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # type: ignore[union-attr]
+            archive.fileobj.seek(archive.offset)
+            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a tar file without compression: {error}") from error

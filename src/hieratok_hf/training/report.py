@@ -1,6 +1,5 @@
 """Report a training: its progress, a file of records, a tracker, and the step at which it went wrong."""
 
-import contextlib
 import json
 import time
 from pathlib import Path
@@ -19,18 +18,30 @@ __all__ = ["JsonLines", "TrainingReport"]
 
 
 class JsonLines:
-    """Keep records in a file, a line each; a run that goes on from `first_step` drops those after it."""
+    """
+    Keep records in a file, a line each; a run that goes on from `first_step` drops those after it.
+
+    Raises:
+        ValueError: A line but the last, which a kill may have cut, is no JSON object with the number of a `step`.
+    """
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
+        lines = path.read_bytes().splitlines() if path.exists() else []
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            # The line that was being written when a run was killed is no JSON.
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(f"{line}\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if type(record["step"]) is not int:
+                    raise TypeError("its step is no whole number")
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                if number < len(lines):
+                    raise ValueError(f"Line {number} of {str(path)!r} is no record: mend or remove it.") from error
+                continue
+            if record["step"] <= first_step:
+                kept.append(line + b"\n")
         with write_whole(path) as file:
-            file.write("".join(kept).encode())
+            file.writelines(kept)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; tensors become numbers, without rounding."""

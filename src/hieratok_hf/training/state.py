@@ -1,7 +1,10 @@
 """States of an interrupted training: one file a step, written whole or not at all, the last few kept."""
 
 import math
-import pickle
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +21,18 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..utils.files import write_whole
 
-__all__ = ["TrainingState", "latest_state", "learning_rate_factor", "state_to_resume", "states_in"]
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["TrainingState", "hold_folder", "latest_state", "learning_rate_factor", "state_to_resume", "states_in"]
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 _PATTERN = "state-{:09d}.pt"
+_SCHEMA = {"step": int, "parts": list, "average": dict, "updates": int}
+_LOCK = ".training.lock"
 _GLOB = "state-" + "[0-9]" * 9 + ".pt"
 
 # Names without what DDP, FSDP and `torch.compile` put before them: a state goes on under any of them.
@@ -107,22 +117,76 @@ class TrainingState:
                 set_model_state_dict(module, part["model"], options=options)
                 if part["optimizer"]:
                     set_optimizer_state_dict(module, optimizer, part["optimizer"], options=options)
-        except RuntimeError as error:
-            raise ValueError(f"The state does not fit this model: {str(error).splitlines()[-1].strip()}") from error
+        except Exception as error:  # torch's functions raise many types
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            raise ValueError(f"The state does not fit this model: {reason}") from error
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """
+    Hold a training's folder, made if it is not there, as long as one process writes to it.
+
+    The lock ends with its process however that ends, and the workers that a killed one leaves do not inherit it.
+
+    Raises:
+        OSError: The folder cannot be written.
+        ValueError: Another process holds it.
+    """
+    path, is_new = folder / _LOCK, not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "ab")  # noqa: SIM115 (closed below, after its name is gone)
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise ValueError(
+                f"Another training is going on in {str(folder)!r}: wait, or take another folder."
+            ) from error
+        except FileNotFoundError:  # who held it has just ended
+            pass
+        file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        if is_new:
+            with suppress(OSError):  # unless something was written
+                folder.rmdir()
 
 
 def latest_state(folder: Path) -> dict[str, Any]:
-    """Read the newest state of a folder; `FileNotFoundError` without one, `ValueError` where it is damaged."""
+    """
+    Read the newest state of a folder and compare all of it with its checksums.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged or none of this package; the message names it.
+    """
     states = states_in(folder)
     if not states:
         raise FileNotFoundError(f"{str(folder)!r} holds no training state to go on from ({_PATTERN.format(0)} or so).")
+    name = repr(str(states[-1]))
     try:
+        with zipfile.ZipFile(
+            states[-1]
+        ) as archive:  # which torch writes with a CRC-32 of each tensor, and does not read
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{damaged} has another checksum")
         state = torch.load(states[-1], map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # zipfile, torch and pickle raise many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{str(states[-1])!r} cannot be read as a training state: {reason}") from error
-    if not isinstance(state, dict) or not {"step", "parts", "average", "updates"} <= state.keys():
-        raise ValueError(f"{str(states[-1])!r} is no training state of this package.")
+        before = f"; if it is removed, {states[-2].name} is the newest" if len(states) > 1 else ""
+        raise ValueError(f"{name} cannot be read as a training state: {reason}{before}") from error
+    if not isinstance(state, dict) or not all(type(state.get(key)) is kind for key, kind in _SCHEMA.items()):
+        raise ValueError(f"{name} is no training state of this package.")
+    if not all(isinstance(part, dict) and part.keys() >= {"model", "optimizer"} for part in state["parts"]):
+        raise ValueError(f"{name} is no training state of this package: its parts are none.")
     return state
 
 
@@ -137,7 +201,7 @@ def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[
         raise ValueError(f"--output {str(folder)!r} holds a training state: add --resume, or take another folder.")
     state = latest_state(folder)
     # A state from before there was a choice does not say what it has.
-    saved = {**({"downsampling": "mean"} if "downsampling" in config else {}), **state["config"]}
+    saved = {**({"downsampling": "mean"} if "downsampling" in config else {}), **dict(state.get("config", {}))}
     if saved != config:
         differing = sorted(name for name in {*saved, *config} if saved.get(name) != config.get(name))
         raise ValueError(f"The state in {str(folder)!r} is that of a model of another configuration: {differing}.")
