@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is no JSON: {error}.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(value).__name__}.")
