@@ -1,7 +1,9 @@
 """States of an interrupted training: one file a step, written whole or not at all, the last few kept."""
 
+import json
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +20,17 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..utils.files import write_whole
 
-__all__ = ["TrainingState", "latest_state", "learning_rate_factor", "state_to_resume", "states_in"]
+__all__ = ["TrainingState", "latest_state", "learning_rate_factor", "options_of", "state_to_resume", "states_in"]
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+# Options of the scripts that leave what is trained as it is, but for rounding.
+_HARMLESS = {"output", "resume", "allow_changes", "overwrite", "keep", "num_workers", "compile", "accumulate"}
+_HARMLESS |= {"gradient_checkpointing", "log_every", "sample_every", "save_every", "report_to", "export_every"}
+_HARMLESS |= {"sample_steps", "guidance_scale", "export_dtype", "validation_data", "validation_split"}
+_HARMLESS |= {"validation_every", "validation_size", "validation_fid", "fid_size"}
+# These count where they change the learning rate of a step that was taken.
+_SCHEDULE = ("steps", "warmup_steps", "decay_steps")
 
 _PATTERN = "state-{:09d}.pt"
 _GLOB = "state-" + "[0-9]" * 9 + ".pt"
@@ -158,12 +168,28 @@ def latest_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[str, Any] | None:
+def state_to_resume(
+    folder: Path,
+    resume: bool,
+    config: dict[str, Any],
+    options: dict[str, Any] | None = None,
+    allow_changes: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
     """
     The newest state of a script's `--output`, `None` where there is none.
 
+    Args:
+        folder (`Path`): Holds the states.
+        resume (`bool`): Whether `--resume` was given.
+        config (`dict`): Must be that of the state.
+        options (`dict`, *optional*): The script's, see `options_of`; what differs from those of the state is said.
+        allow_changes (`bool`, defaults to `False`): Go on even where they change what is trained.
+        say (callable, defaults to `print`): Given a line.
+
     Raises:
-        ValueError: There is one and `--resume` was not given, its `config` is another, or as `latest_state`.
+        ValueError: There is one and `--resume` was not given, its `config` is another, its options are others that
+            change what is trained, or as `latest_state`.
     """
     if not states_in(folder):
         return None
@@ -175,7 +201,37 @@ def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[
     if saved != config:
         differing = sorted(name for name in {*saved, *config} if saved.get(name) != config.get(name))
         raise ValueError(f"The state in {str(folder)!r} is that of a model of another configuration: {differing}.")
+    before = state.get("options")  # a state from before they were kept has none
+    if options is None or before is None:
+        return state
+    changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
+    if changed:
+        told = [f"--{name} {_told(options.get(name))} (was {_told(before.get(name))})" for name in changed]
+        say(f"{str(folder)!r} was begun with other options: {', '.join(told)}")
+    refused = [name for name in changed if name not in _HARMLESS and name not in _SCHEDULE]
+    if any(_rate(before, step) != _rate(options, step) for step in range(state["step"])):
+        refused += [name for name in changed if name in _SCHEDULE]
+    if refused and not allow_changes:
+        names = ", ".join(f"--{name}" for name in refused)
+        raise ValueError(
+            f"{names} changed since the training in {str(folder)!r} was begun, which would make it another one: give "
+            "what it was begun with, or add --allow_changes."
+        )
     return state
+
+
+def options_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a state keeps of a script's arguments, in types that any reader takes."""
+    return json.loads(json.dumps(arguments, default=str))
+
+
+def _told(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _rate(options: dict[str, Any], step: int) -> float:
+    steps, warmup, decay = (options[name] for name in _SCHEDULE)
+    return learning_rate_factor(step, steps, warmup, decay)
 
 
 def states_in(folder: Path) -> list[Path]:
