@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from measuring import (
     copy_rate,
     describe_benchmark,
+    fill_section,
     first_line,
+    markdown_table,
     matrix_rate,
     print_machine,
     record_report,
@@ -29,6 +31,7 @@ from hieratok_hf.cli.command_line import add_device, find_device, make_parser
 RESULTS = Path(__file__).parent / "results"
 CHOICE = Path(__file__).parents[1] / "src" / "hieratok_hf" / "ops" / "attention.py"
 README = Path(__file__).parent / "README.md"
+BEGIN = "<!-- bench_attention.py --record writes this -->"
 SCALE_FACTORS = (8, 4, 2, 1)
 BACKENDS = ("sdpa_mask", "sdpa", "flex", "triton")
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -45,11 +48,6 @@ GPU_KINDS = [("bfloat16", 64, 12), ("float16", 64, 12), ("bfloat16", 32, 12), ("
 CPU_KINDS = [("float32", 64, 12), ("float32", 32, 4), ("bfloat16", 64, 12)]
 
 
-def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Every token sees every token: the price without a mask."""
-    return F.scaled_dot_product_attention(query, key, value)
-
-
 def with_gradients(attend: Callable[..., Tensor], leaves: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
     attended = attend(*leaves)
     return attended, *torch.autograd.grad(attended, leaves, upstream)
@@ -60,10 +58,8 @@ def work(layout: PyramidLayout, images: int, heads: int, head_dim: int, backward
     visible = sum(length * end for length, end in zip(layout.lengths, layout.ends))
     # Products of matrices: scores and values; backward both again, and of them three gradients more.
     products, tensors = (7, 12) if backward else (2, 4)
-    return (
-        2 * products * images * heads * visible * head_dim,
-        tensors * images * heads * layout.num_tokens * head_dim,
-    )
+    width = images * heads * head_dim
+    return 2 * products * visible * width, tensors * layout.num_tokens * width
 
 
 def mistakes(results: tuple[Tensor, ...], leaves: list[Tensor], upstream: Tensor, layout: PyramidLayout) -> list[str]:
@@ -96,9 +92,9 @@ def measure(
     calls: dict[str, Callable[[], Any]] = {}
     memory, absent = {}, {}
     for name in (*backends, "full"):
-        attend = full_attention
-        if name != "full":
-            attend = partial(scale_causal_attention, layout=layout, backend=name)
+        is_full = name == "full"  # every token sees every token: the price without a mask
+        masked = partial(scale_causal_attention, layout=layout, backend=name)
+        attend = F.scaled_dot_product_attention if is_full else masked
         call = partial(with_gradients, attend, leaves, upstream) if backward else partial(_once, attend, leaves)
         try:
             results = call()
@@ -107,7 +103,7 @@ def measure(
                 raise
             absent[name] = first_line(error)
             continue
-        if name != "full" and (wrong := mistakes(results, leaves, upstream, layout)):
+        if not is_full and (wrong := mistakes(results, leaves, upstream, layout)):
             raise AssertionError(f"{name}, {dtype}, {layout.num_tokens} tokens: {', '.join(wrong)}")
         del results
         if device.type == "cuda":
@@ -171,8 +167,7 @@ def record() -> None:
     head, _, rest = CHOICE.read_text().partition("FASTEST: dict")
     tail = rest[rest.index("}\n") + 2 :]
     CHOICE.write_text(head + "\n".join([*lines, "}", ""]) + tail)
-    head, start, rest = README.read_text().partition("<!-- bench_attention.py --record writes this -->\n")
-    README.write_text(head + start + markdown(reports) + rest[rest.index("\n<!-- until here -->") :])
+    README.write_text(fill_section(README.read_text(), BEGIN, markdown(reports)))
     print(f"recorded {len(lines) - 1} rows of {len(reports)} reports in {CHOICE.name}")
 
 
@@ -195,8 +190,7 @@ def table(row: dict[str, Any]) -> str:
 
 def markdown(reports: list[dict[str, Any]]) -> str:
     """The recorded results as the table of benchmarks/README.md: time of each backend over that of `sdpa_mask`."""
-    lines = ["| machine | dtype | head | tokens | pass | sdpa | flex | triton | unmasked | floor | auto |"]
-    lines.append("|---" * 11 + "|")
+    rows = []
     for report in reports:
         for row in report["rows"]:
             cells = [report["machine"]["kind"], row["dtype"], row["head_dim"], row["tokens"]]
@@ -205,8 +199,9 @@ def markdown(reports: list[dict[str, Any]]) -> str:
             for name in ("sdpa", "flex", "triton", "full"):
                 cells.append(f"{first[name]:.2f}, {again[name]:.2f}" if name in first else "")
             cells += [f"{first['floor']:.2f}", fastest(row)]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    head = "| machine | dtype | head | tokens | pass | sdpa | flex | triton | unmasked | floor | auto |"
+    return markdown_table(head, rows)
 
 
 def recorded() -> list[dict[str, Any]]:

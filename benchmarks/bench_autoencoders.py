@@ -13,8 +13,10 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderT
 from diffusers.utils import logging
 from measuring import (
     describe_benchmark,
+    draw,
     first_line,
     in_fresh_process,
+    markdown_table,
     matrix_rate,
     peak_memory,
     print_machine,
@@ -114,12 +116,7 @@ def prepared(
 
 
 def compiled(name: str, call: Callable[[], Tensor], expected: Tensor) -> Callable[[], Tensor]:
-    """
-    The call compiled, in one graph if the model is ours.
-
-    Raises:
-        ValueError: It returns another tensor than `expected`.
-    """
+    """The call compiled, in one graph if the model is ours; `ValueError` where it returns another tensor."""
     # The compiler keeps its graphs by code object, and looks through those of all models before it finds one.
     call.__code__ = call.__code__.replace()
     run = torch.compile(call, fullgraph=name.startswith("hieratok"), dynamic=False)
@@ -140,15 +137,7 @@ def measure(
     seconds: float,
 ) -> tuple[dict[str, dict[str, float]], dict[str, int], dict[str, str]]:
     """
-    One direction of several models, taking turns.
-
-    Args:
-        latents (`dict[str, tuple]`): The shape `(B, C, h, w)` of each model's latent.
-        pixels (`int`): Side of the images.
-        direction (`str`): `"encode"` or `"decode"`.
-        modes (`list[str]`): Of `MODES`.
-        device, dtype: Where and in what they run.
-        seconds (`float`): Time for all together.
+    One direction of several models, whose latents `(B, C, h, w)` have these shapes, taking turns.
 
     Returns:
         Seconds of a call by model and mode; on a GPU, bytes at the peak beyond weights and input; and why models are
@@ -226,7 +215,7 @@ def table(report: dict[str, Any]) -> str:
     has_rates = any("images_per_second" in row for row in report["rows"])
     header += ["peak memory, MiB: encode, decode"] * has_peaks
     header += [f"{direction}, images/s: {modes}" for direction in DIRECTIONS] * has_rates
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = []
 
     def by_mode(row: dict[str, Any], key: str, spec: str) -> str:
         return ", ".join(format(value, spec) for value in row.get(key, {}).values())
@@ -242,16 +231,12 @@ def table(report: dict[str, Any]) -> str:
         cells += [", ".join("-" if share is None else f"{100 * share:.0f} %" for share in shares)]
         cells += [", ".join(f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-" for row in both)] * has_peaks
         cells += [by_mode(row, "images_per_second", ".1f") for row in both] * has_rates
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(f"| {' | '.join(header)} |", lines)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bars of both directions at the smallest size and batch, and a curve a model over the sizes at that batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
     mode = report["modes"][0]
@@ -267,40 +252,36 @@ def plot(report: dict[str, Any], path: Path) -> None:
     }
 
     panels = 1 + len(of_directions)
-    figure, axes = plt.subplots(
-        1, panels, figsize=(5 * panels, 5), layout="constrained", width_ratios=[1.5] + [1] * (panels - 1)
-    )
     thickness = 0.8 / len(of_directions)
-    for i, (direction, mine) in enumerate(of_directions.items()):
-        ratios = {row["model"]: row["times_as_fast"][mode] for row in mine if row["pixels"] == least}
-        places = [names.index(name) + (i - (len(of_directions) - 1) / 2) * thickness for name in ratios]
-        bars = axes[0].barh(places, ratios.values(), thickness, label=direction, color=f"C{i}")
-        axes[0].bar_label(bars, [f"{ratio:.1f}" for ratio in ratios.values()], padding=3, fontsize=8)
-        axis = axes[1 + i]
-        for k, name in enumerate(names):
-            curve = sorted((row["pixels"], row["times_as_fast"][mode]) for row in mine if row["model"] == name)
-            ours = name.startswith("hieratok")
-            style = {"linestyle": "-" if ours else "--", "marker": "o" if ours else "s", "markersize": 4}
-            axis.plot(*zip(*curve), color=plt.get_cmap("tab10")(k), label=name, **style)
-        sides = sorted({row["pixels"] for row in mine})
-        axis.set(xscale="log", yscale="log", xlabel="side of the image, pixels", title=direction)
-        axis.set_xticks(sides, map(str, sides))
-        axis.minorticks_off()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.grid(alpha=0.3)
-    axes[0].set(yticks=range(len(names)), yticklabels=names, xscale="log", xlabel=f"times as fast as {BASELINE}")
-    axes[0].set_title(f"{batch_of({'images': images, 'pixels': least})} pixels, {mode}, {report['dtype']}")
-    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[0].xaxis.minorticks_off()
-    axes[0].margins(x=0.12)
-    axes[0].axvline(1, color="grey", linewidth=0.8)
-    axes[0].invert_yaxis()
-    axes[0].legend()
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower right", ncols=5)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    size = {"figsize": (5 * panels, 5), "width_ratios": [1.5] + [1] * (panels - 1)}
+    with draw(path, panels, **size) as (figure, (bars, *curves)):
+        for i, (axis, (direction, mine)) in enumerate(zip(curves, of_directions.items())):
+            ratios = {row["model"]: row["times_as_fast"][mode] for row in mine if row["pixels"] == least}
+            places = [names.index(name) + (i - (len(of_directions) - 1) / 2) * thickness for name in ratios]
+            container = bars.barh(places, ratios.values(), thickness, label=direction, color=f"C{i}")
+            bars.bar_label(container, [f"{ratio:.1f}" for ratio in ratios.values()], padding=3, fontsize=8)
+            for k, name in enumerate(names):
+                curve = sorted((row["pixels"], row["times_as_fast"][mode]) for row in mine if row["model"] == name)
+                ours = name.startswith("hieratok")
+                style = {"linestyle": "-" if ours else "--", "marker": "o" if ours else "s", "markersize": 4}
+                axis.plot(*zip(*curve), color=f"C{k}", label=name, **style)
+            sides = sorted({row["pixels"] for row in mine})
+            axis.set(xscale="log", yscale="log", xlabel="side of the image, pixels", title=direction)
+            axis.set_xticks(sides, map(str, sides))
+            axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.grid(alpha=0.3)
+        bars.set(yticks=range(len(names)), yticklabels=names, xscale="log", xlabel=f"times as fast as {BASELINE}")
+        bars.set_title(f"{batch_of({'images': images, 'pixels': least})} pixels, {mode}, {report['dtype']}")
+        bars.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bars.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        bars.xaxis.minorticks_off()
+        bars.margins(x=0.12)
+        bars.axvline(1, color="grey", linewidth=0.8)
+        bars.invert_yaxis()
+        bars.legend()
+        figure.legend(*curves[0].get_legend_handles_labels(), loc="outside lower right", ncols=5)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -337,9 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     if BASELINE not in names:
         parser.error(f"--models must name {BASELINE}, which the others are compared with")
     if not all(pixels > 0 and pixels % 32 == 0 for pixels in args.sizes) or not all(x > 0 for x in args.batches):
-        parser.error(
-            "--sizes must be multiples of 32, which the patches of every model divide, and --batches positive"
-        )
+        parser.error("--sizes must be multiples of 32, the largest factor of a model, and --batches positive")
 
     rate = matrix_rate(device, dtype)
     about = describe_benchmark(device)

@@ -6,10 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import describe_benchmark, print_machine, record_report, side_by_side
+from measuring import (
+    add_model_options,
+    describe_benchmark,
+    print_machine,
+    record_report,
+    settle_model_options,
+    side_by_side,
+)
 
 from hieratok_hf import HieraTokAttnProcessor, HieraTokConfig, HieraTokCore
-from hieratok_hf.cli.command_line import add_device, find_device, make_parser
+from hieratok_hf.cli.command_line import make_parser
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "sdpa_mask"
@@ -29,20 +36,13 @@ def with_backend(core: HieraTokCore, backend: str) -> HieraTokCore:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add_device(parser)
-    add("--size", default="hieratok-b", help="a named size")
-    add("--images", type=int, help="images of a batch; 64 on a GPU, 2 on a CPU unless given")
-    add("--pixels", type=int, default=256, help="side of the images")
-    add("--dtype", help="dtype of the weights; bfloat16 on a GPU, float32 on a CPU unless given")
+    add_model_options(parser)
     add("--backends", nargs="+", help="ways to attend; all that the device has unless given")
-    add("--plain_only", action="store_true", help="compile nothing")
     add("--seconds", type=float, default=10, help="time for all together")
     add("--json", action="store_true", help="write results/decode_SIZE_KIND.json")
     args = parser.parse_args(argv)
-    device = find_device(args)
+    device, dtype, images = settle_model_options(args)
     on_gpu = device.type == "cuda"
-    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
-    images = args.images or (64 if on_gpu else 2)
     backends = args.backends or ["sdpa_mask", "sdpa", *(["flex", "triton", "triton+rotary"] if on_gpu else []), "auto"]
     if BASELINE not in backends:
         parser.error(f"--backends must name {BASELINE}, which the others are compared with")

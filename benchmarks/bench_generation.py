@@ -79,18 +79,14 @@ def main(argv: list[str] | None = None) -> int:
         "preview": lambda: pipe.vae.decode(latents, num_scales=args.preview_scales),
     }
     seconds = side_by_side(calls, device, args.seconds, graphs=False)
+    quarters = preview_correlations(pipe, args.preview_scales, args.steps, args.images, args.guidance_scale)
     report: dict[str, Any] = {
         "machine": describe_benchmark(device), "model": Path(args.model).name, "images": args.images,
         "steps": args.steps, "guidance_scale": args.guidance_scale, "preview_scales": args.preview_scales,
         "images_per_second": round(args.images / seconds["images"], 2),
         "decode_share": round(seconds["decode"] / seconds["images"], 4),
         "preview_of_decode": round(seconds["preview"] / seconds["decode"], 4),
-        "correlation_at_each_quarter": [
-            round(value, 3)
-            for value in preview_correlations(
-                pipe, args.preview_scales, args.steps, args.images, args.guidance_scale
-            )
-        ],
+        "correlation_at_each_quarter": [round(value, 3) for value in quarters],
         "decoders": costs,
     }  # fmt: skip
     print_machine(report["machine"])

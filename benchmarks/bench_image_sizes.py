@@ -1,6 +1,7 @@
 """Measure time and memory of an image as it grows to 4096 pixels a side, whole and in tiles."""
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -14,6 +15,7 @@ import torch
 from measuring import (
     describe_benchmark,
     in_fresh_process,
+    markdown_table,
     peak_memory,
     print_machine,
     record_report,
@@ -89,29 +91,26 @@ def stream(model: str, images: int, longest: int, device: torch.device, seed: in
 def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """By which power of the pixels time and memory grow between the two largest sizes of each kind."""
     found = []
-    for direction in DIRECTIONS:
-        for tiled in (False, True):
-            kind = {"direction": direction, "tiled": tiled}
-            mine = [
-                row for row in rows if (row["direction"], row["tiled"]) == (direction, tiled) and "peak_mib" in row
-            ]
-            if len(mine) < 2:
-                continue
-            small, large = mine[-2:]
-            growth = 2 * math.log(large["side"] / small["side"])
-            laws = {
-                name: round(math.log(large[key] / small[key]) / growth, 2)
-                for name, key in (("time", "times_the_smallest"), ("memory", "peak_mib"))
-            }
-            found.append({**kind, "between": [small["side"], large["side"]], **laws})
+    for direction, tiled in itertools.product(DIRECTIONS, (False, True)):
+        kind = {"direction": direction, "tiled": tiled}
+        mine = [row for row in rows if kind.items() <= row.items() and "peak_mib" in row]
+        if len(mine) < 2:
+            continue
+        small, large = mine[-2:]
+        growth = 2 * math.log(large["side"] / small["side"])
+        laws = {
+            name: round(math.log(large[key] / small[key]) / growth, 2)
+            for name, key in (("time", "times_the_smallest"), ("memory", "peak_mib"))
+        }
+        found.append({**kind, "between": [small["side"], large["side"]], **laws})
     return found
 
 
 def table(report: dict[str, Any]) -> str:
     """A row a side in Markdown: time against the smallest image whole, and peak memory in MiB."""
-    kinds = [(direction, tiled) for direction in DIRECTIONS for tiled in (False, True)]
+    kinds = list(itertools.product(DIRECTIONS, (False, True)))
     names = [f"{direction}{' in tiles' if tiled else ''}: time, MiB" for direction, tiled in kinds]
-    lines = [f"| side | {' | '.join(names)} |", "|---" * (len(kinds) + 1) + "|"]
+    lines = []
     rows = {(row["side"], row["direction"], row["tiled"]): row for row in report["rows"]}
     for side in dict.fromkeys(row["side"] for row in report["rows"]):
         found = [rows.get((side, *kind), {}) for kind in kinds]
@@ -119,8 +118,8 @@ def table(report: dict[str, Any]) -> str:
             f"{row['times_the_smallest']:.1f}, {row['peak_mib']:.0f}" if "peak_mib" in row else row.get("failed", "-")
             for row in found
         ]
-        lines.append(f"| {side} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([side, *cells])
+    return markdown_table(f"| side | {' | '.join(names)} |", lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,9 +155,8 @@ def main(argv: list[str] | None = None) -> int:
                 if "failed" in told:
                     row["failed"] = told["failed"]
                 else:
-                    row["times_the_smallest"] = round(
-                        told["seconds"] / first.setdefault(direction, told["seconds"]), 2
-                    )
+                    ratio = told["seconds"] / first.setdefault(direction, told["seconds"])
+                    row["times_the_smallest"] = round(ratio, 2)
                     row |= {f"{key}_mib": round(told[key] / 2**20, 1) for key in ("peak", "process")}
                 report["rows"].append(row)
                 print(json.dumps(row), flush=True)

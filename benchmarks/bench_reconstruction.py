@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import describe_benchmark, print_machine, record_report
+from measuring import describe_benchmark, markdown_table, print_machine, record_report
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -131,12 +131,12 @@ def baselines(codec: Codec, data: Path) -> dict[str, Callable[[Tensor], Tensor]]
 def table(report: dict[str, Any]) -> str:
     """A row for each data set, tokenizer and code in Markdown."""
     name = report["distance"]
-    lines = [f"| images | numbers as | code | PSNR, dB | SSIM | {name} |", "|---|---|---|---|---|---|"]
+    rows = []
     for row in report["rows"]:
         cells = [f"{row['images']} of {row['data']} at {row['size']}x{row['size']}", row["like"], row["code"]]
         cells += [f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row[name]:.3f}" if name in row else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(f"| images | numbers as | code | PSNR, dB | SSIM | {name} |", rows)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import describe_benchmark, record_report
+from measuring import describe_benchmark, markdown_table, record_report
 from torch import Tensor
 from tqdm import tqdm
 
@@ -72,19 +72,19 @@ def measure_pipeline(name: str, images: int, data: Path) -> dict[str, Any]:
 
 def tables(report: dict[str, Any]) -> str:
     """Both lists of rows in Markdown."""
-    deviations = report["deviations"]
-    head = [f"with noise of {deviation}" for deviation in deviations]
-    lines = ["| tokenizer | PSNR, dB | " + " | ".join(head) + " | border ratio | of originals |"]
-    lines.append("|---" * (4 + len(deviations)) + "|")
+    noises = report["deviations"]
+    tokenizers = []
     for row in report["tokenizers"]:
-        noisy = (f"{row['psnr_with_noise'][str(deviation)]:.2f}" for deviation in deviations)
-        seams = f"{row['border_ratio']:.2f} | {row['border_ratio_of_originals']:.2f}"
-        lines.append(f"| {row['name']} | {row['psnr']:.2f} | {' | '.join(noisy)} | {seams} |")
-    lines += ["", "| generator | border ratio | of real images |", "|---|---|---|"]
-    for row in report["generators"]:
-        seams = f"{row['border_ratio']:.2f} | {row['border_ratio_of_real_images']:.2f}"
-        lines.append(f"| {row['name']} | {seams} |")
-    return "\n".join(lines)
+        figures = [row["psnr"], *(row["psnr_with_noise"][str(noise)] for noise in noises)]
+        figures += [row["border_ratio"], row["border_ratio_of_originals"]]
+        tokenizers.append([row["name"], *(f"{figure:.2f}" for figure in figures)])
+    generators = [
+        [row["name"], f"{row['border_ratio']:.2f}", f"{row['border_ratio_of_real_images']:.2f}"]
+        for row in report["generators"]
+    ]
+    head = " | ".join(f"with noise of {noise}" for noise in noises)
+    first = markdown_table(f"| tokenizer | PSNR, dB | {head} | border ratio | of originals |", tokenizers)
+    return f"{first}\n\n{markdown_table('| generator | border ratio | of real images |', generators)}"
 
 
 @torch.inference_mode()
@@ -92,12 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, default=DATA, help="folder of the data sets")
-    add(
-        "--models",
-        nargs="*",
-        default=["hieratok-tiny", "hieratok-tiny-16x"],
-        help="tokenizers: folders, or names that ship",
-    )
+    tokenizers = ["hieratok-tiny", "hieratok-tiny-16x"]
+    add("--models", nargs="*", default=tokenizers, help="tokenizers: folders, or names that ship")
     add("--pipelines", nargs="*", default=["hieratok-dit-tiny"], help="generators: folders, or names that ship")
     add("--deviations", nargs="+", type=float, default=[0.1, 0.2, 0.3], help="std of the noise in that of the latents")
     add("--images", type=int, default=200, help="images to make by each generator")

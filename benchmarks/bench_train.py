@@ -4,11 +4,19 @@ import sys
 from pathlib import Path
 
 import torch
-from measuring import describe_benchmark, matrix_rate, print_machine, record_report, side_by_side
+from measuring import (
+    add_model_options,
+    describe_benchmark,
+    matrix_rate,
+    print_machine,
+    record_report,
+    settle_model_options,
+    side_by_side,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.cli.command_line import add_device, find_device, make_parser
+from hieratok_hf.cli.command_line import make_parser
 from hieratok_hf.models.losses import tokenizer_losses
 from hieratok_hf.training.tokenizer_loss import TokenizerTraining
 
@@ -30,19 +38,12 @@ def model_flops(config: HieraTokConfig, pixels: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add_device(parser)
-    add("--size", default="hieratok-b", help="a named size")
-    add("--images", type=int, help="images of a step; 64 on a GPU, 2 on a CPU unless given")
-    add("--pixels", type=int, default=256, help="side of the images")
-    add("--dtype", choices=("bfloat16", "float32"), help="dtype of autocast; bfloat16 on a GPU unless given")
-    add("--plain_only", action="store_true", help="compile nothing")
+    add_model_options(parser, dtypes=("bfloat16", "float32"))
     add("--seconds", type=float, default=20, help="time for all together")
     add("--json", action="store_true", help="write results/train_SIZE_KIND.json")
     args = parser.parse_args(argv)
-    device = find_device(args)
+    device, dtype, images = settle_model_options(args)
     on_gpu = device.type == "cuda"
-    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
-    images = args.images or (64 if on_gpu else 2)
 
     torch.manual_seed(0)
     config = HieraTokConfig.from_size(args.size)
@@ -67,14 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     seconds = side_by_side(calls, device, args.seconds, graphs=False)
     rate = matrix_rate(device, dtype)
     report = {
-        "machine": describe_benchmark(device),
-        "size": args.size,
-        "images": images,
-        "pixels": args.pixels,
+        "machine": describe_benchmark(device), "size": args.size, "images": images, "pixels": args.pixels,
         "dtype": str(dtype).removeprefix("torch."),
         "gflop_an_image": float(f"{flops / images / 1e9:.4g}"),
         "share_of_the_matrix_rate": {name: round(flops / value / rate, 3) for name, value in seconds.items()},
-    }
+    }  # fmt: skip
     if on_gpu:
         report["images_per_second"] = {name: round(images / value, 1) for name, value in seconds.items()}
         report["matrix_tflops"] = round(rate / 1e12, 1)

@@ -12,7 +12,7 @@ from compare_scales import DISTANCE, README, ROOT, ROWS, steps_to_reach
 from latent_space import IMAGES, NOISE, figures, latents_of, white_noise
 from latent_space import plot as plot_spaces
 from latent_space import table as table_of_spaces
-from measuring import describe_benchmark
+from measuring import describe_benchmark, draw, fill_section, markdown_table
 
 from hieratok_hf.cli.command_line import make_parser
 from hieratok_hf.data.latent_cache import LatentCache
@@ -21,7 +21,7 @@ from hieratok_hf.utils.files import write_whole
 RESULTS = ROOT / "benchmarks" / "results" / "compare_generation.json"
 PLOT = RESULTS.with_suffix(".png")
 SPACES_PLOT = RESULTS.with_name("latent_space.png")
-BEGIN, END = "<!-- compare_generation.py --only_collect writes this -->", "<!-- until here -->"
+BEGIN = "<!-- compare_generation.py --only_collect writes this -->"
 SPACES_BEGIN = "<!-- compare_generation.py --only_collect writes this of latent_space.py -->"
 
 # What decides a run's figures beside its tokenizer and seed; another value is another comparison.
@@ -88,14 +88,8 @@ def evaluated(folder: Path, data: Path, batch_size: int, settings: dict[str, Any
         # The split that it was trained on, as is usual for FID: that is the distribution which it is to have learned,
         # and the larger set is the steadier one.
         arguments += ["--reference", data / "imagenette_128" / "train-*.tar"]
-        arguments += [
-            "--fid_model",
-            vision,
-            "--fid_size",
-            settings["image_size"],
-            "--dtype",
-            settings["sample_dtype"],
-        ]
+        arguments += ["--fid_model", vision, "--fid_size", settings["image_size"]]
+        arguments += ["--dtype", settings["sample_dtype"]]
         if step == settings["steps"]:  # the classifier takes longer than all else
             arguments += ["--classifier", vision]
         call("evaluate_generation", arguments, folder / "log.txt")
@@ -151,16 +145,9 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     """A row for each tokenizer, its seeds' figures side by side, in Markdown."""
     steps = [point["step"] for point in next(iter(runs.values()))["curve"]] if runs else []
     after = " | ".join(f"{DISTANCE} after {step} steps" if not i else f"{step}" for i, step in enumerate(steps))
-    heads = [
-        *([after] if after else []),
-        "against its twin",
-        "steps to the twin's last",
-        "steps of the twin over these",
-    ]
-    lines = [
-        "| " + " | ".join(["tokenizer", "", *heads, "class accuracy, %"]) + " |",
-        "|---" * (len(steps) + 6) + "|",
-    ]
+    heads = [after] if after else []
+    heads += ["against its twin", "steps to the twin's last", "steps of the twin over these"]
+    rows = []
     for name in dict.fromkeys(run["tokenizer"] for run in runs.values()):
         own = [run for run in runs.values() if run["tokenizer"] == name]
         ratios, steps_taken, gains = [], [], []
@@ -175,31 +162,24 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         accuracy = ", ".join(f"{100 * run['class_accuracy']:.1f}" for run in own)
         cells = [f"`{name}`", ROWS[name.rpartition("-")[0]][0], *distances]
         cells += [", ".join(ratios), ", ".join(steps_taken), ", ".join(gains), accuracy]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(f"| {' | '.join(['tokenizer', '', *heads, 'class accuracy, %'])} |", rows)
 
 
 def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """The distance over the steps: one colour a tokenizer, one kind of line a seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     names = list(dict.fromkeys(run["tokenizer"] for run in runs.values()))
     seeds = sorted({run["seed"] for run in runs.values()})
-    for run in runs.values():
-        line = ["-", "--", ":", "-."][seeds.index(run["seed"]) % 4]
-        points = [(point["step"], point[DISTANCE]) for point in run["curve"]]
-        label = f"{run['tokenizer']}, seed {run['seed']}"
-        axis.plot(*zip(*points), marker="o", label=label, color=f"C{names.index(run['tokenizer'])}", linestyle=line)
-    steps = sorted({point["step"] for run in runs.values() for point in run["curve"]})
-    axis.set(xlabel="steps of the generator", title=f"{DISTANCE} of samples, lower is better", xticks=steps)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with draw(path, figsize=(7, 4.5)) as (_, (axis,)):
+        for run in runs.values():
+            style = {"color": f"C{names.index(run['tokenizer'])}", "marker": "o"}
+            style["linestyle"] = ["-", "--", ":", "-."][seeds.index(run["seed"]) % 4]
+            points = [(point["step"], point[DISTANCE]) for point in run["curve"]]
+            axis.plot(*zip(*points), label=f"{run['tokenizer']}, seed {run['seed']}", **style)
+        steps = sorted({point["step"] for run in runs.values() for point in run["curve"]})
+        axis.set(xlabel="steps of the generator", title=f"{DISTANCE} of samples, lower is better", xticks=steps)
+        axis.grid(alpha=0.3)
+        axis.legend()
 
 
 def sections(results: dict[str, Any]) -> dict[str, str]:
@@ -211,14 +191,6 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
         image = f"![{caption}](results/{SPACES_PLOT.name})"
         parts[SPACES_BEGIN] = f"{table_of_spaces(results['latent_spaces'])}\n\n{image}"
     return parts
-
-
-def filled(text: str, begin: str, content: str) -> str:
-    """A text with other content from one marker to the next end."""
-    if text.count(begin) != 1:
-        raise ValueError(f"{README} must hold {begin!r} once.")
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{content}\n{END}{rest.partition(END)[2]}"
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -234,9 +206,8 @@ def collect(args: argparse.Namespace) -> None:
         raise SystemExit(f"The runs of {args.output} and those of {RESULTS} are of several settings.")
     size = next(iter(runs.values()))["settings"]["image_size"]
     # Pairs follow each other, each led by its twin.
-    runs = dict(
-        sorted(runs.items(), key=lambda item: (item[1]["twin"], item[1]["twin"] != item[1]["tokenizer"], item[0]))
-    )
+    order = {name: (run["twin"], run["twin"] != run["tokenizer"], name) for name, run in runs.items()}
+    runs = {name: runs[name] for name in sorted(runs, key=order.__getitem__)}
     folders = {name: args.output / name / f"latents-{size}" for name in args.pair}
     spaces = results["latent_spaces"]
     # Whose run has finished, its cache has, unless it was removed since.
@@ -251,7 +222,7 @@ def collect(args: argparse.Namespace) -> None:
     plot(runs, PLOT)
     text = README.read_text()
     for begin, content in sections(results).items():
-        text = filled(text, begin, content)
+        text = fill_section(text, begin, content)
         print(content)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     README.write_text(text)

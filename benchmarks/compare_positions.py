@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from bench_reconstruction import as_values
-from measuring import describe_benchmark, record_report
+from measuring import describe_benchmark, markdown_table, record_report
 from PIL import Image
 from torch import Tensor
 
@@ -88,10 +88,11 @@ VARIANTS: dict[str, Callable[[AutoencoderHieraTok, int, int], None]] = {
 
 def table(report: dict[str, Any]) -> str:
     """The report as rows of Markdown, PSNR in dB."""
-    lines = [f"| | {' | '.join(report['psnr_db']['cells'])} |", "|---" * (len(report["psnr_db"]["cells"]) + 1) + "|"]
-    for variant, values in report["psnr_db"].items():
-        lines.append(f"| {variant.replace('_', ' ')} | {' | '.join(f'{value:.2f}' for value in values.values())} |")
-    return "\n".join(lines)
+    rows = [
+        [variant.replace("_", " "), *(f"{value:.2f}" for value in values.values())]
+        for variant, values in report["psnr_db"].items()
+    ]
+    return markdown_table(f"| | {' | '.join(report['psnr_db']['cells'])} |", rows)
 
 
 @torch.inference_mode()

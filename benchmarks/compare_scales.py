@@ -1,7 +1,7 @@
 """Multi-scale tokenizers against their single-scale twin under identical settings, at a size that trains on a CPU."""
 
 import argparse
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import describe_benchmark
+from measuring import describe_benchmark, draw, fill_section, markdown_table
 from safetensors.torch import load_file
 from variants import VARIANTS
 
@@ -24,7 +24,7 @@ from hieratok_hf.utils.files import write_whole
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compare_scales.json"
 README = ROOT / "benchmarks" / "README.md"
-BEGIN, END = "<!-- compare_scales.py --only_collect writes this -->", "<!-- until here -->"
+BEGIN = "<!-- compare_scales.py --only_collect writes this -->"
 PLOT = ROOT / "benchmarks" / "results" / "compare_scales.png"
 DISTANCE = "FD-MobileNetV2"
 
@@ -59,11 +59,7 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "six": ("6 scales: 8, 6, 4, 3, 2, 1", "single", "--scale_factors 8 6 4 3 2 1"),
     "coarse_off": ("4 scales, the coarse ones not supervised", "single", "--coarse_weight 0"),
     "coarse_more": ("4 scales, the coarse ones at 0.2", "single", "--coarse_weight 0.2"),
-    "coarse_late": (
-        "4 scales, the coarse ones late at 0.2",
-        "single",
-        "--coarse_weight 0.2 --coarse_start 500",
-    ),
+    "coarse_late": ("4 scales, the coarse ones late at 0.2", "single", "--coarse_weight 0.2 --coarse_start 500"),
     "scale_layers": ("4 scales, norms and MLPs of their own", "single", ""),
     "coarse_context": ("4 scales, tokens fed the upsampled coarser scale", "single", ""),
     "encoder_too": ("4 scales, in the encoder's last block too", "single", ""),
@@ -90,10 +86,8 @@ def core_class(row: str) -> type[HieraTokCore]:
 
 def train(row: str, seed: int, data: Path, folder: Path) -> None:
     """Train one row in this process, or go on where it was interrupted."""
-    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "examples" / "train_tokenizer.py")
-    assert spec is not None and spec.loader is not None
-    train_tokenizer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train_tokenizer)
+    sys.path.append(str(ROOT / "examples"))
+    train_tokenizer = importlib.import_module("train_tokenizer")
     train_tokenizer.HieraTokCore = core_class(row)
     config = CONFIG | CONFIGS.get(row, {})
     arguments = [*SHARED.split(), "--config", json.dumps(config), "--seed", str(seed), "--output", str(folder)]
@@ -138,41 +132,17 @@ def steps_to_reach(curve: list[dict[str, float]], distance: float) -> float | No
     return None
 
 
-def table(runs: dict[str, dict[str, Any]]) -> str:
-    """The rows that have run, each seed's figures side by side, in Markdown."""
-    lines = [
-        f"| row | | parameters, M | PSNR, dB | coarse scales, dB | SSIM | {DISTANCE} | against its twin "
-        "| steps to the twin's last |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row, (text, _, _) in ROWS.items():
-        seeds = sorted(int(name.rsplit("-", 1)[1]) for name in runs if name.rsplit("-", 1)[0] == row)
-        if not seeds:
-            continue
-        own = [runs[f"{row}-{seed}"] for seed in seeds]
-        steps = [steps_to_reach(mine["curve"], other[DISTANCE]) for mine, other in pairs_with_twin(runs, row)]
-        reached = ["not" if step is None else f"{step:.0f}" for step in steps]
-        coarse = [f"{value:.1f}" for value in own[0]["scales_psnr"][:-1]]
-        cells = [
-            f"`{row}`",
-            text,
-            f"{own[0]['parameters'] / 1e6:.2f}",
-            ", ".join(f"{run['psnr']:.2f}" for run in own),
-            " ".join(coarse),
-            ", ".join(f"{run['ssim']:.3f}" for run in own),
-            ", ".join(f"{run[DISTANCE]:.0f}" for run in own),
-            ", ".join(f"{change:+.1f} %" for change in against_twin(runs, row)),
-            ", ".join(reached),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def by_seed(runs: dict[str, dict[str, Any]], row: str) -> dict[int, dict[str, Any]]:
+    """Choose the runs of a row, by their seeds, of all runs by their names, as `multi-0`."""
+    named = ((*name.rsplit("-", 1), run) for name, run in runs.items())
+    return {int(seed): run for name, seed, run in sorted(named, key=lambda x: int(x[1])) if name == row}
 
 
 def pairs_with_twin(runs: dict[str, dict[str, Any]], row: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Pair each seed of a row with its twin's run of that seed; a twin itself has no pairs."""
     twin = ROWS[row][1]
-    seeds = [name.rsplit("-", 1)[1] for name in sorted(runs) if name.rsplit("-", 1)[0] == row != twin]
-    return [(runs[f"{row}-{seed}"], runs[f"{twin}-{seed}"]) for seed in seeds if f"{twin}-{seed}" in runs]
+    others = by_seed(runs, twin) if twin != row else {}
+    return [(run, others[seed]) for seed, run in by_seed(runs, row).items() if seed in others]
 
 
 def against_twin(runs: dict[str, dict[str, Any]], row: str) -> list[float]:
@@ -180,34 +150,46 @@ def against_twin(runs: dict[str, dict[str, Any]], row: str) -> list[float]:
     return [100 * (mine[DISTANCE] / other[DISTANCE] - 1) for mine, other in pairs_with_twin(runs, row)]
 
 
-def spread_of_seeds(runs: dict[str, dict[str, Any]]) -> float:
-    """Percent by which the seeds of the row `single` differ, the measure of what chance does."""
-    first, second = (runs[f"single-{seed}"][DISTANCE] for seed in (0, 1))
-    return 100 * abs(first / second - 1)
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """The rows that have run, each seed's figures side by side, in Markdown."""
+    head = f"| row | | parameters, M | PSNR, dB | coarse scales, dB | SSIM | {DISTANCE} | against its twin "
+    rows = []
+    for row, (text, _, _) in ROWS.items():
+        if not (own := list(by_seed(runs, row).values())):
+            continue
+        steps = [steps_to_reach(mine["curve"], other[DISTANCE]) for mine, other in pairs_with_twin(runs, row)]
+        cells = [
+            f"`{row}`",
+            text,
+            f"{own[0]['parameters'] / 1e6:.2f}",
+            ", ".join(f"{run['psnr']:.2f}" for run in own),
+            " ".join(f"{value:.1f}" for value in own[0]["scales_psnr"][:-1]),
+            ", ".join(f"{run['ssim']:.3f}" for run in own),
+            ", ".join(f"{run[DISTANCE]:.0f}" for run in own),
+            ", ".join(f"{change:+.1f} %" for change in against_twin(runs, row)),
+            ", ".join("not" if step is None else f"{step:.0f}" for step in steps),
+        ]
+        rows.append(cells)
+    return markdown_table(f"{head}| steps to the twin's last |", rows)
 
 
 def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Each row's distance against its twin, a dot a seed, beside the band of what seeds differ by."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     found = {row: against_twin(runs, row) for row in ROWS}
     rows = [row for row, changes in found.items() if changes]
-    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
-    spread = spread_of_seeds(runs)
-    axis.axvspan(-spread, spread, color="0.9", label=f"seeds of one scale differ by {spread:.1f} %")
-    axis.axvline(0, color="0.6", linewidth=0.8)
-    for place, row in enumerate(rows):
-        axis.plot(found[row], [place] * len(found[row]), "o", color="C0" if "learned" in row else "0.35")
-    axis.set(yticks=range(len(rows)), xlabel=f"{DISTANCE} against the twin with one scale, % (left is better)")
-    axis.set_yticklabels([f"{ROWS[row][0]}, against {ROWS[row][1]}" for row in rows], fontsize=8)
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(loc="upper right", fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    # What chance does: by how many percent the seeds of one scale differ.
+    first, second = (by_seed(runs, "single")[seed][DISTANCE] for seed in (0, 1))
+    spread = 100 * abs(first / second - 1)
+    with draw(path, figsize=(9, 1.2 + 0.3 * len(rows))) as (_, (axis,)):
+        axis.axvspan(-spread, spread, color="0.9", label=f"seeds of one scale differ by {spread:.1f} %")
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        for place, row in enumerate(rows):
+            axis.plot(found[row], [place] * len(found[row]), "o", color="C0" if "learned" in row else "0.35")
+        axis.set(yticks=range(len(rows)), xlabel=f"{DISTANCE} against the twin with one scale, % (left is better)")
+        axis.set_yticklabels([f"{ROWS[row][0]}, against {ROWS[row][1]}" for row in rows], fontsize=8)
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(loc="upper right", fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,16 +217,12 @@ def main(argv: list[str] | None = None) -> int:
                 with write_whole(folder / "final.json") as file:
                     file.write(json.dumps(measure(row, folder, args.data), indent=1).encode())
     if args.only_collect:
-        runs = recorded() | {
-            path.parent.name: json.loads(path.read_text()) for path in args.output.glob("*/final.json")
-        }
-        runs = dict(sorted(runs.items()))
-        RESULTS.write_text(
-            json.dumps({"machine": describe_benchmark(torch.device("cpu")), "runs": runs}, indent=1) + "\n"
-        )
+        finished = {path.parent.name: json.loads(path.read_text()) for path in args.output.glob("*/final.json")}
+        runs = dict(sorted((recorded() | finished).items()))
+        report = {"machine": describe_benchmark(torch.device("cpu")), "runs": runs}
+        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
         plot(runs, PLOT)
-        before, _, rest = README.read_text().partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{table(runs)}\n{END}{rest.partition(END)[2]}")
+        README.write_text(fill_section(README.read_text(), BEGIN, table(runs)))
         print(table(runs))
     return 0
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import draw, markdown_table
 from torch import Tensor
 
 from hieratok_hf.cli.command_line import make_parser
@@ -42,15 +43,7 @@ def cosines(size: int) -> Tensor:
 
 
 def power(latents: Tensor) -> Tensor:
-    """
-    Mean energy of each frequency once each channel's mean over all images and cells is taken away.
-
-    Args:
-        latents (`torch.Tensor` of shape `(N, C, h, w)`): Latents.
-
-    Returns:
-        `torch.Tensor` of shape `(C, h, w)`: float64; its mean over frequencies is the channel's variance.
-    """
+    """Mean energy `(C, h, w)` in float64 of each frequency of latents `(N, C, h, w)`, less each channel's mean."""
     # A grid of latents is not periodic: the DFT would take the step from border to border for high frequencies, and
     # a Hann window, its remedy, would hide half of a grid of 8 cells. The DCT mirrors at the border instead.
     latents = checked(latents)
@@ -66,15 +59,7 @@ def radii(height: int, width: int) -> Tensor:
 
 
 def radial_spectrum(spectrum: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    `power` averaged over rings.
-
-    Args:
-        spectrum (`torch.Tensor` of shape `(C, h, w)`): That of `power`.
-
-    Returns:
-        The mean of `radii` in each ring `(R,)`, rising, and the mean power `(C, R)`.
-    """
+    """Give the mean of `radii` in each ring `(R,)`, rising, and the mean of `power` in it `(C, R)`."""
     size = spectrum.shape[1:]
     distance = radii(*size).flatten()
     rings = (distance * min(size)).round().long()
@@ -108,13 +93,9 @@ def excess_kurtosis(latents: Tensor) -> Tensor:
 
 def uniformity(vectors: Tensor, t: float = 2.0) -> float:
     """
-    How evenly directions cover the sphere: `log E exp(-t |x - y|^2)` over all pairs (Wang and Isola, 2020).
+    How evenly directions `(N, D)` cover the sphere: `log E exp(-t |x - y|^2)` over all pairs (Wang and Isola, 2020).
 
-    Args:
-        vectors (`torch.Tensor` of shape `(N, D)`): At least two, none of them zero; their lengths do not count.
-
-    Returns:
-        0 where all directions are one, lower where they are more uniform; uniform ones of many dimensions give `-2 t`.
+    It is 0 where all are one, and lower where they are more uniform; uniform ones of many dimensions give `-2 t`.
     """
     if vectors.ndim != 2 or len(vectors) < 2:
         raise ValueError(f"`vectors` must have shape (N, D) with N of 2 or more, got {tuple(vectors.shape)}.")
@@ -127,12 +108,7 @@ def uniformity(vectors: Tensor, t: float = 2.0) -> float:
 
 
 def figures(latents: Tensor) -> dict[str, Any]:
-    """
-    All of the above, ready for JSON.
-
-    Args:
-        latents (`torch.Tensor` of shape `(N, C, h, w)`): Latents; uniformity is that of `chosen` ones.
-    """
+    """All of the above of latents `(N, C, h, w)`, ready for JSON; uniformity is that of `chosen` ones."""
     latents = checked(latents)
     spectrum = power(latents)
     frequencies, spectra = radial_spectrum(spectrum)
@@ -172,15 +148,14 @@ def embedded(latents: Tensor) -> np.ndarray:
 
 def table(spaces: dict[str, dict[str, Any]]) -> str:
     """A row for each latent space in Markdown."""
-    lines = [
+    head = (
         "| latents of | energy in the upper half of the frequencies | correlation of neighbours | variance of the "
-        "channels, least and largest | their ratio | excess kurtosis | uniformity, flattened | pooled |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        "channels, least and largest | their ratio | excess kurtosis | uniformity, flattened | pooled |"
+    )
+    rows = []
     for name, space in spaces.items():
-        variance, correlation, kurtosis = (
-            space[key] for key in ("variance", "neighbour_correlation", "excess_kurtosis")
-        )
+        keys = ("variance", "neighbour_correlation", "excess_kurtosis")
+        variance, correlation, kurtosis = (space[key] for key in keys)
         cells = [
             f"`{name}`" if name != NOISE else name,
             f"{100 * space['upper_half_share']:.1f} %",
@@ -191,56 +166,39 @@ def table(spaces: dict[str, dict[str, Any]]) -> str:
             f"{space['uniformity_flattened']:.2f}",
             f"{space['uniformity_pooled']:.2f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def plot(
     spaces: dict[str, dict[str, Any]], images: dict[str, tuple[Tensor, Tensor]], classes: list[str], path: Path
 ) -> None:
-    """
-    The spectra of all spaces, and a t-SNE of each beside them.
-
-    Args:
-        spaces (`dict`): `figures` by name.
-        images (`dict`): Latents `(N, C, h, w)` and labels `(N,)` by name.
-        classes (`list[str]`): Names of the labels.
-        path (`Path`): A PNG file.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (5 * (len(images) + 1), 5.4)
-    figure, axes = plt.subplots(1, len(images) + 1, figsize=size, layout="constrained")
+    """Spectra of all spaces, and beside them a t-SNE of latents `(N, C, h, w)` by their labels `(N,)`."""
     styles: dict[str, Any] = {NOISE: {"color": "grey", "linestyle": ":"}}
-    styles |= {
-        name: {"color": f"C{i}", "marker": ".ox^"[i % 4], "markersize": 4}
-        for i, name in enumerate(x for x in spaces if x != NOISE)
-    }
-    for name, space in spaces.items():
-        for channel, spectrum in enumerate(space["spectra"]):
-            # Shares of the variance, so that spaces of other scales lie beside each other.
-            values = [x / space["variance"][channel] for x in spectrum]
-            axes[0].semilogy(space["frequencies"], values, alpha=0.8, label=None if channel else name, **styles[name])
-    axes[0].axvline(0.5, color="grey", linewidth=0.8)
-    axes[0].set(
-        title="power over the channel's variance, a line a channel", xlabel="frequency over that of alternating cells"
-    )
-    axes[0].grid(alpha=0.3)
-    axes[0].legend()
-    for axis, (name, (latents, labels)) in zip(axes[1:], images.items()):
-        points = embedded(latents)
-        for label, title in enumerate(classes):
-            mine = points[(labels == label).numpy()]
-            axis.scatter(*mine.T, s=6, color=plt.get_cmap("tab10")(label % 10), label=title.replace("_", " "))
-        axis.set(title=f"{name}: t-SNE of {len(latents)} latents", xticks=[], yticks=[])
-    if images:
-        handles = axes[1].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower right", ncols=5, markerscale=2.5)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    for i, name in enumerate(name for name in spaces if name != NOISE):
+        styles[name] = {"color": f"C{i}", "marker": ".ox^"[i % 4], "markersize": 4}
+    panels = len(images) + 1
+    with draw(path, panels, figsize=(5 * panels, 5.4)) as (figure, (first, *others)):
+        for name, space in spaces.items():
+            for channel, spectrum in enumerate(space["spectra"]):
+                # Shares of the variance, so that spaces of other scales lie beside each other.
+                values = [x / space["variance"][channel] for x in spectrum]
+                label = None if channel else name
+                first.semilogy(space["frequencies"], values, alpha=0.8, label=label, **styles[name])
+        first.axvline(0.5, color="grey", linewidth=0.8)
+        first.set(title="power over the channel's variance, a line a channel")
+        first.set(xlabel="frequency over that of alternating cells")
+        first.grid(alpha=0.3)
+        first.legend()
+        for axis, (name, (latents, labels)) in zip(others, images.items()):
+            points = embedded(latents)
+            for label, title in enumerate(classes):
+                mine = points[(labels == label).numpy()]
+                axis.scatter(*mine.T, s=6, color=f"C{label % 10}", label=title.replace("_", " "))
+            axis.set(title=f"{name}: t-SNE of {len(latents)} latents", xticks=[], yticks=[])
+        if others:
+            handles = others[0].get_legend_handles_labels()
+            figure.legend(*handles, loc="outside lower right", ncols=5, markerscale=2.5)
 
 
 def latents_of(folder: Path, most: int | None = None) -> tuple[Tensor, Tensor]:

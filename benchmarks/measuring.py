@@ -1,4 +1,4 @@
-"""Hold what the benchmarks share: the machine they ran on, and times taken side by side."""
+"""Hold what the benchmarks share: the machine they ran on, times taken side by side, tables and plots."""
 
 import ctypes
 import json
@@ -9,15 +9,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hieratok_hf.cli.command_line import describe_machine, write_report
+from hieratok_hf.cli.command_line import add_device, describe_machine, find_device, write_report
 from hieratok_hf.ops.attention import device_kind
+
+END = "<!-- until here -->"
 
 
 def describe_benchmark(device: torch.device) -> dict[str, Any]:
@@ -42,6 +46,25 @@ def describe_benchmark(device: torch.device) -> dict[str, Any]:
     }
 
 
+def add_model_options(parser: ArgumentParser, dtypes: tuple[str, ...] | None = None) -> None:
+    """Add the options of a benchmark that runs a model of a named size on one batch."""
+    add = parser.add_argument
+    add_device(parser)
+    add("--size", default="hieratok-b", help="a named size")
+    add("--images", type=int, help="images of a batch; 64 on a GPU, 2 on a CPU unless given")
+    add("--pixels", type=int, default=256, help="side of the images")
+    add("--dtype", choices=dtypes, help="dtype; bfloat16 on a GPU, float32 on a CPU unless given")
+    add("--plain_only", action="store_true", help="compile nothing")
+
+
+def settle_model_options(args: Namespace) -> tuple[torch.device, torch.dtype, int]:
+    """Choose the device, the dtype and the number of images that `add_model_options` left open."""
+    device = find_device(args)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    return device, dtype, args.images or (64 if on_gpu else 2)
+
+
 def print_machine(machine: dict[str, Any]) -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
 
@@ -50,18 +73,10 @@ def record_report(
     folder: Path, name: str, report: dict[str, Any], key: tuple[str, ...] = (), lists: tuple[str, ...] = ("rows",)
 ) -> dict[str, Any]:
     """
-    Write a report with its machine as `NAME_KIND.json` of the device's kind, whole or not at all, and say so.
+    Write a report with its machine as `NAME_KIND.json` of the device's kind, whole or not at all, and return it.
 
-    Args:
-        folder (`Path`): Where the reports lie.
-        name (`str`): Of the benchmark.
-        report (`dict`): What it found; `"machine"` is that of `describe_benchmark`.
-        key (`tuple[str, ...]`, *optional*): For a benchmark that can be run in parts: the values that tell its rows
-            apart. Rows that an earlier part recorded on the same device with the same versions are kept.
-        lists (`tuple[str, ...]`, defaults to `("rows",)`): Lists of rows in the report; a row stands in one of them.
-
-    Returns:
-        What was written.
+    A benchmark that can be run in parts gives as `key` the values that tell its rows apart, and the lists of rows, of
+    which each stands in one: rows that an earlier part recorded on the same device and versions are kept.
     """
     kind = report["machine"]["kind"].replace(" ", "_").replace(".", "").lower()
     path = folder / f"{name}_{kind}.json"
@@ -148,11 +163,8 @@ def side_by_side(
     """
     Median seconds of each call, the calls taking turns so that all meet the same machine.
 
-    Args:
-        calls (`dict[str, Callable]`): What to time, by name; each is warmed up first.
-        device (`torch.device`): Where they run.
-        budget (`float`): Seconds of timing for all together; each is timed at least 3 times whatever it takes.
-        graphs (`bool`, defaults to `True`): On a GPU, time replays of a CUDA graph: the device alone.
+    All together take `budget` seconds, but each call is timed three times at least. On a GPU, `graphs` times replays
+    of a CUDA graph: the device alone.
     """
     on_gpu = device.type == "cuda"
     timers = {}
@@ -224,19 +236,10 @@ def in_fresh_process(
     script: str | Path, arguments: list[Any], seconds: float, memory: float | None = None
 ) -> dict[str, Any]:
     """
-    Run a script in a process of its own and read the last line that it prints as JSON.
+    Run a script in a process of its own, with as many threads, and read the last line that it prints as JSON.
 
-    Args:
-        script (`str` or `Path`): The Python file; it gets as many threads as this process has.
-        arguments (`list`): Of its command line.
-        seconds (`float`): How long it may run.
-        memory (`float`, *optional*): Bytes of data that it may hold.
-
-    Returns:
-        Its object, or `{"failed": ...}` with a reason where time or memory did not suffice.
-
-    Raises:
-        RuntimeError: It failed in another way; the message is the end of what it said.
+    Where the seconds or the bytes of memory that it may have do not suffice, it is `{"failed": ...}` with the reason;
+    `RuntimeError` where the script fails in another way.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
@@ -253,3 +256,31 @@ def in_fresh_process(
     if process.returncode == -9 or "out of memory" in errors or "allocate memory" in errors:
         return {"failed": "out of memory" if memory is None else f"more than {memory / 2**30:g} GiB"}
     raise RuntimeError(f"{Path(script).name} failed: {errors[-2000:]}")
+
+
+def markdown_table(head: str, rows: Iterable[Sequence[Any]]) -> str:
+    """Compose a table in Markdown of the line of its heads and of the cells of each row."""
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, cells))} |" for cells in rows)])
+
+
+def fill_section(text: str, begin: str, content: str) -> str:
+    """Put other content between a marker of a text, which it must hold once, and the next `END`."""
+    if text.count(begin) != 1:
+        raise ValueError(f"The text must hold {begin!r} once.")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{content}\n{END}{rest.partition(END)[2]}"
+
+
+@contextmanager
+def draw(path: Path, columns: int = 1, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """Give a figure and its axes side by side, and write it as a PNG file at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, squeeze=False, layout="constrained", **options)
+    yield figure, axes[0]
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

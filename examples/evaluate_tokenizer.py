@@ -16,9 +16,11 @@ from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
     align_table,
+    check_batch,
     check_writable,
     describe_machine,
     device_of_process,
+    identify,
     load_or_explain,
     make_parser,
     one_line,
@@ -44,21 +46,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="hieratok-tiny", help=model)
     add("--compare", nargs="+", default=[], metavar="MODEL", help="further models, also diffusers' own")
     add("--data", nargs="+", required=True, help=data)
-    add("--split", default="train", help="split of folders and data sets; shards have but one")
+    add("--split", default="train", help="split of folders and data sets; data without splits is train")
     add("--streaming", action="store_true", help="read while evaluating instead of first making a copy in the cache")
     add("--max_images", type=positive, help="take only the first images of the data")
     add("--size", type=positive, help="side of the middle square; the model's own unless given")
     add("--batch_size", type=positive, default=16, help="images of a batch in each process")
     add("--no_ssim", action="store_true", help="leave SSIM out, which is slow")
     add("--lpips", action="store_true", help="measure LPIPS; needs the package lpips")
-    add(
-        "--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this transformers vision model"
-    )
+    add("--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this vision model")
     add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
     add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
     add("--no_fid", action="store_true", help="leave the Fréchet distance out")
     add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled images")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add("--overwrite", action="store_true", help="replace files that are there already")
     add_device(parser)
     args = parser.parse_args(argv)
     if args.fid_size and not args.fid_model:
@@ -68,9 +69,34 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def make_frechet(
+    args: argparse.Namespace, device: torch.device, notes: list[str], name: str, same_targets: bool
+) -> FrechetDistance | None:
+    """Make the Fréchet distance of the options, over Inception called by a name, or note why it cannot be measured."""
+    options = {"same_targets": same_targets, "device": device}
+    if args.fid_model:
+        features = load_or_explain(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
+        try:
+            frechet = FrechetDistance(features, size=args.fid_size, **options)
+        except (ImportError, ValueError) as error:
+            at = args.fid_size or features.image_size
+            raise Problem(f"--fid_model {args.fid_model!r} at {at} pixels: {one_line(error)}") from error
+    else:
+        try:
+            if importlib.util.find_spec("torch_fidelity") is None:
+                raise ImportError("it needs torch-fidelity (pip install torch-fidelity)")
+            frechet = FrechetDistance(**options)
+        except (ImportError, OSError) as error:
+            notes.append(f"{name} was left out: {one_line(error)}; --fid_model takes another network")
+            return None
+        frechet.name = name
+    notes.append(f"{frechet.name} is taken of images resized to {frechet.size} x {frechet.size} pixels")
+    return frechet
+
+
 def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str]) -> ReconstructionMetrics:
     """Make the metrics that the options ask for; an rFID that cannot be measured becomes a note."""
-    lpips = perceptual = frechet = None
+    lpips = perceptual = None
     if args.lpips:
         try:
             lpips = load_lpips()
@@ -80,22 +106,7 @@ def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str
         features = load_or_explain(VisionFeatures.from_pretrained, "--perceptual_model", args.perceptual_model)
         perceptual = PerceptualDistance(features)
         notes.append(f"the perceptual distance is taken over {features.name}")
-    if args.fid_model:
-        features = load_or_explain(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
-        try:
-            frechet = FrechetDistance(features, size=args.fid_size, same_targets=True, device=device)
-        except (ImportError, ValueError) as error:
-            at = args.fid_size or features.image_size
-            raise Problem(f"--fid_model {args.fid_model!r} at {at} pixels: {one_line(error)}") from error
-    elif not args.no_fid:
-        try:
-            if importlib.util.find_spec("torch_fidelity") is None:
-                raise ImportError("it needs torch-fidelity (pip install torch-fidelity)")
-            frechet = FrechetDistance(same_targets=True, device=device)
-        except (ImportError, OSError) as error:
-            notes.append(f"rFID was left out: {one_line(error)}; --fid_model takes another network")
-    if frechet is not None:
-        notes.append(f"{frechet.name} is taken of images resized to {frechet.size} x {frechet.size} pixels")
+    frechet = None if args.no_fid else make_frechet(args, device, notes, "rFID", same_targets=True)
     ssim = not args.no_ssim
     return ReconstructionMetrics(ssim=ssim, lpips=lpips, perceptual=perceptual, frechet=frechet, device=device)
 
@@ -169,13 +180,15 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
     device = device_of_process(args, state)
     if args.json:
-        check_writable("--json", args.json)
+        inputs = identify([*args.data, *(args.probe_data or [])])
+        check_writable("--json", args.json, overwrite=args.overwrite, inputs=inputs)
     # All of them before any work, so that a wrong name is told at once.
     codecs = {args.model: load_or_explain(load_codec, "--model", args.model, device)}
     codecs |= {name: load_or_explain(load_codec, "--compare", name, device) for name in args.compare}
     size = args.size or getattr(codecs[args.model].model.config, "sample_size", None)
     if not isinstance(size, int):
         raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
+    check_batch("--size and --batch_size", args.batch_size, size)
     notes: list[str] = []
     metrics = make_metrics(args, device, notes)
     images, train = load_data(args)

@@ -70,6 +70,12 @@ def load_benchmark(monkeypatch, tmp_path) -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture
+def bench(request, load_benchmark) -> ModuleType:
+    """The script of `benchmarks/` that a file `test_NAME.py` tests."""
+    return load_benchmark(request.module.__name__.removeprefix("test_"))
+
+
+@pytest.fixture
 def load_conversion() -> Callable[[str], ModuleType]:
     """A script of `conversion/` as a module."""
     return partial(load_script, "conversion")

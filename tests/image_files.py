@@ -7,11 +7,21 @@ import zlib
 
 import numpy as np
 from PIL import Image
+from scripts import ROOT
+
+from hieratok_hf import open_image
 
 
 def noise(height=32, width=48, channels=3, seed=0):
     shape = (height, width, channels) if channels else (height, width)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def crop(i, size, photograph=0):
+    """The i-th of some squares that lie beside each other in a photograph of the examples."""
+    left, top = 64 + 24 * (i % 4), 64 + 24 * (i // 4)
+    path = sorted((ROOT / "examples" / "images").glob("*.webp"))[photograph]
+    return open_image(path).crop((left, top, left + size, top + size))
 
 
 def png(width, height, bits, colour, rows=b"", transparency=None):

@@ -7,15 +7,18 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import MobileNetV2Config, MobileNetV2Model
 
 ROOT = Path(__file__).parents[1]
+CHILD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # What accelerate launch --use_fsdp sets, on CPUs.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 FSDP |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
@@ -40,8 +43,22 @@ def forget_processes() -> None:
         state._reset_state()
 
 
+def run_training(script: ModuleType, arguments: list[str]) -> list[dict[str, Any]]:
+    """The records of a training script, which must end well."""
+    forget_processes()
+    assert script.main(arguments) == 0
+    return records(Path(arguments[arguments.index("--output") + 1]))
+
+
 def records(output: Path, name: str = "losses.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / name).read_text().splitlines()]
+
+
+def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], *names: str, **tolerance: float) -> None:
+    """The records of two trainings are alike, in all or in some numbers."""
+    for mine, other in zip(ours, theirs, strict=True):
+        chosen = names or mine.keys() | other.keys()
+        assert {x: mine[x] for x in chosen} == pytest.approx({x: other[x] for x in chosen}, **tolerance)
 
 
 def report_in(folder: Path) -> dict[str, Any]:
@@ -63,6 +80,21 @@ def error_of(capsys: Any) -> str:
     return error
 
 
+def usage_error(capsys: Any, main: Callable[[list[str]], Any], *given: Any) -> str:
+    """What a script says of a command line that it refuses."""
+    with pytest.raises(SystemExit, match="2"):
+        main(list(map(str, given)))
+    return capsys.readouterr().err
+
+
+def tables_in(output: str) -> list[list[dict[str, str]]]:
+    """The tables that a script prints below its first line, a dictionary for each row."""
+    blocks = [block.splitlines() for block in output.split("\n\n")]
+    blocks[0] = blocks[0][1:]
+    rows = [[re.split(r"\s{2,}", x.strip()) for x in block if not re.match("(note|skipped): ", x)] for block in blocks]
+    return [[dict(zip(header, row, strict=True)) for row in table] for header, *table in rows]
+
+
 def save_vision_model(folder: Path, kind: type = MobileNetV2Model, **config: Any) -> Path:
     """A MobileNetV2 with weights that leave something of an image, unlike those that it begins with."""
     torch.manual_seed(0)
@@ -74,18 +106,17 @@ def save_vision_model(folder: Path, kind: type = MobileNetV2Model, **config: Any
     return folder
 
 
-def two_processes(script: Path, arguments: list[Any], cache: Path, **environment: str) -> tuple[str, str]:
+def two_processes(script: ModuleType, arguments: list[Any], cache: Path, shard: bool = False) -> tuple[str, str]:
     """What the first and the second of two processes of a script print; both must end well."""
-    command = [sys.executable, str(script), *map(str, arguments)]
+    command = [sys.executable, str(script.__file__), *map(str, arguments)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         # What torchrun tells its processes; starting it as well would take as long as all else.
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    group |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache), **environment}
+    environment = {**os.environ, **CHILD, **group, **(FSDP if shard else {}), "HF_DATASETS_CACHE": str(cache)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
-        subprocess.Popen(command, env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank}, **pipes)
-        for rank in "01"
+        subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"
     ]
     try:
         told = [process.communicate(timeout=240) for process in started]
@@ -96,10 +127,10 @@ def two_processes(script: Path, arguments: list[Any], cache: Path, **environment
     return told[0][0], told[1][0]
 
 
-def kill_and_go_on(script: Path, watch: str, runs: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
+def kill_and_go_on(script: ModuleType, watch: str, runs: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
     """How runs of `kill_and_resume.py` ended, one after the other."""
-    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), str(script), watch, json.dumps(runs)]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)}
-    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=400)
+    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), script.__file__, watch, json.dumps(runs)]
+    environment = {**os.environ, **CHILD, "HF_DATASETS_CACHE": str(cache)}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])

@@ -7,11 +7,6 @@ pytest.importorskip("datasets", reason="images are read through it")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
 
-@pytest.fixture
-def bench(load_benchmark):
-    return load_benchmark("bench_cache")
-
-
 ARGUMENTS = ["--device", "cpu", "--images", "6", "--pixels", "16", "--batch_size", "3", "--seconds", "0", "--json"]
 
 

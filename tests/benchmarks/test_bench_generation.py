@@ -7,13 +7,6 @@ from scripts import report_in
 from tiny_pipelines import tiny_pipeline
 
 
-@pytest.fixture
-def bench(load_benchmark, monkeypatch):
-    module = load_benchmark("bench_generation")
-    monkeypatch.setattr(module, "DECODERS", [("hieratok-tiny", 64, 1, 1)])
-    return module
-
-
 def test_the_correlation_is_pearsons(bench):
     finals = images(3, 3, 16, 16)
     shrunk = finals.unflatten(2, (4, 4)).unflatten(4, (4, 4)).mean((3, 5))
@@ -32,7 +25,8 @@ def test_the_last_preview_of_all_scales_is_the_image(bench, tmp_path):
     assert quarters[0] < 1 - 1e-3
 
 
-def test_everything_is_measured_and_recorded(bench, tmp_path, capsys):
+def test_everything_is_measured_and_recorded(bench, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "DECODERS", [("hieratok-tiny", 64, 1, 1)])
     folder = tiny_pipeline(tmp_path / "pipe")
     given = ["--model", folder, "--device", "cpu", "--steps", "4", "--images", "3", "--seconds", "0", "--json"]
     assert bench.main(given) == 0

@@ -6,36 +6,23 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_core, tiny_vision_model
-from image_files import write_shard
+from image_files import crop, write_shard
 from PIL import Image
-from scripts import ROOT, report_in
+from scripts import report_in
 
 pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")
 
-from hieratok_hf import AutoencoderHieraTok, open_image
+from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.metrics import psnr, ssim
 from hieratok_hf.models.autoencoder_adapter import load_codec
 
-PHOTOGRAPH = open_image(min((ROOT / "examples" / "images").glob("*.webp")))
-
 
 @pytest.fixture
-def bench(load_benchmark, monkeypatch):
-    module = load_benchmark("bench_reconstruction")
-    monkeypatch.setattr(module, "SETS", {"one": ("one", 32), "two": ("shards/val-*.tar", 48)})
-    monkeypatch.setattr(module, "FITTED_TO", "shards/train-*.tar")
-    return module
-
-
-def crop(i, size):
-    left, top = 64 + 24 * (i % 4), 64 + 24 * (i // 4)
-    return PHOTOGRAPH.crop((left, top, left + size, top + size))
-
-
-@pytest.fixture
-def data(tmp_path):
+def data(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "SETS", {"one": ("one", 32), "two": ("shards/val-*.tar", 48)})
+    monkeypatch.setattr(bench, "FITTED_TO", "shards/train-*.tar")
     folder = tmp_path / "data"
     (folder / "one").mkdir(parents=True)
     (folder / "shards").mkdir()
@@ -45,12 +32,6 @@ def data(tmp_path):
         write_shard(folder / "shards" / f"{name}.tar", [crop(i, 48) for i in range(count)])
     tiny_vision_model().save_pretrained(folder / "mobilenet_v2_1.0_224")
     return folder
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
 
 
 def test_components_are_the_best_linear_code_of_the_patches_that_they_are_fitted_to(bench, data):
@@ -69,7 +50,8 @@ def test_jpeg_takes_the_bytes_that_there_are_and_no_more(bench):
     for bytes_a_pixel in (0.0, 0.1, 0.25, 1.0):
         jpeg = bench.Jpeg(bytes_a_pixel)
         file = jpeg.best(crop(0, 48))
-        quality = next(q for q in range(1, 96) if np.array_equal(_decoded(jpeg, crop(0, 48), q), np.array(file)))
+        decoded = (Image.open(io.BytesIO(jpeg._file(crop(0, 48), q))) for q in range(1, 96))
+        quality = next(q for q, image in enumerate(decoded, start=1) if np.array_equal(image, file))
         room = bytes_a_pixel * 48 * 48
         assert quality == 1 or jpeg._scan(jpeg._file(crop(0, 48), quality)) <= room
         assert quality == 95 or jpeg._scan(jpeg._file(crop(0, 48), quality + 1)) > room
@@ -77,11 +59,8 @@ def test_jpeg_takes_the_bytes_that_there_are_and_no_more(bench):
     assert found == sorted(found) and found[0] < 25 < 35 < found[-1]
 
 
-def _decoded(jpeg, image, quality):
-    return np.array(Image.open(io.BytesIO(jpeg._file(image, quality))))
-
-
-def test_every_row_is_measured_and_parts_add_up(bench, data, tokenizer, tmp_path, capsys):
+def test_every_row_is_measured_and_parts_add_up(bench, data, tmp_path, capsys):
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tokenizer := tmp_path / "tokenizer")
     given = ["--data", str(data), "--models", str(tokenizer), "--json", "--sets"]
     assert bench.main([*given, "one"]) == 0 and bench.main([*given, "two", "--max_images", "4"]) == 0
     report = report_in(tmp_path / "results")

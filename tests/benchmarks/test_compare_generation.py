@@ -7,7 +7,7 @@ from helpers import random_core
 from image_files import noise as pixels
 from image_files import write_shard
 from PIL import Image
-from scripts import forget_processes, load_script, save_vision_model
+from scripts import forget_processes, load_script, save_vision_model, usage_error
 from transformers import MobileNetV2ForImageClassification
 
 pytest.importorskip("datasets", reason="images are read through it")
@@ -25,13 +25,12 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def compare():
-    return load_script("benchmarks", "compare_generation")
+compare = load_script("benchmarks", "compare_generation")
+BEGINS, END = (compare.BEGIN, compare.SPACES_BEGIN), load_script("benchmarks", "measuring").END
 
 
 @pytest.fixture
-def world(compare, tmp_path, monkeypatch):
+def world(tmp_path, monkeypatch):
     """Images, a classifier, tokenizers, and a README and results of its own; scripts run in this process."""
     data = tmp_path / "data"
     (data / "imagenette_128").mkdir(parents=True)
@@ -46,7 +45,7 @@ def world(compare, tmp_path, monkeypatch):
         vae.save_pretrained(tmp_path / "tokenizers" / f"{row}-0")
     (tmp_path / "results").mkdir()
     readme = tmp_path / "README.md"
-    markers = "".join(f"{begin}\nold\n{compare.END}\n{i} kept\n" for i, begin in enumerate(begins(compare)))
+    markers = "".join(f"{begin}\nold\n{END}\n{i} kept\n" for i, begin in enumerate(BEGINS))
     readme.write_text(f"before\n{markers}")
     monkeypatch.setattr(compare, "README", readme)
     for name in ("RESULTS", "PLOT", "SPACES_PLOT"):
@@ -63,12 +62,8 @@ def world(compare, tmp_path, monkeypatch):
     return calls, list(map(str, [*folders, *TINY])), tmp_path
 
 
-def begins(compare):
-    return compare.BEGIN, compare.SPACES_BEGIN
-
-
 @pytest.mark.usefixtures("script_surroundings")
-def test_both_rows_from_images_to_the_table(compare, world, capsys, monkeypatch):
+def test_both_rows_from_images_to_the_table(world, capsys, monkeypatch):
     calls, arguments, folder = world
     assert compare.main([*arguments, "--rows", "single"]) == 0
     stages = ["cache_latents", "train_dit", "evaluate_generation", "evaluate_generation"]
@@ -100,7 +95,7 @@ def test_both_rows_from_images_to_the_table(compare, world, capsys, monkeypatch)
     text, printed = compare.README.read_text(), capsys.readouterr().out
     assert "old" not in text and text.startswith("before") and "0 kept" in text and text.endswith("1 kept\n")
     for begin, content in compare.sections(results).items():
-        assert f"{begin}\n{content}\n{compare.END}" in text and content in printed
+        assert f"{begin}\n{content}\n{END}" in text and content in printed
         assert len({line.count("|") for line in content.splitlines() if line.startswith("|")}) == 1
     assert compare.PLOT.exists() and compare.SPACES_PLOT.exists()
 
@@ -118,45 +113,35 @@ def test_both_rows_from_images_to_the_table(compare, world, capsys, monkeypatch)
 
 def run_of(name, seed, distances, accuracy=0.5):
     curve = [{"step": 1000 * (i + 1), "FD-MobileNetV2": x} for i, x in enumerate(distances)]
-    return {
-        "tokenizer": f"{name}-0", "twin": "single-0", "seed": seed, "class_accuracy": accuracy, "curve": curve
-    }  # fmt: skip
+    facts = {"tokenizer": f"{name}-0", "twin": "single-0", "seed": seed}
+    return {**facts, "class_accuracy": accuracy, "curve": curve}
 
 
-def runs_of(*runs):
-    return {f"{run['tokenizer']}/seed-{run['seed']}": run for run in runs}
-
-
-def cells(line):
-    return [cell.strip() for cell in line.split("|")[1:-1]]
-
-
-def test_the_table_sets_a_row_beside_its_twin(compare):
+def test_the_table_sets_a_row_beside_its_twin():
     single = [run_of("single", seed, (400, 300, 200)) for seed in (0, 1)]
     multi = [run_of("multi", 0, (400, 240, 160), 0.625), run_of("multi", 1, (500, 300, 220))]
-    lines = compare.table(runs_of(*single, *multi)).splitlines()
-    assert cells(lines[0])[2:5] == ["FD-MobileNetV2 after 1000 steps", "2000", "3000"]
-    assert cells(lines[2])[2:] == ["400.0, 400.0", "300.0, 300.0", "200.0, 200.0", "", "", "", "50.0, 50.0"]
+    text = compare.table({f"{run['tokenizer']}/seed-{run['seed']}": run for run in (*single, *multi)})
+    head, _, twin, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    assert head[2:5] == ["FD-MobileNetV2 after 1000 steps", "2000", "3000"]
+    assert twin[2:] == ["400.0, 400.0", "300.0, 300.0", "200.0, 200.0", "", "", "", "50.0, 50.0"]
     expected = ["400.0, 500.0", "240.0, 300.0", "160.0, 220.0", "-20.0 %, +10.0 %", "2500, not", "1.20x, none"]
-    assert cells(lines[3]) == ["`multi-0`", compare.ROWS["multi"][0], *expected, "62.5, 50.0"]
+    assert row == ["`multi-0`", compare.ROWS["multi"][0], *expected, "62.5, 50.0"]
 
 
-def test_a_row_that_was_never_above_its_twin_has_a_bound_only(compare):
+def test_a_row_that_was_never_above_its_twin_has_a_bound_only():
     single, multi = run_of("single", 0, (400, 300, 200)), run_of("multi", 0, (190, 150, 120))
     assert compare.reached(multi, single) == ("at most 1000", "3.00x or more")
     assert compare.reached(single, multi) == ("not", "none")
 
 
-def test_what_cannot_run_is_said(compare, tmp_path, capsys, monkeypatch):
+def test_what_cannot_run_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "none.json")
     folders = ["--tokenizers", str(tmp_path), "--output", str(tmp_path / "runs")]
     with pytest.raises(SystemExit, match=r"no tokenizer in .*single-0.*compare_scales\.py"):
         compare.main(folders)
     with pytest.raises(SystemExit, match="Nothing has finished"):
         compare.main([*folders, "--only_collect"])
-    with pytest.raises(SystemExit):
-        compare.main(["--steps", "5", "--export_every", "2"])
-    assert "multiple of --export_every" in capsys.readouterr().err
+    assert "multiple of --export_every" in usage_error(capsys, compare.main, "--steps", 5, "--export_every", 2)
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "fails.py").write_text("import sys; sys.exit(' '.join(sys.argv[1:]))")
     monkeypatch.setattr(compare, "ROOT", tmp_path)
@@ -164,9 +149,4 @@ def test_what_cannot_run_is_said(compare, tmp_path, capsys, monkeypatch):
         compare.call("fails", ["--model", "none"], tmp_path / "log.txt")
     assert (tmp_path / "log.txt").read_text() == "--model none\n"
     with pytest.raises(ValueError, match="once"):
-        compare.filled("no marker", compare.BEGIN, "")
-
-
-def test_the_readme_has_the_markers(compare):
-    text = compare.README.read_text()
-    assert all(text.count(begin) == 1 for begin in begins(compare))
+        compare.fill_section("no marker", compare.BEGIN, "")

@@ -5,23 +5,17 @@ import copy
 import pytest
 import torch
 from helpers import images, random_core
+from image_files import noise
 from PIL import Image
-from scripts import report_in
+from scripts import report_in, usage_error
 
 from hieratok_hf import AutoencoderHieraTok
 
 
 @pytest.fixture
-def bench(load_benchmark):
-    return load_benchmark("compare_positions")
-
-
-@pytest.fixture
 def folder(tmp_path):
-    generator = torch.Generator().manual_seed(0)
     for i in range(5):
-        values = torch.randint(0, 256, (48, 64, 3), generator=generator, dtype=torch.uint8)
-        image = Image.fromarray(values.numpy()).resize((768, 512) if i % 2 else (512, 768))
+        image = Image.fromarray(noise(48, 64, seed=i)).resize((768, 512) if i % 2 else (512, 768))
         image.save(tmp_path / f"{i}.png")
     return tmp_path
 
@@ -57,6 +51,4 @@ def test_it_reports_what_it_measures(bench, folder, tmp_path, capsys):
 
 
 def test_too_few_images_are_refused(bench, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(["--kodak", str(tmp_path)])
-    assert "four images or more, found 0" in capsys.readouterr().err
+    assert "four images or more, found 0" in usage_error(capsys, bench.main, "--kodak", tmp_path)

@@ -8,7 +8,7 @@ import torch
 from helpers import noise, random_core
 from latent_data import make_images
 from PIL import Image
-from scripts import load_script
+from scripts import load_script, usage_error
 
 pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("sklearn", reason="t-SNE is that of scikit-learn")
@@ -23,22 +23,18 @@ def directions(count, dimensions):
     return noise(count, dimensions).double()
 
 
-def test_the_power_of_all_frequencies_is_the_variance():
+def test_power_adds_up_to_the_variance_and_is_flat_for_white_noise():
     latents = noise(5, 3, 4, 6) * torch.tensor([1.0, 2.0, 0.1]).view(3, 1, 1) + 7
     expected = latents.double().var((0, 2, 3), correction=0)
     torch.testing.assert_close(space.power(latents).mean((1, 2)), expected)
-
-
-def test_white_noise_is_flat_and_has_the_share_of_the_frequencies():
     latents = noise(4000, 2, 8, 8)
     spectrum = space.power(latents)
     frequencies, rings = space.radial_spectrum(spectrum)
     assert frequencies[0] == 0 and (frequencies.diff() > 0).all() and rings.shape == (2, len(frequencies))
     torch.testing.assert_close(rings, torch.ones_like(rings), rtol=0, atol=0.1)
     upper = sum(i * i + j * j >= 16 for i in range(8) for j in range(8))
-    torch.testing.assert_close(
-        space.upper_half_share(spectrum), torch.full((2,), upper / 64).double(), rtol=0.01, atol=0
-    )
+    shares = torch.full((2,), upper / 64).double()
+    torch.testing.assert_close(space.upper_half_share(spectrum), shares, rtol=0.01, atol=0)
     assert space.neighbour_correlation(latents).abs().max() < 0.01
     assert space.excess_kurtosis(latents).abs().max() < 0.05
 
@@ -66,10 +62,8 @@ def test_neighbours_agree_or_alternate():
 
 
 def test_kurtosis_of_known_distributions():
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand(2000, 1, 8, 8, generator=generator)
-    signs = torch.rand(2000, 1, 8, 8, generator=generator).round()
-    found = space.excess_kurtosis(torch.cat((uniform, signs), dim=1))
+    uniform = torch.rand(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = space.excess_kurtosis(torch.cat((uniform, uniform.round()), dim=1))
     torch.testing.assert_close(found, torch.tensor([-1.2, -2.0], dtype=torch.float64), rtol=0, atol=0.01)
 
 
@@ -115,6 +109,4 @@ def test_caches_beside_each_other(tmp_path, capsys):
     assert len(lines) == 5 and {line.count("|") for line in lines} == {9}
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > image.height > 400
-    with pytest.raises(SystemExit):
-        space.main([str(folders[0]), str(folders[0])])
-    assert "a name of its own" in capsys.readouterr().err
+    assert "a name of its own" in usage_error(capsys, space.main, folders[0], folders[0])

@@ -1,7 +1,6 @@
 """Tests of `examples/app.py` without a browser: what it shows, limits, messages, and the folder of the Space."""
 
 import argparse
-import ast
 import os
 import re
 import shutil
@@ -39,24 +38,14 @@ def vae():
     return hieratok_hf.AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
 
 
-@pytest.fixture
-def page(app, vae, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    return app.build(vae, make_pipeline())
-
-
-def cells(table):
-    """The rows of a table in Markdown."""
-    return dict(re.fullmatch(r"\| (.*) \| (.*) \|", line).groups() for line in table.splitlines())
-
-
 def test_figures_are_those_of_the_script(app, vae, tmp_path):
     path = saved(tmp_path, Image.open(HAT).resize((203, 91)), "odd.png")
     (original, reconstruction), gallery, table = app.reconstruct(str(path), vae)
     script = load_script("examples", "reconstruct")
     _, figures = script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))
 
-    rows, (width, height) = cells(table), (figures["width"], figures["height"])
+    rows = dict(re.fullmatch(r"\| (.*) \| (.*) \|", line).groups() for line in table.splitlines())
+    width, height = figures["width"], figures["height"]
     assert original.size == reconstruction.size == (width, height) == (200, 88)
     assert rows["PSNR"] == f"{figures['psnr_db']:.2f} dB" and rows["SSIM"] == f"{figures['ssim']:.4f}"
     assert rows["compression"] == f"{figures['compression']:.1f}x fewer numbers" == "12.0x fewer numbers"
@@ -97,8 +86,15 @@ def test_files_that_cannot_be_used(app, vae, tmp_path):
         message = str(refusal.value)
         assert message.startswith(f"{name!r}: ") and all(part in message for part in expected)
         assert str(tmp_path) not in message and "\n" not in message
+
+
+def test_a_missing_file_or_setting(app, vae):
     with pytest.raises(app.Refused):
         app.reconstruct(None, vae)
+    for missing in ("key", "seed"):
+        settings = {"key": 0, "count": 1, "steps": 2, "guidance": 1.0, "seed": 0, "scales": 1, missing: None}
+        with pytest.raises(app.Refused):
+            next(app.generate(**settings, pipe=make_pipeline(), lock=threading.Lock()))
 
 
 def as_levels(images):
@@ -112,18 +108,15 @@ def test_previews_come_before_the_images_of_the_script(app):
     expected = number_images(make_pipeline(), [1, 4, 7], 5, **settings).permute(0, 2, 3, 1).numpy()
     assert abs(as_levels(images) - expected.astype(int)).max() <= 1
     assert "seed 5, 6 steps, guidance 2" in line and "8 x 8 pixels" in line
-    assert previews
     steps = [int(re.fullmatch(r"step (\d) of 6: previews of 4 x 4 pixels", line)[1]) for _, line in previews]
-    assert steps == sorted(set(steps))
+    assert steps and steps == sorted(set(steps))
     assert all([image.size for image in shown] == [(4, 4)] * 3 for shown, _ in previews)
 
 
-def test_who_leaves_stops_the_pipeline(app, monkeypatch):
+def test_who_leaves_stops_the_pipeline(app):
     pipe, lock = make_pipeline(), threading.Lock()
-    forward, calls = pipe.transformer.forward, []
-    monkeypatch.setattr(
-        pipe.transformer, "forward", lambda *args, **more: calls.append(time.sleep(0.01)) or forward(*args, **more)
-    )
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(time.sleep(0.01)))
     visit = app.generate(0, 1, 100, 1.0, 0, 1, pipe, lock)
     next(visit)
     visit.close()
@@ -143,13 +136,7 @@ def test_two_visitors_get_their_own_images(app):
         assert line == same_line
 
 
-@pytest.mark.parametrize("missing", ["key", "seed"])
-def test_a_missing_setting(app, missing):
-    settings = {"key": 0, "count": 1, "steps": 2, "guidance": 1.0, "seed": 0, "scales": 1, missing: None}
-    with pytest.raises(app.Refused):
-        next(app.generate(**settings, pipe=make_pipeline(), lock=threading.Lock()))
-
-
+# The most that a setting takes, and what is beyond its limits.
 LIMITS = {
     "Steps": (100, [0, 101]),
     "Images": (8, [0, 9]),
@@ -160,7 +147,9 @@ LIMITS = {
 }
 
 
-def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(page, app):
+def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(app, vae, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    page = app.build(vae, make_pipeline(), str(tmp_path / "sent"))
     blocks = {block.label: block for block in page.blocks.values() if getattr(block, "label", None)}
     for label, (most, beyond) in LIMITS.items():
         assert blocks[label].preprocess(most) == most
@@ -171,22 +160,20 @@ def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(page, app):
     assert sorted(fn.concurrency_limit for fn in page.fns.values()) == [1, app.AT_ONCE, app.AT_ONCE]
     assert {fn.api_visibility for fn in page.fns.values()} == {"private"}
     assert page._queue.max_size == app.WAITING
-
-
-def test_a_page_of_one_scale(app, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     pipe = make_pipeline({"scale_factors": (1,)})
-    assert app.build(pipe.vae, pipe).config["components"]
+    assert app.build(pipe.vae, pipe, str(tmp_path / "sent")).config["components"]
 
 
 @pytest.fixture
 def launched(app, monkeypatch):
-    """What `main` asks of `launch`, and whether the folder for files was there."""
+    """What `main` asks of `launch`, which has the folder for files and cannot take port 80."""
     calls = []
 
     def launch(demo, **settings):
         calls.append({**settings, "folder": os.environ["GRADIO_TEMP_DIR"]})
         assert Path(calls[-1]["folder"]).is_dir()
+        if settings["server_port"] == 80:
+            raise OSError("Cannot find empty port in range: 80-80.")
 
     monkeypatch.setattr(gr.Blocks, "launch", launch)
     monkeypatch.setattr(app.signal, "signal", lambda *_: None)
@@ -194,15 +181,18 @@ def launched(app, monkeypatch):
     return calls
 
 
-def test_main_serves_this_machine_alone_and_leaves_no_files(app, launched):
+def test_main_serves_this_machine_alone_and_leaves_no_files(app, launched, monkeypatch, capsys):
     assert app.main(["--port", "7861"]) == 0
-    ((settings),) = launched
+    (settings,) = launched
     assert settings["server_name"] is None and settings["server_port"] == 7861
     assert settings["max_file_size"] == app.MAX_BYTES
     off = ("share", "show_error", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
     assert not any(settings[name] for name in off) and all(name in settings for name in off)
     assert "api" not in settings["footer_links"]
     assert not Path(settings["folder"]).exists()
+    monkeypatch.setattr(app, "build", lambda *_: gr.Blocks())
+    assert app.main(["--port", "80"]) == 2
+    assert error_of(capsys) == "error: --host and --port: Cannot find empty port in range: 80-80."
 
 
 @pytest.mark.parametrize("option", ["--model", "--generator"])
@@ -211,42 +201,21 @@ def test_unknown_models(app, launched, capsys, option):
     assert "'nobody/nothing' cannot be loaded" in error_of(capsys) and not launched
 
 
-def test_a_port_that_is_taken(app, launched, monkeypatch, capsys):
-    monkeypatch.setattr(app, "build", lambda *_: gr.Blocks())
-
-    def launch(demo, **settings):
-        raise OSError("Cannot find empty port in range: 80-80.")
-
-    monkeypatch.setattr(gr.Blocks, "launch", launch)
-    assert app.main(["--port", "80"]) == 2
-    assert error_of(capsys) == "error: --host and --port: Cannot find empty port in range: 80-80."
-
-
-def card():
+def test_the_card_of_the_space_and_its_index_of_scripts_and_notebooks():
     _, header, text = (EXAMPLES / "README.md").read_text().split("---\n", 2)
-    return yaml.safe_load(header), text
-
-
-def pinned():
-    return dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-
-
-def test_the_card_of_the_space():
-    header, _ = card()
-    assert header["sdk"] == "gradio" and header["sdk_version"] == pinned()["gradio"]
+    header = yaml.safe_load(header)
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in constraints if "==" in line)
+    assert header["sdk"] == "gradio" and header["sdk_version"] == pinned["gradio"]
     assert (EXAMPLES / header["app_file"]).is_file() and header["license"] == "apache-2.0"
     assert isinstance(header["python_version"], str)  # 3.10 as a number is 3.1
     lines = (EXAMPLES / "requirements.txt").read_text().splitlines()
     needed = dict(line.split("==") for line in lines if not line.startswith(("#", "-")))
     assert {"torch", "torchmetrics", "transformers", "diffusers"} <= needed.keys()
-    assert {name: pinned()[name] for name in needed} == needed
-
-
-def test_the_index_names_every_script_and_notebook():
-    _, text = card()
+    assert needed.items() <= pinned.items()
     assert set(re.findall(r"\| `(\w+\.py)` \|", text)) == {path.name for path in EXAMPLES.glob("*.py")}
     notebooks = {path.name for path in EXAMPLES.glob("notebooks/*.ipynb")}
-    assert notebooks <= set(re.findall(r"\| `(\w+\.ipynb)` \|", text))
+    assert notebooks == set(re.findall(r"\| `(\w+\.ipynb)` \|", text))
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -256,10 +225,8 @@ def test_the_space_gets_every_script_that_the_page_imports():
     waiting, needed = ["app"], set()
     while waiting:
         needed.add(name := waiting.pop())
-        tree = ast.parse((EXAMPLES / f"{name}.py").read_text())
-        modules = {x.module for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
-        modules |= {alias.name for x in ast.walk(tree) if isinstance(x, ast.Import) for alias in x.names}
-        waiting += [module for module in modules - needed if module and (EXAMPLES / f"{module}.py").is_file()]
+        imported = re.findall(r"^(?:from|import) (\w+)", (EXAMPLES / f"{name}.py").read_text(), re.MULTILINE)
+        waiting += [module for module in {*imported} - needed if (EXAMPLES / f"{module}.py").is_file()]
     assert {"app", "generate", "reconstruct"} <= needed
     assert all(f"examples/{name}.py" in told for name in needed)
     assert all(f"examples/{name}" in told for name in ("README.md", "requirements.txt", "images"))

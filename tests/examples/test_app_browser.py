@@ -70,15 +70,12 @@ class Site:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "log.txt"
-        surroundings = {
-            key: value for key, value in os.environ.items() if not key.startswith(("GRADIO_", "HF_", "XDG_"))
-        }
+        surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("GRADIO_", "HF_", "XDG_"))}
         surroundings |= {"HOME": str(self.folders["home"]), "TMPDIR": str(self.folders["tmp"]), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, str(ROOT / "examples" / "app.py"), "--port", str(port)]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self.folders["cwd"], env=surroundings, stdout=log, stderr=subprocess.STDOUT
-            )
+            where = {"cwd": self.folders["cwd"], "env": surroundings}
+            self.process = subprocess.Popen(command, **where, stdout=log, stderr=subprocess.STDOUT)
         self.requests = []
 
     def wait(self):
@@ -169,12 +166,6 @@ def hat(folder, name, side):
     return saved(folder, Image.open(ROOT / "examples" / "images" / "hat.webp").resize((side, side)), name)
 
 
-def figures_of(path):
-    script = load_script("examples", "reconstruct")
-    vae = script.load_model("hieratok-tiny", "cpu", "float32")
-    return script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))[1]
-
-
 def choose(page, label, value):
     page.get_by_label(label, exact=False).first.fill(str(value))
     page.keyboard.press("Tab")
@@ -190,7 +181,9 @@ def test_upload_and_reconstruct(page, tmp_path):
     upload(page, path)
     rows = result(page, "photo.png")
     seconds = time.perf_counter() - start
-    figures = figures_of(path)
+    script = load_script("examples", "reconstruct")
+    vae = script.load_model("hieratok-tiny", "cpu", "float32")
+    _, figures = script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))
     assert rows["photo.png"] == "512 x 512 pixels"
     assert rows["PSNR"] == f"{figures['psnr_db']:.2f} dB" and rows["SSIM"] == f"{figures['ssim']:.4f}"
     assert rows["latent"] == "16 x 64 x 64, 65,536 numbers" and rows["compression"] == "12.0x fewer numbers"
@@ -217,11 +210,8 @@ def test_previews_arrive_before_the_images(page):
     page.wait_for_timeout(500)
     seen = page.evaluate("window.seen")
     lines = [line for line, _ in seen if line]
-    steps = [
-        int(found[1])
-        for line in lines
-        if (found := re.fullmatch(r"step (\d+) of 20: previews of 16 x 16 pixels", line))
-    ]
+    found = (re.fullmatch(r"step (\d+) of 20: previews of 16 x 16 pixels", line) for line in lines)
+    steps = [int(match[1]) for match in found if match]
     assert steps and steps == sorted(steps) and len(set(steps)) > 2
     assert lines[-1] == "seed 7, 20 steps, guidance 3: images of 64 x 64 pixels"
     # What was shown on the way were the previews.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import random_core
 from latent_data import BROKEN, bytes_in, make_images, shards_in, tiny_kl, tiny_without_posterior
-from scripts import ROOT, error_of, kill_and_go_on, load_script, with_defaults
+from scripts import error_of, kill_and_go_on, load_script, with_defaults
 
 pytest.importorskip("datasets", reason="images are read through it")
 
@@ -52,7 +52,7 @@ def test_killed_at_any_moment_every_row_is_there_once(space, tmp_path):
     runs += [run("parts", *stream, **kill), run("parts", *stream, **two, **kill), run("parts", **kill)]
     runs += [run("parts", **two, **kill), run("parts", *stream, **kill)]
     runs += [run("cut", *stream, cut=4), run("cut"), run("parts", **two)]
-    told = kill_and_go_on(ROOT / "examples" / "cache_latents.py", "shard-*", runs, tmp_path / "cache")
+    told = kill_and_go_on(script, "shard-*", runs, tmp_path / "cache")
     assert all(told[i]["ended"] for i in (0, 1, 2, 9, 10)) and not told[8]["ended"], told
     assert sum(not ended["ended"] for ended in told[3:8]) >= 3, told
     assert 0 < told[3]["files"] < told[7]["files"] <= 30, told
@@ -95,11 +95,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_no_file(case, run, space, tmp_path, capsys):
+@pytest.mark.parametrize(("given", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_no_file(given, message, run, space, tmp_path, capsys):
     (space / "strange").mkdir(exist_ok=True)
     (space / "strange" / "shard-00000.safetensors").write_bytes(b"")
-    given, message = BAD[case]
     assert run(tmp_path / "new", *[text.format(space=space) for text in given]) == 2
     assert re.match(f"error: .*{message}", error_of(capsys))
     assert not list(tmp_path.iterdir())

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict, infer_channel_dimension_format, load_image
+from transformers.image_utils import PILImageResampling, SizeDict, infer_channel_dimension_format
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
-from ..utils.images import convert_to_rgb, open_image
+from ..utils.images import convert_to_rgb, fetch_image, open_image
 
 __all__ = ["HieraTokImageProcessor", "HieraTokImageProcessorPil"]
 
@@ -91,17 +91,17 @@ class _HieraTokImageProcessing(BaseImageProcessor):
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """
-        Replace paths by their images, as `open_image` reads them, and URLs as transformers does.
+        Replace paths and URLs (`http:`, `https:`, `data:`) by their images, as `open_image` reads them.
 
         Anything else stays as it is.
 
         Raises:
-            ImageError: A path leads to no readable image.
+            ImageError: A path or URL leads to no readable image.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
-            return load_image(image_url_or_urls)
+            return fetch_image(image_url_or_urls)
         is_path = isinstance(image_url_or_urls, (str, os.PathLike))
         return open_image(image_url_or_urls) if is_path else image_url_or_urls
 

@@ -1,5 +1,6 @@
 """Report a training: its progress, a file of records, a tracker, and the step at which it went wrong."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -14,7 +15,13 @@ from tqdm import tqdm
 
 from ..utils.files import write_whole
 
-__all__ = ["JsonLines", "TrainingReport"]
+__all__ = ["JsonLines", "TrainingReport", "say"]
+
+
+def say(line: str) -> None:
+    """Print a line beside the progress bar; a training goes on where nobody reads it, or the disk is full."""
+    with contextlib.suppress(OSError):
+        tqdm.write(line)
 
 
 class JsonLines:
@@ -82,7 +89,7 @@ class TrainingReport:
         for reason in skipped:
             if reason not in self.skipped:
                 self.skipped.add(reason)
-                tqdm.write(f"left out ({len(self.skipped)} so far): {reason}")
+                say(f"left out ({len(self.skipped)} so far): {reason}")
 
     def end_step(self, step: int, norm: Tensor, count: int, learning_rate: float) -> None:
         """
@@ -115,7 +122,7 @@ class TrainingReport:
         if self.figures is not None:
             self.figures.write({"step": step, **figures})
         scalars = {name: value for name, value in figures.items() if isinstance(value, int | float)}
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.5g}" for name, value in scalars.items()))
+        say(f"step {step}: " + ", ".join(f"{name} {value:.5g}" for name, value in scalars.items()))
         self.accelerator.log({f"validation/{name}": value for name, value in scalars.items()}, step=step)
 
     def sampled(self, step: int, sheet: Image.Image) -> None:
@@ -141,4 +148,4 @@ class TrainingReport:
         """End the progress bar, and say how many images were left out."""
         self.bar.close()
         if self.skipped:
-            tqdm.write(f"{len(self.skipped)} images were left out, because they cannot be decoded.")
+            say(f"{len(self.skipped)} images were left out, because they cannot be decoded.")

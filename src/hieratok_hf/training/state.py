@@ -1,9 +1,10 @@
 """States of an interrupted training: one file a step, written whole or not at all, the last few kept."""
 
+import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,9 +27,25 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["TrainingState", "hold_folder", "latest_state", "learning_rate_factor", "state_to_resume", "states_in"]
+__all__ = [
+    "TrainingState",
+    "hold_folder",
+    "latest_state",
+    "learning_rate_factor",
+    "options_of",
+    "state_to_resume",
+    "states_in",
+]
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+# Options of the scripts that leave what is trained as it is, but for rounding.
+_HARMLESS = {"output", "resume", "allow_changes", "overwrite", "keep", "num_workers", "compile", "accumulate"}
+_HARMLESS |= {"gradient_checkpointing", "log_every", "sample_every", "save_every", "report_to", "export_every"}
+_HARMLESS |= {"sample_steps", "guidance_scale", "export_dtype", "validation_data", "validation_split"}
+_HARMLESS |= {"validation_every", "validation_size", "validation_fid", "fid_size"}
+# These count where they change the learning rate of a step that was taken.
+_SCHEDULE = ("steps", "warmup_steps", "decay_steps")
 
 _PATTERN = "state-{:09d}.pt"
 _SCHEMA = {"step": int, "parts": list, "average": dict, "updates": int}
@@ -185,15 +202,40 @@ def latest_state(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{name} cannot be read as a training state: {reason}{before}") from error
     if not isinstance(state, dict) or not all(type(state.get(key)) is kind for key, kind in _SCHEMA.items()):
         raise ValueError(f"{name} is no training state of this package.")
-    if not all(isinstance(part, dict) and part.keys() >= {"model", "optimizer"} for part in state["parts"]):
-        raise ValueError(f"{name} is no training state of this package: its parts are none.")
+    options = state.get("options", dict.fromkeys(_SCHEDULE, 0))  # a state from before they were kept has none
+    if (
+        not all(isinstance(part, dict) and part.keys() >= {"model", "optimizer"} for part in state["parts"])
+        or not isinstance(state.setdefault("config", {}), dict)
+        or not isinstance(options, dict)
+        or not all(type(options.get(key)) is int for key in _SCHEDULE)
+    ):
+        raise ValueError(f"{name} is no training state of this package: its parts, configuration or options are none.")
     return state
 
 
-def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[str, Any] | None:
+def state_to_resume(
+    folder: Path,
+    resume: bool,
+    config: dict[str, Any],
+    options: dict[str, Any] | None = None,
+    allow_changes: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
     """
-    Read the newest state of a script's `--output`, `None` where there is none. `ValueError` without `--resume`, for
-    another `config`, or where the state is damaged.
+    Read the newest state of a script's `--output`, `None` where there is none.
+
+    Args:
+        folder (`Path`): Holds the states.
+        resume (`bool`): Whether `--resume` was given.
+        config (`dict`): Must be that of the state.
+        options (`dict`, *optional*): The script's, see `options_of`, with what the data is in place of where it lies;
+            what differs from those of the state is said.
+        allow_changes (`bool`, defaults to `False`): Go on even where they change what is trained.
+        say (callable, defaults to `print`): Given a line.
+
+    Raises:
+        ValueError: There is one and `--resume` was not given, its `config` is another, its options are others that
+            change what is trained, or as `latest_state`.
     """
     if not states_in(folder):
         return None
@@ -201,11 +243,41 @@ def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[
         raise ValueError(f"--output {str(folder)!r} holds a training state: add --resume, or take another folder.")
     state = latest_state(folder)
     # A state from before there was a choice does not say what it has.
-    saved = {**({"downsampling": "mean"} if "downsampling" in config else {}), **dict(state.get("config", {}))}
+    saved = {**({"downsampling": "mean"} if "downsampling" in config else {}), **state["config"]}
     if saved != config:
         differing = sorted(name for name in {*saved, *config} if saved.get(name) != config.get(name))
         raise ValueError(f"The state in {str(folder)!r} is that of a model of another configuration: {differing}.")
+    before = state.get("options")  # a state from before they were kept has none
+    if options is None or before is None:
+        return state
+    changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
+    if changed:
+        told = [f"--{name} {_told(options.get(name))} (was {_told(before.get(name))})" for name in changed]
+        say(f"{str(folder)!r} was begun with other options: {', '.join(told)}")
+    refused = [name for name in changed if name not in _HARMLESS and name not in _SCHEDULE]
+    if any(_rate(before, step) != _rate(options, step) for step in range(state["step"])):
+        refused += [name for name in changed if name in _SCHEDULE]
+    if refused and not allow_changes:
+        names = ", ".join(f"--{name}" for name in refused)
+        raise ValueError(
+            f"{names} changed since the training in {str(folder)!r} was begun, which would make it another one: give "
+            "what it was begun with, or add --allow_changes."
+        )
     return state
+
+
+def options_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Choose what a state keeps of a script's arguments, in types that any reader takes."""
+    return json.loads(json.dumps(arguments, default=str))
+
+
+def _told(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _rate(options: dict[str, Any], step: int) -> float:
+    steps, warmup, decay = (options[name] for name in _SCHEDULE)
+    return learning_rate_factor(step, steps, warmup, decay)
 
 
 def states_in(folder: Path) -> list[Path]:

@@ -3,13 +3,32 @@
 import io
 import os
 import stat
+import urllib.request
 from typing import IO
 
+import httpx
 import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["ImageError", "centre_square", "convert_to_rgb", "decode_image", "from_uint8", "open_image", "to_uint8"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ImageError",
+    "centre_square",
+    "convert_to_rgb",
+    "decode_image",
+    "fetch_image",
+    "from_uint8",
+    "open_image",
+    "to_uint8",
+]
+
+# Pillow knows more: EPS is a program that Ghostscript would run, and an ICO is decoded before its size is known.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+"""How names of files end, in lower case, in the formats that are read."""
+
+_MOST_BYTES = 200 * 2**20
 
 
 class ImageError(ValueError):
@@ -54,7 +73,7 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) ->
     """Read an image file as upright RGB (of several frames the first) and close the file.
 
     Args:
-        path: a regular file in any format that Pillow reads.
+        path: a regular file in PNG, JPEG, WebP, BMP, TIFF or GIF.
         max_pixels: an image whose header announces more is refused before it is decoded.
     Returns:
         A fully loaded image of mode RGB, see `convert_to_rgb`.
@@ -79,7 +98,7 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Ima
     """Read an image from a file's content, as data sets hold it.
 
     Args:
-        data: the content of a file in any format that Pillow reads.
+        data: the content of a file in a format that `open_image` reads.
         name: what messages call it.
         max_pixels: as that of `open_image`.
     Returns:
@@ -92,16 +111,46 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Ima
     return _decode(io.BytesIO(data), repr(name), max_pixels)
 
 
+def fetch_image(url: str, *, max_pixels: int = 50_000_000) -> Image.Image:
+    """Read an image from a URL as `open_image` does from a file.
+
+    Args:
+        url: begins with `http://`, `https://` or `data:`.
+        max_pixels: as that of `open_image`.
+    Returns:
+        A fully loaded image of mode RGB, see `convert_to_rgb`.
+    Raises:
+        ImageError: nothing is found there, or more than 200 MiB, or no image that `decode_image` reads.
+    """
+    name = url if len(url) <= 100 else f"{url[:97]}..."
+    data = b""
+    try:
+        if url.startswith("data:"):
+            with urllib.request.urlopen(url) as answer:
+                data = answer.read()
+        else:
+            with httpx.stream("GET", url, timeout=60, follow_redirects=True) as answer:
+                answer.raise_for_status()
+                for part in answer.iter_bytes():
+                    data += part
+                    if len(data) > _MOST_BYTES:
+                        raise ValueError(f"it has more than {_MOST_BYTES // 2**20} MiB")
+    except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name!r}: cannot be fetched ({reason})") from error
+    return decode_image(data, name, max_pixels=max_pixels)
+
+
 def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=_FORMATS)
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         return convert_to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: is too large for max_pixels={max_pixels} ({error})") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: is no image in a format that Pillow reads") from error
+        raise ImageError(f"{name}: is no image in a format that is read here: {', '.join(_FORMATS)}") from error
     except Exception as error:  # Pillow's plugins raise many types on broken data
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name}: cannot be decoded ({reason})") from error
