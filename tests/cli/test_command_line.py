@@ -162,13 +162,15 @@ def test_a_script_of_several_processes_prints_lines_or_its_problem(capsys):
     assert capsys.readouterr() == ("good\nmore\n", "error: it cannot be done\n")
 
 
-def test_errors_of_a_training_become_the_status(capsys):
+def test_errors_of_a_training_become_the_status(tmp_path, capsys):
     def fail(args):
         raise args.error
 
-    assert run_training(lambda args: None, argparse.Namespace()) == 0
+    output = tmp_path / "runs"
+    assert run_training(lambda args: None, argparse.Namespace(output=output)) == 0
     for error in (FloatingPointError("not finite"), ImportError("lpips"), OSError("full"), ValueError("wrong")):
-        assert run_training(fail, argparse.Namespace(error=error)) == 2
+        assert run_training(fail, argparse.Namespace(output=output, error=error)) == 2
         assert capsys.readouterr().err == f"error: {error}\n"
     with pytest.raises(KeyError):
-        run_training(fail, argparse.Namespace(error=KeyError("a defect")))
+        run_training(fail, argparse.Namespace(output=output, error=KeyError("a defect")))
+    assert not output.exists()

@@ -34,6 +34,8 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{str(path)!r} must be a file of records.")
         lines = path.read_bytes().splitlines() if path.exists() else []
         kept = []
         for number, line in enumerate(lines, 1):

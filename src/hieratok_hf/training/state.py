@@ -190,11 +190,14 @@ def latest_state(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{str(folder)!r} holds no training state to go on from ({_PATTERN.format(0)} or so).")
     name = repr(str(states[-1]))
     try:
-        with zipfile.ZipFile(
-            states[-1]
-        ) as archive:  # which torch writes with a CRC-32 of each tensor, and does not read
+        if not states[-1].is_file():
+            raise ValueError("it is no file")
+        # torch writes a CRC-32 of each tensor, and does not look at it.
+        with zipfile.ZipFile(states[-1]) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"{damaged} has another checksum")
+            if any(member.compress_type for member in archive.infolist()):
+                raise ValueError("it is compressed")  # which torch would map into memory as it is
         state = torch.load(states[-1], map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zipfile, torch and pickle raise many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -205,11 +208,12 @@ def latest_state(folder: Path) -> dict[str, Any]:
     options = state.get("options", dict.fromkeys(_SCHEDULE, 0))  # a state from before they were kept has none
     if (
         not all(isinstance(part, dict) and part.keys() >= {"model", "optimizer"} for part in state["parts"])
+        or state["step"] < 0
         or not isinstance(state.setdefault("config", {}), dict)
         or not isinstance(options, dict)
         or not all(type(options.get(key)) is int for key in _SCHEDULE)
     ):
-        raise ValueError(f"{name} is no training state of this package: its parts, configuration or options are none.")
+        raise ValueError(f"{name} is no training state of this package: a part of it is none.")
     return state
 
 
