@@ -13,6 +13,7 @@ from scripts import (
     error_of,
     kill_and_go_on,
     load_script,
+    names_in,
     records,
     run_training,
     two_processes,
@@ -95,6 +96,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(
     told = kill_and_go_on(train_dit, "losses.jsonl", runs, tmp_path / "cache")
     assert told[-1]["ended"] and sum(not ended["ended"] for ended in told) >= min(kills, 3), told
     assert records(tmp_path / "parts") == whole
+    assert names_in(tmp_path / "parts") == names_in(tmp_path / "whole")
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
 
 

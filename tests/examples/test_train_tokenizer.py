@@ -1,6 +1,8 @@
 """The training example: it resumes bit for bit, runs on several processes, fine-tunes, and says what is wrong."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from scripts import (
     error_of,
     kill_and_go_on,
     load_script,
+    names_in,
     records,
     run_training,
     save_vision_model,
@@ -23,7 +26,7 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
 from hieratok_hf.training.pca_init import latent_statistics
-from hieratok_hf.training.state import latest_state, states_in
+from hieratok_hf.training.state import hold_folder, latest_state, states_in
 
 train_tokenizer = load_script("examples", "train_tokenizer")
 IMAGES = str(ROOT / "examples" / "images")
@@ -105,7 +108,26 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path, vi
     told = kill_and_go_on(train_tokenizer, "losses.jsonl", runs, tmp_path / "cache")
     assert told[-1]["ended"] and sum(not ended["ended"] for ended in told[:5]) >= 3, told
     assert records(tmp_path / "parts") == whole
+    assert names_in(tmp_path / "parts") == names_in(tmp_path / "whole")
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_another_training_and_other_data_are_refused_in_a_folder_that_is_begun(tmp_path, capsys):
+    images = shutil.copytree(IMAGES, tmp_path / "images")
+    more = ["--data", images, "--steps", 2, "--save_every", 1, "--crop_sizes", 32]
+    run(tmp_path / "runs", *more)
+    before = names_in(tmp_path / "runs")
+    # Where the images lie is of no concern, what they are is.
+    moved = ["--data", images.rename(tmp_path / "moved"), *more[2:], "--overwrite", "--resume"]
+    assert run(tmp_path / "runs", *moved) == run(tmp_path / "runs", *moved)
+    shutil.copy(tmp_path / "moved" / "hat.webp", tmp_path / "moved" / "jacket.webp")
+    assert "--data changed" in failure(capsys, tmp_path / "runs", *moved)
+    assert run(tmp_path / "runs", *moved, "--allow_changes", "--steps", 3)[-1]["step"] == 3
+    with hold_folder(tmp_path / "runs"):
+        if (other := os.fork()) == 0:  # a lock is that of a process
+            os._exit(10 + train_tokenizer.main(arguments(tmp_path / "runs", *moved)))
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 12
+    assert len(names_in(tmp_path / "runs")) == len(before) + 1  # a sheet of samples
 
 
 def test_two_processes_train_as_one(tmp_path, vision_model):
