@@ -22,6 +22,7 @@ from hieratok_hf.cli.command_line import (
     make_parser,
     one_line,
     positive,
+    refuse_unused,
     run_script,
 )
 from hieratok_hf.data.image_dataset import load_images
@@ -54,6 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data and args.no_fold:
         parser.error("--data and --no_fold contradict each other")
+    refuse_unused(parser, args, split="data", images="data", device="data")
     if not (args.data or args.no_fold or args.dry_run):
         parser.error("--data is needed to normalise the latents; --no_fold leaves them as they are")
     return args
@@ -98,6 +100,8 @@ def detok_key_map() -> KeyMap:
 def fetch(checkpoint: str, revision: str | None) -> Path:
     """Find the local file of a checkpoint, from the Hub where there is no such file."""
     if (path := Path(checkpoint)).is_file():
+        if revision is not None:
+            raise ValueError("it is a file, which has no --revision")
         return path
     owner, _, rest = checkpoint.partition("/")
     name, _, file = rest.partition("/")

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import transformers
 
-from hieratok_hf.cli.command_line import Problem, make_parser, one_line, run_script
+from hieratok_hf.cli.command_line import Problem, make_parser, one_line, refuse_unused, run_script
 from hieratok_hf.hub.folder import add_card, prepare_folder, select_files
 from hieratok_hf.hub.push import HubError, push_folder
 from hieratok_hf.shipped import SHIPPED, resolve_model
@@ -37,7 +37,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--hardware", help="what the training ran on and for how long, for the card")
     add("--tags", nargs="+", default=[], help="further tags of the card")
     add("--dry_run", action="store_true", help="test the folder, print what would be sent, and send nothing")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    of_card = ("results", "result_name", "license", "base_model", "datasets", "training", "hardware", "tags")
+    if args.no_card and (given := [name for name in of_card if getattr(args, name) != parser.get_default(name)]):
+        parser.error(f"--no_card and --{given[0]} contradict each other")
+    refuse_unused(parser, args, result_name="results")
+    return args
 
 
 def card_of(args: argparse.Namespace) -> dict[str, Any]:

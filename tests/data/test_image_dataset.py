@@ -1,6 +1,5 @@
 """Tests of `image_dataset`: folders, tar shards and data sets of the Hub, whole and streamed, and what is refused."""
 
-import io
 import os
 import sys
 import tarfile
@@ -11,7 +10,7 @@ import image_files
 import numpy as np
 import pytest
 import torch
-from image_files import encoded, noise
+from image_files import encoded, noise, write_members
 from PIL import Image
 
 from hieratok_hf.data.image_dataset import Images, decode_ahead, image_of, load_images
@@ -111,17 +110,6 @@ def test_the_file_whose_name_is_not_utf_8_is_named(tmp_path):
     refused(folder, r"caf\udce9.png' is not UTF-8")
 
 
-def write_members(path, members):
-    """A tar shard of the members, pictures by their seeds."""
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            data = encoded(picture(content)) if isinstance(content, int) else content
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return str(path)
-
-
 @pytest.mark.parametrize(
     ("members", "seeds", "labels"),
     [
@@ -140,7 +128,8 @@ def write_members(path, members):
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_shards_give_every_picture_its_label(tmp_path, members, seeds, labels, streaming):
-    shard = write_members(tmp_path / "a.tar", members)
+    contents = {name: encoded(picture(x)) if isinstance(x, int) else x for name, x in members.items()}
+    shard = write_members(tmp_path / "a.tar", contents)
     assert seen(load_images(shard, streaming=streaming), seeds) == labels
 
 

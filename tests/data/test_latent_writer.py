@@ -18,6 +18,7 @@ import datasets
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data import latent_writer as module
 from hieratok_hf.data.image_dataset import Images, load_images
+from hieratok_hf.data.latent_cache import read_settings
 from hieratok_hf.data.latent_writer import _missing_rows, _missing_shards, write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec
@@ -182,7 +183,7 @@ def test_processes_share_the_shards_that_are_missing(core, images, tmp_path):
     for shard in (1, 2):
         (tmp_path / f"shard-0000{shard}.safetensors").unlink()
     for rank, expected in enumerate(([[8, 9, 10], [11]], [[4, 5, 6], [7]])):
-        known = json.loads((tmp_path / "cache.json").read_text()) | {"rows": None}
+        known = read_settings(tmp_path) | {"rows": None}
         is_missing = _missing_shards(tmp_path, known, rank, 2)
         batches = _missing_rows(images(streaming=True), known, is_missing, 3)
         assert [[row for row, _ in batch] for batch in batches] == expected and known["rows"] == 14

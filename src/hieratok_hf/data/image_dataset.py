@@ -197,7 +197,7 @@ def _list_local(name: str, split: str) -> Listing | None:
     if wrong := [file for file in files if not file.endswith(".tar")]:
         raise ValueError(f"{wrong[0]!r} must be a folder, a data set or a tar shard in webdataset style")
     local = name.startswith((".", "/")) or name.endswith(_FILES) or "*" in name or name.count("/") > 1
-    if not files and local:
+    if not files and (local or not name.partition(":")[0].strip()):
         raise ValueError("there is no such file, folder or pattern")
     return list_shards(files, split) if files else None
 
@@ -206,7 +206,7 @@ def _digest_of(image: Row) -> bytes:
     """Take a SHA-256 of an image's content; a missing one has that of no content."""
     content = image["bytes"] or b""
     with contextlib.suppress(OSError):
-        if image["bytes"] is None and image["path"] is not None:
+        if image["bytes"] is None and image["path"] is not None and os.path.isfile(image["path"]):
             content = Path(image["path"]).read_bytes()
     return hashlib.sha256(content).digest()
 

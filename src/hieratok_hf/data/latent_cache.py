@@ -99,9 +99,14 @@ def _checksum_of(settings: Settings) -> str:
     return f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
 
 
+def identity(settings: Settings, path: Path) -> str:
+    """Tell a shard of a cache by its file's name from those of other caches, and from its other shards."""
+    return _checksum_of({**settings, "rows": None, "shard": path.stem})
+
+
 def checksum(values: Tensor) -> str:
     """Compute the CRC-32 of a contiguous tensor's bytes on the CPU."""
-    return f"{zlib.crc32(values.reshape(-1).view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data):08x}"
 
 
 def read_settings(folder: Path) -> Settings:
@@ -127,12 +132,12 @@ class Header(NamedTuple):
     What a shard says of itself.
 
     Attributes:
-        count (`int`): The number of its images.
+        images (`int`): The number of its images.
         skipped (`dict[int, str]`): Why rows were left out.
         checksums (`dict[str, str]`): The CRC-32 of each tensor, by name.
     """
 
-    count: int
+    images: int
     skipped: dict[int, str]
     checksums: dict[str, str]
 
@@ -154,6 +159,8 @@ def read_header(path: Path, settings: Settings) -> Header:
     expected |= dict.fromkeys(("labels", "rows"), ((count,), "I64"))
     if found != expected:
         raise ValueError(f"The shard {str(path)!r} is damaged: it must hold {expected}, got {found}.")
+    if facts.get("identity") != identity(settings, path):
+        raise ValueError(f"The shard {str(path)!r} is damaged: it is that of another place or cache.")
     if settings["rows"] is not None:
         rows, got = len(rows_of(settings, int(path.stem.partition("-")[2]))), count + len(skipped)
         if got != rows:
@@ -208,7 +215,7 @@ class LatentCache(Dataset):
         self.settings = settings = read_settings(self.folder)
         if settings["rows"] is None:
             raise ValueError(f"{str(folder)!r} is unfinished: its stream has not come to an end. Go on writing it.")
-        shards, there = shards_of(settings), {path.name for path in self.folder.glob("shard-*")}
+        shards, there = shards_of(settings), {path.name for path in self.folder.glob("shard-*") if path.is_file()}
         missing = next((shard for shard in shards if shard_path(self.folder, shard).name not in there), None)
         if missing is not None:
             raise ValueError(f"{str(folder)!r} is unfinished: of {len(shards)} shards the first to miss is {missing}.")
@@ -221,7 +228,7 @@ class LatentCache(Dataset):
             torch.cat([read_tensor(path, name, header.checksums) for path, header in zip(paths, headers)])
             for name in ("labels", "rows")
         )
-        self._starts = np.cumsum([0] + [header.count for header in headers])
+        self._starts = np.cumsum([0] + [header.images for header in headers])
         self._paths, self._name = paths, stored_name(settings)
         self._mapped: dict[tuple[int, bool], np.ndarray] = {}
 

@@ -29,6 +29,7 @@ from .latent_cache import (
     checksum,
     encode_settings,
     encoder_facts,
+    identity,
     read_header,
     read_settings,
     read_tensor,
@@ -184,7 +185,8 @@ def _write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) 
         tensors[stored_name(settings) + suffix] = values
     skipped = {row: reason for batch in batches for row, _, reason in batch["skipped"]}
     with write_whole(path) as file:
-        facts = {"skipped": skipped, "checksums": {name: checksum(values) for name, values in tensors.items()}}
+        sums = {name: checksum(values) for name, values in tensors.items()}
+        facts = {"skipped": skipped, "checksums": sums, "identity": identity(settings, path)}
         file.write(save(tensors, {"facts": json.dumps(facts)}))  # of several entries the order would be any
 
 

@@ -69,7 +69,9 @@ def list_folder(folder: str, split: str) -> Listing | None:
         splits: dict[str, list[_Image]] = {}
         for path, place in places.items():
             full = os.path.join(folder, path)
-            image = _Image(full, os.path.getsize(full), classes.index(place[-1]) if labelled else None)
+            # A link to nothing is left out where the image is decoded, as what is no image.
+            size = os.path.getsize(full) if os.path.exists(full) else -1
+            image = _Image(full, size, classes.index(place[-1]) if labelled else None)
             of = "train" if "" in found else _SPLITS[path.partition(os.sep)[0].lower()]
             splits.setdefault(of, []).append(image)
         return _listing(_choose(splits, split), folder, classes if labelled else None)
@@ -114,8 +116,8 @@ def _files_below(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     found = []
     for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not _is_hidden(name) and not is_loop(os.path.join(place, name))]
-        paths = (os.path.join(place, name) for name in files if not _is_hidden(name) and _suffix(name) in suffixes)
-        found += [os.path.relpath(path, folder) for path in paths if os.path.isfile(path)]
+        names = [name for name in files if not _is_hidden(name) and _suffix(name) in suffixes]
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
     for path in sorted(found):
         try:
             path.encode()
@@ -148,23 +150,27 @@ def _shard_images(path: str) -> list[_Image]:
     images: dict[str, _Image] = {}
     labels: dict[str, dict[str, int]] = {}
     names: set[str] = set()
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is no file")
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = member.name.encode(errors="surrogateescape").decode(errors="replace")
                 stem, kind = os.path.splitext(name)[0], _suffix(name)
-                if not member.isreg() or _is_hidden(os.path.basename(name)) or kind not in (*_IMAGES, *LABELS):
+                if member.isdir() or _is_hidden(os.path.basename(name)) or kind not in (*_IMAGES, *LABELS):
                     continue
-                if name in names or member.sparse is not None:
-                    raise ValueError(f"{path}:{name} is {'there twice' if name in names else 'sparse'}")
+                if name in names or not member.isreg() or member.sparse is not None:
+                    raise ValueError(
+                        f"{path}:{name} is {'there twice' if name in names else 'a link or no plain file'}"
+                    )
                 names.add(name)
                 if kind in LABELS:
                     labels.setdefault(kind, {})[stem] = _read_label(archive, member, f"{path}:{name}")
                 elif stem not in images:
                     images[stem] = _Image(name, member.size, None, path, member.offset_data)
             # What is no header ends a list as zeros do.
-            archive.fileobj.seek(archive.offset)  # type: ignore[union-attr]
-            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # type: ignore[union-attr]
+            archive.fileobj.seek(archive.offset)
+            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a tar file without compression: {error}") from error
