@@ -344,3 +344,15 @@ def test_what_was_downloaded_loads_while_the_hub_is_down(hub_here, untried, kind
     for revision in ("main", oid):
         loaded = kind.from_pretrained("org/name", revision=revision)
         assert torch.equal(loaded.core.encoder.head.weight, vae.core.encoder.head.weight)
+
+
+@pytest.mark.parametrize("kind", [HieraTokModel, AutoencoderHieraTok])
+def test_shards_that_were_downloaded_load_offline(hub_here, untried, kind, monkeypatch):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.push_to_hub("org/name", max_shard_size="40KB")
+    kind.from_pretrained("org/name")
+    asked = len(hub_here.requests)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded = kind.from_pretrained("org/name")
+    assert torch.equal(loaded.core.encoder.head.weight, vae.core.encoder.head.weight)
+    assert len(hub_here.requests) == asked

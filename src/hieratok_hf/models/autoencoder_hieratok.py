@@ -14,6 +14,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import is_offline_mode
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -284,6 +285,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
                 the weights lack a tensor, which diffusers would leave random, or one of another shape was
                 ignored and has no storage.
         """
+        if is_offline_mode():  # in spite of which diffusers asks the Hub for the list of shards
+            kwargs["local_files_only"] = True
         return_info = kwargs.pop("output_loading_info", False)
         load = partial(super().from_pretrained, pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         subfolder = kwargs.get("subfolder")
