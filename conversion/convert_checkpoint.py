@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import transformers
 from key_map import KeyMapError, core_key_map
 from raw_checkpoint import TRAINING_STATE, find_weights, read_checkpoint, without_wrappers
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -25,10 +25,18 @@ from hieratok_hf import (
     HieraTokImageProcessorPil,
     HieraTokModel,
 )
-from hieratok_hf.cli.command_line import Problem, make_parser, one_line, run_script
+from hieratok_hf.cli.command_line import (
+    Problem,
+    check_config,
+    json_object,
+    make_parser,
+    one_line,
+    positive,
+    run_script,
+)
 from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING, complete_saved
 from hieratok_hf.models.saving import stage_folder
-from hieratok_hf.utils.files import write_whole
+from hieratok_hf.utils.files import read_json, write_whole
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -42,8 +50,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--size", choices=SIZES, help="a named size; the one whose shapes fit unless given")
     model.add_argument("--config", type=Path, metavar="FILE", help="a config.json")
-    add("--override", type=json.loads, default={}, metavar="JSON", help="other values of the configuration")
-    add("--scale_factors", type=int, nargs="+", help="other scales, as 8 4 2 1; 1 for a single one")
+    add("--override", type=json_object, default={}, metavar="JSON", help="other values of the configuration")
+    add("--scale_factors", type=positive, nargs="+", help="other scales, as 8 4 2 1; 1 for a single one")
     add("--ema", action="store_true", help="take the averaged weights")
     add("--dtype", choices=_DTYPES, help="of the weights; that of the checkpoint unless given")
     add("--shard_size", default="10GB", help="largest file of weights, as 5GB")
@@ -51,11 +59,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--to_raw", action="store_true", help="the way back: a folder to a .safetensors with the core's own names")
     add("--fused", action="store_true", help="with --to_raw: one projection for queries, keys and values")
     args = parser.parse_args(argv)
-    if not isinstance(args.override, dict):
-        parser.error("--override must be a JSON object, such as '{\"qk_norm\": true}'")
     if args.fused and not args.to_raw:
         parser.error("--fused needs --to_raw")
-    if args.to_raw and (args.size or args.config or args.override or args.scale_factors or args.ema or args.dtype):
+    if args.to_raw and (
+        args.size
+        or args.config
+        or args.override
+        or args.scale_factors
+        or args.ema
+        or args.dtype
+        or args.shard_size != "10GB"
+    ):
         parser.error("--to_raw takes the folder as it is: it goes with --fused and --dry_run alone")
     return args
 
@@ -63,10 +77,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def read_config(path: Path) -> dict[str, Any]:
     """Read the values of a config.json that describe the model; a `Problem` for one that the model does not know."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
         raise Problem(f"{str(path)!r} cannot be read: {one_line(error)}") from error
-    if not isinstance(values, dict) or values.get("model_type", "hieratok") != "hieratok":
+    if values is None or values.get("model_type", "hieratok") != "hieratok":
         raise Problem(f"{str(path)!r} is not that of a HieraTok tokenizer")
     libraries = {*PreTrainedConfig().to_dict(), *HieraTokConfig().to_dict(), *HieraTokConfig().pipeline_facts}
     own = HieraTokConfig.__annotations__
@@ -78,9 +92,11 @@ def read_config(path: Path) -> dict[str, Any]:
 def configuration(values: dict[str, Any], size: str = "hieratok-b") -> HieraTokConfig:
     """Make the configuration of a named size with other values; a `Problem` where they contradict each other."""
     try:
-        return HieraTokConfig.from_size(size, **values)
+        config = HieraTokConfig.from_size(size, **values)
     except Exception as error:  # huggingface_hub's own types for a value of another type
         raise Problem(f"the configuration is wrong: {one_line(error)}") from error
+    check_config("the configuration", config)
+    return config
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -230,8 +246,9 @@ def run(args: argparse.Namespace) -> list[str]:
     try:
         check_output(args)
         return (to_raw if args.to_raw else to_folder)(args)
-    except (OSError, ValueError) as error:
-        raise Problem(one_line(error)) from error
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # torch and safetensors on a full disk
+        places = f"{str(args.checkpoint)!r} cannot be converted to {str(args.output)!r}"
+        raise Problem(f"{places}: {one_line(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

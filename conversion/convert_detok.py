@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from key_map import KeyMap, KeyMapError, Rule
 from raw_checkpoint import find_weights, read_checkpoint, without_wrappers
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil, HieraTokModel
@@ -21,6 +22,7 @@ from hieratok_hf.cli.command_line import (
     make_parser,
     one_line,
     positive,
+    refuse_unused,
     run_script,
 )
 from hieratok_hf.data.image_dataset import load_images
@@ -53,6 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data and args.no_fold:
         parser.error("--data and --no_fold contradict each other")
+    refuse_unused(parser, args, split="data", images="data", device="data")
     if not (args.data or args.no_fold or args.dry_run):
         parser.error("--data is needed to normalise the latents; --no_fold leaves them as they are")
     return args
@@ -97,6 +100,8 @@ def detok_key_map() -> KeyMap:
 def fetch(checkpoint: str, revision: str | None) -> Path:
     """Find the local file of a checkpoint, from the Hub where there is no such file."""
     if (path := Path(checkpoint)).is_file():
+        if revision is not None:
+            raise ValueError("it is a file, which has no --revision")
         return path
     owner, _, rest = checkpoint.partition("/")
     name, _, file = rest.partition("/")
@@ -219,7 +224,7 @@ def save(model: HieraTokModel, args: argparse.Namespace, pixel_values: Tensor, e
             if not found <= DTYPES[args.dtype]:
                 advice = "" if args.dtype == "float32" else "; try --dtype float32"
                 raise Problem(f"{args.dtype} differs from the checkpoint by {found:.2g} of its values{advice}")
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # torch and safetensors on a full disk
         raise Problem(f"OUTPUT {str(args.output)!r} cannot be written: {one_line(error)}") from error
     return found
 
@@ -227,7 +232,11 @@ def save(model: HieraTokModel, args: argparse.Namespace, pixel_values: Tensor, e
 def run(args: argparse.Namespace) -> list[str]:
     """Convert, check, write, and return the lines to print."""
     path = load_or_explain(fetch, "CHECKPOINT", args.checkpoint, args.revision)
-    model = convert(without_wrappers(find_weights(read_checkpoint(path), args.ema)[0]))
+    tree = read_checkpoint(path)
+    try:
+        model = convert(without_wrappers(find_weights(tree, args.ema)[0]))
+    except Problem as problem:
+        raise Problem(f"{str(path)!r}: {problem}") from problem
     config, core = model.config, model.core
     lines = [
         f"l-DeTok of {sum(x.numel() for x in core.parameters()) / 1e6:.1f} M parameters: encoder "

@@ -1,7 +1,6 @@
 """Upload a saved tokenizer or pipeline to the Hugging Face Hub, tested first and in one commit."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 import diffusers
 import transformers
 
-from hieratok_hf.cli.command_line import Problem, make_parser, one_line, run_script
-from hieratok_hf.hub.folder import add_card, prepare_folder
+from hieratok_hf.cli.command_line import Problem, make_parser, one_line, refuse_unused, run_script
+from hieratok_hf.hub.folder import add_card, prepare_folder, select_files
 from hieratok_hf.hub.push import HubError, push_folder
 from hieratok_hf.shipped import SHIPPED, resolve_model
+from hieratok_hf.utils.files import read_json
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -37,7 +37,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--hardware", help="what the training ran on and for how long, for the card")
     add("--tags", nargs="+", default=[], help="further tags of the card")
     add("--dry_run", action="store_true", help="test the folder, print what would be sent, and send nothing")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    of_card = ("results", "result_name", "license", "base_model", "datasets", "training", "hardware", "tags")
+    if args.no_card and (given := [name for name in of_card if getattr(args, name) != parser.get_default(name)]):
+        parser.error(f"--no_card and --{given[0]} contradict each other")
+    refuse_unused(parser, args, result_name="results")
+    return args
 
 
 def card_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,9 +50,12 @@ def card_of(args: argparse.Namespace) -> dict[str, Any]:
     reports = []
     for path in args.results:
         try:
-            reports.append(json.loads(path.read_bytes()))
+            report = read_json(path)
         except (OSError, ValueError) as error:
             raise Problem(f"--results {str(path)!r} cannot be read: {one_line(error)}") from error
+        if report is None:
+            raise Problem(f"--results {str(path)!r} is no file")
+        reports.append(report)
     try:
         training = args.training.read_text(encoding="utf-8") if args.training else None
     except (OSError, ValueError) as error:
@@ -68,16 +76,16 @@ def run(args: argparse.Namespace) -> list[str]:
     folder = resolve_model(args.folder)
     card = None if args.no_card else card_of(args)
     try:
+        left_out = [f"  left out: {name}" for name in select_files(folder)[1]]
         if args.dry_run:
-            with prepare_folder(folder, not args.no_code) as (stage, left_out):
+            with prepare_folder(folder, not args.no_code) as stage:
                 if card is not None:
                     add_card(stage, args.repo_id, args.tags, **card)
                 paths = {path.relative_to(stage).as_posix(): path for path in stage.rglob("*") if path.is_file()}
                 sizes = {name: path.stat().st_size for name, path in sorted(paths.items())}
             lines = [f"{len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB, to {args.repo_id} in one commit:"]
             lines += [f"  {size:>12,}  {name}" for name, size in sizes.items()]
-            lines += [f"  left out: {name}" for name in left_out]
-            return [*lines, "the folder passes its load test; nothing was sent"]
+            return [*lines, *left_out, "the folder passes its load test; nothing was sent"]
         told = push_folder(
             folder,
             args.repo_id,
@@ -92,7 +100,7 @@ def run(args: argparse.Namespace) -> list[str]:
         )
     except (HubError, OSError, ValueError) as error:
         raise Problem(one_line(error)) from error
-    return [f"done: {told.pr_url or told.commit_url}"]
+    return [*left_out, f"done: {told.pr_url or told.commit_url}"]
 
 
 def main(argv: list[str] | None = None) -> int:

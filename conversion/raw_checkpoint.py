@@ -1,6 +1,5 @@
 """Tensors by name out of whatever a training has written: files, shards, nestings and wrappers; no code is run."""
 
-import json
 import re
 import zipfile
 from argparse import Namespace
@@ -15,6 +14,7 @@ from torch import Tensor
 from hieratok_hf.cli.command_line import Problem, one_line
 from hieratok_hf.models.saving import WEIGHTS_STEM
 from hieratok_hf.training.state import states_in
+from hieratok_hf.utils.files import read_json
 
 __all__ = ["TRAINING_STATE", "find_weights", "read_checkpoint", "without_wrappers"]
 
@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> Any:
 
 def _shards(index: Path) -> dict[Path, set[str]]:
     """List the files that an index names, and the tensors that each must hold."""
-    weight_map = json.loads(index.read_bytes()).get("weight_map")
+    weight_map = (read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Problem(f"{str(index)!r} has no `weight_map` of names and files")
     shards: dict[Path, set[str]] = {}

@@ -3,6 +3,9 @@
 import argparse
 import os
 import queue
+import re
+import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -16,11 +19,14 @@ import gradio as gr
 import torch
 from diffusers.utils import logging
 from generate import as_images, class_label, load_pipeline
+from gradio import route_utils
 from PIL import Image
 from reconstruct import AMPLIFY, BUNDLED, amplify_difference, encode_and_decode, load_model
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import Problem, add_device, load_or_explain, make_parser, one_line, run_script
+from hieratok_hf.cli.command_line import Problem, add_device, load_or_explain, make_parser, one_line, run_script, whole
 from hieratok_hf.evaluation.generation import number_images
 from hieratok_hf.utils.images import ImageError, decode_image
 
@@ -50,6 +56,31 @@ CSS = """
 """
 
 
+class KeepUploads:
+    """Serve no file that a visitor sent, to nobody."""
+
+    def __init__(self, app: Any, folder: str):
+        self.app, self.folder = app, os.path.realpath(folder)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        names = re.split("file[=/]", scope.get("path", ""), maxsplit=1)
+        if any(os.path.realpath(name).startswith(self.folder) for name in (names[-1], f"/{names[-1]}")):
+            await PlainTextResponse("File not allowed.", 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def give_uploads_names_of_their_own() -> None:
+    """Let no two files that were sent share a path, which Gradio makes of their content: each is removed once read."""
+    plain = route_utils.GradioUploadFile.__init__
+
+    def salted(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        self.sha.update(secrets.token_bytes(16))
+
+    route_utils.GradioUploadFile.__init__ = salted
+
+
 class Refused(Exception):
     """A file or a setting of a visitor that cannot be used; the message is for them."""
 
@@ -65,10 +96,13 @@ def read_image(path: str) -> tuple[Image.Image, str]:
         Refused: The file is too large, or no image, or damaged; the message has its name without the folders.
     """
     name = Path(path).name
-    if (size := os.stat(path).st_size) > MAX_BYTES:
-        raise Refused(f"{name!r}: is too large for the limit of {MAX_BYTES / 2**20:.0f} MB ({size / 2**20:.1f} MB)")
     try:
+        if (size := os.stat(path).st_size) > MAX_BYTES:
+            limit = f"the limit of {MAX_BYTES / 2**20:.0f} MB"
+            raise Refused(f"{name!r}: is too large for {limit} ({size / 2**20:.1f} MB)")
         image = decode_image(Path(path).read_bytes(), name, max_pixels=MAX_PIXELS)
+    except OSError as error:
+        raise Refused(f"{name!r}: cannot be read ({error.strerror})") from error
     except ImageError as error:
         limit = f"the limit of {MAX_PIXELS / 1e6:.0f} megapixels"
         raise Refused(str(error).replace(f"max_pixels={MAX_PIXELS}", limit)) from error
@@ -156,8 +190,8 @@ def generate(
     yield images, f"seed {seed}, {steps} steps, guidance {guidance:g}: images of {width} x {height} pixels"
 
 
-def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
-    """The page of two models, which opens with results of both; `run` serves it."""
+def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline, uploads: str) -> gr.Blocks:
+    """The page of two models, which opens with results of both; `run` serves it, with a folder for what is sent."""
     lock, examples = threading.Lock(), [str(path) for path in sorted(BUNDLED.glob("*.webp"))]
     choices = [(class_label(pipe, key), key) for key in range(pipe.num_classes)]
     scales = list(range(1, len(pipe.vae.config.scale_factors) + 1))
@@ -175,6 +209,13 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
             values[message], shown = gr.update(visible=False), True
         return {file: None, column: gr.update(visible=shown), **values}  # the place for files is ready for the next
 
+    def of_upload(path: str | None) -> dict[Any, Any]:
+        try:
+            return of_file(path)
+        finally:
+            if path is not None:  # nobody asks for it again, and nobody else may see it
+                shutil.rmtree(Path(path).parent, ignore_errors=True)
+
     def of_example(index: int) -> dict[Any, Any]:
         return of_file(examples[index])
 
@@ -189,6 +230,8 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
         with gr.Tab("Reconstruct"), gr.Row():
             with gr.Column(scale=1, min_width=300):
                 file = gr.File(label="An image of yours", height=160, elem_id="file")
+                file.GRADIO_CACHE = uploads  # it stays where it was sent to
+                file.preprocess = lambda sent: sent and sent.path  # Gradio's own leaves an empty file for each
                 message = gr.Markdown(visible=False, elem_id="message")
                 gr.Markdown(LIMITS)
                 thumbnails = {"components": [gr.Image(visible=False)], "samples": [[path] for path in examples]}
@@ -201,7 +244,7 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline) -> gr.Blocks:
                 gallery = gr.Gallery(images, columns=3, **GALLERY, elem_id="scales")
             outputs = [file, message, column, slider, gallery, table]
             made_by = {"concurrency_limit": AT_ONCE, "show_progress_on": [slider, table], "api_visibility": "private"}
-            file.upload(of_file, file, outputs, **made_by)
+            file.upload(of_upload, file, outputs, **made_by)
             choice.click(of_example, choice, outputs, **made_by)
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -230,7 +273,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--generator", default="hieratok-dit-tiny", help="pipeline: a folder, a name that ships, or a Hub repository")
     add_device(parser, default="cpu")
     add("--host", help="address to serve at; that of GRADIO_SERVER_NAME, or this machine alone, unless given")
-    add("--port", type=int, help="port to serve at; the first that is free from 7860 unless given")
+    add("--port", type=whole(0, 65535), help="port to serve at; the first that is free from 7860 unless given")
     return parser.parse_args(argv)
 
 
@@ -241,14 +284,31 @@ def run(args: argparse.Namespace) -> list[str]:
     if not isinstance(pipe.vae, AutoencoderHieraTok):
         raise Problem(f"--generator {args.generator!r}: its {type(pipe.vae).__name__} decodes no previews")
     pipe.set_progress_bar_config(disable=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below goes with the process
+    host = args.host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    if host != "localhost" and not host.startswith("127.") and host != "::1":
+        print(f"note: --host {host}: whoever reaches this machine can use the page", file=sys.stderr)
+    give_uploads_names_of_their_own()
     with tempfile.TemporaryDirectory(prefix="hieratok-app-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+
+        def leave(*_: Any) -> None:
+            while os.path.exists(folder):  # a visitor may be sending something
+                shutil.rmtree(folder, ignore_errors=True)
+            os._exit(0)  # the server would wait for its visitors
+
+        for end in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(end, leave)
+        sent, shown = (os.path.join(folder, name) for name in ("sent", "shown"))
+        os.mkdir(sent)
+        os.environ["GRADIO_TEMP_DIR"] = shown
+        page = build(vae, pipe, sent)
+        os.environ["GRADIO_TEMP_DIR"] = sent
         settings = {"server_name": args.host, "server_port": args.port, "max_file_size": MAX_BYTES, "css": CSS}
+        settings["allowed_paths"] = [shown]
+        settings["app_kwargs"] = {"middleware": [Middleware(KeepUploads, folder=sent)]}
         settings["footer_links"] = ["gradio", "settings"]
         off = ("share", "show_error", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
         try:
-            build(vae, pipe).launch(**settings, **dict.fromkeys(off, False))
+            page.launch(**settings, **dict.fromkeys(off, False))
         except OSError as error:
             raise Problem(f"--host and --port: {one_line(error)}") from error
     return []

@@ -13,12 +13,15 @@ from tqdm import tqdm
 from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
+    check_batch,
     device_of_process,
     load_or_explain,
     make_parser,
     one_line,
     positive,
     run_on_processes,
+    seed,
+    whole,
 )
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_cache import DTYPES, KINDS
@@ -26,12 +29,6 @@ from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.models.autoencoder_adapter import load_codec
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def number(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise ValueError
-    return value
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -42,7 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="hieratok-tiny", help=model)
     add("--data", nargs="+", required=True, help=data)
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the shards go; one that is begun goes on")
-    add("--split", default="train", help="split of folders and data sets; shards have but one")
+    add("--split", default="train", help="split of folders and data sets; data without splits is train")
     add("--streaming", action="store_true", help="read while encoding instead of first making a copy in the cache")
     add("--limit", type=positive, help="take only the first rows of the data")
     add("--size", type=positive, help="side of the middle square; the model's own unless given")
@@ -52,8 +49,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float16", help="dtype of what is stored")
     add("--shard_size", type=positive, default=1024, help="rows of a file")
     add("--batch_size", type=positive, default=32, help="images of a batch in each process")
-    add("--threads", type=positive, default=4, help="images that each process decodes at a time")
-    add("--seed", type=number, default=0, help="seed of the samples")
+    add("--threads", type=whole(1, 1024), default=4, help="images that each process decodes at a time")
+    add("--seed", type=seed, default=0, help="seed of the samples")
     add("--mixed_precision", choices=["no", *AUTOCAST], default="no", help="encode under torch.autocast")
     add_device(parser)
     return parser.parse_args(argv)
@@ -66,6 +63,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     size = args.size or getattr(codec.model.config, "sample_size", None)
     if not isinstance(size, int):
         raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
+    check_batch("--size and --batch_size", args.batch_size, size)
     images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
     settings = {name: getattr(args, name) for name in ("kind", "shard_size", "batch_size", "seed", "limit", "threads")}
     settings |= {"size": size, "flips": not args.no_flips, "dtype": getattr(torch, args.dtype)}

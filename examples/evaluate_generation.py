@@ -1,6 +1,7 @@
 """Evaluate a class-conditional generator: Fréchet distance, class accuracy and speed, in a table and as JSON."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,16 @@ from hieratok_hf.cli.command_line import (
     check_writable,
     describe_machine,
     device_of_process,
+    identify,
     load_or_explain,
     make_parser,
     one_line,
     positive,
+    real,
+    refuse_unused,
     run_on_processes,
+    seed,
+    whole,
     write_report,
 )
 from hieratok_hf.data.image_dataset import load_images
@@ -45,7 +51,10 @@ from hieratok_hf.utils.files import write_whole
 def numbers(text: str) -> range:
     """One number, or the first and the last of several, as in 0-999."""
     first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
+    label = whole(0, 10**6)
+    if not (labels := range(label(first), label(last or first) + 1)):
+        raise ValueError
+    return labels
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -55,13 +64,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data = "folders of images, tar shards in webdataset style, or a Hub data set: measure a Fréchet distance to them"
     add("--model", default="hieratok-dit-tiny", help="pipeline: a folder, a name that ships, or a Hub repository")
     add("--samples", type=positive, default=5000, help="images to make, of all classes in turn")
-    add("--steps", type=positive, default=50, help="steps of the scheduler")
-    add("--guidance_scale", type=float, default=4.0, help="strength of the guidance; 1 is none")
-    add("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
-    add("--seed", type=int, default=0, help="seed of all noise")
+    add("--steps", type=whole(1, 100_000), default=50, help="steps of the scheduler")
+    add("--guidance_scale", type=real(-math.inf), default=4.0, help="strength of the guidance; 1 is none")
+    add("--guidance_interval", type=real(0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
+    add("--seed", type=seed, default=0, help="seed of all noise")
     add("--batch_size", type=positive, default=16, help="images of a batch in each process")
     add("--reference", nargs="+", metavar="DATA", help=data)
-    add("--reference_split", default="train", help="split of folders and data sets; shards have but one")
+    add("--reference_split", default="train", help="split of folders and data sets; data without splits is train")
     add("--streaming", action="store_true", help="read the reference images without first making a copy of them")
     add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
     add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
@@ -70,12 +79,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--classifier_labels", type=numbers, nargs="+", metavar="ID", help=labels)
     add("--save", type=Path, metavar="FOLDER", help="write the images here, as PNG files in a new or empty folder")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add("--overwrite", action="store_true", help="replace files that are there already")
     add_device(parser)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the pipeline")
     args = parser.parse_args(argv)
-    for option, needed in (("fid_model", "reference"), ("fid_size", "fid_model"), ("classifier_labels", "classifier")):
-        if getattr(args, option) and not getattr(args, needed):
-            parser.error(f"--{option} needs --{needed}")
+    refuse_unused(parser, args, fid_model="reference", fid_size="fid_model", classifier_labels="classifier")
+    refuse_unused(parser, args, reference_split="reference", streaming="reference")
     if args.classifier_labels:
         args.classifier_labels = [label for part in args.classifier_labels for label in part]
     return args
@@ -127,7 +136,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
     device = device_of_process(args, state)
     if args.json:
-        check_writable("--json", args.json)
+        check_writable("--json", args.json, overwrite=args.overwrite, inputs=identify(args.reference or []))
     if args.save:
         check_writable("--save", args.save, folder=True)
         if any(args.save.iterdir()):

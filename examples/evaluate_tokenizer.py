@@ -16,9 +16,11 @@ from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
     align_table,
+    check_batch,
     check_writable,
     describe_machine,
     device_of_process,
+    identify,
     load_or_explain,
     make_parser,
     one_line,
@@ -44,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="hieratok-tiny", help=model)
     add("--compare", nargs="+", default=[], metavar="MODEL", help="further models, also diffusers' own")
     add("--data", nargs="+", required=True, help=data)
-    add("--split", default="train", help="split of folders and data sets; shards have but one")
+    add("--split", default="train", help="split of folders and data sets; data without splits is train")
     add("--streaming", action="store_true", help="read while evaluating instead of first making a copy in the cache")
     add("--max_images", type=positive, help="take only the first images of the data")
     add("--size", type=positive, help="side of the middle square; the model's own unless given")
@@ -57,6 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--no_fid", action="store_true", help="leave the Fréchet distance out")
     add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled images")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add("--overwrite", action="store_true", help="replace files that are there already")
     add_device(parser)
     args = parser.parse_args(argv)
     if args.fid_size and not args.fid_model:
@@ -177,13 +180,15 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
     """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
     device = device_of_process(args, state)
     if args.json:
-        check_writable("--json", args.json)
+        inputs = identify([*args.data, *(args.probe_data or [])])
+        check_writable("--json", args.json, overwrite=args.overwrite, inputs=inputs)
     # All of them before any work, so that a wrong name is told at once.
     codecs = {args.model: load_or_explain(load_codec, "--model", args.model, device)}
     codecs |= {name: load_or_explain(load_codec, "--compare", name, device) for name in args.compare}
     size = args.size or getattr(codecs[args.model].model.config, "sample_size", None)
     if not isinstance(size, int):
         raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
+    check_batch("--size and --batch_size", args.batch_size, size)
     notes: list[str] = []
     metrics = make_metrics(args, device, notes)
     images, train = load_data(args)

@@ -24,16 +24,20 @@ from hieratok_hf import HieraTokDiTPipeline
 from hieratok_hf.cli.command_line import (
     Problem,
     add_device,
+    check_batch,
     check_writable,
     find_device,
     load_or_explain,
     make_parser,
     one_line,
     positive,
+    real,
     run_script,
+    seed,
+    whole,
     write_or_explain,
 )
-from hieratok_hf.evaluation.generation import number_images
+from hieratok_hf.evaluation.generation import image_size, number_images
 from hieratok_hf.shipped import resolve_model
 
 COLUMNS, MARGIN, SMALLEST_PANEL = 10, 8, 128
@@ -52,12 +56,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("classes", nargs="*", metavar="CLASS", help="names or numbers of classes; all of the pipeline unless given")
     add("--model", default="hieratok-dit-tiny", help="pipeline: a folder, a name that ships, or a Hub repository")
     add("--rows", type=positive, default=4, help="images of a class")
-    add("--steps", type=positive, default=50, help="steps of the scheduler")
-    add("--guidance_scale", type=float, default=4.0, help="strength of the guidance; 1 is none")
+    add("--steps", type=whole(1, 100_000), default=50, help="steps of the scheduler")
+    add("--guidance_scale", type=real(-math.inf), default=4.0, help="strength of the guidance; 1 is none")
     interval = "shares of noise between which guidance acts, from 0, clean, to 1"
-    add("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
+    add("--guidance_interval", type=real(0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
     add("--scheduler", choices=("euler", "heun", "dpm", "ddim"), help="scheduler; the pipeline's own unless given")
-    add("--seed", type=int, default=0, help="seed of all noise")
+    add("--seed", type=seed, default=0, help="seed of all noise")
     add("--batch_size", type=positive, default=16, help="images made at a time")
     add_device(parser)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the pipeline")
@@ -65,6 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--images", type=Path, metavar="FOLDER", help="folder to write each image to as well")
     previews = "write a second sheet, of what the first K scales of the tokenizer show on the way"
     add("--previews", type=positive, metavar="K", help=previews)
+    add("--overwrite", action="store_true", help="replace files that are there already")
     args = parser.parse_args(argv)
     args.device = find_device(args)
     if args.output.suffix.lower() != ".png":
@@ -200,30 +205,37 @@ def save(image: Image.Image, path: Path, option: str) -> Path:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Make and write all that is asked for, and return the lines to print."""
-    check_writable("--output", args.output)
+    previews_sheet = args.output.with_name(f"{args.output.stem}_previews.png")
+    check_writable("--output", args.output, overwrite=args.overwrite)
+    if args.previews:
+        check_writable("--previews", previews_sheet, overwrite=args.overwrite)
     if args.images:
         check_writable("--images", args.images, folder=True)
     pipe = load_or_explain(load_pipeline, "--model", args.model, args.device, args.dtype)
     if args.scheduler:
         pipe.scheduler = other_scheduler(pipe, args.scheduler)
     ids = read_class_ids(pipe, args.classes)
+    labels = [class_label(pipe, key) for key in ids]
+    check_batch("--rows", len(ids) * args.rows, image_size(pipe))
+    files = {}
+    for key, label in zip(ids, labels) if args.images else ():
+        stem = f"{key:04}_{re.sub(r'[^0-9A-Za-z-]+', '_', label)}"
+        files |= {(key, row): args.images / f"{stem}_{row:03}.png" for row in range(args.rows)}
+    for path in files.values():
+        check_writable("--images", path, overwrite=args.overwrite)
     try:
         images, previews, seconds = make_images(pipe, ids, args)
     except (ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
         raise Problem(one_line(error)) from error
 
-    labels = [class_label(pipe, key) for key in ids]
     lines = [f"sheet: {save(make_sheet(labels, list(images.values())), args.output, '--output')}"]
     if previews:
         finals = [column[0] for column in images.values()]
         rows = [*previews.images.values(), finals]
         sheet = make_sheet(labels, [list(column) for column in zip(*rows)], [*previews.images, "image"])
-        path = args.output.with_name(f"{args.output.stem}_previews.png")
-        lines.append(f"previews of {args.previews} scales: {save(sheet, path, '--previews')}")
-    for key, label in zip(ids, labels) if args.images else ():
-        stem = f"{key:04}_{re.sub(r'[^0-9A-Za-z-]+', '_', label)}"
-        for row, image in enumerate(images[key]):
-            lines.append(f"image: {save(image, args.images / f'{stem}_{row:03}.png', '--images')}")
+        lines.append(f"previews of {args.previews} scales: {save(sheet, previews_sheet, '--previews')}")
+    for (key, row), path in files.items():
+        lines.append(f"image: {save(images[key][row], path, '--images')}")
     count = len(ids) * args.rows
     more = ", previews included" if previews else ""
     lines.append(f"{count} images in {seconds:.1f} s{more}: {count / seconds:.2f} images/s on {args.device}")

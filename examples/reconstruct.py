@@ -20,18 +20,20 @@ from hieratok_hf.cli.command_line import (
     align_table,
     check_writable,
     find_device,
+    identify,
     load_or_explain,
     make_parser,
     one_line,
     positive,
+    run_script,
     write_report,
 )
 from hieratok_hf.evaluation.metrics import SSIM_WINDOW, psnr, ssim
 from hieratok_hf.models.losses import image_pyramid
 from hieratok_hf.shipped import resolve_model
 from hieratok_hf.utils.files import write_whole
+from hieratok_hf.utils.images import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 BUNDLED = Path(__file__).parent / "images"
 SHEET = "_reconstruction"
 MARGIN = 8
@@ -193,19 +195,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the model")
     add("--full", action="store_true", help=f"show panels at full size, not at most {LARGEST_PANEL} pixels")
     add("--json", type=Path, metavar="FILE", help="file to write the figures to as well")
+    add("--overwrite", action="store_true", help="replace files that are there already")
     args = parser.parse_args(argv)
     args.device = find_device(args)
     return args
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the sheets and print the table; the exit status, 1 where an image failed."""
+def run(args: argparse.Namespace) -> tuple[list[str], int]:
+    """Write the sheets, and return the lines to print and the exit status, 1 where an image failed."""
     sources = args.images or [BUNDLED]
     if not (paths := find_images(sources)):
         raise Problem(f"no images found in {', '.join(repr(str(source)) for source in sources)}")
+    used: set[str] = set()
+    sheets = [args.output / choose_unused_name(path.stem, used) for path in paths]
     check_writable("--output", args.output, folder=True)
+    inputs = identify(paths)
+    for sheet in sheets:
+        if sheet.is_file():
+            check_writable("--output", sheet, overwrite=args.overwrite, inputs=inputs)
     if args.json:
-        check_writable("--json", args.json)
+        check_writable("--json", args.json, overwrite=args.overwrite, inputs=inputs | identify(sheets))
+        if args.json.absolute() in [sheet.absolute() for sheet in sheets]:
+            raise Problem(f"--json {str(args.json)!r} is the name of a sheet: take another name")
     try:
         ssim(torch.zeros(1, 3, SSIM_WINDOW, SSIM_WINDOW), torch.zeros(1, 3, SSIM_WINDOW, SSIM_WINDOW))
     except ImportError as error:
@@ -217,13 +228,11 @@ def run(args: argparse.Namespace) -> int:
 
     results: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
-    used: set[str] = set()
-    for path in tqdm(paths, unit="image", disable=len(paths) < 2):
+    for path, output in zip(tqdm(paths, unit="image", disable=len(paths) < 2), sheets):
         try:
             sheet, figures = reconstruct(path, vae, args)
             encoded = io.BytesIO()
             sheet.save(encoded, format="PNG")
-            output = args.output / choose_unused_name(path.stem, used)
             with write_whole(output) as file:
                 file.write(encoded.getvalue())
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
@@ -232,25 +241,20 @@ def run(args: argparse.Namespace) -> int:
             results.append({**figures, "output": str(output)})
 
     mean = {key: mean_of(results, key) for key in ("psnr_db", "ssim")}
+    lines = []
     if results:
-        print(table(results))
         means = f"PSNR {mean['psnr_db']:.2f} dB" + ("" if mean["ssim"] is None else f", SSIM {mean['ssim']:.4f}")
-        print(f"mean of {len(results)}: {means}; sheets in {str(args.output)!r}")
+        lines = [table(results), f"mean of {len(results)}: {means}; sheets in {str(args.output)!r}"]
     for name, reason in failures.items():
         print(f"failed: {name!r}: {reason}", file=sys.stderr)
     if args.json:
         settings = {name: getattr(args, name) for name in ("model", "device", "dtype", "size")}
         write_report(args.json, {**settings, "images": results, "mean": mean, "failures": failures})
-    return 1 if failures else 0
+    return lines, 1 if failures else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        return run(args)
-    except Problem as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    return run_script(run, parse_args(argv))
 
 
 if __name__ == "__main__":

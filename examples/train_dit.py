@@ -1,7 +1,7 @@
 """Train a DiT on the latents of a tokenizer by flow matching, for `HieraTokDiTPipeline`."""
 
 import argparse
-import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,23 @@ from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import add_training, make_parser, positive, run_training
+from hieratok_hf.cli.command_line import (
+    Problem,
+    add_training,
+    check_batch,
+    check_memory,
+    check_model_folder,
+    check_tracker,
+    json_object,
+    make_parser,
+    one_line,
+    positive,
+    real,
+    refuse_unused,
+    run_training,
+    seed,
+    whole,
+)
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_batches import iterate_cached, iterate_encoded
 from hieratok_hf.data.latent_cache import LatentCache, encoder_facts
@@ -23,7 +39,7 @@ from hieratok_hf.shipped import resolve_model
 from hieratok_hf.training.flow_matching import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
 from hieratok_hf.training.report import TrainingReport
 from hieratok_hf.training.sample_sheets import class_grid
-from hieratok_hf.training.state import TrainingState, learning_rate_factor, state_to_resume
+from hieratok_hf.training.state import TrainingState, learning_rate_factor, options_of, state_to_resume, states_in
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -31,41 +47,46 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder for states, records, samples and the finished pipeline")
     add("--resume", action="store_true", help="go on from the newest state in --output, if there is one")
-    add("--seed", type=int, default=0, help="seed of the weights, of the order and of all noise")
+    add("--seed", type=seed, default=0, help="seed of the weights, of the order and of all noise")
     model = parser.add_argument_group("model").add_argument
     model("--vae", default="hieratok-tiny", help="the tokenizer: a folder, a Hub id, a name that ships")
-    model("--size", choices=DIT_SIZES, default="dit-s", help="size of the transformer, from scratch")
-    model("--config", type=json.loads, default={}, help="JSON of configuration values of --size")
-    model("--patch_size", type=int, default=1, help="side of a token in cells of the latent")
+    size = "size of the transformer, from scratch; dit-s unless --transformer is given"
+    model("--size", choices=DIT_SIZES, help=size)
+    model("--config", type=json_object, default={}, help="JSON of configuration values of --size")
+    model("--patch_size", type=positive, default=1, help="side of a token in cells of the latent")
     model("--transformer", help="weights to start from instead: a folder, Hub id or shipped name, also of a pipeline")
     data = parser.add_argument_group("data").add_argument
     data("--latents", type=Path, help="a folder of examples/cache_latents.py, instead of --data")
     data("--data", nargs="+", help="folders, tar shards, or data sets of the Hub, encoded every time")
-    data("--split", default="train", help="split of folders and data sets; shards have but one")
+    data("--split", default="train", help="split of folders and data sets; data without splits is train")
     data("--streaming", action="store_true", help="read while training, without a copy in the cache")
-    data("--image_size", type=int, default=256, help="side of the images in pixels, with --data")
-    data("--crop_scale", type=float, nargs=2, default=(1.0, 1.0), help="range of crops, in shorter sides")
+    data("--image_size", type=positive, default=256, help="side of the images in pixels, with --data")
+    data("--crop_scale", type=real(0, 1), nargs=2, default=(1.0, 1.0), help="range of crops, in shorter sides")
     data("--class_names", nargs="+", help="names of the classes, one for each, or a JSON file")
     data("--batch_size", type=positive, default=64, help="images a step, of all processes")
-    data("--num_workers", type=int, default=0, help="processes that read images, with --data")
+    data("--num_workers", type=whole(0, 1024), default=0, help="processes that read images, with --data")
     flow = parser.add_argument_group("flow matching").add_argument
-    flow("--class_dropout", type=float, default=0.1, help="share of labels left out, for guidance")
-    flow("--time_mean", type=float, default=0.0, help="mean of the logit of the timesteps")
-    flow("--time_std", type=float, default=1.0, help="std of the logit of the timesteps")
-    flow("--time_shift", type=float, default=1.0, help="shift of all timesteps; above 1 for more noise")
+    flow("--class_dropout", type=real(below=1), default=0.1, help="share of labels left out, for guidance")
+    flow("--time_mean", type=real(-math.inf), default=0.0, help="mean of the logit of the timesteps")
+    flow("--time_std", type=real(), default=1.0, help="std of the logit of the timesteps")
+    flow("--time_shift", type=real(above=0), default=1.0, help="shift of all timesteps; above 1 for more noise")
     optim, report = add_training(parser, steps=100_000, lr=2e-4, ema=0.9999, sample_every=5000)
-    optim("--decay_steps", type=int, default=0, help="steps of the cosine at the end")
+    optim("--decay_steps", type=whole(0), default=0, help="steps of the cosine at the end")
     optim("--gradient_checkpointing", action="store_true", help="save memory, not time")
     report("--sample_steps", type=positive, default=25, help="steps of the scheduler, for the samples")
-    report("--guidance_scale", type=float, default=4.0, help="strength of the guidance of the samples")
+    report("--guidance_scale", type=real(1), default=4.0, help="strength of the guidance of the samples")
     report("--export_every", type=positive, help="steps between pipelines that are kept; none unless given")
     dtypes = ("float32", "bfloat16", "float16")
     report("--export_dtype", choices=dtypes, default="float32", help="dtype of the pipeline")
     args = parser.parse_args(argv)
     if (args.latents is None) == (args.data is None):
         parser.error("one of --latents and --data is needed")
-    if not 0 <= args.class_dropout < 1:
-        parser.error(f"--class_dropout must be at least 0 and less than 1, got {args.class_dropout}")
+    if args.transformer and (args.size or args.config or args.patch_size != parser.get_default("patch_size")):
+        parser.error("--size, --config and --patch_size are for a training from scratch, without --transformer")
+    if args.crop_scale[0] > args.crop_scale[1]:
+        parser.error(f"--crop_scale must be a range, got {args.crop_scale[0]:g} to {args.crop_scale[1]:g}")
+    encoded = ("split", "streaming", "image_size", "crop_scale", "num_workers")
+    refuse_unused(parser, args, **dict.fromkeys(encoded, "data"), allow_changes="resume")
     return args
 
 
@@ -73,7 +94,15 @@ def load_transformer(args: argparse.Namespace, shape: tuple[int, ...], num_class
     """The transformer to begin with, random or pretrained, for latents of that shape."""
     if args.transformer is None:
         sizes = {"in_channels": shape[0], "sample_size": shape[1], "num_classes": num_classes}
-        return dit_from_size(args.size, **sizes, patch_size=args.patch_size, **args.config)
+        size = args.size or "dit-s"
+        try:
+            layers, heads, width = ({**DIT_SIZES[size], **args.config}[name] for name in DIT_SIZES[size])
+            check_memory("--config: a transformer of that size", 4 * layers * 10 * (heads * width) ** 2)
+            return dit_from_size(size, **sizes, patch_size=args.patch_size, **args.config)
+        except Problem:
+            raise
+        except Exception as error:  # diffusers and torch raise many types
+            raise ValueError(f"--config and --patch_size make no transformer: {one_line(error)}") from error
     folder = resolve_model(args.transformer)
     try:
         found = DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True)
@@ -90,6 +119,11 @@ def load_transformer(args: argparse.Namespace, shape: tuple[int, ...], num_class
 
 
 def train(args: argparse.Namespace) -> None:
+    options = options_of(vars(args))
+    if not states_in(args.output):
+        check_model_folder("--output", args.output, args.overwrite)
+    if args.data:
+        check_batch("--image_size and --batch_size", -(-args.batch_size // args.accumulate), args.image_size)
     accelerator = Accelerator(
         # Unless it is told, accelerate leaves processes of a machine without an accelerator unconnected.
         cpu=not torch.accelerator.is_available(),
@@ -99,6 +133,7 @@ def train(args: argparse.Namespace) -> None:
         log_with=args.report_to,
         project_dir=args.output,
     )
+    check_tracker(accelerator, args.report_to)
     device, is_main = accelerator.device, accelerator.is_main_process
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -112,6 +147,7 @@ def train(args: argparse.Namespace) -> None:
         cache.check_encoder(codec)
         if not len(cache):
             raise ValueError(f"--latents {str(args.latents)!r} holds no images: none could be decoded.")
+        options["latents"] = cache.fingerprint  # wherever they lie
         shape, names = cache.latent_shape, given_names or cache.class_names
         num_classes = len(names) or int(cache.labels.max()) + 1
         if int(cache.labels.min()) < 0 or int(cache.labels.max()) >= num_classes:
@@ -119,6 +155,7 @@ def train(args: argparse.Namespace) -> None:
         batches = partial(iterate_cached, cache)
     else:
         images = load_images(args.data, split=args.split, streaming=args.streaming)
+        options["data"] = images.fingerprint
         shape, names = codec.latent_shape(args.image_size), given_names or images.class_names
         if not (num_classes := len(names)):
             raise ValueError("--class_names is needed: the data does not name its classes.")
@@ -129,7 +166,7 @@ def train(args: argparse.Namespace) -> None:
     times = [args.time_mean, args.time_std, args.time_shift]
     facts = {**transformer.config, "encoder": encoder_facts(codec)["encoder"], "times": times}
     facts = {name: value for name, value in facts.items() if not name.startswith("_")}
-    state = state_to_resume(args.output, args.resume, facts)
+    state = state_to_resume(args.output, args.resume, facts, options, args.allow_changes, accelerator.print)
     if args.resume and state is None:
         accelerator.print(f"There is no state in {str(args.output)!r} yet: the training begins.")
     first_step = state["step"] if state else 0
@@ -189,7 +226,7 @@ def train(args: argparse.Namespace) -> None:
             del pipe
         if done % args.save_every == 0 or done == args.steps:
             report.check()
-            training.save(args.output, done, args.keep, is_main, config=facts)
+            training.save(args.output, done, args.keep, is_main, config=facts, options=options)
     report.close()
 
     pipe = averaged()

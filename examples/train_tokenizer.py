@@ -1,7 +1,6 @@
 """Train a HieraTok tokenizer, from scratch or from weights that exist; alone, or under `accelerate launch`."""
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,22 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
-from hieratok_hf.cli.command_line import add_training, make_parser, positive, run_training
+from hieratok_hf.cli.command_line import (
+    add_training,
+    check_batch,
+    check_config,
+    check_model_folder,
+    check_tracker,
+    json_object,
+    make_parser,
+    one_line,
+    positive,
+    real,
+    refuse_unused,
+    run_training,
+    seed,
+    whole,
+)
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
 from hieratok_hf.evaluation.metrics import FrechetDistance
@@ -19,7 +33,7 @@ from hieratok_hf.evaluation.perceptual import PerceptualDistance, load_lpips
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.evaluation.vision_features import DEFAULT_VISION_MODEL, VisionFeatures
 from hieratok_hf.models.autoencoder_adapter import Codec
-from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING
+from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING, SIZES
 from hieratok_hf.models.losses import PIXEL_LOSSES
 from hieratok_hf.shipped import resolve_model
 from hieratok_hf.training.alignment import LatentAlignment
@@ -27,7 +41,7 @@ from hieratok_hf.training.discriminator import PatchDiscriminator, discriminator
 from hieratok_hf.training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
 from hieratok_hf.training.report import TrainingReport
 from hieratok_hf.training.sample_sheets import sample_grid
-from hieratok_hf.training.state import TrainingState, learning_rate_factor, state_to_resume
+from hieratok_hf.training.state import TrainingState, learning_rate_factor, options_of, state_to_resume, states_in
 from hieratok_hf.training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
 
 
@@ -36,50 +50,72 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder for states, records, samples and the finished model")
     add("--resume", action="store_true", help="go on from the newest state in --output, if there is one")
-    add("--seed", type=int, default=0, help="seed of the weights, of the order and of all noise")
+    add("--seed", type=seed, default=0, help="seed of the weights, of the order and of all noise")
     model = parser.add_argument_group("model").add_argument
     model("--model", help="weights to start from: a folder, a Hub id or a name that ships")
-    model("--size", default="hieratok-tiny", help="a named size, from scratch")
-    model("--config", type=json.loads, default={}, help="JSON of configuration values of --size")
-    model("--scale_factors", type=int, nargs="+", help="scales, as 8 4 2 1; the model's own unless given")
+    model("--size", choices=SIZES, help="a named size, from scratch; hieratok-tiny unless --model is given")
+    model("--config", type=json_object, default={}, help="JSON of configuration values of --size")
+    model("--scale_factors", type=positive, nargs="+", help="scales, as 8 4 2 1; the model's own unless given")
     model("--downsampling", choices=DOWNSAMPLING, help="way to coarser scales; the model's own unless given")
     model("--freeze_encoder", action="store_true", help="train the decoder alone")
-    model("--linear_steps", type=int, default=600, help="steps of the linear path alone, from scratch")
+    model("--linear_steps", type=whole(0), default=600, help="steps of the linear path alone, from scratch")
     data = parser.add_argument_group("data").add_argument
     data("--data", nargs="+", required=True, help="folders, tar shards, or data sets of the Hub")
-    data("--split", default="train", help="split of folders and data sets; shards have but one")
+    data("--split", default="train", help="split of folders and data sets; data without splits is train")
     data("--streaming", action="store_true", help="read while training, without a copy in the cache")
-    data("--crop_sizes", type=int, nargs="+", default=[128], help="sides of crops; a step draws one")
-    data("--crop_scale", type=float, nargs=2, default=(0.5, 1.0), help="range of crops, in shorter sides; 0 0: as is")
+    data("--crop_sizes", type=positive, nargs="+", default=[128], help="sides of crops; a step draws one")
+    data(
+        "--crop_scale",
+        type=real(0, 1),
+        nargs=2,
+        default=(0.5, 1.0),
+        help="range of crops, in shorter sides; 0 0: as is",
+    )
     data("--batch_size", type=positive, default=16, help="images of the first size a step, of all processes")
-    data("--num_workers", type=int, default=0, help="processes that read images")
+    data("--num_workers", type=whole(0, 1024), default=0, help="processes that read images")
     loss = parser.add_argument_group("losses (a weight of 0 switches one off)").add_argument
     loss("--pixel_loss", choices=PIXEL_LOSSES, default="l1", help="loss of the pixels")
-    loss("--kl_weight", type=float, help="weight of the KL loss; that of the configuration unless given")
-    loss("--coarse_weight", type=float, help="weight of the coarser scales; that of the configuration unless given")
-    loss("--coarse_start", type=int, default=0, help="step from which the coarser scales count")
-    loss("--border_weight", type=float, default=0.0, help="weight of the loss of seams between patches")
-    loss("--perceptual_weight", type=float, default=0.0, help="weight of the perceptual loss")
-    loss("--lpips_weight", type=float, default=0.0, help="weight of LPIPS; needs the package lpips")
-    loss("--alignment_weight", type=float, default=0.0, help="weight of the alignment with a vision model")
-    loss("--adversarial_weight", type=float, default=0.0, help="factor of the adaptive adversarial weight")
-    loss("--adversarial_start", type=int, default=0, help="step from which the discriminator counts")
-    loss("--latent_noise", type=float, default=0.0, help="largest std of noise mixed into the latents")
-    loss("--latent_jitter", type=float, default=0.0, help="largest std of noise added to the latents")
+    loss("--kl_weight", type=real(), help="weight of the KL loss; that of the configuration unless given")
+    loss("--coarse_weight", type=real(), help="weight of the coarser scales; that of the configuration unless given")
+    loss("--coarse_start", type=whole(0), default=0, help="step from which the coarser scales count")
+    loss("--border_weight", type=real(), default=0.0, help="weight of the loss of seams between patches")
+    loss("--perceptual_weight", type=real(), default=0.0, help="weight of the perceptual loss")
+    loss("--lpips_weight", type=real(), default=0.0, help="weight of LPIPS; needs the package lpips")
+    loss("--alignment_weight", type=real(), default=0.0, help="weight of the alignment with a vision model")
+    loss("--adversarial_weight", type=real(), default=0.0, help="factor of the adaptive adversarial weight")
+    loss("--adversarial_start", type=whole(0), default=0, help="step from which the discriminator counts")
+    loss("--latent_noise", type=real(), default=0.0, help="largest std of noise mixed into the latents")
+    loss("--latent_jitter", type=real(), default=0.0, help="largest std of noise added to the latents")
     loss("--vision_model", default=DEFAULT_VISION_MODEL, help="model of the perceptual loss and the alignment")
     optim, report = add_training(parser, steps=10_000, lr=1e-3, ema=0.999, sample_every=1000)
-    optim("--linear_lr_factor", type=float, default=0.1, help="factor of --lr for the linear path")
-    optim("--discriminator_lr", type=float, default=2e-4, help="learning rate of the discriminator")
-    optim("--decay_steps", type=int, help="steps of the cosine at the end; all unless given")
+    optim("--linear_lr_factor", type=real(), default=0.1, help="factor of --lr for the linear path")
+    optim("--discriminator_lr", type=real(), default=2e-4, help="learning rate of the discriminator")
+    optim("--decay_steps", type=whole(0), help="steps of the cosine at the end; all unless given")
     statistics = "batches for the start and for the statistics of the latents"
     report("--statistics_batches", type=positive, default=64, help=statistics)
     report("--validation_data", nargs="+", help="images to measure on while training")
     report("--validation_split", default="train", help="split of --validation_data")
-    report("--fid_size", type=int, help="side that images get for the vision model; its own unless given")
+    report("--validation_size", type=positive, help="side of the middle squares; the model's own unless given")
+    report("--validation_fid", action="store_true", help="measure a Fréchet distance over --vision_model too")
+    report("--fid_size", type=positive, help="side that images get for the vision model; its own unless given")
     report("--validation_every", type=positive, default=1000, help="steps between measurements")
     args = parser.parse_args(argv)
+    if args.model and (args.size or args.config or args.linear_steps != parser.get_default("linear_steps")):
+        parser.error("--size, --config and --linear_steps are for a training from scratch, without --model")
+    if args.crop_scale[0] > args.crop_scale[1]:
+        parser.error(f"--crop_scale must be a range, got {args.crop_scale[0]:g} to {args.crop_scale[1]:g}")
+    validation = ("validation_every", "validation_fid", "validation_size", "validation_split")
+    refuse_unused(parser, args, **dict.fromkeys(validation, "validation_data"), fid_size="validation_fid")
+    refuse_unused(parser, args, **dict.fromkeys(("adversarial_start", "discriminator_lr"), "adversarial_weight"))
+    refuse_unused(parser, args, allow_changes="resume")
+    if args.vision_model != DEFAULT_VISION_MODEL and not needs_vision_model(args):
+        parser.error("--vision_model needs --perceptual_weight, --alignment_weight or --validation_fid")
     args.decay_steps = args.steps if args.decay_steps is None else args.decay_steps
     return args
+
+
+def needs_vision_model(args: argparse.Namespace) -> bool:
+    return bool(args.perceptual_weight or args.alignment_weight or args.validation_fid)
 
 
 def load_core(args: argparse.Namespace) -> HieraTokCore:
@@ -90,10 +126,17 @@ def load_core(args: argparse.Namespace) -> HieraTokCore:
     if args.downsampling is not None:
         scales["downsampling"] = args.downsampling
     if args.model is None:
-        return HieraTokCore(HieraTokConfig.from_size(args.size, **{**args.config, **given, **scales})).init_weights()
+        try:
+            config = HieraTokConfig.from_size(args.size or "hieratok-tiny", **{**args.config, **given, **scales})
+        except Exception as error:  # huggingface_hub's own types for a value of another type
+            raise ValueError(f"--config makes no model: {one_line(error)}") from error
+        check_config("--config and --scale_factors", config)
+        return HieraTokCore(config).init_weights()
     core = AutoencoderHieraTok.from_pretrained(resolve_model(args.model)).core.train()
     if scales:
         own = {name: getattr(core.config, name) for name in ("scale_factors", "downsampling")}
+        config = HieraTokConfig(**{**core.config.model_fields, **scales})
+        check_config("--scale_factors", config)
         core = core.with_scale_factors(**{**own, **scales})
     for name, value in given.items():
         setattr(core.config, name, value)
@@ -109,6 +152,12 @@ def parameter_groups(model: TokenizerTraining, linear_factor: float) -> list[dic
 
 
 def train(args: argparse.Namespace) -> None:
+    options = options_of(vars(args))
+    if not states_in(args.output):
+        check_model_folder("--output", args.output, args.overwrite)
+    largest = max(args.crop_sizes)
+    images_of_step = max(1, args.batch_size * args.crop_sizes[0] ** 2 // largest**2)
+    check_batch("--crop_sizes and --batch_size", -(-images_of_step // args.accumulate), largest)
     weights = LossWeights(
         pixel=args.pixel_loss,
         border=args.border_weight,
@@ -129,6 +178,7 @@ def train(args: argparse.Namespace) -> None:
         log_with=args.report_to,
         project_dir=args.output,
     )
+    check_tracker(accelerator, args.report_to)
     device, is_main = accelerator.device, accelerator.is_main_process
     world = {"world_size": accelerator.num_processes, "rank": accelerator.process_index}
     args.output.mkdir(parents=True, exist_ok=True)
@@ -143,7 +193,9 @@ def train(args: argparse.Namespace) -> None:
     core = load_core(args)
     if wrong := [size for size in args.crop_sizes if size % core.config.patch_size]:
         raise ValueError(f"--crop_sizes must be multiples of the patch size {core.config.patch_size}, got {wrong[0]}.")
-    state = state_to_resume(args.output, args.resume, core.config.model_fields)
+    options["data"] = images.fingerprint  # wherever it lies
+    given = (options, args.allow_changes, accelerator.print)
+    state = state_to_resume(args.output, args.resume, core.config.model_fields, *given)
     if args.resume and state is None:
         accelerator.print(f"There is no state in {str(args.output)!r} yet: the training begins.")
     if state is None and args.model is None and core.config.linear_path:
@@ -154,8 +206,7 @@ def train(args: argparse.Namespace) -> None:
     core.encoder.requires_grad_(not args.freeze_encoder)
     first_step = state["step"] if state else 0
 
-    looks = args.perceptual_weight or args.alignment_weight or args.validation_data
-    vision = VisionFeatures.from_pretrained(args.vision_model).to(device) if looks else None
+    vision = VisionFeatures.from_pretrained(args.vision_model).to(device) if needs_vision_model(args) else None
     alignment = LatentAlignment(core.config.latent_channels, vision) if args.alignment_weight else None
     model = TokenizerTraining(core, alignment, args.latent_noise, args.latent_jitter)
     groups = parameter_groups(model, args.linear_lr_factor)
@@ -181,14 +232,21 @@ def train(args: argparse.Namespace) -> None:
 
     if state:
         training.restore(state)
-    save = partial(training.save, args.output, keep=args.keep, write=is_main, config=core.config.model_fields)
+    save = partial(training.save, args.output, keep=args.keep, write=is_main)
+    save = partial(save, config=core.config.model_fields, options=options)
 
     report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every)
     accelerator.init_trackers("tokenizer", {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)})
     if args.validation_data:
         held_out = load_images(args.validation_data, split=args.validation_split)
-        validation = EvaluationBatches(held_out, args.crop_sizes[0], args.batch_size)
-        frechet = FrechetDistance(vision, size=args.fid_size, same_targets=True, device=device)
+        size = args.validation_size or core.config.sample_size
+        check_batch("--validation_size", args.batch_size, size)
+        if size % core.config.patch_size:
+            raise ValueError(f"--validation_size must be a multiple of {core.config.patch_size}, got {size}.")
+        validation = EvaluationBatches(held_out, size, args.batch_size)
+        frechet = None
+        if args.validation_fid:
+            frechet = FrechetDistance(vision, size=args.fid_size, same_targets=True, device=device)
         measured = ReconstructionMetrics(ssim=False, frechet=frechet, device=device)
 
     for batch in batches(steps, first_step=first_step):
@@ -219,7 +277,8 @@ def train(args: argparse.Namespace) -> None:
 
         done = step + 1
         if args.validation_data and (done % args.validation_every == 0 or done == args.steps):
-            report.validated(done, evaluate(Codec(averaged().to(device)), validation, measured))
+            figures = evaluate(Codec(averaged().to(device)), validation, measured)
+            report.validated(done, {"size": validation.size, **figures})
         if done % args.sample_every == 0 or done == args.steps:
             sample = averaged().to(device)
             if is_main:

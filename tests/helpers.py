@@ -12,6 +12,7 @@ from transformers import MobileNetV2Config, MobileNetV2Model
 
 from hieratok_hf import HieraTokConfig, HieraTokCore, PyramidLayout, scale_causal_attention
 from hieratok_hf.ops.pyramid import flatten_pyramid
+from hieratok_hf.utils.files import write_whole
 
 LINEAR_PATH = 3
 TINY: dict[str, Any] = {
@@ -72,6 +73,15 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def temporary_of(path: Path) -> Path:
+    """Find the name under which `path` is written before it is whole; a process that is killed leaves it."""
+    before = {*path.parent.iterdir()}
+    with write_whole(path):
+        (temporary,) = {*path.parent.iterdir()} - before
+    path.unlink()
+    return temporary
 
 
 @contextmanager

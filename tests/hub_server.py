@@ -292,6 +292,8 @@ class HubServer:
         repo = self.repo(name)
         head, *lines = [json.loads(line) for line in call.body.splitlines()]
         files = self.files(name, revision)
+        if head["value"].get("parentCommit", repo.at(revision).oid) != repo.at(revision).oid:
+            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
         for line in lines:
             path = line["value"]["path"]
             if line["key"] == "file":

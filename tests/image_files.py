@@ -45,13 +45,22 @@ def encoded(image, kind="png"):
 
 def write_shard(path, images, labels=(), kind="png"):
     """A tar shard in webdataset style, with a file of its label beside each image if there are any."""
-    with tarfile.open(path, "w") as archive:
-        for i, image in enumerate(images):
-            contents = {kind: encoded(image, kind), **({"cls": str(labels[i]).encode()} if labels else {})}
-            for suffix, content in contents.items():
-                member = tarfile.TarInfo(f"{i:06}.{suffix}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+    members = {}
+    for i, image in enumerate(images):
+        members[f"{i:06}.{kind}"] = encoded(image, kind)
+        if labels:
+            members[f"{i:06}.cls"] = str(labels[i]).encode()
+    write_members(path, members)
+
+
+def write_members(path, members, mode="w"):
+    """A tar file of the contents of its members by name, and of members without content."""
+    with tarfile.open(path, mode) as archive:
+        for name, content in members.items():
+            member = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            member.size = len(content) if isinstance(content, bytes) else 0
+            archive.addfile(member, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return str(path)
 
 
 def saved(tmp_path, image, name, **options):

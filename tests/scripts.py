@@ -61,6 +61,11 @@ def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], *name
         assert {x: mine[x] for x in chosen} == pytest.approx({x: other[x] for x in chosen}, **tolerance)
 
 
+def names_in(folder: Path) -> list[str]:
+    """The relative names of all that lies in a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
 def report_in(folder: Path) -> dict[str, Any]:
     """The only report in the folder of a benchmark's results."""
     (path,) = folder.iterdir()

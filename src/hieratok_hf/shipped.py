@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from .models.configuration_hieratok import SIZES
+
 __all__ = ["SHIPPED", "pretrained", "resolve_model"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
@@ -41,5 +43,15 @@ def pretrained(name: str) -> str:
 
 
 def resolve_model(name_or_path: str) -> str:
-    """Return the folder of a name that ships, unless a folder here has that name, and anything else as it is."""
-    return pretrained(name_or_path) if name_or_path in SHIPPED and not Path(name_or_path).is_dir() else name_or_path
+    """
+    Return the folder of a name that ships, unless a folder here has that name, and anything else as it is.
+
+    Raises:
+        ValueError: It is a name of `SIZES` that has no trained weights.
+    """
+    if Path(name_or_path).is_dir():
+        return name_or_path
+    if name_or_path in SIZES and name_or_path not in SHIPPED:
+        weights = f"the package ships those of {list(SHIPPED)}"
+        raise ValueError(f"{name_or_path!r} is a size, of which there are no trained weights; {weights}.")
+    return pretrained(name_or_path) if name_or_path in SHIPPED else name_or_path

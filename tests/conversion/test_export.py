@@ -11,9 +11,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from full_disk import full_disk
 from helpers import DETOK, images, noise, random_core
 from safetensors.torch import save_file
-from scripts import load_script
+from scripts import error_of, load_script
 
 from hieratok_hf import HieraTokModel
 from hieratok_hf.models.autoencoder_adapter import load_codec
@@ -180,7 +181,7 @@ def test_half_precision_and_weights_in_a_second_file(small_model, tmp_path, monk
 def test_a_program_that_is_wrong_is_not_kept(small_model, tmp_path, monkeypatch, capsys, wrong, message):
     reference = export.Encoder(load_codec(small_model).core)
     monkeypatch.setattr(export, "trace", lambda part, module, *_: module)
-    monkeypatch.setattr(export.torch.export, "save", lambda program, path: path.write_bytes(b""))
+    monkeypatch.setattr(export.torch.export, "save", lambda program, file: None)
     monkeypatch.setattr(export, "open_program", lambda path: lambda x: wrong(reference(x)))
     assert export.main([small_model, str(tmp_path / "made"), "--format", "torch", "--parts", "encoder"]) == 2
     assert message in capsys.readouterr().err
@@ -195,6 +196,14 @@ def test_an_error_of_an_exporter_is_said_in_one_line(small_model, tmp_path, monk
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.endswith("no room\n") and error.count("\n") == 1
     assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(small_model, tmp_path, monkeypatch, capsys):
+    program = torch.export.export(torch.nn.Linear(64, 64), (torch.zeros(1, 64),))
+    monkeypatch.setattr(export, "trace", lambda *_: program)
+    with full_disk(free=3000):
+        assert export.main([str(small_model), str(tmp_path / "made"), "--format", "torch"]) == 2
+    assert "made" in error_of(capsys) and not (tmp_path / "made").exists()
 
 
 def test_what_cannot_be_done_is_said_before_the_work(small_model, tmp_path, monkeypatch, capsys):

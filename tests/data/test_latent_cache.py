@@ -1,9 +1,9 @@
 """Tests of `latent_cache`: rows, batches and draws, and caches and shards that are refused."""
 
-import json
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import noise, random_core
@@ -16,7 +16,7 @@ import datasets
 from torch.utils.data import DataLoader
 
 from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.data.latent_cache import LatentCache, read_header
+from hieratok_hf.data.latent_cache import LatentCache, encode_settings, read_header, read_settings
 from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.models.core import posterior_of
@@ -122,16 +122,16 @@ def test_workers_and_copies_read_the_same(space):
 
 def test_unfinished_damaged_and_other_folders_are_refused(space, tmp_path):
     shutil.copytree(space / "moments", tmp_path, dirs_exist_ok=True)
-    settings = json.loads((tmp_path / "cache.json").read_text())
+    settings = read_settings(tmp_path)
     (tmp_path / "shard-00002.safetensors").write_bytes(b"x" * 400)
     with pytest.raises(ValueError, match=r"shard '.*shard-00002\.safetensors' is damaged"):
         LatentCache(tmp_path)
     for shard in (1, 2):
         (tmp_path / f"shard-0000{shard}.safetensors").unlink()
-    with pytest.raises(ValueError, match="2 of 4 shards are missing, the first is 1"):
+    with pytest.raises(ValueError, match="of 4 shards the first to miss is 1"):
         LatentCache(tmp_path)
-    for change, message in (({"format": 7}, "the format 1, got 7"), ({"rows": None}, "is unfinished")):
-        (tmp_path / "cache.json").write_text(json.dumps(settings | change))
+    for change, message in (({"format": 1}, "the format 2, got 1; write it anew"), ({"rows": None}, "is unfinished")):
+        (tmp_path / "cache.json").write_bytes(encode_settings(settings | change))
         with pytest.raises(ValueError, match=message):
             LatentCache(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"cache\.json"):
@@ -139,7 +139,7 @@ def test_unfinished_damaged_and_other_folders_are_refused(space, tmp_path):
 
 
 def test_shards_that_are_not_what_they_should_be_are_named(space, tmp_path):
-    settings = json.loads((space / "sample" / "cache.json").read_text())
+    settings = read_settings(space / "sample")
     path = tmp_path / "shard-00001.safetensors"
     whole = (space / "sample" / path.name).read_bytes()
     path.write_bytes(whole)
@@ -153,7 +153,41 @@ def test_shards_that_are_not_what_they_should_be_are_named(space, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"shard '.*shard-00001\.safetensors' is damaged: .+"):
             read_header(path, settings)
-    for metadata in (None, {}, {"skipped": "no JSON"}, {"skipped": "[]"}, {"skipped": '{"x": ""}'}):
+    for metadata in (
+        None,
+        {},
+        *({"facts": x} for x in ("no JSON", "[]", "{}", '{"skipped": {"x": ""}}', "[" * 10**5)),
+    ):
         save_file({"rows": torch.zeros(1)}, path, metadata)
         with pytest.raises(ValueError, match=r"shard-00001\.safetensors' is damaged: .+"):
             read_header(path, settings)
+
+
+@pytest.mark.parametrize("kind", ["moments", "sample", "kl"])
+def test_no_flipped_byte_goes_unnoticed(space, tmp_path, kind):
+    shutil.copytree(space / kind, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "shard-00001.safetensors"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    data = 8 + int.from_bytes(whole[:8], "little")
+
+    def read():
+        cache = LatentCache(tmp_path)
+        return [cache.batch(range(13), [side] * 13) for side in ((False, True) if cache.flips else (False,))]
+
+    before = read()
+    for place in [*range(0, data, 7), *range(data, len(whole), 997), len(whole) - 1]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << rng.integers(8))]) + whole[place + 1 :])
+        try:
+            found = read()
+        except ValueError as error:
+            assert "shard-00001.safetensors' is damaged" in str(error) and "\n" not in str(error)
+        else:
+            assert place < data  # a header's reason for a row that was left out, say
+            torch.testing.assert_close(found, before, rtol=0, atol=0)
+    path.write_bytes(whole)
+    settings = (tmp_path / "cache.json").read_bytes()
+    for place in range(0, len(settings), 5):
+        changed = bytes([settings[place] ^ 1])
+        (tmp_path / "cache.json").write_bytes(settings[:place] + changed + settings[place + 1 :])
+        with pytest.raises(ValueError, match=r"cache\.json"):
+            LatentCache(tmp_path)

@@ -2,12 +2,13 @@
 
 import copy
 import json
+import shutil
 from itertools import islice
 from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
-from helpers import random_core
+from helpers import random_core, temporary_of
 from latent_data import BROKEN, bytes_in, make_images, shards_in, tiny_kl, tiny_without_posterior
 
 pytest.importorskip("datasets", reason="images are read through it")
@@ -17,6 +18,7 @@ import datasets
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data import latent_writer as module
 from hieratok_hf.data.image_dataset import Images, load_images
+from hieratok_hf.data.latent_cache import read_settings
 from hieratok_hf.data.latent_writer import _missing_rows, _missing_shards, write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec
@@ -119,8 +121,9 @@ def test_the_settings_tell_what_was_encoded(images, tmp_path):
     write_latents(vae, images(), tmp_path, **SMALL, limit=3)
     settings = json.loads((tmp_path / "cache.json").read_text())
     assert len(settings.pop("encoder")) == 64 and settings.pop("source") == images().source
+    assert settings.pop("data") == images().fingerprint and len(settings.pop("checksum")) == 8
     assert settings == {
-        "format": 1, "kind": "moments", "flips": True, "dtype": "float32", "size": 32, "shard_size": 4, "seed": 0,
+        "format": 2, "kind": "moments", "flips": True, "dtype": "float32", "size": 32, "shard_size": 4, "seed": 0,
         "limit": 3, "rows": 3, "classes": ["hat", "jacket"], "latent_shape": [4, 16, 16], "precision": "float32",
         "scaling_factor": 0.5, "shift_factor": 0.25,
     }  # fmt: skip
@@ -131,8 +134,8 @@ def test_what_is_there_is_not_made_again(streaming, core, images, tmp_path, monk
     write_latents(core, images(), tmp_path, **SMALL)
     whole = bytes_in(tmp_path)
     (tmp_path / "shard-00001.safetensors").unlink()
-    (tmp_path / "shard-00003.safetensors").write_bytes(whole["shard-00003.safetensors"][:-9])
-    (tmp_path / ".shard-00001.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "shard-00003.safetensors").write_bytes(whole["shard-00003.safetensors"][:-1] + b"\x00")
+    temporary_of(tmp_path / "shard-00009.safetensors").write_bytes(b"half")
     watched, told = Mock(wraps=core.encode_moments), []
     monkeypatch.setattr(core, "encode_moments", watched)
     data = images(streaming=streaming)
@@ -180,7 +183,7 @@ def test_processes_share_the_shards_that_are_missing(core, images, tmp_path):
     for shard in (1, 2):
         (tmp_path / f"shard-0000{shard}.safetensors").unlink()
     for rank, expected in enumerate(([[8, 9, 10], [11]], [[4, 5, 6], [7]])):
-        known = json.loads((tmp_path / "cache.json").read_text()) | {"rows": None}
+        known = read_settings(tmp_path) | {"rows": None}
         is_missing = _missing_shards(tmp_path, known, rank, 2)
         batches = _missing_rows(images(streaming=True), known, is_missing, 3)
         assert [[row for row, _ in batch] for batch in batches] == expected and known["rows"] == 14
@@ -193,6 +196,16 @@ def test_a_stream_with_other_rows_than_before_is_refused(core, images, tmp_path)
     data.dataset = data.dataset.take(9)
     with pytest.raises(ValueError, match="must have 14 rows as before, got 9"):
         write_latents(core, data, tmp_path, **SMALL)
+
+
+def test_images_that_changed_since_are_refused(core, tmp_path):
+    folder = make_images(tmp_path / "images")
+    write_latents(core, load_images(str(folder)), tmp_path / "cache", **SMALL)
+    before = bytes_in(tmp_path / "cache")
+    shutil.copy(folder / "hat" / "001.png", folder / "hat" / "002.png")
+    with pytest.raises(ValueError, match="holds another cache: data "):
+        write_latents(core, load_images(str(folder)), tmp_path / "cache", **SMALL)
+    assert bytes_in(tmp_path / "cache") == before
 
 
 def test_an_error_of_the_writer_surfaces(core, images, tmp_path, monkeypatch):

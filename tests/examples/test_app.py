@@ -149,7 +149,7 @@ LIMITS = {
 
 def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(app, vae, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    page = app.build(vae, make_pipeline())
+    page = app.build(vae, make_pipeline(), str(tmp_path / "sent"))
     blocks = {block.label: block for block in page.blocks.values() if getattr(block, "label", None)}
     for label, (most, beyond) in LIMITS.items():
         assert blocks[label].preprocess(most) == most
@@ -161,7 +161,7 @@ def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(app, vae, t
     assert {fn.api_visibility for fn in page.fns.values()} == {"private"}
     assert page._queue.max_size == app.WAITING
     pipe = make_pipeline({"scale_factors": (1,)})
-    assert app.build(pipe.vae, pipe).config["components"]
+    assert app.build(pipe.vae, pipe, str(tmp_path / "sent")).config["components"]
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_a_column_a_class_and_every_image_as_a_file(run, tmp_path, capsys):
 def test_images_do_not_depend_on_batch_size_previews_or_other_classes(run, tmp_path):
     kinds = {"whole": ["--batch_size", 16], "small": ["--batch_size", 1, "--previews", 2], "one": ["2"]}
     for name, options in kinds.items():
-        assert run(*options, "--rows", 3, "--images", tmp_path / name) == 0
+        assert run(*options, "--overwrite", "--rows", 3, "--images", tmp_path / name) == 0
     files = {name: sorted(file.name for file in (tmp_path / name).iterdir()) for name in kinds}
     assert len(files["whole"]) == 9 and files["whole"] == files["small"]
     assert files["one"] == [name for name in files["whole"] if name.startswith("0002")]

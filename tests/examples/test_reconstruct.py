@@ -61,7 +61,7 @@ def test_large_panels_shrink_unless_full_and_small_ones_grow_by_whole_factors(ru
     font = script.ImageFont.load_default(size=16)
     assert sheet.width > 3 * font.getlength("decoded: 10.00 dB")
     assert (np.asarray(sheet)[:, -script.MARGIN :] == 255).all()  # no text runs into the right margin
-    assert run(wide, "--full") == 0
+    assert run(wide, "--full", "--overwrite") == 0
     full = Image.open(tmp_path / "out" / "wide_reconstruction.png")
     assert contains(full, noise(64, 1032)) and full.width > 3 * 1032
 
@@ -120,7 +120,7 @@ def test_an_image_too_small_for_ssim_has_none(run, tmp_path, capsys):
     assert run(small, large, "--json", tmp_path / "f.json") == 0
     report = json.loads((tmp_path / "f.json").read_text())
     assert report["images"][0]["ssim"] is None and report["mean"]["ssim"] == report["images"][1]["ssim"]
-    assert run(small) == 0
+    assert run(small, "--overwrite") == 0
     assert "SSIM" not in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -164,7 +164,7 @@ def test_a_second_run_leaves_its_own_sheets_alone(run, tmp_path, monkeypatch):
     save(tmp_path / "in" / "a.png", noise())
     monkeypatch.setattr(script, "BUNDLED", tmp_path / "in")
     for given in ([tmp_path / "in"], []):  # the bundled photographs unless others are named
-        assert run(*given, "--output", tmp_path / "in") == 0
+        assert run(*given, "--output", tmp_path / "in", "--overwrite") == 0
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["a.png", "a_reconstruction.png"]
 
 

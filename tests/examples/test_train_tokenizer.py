@@ -1,6 +1,8 @@
 """The training example: it resumes bit for bit, runs on several processes, fine-tunes, and says what is wrong."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from scripts import (
     error_of,
     kill_and_go_on,
     load_script,
+    names_in,
     records,
     run_training,
     save_vision_model,
@@ -23,7 +26,7 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
 from hieratok_hf.training.pca_init import latent_statistics
-from hieratok_hf.training.state import latest_state, states_in
+from hieratok_hf.training.state import hold_folder, latest_state, states_in
 
 train_tokenizer = load_script("examples", "train_tokenizer")
 IMAGES = str(ROOT / "examples" / "images")
@@ -47,9 +50,10 @@ def first(tmp_path_factory):
 
 
 def arguments(output, *more):
-    settings = "--crop_sizes 32 64 --batch_size 8 --steps 6 --warmup_steps 2 --decay_steps 2 --linear_steps 20"
+    settings = "--crop_sizes 32 64 --batch_size 8 --steps 6 --warmup_steps 2 --decay_steps 2"
     schedule = "--log_every 1 --save_every 3 --statistics_batches 4 --ema 0.5"
-    given = ["--data", IMAGES, "--output", output, "--config", json.dumps(CONFIG)]
+    scratch = [] if "--model" in more else ["--config", json.dumps(CONFIG), "--linear_steps", 20]
+    given = ["--data", IMAGES, "--output", output, *scratch]
     return list(map(str, [*given, *settings.split(), *schedule.split(), *more]))
 
 
@@ -104,11 +108,31 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path, vi
     told = kill_and_go_on(train_tokenizer, "losses.jsonl", runs, tmp_path / "cache")
     assert told[-1]["ended"] and sum(not ended["ended"] for ended in told[:5]) >= 3, told
     assert records(tmp_path / "parts") == whole
+    assert names_in(tmp_path / "parts") == names_in(tmp_path / "whole")
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_another_training_and_other_data_are_refused_in_a_folder_that_is_begun(tmp_path, capsys):
+    images = shutil.copytree(IMAGES, tmp_path / "images")
+    more = ["--data", images, "--steps", 2, "--save_every", 1, "--crop_sizes", 32]
+    run(tmp_path / "runs", *more)
+    before = names_in(tmp_path / "runs")
+    # Where the images lie is of no concern, what they are is.
+    moved = ["--data", images.rename(tmp_path / "moved"), *more[2:], "--overwrite", "--resume"]
+    assert run(tmp_path / "runs", *moved) == run(tmp_path / "runs", *moved)
+    shutil.copy(tmp_path / "moved" / "hat.webp", tmp_path / "moved" / "jacket.webp")
+    assert "--data changed" in failure(capsys, tmp_path / "runs", *moved)
+    assert run(tmp_path / "runs", *moved, "--allow_changes", "--steps", 3)[-1]["step"] == 3
+    with hold_folder(tmp_path / "runs"):
+        if (other := os.fork()) == 0:  # a lock is that of a process
+            os._exit(10 + train_tokenizer.main(arguments(tmp_path / "runs", *moved)))
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 12
+    assert len(names_in(tmp_path / "runs")) == len(before) + 1  # a sheet of samples
 
 
 def test_two_processes_train_as_one(tmp_path, vision_model):
     more = [*all_losses(vision_model), "--validation_data", IMAGES, "--validation_every", "3"]
+    more += ["--validation_fid", "--validation_size", "64"]
     one = run(tmp_path / "one", *more)
     two_processes(train_tokenizer, arguments(tmp_path / "two", *more), tmp_path / "cache")
     two = records(tmp_path / "two")
@@ -118,7 +142,7 @@ def test_two_processes_train_as_one(tmp_path, vision_model):
     for ours, theirs in zip(two[:5], one[:5]):
         assert_close([ours], [theirs], *(theirs.keys() - {"norm", "adaptive_weight"}), rel=1e-5, abs=1e-5)
     ours, theirs = (records(tmp_path / name, "validation.jsonl") for name in ("two", "one"))
-    assert [record["images"] for record in ours] == [2, 2]
+    assert [(record["images"], record["size"]) for record in ours] == [(2, 64), (2, 64)]
     assert_close(ours, theirs, "psnr", "FD-MobileNetV2", rel=1e-3)
     torch.testing.assert_close(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"), rtol=0, atol=1e-4)
 
@@ -129,7 +153,7 @@ def test_sharded_over_two_processes_it_trains_as_one(tmp_path):
     two_processes(train_tokenizer, arguments(tmp_path / "two", *more), tmp_path / "cache", shard=True)
     assert_close(records(tmp_path / "two"), one, rel=1e-4, abs=1e-5)
     # What sharded processes saved, a single one goes on from.
-    assert run(tmp_path / "two", *more, "--steps", 4, "--resume")[-1]["step"] == 4
+    assert run(tmp_path / "two", *more, "--steps", 4, "--resume", "--allow_changes")[-1]["step"] == 4
 
 
 def test_accumulated_parts_are_one_step(tmp_path):
@@ -195,7 +219,6 @@ def test_what_does_not_fit_is_named(first, tmp_path, capsys):
         (["--data", tmp_path / "missing" / "train-*.tar"], "no such file"),
         (["--crop_sizes", 30], "--crop_sizes must be multiples of the patch size 4, got 30"),
         (["--accumulate", 3], "`batch_size` must be a multiple"),
-        (["--perceptual_weight", -1], "must be finite and not negative, got -1"),
         (["--config", '{"patches": 4}'], "no argument 'patches'"),
     ):
         assert message in failure(capsys, tmp_path, *more)

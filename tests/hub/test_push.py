@@ -1,11 +1,16 @@
 """Pushes to a Hub on localhost by huggingface_hub's own client, and models that come back from it."""
 
 import json
+import os
+import signal
+import tempfile
+from functools import partial
 
 import pytest
 import torch
 from helpers import images, random_core
 from hub_server import CUT, HubServer
+from huggingface_hub import HfApi, close_session, get_session
 from test_remote_code import expected_results, in_a_clean_process
 from tiny_pipelines import make_pipeline
 
@@ -18,6 +23,12 @@ UPLOAD = r"PUT "
 
 def state(hub: HubServer, name: str = "org/name") -> tuple:
     return hub.files(name), [commit.oid for commit in hub.commits(name)]
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """Pushes without the load test, which takes the longest."""
+    monkeypatch.setattr("hieratok_hf.hub.folder._try", lambda stage: None)
 
 
 @pytest.mark.parametrize("kind", [AutoencoderHieraTok, HieraTokModel])
@@ -207,3 +218,141 @@ def test_offline_without_a_cache_the_error_names_the_model_and_the_way_out(kind,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(OSError, match=r"org/not-cached.*HF_HUB_OFFLINE"):
         kind.from_pretrained("org/not-cached")
+
+
+def test_a_commit_s_id_is_no_branch(hub_here, saved, untried):
+    push_folder(saved, "org/name", card=None)
+    (oid, *_), asked = [commit.oid for commit in hub_here.commits("org/name")], len(hub_here.requests)
+    for more in ({}, {"create_pr": True}):
+        with pytest.raises(ValueError, match=rf"revision.*{oid}"):
+            push_folder(saved, "org/name", revision=oid, **more)
+    assert len(hub_here.requests) == asked
+    push_folder(saved, "org/name", create_pr=True)
+    AutoencoderHieraTok.from_core(random_core(seed=1)).push_to_hub("org/name", revision="refs/pr/1")
+    assert len(hub_here.repo("org/name").refs["refs/pr/1"]) == 4 and len(hub_here.commits("org/name")) == 2
+
+
+def test_two_pushes_at_a_time_are_not_mixed(hub_here, saved, untried, monkeypatch):
+    push_folder(saved, "org/name")
+    plain = HfApi.create_commit
+
+    def late(*args, **kwargs):
+        hub_here.add_commit("org/name", {"diffusion_pytorch_model-00001-of-00002.safetensors": b"theirs"})
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as meanwhile, pytest.raises(HubError, match="somebody else pushed"):
+        meanwhile.setattr(HfApi, "create_commit", late)
+        AutoencoderHieraTok.from_core(random_core(seed=1)).push_to_hub("org/name")
+    assert hub_here.commits("org/name")[0].title == "Add files"
+    AutoencoderHieraTok.from_core(random_core(seed=1)).push_to_hub("org/name")
+    assert [name for name in hub_here.files("org/name") if name.endswith(".safetensors")] == [WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "headers", "advice"),
+    [
+        ("POST .*/create", 403, {}, "hf auth login"),  # the repository is there, and the token may write to it alone
+        ("POST .*/branch/", 409, {}, None),  # it is there
+        ("POST .*/branch/", 400, {}, "nothing was changed"),  # no name of a branch
+        ("GET .*/README.md", 403, {"X-Error-Code": "GatedRepo"}, r"ask for access at http.*/org/name"),
+        ("POST .*/commit/", 429, {"Retry-After": "0"}, "push again"),
+        ("POST .*/commit/", 413, {}, "nothing was changed"),
+        ("POST .*/preupload/", 403, {"X-Error-Message": "Private repository storage limit reached"}, "storage limit"),
+    ],
+)
+def test_what_users_of_the_hub_complain_of_most_is_told_in_one_line(
+    hub_here, saved, untried, request_, status, headers, advice
+):
+    push_folder(saved, "org/name")
+    push_folder(saved, "org/name", revision="next")
+    AutoencoderHieraTok.from_core(random_core(seed=1)).save_pretrained(saved)
+    before = state(hub_here)
+    hub_here.fail(request_, status, times=float("inf"), headers=headers)
+    if advice is None or "create" in request_:
+        assert push_folder(saved, "org/name", revision="next").oid
+    else:
+        with pytest.raises(HubError, match=rf"{status}.*{advice}") as caught:
+            push_folder(saved, "org/name", revision="next")
+        assert "\n" not in str(caught.value)
+    assert state(hub_here) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes of this system do not fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_push_that_is_killed_at_any_request_changes_nothing_and_goes_on(
+    hub_here, saved, untried, monkeypatch, tmp_path
+):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    vae = AutoencoderHieraTok.from_pretrained(saved)
+    vae.push_to_hub("org/name", max_shard_size="60KB")
+    other = AutoencoderHieraTok.from_core(random_core(seed=1))
+    before = state(hub_here)
+
+    def push_and_die(last):
+        """A process that dies when it has made so many requests; whether it did."""
+        child = os.fork()
+        if child == 0:
+            try:
+                left = iter(range(last))
+                die = partial(os.kill, os.getpid(), signal.SIGKILL)
+                torch.set_num_threads(1)
+                close_session()
+                session = get_session()
+                session.event_hooks = {"request": [lambda _: next(left, None) is None and die()]}
+                other.push_to_hub("org/name")
+            finally:
+                os._exit(1)
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+    moments = 0
+    while push_and_die(moments):
+        assert state(hub_here) == before
+        moments += 1
+    assert moments > 5
+    other.push_to_hub("org/name")
+    assert not list(scratch.iterdir())
+    loaded = AutoencoderHieraTok.from_pretrained("org/name")
+    torch.testing.assert_close(loaded.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [HieraTokModel, AutoencoderHieraTok, HieraTokDiTPipeline])
+@pytest.mark.parametrize(
+    ("status", "code", "advice"),
+    [
+        (403, "GatedRepo", r"[Aa]sk for access at http.*/org/name"),
+        (401, "RepoNotFound", "hf auth login"),
+        (404, "RevisionNotFound", "revision"),
+        (503, "", "Connect to the internet"),
+    ],
+)
+def test_a_repository_that_cannot_be_had_is_named_with_the_way_out(hub_here, kind, status, code, advice):
+    hub_here.fail(".*", status, times=float("inf"), headers={"X-Error-Code": code})
+    with pytest.raises(OSError, match=rf"'org/name'.*{advice}"):
+        kind.from_pretrained("org/name")
+
+
+@pytest.mark.parametrize("kind", [HieraTokModel, AutoencoderHieraTok])
+def test_what_was_downloaded_loads_while_the_hub_is_down(hub_here, untried, kind):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.push_to_hub("org/name")
+    oid = hub_here.commits("org/name")[0].oid
+    for revision in ("main", oid):
+        kind.from_pretrained("org/name", revision=revision)
+    hub_here.fail(".*", 503, times=float("inf"))
+    for revision in ("main", oid):
+        loaded = kind.from_pretrained("org/name", revision=revision)
+        assert torch.equal(loaded.core.encoder.head.weight, vae.core.encoder.head.weight)
+
+
+@pytest.mark.parametrize("kind", [HieraTokModel, AutoencoderHieraTok])
+def test_shards_that_were_downloaded_load_offline(hub_here, untried, kind, monkeypatch):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.push_to_hub("org/name", max_shard_size="40KB")
+    kind.from_pretrained("org/name")
+    asked = len(hub_here.requests)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded = kind.from_pretrained("org/name")
+    assert torch.equal(loaded.core.encoder.head.weight, vae.core.encoder.head.weight)
+    assert len(hub_here.requests) == asked

@@ -189,15 +189,24 @@ with torch.no_grad():
     model = transformers.AutoModel.from_pretrained(tokenizer, **trust)
     vae = diffusers.AutoModel.from_pretrained(by_diffusers[0], **trust)
     results = {"transformers": model(sample).reconstruction, "diffusers": vae(sample).sample}
+    # What is saved keeps its code, whoever saves it.
     model.save_pretrained("again")
     again = diffusers.AutoModel.from_pretrained("again", **trust)
-    results["again"] = again(sample).sample
+    again.save_pretrained("and again")
+    results["again"] = transformers.AutoModel.from_pretrained("and again", **trust)(sample).reconstruction
     processor = transformers.AutoImageProcessor.from_pretrained(tokenizer, **trust)
     image = torch.arange(8 * 12 * 3, dtype=torch.uint8).reshape(8, 12, 3).numpy()
     results["processor"] = processor(image, return_tensors="pt").pixel_values
 pipe = diffusers.DiffusionPipeline.from_pretrained(by_diffusers[1], **trust)
 generator = torch.Generator().manual_seed(0)
 results["pipeline"] = pipe(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
+pipe.save_pretrained("pipeline again")
+again = diffusers.DiffusionPipeline.from_pretrained("pipeline again", **trust)
+generator.manual_seed(0)
+results["pipeline again"] = again(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
+diffusers.DiTPipeline(again.transformer, vae, diffusers.DDIMScheduler()).save_pretrained("other pipeline")
+other = diffusers.DiffusionPipeline.from_pretrained("other pipeline", **trust)
+results["other pipeline"] = other.vae(sample).sample.detach()
 torch.save(results, "results.pt")
 assert "hieratok_hf" not in sys.modules
 """
@@ -220,7 +229,8 @@ def expected_results(tokenizer: Path, pipeline: Path) -> dict:
     made = pipe(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
     array = torch.arange(8 * 12 * 3, dtype=torch.uint8).reshape(8, 12, 3).numpy()
     processed = HieraTokImageProcessorPil(size_divisor=4)(array, return_tensors="pt").pixel_values
-    return {"transformers": image, "diffusers": image, "again": image, "processor": processed, "pipeline": made}
+    of_tokenizer = dict.fromkeys(("transformers", "diffusers", "again", "other pipeline"), image)
+    return {**of_tokenizer, "processor": processed, "pipeline": made, "pipeline again": made}
 
 
 def test_folders_load_without_the_package_and_without_triton(saved, tmp_path):

@@ -1,9 +1,12 @@
 """Names of attention: which of the libraries' settings decides, and what each means."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
-from helpers import images, random_core
+from helpers import images, noise, random_core
 from torch.nn.attention import SDPBackend
 
 from hieratok_hf import AutoencoderHieraTok
@@ -68,6 +71,23 @@ def test_a_kernel_comes_before_all_others_while_the_model_attends(vae, name, mon
     assert {order[0] for order in orders} == {int(DIFFUSERS_BACKENDS[name][1])}
     assert all({int(SDPBackend.MATH), int(SDPBackend.FLASH_ATTENTION)} < set(order) for order in orders)
     assert torch._C._get_sdp_priority_order() == before
+
+
+def test_threads_leave_the_order_of_the_kernels_as_it_was(vae, monkeypatch):
+    before, latents = torch._C._get_sdp_priority_order(), noise(1, 4, 3, 3)
+    vae.requires_grad_(False).set_attention_backend("_native_math")
+    expected, lasting = vae.decode(latents).sample, iter([0.05, 0.15, 0.1] + 100 * [0])
+
+    def attend(*args, attend=layers.scale_causal_attention, **kwargs):
+        time.sleep(next(lasting))  # so that the first thread to come is not the last to go
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(layers, "scale_causal_attention", attend)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: vae.decode(latents).sample, range(3)))
+    after = torch._C._get_sdp_priority_order()
+    torch._C._set_sdp_priority_order(before)
+    assert after == before and all(torch.equal(image, expected) for image in found)
 
 
 def test_a_preferred_kernel_compiles_without_a_break(vae):

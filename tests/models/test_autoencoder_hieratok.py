@@ -1,6 +1,7 @@
 """AutoencoderHieraTok: equality with HieraTokModel, what pipelines read, and what diffusers expects of a model."""
 
 import copy
+import functools
 import logging
 import pickle
 
@@ -9,6 +10,9 @@ import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from helpers import images, random_core
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.backends import mkldnn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.models.autoencoder_hieratok import AutoencoderHieraTokOutput
@@ -75,6 +79,42 @@ def test_what_pipelines_read(vae):
     assert vae.config.latent_channels == 4
 
 
+def faked(function, x):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inside = function(mode.from_tensor(x))
+    after = function(mode.from_tensor(x))
+    assert {type(inside), type(after)} == {FakeTensor} and inside.dtype == after.dtype == torch.float32
+    assert inside.shape == after.shape
+    return torch.zeros(inside.shape)
+
+
+def traced(function, x, kind):
+    return make_fx(function, tracing_mode=kind, _allow_non_fake_inputs=True)(x)(x)
+
+
+WATCHERS = {
+    "fakes": faked,
+    "vmap": lambda function, x: torch.vmap(function)(x[None])[0],
+    "jit": lambda function, x: torch.jit.trace(function, x[..., :20, :16])(x),
+    "real": functools.partial(traced, kind="real"),
+    "fake": functools.partial(traced, kind="fake"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", WATCHERS)
+@pytest.mark.parametrize("part", ["encode", "decode", "forward"])
+def test_tracers_transforms_and_fakes_see_through_the_model(part, name, monkeypatch):
+    monkeypatch.setattr("hieratok_hf.ops.onednn_linear.PREFERS_ONEDNN", mkldnn.is_available())
+    core = random_core(scale_factors=(4, 1), encoder_num_layers=1, decoder_num_layers=1)
+    vae = AutoencoderHieraTok.from_core(core).requires_grad_(False)
+    parts = {"encode": lambda x: vae.encode(x).latent_dist.mode(), "decode": lambda x: vae.decode(x).sample}
+    function, x = parts.get(part, lambda x: vae(x).sample), images(2, 4 if part == "decode" else 3, 28, 20)
+    expected = function(x)
+    found = WATCHERS[name](function, x)
+    torch.testing.assert_close(found, torch.zeros_like(expected) if name == "fakes" else expected, rtol=0, atol=1e-5)
+
+
 def test_repeated_blocks_compile_to_one_graph_a_side(sample):
     vae = AutoencoderHieraTok.from_core(random_core(std=0.05))
     expected = vae(sample).sample
@@ -116,9 +156,9 @@ def test_loading_warns_of_unknown_keys_alone(vae, sample, tmp_path, caplog, low_
     logger.addHandler(caplog.handler)
     loaded = AutoencoderHieraTok.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert not caplog.records
-    AutoencoderHieraTok.from_config({**vae.config, "latent_chanels": 9})
+    AutoencoderHieraTok.from_config({**vae.config, "author": "me"})
     logger.removeHandler(caplog.handler)
-    assert "latent_chanels" in caplog.text
+    assert "author" in caplog.text
     assert torch.equal(loaded(sample).sample, vae(sample).sample)
     assert dict(loaded.config) | {"_name_or_path": None} == dict(vae.config) | {"_name_or_path": None}
 

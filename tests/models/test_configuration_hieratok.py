@@ -66,3 +66,33 @@ def test_the_names_of_transformers_read_and_write_the_fields():
         setattr(config, alias, 4)
         assert getattr(config, name) == 4 and alias not in config.to_dict()
     assert config.num_hidden_layers == config.encoder_num_layers + config.decoder_num_layers == 4
+
+
+@pytest.mark.parametrize("name", ["latent_channel", "patchsize", "foo"])
+def test_an_argument_that_does_not_exist_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=repr(name)):
+        HieraTokConfig(**TINY, **{name: 8})
+    tiny().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: 8}))
+    if name == "foo":  # somebody's own entry of a file, kept by all who read it
+        assert (
+            HieraTokConfig.from_pretrained(tmp_path).foo
+            == AutoencoderHieraTok.from_config(AutoencoderHieraTok.load_config(tmp_path)).config.foo
+        )
+        return
+    for load in (HieraTokConfig.from_pretrained, AutoConfig.from_pretrained):
+        with pytest.raises(ValueError, match=repr(name)):
+            load(tmp_path)
+    with pytest.raises(ValueError, match=repr(name)):
+        AutoencoderHieraTok.from_config(AutoencoderHieraTok.load_config(tmp_path))
+
+
+def test_everything_that_libraries_have_in_a_configuration_is_an_argument(tmp_path):
+    AutoencoderHieraTok(**TINY).save_pretrained(tmp_path)
+    loaded = HieraTokConfig.from_pretrained(tmp_path)
+    again = HieraTokConfig(**loaded.to_dict(), num_labels=3, torch_dtype="float32", tie_word_embeddings=False)
+    assert again.model_fields == loaded.model_fields and again._class_name == "AutoencoderHieraTok"
+    assert HieraTokConfig.from_pretrained(tmp_path, num_channels=1, kl_weight=2.0).in_channels == 1
+    with pytest.raises(ValueError, match="`downsampling`"):
+        HieraTokConfig.from_pretrained(tmp_path, downsampling="bogus")

@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from helpers import DETOK, LINEAR_PATH, changed_tokens, images, noise, random_core
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.backends import mkldnn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hieratok_hf import AutoencoderHieraTok, PyramidLayout
+from hieratok_hf.models.layers import rotary_tables
 from hieratok_hf.models.losses import image_pyramid
 from hieratok_hf.ops.pyramid import flatten_pyramid
 
@@ -166,6 +169,73 @@ def test_a_linear_path_is_a_convolution_whose_learned_images_are_averaged(
             expected = F.pad(expected, (0, -grid[1] % factor * size, 0, -grid[0] % factor * size), mode="replicate")
             expected = F.adaptive_avg_pool2d(expected, [-(-side // factor) * patch_size for side in grid])
         torch.testing.assert_close(decoder.linear_image(cells, i), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    """A function that decodes with tables of its own."""
+
+    def decode(core, latents):
+        with monkeypatch.context() as patch:
+            patch.setattr("hieratok_hf.ops.pyramid._KEPT_TOKENS", 0)
+            return core.decode(latents)
+
+    return decode
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing_then_or_later(nothing_kept, dtype, downsampling):
+    # A long grid has places that bfloat16 does not, and is no other test's.
+    core, latents = random_core(downsampling=downsampling), noise(1, 4, 301, 2 if dtype == torch.float64 else 3)
+    with torch.no_grad():
+        expected = nothing_kept(core, latents)
+        torch.set_default_dtype(dtype)
+        try:
+            found = core.decode(latents)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found, expected)
+        assert torch.equal(core.decode(latents), expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@both_kinds
+@pytest.mark.parametrize("width", range(1, 6))
+def test_what_is_kept_under_a_transform_serves_outside_of_it(nothing_kept, width, downsampling):
+    core, latents = random_core(downsampling=downsampling).requires_grad_(False), noise(1, 4, 23, width)
+    expected = nothing_kept(core, latents)
+
+    def decode(x):
+        return core.decode(x)
+
+    transforms = (
+        lambda: torch.func.grad(lambda x: decode(x).sum())(latents),
+        lambda: torch.func.functionalize(decode)(latents),
+        lambda: torch.func.jvp(decode, (latents,), (latents,)),
+        lambda: make_fx(decode)(latents),
+        lambda: torch.jit.trace(decode, latents),
+    )
+    transforms[width - 1]()
+    assert torch.equal(core.decode(latents), expected)
+    layout = layout_of(core, (23, width))
+    rotary = rotary_tables(core.config, layout, (23, width), 16, latents.device)
+    assert all(table.data_ptr() and not table.requires_grad for table in (*rotary, *layout.cells(latents.device)))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("training", [False, True])
+@both_kinds
+def test_forward_mode_derivatives_are_those_of_reverse_mode(implementation, training, downsampling, monkeypatch):
+    monkeypatch.setattr("hieratok_hf.ops.onednn_linear.PREFERS_ONEDNN", mkldnn.is_available())
+    core = random_core(downsampling=downsampling).requires_grad_(training)
+    core.config._attn_implementation = implementation
+    for function, x in ((core.decode, noise(1, 4, 7, 5)), (lambda x: core.encode(x).mean, images(1, 3, 20, 12))):
+        tangent, upstream = noise(*x.shape, seed=1), noise(*function(x).shape, seed=2)
+        with torch.no_grad():
+            forward = (torch.func.jvp(function, (x,), (tangent,))[1] * upstream).sum()
+        backward = (torch.func.vjp(function, x)[1](upstream)[0] * tangent).sum()
+        torch.testing.assert_close(forward, backward, rtol=1e-4, atol=1e-3)
 
 
 def test_a_compiled_linear_path_gives_the_gradients_of_a_plain_one():

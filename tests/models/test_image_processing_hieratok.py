@@ -76,6 +76,19 @@ def test_size_is_kept_but_for_a_centre_crop(backend):
 
 
 @both_backends
+def test_a_size_is_heeded_unless_told_otherwise(backend, tmp_path):
+    backend().save_pretrained(tmp_path)
+    for name, value, switch in (("size", 32, "do_resize"), ("crop_size", 32, "do_center_crop")):
+        for switched, side in (({}, 32), ({switch: False}, 64)):
+            options = {name: value, **switched}
+            processors = [backend(**options), backend.from_pretrained(tmp_path, **options)]
+            made = [processor(noise(64, 64)) for processor in processors] + [backend()(noise(64, 64), **options)]
+            assert [tuple(x.pixel_values[0].shape) for x in made] == [(3, side, side)] * 3
+    with pytest.raises(ValueError, match="'do_resise'"):
+        backend(do_resise=True)
+
+
+@both_backends
 def test_resized_floats_keep_their_precision_and_range(backend):
     array = noise(64, 64)
     options = {"do_resize": True, "size": 32, "return_tensors": "pt"}

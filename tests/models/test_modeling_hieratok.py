@@ -1,12 +1,14 @@
 """HieraTokModel: outputs, attention implementations, checkpointing, and what transformers expects."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import images, random_core, tiny
-from transformers import AutoModel
+from PIL import Image
+from transformers import AutoModel, pipeline
 
 import hieratok_hf
-from hieratok_hf import AutoencoderHieraTok, HieraTokModel
+from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.models.losses import tokenizer_losses
 
 
@@ -22,7 +24,8 @@ def pixel_values():
 
 def test_output_holds_everything(model, pixel_values):
     output = model(pixel_values, output_hidden_states=True)
-    assert list(output)[:3] == ["loss", "reconstruction", "latents"]
+    names = ["last_hidden_state", "pooler_output", "loss", "reconstruction", "latents"]
+    assert list(output)[: len(names)] == names
     assert output.reconstruction.shape == pixel_values.shape
     assert output.latents.shape == (2, 4, 7, 5) and output.moments.shape == (2, 8, 7, 5)
     assert torch.equal(output.posterior.mode(), output.latents)
@@ -82,6 +85,18 @@ def test_eager_and_sdpa_agree_and_eager_returns_causal_weights(model, pixel_valu
     assert decoder_weights[..., 17:, :].min() > 0
 
 
+def test_the_pipeline_of_transformers_gives_features(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    HieraTokImageProcessorPil(size_divisor=4).save_pretrained(tmp_path)
+    image = Image.fromarray(np.arange(20 * 28 * 3, dtype=np.uint8).reshape(20, 28, 3))
+    extractor = pipeline("image-feature-extraction", model=str(tmp_path), device="cpu")
+    values = extractor.image_processor(image, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = model.get_image_features(values)
+    assert torch.equal(extractor(image, return_tensors=True), expected.last_hidden_state)
+    assert extractor(image, pool=True) == expected.pooler_output.tolist()
+
+
 @pytest.mark.parametrize("cls", [HieraTokModel, AutoencoderHieraTok])
 def test_gradient_checkpointing_changes_no_gradient(cls, pixel_values):
     gradients = []
@@ -90,7 +105,8 @@ def test_gradient_checkpointing_changes_no_gradient(cls, pixel_values):
         if checkpointed:
             getattr(model, "gradient_checkpointing_enable", getattr(model, "enable_gradient_checkpointing", None))()
             assert model.is_gradient_checkpointing
-        model(pixel_values)[0].mean().backward()
+        output = model(pixel_values)
+        (output.sample if cls is AutoencoderHieraTok else output.loss).mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
 

@@ -1,7 +1,11 @@
 """One folder for both libraries: loading, re-saving by either class, shards, variants, dtypes, interrupted saves."""
 
 import copy
+import json
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -107,6 +111,40 @@ def test_saving_again_with_fewer_shards_leaves_none_behind(first, tmp_path):
         ]
 
 
+REGISTERED = {
+    "scaling_factor": 0.5,
+    "shift_factor": 0.25,
+    "force_upcast": True,
+    "sample_size": 64,
+    "latents_mean": [0.0, 1.0, 2.0, 3.0],
+    "latents_std": [1.0] * 4,
+}
+
+
+def test_what_is_registered_for_pipelines_is_saved_by_both_classes(tmp_path):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.register_to_config(**REGISTERED)
+    vae.save_pretrained(tmp_path / "diffusers")
+    HieraTokModel.from_pretrained(tmp_path / "diffusers").save_pretrained(tmp_path / "transformers")
+    for library in CLASSES:
+        assert REGISTERED.items() <= read_json(tmp_path / library / "config.json").items()
+        loaded = AutoencoderHieraTok.from_pretrained(tmp_path / library)
+        assert REGISTERED.items() <= dict(loaded.config).items()
+        assert_same_weights(loaded, vae)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("patch_size", 8), ("rotary_base", 5.0), ("block_out_channels", [8, 8]), ("scaling_factor", 0.0)],
+)
+def test_what_the_model_does_not_compute_is_not_saved(name, value, tmp_path):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.register_to_config(**{name: value})
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        vae.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_trainer_resumes(tmp_path):
     def trainer(steps):
         arguments = TrainingArguments(
@@ -136,6 +174,69 @@ def test_an_interrupted_save_changes_nothing(existed, tmp_path, monkeypatch):
         HieraTokModel.from_core(random_core(seed=1)).save_pretrained(tmp_path / "model")
     assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
     assert (tmp_path / "model").exists() == existed
+
+
+def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, str(Path(__file__).parents[1] / "kill_saves.py"), str(tmp_path)]
+    ended = json.loads(subprocess.run(program, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert len(ended) > 15
+    for save in ended:
+        assert save["found"] in ((0, 1) if save["had"] else (1, 3)), save
+        assert save["seen"] in (0, 1, 3) and save["left"] == [], save
+
+
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("cls", CLASSES.values())
+def test_only_the_main_process_touches_the_folder(cls, main, tmp_path):
+    HieraTokModel.from_core(random_core()).save_pretrained(tmp_path / "old", max_shard_size="40KB")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    for name in ("old", "new"):
+        cls.from_core(random_core(seed=1)).save_pretrained(tmp_path / name, is_main_process=main)
+    assert ({path: path.read_bytes() for path in tmp_path.glob("*/*")} == before) is not main
+    assert (tmp_path / "new").exists() is main
+
+
+def test_saves_and_loads_at_the_same_time_see_whole_models(tmp_path):
+    cores = [random_core(seed=seed, rotary_base=10.0 + seed) for seed in range(2)]
+    models = [cls.from_core(core) for cls, core in zip(CLASSES.values(), cores)]
+
+    def save(model):
+        for _ in range(6):
+            model.save_pretrained(tmp_path, max_shard_size="150KB")
+
+    models[0].save_pretrained(tmp_path)
+    with ThreadPoolExecutor(2) as threads:  # no library can load in two threads at a time
+        saves = [threads.submit(save, model) for model in models]
+        while not all(done.done() for done in saves):
+            loaded = AutoencoderHieraTok.from_pretrained(tmp_path)
+            assert_same_weights(loaded.core, cores[int(loaded.config.rotary_base - 10)])
+        assert [done.result() for done in saves] == [None, None]
+    assert not list(tmp_path.glob(".sav*"))
+
+
+def test_a_link_in_a_killed_save_is_not_followed(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "config.json").write_text("{}")
+    folder = tmp_path / "model"
+    (folder / ".saved" / "vae").mkdir(parents=True)
+    (folder / ".saved" / "vae" / "config.json").write_text("bad")
+    (folder / "vae").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="symbolic link"):
+        AutoencoderHieraTok.from_pretrained(folder)
+    assert (tmp_path / "outside" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("cls", CLASSES.values())
+def test_permissions_are_those_of_the_files_that_are_replaced_else_the_usual_ones(cls, tmp_path):
+    model = cls.from_core(random_core())
+    model.save_pretrained(tmp_path)
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {usual}
+    (tmp_path / f"{WEIGHTS_STEM}.safetensors").chmod(0o600)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / f"{WEIGHTS_STEM}.safetensors").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("cls", [*CLASSES.values(), AutoModel], ids=[*CLASSES, "auto"])

@@ -33,6 +33,16 @@ def test_tiles_cover_a_side_with_weights_that_sum_to_one_and_pass_evenly(length,
     torch.testing.assert_close(total, torch.ones(length))
 
 
+def test_weights_are_of_float32_under_any_default_dtype():
+    expected = tile_weights([(0, 100), (80, 180)])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = tile_weights([(0, 100), (80, 180)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_a_flat_image_stays_flat_in_half_precision():
     x = torch.full((1, 1, 100, 90), 0.7, dtype=torch.bfloat16)
     made = run_in_tiles(lambda part: part, x, (32, 32), (24, 20), (1, 1))

@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers import images, noise, random_core
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import AutoencoderHieraTok
@@ -49,7 +51,7 @@ def test_gradients_go_through_pytorch_s_own(calls):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("case", ["half", "autocast", "meta", "exported", "disabled", "other machine"])
+@pytest.mark.parametrize("case", ["half", "autocast", "meta", "exported", "traced", "disabled", "other machine"])
 def test_other_cases_are_left_to_pytorch(calls, case, monkeypatch):
     layer, x = HieraTokLinear(8, 8), noise(2, 8)
     with torch.no_grad():
@@ -62,6 +64,8 @@ def test_other_cases_are_left_to_pytorch(calls, case, monkeypatch):
             layer.to("meta")(x.to("meta"))
         elif case == "exported":
             assert "linear.default" in str(torch.export.export(layer, (x,)).graph)
+        elif case == "traced":
+            torch.vmap(layer)(torch.jit.trace(make_fx(layer)(x), x)(x))
         elif case == "disabled":
             with torch.backends.mkldnn.flags(enabled=False):
                 layer(x)
@@ -109,7 +113,27 @@ def test_its_operations_are_counted(monkeypatch):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         HieraTokLinear(24, 40)(noise(2, 85, 24))
     assert counter.get_total_flops() == 2 * 2 * 85 * 24 * 40
-    assert "_linear_pointwise" in str(counter.get_flop_counts())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_forward_mode_derivatives_are_those_of_a_linear_map(calls, compiled, frozen):
+    layer, x, tangent = HieraTokLinear(8, 8).requires_grad_(not frozen), noise(3, 8), noise(3, 8, seed=1)
+    torch.compiler.reset()
+    function = torch.compile(layer, backend="aot_eager") if compiled else layer
+    with torch.no_grad():
+        function(x)
+        expected = nn.functional.linear(tangent, layer.weight)
+        torch.testing.assert_close(torch.func.jvp(function, (x,), (tangent,))[1], expected)
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent)))
+            torch.testing.assert_close(dual.tangent, expected)
+        of_bias = torch.func.jvp(
+            lambda bias: torch.func.functional_call(layer, {"bias": bias}, (x,)), (layer.bias,), (layer.bias,)
+        )
+        torch.testing.assert_close(of_bias[1], layer.bias.expand(3, 8))
+        torch.testing.assert_close(torch.func.jacfwd(layer)(x[0]), layer.weight)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(("vendor", "expected"), [("AuthenticAMD", True), ("GenuineIntel", False), (None, False)])

@@ -234,6 +234,19 @@ def test_its_own_posterior_is_where_images_start(name, monkeypatch):
     assert made.shape == (1, 3, HEIGHT, WIDTH)
 
 
+@pytest.mark.filterwarnings("ignore:.*upcast_vae` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["SDXL", "SDXL img2img", "SDXL inpaint"])
+def test_a_half_pipeline_decodes_in_float32_where_the_tokenizer_asks_for_it(name, monkeypatch):
+    swap = SWAPS[name]
+    pipe = make_pipeline(swap).to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    decoded = watch(monkeypatch, pipe.vae.core.decoder, "forward")
+    encoded = watch(monkeypatch, pipe.vae.core.encoder, "forward")
+    assert torch.isfinite(run(pipe, swap)).all()
+    assert {x.dtype for x in decoded + encoded} == {torch.float32} and bool(encoded) == swap.from_image
+    assert pipe.vae.dtype == torch.float16
+
+
 @pytest.mark.parametrize("name", ["SD", "Flux"])
 def test_a_saved_pipeline_has_it_again(name, tmp_path, caplog):
     swap = SWAPS[name]

@@ -47,6 +47,18 @@ def test_a_line_that_was_being_written_is_dropped(tmp_path, half):
     assert [record["loss"] for record in records(tmp_path)] == [0.5, 0.25, 0.125]
 
 
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", "7", "{}", '{"step": "1"}', '{"step": null}', "\x00", "[" * 10**5, "\xff"]
+)
+def test_a_broken_record_is_named_and_nothing_is_lost(tmp_path, line):
+    path = tmp_path / "losses.jsonl"
+    content = b'{"step": 1}\n' + line.encode("latin-1") + b'\n{"step": 2}\n'
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^Line 2 of '.*losses\.jsonl' is no record") as caught:
+        JsonLines(path, 1)
+    assert path.read_bytes() == content and "\n" not in str(caught.value)
+
+
 def test_numbers_come_back_exactly(tmp_path):
     values = [*noise(5), torch.tensor(1e-30), torch.tensor(0.1, dtype=torch.float64), torch.tensor(7)]
     lines = JsonLines(tmp_path / "losses.jsonl", 0)

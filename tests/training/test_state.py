@@ -3,14 +3,27 @@
 import copy
 import math
 import os
+import re
+import signal
+import time
 
 import pytest
 import torch
-from helpers import images, noise, random_core
+from full_disk import full_disk
+from helpers import images, noise, random_core, temporary_of
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from hieratok_hf import HieraTokCore
 from hieratok_hf.training.discriminator import PatchDiscriminator
-from hieratok_hf.training.state import TrainingState, latest_state, learning_rate_factor, state_to_resume, states_in
+from hieratok_hf.training.state import (
+    TrainingState,
+    hold_folder,
+    latest_state,
+    learning_rate_factor,
+    state_to_resume,
+    states_in,
+)
 from hieratok_hf.training.tokenizer_loss import TokenizerTraining
 
 
@@ -106,7 +119,7 @@ def test_the_averaged_core_is_the_average_by_hand():
 
 
 def test_the_newest_states_remain_and_what_a_killed_save_leaves_does_no_harm(tmp_path):
-    (tmp_path / ".state-000000100.pt.tmp").write_bytes(b"half a state")
+    temporary_of(tmp_path / "state-000000030.pt").write_bytes(b"half a state")
     with pytest.raises(FileNotFoundError, match="training state to go on from"):
         latest_state(tmp_path)
     training = Training()
@@ -117,13 +130,11 @@ def test_the_newest_states_remain_and_what_a_killed_save_leaves_does_no_harm(tmp
     assert latest_state(tmp_path)["step"] == 1000
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
-def test_a_save_to_a_full_device_is_an_os_error_and_leaves_the_earlier_states(tmp_path):
+def test_a_save_to_a_full_disk_is_an_os_error_and_leaves_the_earlier_states(tmp_path):
     training = Training().train(0, 1)
     training.state.save(tmp_path, 1, keep=1)
     before, contents = training.numbers(), states_in(tmp_path)[0].read_bytes()
-    (tmp_path / ".state-000000002.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError):
+    with full_disk(free=len(contents) - 1), pytest.raises(OSError, match="state-000000002"):
         training.state.save(tmp_path, 2, keep=1)
     assert os.listdir(tmp_path) == ["state-000000001.pt"] and states_in(tmp_path)[0].read_bytes() == contents
     same(training.numbers(), before)
@@ -158,6 +169,71 @@ def test_a_broken_file_is_named_and_nothing_is_run_that_it_asks_for(tmp_path, mo
     with pytest.raises(ValueError, match=rf"state-000000001\.pt' {message}") as caught:
         latest_state(tmp_path)
     assert "\n" not in str(caught.value) and not (tmp_path / "victim").exists()
+
+
+def test_no_flipped_byte_goes_unnoticed(tmp_path):
+    core = nn.Linear(3, 2)
+    module = nn.ModuleDict({"core": core})
+    optimizer = torch.optim.AdamW(module.parameters())
+    core(torch.ones(3)).sum().backward()
+    optimizer.step()
+    state = TrainingState(core, [(module, optimizer)], 0.9)
+    state.save(tmp_path, 1, keep=1, config={"patch_size": 4})
+    (path,) = states_in(tmp_path)
+    before, whole = copy.deepcopy(latest_state(tmp_path)), path.read_bytes()
+    path.unlink()  # of which a map into memory is left
+    noticed = 0
+    for place in range(0, len(whole), 23):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        try:
+            found = latest_state(tmp_path)
+        except ValueError as error:
+            assert re.search(r"state-000000001\.pt' (is no|cannot)", str(error)) and "\n" not in str(error)
+            noticed += 1
+        else:  # what is not content, such as times in the file's table
+            pairs = zip(tree_leaves(found), tree_leaves(before), strict=True)
+            assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+    assert noticed > len(whole) // 92
+
+
+def test_a_damaged_state_names_the_one_before(tmp_path):
+    Training().state.save(tmp_path, 1, keep=2)
+    Training().state.save(tmp_path, 2, keep=2)
+    path = states_in(tmp_path)[-1]
+    place = path.stat().st_size // 2
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match=r"state-000000002\.pt' cannot .*if it is removed, state-000000001\.pt is"):
+        latest_state(tmp_path)
+    path.unlink()
+    assert latest_state(tmp_path)["step"] == 1
+
+
+def test_a_folder_is_held_by_one_process_as_long_as_it_lives(tmp_path):
+    folder, (told, tell) = tmp_path / "runs" / "new", os.pipe()
+    with hold_folder(folder):
+        pass
+    assert not folder.exists()
+    if (holder := os.fork()) == 0:
+        with hold_folder(folder):
+            if worker := os.fork():
+                os.write(tell, f"{worker}".encode())
+            time.sleep(60)
+            os._exit(1)
+    worker = int(os.read(told, 20))
+    try:
+        with pytest.raises(ValueError, match=r"going on in '.*runs/new'"), hold_folder(folder):
+            pass
+        assert os.listdir(folder) == [".training.lock"]
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        # What it started lives on, as workers that read images do for some seconds.
+        with pytest.raises(KeyError), hold_folder(folder):
+            (folder / "x").touch()
+            raise KeyError
+        assert os.listdir(folder) == ["x"]
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_a_state_of_another_model_is_refused(tmp_path):

@@ -1,12 +1,15 @@
 """Images by row from folders, tar shards and data sets of the Hub, through Hugging Face `datasets`."""
 
+import contextlib
+import functools
+import hashlib
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
-from itertools import chain, count, pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
-from tarfile import TarError
 from typing import Any
 
 import fsspec.asyn
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..utils.images import ImageError, centre_square, decode_image, open_image
+from .local_images import LABELS, Listing, list_folder, list_shards
 
 __all__ = ["Images", "Row", "decode_ahead", "load_images", "image_of"]
 
@@ -24,9 +28,8 @@ Row = dict[str, Any]
 """An image of a data set that is not decoded, an item of `Images`."""
 
 _FILES = (".tar", ".parquet", ".zip", ".png", ".jpg", ".jpeg", ".webp")  # what no data set of the Hub is called
-_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_LABELS = ("label", "labels", "cls", "class", "fine_label")
+_SHARDS_OF_A_STREAM = 64  # parts of local data whose order a stream shuffles
+_SAMPLED, _SAMPLED_OF_A_STREAM = 1000, 16  # rows whose content tells one data set from another
 
 
 class Images(Dataset):
@@ -37,12 +40,13 @@ class Images(Dataset):
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): A data set with a column of images.
         source (`str`): The name of the data in messages.
+        parts (sequence of `Listing` or `None`, *optional*): Local data that `dataset` is joined of, `None` for other.
 
     Raises:
         ValueError: It has no column of images, or no rows.
     """
 
-    def __init__(self, dataset: Any, source: str):
+    def __init__(self, dataset: Any, source: str, parts: Sequence[Listing | None] = (None,)):
         import datasets
 
         features = dataset.features or {}
@@ -52,14 +56,34 @@ class Images(Dataset):
         self.streaming = isinstance(dataset, datasets.IterableDataset)
         if not self.streaming and not len(dataset):
             raise ValueError(f"No images found in {source}: it has no rows.")
-        self.source, self.column = source, columns[0]
-        self.label = next((name for name in _LABELS if name in features), None)
+        self.source, self.column, self.parts = source, columns[0], parts
+        self.label = next((name for name in LABELS if name in features), None)
         self.dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
 
     @property
     def class_names(self) -> list[str]:
         """Name the labels, where the data does."""
         return list(getattr((self.dataset.features or {}).get(self.label), "names", None) or [])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """
+        Tell the data from other data: a SHA-256 of the number, names, sizes and labels of its local images, and of the
+        content of 1000 rows spread over all, of a stream from elsewhere of its first 16. Where the data lies and when
+        its files were written does not count.
+        """
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for part in self.parts:
+            images = self if part is None else Images(part.dataset, self.source)
+            digest.update(f"{part and part.digest} {None if images.streaming else len(images)}".encode())
+            if images.streaming:
+                rows: Iterable[Row] = islice(images, _SAMPLED_OF_A_STREAM)
+            else:
+                last, sampled = len(images) - 1, min(len(images), _SAMPLED)
+                rows = (images[int(i)] for i in np.linspace(0, last, sampled).round())
+            for row in rows:
+                digest.update(f"{row['label']}".encode() + _digest_of(row["image"]))
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -85,8 +109,14 @@ class Images(Dataset):
     def _row(self, example: Row, index: int) -> Row:
         image = example[self.column] or {"bytes": None, "path": None}
         name = image.get("path") or f"row {index}"
-        if "__url__" in example:
+        if example.get("__url__"):
             name = f"{example['__url__']}:{name}"
+        if example.get("__offset__") is not None:
+            image = {"bytes": None, "path": name}
+            # What cannot be read is told of where the image is decoded.
+            with contextlib.suppress(OSError), open(example["__url__"], "rb") as file:
+                file.seek(example["__offset__"])
+                image["bytes"] = file.read(example["__size__"])
         label = example[self.label] if self.label else None
         return {"image": image, "name": name, "label": label if isinstance(label, int) else None}
 
@@ -95,17 +125,26 @@ def load_images(source: str | Sequence[str], *, split: str = "train", streaming:
     """
     Load images from a folder, webdataset tar shards (`"shards/train-*.tar"`), or a data set of the Hub.
 
+    Local images and shards are read where they lie. Of a folder only the images are looked at, not a `metadata.jsonl`
+    or so beside them: their labels are the names of the folders that they lie in, where there are several. If only
+    folders named `train`, `validation`, `test` or alike hold images, they are its splits; beside others they are
+    classes. In shards, a member's key is its name up to the first dot: `000.png` has its label in `000.cls`. Where no
+    image is named by its key alone, as `000.left.png`, each is one of its own.
+
     Args:
-        source (`str` or a sequence of them): A folder of images, or one that `datasets.load_dataset` understands
-            (shards, parquet); folders in it named `train`, `validation` or `test` are its splits. A path or pattern of
-            tar shards. The id of a data set, with a configuration after a colon. Several are read as one, and must
-            then be of one kind and hold the same columns.
-        split (`str`, defaults to `"train"`): Split of a folder or data set.
-        streaming (`bool`, defaults to `False`): Read while training instead of first making a copy in the cache.
+        source (`str` or a sequence of them): A folder of images or shards, or one that `datasets.load_dataset`
+            understands (parquet). A path or pattern of tar shards; brackets in it may be part of a name. The id of a
+            data set, with a configuration after a colon. Several are read as one, and must then be of one kind and
+            hold the same columns.
+        split (`str`, defaults to `"train"`): Split of a folder or data set, or slices of them (`"train[:10%]"`); data
+            without splits is `"train"`.
+        streaming (`bool`, defaults to `False`): Read while training instead of first making a copy in the cache, of
+            data of the Hub; local images need no copy.
 
     Raises:
         ImportError: The package `datasets` is not installed.
-        ValueError: There is nothing at a source, it holds no images, or sources do not go together.
+        ValueError: There is nothing at a source, it holds no images or not this split, a shard is damaged, a label of
+            one is no integer of 64 bits, or sources do not go together.
     """
     try:
         import datasets
@@ -117,29 +156,20 @@ def load_images(source: str | Sequence[str], *, split: str = "train", streaming:
         raise ValueError("No images found: no source was given.")
     parts: list[Images] = []
     for name in sources:
-        is_folder = Path(name).is_dir()
-        files = [] if is_folder else sorted(glob(name))
-        if wrong := [file for file in files if not file.endswith(".tar")]:
-            raise ValueError(f"{wrong[0]!r} must be a folder, a data set or a tar shard in webdataset style.")
-        local = name.startswith((".", "/")) or name.endswith(_FILES) or "*" in name or name.count("/") > 1
-        if not is_folder and not files and local:
-            raise ValueError(f"No images found in {name!r}: there is no such file, folder or pattern.")
-        repository, _, config = name.partition(":")
-        arguments: dict[str, Any] = {"path": repository, "name": config or None, "split": split}
         try:
-            if files:
-                arguments = {"path": "webdataset", "data_files": files, "split": "train"}
-            elif is_folder and _holds_one_split(Path(name)):
-                # Left to itself, datasets takes words in the names of images for splits, as in bullet_train.jpg.
-                arguments = {"path": "imagefolder", "data_dir": name, "data_files": {split: ["**"]}, "split": split}
-            elif is_folder:
-                arguments = {"path": name, "split": split}
-            found = datasets.load_dataset(**arguments, streaming=streaming)
-        except (OSError, ValueError, RuntimeError, TarError, DatasetsError) as error:
+            listing = _list_local(name, split)
+            if listing is not None:
+                found = listing.dataset
+                if streaming and len(found):
+                    found = found.to_iterable_dataset(num_shards=min(len(found), _SHARDS_OF_A_STREAM))
+            else:
+                path, _, config = (name, "", "") if os.path.isdir(name) else name.partition(":")
+                found = datasets.load_dataset(path=path, name=config or None, split=split, streaming=streaming)
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             # That a data set could not be made is said by one error, why by its cause.
             reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
             raise ValueError(f"No images found in {name!r}: {' '.join(str(reason).split())}") from error
-        parts.append(Images(found, repr(name)))
+        parts.append(Images(found, repr(name), [listing]))
     if len(parts) == 1:
         return parts[0]
     label = ", ".join(part.source for part in parts)
@@ -149,15 +179,36 @@ def load_images(source: str | Sequence[str], *, split: str = "train", streaming:
         names = f"{sorted(columns)} and {sorted(labels)}"
         raise ValueError(f"{label} must have their images and labels in the same columns, got {names}.")
     try:
-        return Images(datasets.concatenate_datasets([part.dataset for part in parts]), label)
+        joined = datasets.concatenate_datasets([part.dataset for part in parts])
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{label} do not go together: {' '.join(str(error).split())}") from error
+    return Images(joined, label, [part.parts[0] for part in parts])
 
 
-def _holds_one_split(folder: Path) -> bool:
-    if any(path.is_dir() and path.name.lower() in _SPLITS for path in folder.iterdir()):
-        return False
-    return any(path.suffix.lower() in _IMAGES for path in folder.rglob("*"))
+def _list_local(name: str, split: str) -> Listing | None:
+    """List what is at a path, `None` for what is left to `datasets`; `ValueError` for a path to nothing."""
+    if os.path.isdir(name):
+        listing = list_folder(name, split)
+        if listing is None and ("::" in name or set(name) & set("*?[]")):
+            raise ValueError("without images or shards in it, its path must not hold '::' or any of '*?[]'")
+        return listing
+    # Brackets may be part of a name.
+    files = [name] if os.path.exists(name) else sorted(glob(name)) or sorted(glob(name.replace("[", "[[]")))
+    if wrong := [file for file in files if not file.endswith(".tar")]:
+        raise ValueError(f"{wrong[0]!r} must be a folder, a data set or a tar shard in webdataset style")
+    local = name.startswith((".", "/")) or name.endswith(_FILES) or "*" in name or name.count("/") > 1
+    if not files and (local or not name.partition(":")[0].strip()):
+        raise ValueError("there is no such file, folder or pattern")
+    return list_shards(files, split) if files else None
+
+
+def _digest_of(image: Row) -> bytes:
+    """Take a SHA-256 of an image's content; a missing one has that of no content."""
+    content = image["bytes"] or b""
+    with contextlib.suppress(OSError):
+        if image["bytes"] is None and image["path"] is not None and os.path.isfile(image["path"]):
+            content = Path(image["path"]).read_bytes()
+    return hashlib.sha256(content).digest()
 
 
 def image_of(row: Row) -> Image.Image:

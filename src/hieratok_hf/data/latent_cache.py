@@ -3,9 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ __all__ = ["DTYPES", "KINDS", "LatentCache", "encoder_facts"]
 
 # Shape letters: B batch, C latent channels, h w the latent's grid.
 
-FORMAT = 1  # of `cache.json` and the shards; a cache of another one is refused
+FORMAT = 2  # of `cache.json` and the shards; a cache of another one is refused
 SETTINGS_FILE = "cache.json"
 
 KINDS = ("moments", "sample", "mode")
@@ -57,36 +58,123 @@ def stored_shape(settings: Settings) -> tuple[int, ...]:
     return (2 * channels if settings["kind"] == "moments" else channels, *grid)
 
 
+def _is_count(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value < 2**40
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+_SCHEMA: dict[str, Callable[[Any], bool]] = {
+    "kind": lambda value: value in KINDS,
+    "flips": lambda value: isinstance(value, bool),
+    "dtype": lambda value: value in tuple(DTYPES),
+    "size": _is_count(1),
+    "shard_size": _is_count(1),
+    "seed": lambda value: type(value) is int,
+    "limit": lambda value: value is None or _is_count(1)(value),
+    "source": _is_text,
+    "data": _is_text,
+    "rows": lambda value: value is None or _is_count(0)(value),
+    "classes": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "latent_shape": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_count(1), value)),
+    "encoder": _is_text,
+    "precision": _is_text,
+    "scaling_factor": _is_number,
+    "shift_factor": _is_number,
+}
+
+
+def encode_settings(settings: Settings) -> bytes:
+    """Give the content of `cache.json`, with a checksum of the rest."""
+    return (json.dumps({**settings, "checksum": _checksum_of(settings)}, indent=1) + "\n").encode()
+
+
+def _checksum_of(settings: Settings) -> str:
+    return f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
+
+
+def identity(settings: Settings, path: Path) -> str:
+    """Tell a shard of a cache by its file's name from those of other caches, and from its other shards."""
+    return _checksum_of({**settings, "rows": None, "shard": path.stem})
+
+
+def checksum(values: Tensor) -> str:
+    """Compute the CRC-32 of a contiguous tensor's bytes on the CPU."""
+    return f"{zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data):08x}"
+
+
 def read_settings(folder: Path) -> Settings:
-    """Read `cache.json`: `FileNotFoundError` where there is none, `ValueError` where it is of another format."""
+    """
+    Read `cache.json`: `FileNotFoundError` where there is none, `ValueError` where it is of another format, damaged, or
+    changed by hand.
+    """
     settings = read_json(folder / SETTINGS_FILE)
     if settings is None:
         raise FileNotFoundError(f"{str(folder)!r} is no cache of latents: it has no {SETTINGS_FILE}.")
     if (got := settings.get("format")) != FORMAT:
-        raise ValueError(f"{str(folder / SETTINGS_FILE)!r} must have the format {FORMAT}, got {got!r}.")
+        raise ValueError(f"{str(folder / SETTINGS_FILE)!r} must have the format {FORMAT}, got {got!r}; write it anew.")
+    found = settings.pop("checksum", None)
+    wrong = [name for name, is_valid in _SCHEMA.items() if name not in settings or not is_valid(settings[name])]
+    if wrong or found != _checksum_of(settings):
+        reason = f"it has no valid {wrong[0]!r}" if wrong else "its checksum is another"
+        raise ValueError(f"{str(folder / SETTINGS_FILE)!r} is damaged: {reason}.")
     return settings
 
 
-def read_header(path: Path, settings: Settings) -> tuple[int, dict[int, str]]:
-    """Count the images of a shard and tell why rows were left out; `ValueError` where it is not what it should be."""
+class Header(NamedTuple):
+    """
+    What a shard says of itself.
+
+    Attributes:
+        images (`int`): The number of its images.
+        skipped (`dict[int, str]`): Why rows were left out.
+        checksums (`dict[str, str]`): The CRC-32 of each tensor, by name.
+    """
+
+    images: int
+    skipped: dict[int, str]
+    checksums: dict[str, str]
+
+
+def read_header(path: Path, settings: Settings) -> Header:
+    """Read what a shard holds but not its tensors; `ValueError` where it is not what it should be."""
     try:
         with safe_open(path, "pt") as file:
-            skipped = {int(row): reason for row, reason in json.loads(file.metadata()["skipped"]).items()}
+            facts = json.loads(file.metadata()["facts"])
+            skipped = {int(row): str(reason) for row, reason in facts["skipped"].items()}
+            checksums = {name: facts["checksums"][name] for name in file.keys()}  # noqa: SIM118
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
         count = found["rows"][0][0]
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"The shard {str(path)!r} is damaged: {' '.join(str(error).split())}") from error
     names = [stored_name(settings), *([f"{stored_name(settings)}_flipped"] if settings["flips"] else [])]
     expected = {name: ((count, *stored_shape(settings)), DTYPES[settings["dtype"]]) for name in names}
     expected |= dict.fromkeys(("labels", "rows"), ((count,), "I64"))
     if found != expected:
         raise ValueError(f"The shard {str(path)!r} is damaged: it must hold {expected}, got {found}.")
+    if facts.get("identity") != identity(settings, path):
+        raise ValueError(f"The shard {str(path)!r} is damaged: it is that of another place or cache.")
     if settings["rows"] is not None:
         rows, got = len(rows_of(settings, int(path.stem.partition("-")[2]))), count + len(skipped)
         if got != rows:
             raise ValueError(f"The shard {str(path)!r} is damaged: it must have {rows} rows, got {got}.")
-    return count, skipped
+    return Header(count, skipped, checksums)
+
+
+def read_tensor(path: Path, name: str, checksums: dict[str, str]) -> Tensor:
+    """Map a tensor of a shard into memory; `ValueError` where it has another checksum."""
+    with safe_open(path, "pt") as file:
+        values: Tensor = file.get_tensor(name)
+    if checksum(values) != checksums.get(name):
+        raise ValueError(f"The shard {str(path)!r} is damaged: {name!r} has another checksum.")
+    return values
 
 
 def encoder_facts(codec: Codec) -> dict[str, Any]:
@@ -107,7 +195,7 @@ def encoder_facts(codec: Codec) -> dict[str, Any]:
 class LatentCache(Dataset):
     """
     Read what `write_latents` wrote to `folder`; index `i` runs over images in the order of their rows. Shards are
-    mapped into memory when they are first used, in each worker for itself.
+    mapped into memory and compared with their checksums when they are first used, in each worker for itself.
 
     Attributes:
         settings (`dict`): The content of `cache.json`.
@@ -118,7 +206,8 @@ class LatentCache(Dataset):
 
     Raises:
         FileNotFoundError: There is no `cache.json`.
-        ValueError: The cache is unfinished or of another format, or a shard is damaged; the message names it.
+        ValueError: The cache is unfinished or of another format, or `cache.json` or a shard is damaged, which of a
+            shard's latents is seen when they are read; the message names it.
     """
 
     def __init__(self, folder: str | Path):
@@ -126,21 +215,27 @@ class LatentCache(Dataset):
         self.settings = settings = read_settings(self.folder)
         if settings["rows"] is None:
             raise ValueError(f"{str(folder)!r} is unfinished: its stream has not come to an end. Go on writing it.")
-        paths = [shard_path(self.folder, shard) for shard in shards_of(settings)]
-        if missing := [shard for shard, path in enumerate(paths) if not path.exists()]:
-            counts = f"{len(missing)} of {len(paths)}"
-            raise ValueError(f"{str(folder)!r} is unfinished: {counts} shards are missing, the first is {missing[0]}.")
+        shards, there = shards_of(settings), {path.name for path in self.folder.glob("shard-*") if path.is_file()}
+        missing = next((shard for shard in shards if shard_path(self.folder, shard).name not in there), None)
+        if missing is not None:
+            raise ValueError(f"{str(folder)!r} is unfinished: of {len(shards)} shards the first to miss is {missing}.")
+        paths = [shard_path(self.folder, shard) for shard in shards]
         self.flips, self.latent_shape = settings["flips"], tuple(settings["latent_shape"])
         self.class_names: list[str] = settings["classes"]
-        columns = []
-        for path in paths:
-            read_header(path, settings)
-            with safe_open(path, "pt") as file:
-                columns.append([file.get_tensor(name) for name in ("labels", "rows")])
-        self.labels, self.rows = (torch.cat(column) for column in zip(*columns))
-        self._starts = np.cumsum([0] + [len(labels) for labels, _ in columns])
+        headers = [read_header(path, settings) for path in paths]
+        self._checksums = [header.checksums for header in headers]
+        self.labels, self.rows = (
+            torch.cat([read_tensor(path, name, header.checksums) for path, header in zip(paths, headers)])
+            for name in ("labels", "rows")
+        )
+        self._starts = np.cumsum([0] + [header.images for header in headers])
         self._paths, self._name = paths, stored_name(settings)
         self._mapped: dict[tuple[int, bool], np.ndarray] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Tell the cache from other caches: a SHA-256 of its settings and of its shards' checksums."""
+        return hashlib.sha256(json.dumps([self.settings, self._checksums], sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -171,7 +266,7 @@ class LatentCache(Dataset):
 
         Raises:
             IndexError: An index is not one of an image.
-            ValueError: `flipped` has another length, or asks for what was not written.
+            ValueError: `flipped` has another length, or asks for what was not written, or a shard is damaged.
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64).tolist()
         sides = [False] * len(chosen) if flipped is None else torch.as_tensor(flipped, dtype=torch.bool).tolist()
@@ -197,8 +292,8 @@ class LatentCache(Dataset):
         levels = values.view(torch.uint8).numpy()
         for i, (shard, place, side) in enumerate(zip(shards.tolist(), places.tolist(), flipped)):
             if (shard, side) not in self._mapped:
-                with safe_open(self._paths[shard], "pt") as file:
-                    stored = file.get_tensor(self._name + "_flipped" * side)
+                name = self._name + "_flipped" * side
+                stored = read_tensor(self._paths[shard], name, self._checksums[shard])
                 self._mapped[shard, side] = stored.view(torch.uint8).numpy()
             levels[i] = self._mapped[shard, side][place]
         return values

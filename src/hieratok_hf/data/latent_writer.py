@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
 from ..utils.distributed import gather, process_place
-from ..utils.files import write_whole
+from ..utils.files import remove_leftovers, write_whole
 from ..utils.images import from_uint8
 from .image_dataset import Images, Row, decode_ahead
 from .latent_cache import (
@@ -26,9 +26,13 @@ from .latent_cache import (
     KINDS,
     SETTINGS_FILE,
     Settings,
+    checksum,
+    encode_settings,
     encoder_facts,
+    identity,
     read_header,
     read_settings,
+    read_tensor,
     rows_of,
     shard_path,
     shards_of,
@@ -62,8 +66,9 @@ def write_latents(
 
     Shard `k` holds the rows from `k * shard_size` on, as `moments` `(N, 2C, h, w)`, mean before log-variance, or
     `latents` `(N, C, h, w)`; `moments_flipped` or `latents_flipped`, those of the mirrored images; `labels` and
-    `rows` `(N,)`, int64, -1 for no label. Of several processes of torch.distributed each writes its own shards, and
-    all must call this. The model runs in its own dtype, or in that of an autocast around the call.
+    `rows` `(N,)`, int64, -1 for no label; and a checksum of each. A damaged shard is written anew; a cache of images
+    that have changed since is refused. Of several processes of torch.distributed each writes its own shards, and all
+    must call this. The model runs in its own dtype, or in that of an autocast around the call.
 
     Args:
         codec_or_vae (`Codec` or `torch.nn.Module`): The autoencoder, or what `Codec` takes.
@@ -101,7 +106,7 @@ def write_latents(
             raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}.")
     settings: dict[str, Any] = {
         "format": FORMAT, "kind": kind, "flips": flips, "dtype": stored_dtype, "size": size,
-        "shard_size": shard_size, "seed": seed, "limit": limit, "source": images.source,
+        "shard_size": shard_size, "seed": seed, "limit": limit, "source": images.source, "data": images.fingerprint,
         "rows": None if images.streaming else min(len(images), limit or len(images)),
         "classes": images.class_names,
         "latent_shape": list(codec.latent_shape(size)), **encoder_facts(codec),
@@ -126,7 +131,7 @@ def write_latents(
     # A stream gets its number of rows, which says that it has come to its end, once all shards are there.
     if rank == 0:
         _write_settings(folder, settings)
-    image_counts, skipped = zip(*chain(*headers))
+    image_counts, skipped, _ = zip(*chain(*headers))
     return {
         "rows": settings["rows"],
         "images": sum(image_counts),
@@ -142,6 +147,7 @@ def _settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
     """Write `cache.json`, and give the settings to go on with, or the reason why the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         if (folder / SETTINGS_FILE).exists():
             old, new = read_settings(folder), dict(settings)
             if old.get("rows") is None or new["rows"] is None:  # of a stream they are known once it has ended
@@ -179,7 +185,9 @@ def _write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) 
         tensors[stored_name(settings) + suffix] = values
     skipped = {row: reason for batch in batches for row, _, reason in batch["skipped"]}
     with write_whole(path) as file:
-        file.write(save(tensors, {"skipped": json.dumps(skipped)}))
+        sums = {name: checksum(values) for name, values in tensors.items()}
+        facts = {"skipped": skipped, "checksums": sums, "identity": identity(settings, path)}
+        file.write(save(tensors, {"facts": json.dumps(facts)}))  # of several entries the order would be any
 
 
 def _missing_shards(folder: Path, settings: Settings, rank: int, world: int) -> Callable[[int], bool]:
@@ -189,8 +197,11 @@ def _missing_shards(folder: Path, settings: Settings, rank: int, world: int) -> 
     def is_missing(shard: int) -> bool:
         if shard % world != rank:
             return False
+        path = shard_path(folder, shard)
         try:
-            read_header(shard_path(folder, shard), settings)
+            checksums = read_header(path, settings).checksums
+            for name in checksums:
+                read_tensor(path, name, checksums)
         except ValueError:
             return True
         return False
@@ -282,4 +293,4 @@ def _write_shards(
 
 def _write_settings(folder: Path, settings: Settings) -> None:
     with write_whole(folder / SETTINGS_FILE) as file:
-        file.write((json.dumps(settings, indent=1) + "\n").encode())
+        file.write(encode_settings(settings))

@@ -1,6 +1,5 @@
 """The model card (README.md) of a repository on the Hub, from its folder and from reports of evaluations."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from safetensors import safe_open
 
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.saving import WEIGHTS_STEM
+from ..utils.files import read_json
 from .results import TASKS, entry, line, report_results
 
 __all__ = ["card_for", "model_card"]
@@ -70,7 +70,13 @@ def model_card(
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(f"`license` must be an identifier of the Hub, such as 'apache-2.0', got {license!r}.")
     kind = "pipeline" if (folder / "model_index.json").is_file() else "tokenizer"
-    facts, known, has_code = (_pipeline if kind == "pipeline" else _tokenizer)(folder)
+    try:
+        facts, known, has_code = (_pipeline if kind == "pipeline" else _tokenizer)(folder)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a missing key, a value of another type, and huggingface_hub's own types
+        reason = f"{type(error).__name__}: {line(error)[:300]}"
+        raise ValueError(f"The configurations in {str(folder)!r} must be as they were saved, got {reason}.") from error
     figures: list[EvalResult] = []
     notes: list[str] = []
     for report in results:
@@ -126,8 +132,8 @@ def card_for(folder: Path, **given: Any) -> ModelCard:
     try:
         card = ModelCard.load(path)
         index = (metadata_load(path) or {}).get("model-index") or []
-    except (AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"The metadata of {str(path)!r} cannot be kept: {line(error)}") from error
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"The metadata of {str(path)!r} cannot be kept: {line(error)[:300]}") from error
     if index and index != card.data.to_dict()["model-index"]:
         # huggingface_hub merges models and data sets, and drops what it does not know.
         card.data.eval_results = card.data.model_name = None
@@ -212,7 +218,9 @@ def _class(named: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    if (found := read_json(path)) is None:
+        raise FileNotFoundError(f"There is no {str(path)!r}.")
+    return found
 
 
 def _text(value: Any) -> str:

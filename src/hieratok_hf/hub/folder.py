@@ -4,74 +4,132 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..models.modeling_hieratok import HieraTokModel
-from ..models.saving import WEIGHTS_STEM, index_for_transformers, link_or_copy, variant_of
+from ..models.saved_code import PIPELINE_CLASSES
+from ..models.saving import WEIGHTS_STEM, finish_save, index_for_transformers, link_or_copy, variant_of
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.files import read_json
 from .card import card_for
-from .remote_code import PIPELINE_CLASSES, add_remote_code
+from .remote_code import add_remote_code
+from .scratch import scratch_folder
 
-__all__ = ["add_card", "prepare_folder"]
+__all__ = ["add_card", "prepare_folder", "select_files"]
 
 # Anything else in a saved folder, such as states of a training, stays where it is.
 _PARTS = re.compile(
-    r"(config|model_index|preprocessor_config|scheduler_config)\.json|README\.md|LICEN[CS]E.*"
-    r"|[^.]*\.([\w-]+\.)?safetensors(\.index(\.[\w-]+)?\.json)?|.*\.(png|jpe?g|webp)"
+    r"(config|model_index|preprocessor_config|scheduler_config)\.json|README\.md|LICEN[CS]E(\.md|\.txt)?"
+    rf"|(model|{WEIGHTS_STEM})((\.[\w-]+)?(-\d{{5}}-of-\d{{5}})?\.safetensors|\.safetensors\.index(\.[\w-]+)?\.json)"
 )
+_PICTURE = re.compile(r"\w[\w.-]*\.(png|jpe?g|webp)")
+
+
+def select_files(folder: str | os.PathLike[str]) -> tuple[dict[str, Path], list[str]]:
+    """
+    Tell the files of a saved folder that go to the Hub from those that stay.
+
+    What goes is known by its whole name: configurations, weights in safetensors, `README.md`, a licence (`LICENSE` or
+    `LICENCE`, alone or as .md or .txt), and pictures that `README.md` shows.
+
+    Returns:
+        The places of the files that go, by their names relative to `folder`, and the names of all others.
+
+    Raises:
+        ValueError: `folder` is no folder, its `model_index.json` is none, or a file that would go is a link out of it.
+    """
+    source = Path(folder).resolve()
+    if not source.is_dir():
+        raise ValueError(f"`folder` {str(folder)!r} is not a folder.")
+    parts, shown = {".", *_components(source)}, _shown_pictures(source)
+    taken: dict[str, Path] = {}
+    left_out = []
+    for path in sorted(source.rglob("*")):
+        name, place = path.relative_to(source), path.resolve()
+        if path.is_dir():
+            goes = path.is_symlink() and name.as_posix() in parts
+        else:
+            is_known = name.parent.as_posix() in parts and bool(_PARTS.fullmatch(name.name))
+            goes = place.is_file() and (is_known or name.as_posix() in shown)
+        if goes and not place.is_relative_to(source):
+            raise ValueError(f"`folder` {str(folder)!r}: {name.as_posix()!r} is a link out of it; put a copy there.")
+        if goes and place.is_file():
+            taken[name.as_posix()] = place
+        elif path.is_symlink() or not path.is_dir():
+            left_out.append(name.as_posix())
+    return taken, left_out
+
+
+def _components(folder: Path) -> list[str]:
+    """List the components of a pipeline, each in a folder of its name; none of a tokenizer."""
+    path = folder / "model_index.json"
+    index = read_json(path) or {}
+    components = []
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list):
+            continue
+        # A name with a path could be any folder of the machine.
+        if not name.isidentifier() or len(value) != 2 or not all(isinstance(x, str | None) for x in value):
+            raise ValueError(f"{str(path)!r} must give a library and a class for each part, got {name!r}: {value!r}.")
+        components.append(name)
+    return components
+
+
+def _shown_pictures(folder: Path) -> set[str]:
+    """Find the names of pictures beside README.md that stand in it, as those in a link do."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    words = {word.removeprefix("./") for word in re.findall(r"[^\s()<>\[\]\"']+", text)}
+    return {word for word in words if _PICTURE.fullmatch(word)}
 
 
 @contextmanager
-def prepare_folder(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterator[tuple[Path, list[str]]]:
+def prepare_folder(folder: str | os.PathLike[str], remote_code: bool = True) -> Iterator[Path]:
     """
-    Put the files of a saved tokenizer or pipeline as they are to be pushed into a temporary folder, and name the rest.
+    Put the files that `select_files` takes, as they are to be pushed, into a temporary folder.
 
     The folder is loaded as its users will, in both classes or as a pipeline, and run once. Weights that stand there
     under two names for the two libraries go once; `remote_code` adds the code that loads them without the package.
 
     Raises:
-        ValueError: It does not load, gives numbers that are not finite, or the classes disagree.
+        ValueError: A file must not go, or the folder does not load, gives numbers that are not finite, or the classes
+            disagree.
     """
-    source = Path(folder)
-    if not source.is_dir():
-        raise ValueError(f"`folder` {str(source)!r} is not a folder.")
-    with tempfile.TemporaryDirectory() as temporary:
-        stage, left_out = Path(temporary), []
+    finish_save(Path(folder))
+    files, _ = select_files(folder)
+    with scratch_folder() as stage:
+        for name, path in files.items():
+            (stage / name).parent.mkdir(exist_ok=True)
+            # Only weights are large enough to be worth it, and nobody changes them here.
+            take = link_or_copy if path.suffix == ".safetensors" else shutil.copyfile
+            take(path, stage / name)
         try:
-            index = read_json(source / "model_index.json") or {}
-            parts = {".", *(name for name, value in index.items() if isinstance(value, list) and name[0] != "_")}
-            for path in sorted(path for path in source.rglob("*") if path.is_file()):
-                name = path.relative_to(source)
-                if name.parent.as_posix() in parts and _PARTS.fullmatch(name.name):
-                    (stage / name).parent.mkdir(exist_ok=True)
-                    # Only weights are large enough to be worth it, and nobody changes them here.
-                    take = link_or_copy if path.suffix == ".safetensors" else shutil.copyfile
-                    take(path.resolve(), stage / name)
-                else:
-                    left_out.append(name.as_posix())
-            for part in (stage / part for part in parts):
+            for part in (stage, *stage.iterdir()):
                 if _is_tokenizer(part):
                     index_for_transformers(part)
             _try(stage)
-        except (ValueError, OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0].replace(str(stage), str(source))
-            raise ValueError(f"`folder` {str(source)!r} does not pass its load test: {reason}") from error
-        for path in stage.rglob("*.json"):
-            saved = read_json(path)
-            if saved is not None and (plain := _plain(saved)) != saved:
-                path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if remote_code:
-            add_remote_code(stage)
-        yield stage, left_out
+            for path in stage.rglob("*.json"):
+                saved = read_json(path)
+                if saved is not None and (plain := _plain(saved)) != saved:
+                    path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        except Exception as error:  # the libraries, safetensors and torch raise many types
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            reason = " ".join(str(error).split())[:300].replace(str(stage), str(folder))
+            raise ValueError(f"`folder` {str(folder)!r} does not pass its load test: {kind}{reason}") from error
+        try:
+            if remote_code:
+                add_remote_code(stage)
+            yield stage
+        except ValueError as error:
+            if str(stage) not in str(error):
+                raise
+            raise ValueError(str(error).replace(str(stage), str(folder))) from error
 
 
 def _plain(saved: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +144,8 @@ def _plain(saved: dict[str, Any]) -> dict[str, Any]:
 def add_card(stage: Path, repo_id: str, tags: Sequence[str] = (), **card: Any) -> None:
     """Write the model card of a prepared folder, by `card_for` with further `tags`."""
     made = card_for(stage, repo_id=repo_id, **card)
-    made.data["tags"] = list(dict.fromkeys([*(made.data.get("tags") or []), *tags]))
+    own = made.data.get("tags") or []
+    made.data["tags"] = [*own, *(tag for tag in dict.fromkeys(tags) if tag not in own)]
     made.save(stage / "README.md")
 
 

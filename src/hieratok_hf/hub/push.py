@@ -2,16 +2,16 @@
 
 import contextlib
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, is_offline_mode
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
@@ -19,6 +19,7 @@ from ..models.core import has_adapters
 from ..models.image_processing_hieratok import HieraTokImageProcessorPil
 from ..models.saving import stale_weights
 from .folder import add_card, prepare_folder
+from .scratch import scratch_folder
 
 __all__ = ["HubError", "push_folder", "push_model"]
 
@@ -60,13 +61,13 @@ def push_model(
     tokenizer = model.vae if isinstance(model, DiffusionPipeline) else model
     if has_adapters(tokenizer):
         raise ValueError("The tokenizer has adapters: fuse them and unload them, or delete them, and push then.")
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         if isinstance(model, DiffusionPipeline):
             model.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         else:
-            core = model.core
-            AutoencoderHieraTok.from_core(core).save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-            HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(folder)
+            vae = model if isinstance(model, AutoencoderHieraTok) else AutoencoderHieraTok.from_core(model.core)
+            vae.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+            HieraTokImageProcessorPil(size_divisor=vae.config.patch_size).save_pretrained(folder)
         if subfolder:
             upload |= {"subfolder": subfolder, "card": None, "remote_code": False}
         return push_folder(
@@ -93,14 +94,16 @@ def push_folder(
     Upload a saved folder in one commit, after it has passed its own load test.
 
     Files that the Hub has already, such as those of an upload that broke off, are not sent again. Weights of an
-    earlier push that this one replaces are removed in the same commit; the folder itself is not changed.
+    earlier push that this one replaces are removed in the same commit; the folder itself is not changed. What goes and
+    what stays, `hieratok_hf.hub.folder.select_files` tells.
 
     Args:
         folder (`str` or `os.PathLike`): A saved tokenizer or pipeline.
         repo_id (`str`): `"user/name"`, or `"name"` for one's own; it is made if it is not there.
         private (`bool`, *optional*): Whether a repository that is made is private.
         token (`str` or `bool`, *optional*): Token of the Hub; the one that `hf auth login` stored unless given.
-        revision (`str`, *optional*): A branch, made if it is not there; `"main"` unless given.
+        revision (`str`, *optional*): A branch, made of `"main"` if it is not there, or the `"refs/pr/1"` of a pull
+            request; `"main"` unless given. A commit cannot be changed, so its id is refused.
         create_pr (`bool`, defaults to `False`): Open a pull request instead.
         commit_message, commit_description (`str`, *optional*): Title and text of the commit.
         subfolder (`str`, *optional*): Folder of the repository that the files go to.
@@ -113,26 +116,32 @@ def push_folder(
         `CommitInfo`: What the Hub says of the commit, a `str` with its URL.
 
     Raises:
-        ValueError: `folder` is no saved tokenizer or pipeline, or does not pass its load test.
-        HubError: The Hub refused, or could not be reached; the repository is as it was.
+        ValueError: `folder` is no saved tokenizer or pipeline, does not pass its load test, or has a link out of it in
+            the place of a file; or `repo_id`, `revision`, `subfolder` or the card is wrong.
+        HubError: The Hub refused, could not be reached, or got another push at the same time; no file of the
+            repository has changed.
     """
-    api = HfApi(token=token)
+    api, root = HfApi(token=token), PurePosixPath(subfolder or "")
     validate_repo_id(repo_id)
-    with prepare_folder(folder, remote_code) as (stage, _):
+    if revision is not None and (not revision or re.fullmatch(r"[0-9a-f]{40}", revision)):
+        raise ValueError(f"`revision` must be a branch, which a commit can be added to, got {revision!r}.")
+    if root.is_absolute() or ".." in root.parts:
+        raise ValueError(f"`subfolder` must be a folder in the repository, got {subfolder!r}.")
+    with prepare_folder(folder, remote_code) as stage:
         if card is not None:
             has_own = (stage / "README.md").exists()
             add_card(stage, repo_id, tags or (), **card)  # what is wrong with it is told before anything is made
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if card is not None and not has_own:
-                (stage / "README.md").unlink()
-                _fetch_card(api, repo_id, revision, stage)
-                add_card(stage, repo_id, tags or (), **card)
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            root = PurePosixPath(subfolder or "")
+            head = api.model_info(repo_id, revision=revision)
+            if card is not None and not has_own:
+                (stage / "README.md").unlink()
+                _fetch_card(api, repo_id, head.sha, stage)
+                add_card(stage, repo_id, tags or (), **card)
             files = {root / path.relative_to(stage).as_posix(): path for path in stage.rglob("*") if path.is_file()}
-            there = map(PurePosixPath, api.list_repo_files(repo_id, revision=revision))
+            there = [PurePosixPath(file.rfilename) for file in head.siblings or ()]
             # `upload_folder`, which also deletes, makes several commits where hf_xet is installed.
             operations: list[Any] = [CommitOperationAdd(str(name), path) for name, path in files.items()]
             operations += [CommitOperationDelete(str(name)) for name in stale_weights(there, files)]
@@ -143,16 +152,17 @@ def push_folder(
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
+                parent_commit=head.sha,  # or what somebody else pushes meanwhile would be mixed with this
             )
         except _HTTP_ERRORS as error:
             raise HubError(_advice(error, repo_id)) from error
 
 
-def _fetch_card(api: HfApi, repo_id: str, revision: str | None, stage: Path) -> None:
+def _fetch_card(api: HfApi, repo_id: str, commit: str | None, stage: Path) -> None:
     """Take along the README.md that the repository has."""
     # The cache may be one that cannot be written.
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):
-        path = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=folder)
+    with scratch_folder() as folder, contextlib.suppress(EntryNotFoundError):
+        path = api.hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=folder)
         shutil.copyfile(path, stage / "README.md")
 
 
@@ -165,9 +175,11 @@ def _advice(error: BaseException, repo_id: str) -> str:
     what = " ".join(str(cause or error).split()) or type(error).__name__
     if is_offline_mode():
         todo = "HF_HUB_OFFLINE is set: unset it"
+    elif isinstance(cause, GatedRepoError):
+        todo = f"ask for access at {constants.ENDPOINT}/{repo_id}"
     elif status in (401, 403) or isinstance(cause, RepositoryNotFoundError):
         todo = "log in with `hf auth login`, or give a token that may write there"
-    elif status == 412:
+    elif status in (409, 412):
         todo = "somebody else pushed at the same time: push again"
     elif status is None or status == 429 or status >= 500:
         todo = "push again: files that have arrived are not sent twice"

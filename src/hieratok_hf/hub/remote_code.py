@@ -7,25 +7,19 @@ files would reach neither a pipeline nor a folder on disk.
 
 import ast
 import functools
-import json
 import os
 from pathlib import Path
-from typing import Any
 
-from ..utils.files import read_json, write_whole
+from ..models.saved_code import add_code
 
-__all__ = ["PIPELINE_CLASSES", "add_remote_code", "remote_code"]
+__all__ = ["add_remote_code", "remote_code"]
 
 _PACKAGE = Path(__file__).parents[1]
 _ENTRIES = ("models.image_processing_hieratok", "hub.auto_model", "pipelines.pipeline_hieratok_dit")
-_MODEL_FILE, _VAE_FILE, _PIPELINE_FILE = "modeling_hieratok", "autoencoder_hieratok", "pipeline_hieratok_dit"
 # What only the installed package does.
 _LEFT_OUT = {
     "hub.push": "Pushing to the Hub needs the package hieratok_hf, and a model that its own classes have loaded."
 }
-
-PIPELINE_CLASSES = ("HieraTokDiTPipeline", [_PIPELINE_FILE, "HieraTokDiTPipeline"])
-"""The `_class_name` of a pipeline without and with its code."""
 
 _HEAD = '''\
 """
@@ -61,38 +55,7 @@ def add_remote_code(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         ValueError: `folder` holds neither a saved tokenizer nor a pipeline with one.
     """
-    root = Path(folder)
-    index = read_json(root / "model_index.json")
-    if index is not None:
-        classes = {name: value[1:] for name, value in index.items() if isinstance(value, list)}
-        ours = [name for name, found in classes.items() if found == ["AutoencoderHieraTok"]]
-        if not ours:
-            raise ValueError(f"`folder` {str(root)!r} is a pipeline without a HieraTok tokenizer.")
-        files = {f"{name}/{_VAE_FILE}.py": remote_code() for name in ours}
-        index |= {name: [_VAE_FILE, "AutoencoderHieraTok"] for name in ours}
-        if index.get("_class_name") in PIPELINE_CLASSES:
-            files[f"{_PIPELINE_FILE}.py"] = remote_code()
-            index["_class_name"] = PIPELINE_CLASSES[1]
-        files["model_index.json"] = _to_json(index)
-    else:
-        config = read_json(root / "config.json") or {}
-        if config.get("_class_name") != "AutoencoderHieraTok":
-            raise ValueError(f"`folder` {str(root)!r} is neither a saved HieraTok model nor a saved pipeline.")
-        files = {f"{_MODEL_FILE}.py": remote_code()}
-        if (processor := read_json(root / "preprocessor_config.json")) is not None:
-            # The first for Pillow, the second for torchvision.
-            pair = [f"{_MODEL_FILE}.HieraTokImageProcessorPil", f"{_MODEL_FILE}.HieraTokImageProcessor"]
-            files["preprocessor_config.json"] = _to_json({**processor, "auto_map": {"AutoImageProcessor": pair}})
-        auto_map = {"AutoConfig": f"{_MODEL_FILE}.HieraTokConfig", "AutoModel": f"{_MODEL_FILE}.HieraTokAutoModel"}
-        files["config.json"] = _to_json({**config, "auto_map": auto_map})
-    for name, text in files.items():
-        with write_whole(root / name) as file:
-            file.write(text.encode())
-    return list(files)
-
-
-def _to_json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+    return add_code(Path(folder), remote_code())
 
 
 @functools.cache

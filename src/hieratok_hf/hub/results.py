@@ -1,5 +1,6 @@
 """Figures for a model card, from the reports that `--json` of `examples/evaluate_*.py` writes."""
 
+import contextlib
 import math
 import re
 import shlex
@@ -62,6 +63,15 @@ def entry(mapping: Any, key: str, kind: type) -> Any:
     return value
 
 
+def _finite(mapping: Any, key: str) -> float:
+    value = entry(mapping, key, Real)
+    # Of more digits than a float has room for, there is no other way to know.
+    with contextlib.suppress(OverflowError):
+        if math.isfinite(number := float(value)):
+            return number
+    raise ValueError(f"`results`: {key!r} must be finite, got {value!r}.")
+
+
 def line(value: Any) -> str:
     """Put text on one line, of characters that can be seen and written."""
     return "".join(character for character in " ".join(str(value).split()) if character.isprintable())
@@ -98,7 +108,7 @@ def _of_generator(
     if names != known["names"]:
         raise ValueError("`results`: the classes of a report are not the folder's: a report of another model.")
     size, samples, steps = (entry(settings, key, int) for key in ("size", "samples", "steps"))
-    guidance, dtype = f"{entry(settings, 'guidance_scale', Real):g}", line(settings.get("dtype"))
+    guidance, dtype = f"{_finite(settings, 'guidance_scale'):g}", line(settings.get("dtype"))
     config = f"{samples} samples at {size}x{size}, {steps} steps, guidance {guidance}, {dtype}"
     where = {"task_type": TASKS["pipeline"], "dataset_config": config}
     judge = f"accuracy of {_place(settings.get('classifier'))}"
@@ -122,9 +132,7 @@ def _figures(
     for key, (metric_type, name) in kinds.items():
         if found.get(key) is None:
             continue
-        if not math.isfinite(value := entry(found, key, Real)):
-            raise ValueError(f"`results`: {key!r} must be finite, got {value!r}.")
-        rounded = round(float(value), 4)
+        rounded = round(_finite(found, key), 4)
         figures.append(EvalResult(metric_type=metric_type, metric_name=name, metric_value=rounded, **where))
     return figures
 

@@ -1,8 +1,11 @@
 """Translate the names that transformers and diffusers have for ways to compute attention into backends."""
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -10,6 +13,7 @@ from ..ops.attention import ATTENTION_BACKENDS
 
 __all__ = ["ATTENTION_IMPLEMENTATIONS", "DIFFUSERS_BACKENDS", "preferring", "backend_of"]
 
+_ORDER_LOCK = threading.Lock()
 _KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 
 ATTENTION_IMPLEMENTATIONS = {"eager": "reference", "sdpa": "auto", "flex_attention": "flex"} | {
@@ -62,4 +66,14 @@ def backend_of(
 
 def preferring(kernel: SDPBackend | None) -> AbstractContextManager:
     """Make a context in which PyTorch's attention takes `kernel` before all others; `None` leaves its own order."""
-    return nullcontext() if kernel is None else sdpa_kernel([kernel, *_KERNELS], set_priority=True)
+    if kernel is None:
+        return nullcontext()
+    order = sdpa_kernel([kernel, *_KERNELS], set_priority=True)
+    return order if torch.compiler.is_compiling() else _one_thread_in(order)
+
+
+@contextmanager
+def _one_thread_in(order: AbstractContextManager) -> Iterator[None]:
+    # The order is the whole process's: threads that took turns within would put back each other's.
+    with _ORDER_LOCK, order:
+        yield

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,15 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import is_offline_mode
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import PyramidLayout
-from .configuration_hieratok import HieraTokConfig, complete_saved
+from .configuration_hieratok import OF_PIPELINES, HieraTokConfig, complete_saved, refuse_misspelt
 from .core import HieraTokCore, check_latents, check_pixel_values
-from .saving import HubUploadMixin, name_in_errors, share_between_libraries
+from .saved_code import library_of
+from .saving import HubUploadMixin, check_indices, check_kind, load_whole, name_in_errors, share_between_libraries
 from .tiling import TilingMixin, run_in_tiles
 
 if TYPE_CHECKING:
@@ -82,7 +85,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     # A trap: diffusers writes `__module__` of a component's class into `model_index.json`, and on loading imports that
     # module and looks up on it the class and diffusers' own `ModelMixin`. Only the package has both, and the path of
     # this file would tie every saved pipeline to it.
-    __module__ = "hieratok_hf"
+    __module__ = library_of("autoencoder_hieratok")
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
@@ -149,9 +152,14 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Sort the entries of a `config.json` as `ConfigMixin` does, with no warning of those of transformers."""
-        foreign = {*PreTrainedConfig().to_dict(), *HieraTokConfig().pipeline_facts, "auto_map"}
+        facts = HieraTokConfig().pipeline_facts
+        foreign = {*PreTrainedConfig().to_dict(), *facts, "auto_map"}
         own = {key: value for key, value in complete_saved(config_dict).items() if key not in foreign}
-        return super().extract_init_dict(own, **kwargs)
+        refuse_misspelt([*own, *kwargs], HieraTokConfig.__annotations__, cls.__name__)
+        init, unused, hidden = super().extract_init_dict(own, **kwargs)
+        # Those that say something are registered without the warning of an unknown argument.
+        given = {key: config_dict[key] for key in ("latents_mean", "latents_std") if config_dict.get(key) is not None}
+        return init, unused, {**hidden, **given}
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -262,7 +270,8 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
     def _slices(self, batch: Tensor) -> Sequence[Tensor]:
         """Split a batch into single images where slicing is on; what is no batch is left for the core to refuse."""
-        is_batch = isinstance(batch, Tensor) and batch.ndim == 4 and batch.shape[0] > 1
+        is_dense = isinstance(batch, Tensor) and not batch.is_nested and batch.layout == torch.strided
+        is_batch = is_dense and batch.ndim == 4 and batch.shape[0] > 1
         return batch.split(1) if self.use_slicing and is_batch else [batch]
 
     @classmethod
@@ -272,12 +281,24 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
-            ValueError: The weights lack a tensor, which diffusers would leave random, or one of another shape was
+            ValueError: It is of another architecture, an index of the weights names a file outside of the folder, or
+                the weights lack a tensor, which diffusers would leave random, or one of another shape was
                 ignored and has no storage.
         """
+        if is_offline_mode():  # in spite of which diffusers asks the Hub for the list of shards
+            kwargs["local_files_only"] = True
         return_info = kwargs.pop("output_loading_info", False)
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        subfolder = kwargs.get("subfolder")
+
+        def load_checked() -> Any:
+            folder = Path(pretrained_model_name_or_path, subfolder or "")
+            check_kind(folder, needs_config="config" not in kwargs)
+            check_indices(folder)
+            return load()
+
         with name_in_errors(pretrained_model_name_or_path):
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            model, info = load_whole(pretrained_model_name_or_path, subfolder, load_checked)
         folder = repr(str(pretrained_model_name_or_path))
         if missing := sorted(info.get("missing_keys", ())):
             raise ValueError(
@@ -306,13 +327,29 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         """
         Save to a folder that this class and `HieraTokModel` both load; files appear whole or not at all.
 
-        The arguments are those of `ModelMixin.save_pretrained`. What `safe_serialization=False` writes loads in
-        diffusers alone.
+        The arguments are those of `ModelMixin.save_pretrained`; a process that is not the main one does nothing. What
+        `safe_serialization=False` writes loads in diffusers alone.
 
         Raises:
-            ValueError: `save_directory` is a file.
+            ValueError: `save_directory` names no folder, or `register_to_config` has changed a value that the model
+                computes with.
         """
+        if not is_main_process:
+            return
+        config = self._own_config()
         kwargs |= {"variant": variant, "max_shard_size": max_shard_size}
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, save_function, safe_serialization, **kwargs)
-            share_between_libraries(stage, self.core.config)
+            share_between_libraries(stage, config)
+
+    def _own_config(self) -> HieraTokConfig:
+        """Make the configuration to save: the registered one, which must describe the core."""
+        config = HieraTokConfig(**{name: self.config[name] for name in HieraTokConfig.__annotations__})
+        config.latents_mean, config.latents_std = self.config["latents_mean"], self.config["latents_std"]
+        core = self.core.config
+        expected = {**core.model_fields, "block_out_channels": core.pipeline_facts["block_out_channels"]}
+        for name in expected.keys() - OF_PIPELINES:
+            found = getattr(config, name, self.config[name])
+            if found != expected[name]:
+                raise ValueError(f"`{name}` must stay as the weights are made, {expected[name]!r}, got {found!r}.")
+        return config

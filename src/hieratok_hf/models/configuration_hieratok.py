@@ -1,18 +1,31 @@
 """Configure HieraTok: every size of the model, checked once, and the sizes that have names."""
 
-import math
+import difflib
+import os
+import sys
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import check_scale_factors
+from ..utils.files import read_json, write_whole
 from ..utils.numbers import plain_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["DOWNSAMPLING", "SIZES", "HieraTokConfig", "complete_saved"]
+__all__ = [
+    "DOWNSAMPLING",
+    "OF_PIPELINES",
+    "SIZES",
+    "HieraTokConfig",
+    "complete_saved",
+    "pipeline_hint",
+    "refuse_misspelt",
+]
 
 DOWNSAMPLING = ("learned", "mean")
 """How coarse tokens may be made of the latent: by learned maps of its blocks, or as averages of them."""
@@ -73,6 +86,12 @@ Named sizes, each with the arguments in which it differs from the defaults of `H
 depths are this project's choice, because the paper publishes none.
 """
 
+OF_PIPELINES = {
+    *("sample_size", "scaling_factor", "shift_factor", "force_upcast"),
+    *("kl_weight", "coarse_weight", "initializer_range"),
+}
+"""Fields that a loaded model does not compute with: facts for pipelines and for training."""
+
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 _NOT_NEGATIVE = ("learned_positions", "linear_path", "kl_weight", "coarse_weight")
@@ -80,6 +99,14 @@ _CHOICES = {
     "downsampling": DOWNSAMPLING,
     "rotary_coordinates": ("cells", "fraction"),
     "rotary_pairing": ("proper", "detok"),
+}
+
+
+# What the libraries give a configuration besides its fields, and hold in a `config.json`.
+_FOREIGN = {
+    *("attn_implementation", "auto_map", "block_out_channels", "encoder_block_out_channels", "experts_implementation"),
+    *("latents_mean", "latents_std", "model_type", "name_or_path", "num_labels", "output_attentions"),
+    *("per_layer_config", "quantization_config", "tie_word_embeddings", "torch_dtype", "transformers_weights"),
 }
 
 
@@ -142,7 +169,7 @@ class HieraTokConfig(PreTrainedConfig):
         force_upcast (`bool`, defaults to `False`): Whether diffusers pipelines must run the model in float32.
 
     Raises:
-        ValueError: A value is out of its range; the message names it.
+        ValueError: A value is out of its range, or there is no such argument; the message names it.
         StrictDataclassError: A value is of another type; huggingface_hub's own error.
 
     Example:
@@ -156,6 +183,7 @@ class HieraTokConfig(PreTrainedConfig):
     """
 
     model_type = "hieratok"
+    keys_to_ignore_at_inference = ["last_hidden_state", "pooler_output"]
     attribute_map = {
         "num_channels": "in_channels",
         "image_size": "sample_size",
@@ -196,12 +224,17 @@ class HieraTokConfig(PreTrainedConfig):
     force_upcast: bool = False
 
     def __post_init__(self, **kwargs: Any):
+        unknown = [name for name in kwargs if not _is_foreign(name)]
+        refuse_misspelt(unknown, type(self).__annotations__, "HieraTokConfig")
+        if unknown:
+            name = unknown[0]
+            raise ValueError(f"HieraTokConfig has no argument {name!r}; it has {list(type(self).__annotations__)}.")
         self.scale_factors = tuple(self.scale_factors)
         super().__post_init__(**kwargs)
         for name, value in self.model_fields.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:  # phrased so that NaN fails, and whole numbers beyond it
                 raise ValueError(f"`{name}` must be finite, got {value!r}.")
             if name in _NOT_NEGATIVE and value < 0:
                 raise ValueError(f"`{name}` must not be negative, got {value!r}.")
@@ -222,17 +255,52 @@ class HieraTokConfig(PreTrainedConfig):
                     f"`{side}_hidden_size` must be a multiple of 4 * `{side}_num_heads` (two rotary axes of channel "
                     f"pairs a head), got {hidden_size} and {num_heads}."
                 )
+            if getattr(self, f"{side}_num_layers") > 4096:  # beyond, making them does not end soon
+                raise ValueError(
+                    f"`{side}_num_layers` must be at most 4096, got {getattr(self, f'{side}_num_layers')}."
+                )
             if int(2 / 3 * self.mlp_ratio * hidden_size) < 1:
                 raise ValueError(f"`mlp_ratio` must leave a width of at least 1, got {self.mlp_ratio!r}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Self":
-        """Read a configuration as `PreTrainedConfig.from_dict` does, also one saved without `downsampling`."""
-        return super().from_dict(complete_saved(config_dict), **kwargs)
+        """
+        Read a configuration as `PreTrainedConfig.from_dict` does, also one saved without `downsampling`.
+
+        Entries that this class does not know are kept, for those who wrote them.
+
+        Raises:
+            ValueError: It is that of another architecture, or an entry is an argument with a spelling mistake.
+        """
+        values = complete_saved(config_dict)
+        for name in [name for name in kwargs if cls.attribute_map.get(name, name) in cls.__annotations__]:
+            values[cls.attribute_map.get(name, name)] = kwargs.pop(name)
+        known = {*cls.__annotations__, *PreTrainedConfig().to_dict()}
+        others = {name: values.pop(name) for name in [*values] if name not in known and not _is_foreign(name)}
+        refuse_misspelt([*others, *kwargs], cls.__annotations__, "HieraTokConfig")
+        loaded: Any = super().from_dict(values, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in others.items():
+            setattr(config, name, value)
+        return loaded
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read `config.json` as `PreTrainedConfig` does; where there is none, raise `OSError` instead of defaults."""
+        values, unused = super().get_config_dict(*args, **kwargs)
+        if not values:
+            where = str(args[0]) if args else "the folder"
+            raise OSError(f"{where!r} has no config.json{pipeline_hint(Path(where))}.")
+        return values, unused
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what differs from the defaults, and `downsampling`, whose absence means `"mean"`."""
         return {**super().to_diff_dict(), "downsampling": self.downsampling}
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write the configuration to a file as transformers does, whole or not at all."""
+        with write_whole(json_file_path) as file:
+            file.write(self.to_json_string(use_diff=use_diff).encode())
 
     @property
     def num_hidden_layers(self) -> int:
@@ -252,8 +320,8 @@ class HieraTokConfig(PreTrainedConfig):
         return {
             "block_out_channels": block_out_channels,
             "encoder_block_out_channels": block_out_channels,
-            "latents_mean": None,
-            "latents_std": None,
+            "latents_mean": getattr(self, "latents_mean", None),
+            "latents_std": getattr(self, "latents_std", None),
         }
 
     @classmethod
@@ -270,13 +338,41 @@ class HieraTokConfig(PreTrainedConfig):
         """
         if not isinstance(size, str) or size not in SIZES:
             raise ValueError(f"`size` must be one of {list(SIZES)}, got {size!r}.")
-        for name in overrides:
-            if name not in cls.__annotations__:
-                raise ValueError(f"HieraTokConfig has no argument {name!r}; it has {list(cls.__annotations__)}.")
         return cls(**{**SIZES[size], **overrides})
 
 
 def complete_saved(values: dict[str, Any]) -> dict[str, Any]:
-    """Complete a `config.json` that a library saved without `downsampling` by `"mean"`; return all else as it is."""
+    """
+    Copy a configuration, completed by `downsampling="mean"` where a library saved it without.
+
+    Raises:
+        ValueError: It names another architecture.
+    """
+    for key, own in (("model_type", HieraTokConfig.model_type), ("_class_name", "AutoencoderHieraTok")):
+        if (found := values.get(key, own)) != own:
+            raise ValueError(f"`config.json` must be that of HieraTok, with the {key} {own!r}, got {found!r}.")
     saved = "transformers_version" in values or "_diffusers_version" in values
-    return {"downsampling": "mean", **values} if saved else values
+    return {"downsampling": "mean", **values} if saved else {**values}
+
+
+def pipeline_hint(folder: Path) -> str:
+    """Say which parts of a folder, if it is a pipeline's, hold a tokenizer of this package."""
+    try:
+        index = read_json(folder / "model_index.json") or {}
+    except ValueError:
+        return ""
+    parts = [name for name, value in index.items() if isinstance(value, list) and "AutoencoderHieraTok" in value]
+    return "".join(f": it is a pipeline, pass subfolder={name!r}" for name in parts[:1])
+
+
+def _is_foreign(name: str) -> bool:
+    """Tell whether an argument is one of those that the libraries have besides the fields of a configuration."""
+    return name.startswith("_") or name in _FOREIGN or name in HieraTokConfig.attribute_map
+
+
+def refuse_misspelt(names: Iterable[str], known: Collection[str], owner: str) -> None:
+    """Raise `ValueError` for a name that only a few letters divide from an argument that `owner` has."""
+    for name in names:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if near and name not in known:
+            raise ValueError(f"{owner} has no argument {name!r}; did you mean {near[0]!r}?")

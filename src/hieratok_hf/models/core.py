@@ -2,7 +2,8 @@
 
 import copy
 import math
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from transformers import initialization as init
 
 from ..ops.onednn_linear import HieraTokLinear
 from ..ops.pyramid import PyramidLayout, check_scale_factors, continue_border, convolve_pyramid, flatten_pyramid
+from ..ops.torch_compat import is_watched, mode_of
 from .configuration_hieratok import DOWNSAMPLING, HieraTokConfig
 from .layers import HieraTokDecoderBlock, HieraTokEncoderBlock, HieraTokPositions, init_weights, rotary_tables
 
@@ -26,6 +28,7 @@ PIXEL_LIMIT = 16.0
 """Largest magnitude of a pixel that is taken for one in [-1, 1], which noise and resampling overshoot a little."""
 
 _INITIAL_LOGVAR = -6.0
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class HieraTokEncoder(nn.Module):
@@ -283,10 +286,12 @@ class HieraTokCore(nn.Module):
             The moments `(B, 2C, h, w)`, mean first, and the encoder's features `(B, h * w, D)`.
 
         Raises:
-            ValueError: The rank, batch, channels, size, dtype or values are not as above.
+            ValueError: The rank, batch, channels, size, dtype or values are not as above, or the dtype is not that of
+                the weights.
         """
-        check_pixel_values(pixel_values, self.config)
-        return self.encoder(pixel_values)
+        with mode_of(pixel_values):
+            check_pixel_values(pixel_values, self.config)
+            return _name_dtype_in_errors("pixel_values", self.encoder, pixel_values)
 
     def encode(self, pixel_values: Tensor) -> "DiagonalGaussianDistribution":
         """Encode `pixel_values` `(B, 3, H, W)`, as `encode_moments`, to the distribution of their latents."""
@@ -315,13 +320,14 @@ class HieraTokCore(nn.Module):
         return self._decode(latents, num_scales, all_scales=True)
 
     def _decode(self, latents: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
-        check_latents(latents, self.config)
-        layout = PyramidLayout.from_grid(latents.shape[-2], latents.shape[-1], tuple(self.config.scale_factors))
-        if num_scales is not None:
-            layout = layout.truncate(num_scales)
-            if layout.num_scales < len(self.config.scale_factors) and not self.config.scale_causal:
-                raise ValueError(f"Without `scale_causal` no scale can run alone, got `num_scales={num_scales}`.")
-        return self.decoder(latents, layout, all_scales)
+        with mode_of(latents):
+            check_latents(latents, self.config)
+            layout = PyramidLayout.from_grid(latents.shape[-2], latents.shape[-1], tuple(self.config.scale_factors))
+            if num_scales is not None:
+                layout = layout.truncate(num_scales)
+                if layout.num_scales < len(self.config.scale_factors) and not self.config.scale_causal:
+                    raise ValueError(f"Without `scale_causal` no scale can run alone, got `num_scales={num_scales}`.")
+            return _name_dtype_in_errors("latents", self.decoder, latents, layout, all_scales)
 
     @torch.no_grad()
     def with_scale_factors(self, scale_factors: tuple[int, ...], downsampling: str = "learned") -> "HieraTokCore":
@@ -488,21 +494,37 @@ def check_latents(latents: Tensor, config: HieraTokConfig) -> None:
 def _check_map(tensor: Tensor, name: str, channels: int, limit: float = math.inf) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"`{name}` must be a dense tensor, got one that is {kind}.")
     if tensor.ndim != 4:
         raise ValueError(f"`{name}` must have shape (batch, channels, height, width), got {tuple(tensor.shape)}.")
     if tensor.shape[1] != channels:
         raise ValueError(f"`{name}` must have {channels} channels, got {tensor.shape[1]}.")
     if 0 in tensor.shape:
         raise ValueError(f"`{name}` must not be empty, got shape {tuple(tensor.shape)}.")
-    if not tensor.is_floating_point():
-        raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}.")
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"`{name}` must be floating point of 16 bits or more, got {tensor.dtype}.")
     # Elsewhere, reading values would wait for a device or break a graph.
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+    if tensor.device.type == "cpu" and not is_watched():
         low, high = (float(x) for x in torch.aminmax(tensor.detach()))  # finite where all are
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
         if low < -limit or high > limit:
             raise ValueError(f"`{name}` must lie in [-1, 1], got values from {low:g} to {high:g}.")
+
+
+def _name_dtype_in_errors(name: str, module: nn.Module, tensor: Tensor, *args: Any) -> Any:
+    """Call a module, and tell which argument it was that torch could not join with the weights."""
+    if torch.compiler.is_compiling():
+        return module(tensor, *args)
+    try:
+        return module(tensor, *args)
+    except RuntimeError as error:  # not before, because hooks and autocast may cast the one or the other
+        dtype = next(parameter.dtype for parameter in module.parameters())
+        if tensor.dtype == dtype or not re.search(r"should be the same|same dtype", str(error)):
+            raise
+        raise ValueError(f"`{name}` must have the dtype of the weights, {dtype}, got {tensor.dtype}.") from error
 
 
 def _check_statistics(name: str, values: Tensor, shape: tuple[int, ...], positive: bool = False) -> None:

@@ -1,19 +1,21 @@
 """Turn images into `pixel_values` and back; both backends follow transformers' `image_processing_backends.py`."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict, load_image
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
-from ..utils.images import convert_to_rgb, open_image
+from ..utils.files import write_whole
+from ..utils.images import convert_to_rgb, fetch_image, open_image
 from ..utils.numbers import plain_numbers, whole_number
+from .configuration_hieratok import refuse_misspelt
 
 __all__ = ["HieraTokImageProcessor", "HieraTokImageProcessorPil"]
 
@@ -22,6 +24,15 @@ class HieraTokImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     """Name the arguments of a processor: transformers' own of images, and `size_divisor`."""
 
     size_divisor: int
+
+
+_SWITCHES = {"size": "do_resize", "crop_size": "do_center_crop", "pad_size": "do_pad"}
+
+
+def _with_switches(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Switch on what a size is given for, where the arguments do not say whether to do it."""
+    on = {switch: True for name, switch in _SWITCHES.items() if kwargs.get(name) is not None}
+    return {**on, **kwargs}
 
 
 class _HieraTokImageProcessing(BaseImageProcessor):
@@ -43,9 +54,18 @@ class _HieraTokImageProcessing(BaseImageProcessor):
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
 
-    if TYPE_CHECKING:  # type checkers would refuse `size_divisor`, which transformers' own `__init__` does not name
+    def __init__(self, **kwargs: Any):
+        refuse_misspelt(kwargs, self.valid_kwargs.__annotations__, type(self).__name__)
+        super().__init__(**_with_switches(kwargs))
 
-        def __init__(self, **kwargs: Any): ...
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a processor of saved settings; a size among `kwargs` switches on what it is for, as in `__init__`."""
+        return super().from_dict(image_processor_dict, **_with_switches(kwargs))
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Turn images into `pixel_values`, with the arguments and errors of the class."""
+        return super().preprocess(images, *args, **_with_switches(kwargs))
 
     def postprocess(
         self, pixel_values: torch.Tensor | np.ndarray, output_type: str = "pil"
@@ -94,7 +114,7 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
-            return load_image(image_url_or_urls)
+            return fetch_image(image_url_or_urls)
         is_path = isinstance(image_url_or_urls, (str, os.PathLike))
         return open_image(image_url_or_urls) if is_path else image_url_or_urls
 
@@ -116,13 +136,33 @@ class _HieraTokImageProcessing(BaseImageProcessor):
             output["auto_map"] = {**output.get("auto_map", {}), self._auto_class: names}
         return output
 
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the settings to a file, whole or not at all."""
+        with write_whole(json_file_path) as file:
+            file.write(self.to_json_string().encode())
+
     def _standardize_kwargs(self, *args: Any, size_divisor: Any = None, **kwargs: Any) -> dict[str, Any]:
         size_divisor = whole_number("size_divisor", size_divisor, 1)
         plain = {name: plain_numbers(value) for name, value in kwargs.items()}
-        return {**super()._standardize_kwargs(*args, **plain), "size_divisor": size_divisor}
+        settings = super()._standardize_kwargs(*args, **plain)
+        if settings["do_resize"]:
+            if any(side < 1 for side in dict(settings["size"]).values()):
+                raise ValueError(f"size must be of positive sides, got {dict(settings['size'])}")
+            if isinstance(settings["resample"], int) and settings["resample"] not in [*PILImageResampling]:
+                raise ValueError(f"resample must be one of {[*PILImageResampling]}, got {settings['resample']}")
+        positive = {"rescale_factor": "do_rescale", "image_std": "do_normalize"}
+        for name, switch in {**positive, "image_mean": "do_normalize"}.items():
+            values = np.ravel(np.asarray(settings[name], dtype=float))  # None becomes NaN
+            if settings[switch] and not (np.isfinite(values).all() and (name not in positive or (values > 0).all())):
+                kind = "positive and finite" if name in positive else "finite"
+                raise ValueError(f"{name} must be {kind}, got {settings[name]!r}")
+        return {**settings, "size_divisor": size_divisor}
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        images = self.fetch_images(images)
+        try:
+            images = self.fetch_images(images)
+        except RecursionError as error:
+            raise ValueError("images must not be lists that hold themselves") from error
         if isinstance(images, (list, tuple)):
             return [image for item in images for image in self._prepare_images_structure(item)]
         if isinstance(images, Image.Image):
@@ -152,6 +192,9 @@ class _HieraTokImageProcessing(BaseImageProcessor):
             image = torch.from_numpy(image.astype(image.dtype.newbyteorder("="), order="C"))
         if image.dtype != torch.uint8 and not (isinstance(image, torch.Tensor) and image.is_floating_point()):
             raise ValueError(f"images must have the dtype uint8 or a floating one, got {image.dtype}")
+        if image.layout != torch.strided or image.is_nested or image.is_meta or not image.numel():
+            kind = "nested" if image.is_nested else f"{image.layout}, {image.device}, {tuple(image.shape)}"
+            raise ValueError(f"images must be dense tensors of at least one pixel, got {kind}")
         if image.is_floating_point():
             image = image.detach().float()
             if do_rescale:
@@ -217,7 +260,8 @@ class HieraTokImageProcessor(_HieraTokImageProcessing, TorchvisionBackend):
         size_divisor (`int`, defaults to 16): Height and width become multiples of it; the model's patch size.
         do_convert_rgb (`bool`, defaults to `True`): Whether to make RGB of an image and follow its EXIF orientation;
             without it the channels are taken as they are.
-        kwargs: The other arguments of transformers' `ImagesKwargs`, given here or on a call.
+        kwargs: The other arguments of transformers' `ImagesKwargs`, given here or on a call; `size` without
+            `do_resize` resizes, and `crop_size` without `do_center_crop` crops.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it, what it was and what was expected.

@@ -71,7 +71,7 @@ def _rotary_tables(
     frequencies = frequencies.repeat(2) if pairing == "detok" else frequencies.repeat_interleave(2)  # (d / 2,)
     angles = []
     for num_cells, (first, end) in zip(grid, layout.cells(device).spans(grid)):
-        centre = (first + end - 1) / 2  # (N,)
+        centre = (first + end - 1).float() / 2  # (N,)
         if coordinates == "fraction":
             centre = centre / max(num_cells - 1, 1)
         angles.append(centre[:, None] * frequencies)  # (N, d / 2)

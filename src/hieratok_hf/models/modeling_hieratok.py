@@ -1,8 +1,10 @@
 """Give HieraTok to transformers as a model: configuration, outputs and flags around `HieraTokCore`."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,14 @@ from .configuration_hieratok import HieraTokConfig
 from .core import HieraTokCore, HieraTokDecoder, posterior_of
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
-from .saving import HubUploadMixin, name_in_errors, refuse_paths_in_indices, share_between_libraries
+from .saving import (
+    HubUploadMixin,
+    check_indices,
+    check_kind,
+    load_whole,
+    name_in_errors,
+    share_between_libraries,
+)
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -29,9 +38,13 @@ if TYPE_CHECKING:
     # transformers' own have no types, so they would hide the arguments of what they decorate from type checkers.
     def can_return_tuple(method: Callable[_Arguments, Any]) -> Callable[_Arguments, Any]: ...
     def capture_outputs(method: Callable[_Arguments, Any]) -> Callable[_Arguments, Any]: ...
+    def capture_both_sides(method: Callable[_Arguments, Any]) -> Callable[_Arguments, Any]: ...
 else:
     from transformers.utils.generic import can_return_tuple
     from transformers.utils.output_capturing import capture_outputs
+
+    # The last hidden state of all is the decoder's.
+    capture_both_sides = capture_outputs(tie_last_hidden_states=False)
 
 __all__ = ["HieraTokDecoderOutput", "HieraTokEncoderOutput", "HieraTokModel", "HieraTokOutput"]
 
@@ -86,6 +99,9 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
     Hold what `HieraTokModel` returns.
 
     Attributes:
+        last_hidden_state (`torch.Tensor` of shape `(B, h * w, D)`): Tokens of the encoder before its head. It comes
+            first, because transformers' pipeline `"image-feature-extraction"` takes what is first.
+        pooler_output (`torch.Tensor` of shape `(B, D)`): Mean of these tokens.
         loss (`torch.Tensor` of shape `()`): Weighted sum of `tokenizer_losses`; `None` where only coarser scales ran.
         reconstruction (`torch.Tensor` of shape `(B, 3, H, W)`): The decoded image, about [-1, 1], not clamped.
         scales (`tuple[torch.Tensor]`, with `return_scales=True`): Images of all scales that ran, coarse to fine.
@@ -97,6 +113,8 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
         attentions (`tuple`, with `output_attentions=True` and the eager attention): Weights of each block.
     """
 
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
     loss: Tensor | None = None
     reconstruction: Tensor | None = None
     scales: tuple[Tensor, ...] | None = None
@@ -144,6 +162,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
 
     def __init__(self, config: HieraTokConfig):
+        HieraTokConfig(**config.model_fields)  # checks values that were set since it was made
         super().__init__(config)
         self.core = HieraTokCore(config)
         self.post_init()
@@ -170,12 +189,20 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
-            ValueError: In a folder, an index of the weights names a file outside of it.
+            ValueError: It is of another architecture, or an index of the weights names a file outside of the folder.
         """
-        if pretrained_model_name_or_path is not None:
-            refuse_paths_in_indices(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        with name_in_errors(pretrained_model_name_or_path or ""):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is None:
+            return load()
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+
+        def load_checked() -> Any:
+            check_kind(folder, needs_config=kwargs.get("config") is None)
+            check_indices(folder)
+            return load()
+
+        with name_in_errors(pretrained_model_name_or_path):
+            return load_whole(pretrained_model_name_or_path, kwargs.get("subfolder"), load_checked)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Check a name of `ATTENTION_IMPLEMENTATIONS` as transformers does; any other is a `ValueError`."""
@@ -255,7 +282,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         _, features = self.core.encode_moments(self._to_own_dtype(pixel_values))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
 
-    @capture_outputs
+    @capture_both_sides
     def forward(
         self,
         pixel_values: Tensor,
@@ -279,7 +306,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
         """
         pixel_values = self._to_own_dtype(pixel_values)
-        moments, _ = self.core.encode_moments(pixel_values)
+        moments, features = self.core.encode_moments(pixel_values)
         posterior = posterior_of(moments)
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         has_loss = return_loss and num_scales in (None, len(self.config.scale_factors))
@@ -288,6 +315,8 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         else:
             images = [self.core.decode(latents, num_scales)]
         return HieraTokOutput(
+            last_hidden_state=features,
+            pooler_output=features.mean(dim=1),
             loss=tokenizer_losses(images, pixel_values, moments, self.config)["loss"] if has_loss else None,
             reconstruction=images[-1],
             scales=tuple(images) if return_scales else None,
@@ -301,11 +330,16 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         """
         Save to a folder that this class and `AutoencoderHieraTok` both load; files appear whole or not at all.
 
-        The arguments are those of `PreTrainedModel.save_pretrained`.
+        The arguments are those of `PreTrainedModel.save_pretrained`; a process that is not the main one writes
+        nothing.
 
         Raises:
-            ValueError: `save_directory` is a file.
+            ValueError: `save_directory` names no folder.
         """
+        if not is_main_process:
+            # It may still have to send its share of the weights to the main one.
+            with tempfile.TemporaryDirectory() as nowhere:
+                return super().save_pretrained(nowhere, is_main_process, **{**kwargs, "push_to_hub": False})
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, **kwargs)
             share_between_libraries(stage, self.config, for_transformers=True)

@@ -31,11 +31,11 @@ def tile_spans(length: int, size: int, stride: int, unit: int = 1) -> list[Span]
 
 def tile_weights(spans: Sequence[Span], device: torch.device | None = None) -> list[Tensor]:
     """Compute each tile's weights `(end - start,)`, which sum to 1 and pass evenly from tile to tile."""
-    total = torch.zeros(spans[-1][1], device=device)
+    total = torch.zeros(spans[-1][1], dtype=torch.float32, device=device)
     weights = []
     for i, (start, end) in enumerate(spans):
-        place = torch.arange(start, end, device=device) + 0.5
-        weight = torch.ones(end - start, device=device)
+        place = torch.arange(start, end, dtype=torch.float32, device=device) + 0.5
+        weight = torch.ones_like(place)
         if i > 0:
             weight = torch.minimum(weight, (place - start) / max(spans[i - 1][1] - start, 1))
         if i < len(spans) - 1:
@@ -146,7 +146,7 @@ class TilingMixin(AutoencoderMixin):
     def needs_tiles(self, batch: Any, pixels: int) -> bool:
         """Tell whether tiling is on and `batch` holds maps, in cells of `pixels` a side, larger than a tile."""
         (height, width), _ = self.tiles(pixels)
-        is_map = isinstance(batch, Tensor) and batch.ndim == 4
+        is_map = isinstance(batch, Tensor) and not batch.is_nested and batch.ndim == 4
         return self.use_tiling and is_map and (batch.shape[2] > height or batch.shape[3] > width)
 
     def _take_multiple(self, name: str, value: Any) -> int:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pyramid import PyramidLayout
-from .torch_compat import is_exporting
+from .torch_compat import has_tangents, is_exporting
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -96,6 +96,8 @@ ATTENTION_BACKENDS = ("auto", "reference", "sdpa", "sdpa_mask", "flex", "triton"
 
 def why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> str | None:
     """Give the reason that a backend cannot serve for a `query` of shape `(B, A, N, d)`, or `None` where it can."""
+    if backend in ("flex", "triton") and has_tangents():
+        return "its kernel has no forward-mode derivatives"
     if backend == "flex" and query.device.type == "cpu" and needs_gradient:
         return "`flex_attention` has no backward pass on a CPU"
     if backend == "triton":
@@ -179,6 +181,8 @@ def scale_causal_attention(
         raise ValueError(f"`backend={backend!r}` cannot return weights; use `backend='reference'`.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
+    if backend == "auto" and has_tangents():
+        backend = "reference"  # the kernels have no forward-mode derivatives
     if backend == "reference" or return_weights:
         attended, weights = reference_attention(query, key, value, layout, scale)
         return (attended, weights) if return_weights else attended

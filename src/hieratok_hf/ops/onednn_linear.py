@@ -1,14 +1,11 @@
 """Compute linear layers in float32 on a CPU by oneDNN, where PyTorch's own choice is slow at them."""
 
-import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .torch_compat import NAMESPACE, is_exporting
+from .torch_compat import NAMESPACE, has_tangents, is_exporting, is_watched
 
 __all__ = ["HieraTokLinear", "prefers_onednn"]
 
@@ -26,16 +23,7 @@ def prefers_onednn() -> bool:
     return "AuthenticAMD" in vendor and has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _flops(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 2 * math.prod(x) * weight[0]
-
-
-# The operator is private, see CONTRIBUTING.md. Without a formula `FlopCounterMode` would count nothing; another copy
-# of this file may have given it.
-if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
-
-
+# The operator is private, see CONTRIBUTING.md.
 @torch.library.custom_op(f"{NAMESPACE}::onednn_linear", mutates_args=())
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -64,6 +52,9 @@ class HieraTokLinear(nn.Linear):
     def _is_for_onednn(self, x: Tensor) -> bool:
         # What is exported runs elsewhere, and quantised weights have their own products.
         if is_exporting() or type(self.weight) is not nn.Parameter or type(x) is not Tensor:
+            return False
+        # Its operator drops tangents, and has no rules for tracers and `torch.func`.
+        if has_tangents() or (is_watched() and not torch.compiler.is_compiling()):
             return False
         if not x.device.type == self.weight.device.type == "cpu" or not x.dtype == self.weight.dtype == torch.float32:
             return False

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..utils.numbers import whole_number
+from .torch_compat import is_watched
 
 __all__ = [
     "PyramidCells",
@@ -48,12 +49,10 @@ def keep_by_size(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def kept(layout: "PyramidLayout", *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or layout.num_tokens > _KEPT_TOKENS:
+        if is_watched() or layout.num_tokens > _KEPT_TOKENS:
             return function(layout, *arguments)
-        device = torch.device(arguments[-1])
-        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        has_data = type(torch.empty(0, device=device)) is Tensor
-        return made(layout, *arguments) if has_data and not captured else function(layout, *arguments)
+        captured = torch.device(arguments[-1]).type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return function(layout, *arguments) if captured else made(layout, *arguments)
 
     return kept
 
@@ -249,11 +248,11 @@ def _places_in_pooled(layout: PyramidLayout, grid: tuple[int, int], device: torc
     index, start = torch.zeros_like(cells.row), 0
     for scale, (rows, columns) in enumerate(_pooled_grids(layout)):
         index = index + (cells.scale == scale) * (start + cells.row * columns + cells.column)
-        start += rows * columns
+        start = start + rows * columns
     # The averages at the borders hold zeros of the padding.
     (top, bottom), (left, right) = cells.spans(grid)
     covered = (bottom - top) * (right - left)
-    return index, (cells.factor.square() / covered)[:, None]
+    return index, (cells.factor.square().float() / covered)[:, None]
 
 
 def check_scale_factors(scale_factors: Iterable[int]) -> tuple[int, ...]:

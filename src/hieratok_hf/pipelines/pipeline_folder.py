@@ -1,16 +1,16 @@
 """Save a pipeline's folder whole, and load it from a disk or the Hub, with or without code of its own."""
 
 import inspect
-import json
 import os
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from ..models.saving import HubUploadMixin, name_in_errors
+from ..models.saved_code import OWN_CODE
+from ..models.saving import HubUploadMixin, load_whole, name_in_errors
 from ..utils.files import read_json
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["PipelineFolderMixin"]
 
 _CLASS, _PARTS = "AutoencoderHieraTok", ("vae", "transformer", "scheduler")
-_VAE_FILE, _PIPELINE_FILE = "autoencoder_hieratok", "pipeline_hieratok_dit"
-_IN_PACKAGE = __name__.startswith("hieratok_hf.")  # and not in the one file that a folder brings along
 
 
 class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
@@ -34,7 +32,7 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         # Read before the download, when names of files would still have to be names of modules.
         index = read_json(Path(json_file)) or {}
         _check_index(json_file, index)
-        if not _IN_PACKAGE:
+        if OWN_CODE is not None:
             return index
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][-1]
@@ -68,9 +66,10 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         for part in _PARTS:
             if _is_pair(index.get(part)) and part not in kwargs and not (folder / part).is_dir():
                 raise OSError(f"{str(folder)!r} lacks the folder {part!r} that its model_index.json names.")
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
         try:
             with name_in_errors(pretrained_model_name_or_path):
-                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+                return load_whole(pretrained_model_name_or_path, None, load)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             # What diffusers' own classes make of a configuration with a wrong type.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -103,32 +102,22 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         made = cls(**kwargs, **{name: held[name] for name in parameters if name in held and name not in kwargs})
         return made if dtype is None else made.to(dtype)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """
         Save to a folder, with the arguments of `DiffusionPipeline`; files appear whole or not at all.
 
-        A pipeline that was loaded by the code of its folder keeps that code.
+        With `is_main_process=False`, as in the models, nothing is done. A pipeline that was loaded by the code of its
+        folder keeps that code.
 
         Raises:
-            ValueError: `save_directory` is a file.
+            ValueError: `save_directory` names no folder.
         """
+        if not is_main_process:
+            return
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, *args, **kwargs)
-            if not _IN_PACKAGE:
-                _keep_code(stage)
-
-
-def _keep_code(folder: Path) -> None:
-    """Save this file beside what needs it, and name it in `model_index.json`, as `add_remote_code` does."""
-    path = folder / "model_index.json"
-    index = json.loads(path.read_text(encoding="utf-8"))
-    shutil.copyfile(__file__, folder / f"{_PIPELINE_FILE}.py")
-    index["_class_name"] = [_PIPELINE_FILE, index["_class_name"]]
-    for name, value in index.items():
-        if isinstance(value, list) and value[1:] == [_CLASS]:
-            shutil.copyfile(__file__, folder / name / f"{_VAE_FILE}.py")
-            index[name] = [_VAE_FILE, _CLASS]
-    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_index(path: str | os.PathLike[str], index: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..models.saved_code import library_of
 from ..utils.numbers import real_number, whole_number
 from .call_arguments import evaluating, take_falling, take_generators, take_interval, take_latents
 from .class_names import label_ids, names_to_ids
@@ -68,7 +69,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
 
     # A trap: as of a component (see `AutoencoderHieraTok`), diffusers takes `__module__` for the importable library
     # that has the class. The path of this file would tie saved folders to it, and code from the Hub has another path.
-    __module__ = "hieratok_hf"
+    __module__ = library_of("pipeline_hieratok_dit")
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents", "clean_latents"]

@@ -13,29 +13,49 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..utils.files import write_whole
+from ..utils.files import name_when_full, write_whole
 
-__all__ = ["JsonLines", "TrainingReport"]
+__all__ = ["JsonLines", "TrainingReport", "say"]
+
+
+def say(line: str) -> None:
+    """Print a line beside the progress bar; a training goes on where nobody reads it, or the disk is full."""
+    with contextlib.suppress(OSError):
+        tqdm.write(line)
 
 
 class JsonLines:
-    """Keep records in a file, a line each; a run that goes on from `first_step` drops those after it."""
+    """
+    Keep records in a file, a line each; a run that goes on from `first_step` drops those after it.
+
+    Raises:
+        ValueError: A line but the last, which a kill may have cut, is no JSON object with the number of a `step`.
+    """
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{str(path)!r} must be a file of records.")
+        lines = path.read_bytes().splitlines() if path.exists() else []
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            # The line that was being written when a run was killed is no JSON.
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(f"{line}\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if type(record["step"]) is not int:
+                    raise TypeError("its step is no whole number")
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                if number < len(lines):
+                    raise ValueError(f"Line {number} of {str(path)!r} is no record: mend or remove it.") from error
+                continue
+            if record["step"] <= first_step:
+                kept.append(line + b"\n")
         with write_whole(path) as file:
-            file.write("".join(kept).encode())
+            file.writelines(kept)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; tensors become numbers, without rounding."""
         plain = {name: x.item() if isinstance(x, Tensor) else x for name, x in record.items()}
-        with self.path.open("a") as file:
+        with name_when_full(self.path), self.path.open("a") as file:
             file.write(json.dumps(plain) + "\n")
 
 
@@ -71,7 +91,7 @@ class TrainingReport:
         for reason in skipped:
             if reason not in self.skipped:
                 self.skipped.add(reason)
-                tqdm.write(f"left out ({len(self.skipped)} so far): {reason}")
+                say(f"left out ({len(self.skipped)} so far): {reason}")
 
     def end_step(self, step: int, norm: Tensor, count: int, learning_rate: float) -> None:
         """
@@ -104,7 +124,7 @@ class TrainingReport:
         if self.figures is not None:
             self.figures.write({"step": step, **figures})
         scalars = {name: value for name, value in figures.items() if isinstance(value, int | float)}
-        tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.5g}" for name, value in scalars.items()))
+        say(f"step {step}: " + ", ".join(f"{name} {value:.5g}" for name, value in scalars.items()))
         self.accelerator.log({f"validation/{name}": value for name, value in scalars.items()}, step=step)
 
     def sampled(self, step: int, sheet: Image.Image) -> None:
@@ -130,4 +150,4 @@ class TrainingReport:
         """End the progress bar, and say how many images were left out."""
         self.bar.close()
         if self.skipped:
-            tqdm.write(f"{len(self.skipped)} images were left out, because they cannot be decoded.")
+            say(f"{len(self.skipped)} images were left out, because they cannot be decoded.")

@@ -1,7 +1,11 @@
 """States of an interrupted training: one file a step, written whole or not at all, the last few kept."""
 
+import json
 import math
-import pickle
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,13 +20,36 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..utils.files import write_whole
+from ..utils.files import remove_leftovers, write_whole
 
-__all__ = ["TrainingState", "latest_state", "learning_rate_factor", "state_to_resume", "states_in"]
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "TrainingState",
+    "hold_folder",
+    "latest_state",
+    "learning_rate_factor",
+    "options_of",
+    "state_to_resume",
+    "states_in",
+]
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
+# Options of the scripts that leave what is trained as it is, but for rounding.
+_HARMLESS = {"output", "resume", "allow_changes", "overwrite", "keep", "num_workers", "compile", "accumulate"}
+_HARMLESS |= {"gradient_checkpointing", "log_every", "sample_every", "save_every", "report_to", "export_every"}
+_HARMLESS |= {"sample_steps", "guidance_scale", "export_dtype", "validation_data", "validation_split"}
+_HARMLESS |= {"validation_every", "validation_size", "validation_fid", "fid_size"}
+# These count where they change the learning rate of a step that was taken.
+_SCHEDULE = ("steps", "warmup_steps", "decay_steps")
+
 _PATTERN = "state-{:09d}.pt"
+_SCHEMA = {"step": int, "parts": list, "average": dict, "updates": int}
+_LOCK = ".training.lock"
 _GLOB = "state-" + "[0-9]" * 9 + ".pt"
 
 # Names without what DDP, FSDP and `torch.compile` put before them: a state goes on under any of them.
@@ -82,11 +109,9 @@ class TrainingState:
             return
         state = {"step": step, "parts": parts, "average": average, "updates": self.average.optimization_step}
         path = folder / _PATTERN.format(step)
-        try:
-            with write_whole(path) as file:
-                torch.save({**state, **facts}, file)
-        except RuntimeError as error:  # what torch's writer makes of a full disk
-            raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+        with write_whole(path) as file:
+            torch.save({**state, **facts}, file)
+        remove_leftovers(folder)
         for old in states_in(folder)[:-keep]:
             old.unlink()
 
@@ -107,29 +132,112 @@ class TrainingState:
                 set_model_state_dict(module, part["model"], options=options)
                 if part["optimizer"]:
                     set_optimizer_state_dict(module, optimizer, part["optimizer"], options=options)
-        except RuntimeError as error:
-            raise ValueError(f"The state does not fit this model: {str(error).splitlines()[-1].strip()}") from error
+        except Exception as error:  # torch's functions raise many types
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            raise ValueError(f"The state does not fit this model: {reason}") from error
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """
+    Hold a training's folder, made if it is not there, as long as one process writes to it.
+
+    The lock ends with its process however that ends, and the workers that a killed one leaves do not inherit it.
+
+    Raises:
+        OSError: The folder cannot be written.
+        ValueError: Another process holds it.
+    """
+    path, is_new = folder / _LOCK, not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "ab")  # noqa: SIM115 (closed below, after its name is gone)
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise ValueError(
+                f"Another training is going on in {str(folder)!r}: wait, or take another folder."
+            ) from error
+        except FileNotFoundError:  # who held it has just ended
+            pass
+        file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        if is_new:
+            with suppress(OSError):  # unless something was written
+                folder.rmdir()
 
 
 def latest_state(folder: Path) -> dict[str, Any]:
-    """Read the newest state of a folder; `FileNotFoundError` without one, `ValueError` where it is damaged."""
+    """
+    Read the newest state of a folder and compare all of it with its checksums.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged or none of this package; the message names it.
+    """
     states = states_in(folder)
     if not states:
         raise FileNotFoundError(f"{str(folder)!r} holds no training state to go on from ({_PATTERN.format(0)} or so).")
+    name = repr(str(states[-1]))
     try:
+        if not states[-1].is_file():
+            raise ValueError("it is no file")
+        # torch writes a CRC-32 of each tensor, and does not look at it.
+        with zipfile.ZipFile(states[-1]) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{damaged} has another checksum")
+            if any(member.compress_type for member in archive.infolist()):
+                raise ValueError("it is compressed")  # which torch would map into memory as it is
         state = torch.load(states[-1], map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # zipfile, torch and pickle raise many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{str(states[-1])!r} cannot be read as a training state: {reason}") from error
-    if not isinstance(state, dict) or not {"step", "parts", "average", "updates"} <= state.keys():
-        raise ValueError(f"{str(states[-1])!r} is no training state of this package.")
+        before = f"; if it is removed, {states[-2].name} is the newest" if len(states) > 1 else ""
+        raise ValueError(f"{name} cannot be read as a training state: {reason}{before}") from error
+    if not isinstance(state, dict) or not all(type(state.get(key)) is kind for key, kind in _SCHEMA.items()):
+        raise ValueError(f"{name} is no training state of this package.")
+    options = state.get("options", dict.fromkeys(_SCHEDULE, 0))  # a state from before they were kept has none
+    if (
+        not all(isinstance(part, dict) and part.keys() >= {"model", "optimizer"} for part in state["parts"])
+        or state["step"] < 0
+        or not isinstance(state.setdefault("config", {}), dict)
+        or not isinstance(options, dict)
+        or not all(type(options.get(key)) is int for key in _SCHEDULE)
+    ):
+        raise ValueError(f"{name} is no training state of this package: a part of it is none.")
     return state
 
 
-def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[str, Any] | None:
+def state_to_resume(
+    folder: Path,
+    resume: bool,
+    config: dict[str, Any],
+    options: dict[str, Any] | None = None,
+    allow_changes: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
     """
-    Read the newest state of a script's `--output`, `None` where there is none. `ValueError` without `--resume`, for
-    another `config`, or where the state is damaged.
+    Read the newest state of a script's `--output`, `None` where there is none.
+
+    Args:
+        folder (`Path`): Holds the states.
+        resume (`bool`): Whether `--resume` was given.
+        config (`dict`): Must be that of the state.
+        options (`dict`, *optional*): The script's, see `options_of`, with what the data is in place of where it lies;
+            what differs from those of the state is said.
+        allow_changes (`bool`, defaults to `False`): Go on even where they change what is trained.
+        say (callable, defaults to `print`): Given a line.
+
+    Raises:
+        ValueError: There is one and `--resume` was not given, its `config` is another, its options are others that
+            change what is trained, or as `latest_state`.
     """
     if not states_in(folder):
         return None
@@ -141,7 +249,37 @@ def state_to_resume(folder: Path, resume: bool, config: dict[str, Any]) -> dict[
     if saved != config:
         differing = sorted(name for name in {*saved, *config} if saved.get(name) != config.get(name))
         raise ValueError(f"The state in {str(folder)!r} is that of a model of another configuration: {differing}.")
+    before = state.get("options")  # a state from before they were kept has none
+    if options is None or before is None:
+        return state
+    changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
+    if changed:
+        told = [f"--{name} {_told(options.get(name))} (was {_told(before.get(name))})" for name in changed]
+        say(f"{str(folder)!r} was begun with other options: {', '.join(told)}")
+    refused = [name for name in changed if name not in _HARMLESS and name not in _SCHEDULE]
+    if any(_rate(before, step) != _rate(options, step) for step in range(state["step"])):
+        refused += [name for name in changed if name in _SCHEDULE]
+    if refused and not allow_changes:
+        names = ", ".join(f"--{name}" for name in refused)
+        raise ValueError(
+            f"{names} changed since the training in {str(folder)!r} was begun, which would make it another one: give "
+            "what it was begun with, or add --allow_changes."
+        )
     return state
+
+
+def options_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Choose what a state keeps of a script's arguments, in types that any reader takes."""
+    return json.loads(json.dumps(arguments, default=str))
+
+
+def _told(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _rate(options: dict[str, Any], step: int) -> float:
+    steps, warmup, decay = (options[name] for name in _SCHEDULE)
+    return learning_rate_factor(step, steps, warmup, decay)
 
 
 def states_in(folder: Path) -> list[Path]:

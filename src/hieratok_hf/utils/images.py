@@ -3,13 +3,32 @@
 import io
 import os
 import stat
+import urllib.request
 from typing import IO
 
+import httpx
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 
-__all__ = ["ImageError", "centre_square", "convert_to_rgb", "decode_image", "from_uint8", "open_image", "to_uint8"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ImageError",
+    "centre_square",
+    "convert_to_rgb",
+    "decode_image",
+    "fetch_image",
+    "from_uint8",
+    "open_image",
+    "to_uint8",
+]
+
+# Pillow knows more: EPS is a program that Ghostscript would run, and an ICO is decoded before its size is known.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+"""How names of files end, in lower case, in the formats that are read."""
+
+_MOST_BYTES = 200 * 2**20
 
 
 class ImageError(ValueError):
@@ -21,25 +40,32 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     Make a new image of mode RGB, 8 bits a channel and upright, of an image of any size and mode.
 
     EXIF orientation is followed and transparency laid on white. Greys of 16 and 32 bits ("I;16*", "I") are scaled from
-    0..65535, floats ("F") from [0, 1], both rounded to the nearest of 256 levels. Colour profiles are not applied.
+    0..65535, in a TIFF file of 12 bits from 0..4095, floats ("F") from [0, 1], all rounded to the nearest of 256
+    levels. Colour profiles are not applied.
 
     Raises:
         ValueError: An "I" or "F" image has values outside those ranges, or Pillow cannot convert the mode.
         OSError: The image's file is cut short.
     """
+    if not image.width or not image.height:
+        raise ValueError(f"image must have pixels, got {image.width} x {image.height}")
     image.load()
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file; Pillow heeds them where a channel has 8 bits
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # Pillow's EXIF parser raises several types on broken metadata around intact pixels
         image = image.copy()
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip at 255 and turn a 16-bit image white
-        values, top = np.asarray(image), 1 if image.mode == "F" else 65535
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        values, top = np.asarray(image), 1 if image.mode == "F" else 2 ** min(bits, 16) - 1
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= top):  # phrased so that NaN fails
             raise ValueError(f"image of mode {image.mode!r} must hold values in [0, {top}], got [{low}, {high}]")
         levels = np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
         if isinstance(key := image.info.get("transparency"), int):
             levels[values == key] = 255
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
+            levels = 255 - levels
         image = Image.fromarray(levels)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -52,13 +78,14 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) ->
     Read an image file (of several frames the first) as `convert_to_rgb` makes it, and close the file.
 
     Args:
-        path (`str` or `os.PathLike`): A regular file in any format that Pillow reads.
-        max_pixels (`int`, defaults to 50 million): An image of more pixels is refused before it is decoded.
+        path (`str` or `os.PathLike`): A regular file in PNG, JPEG, WebP, BMP, TIFF or GIF.
+        max_pixels (`int`, defaults to 50 million): An image of more pixels is refused before it is decoded,
+            and a file of more than 16 bytes a pixel of that number, and 16 MiB, before it is looked into.
 
     Raises:
         ImageError: The file is missing, a folder, empty, unreadable, no image, too large or damaged.
     """
-    name = repr(os.fspath(path))  # repr keeps the message on one line whatever the name holds
+    name = _shown(os.fspath(path))
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
@@ -66,8 +93,10 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) ->
         if info.st_size == 0:
             raise ImageError(f"{name}: is empty (0 bytes)")
         file = open(path, "rb")  # noqa: SIM115 (closed by the block below, whose errors are others)
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError of a name that no system takes
+        raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', error)})") from error
     with file:
         return _decode(file, name, max_pixels)
 
@@ -75,20 +104,58 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) ->
 def decode_image(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Image.Image:
     """Read the image in a file's content as `open_image` does; in an `ImageError`, `name` stands for the path."""
     if not data:
-        raise ImageError(f"{name!r}: is empty (0 bytes)")
-    return _decode(io.BytesIO(data), repr(name), max_pixels)
+        raise ImageError(f"{_shown(name)}: is empty (0 bytes)")
+    return _decode(io.BytesIO(data), _shown(name), max_pixels)
+
+
+def fetch_image(url: str, *, max_pixels: int = 50_000_000) -> Image.Image:
+    """Read an image from a URL as `open_image` does from a file.
+
+    Args:
+        url: begins with `http://`, `https://` or `data:`.
+        max_pixels: as that of `open_image`.
+    Returns:
+        A fully loaded image of mode RGB, see `convert_to_rgb`.
+    Raises:
+        ImageError: nothing is found there, or more than 200 MiB, or no image that `decode_image` reads.
+    """
+    name = url if len(url) <= 100 else f"{url[:97]}..."
+    data = b""
+    try:
+        if url.startswith("data:"):
+            with urllib.request.urlopen(url) as answer:
+                data = answer.read()
+        else:
+            with httpx.stream("GET", url, timeout=60, follow_redirects=True) as answer:
+                answer.raise_for_status()
+                for part in answer.iter_bytes():
+                    data += part
+                    if len(data) > _MOST_BYTES:
+                        raise ValueError(f"it has more than {_MOST_BYTES // 2**20} MiB")
+    except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name!r}: cannot be fetched ({reason})") from error
+    return decode_image(data, name, max_pixels=max_pixels)
+
+
+def _shown(name: str | bytes) -> str:
+    """Give a name for a message, on one line whatever it holds, and short where it is no name but a content."""
+    return repr(name if len(name) <= 1000 else name[:1000]) + "..." * (len(name) > 1000)
 
 
 def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(file)
+        if (size := file.seek(0, io.SEEK_END)) > 16 * max_pixels + 2**24:  # Pillow reads a WebP file whole
+            raise Image.DecompressionBombError(f"{size} bytes")
+        file.seek(0)
+        image = Image.open(file, formats=_FORMATS)
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         return convert_to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: is too large for max_pixels={max_pixels} ({error})") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: is no image in a format that Pillow reads") from error
+        raise ImageError(f"{name}: is no image in a format that is read here: {', '.join(_FORMATS)}") from error
     except Exception as error:  # Pillow's plugins raise many types on broken data
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name}: cannot be decoded ({reason})") from error

@@ -1,0 +1,224 @@
+"""Lists of the images in folders and tar shards, which are read where they lie: no copy of them can be out of date."""
+
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["LABELS", "Listing", "list_folder", "list_shards"]
+
+LABELS = ("label", "labels", "cls", "class", "fine_label")
+"""What columns and members of labels are called, the first that is there counts."""
+
+_IMAGES = ("apng", "bmp", "dib", "gif", "jfif", "jpe", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_LONGEST_LABEL = 64  # bytes of a member that holds a label
+
+
+class Listing(NamedTuple):
+    """
+    Rows of images that are not read yet.
+
+    Attributes:
+        dataset (`datasets.Dataset`): Columns `image`, whose bytes are missing, and `label`; of tar shards also
+            `__url__`, `__offset__` and `__size__`, where the bytes lie.
+        digest (`str`): A SHA-256 of the names, sizes and labels of all rows, without what lies above the folder.
+    """
+
+    dataset: "datasets.Dataset"
+    digest: str
+
+
+class _Image(NamedTuple):
+    path: str  # of a tar shard the member's name
+    size: int
+    label: Any = None
+    shard: str | None = None
+    offset: int | None = None
+
+
+def list_folder(folder: str, split: str) -> Listing | None:
+    """
+    List a split of a folder of images or tar shards, `None` where it holds neither.
+
+    Folders that are named like splits are splits where no other folder holds images, and classes beside others.
+    Files beside the images, such as `metadata.jsonl`, and hidden files are passed over.
+
+    Raises:
+        OSError: A folder in it cannot be read.
+        ValueError: There is no such split, splits lie beside other folders, or a name is not UTF-8.
+    """
+    if images := list(_files_below(folder, _IMAGES)):
+        tops = {path.partition(os.sep)[:2] for path in images}
+        found = {_SPLITS.get(name.lower(), "") if below else "" for name, below in tops}
+        if "" in found and len(found) > 2:
+            other = min(name for name, _ in tops if name.lower() not in _SPLITS)
+            raise ValueError(f"folders of splits lie beside {other!r}: give the folder of a split itself")
+        places = {path: path.split(os.sep)[1 if "" not in found else 0 : -1] for path in images}
+        classes = sorted({place[-1] for place in places.values() if place})
+        labelled = len(classes) > 1 and len({len(place) for place in places.values()}) == 1
+        splits: dict[str, list[_Image]] = {}
+        for path, place in places.items():
+            full = os.path.join(folder, path)
+            # A link to nothing is left out where the image is decoded, as what is no image.
+            size = os.path.getsize(full) if os.path.exists(full) else -1
+            image = _Image(full, size, classes.index(place[-1]) if labelled else None)
+            of = "train" if "" in found else _SPLITS[path.partition(os.sep)[0].lower()]
+            splits.setdefault(of, []).append(image)
+        return _listing(_choose(splits, split), folder, classes if labelled else None)
+    if shards := list(_files_below(folder, ("tar",))):
+        words = {path: re.split(r"[-._ \d/\\]+", path.lower()) for path in shards}
+        named = {path: next((_SPLITS[word] for word in words[path] if word in _SPLITS), "") for path in shards}
+        if "" in named.values() and any(named.values()):
+            other = next(path for path in shards if not named[path])
+            raise ValueError(f"shards of splits lie beside {other!r}: give a pattern of shards")
+        parts: dict[str, list[_Image]] = {}
+        for path in shards:
+            parts.setdefault(named[path] or "train", []).extend(_shard_images(os.path.join(folder, path)))
+        return _listing(_choose(parts, split), folder)
+    return None
+
+
+def list_shards(paths: Sequence[str], split: str) -> Listing:
+    """
+    List the images of tar shards, whose only split is `"train"`.
+
+    A member's key is its name up to the first dot, as webdataset has it. Of a key with a member such as `key.png` that
+    is the image; of one without, each image is one of its own. A label is the integer in a member that is named like
+    the image up to the last dot, else like its key. Nothing else is read.
+
+    Raises:
+        ValueError: A shard is damaged or compressed, or a label is no integer of 64 bits; the message names it.
+    """
+    images = [image for path in paths for image in _shard_images(path)]
+    return _listing(_choose({"train": images}, split), "")
+
+
+def _files_below(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """Iterate over the relative paths of files in their order; links are followed, hidden names are not."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    def is_loop(path: str) -> bool:
+        above = os.path.realpath(os.path.dirname(path)) + os.sep
+        return os.path.islink(path) and above.startswith(os.path.join(os.path.realpath(path), ""))
+
+    found = []
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not _is_hidden(name) and not is_loop(os.path.join(place, name))]
+        names = [name for name in files if not _is_hidden(name) and _suffix(name) in suffixes]
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
+    for path in sorted(found):
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the name {path!r} is not UTF-8: rename it") from error
+        yield path
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def _choose(splits: dict[str, list[_Image]], split: str) -> list[_Image]:
+    """Give the rows of a split, or of slices as `datasets` writes them, such as `"train[:10%]+test"`."""
+    import datasets
+
+    try:
+        lengths = {name: len(images) for name, images in splits.items()}
+        chosen = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"`split` must be one of {sorted(splits)}, got {split!r}") from error
+    return [image for part in chosen for image in splits[part.splitname][part.from_ : part.to]]
+
+
+def _shard_images(path: str) -> list[_Image]:
+    images: dict[str, _Image] = {}
+    labels: dict[str, dict[str, int]] = {}
+    names: set[str] = set()
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is no file")
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                name = member.name.encode(errors="surrogateescape").decode(errors="replace")
+                stem, kind = os.path.splitext(name)[0], _suffix(name)
+                if member.isdir() or _is_hidden(os.path.basename(name)) or kind not in (*_IMAGES, *LABELS):
+                    continue
+                if name in names or not member.isreg() or member.sparse is not None:
+                    raise ValueError(
+                        f"{path}:{name} is {'there twice' if name in names else 'a link or no plain file'}"
+                    )
+                names.add(name)
+                if kind in LABELS:
+                    labels.setdefault(kind, {})[stem] = _read_label(archive, member, f"{path}:{name}")
+                elif stem not in images:
+                    images[stem] = _Image(name, member.size, None, path, member.offset_data)
+            # What is no header ends a list as zeros do.
+            archive.fileobj.seek(archive.offset)
+            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
+                raise tarfile.ReadError(f"no header at byte {archive.offset}")
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a tar file without compression: {error}") from error
+    known = next((labels[kind] for kind in LABELS if kind in labels), {})
+    keys = {stem: _key(stem) for stem in images}
+    return [
+        image._replace(label=known.get(stem, known.get(keys[stem])))
+        for stem, image in images.items()
+        if stem == keys[stem] or keys[stem] not in images
+    ]
+
+
+def _key(stem: str) -> str:
+    folder, base = os.path.split(stem)
+    return os.path.join(folder, base.partition(".")[0])
+
+
+def _read_label(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> int:
+    file = archive.extractfile(member)
+    content = file.read(_LONGEST_LABEL + 1) if file else b""
+    try:
+        label = int(content)
+    except ValueError:
+        label = 2**63
+    if len(content) > _LONGEST_LABEL or not -(2**63) <= label < 2**63:
+        raise ValueError(f"{name} must hold a label, an integer of 64 bits, got {content[:20]!r}")
+    return label
+
+
+def _listing(images: list[_Image], folder: str, classes: list[str] | None = None) -> Listing:
+    import datasets
+
+    columns: dict[str, list[Any]] = {"image": [{"bytes": None, "path": image.path} for image in images]}
+    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    in_shards = any(image.shard for image in images)
+    if classes or in_shards:
+        columns["label"] = [image.label for image in images]
+        features["label"] = datasets.ClassLabel(names=classes) if classes else datasets.Value("int64")
+    if in_shards:
+        places: dict[str, tuple[str, Callable[[_Image], Any]]] = {
+            "__url__": ("string", lambda image: image.shard),
+            "__offset__": ("int64", lambda image: image.offset),
+            "__size__": ("int64", lambda image: image.size),
+        }
+        columns |= {name: list(map(get, images)) for name, (_, get) in places.items()}
+        features |= {name: datasets.Value(kind) for name, (kind, _) in places.items()}
+    digest = hashlib.sha256(repr(classes).encode())
+    for image in images:
+        name = image.path if image.shard else os.path.relpath(image.path, folder)
+        digest.update(repr((name, image.size, image.label)).encode())
+    return Listing(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), digest.hexdigest())
