@@ -47,7 +47,7 @@ def test_a_pipeline_of_the_folder_s_code_keeps_it(tmp_path):
     assert type(loaded) is not HieraTokDiTPipeline
     loaded.save_pretrained(tmp_path / "again")
     first, second = (files_of(tmp_path / name) for name in ("pipeline", "again"))
-    assert second.keys() == first.keys()
+    assert second.keys() >= first.keys()  # the tokenizer alone loads by its code too
     for name in ("pipeline_hieratok_dit.py", "vae/autoencoder_hieratok.py"):
         assert second[name] == first[name]
     first, second = (json.loads(files["model_index.json"]) for files in (first, second))
