@@ -183,6 +183,10 @@ def test_states_of_this_package_know_their_configuration(script, tmp_path):
     script.convert("--ema", source=states, config=False)
     assert_folder_is(script.out, mean)
     assert HieraTokConfig.from_pretrained(script.out).model_fields == core.config.model_fields
+    newest = states / "state-000000011.pt"
+    weights = next(core.parameters()).detach().numpy().tobytes()
+    newest.write_bytes(newest.read_bytes().replace(weights, bytes([weights[0] ^ 1]) + weights[1:]))
+    assert "another checksum" in script.refuse(source=states, out=tmp_path / "x", config=False)
 
 
 def sharded(folder, weights, parts=3):

@@ -1,4 +1,4 @@
-"""Tests of `local_images`: classes, splits, paths and links of folders, keys and labels of shards, and fingerprints."""
+"""Tests of `local_images`: classes, splits, paths and links of folders, keys and labels of shards, fingerprints."""
 
 import os
 
