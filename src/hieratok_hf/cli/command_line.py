@@ -15,7 +15,9 @@ from typing import Any, NoReturn
 
 import psutil
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -31,7 +33,6 @@ __all__ = [
     "check_config",
     "check_memory",
     "check_model_folder",
-    "check_tracker",
     "check_writable",
     "describe_machine",
     "device_of_process",
@@ -139,7 +140,7 @@ def make_parser(description: str | None) -> ArgumentParser:
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
         if stream is None:  # it was closed before Python began
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115 (open as long as the process)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     return _Parser(description=description, formatter_class=_ShowDefaults)
@@ -238,17 +239,6 @@ def check_config(option: str, config: HieraTokConfig) -> None:
     check_memory(f"{option}: a model of that size", 4 * numbers)
 
 
-def check_tracker(accelerator: Accelerator, name: str | None) -> None:
-    """
-    Refuse a tracker that accelerate would leave out without a word.
-
-    Raises:
-        ImportError: The package of the tracker is not installed.
-    """
-    if name and not accelerator.log_with:
-        raise ImportError(f"--report_to {name} needs the package {name}, which is not installed.")
-
-
 def write_or_explain(option: str, path: Path, content: bytes) -> None:
     """
     Write a file, whole or not at all.
@@ -335,8 +325,17 @@ def add_training(
     report("--sample_every", type=positive, default=sample_every, help="steps between samples")
     report("--save_every", type=positive, default=500, help="steps between states")
     report("--keep", type=positive, default=2, help="states to keep")
-    report("--report_to", help="a tracker of accelerate, as tensorboard")
+    report("--report_to", type=_tracker, help="a tracker of accelerate, as tensorboard")
     return optim, report
+
+
+def _tracker(text: str) -> str:
+    """Refuse what accelerate would leave out without a word."""
+    if text not in LoggerType.list():
+        raise ArgumentTypeError(f"must be one of {', '.join(LoggerType.list())}, got {_short(text)}")
+    if text != "all" and text not in get_available_trackers():
+        raise ArgumentTypeError(f"{text!r} needs a package of that name, which is not installed")
+    return text
 
 
 def find_device(args: Namespace) -> torch.device:
