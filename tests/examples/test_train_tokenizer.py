@@ -192,6 +192,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
 
 def test_what_does_not_fit_is_named(first, tmp_path, capsys):
     assert "holds a training state" in failure(capsys, first)
+    assert "--lr, --seed changed" in failure(capsys, first, "--resume", "--lr", 0.5, "--seed", 1)
     assert "of another configuration" in failure(capsys, first, "--resume", "--scale_factors", 2, 1)
     for more, message in (
         (["--data", tmp_path / "missing" / "train-*.tar"], "no such file"),
