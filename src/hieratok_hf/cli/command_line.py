@@ -1,6 +1,7 @@
 """Hold what the command-line scripts share: options, errors, tables, reports and processes."""
 
 import contextlib
+import errno
 import glob
 import json
 import math
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 MOST = 2**31 - 1
+_FULL = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC)
 
 
 class Problem(Exception):
@@ -379,8 +381,10 @@ def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
     try:
         train(args)
     except (FloatingPointError, ImportError, MemoryError, OSError, Problem, SafetensorError, ValueError) as error:
+        full = isinstance(error, SafetensorError) or getattr(error, "errno", None) in _FULL
+        where = f"--output {str(args.output)!r} cannot be written: " if full else ""
         with contextlib.suppress(OSError):
-            tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+            tqdm.write(f"error: {where}{one_line(error)}", file=sys.stderr)
         return end([], 2)
     return end([])
 

@@ -59,7 +59,9 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= top):  # phrased so that NaN fails
             raise ValueError(f"image of mode {image.mode!r} must hold values in [0, {top}], got [{low}, {high}]")
-        levels = np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
+        levels = np.empty(values.shape, np.uint8)
+        for row, made in zip(values, levels):  # the whole in float64 would be eight times as large as the result
+            made[:] = np.rint(row.astype(np.float64) * (255 / top))
         if isinstance(key := image.info.get("transparency"), int):
             levels[values == key] = 255
         image = Image.fromarray(levels)
