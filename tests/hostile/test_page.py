@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 import threading
 import time
 import urllib.error
@@ -120,6 +121,24 @@ def page():
         yield page
         page.stop()
         assert not page.folder.exists()
+
+
+def test_what_was_sent_to_no_end_does_not_stay(page):
+    (unread,) = json.loads(page.send("a.png", WHOLE)[1])
+    with socket.create_connection(urllib.parse.urlsplit(page.url).netloc.split(":")) as half:
+        head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n"
+        head += f"Content-Type: {FORM['Content-Type']}\r\n"
+        part = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        half.sendall(f"{head}\r\n{part}".encode() + bytes(5000))
+        deadline = time.monotonic() + 10
+        while not list((page.folder / "sent").glob("tmp*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    (page.folder / "sent" / "young").touch()
+    for path in [Path(unread).parent, *(page.folder / "sent").glob("tmp*")]:
+        os.utime(path, (0, 0))
+    page.send("..", WHOLE)
+    assert {path.name for path in (page.folder / "sent").iterdir() if path.stat().st_mtime < 1000} == set()
+    assert (page.folder / "sent" / "young").exists() and not Path(unread).exists()
 
 
 def file_at(path):

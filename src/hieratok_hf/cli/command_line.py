@@ -70,7 +70,7 @@ def one_line(error: BaseException) -> str:
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
-    """Make a type of argparse: a whole number from `least` to `most`."""
+    """Make a type of argparse: a whole number from `least` to `most`; `ArgumentTypeError` of any other text."""
 
     def read(text: str) -> int:
         try:
@@ -89,7 +89,10 @@ positive, seed = whole(1), whole(0, 2**63 - 1)
 def real(
     least: float = 0.0, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], float]:
-    """Make a type of argparse: a finite number from `least` to `most`, greater than `above` and less than `below`."""
+    """
+    Make a type of argparse: a finite number from `least` to `most`, greater than `above` and less than `below`;
+    `ArgumentTypeError` of any other text.
+    """
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     told = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound))
 
@@ -104,18 +107,18 @@ def real(
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Read a JSON object, for argparse."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
-
+    """Read a JSON object, for argparse; `ArgumentTypeError` of any other text."""
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except (RecursionError, ValueError) as error:
         raise ArgumentTypeError(f"must be a JSON object, got {_short(text)}: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"must be a JSON object, such as '{{\"qk_norm\": true}}', got {_short(text)}")
     return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _short(text: str) -> str:

@@ -125,22 +125,24 @@ def fetch_image(url: str, *, max_pixels: int = 50_000_000) -> Image.Image:
         ImageError: nothing is found there, or more than 200 MiB, or no image that `decode_image` reads.
     """
     name = url if len(url) <= 100 else f"{url[:97]}..."
-    data = b""
+    data = bytearray()
     try:
         if url.startswith("data:"):
             with urllib.request.urlopen(url) as answer:
-                data = answer.read()
+                data += answer.read()
         else:
             with httpx.stream("GET", url, timeout=60, follow_redirects=True) as answer:
                 answer.raise_for_status()
                 for part in answer.iter_bytes():
                     data += part
                     if len(data) > _MOST_BYTES:
-                        raise ValueError(f"it has more than {_MOST_BYTES // 2**20} MiB")
+                        break
     except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name!r}: cannot be fetched ({reason})") from error
-    return decode_image(data, name, max_pixels=max_pixels)
+    if len(data) > _MOST_BYTES:
+        raise ImageError(f"{name!r}: has more than {_MOST_BYTES // 2**20} MiB")
+    return decode_image(bytes(data), name, max_pixels=max_pixels)
 
 
 def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
