@@ -247,8 +247,10 @@ def run(args: argparse.Namespace) -> list[str]:
     try:
         check_output(args)
         return (to_raw if args.to_raw else to_folder)(args)
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # torch and safetensors on a full disk
+    except ValueError as error:
         raise Problem(one_line(error)) from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        raise Problem(f"{str(args.output)!r} cannot be written: {one_line(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ own `.pt2`. Batch, height and width stay free; each program is run and compared 
 import argparse
 import copy
 import importlib.util
+import io
 import json
 import logging
 import sys
@@ -205,7 +206,9 @@ def export_part(part: str, core: HieraTokCore, args: argparse.Namespace, folder:
         if kind == "onnx":
             save_onnx(program, path, names)
         else:
-            torch.export.save(program, path)
+            made = io.BytesIO()  # on a full disk PyTorch's own writer would end the process
+            torch.export.save(program, made)
+            path.write_bytes(made.getbuffer())
         difference = largest_difference(path, part, reference, config, factor, dtype)
         more = {"opset": OPSET} if kind == "onnx" else {}
         files = sorted(found.name for found in folder.glob(f"{path.name}*"))

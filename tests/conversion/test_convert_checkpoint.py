@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import DETOK, TINY, images, noise, random_core
 from safetensors.torch import load_file, save_file
+from scripts import full_disk
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.training.state import TrainingState
@@ -53,6 +54,19 @@ class Conversion:
 @pytest.fixture
 def script(load_conversion, tmp_path, capsys):
     return Conversion(load_conversion("convert_checkpoint").main, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("size", [100, 3000, 30_000])
+def test_on_a_full_disk_nothing_is_left(script, size):
+    torch.save(random_core().state_dict(), script.raw)
+    with full_disk(size):
+        assert "out' cannot be written" in script.refuse()
+    script.convert()
+    with full_disk(size):
+        more = ["--to_raw"]
+        assert "cannot be written" in script.refuse(
+            *more, source=script.out, out=script.folder / "a.safetensors", config=False
+        )
 
 
 def prefixed(core, prefix):

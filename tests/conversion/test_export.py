@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from helpers import DETOK, images, noise, random_core
 from safetensors.torch import save_file
+from scripts import full_disk
 
 from hieratok_hf import HieraTokModel
 from hieratok_hf.models.autoencoder_adapter import load_codec
@@ -185,7 +186,7 @@ def test_half_precision_and_weights_in_a_second_file(small_model, tmp_path, monk
 def test_a_program_that_is_wrong_is_not_kept(small_model, tmp_path, monkeypatch, capsys, wrong, message):
     reference = export.Encoder(load_codec(small_model).core)
     monkeypatch.setattr(export, "trace", lambda part, module, *_: module)
-    monkeypatch.setattr(export.torch.export, "save", lambda program, path: path.write_bytes(b""))
+    monkeypatch.setattr(export.torch.export, "save", lambda program, file: None)
     monkeypatch.setattr(export, "open_program", lambda path: lambda x: wrong(reference(x)))
     assert export.main([small_model, str(tmp_path / "made"), "--format", "torch", "--parts", "encoder"]) == 2
     assert message in capsys.readouterr().err
@@ -241,3 +242,12 @@ def test_bad_options_are_refused(options, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         export.main(["hieratok-tiny", str(tmp_path / "made"), *options])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_on_a_full_disk_nothing_is_left(exported, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr(export, "trace", lambda *_: torch.export.export(torch.nn.Linear(64, 64), (torch.ones(2, 64),)))
+    with full_disk(5000):
+        arguments = [str(exported[1].parent / "model"), str(tmp_path / "out"), "--format", kind, "--parts", "decoder"]
+        assert export.main(arguments) == 2
+    assert "cannot be exported" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -1,8 +1,12 @@
 """Image files of every mode, orientation and kind of damage."""
 
+import base64
+import functools
+import http.server
 import os
 import re
 import struct
+import threading
 import warnings
 from pathlib import Path
 
@@ -11,8 +15,9 @@ import pytest
 from image_files import noise, opened, pixels, png, saved
 from PIL import Image, ImageFile, ImageOps
 
+from hieratok_hf import HieraTokImageProcessorPil
 from hieratok_hf.utils import images
-from hieratok_hf.utils.images import ImageError, centre_square, convert_to_rgb, decode_image, open_image
+from hieratok_hf.utils.images import ImageError, centre_square, convert_to_rgb, decode_image, fetch_image, open_image
 
 OPEN_FILES = Path("/proc/self/fd")  # empty where there is no /proc
 
@@ -193,3 +198,54 @@ def test_a_square_is_only_cut_from_an_image_of_its_side_and_others_are_resized_w
     assert square.shape == (32, 32, 3) and np.array_equal(square[inner], checked[inner])
     assert square.std() < 0.5 * levels.std()  # noise averages out
     assert centre_square(Image.new("RGB", (1, 100_000), "red"), 24).getpixel((0, 23)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PPM", "TGA", "PCX", "ICNS", "SGI", "JPEG2000", "PDF", "DDS", "IM"])
+def test_other_formats_than_those_that_are_meant_are_not_opened(tmp_path, kind, monkeypatch):
+    Image.fromarray(noise(64, 64)).save(path := tmp_path / "a.png", kind)
+    monkeypatch.setattr("subprocess.check_call", lambda *_: pytest.fail("a program was started"))
+    refused(path, r"is no image in a format that is read here: [A-Z, ]+")
+
+
+def url_of(path):
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A folder, and the address at which its files are served."""
+    folder = tmp_path_factory.mktemp("served")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_urls_go_through_the_door_of_files(served, monkeypatch):
+    folder, address = served
+    values = np.array([[0, 257 * 9], [65535, 257 * 200]], np.uint16)
+    grey = saved(folder, Image.fromarray(values), "grey.png")
+    clear = saved(folder, Image.fromarray(noise(8, 8, 4)), "clear.png")
+    for path in (grey, clear):
+        for url in (url_of(path), f"{address}/{path.name}"):
+            assert (pixels(fetch_image(url)) == pixels(open_image(path))).all()
+            assert (pixels(HieraTokImageProcessorPil().fetch_images([url])[0]) == pixels(open_image(path))).all()
+    (folder / "bomb.png").write_bytes(png(10_000, 8_000, 8, 2))
+    Image.new("RGB", (8, 8)).save(folder / "a.eps")
+    monkeypatch.setattr(images, "_MOST_BYTES", 10_000)
+    (folder / "long.png").write_bytes(bytes(20_000))
+    for name, reason in (("bomb.png", "too large"), ("a.eps", "no image"), ("x.png", "fetched"), ("long.png", "MiB")):
+        for url in (f"{address}/{name}", *([url_of(folder / name)] if name in ("bomb.png", "a.eps") else [])):
+            with pytest.raises(ImageError, match=reason) as caught:
+                fetch_image(url)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "url", ["data:", "data:,", "data:image/png;base64,!", "http://", "https://[", "http://127.0.0.1:1"]
+)
+def test_urls_that_lead_nowhere_are_named(url):
+    with pytest.raises(ImageError, match=f"^{re.escape(repr(url))}: "):
+        fetch_image(url)

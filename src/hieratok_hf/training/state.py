@@ -281,7 +281,7 @@ def state_to_resume(
 
 
 def options_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Choose what a state keeps of a script's arguments, in types that any reader takes."""
+    """Reduce a script's arguments to types that JSON has, for a state to keep."""
     return json.loads(json.dumps(arguments, default=str))
 
 
