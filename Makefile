@@ -15,8 +15,8 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## / {printf "%-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(DEMO) ## reconstruct two images and generate a sheet, into outputs/
-	$(BIN)/python examples/reconstruct.py --output outputs
-	$(BIN)/python examples/generate.py --steps 25 --output outputs/generated.png
+	$(BIN)/python examples/reconstruct.py --output outputs --overwrite
+	$(BIN)/python examples/generate.py --steps 25 --output outputs/generated.png --overwrite
 
 app: $(READY) ## serve the page of examples/app.py, on this machine alone
 	$(BIN)/python examples/app.py

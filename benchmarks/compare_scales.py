@@ -93,6 +93,7 @@ def train(row: str, seed: int, data: Path, folder: Path) -> None:
     arguments = [*SHARED.split(), "--config", json.dumps(config), "--seed", str(seed), "--output", str(folder)]
     arguments += ["--data", str(data / "imagenette_128" / "train-*.tar")]
     arguments += ["--validation_data", str(data / "imagenette_128" / "val-*.tar")]
+    arguments += ["--validation_size", "64", "--validation_fid"]
     arguments += ["--vision_model", str(data / "mobilenet_v2_1.0_224"), "--resume"]
     if train_tokenizer.main([*arguments, *ROWS[row][2].split()]):
         raise SystemExit(f"The training of {row!r} failed; {folder / 'log.txt'} says why.")

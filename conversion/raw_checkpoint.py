@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hieratok_hf.cli.command_line import Problem, one_line
 from hieratok_hf.models.saving import WEIGHTS_STEM
-from hieratok_hf.training.state import states_in
+from hieratok_hf.training.state import check_archive, states_in
 from hieratok_hf.utils.files import read_json
 
 __all__ = ["TRAINING_STATE", "find_weights", "read_checkpoint", "without_wrappers"]
@@ -53,6 +53,8 @@ def read_checkpoint(path: Path) -> Any:
         if path.suffix == ".json":
             return _unite(_shards(path))
         if path.suffix in _PICKLED:
+            if path in states_in(path.parent):
+                check_archive(path)
             # Trainings keep their arguments beside the weights; an `argparse.Namespace` has no code.
             with torch.serialization.safe_globals([Namespace]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -1,6 +1,7 @@
 """A page to try the tokenizer and the generator in a browser; a Hugging Face Space runs it as it is."""
 
 import argparse
+import contextlib
 import os
 import queue
 import re
@@ -10,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,8 +35,8 @@ from hieratok_hf.utils.images import ImageError, decode_image
 MAX_BYTES, MAX_PIXELS, MAX_SIDE = 20 * 2**20, 32_000_000, 768
 MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE, MAX_SEED = 100, 8, 10.0, 2**31 - 1
 WAITING, AT_ONCE = 40, 2
-SWEEP_EVERY, KEEP_FILES = 600, 3600
-"""Seconds: how often files are looked through, and how old those grow that a visitor sent or was sent."""
+SWEEP_EVERY, KEEP_FILES, KEEP_UNREAD = 600, 3600, 900
+"""Seconds: how often files are looked through, and how old those grow that a visitor got, or sent to no end."""
 
 INTRODUCTION = """# HieraTok
 A multi-scale image tokenizer, for transformers and diffusers: an independent implementation of
@@ -57,7 +59,7 @@ CSS = """
 
 
 class KeepUploads:
-    """Serve no file that a visitor sent, to nobody."""
+    """Serve no file that a visitor sent, to nobody, and remove what was never asked about."""
 
     def __init__(self, app: Any, folder: str):
         self.app, self.folder = app, os.path.realpath(folder)
@@ -66,8 +68,16 @@ class KeepUploads:
         names = re.split("file[=/]", scope.get("path", ""), maxsplit=1)
         if any(os.path.realpath(name).startswith(self.folder) for name in (names[-1], f"/{names[-1]}")):
             await PlainTextResponse("File not allowed.", 403)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+            return
+        if scope.get("path", "").endswith("/upload"):
+            self.sweep()
+        await self.app(scope, receive, send)
+
+    def sweep(self) -> None:
+        for path in Path(self.folder).glob("*"):
+            with contextlib.suppress(OSError):  # it may just have been read
+                if path.stat().st_mtime < time.time() - KEEP_UNREAD:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def give_uploads_names_of_their_own() -> None:

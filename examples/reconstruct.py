@@ -211,7 +211,7 @@ def run(args: argparse.Namespace) -> tuple[list[str], int]:
     check_writable("--output", args.output, folder=True)
     inputs = identify(paths)
     for sheet in sheets:
-        if sheet.is_file():
+        if not sheet.is_dir():  # that is told as a failure of the one image
             check_writable("--output", sheet, overwrite=args.overwrite, inputs=inputs)
     if args.json:
         check_writable("--json", args.json, overwrite=args.overwrite, inputs=inputs | identify(sheets))

@@ -18,8 +18,8 @@ from hieratok_hf.cli.command_line import (
     check_batch,
     check_memory,
     check_model_folder,
-    check_tracker,
     json_object,
+    load_or_explain,
     make_parser,
     one_line,
     positive,
@@ -90,6 +90,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def find_transformer(name: str) -> DiTTransformer2DModel:
+    """The transformer of a folder, of a name that ships, or of the Hub, also of a pipeline."""
+    folder = resolve_model(name)
+    try:
+        return DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True)
+    except OSError:
+        return DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", use_safetensors=True)
+
+
 def load_transformer(args: argparse.Namespace, shape: tuple[int, ...], num_classes: int) -> DiTTransformer2DModel:
     """The transformer to begin with, random or pretrained, for latents of that shape."""
     if args.transformer is None:
@@ -103,11 +112,7 @@ def load_transformer(args: argparse.Namespace, shape: tuple[int, ...], num_class
             raise
         except Exception as error:  # diffusers and torch raise many types
             raise ValueError(f"--config and --patch_size make no transformer: {one_line(error)}") from error
-    folder = resolve_model(args.transformer)
-    try:
-        found = DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True)
-    except OSError:
-        found = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", use_safetensors=True)
+    found = load_or_explain(find_transformer, "--transformer", args.transformer)
     config = found.config
     if (config.in_channels, config.sample_size, config.num_embeds_ada_norm) != (shape[0], shape[1], num_classes):
         raise ValueError(
@@ -133,14 +138,14 @@ def train(args: argparse.Namespace) -> None:
         log_with=args.report_to,
         project_dir=args.output,
     )
-    check_tracker(accelerator, args.report_to)
     device, is_main = accelerator.device, accelerator.is_main_process
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     process = (accelerator.num_processes, accelerator.process_index)
     plan = BatchPlan(args.batch_size, (args.image_size,), args.steps, args.seed, *process, args.accumulate)
 
-    codec, given_names = load_codec(args.vae, device), read_class_names(args.class_names)
+    codec = load_or_explain(load_codec, "--vae", args.vae, device)
+    given_names = read_class_names(args.class_names)
     batches: Any
     if args.latents is not None:
         cache = LatentCache(args.latents)

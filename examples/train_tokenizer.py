@@ -15,8 +15,8 @@ from hieratok_hf.cli.command_line import (
     check_batch,
     check_config,
     check_model_folder,
-    check_tracker,
     json_object,
+    load_or_explain,
     make_parser,
     one_line,
     positive,
@@ -118,6 +118,10 @@ def needs_vision_model(args: argparse.Namespace) -> bool:
     return bool(args.perceptual_weight or args.alignment_weight or args.validation_fid)
 
 
+def load_tokenizer(name: str) -> AutoencoderHieraTok:
+    return AutoencoderHieraTok.from_pretrained(resolve_model(name))
+
+
 def load_core(args: argparse.Namespace) -> HieraTokCore:
     """The tokenizer to begin with, random or pretrained."""
     weights = {name: getattr(args, name) for name in ("kl_weight", "coarse_weight")}
@@ -132,7 +136,7 @@ def load_core(args: argparse.Namespace) -> HieraTokCore:
             raise ValueError(f"--config makes no model: {one_line(error)}") from error
         check_config("--config and --scale_factors", config)
         return HieraTokCore(config).init_weights()
-    core = AutoencoderHieraTok.from_pretrained(resolve_model(args.model)).core.train()
+    core = load_or_explain(load_tokenizer, "--model", args.model).core.train()
     if scales:
         own = {name: getattr(core.config, name) for name in ("scale_factors", "downsampling")}
         config = HieraTokConfig(**{**core.config.model_fields, **scales})
@@ -178,7 +182,6 @@ def train(args: argparse.Namespace) -> None:
         log_with=args.report_to,
         project_dir=args.output,
     )
-    check_tracker(accelerator, args.report_to)
     device, is_main = accelerator.device, accelerator.is_main_process
     world = {"world_size": accelerator.num_processes, "rank": accelerator.process_index}
     args.output.mkdir(parents=True, exist_ok=True)
@@ -206,7 +209,9 @@ def train(args: argparse.Namespace) -> None:
     core.encoder.requires_grad_(not args.freeze_encoder)
     first_step = state["step"] if state else 0
 
-    vision = VisionFeatures.from_pretrained(args.vision_model).to(device) if needs_vision_model(args) else None
+    vision = None
+    if needs_vision_model(args):
+        vision = load_or_explain(VisionFeatures.from_pretrained, "--vision_model", args.vision_model).to(device)
     alignment = LatentAlignment(core.config.latent_channels, vision) if args.alignment_weight else None
     model = TokenizerTraining(core, alignment, args.latent_noise, args.latent_jitter)
     groups = parameter_groups(model, args.linear_lr_factor)

@@ -14,7 +14,8 @@ train=("$bin/python" examples/train_dit.py --resume --vae hieratok-tiny --size d
 if [[ $# -gt 0 ]]; then
     "${train[@]}" --output runs/gpu/hieratok-dit-tiny --steps "$1" --decay_steps $(($1 / 3)) --ema 0.9998 --batch_size 256
 else
+    # The second goes on where the rate has fallen, which makes it another training than one of 13500 steps.
     for steps in 9000 13500; do
-        "${train[@]}" --output runs/hieratok-dit-tiny --steps $steps --decay_steps 3000 --ema 0.9995 --batch_size 64
+        "${train[@]}" --allow_changes --output runs/hieratok-dit-tiny --steps $steps --decay_steps 3000 --ema 0.9995 --batch_size 64
     done
 fi

@@ -1,7 +1,11 @@
 """What the example scripts share."""
 
 import argparse
+import contextlib
+import io
 import json
+import os
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -29,6 +33,7 @@ from hieratok_hf.cli.command_line import (
     whole,
     write_report,
 )
+from hieratok_hf.training.report import say
 
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
@@ -145,6 +150,55 @@ def test_a_script_prints_lines_or_its_problem(runner, device, capsys):
     assert capsys.readouterr() == ("a\nb\n", "error: no such thing\n")
     given = run.call_args.args
     assert given[0] is args and [type(x) for x in given[1:]] == [PartialState] * (runner is run_on_processes)
+
+
+@pytest.fixture
+def closed_pipe():
+    """The end of a pipe whose reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), open(writer, "w") as file:
+        yield file
+
+
+def lines_of(args):
+    return ["Größe 數字 \udcff"] * 5000
+
+
+def test_a_reader_that_has_left_is_no_error(tmp_path, closed_pipe, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", closed_pipe)
+    make_parser("A script.")
+    assert run_script(lines_of, argparse.Namespace()) == 0
+    assert run_training(lambda args: say("a step"), argparse.Namespace(output=tmp_path)) == 0
+    with pytest.raises(SystemExit, match="0"):
+        make_parser("A script.").parse_args(["--help"])
+    monkeypatch.setattr(sys, "stderr", closed_pipe)
+    assert run_script(lambda args: fail("nobody hears it"), argparse.Namespace()) == 2
+
+
+def fail(text):
+    raise Problem(text)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_standard_output_is_one_line(tmp_path, monkeypatch, capsys):
+    for run in (run_script, run_training):
+        with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            make_parser("A script.")
+            assert run(lambda args: print("x") or ["x"], argparse.Namespace(output=tmp_path)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: the standard output cannot be written: ") and error.count("\n") == 1
+
+
+def test_terminals_of_ascii_and_of_nothing_take_every_line(monkeypatch):
+    ascii = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    for stream in (ascii, None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        make_parser("Größe")
+        assert run_script(lines_of, argparse.Namespace()) == 0
+    assert ascii.buffer.getvalue().startswith(b"Gr\\xf6\\xdfe")
+    sys.stdout.close()
 
 
 def test_errors_of_a_training_become_the_status(tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 from helpers import DETOK, TINY, images, noise, random_core
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
+from scripts import full_disk
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.training.state import TrainingState
@@ -56,6 +57,19 @@ class Conversion:
 @pytest.fixture
 def script(load_conversion, tmp_path, capsys):
     return Conversion(load_conversion("convert_checkpoint").main, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("size", [100, 3000, 30_000])
+def test_on_a_full_disk_nothing_is_left(script, size):
+    torch.save(random_core().state_dict(), script.raw)
+    with full_disk(size):
+        assert "out' cannot be written" in script.refuse()
+    script.convert()
+    with full_disk(size):
+        more = ["--to_raw"]
+        assert "cannot be written" in script.refuse(
+            *more, source=script.out, out=script.folder / "a.safetensors", config=False
+        )
 
 
 def prefixed(core, prefix):
@@ -169,6 +183,10 @@ def test_states_of_this_package_know_their_configuration(script, tmp_path):
     script.convert("--ema", source=tmp_path, config=False)
     assert_folder_is(script.out, mean)
     assert HieraTokConfig.from_pretrained(script.out).model_fields == core.config.model_fields
+    newest = states / "state-000000011.pt"
+    weights = next(core.parameters()).detach().numpy().tobytes()
+    newest.write_bytes(newest.read_bytes().replace(weights, bytes([weights[0] ^ 1]) + weights[1:]))
+    assert "another checksum" in script.refuse(source=states, out=tmp_path / "x", config=False)
 
 
 def save_shards(folder, core):

@@ -130,7 +130,7 @@ def test_broken_rows_are_replaced_counted_and_named(streaming, num_workers):
         assert len(rows) == 7 and set(rows) == {0, 2, 3, 6}
         # Row 4 is replaced through row 5, so that row may be met twice in an epoch.
         assert {reason.split(":")[0] for reason in batch["skipped"]} == {f"'{i}.png'" for i in broken}
-        assert all("is no image in a format that Pillow reads" in reason for reason in batch["skipped"])
+        assert all("is no image" in reason for reason in batch["skipped"])
     clean = list(training_loader(data(streaming), plan))
     same(list(training_loader(data(streaming, broken), plan, first_step=2)), batches[2:])
     for ours, theirs in zip(batches, clean):

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -167,16 +168,16 @@ def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(app, vae, t
 @pytest.fixture
 def launched(app, monkeypatch):
     """What `main` asks of `launch`, which has the folder for files and cannot take port 80."""
-    calls = []
+    calls, handlers = [], {}
 
     def launch(demo, **settings):
-        calls.append({**settings, "folder": os.environ["GRADIO_TEMP_DIR"]})
+        calls.append({**settings, "folder": os.environ["GRADIO_TEMP_DIR"], "handlers": handlers})
         assert Path(calls[-1]["folder"]).is_dir()
         if settings["server_port"] == 80:
             raise OSError("Cannot find empty port in range: 80-80.")
 
     monkeypatch.setattr(gr.Blocks, "launch", launch)
-    monkeypatch.setattr(app.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(app.signal, "signal", lambda number, handler: handlers.update({number: handler}))
     monkeypatch.setenv("GRADIO_TEMP_DIR", "unset")
     return calls
 
@@ -193,6 +194,42 @@ def test_main_serves_this_machine_alone_and_leaves_no_files(app, launched, monke
     monkeypatch.setattr(app, "build", lambda *_: gr.Blocks())
     assert app.main(["--port", "80"]) == 2
     assert error_of(capsys) == "error: --host and --port: Cannot find empty port in range: 80-80."
+
+
+def test_a_signal_ends_it_at_once_with_the_files_of_visitors(app, launched, monkeypatch):
+    left = []
+    monkeypatch.setattr(app.os, "_exit", lambda status: left.append((status, folder.exists())))
+
+    class Interrupted(gr.Blocks):
+        def launch(self, **settings):
+            nonlocal folder
+            super().launch(**settings)
+            folder = Path(launched[-1]["folder"]).parent
+            (folder / "sent" / "photo.png").write_bytes(b"private")
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                launched[-1]["handlers"][number](number, None)
+
+    folder = None
+    monkeypatch.setattr(app, "build", lambda *_: Interrupted())
+    assert app.main([]) == 0 and left == [(0, False)] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "told"),
+    [
+        (["--host", "0.0.0.0"], None, True),
+        ([], "0.0.0.0", True),
+        (["--host", "127.0.0.1"], "0.0.0.0", False),
+        (["--host", "localhost"], None, False),
+        ([], None, False),
+    ],
+)
+def test_a_page_that_others_can_reach_says_so(app, launched, monkeypatch, capsys, given, variable, told):
+    monkeypatch.setattr(app, "build", lambda *_: gr.Blocks())
+    if variable:
+        monkeypatch.setenv("GRADIO_SERVER_NAME", variable)
+    assert app.main(given) == 0
+    assert ("whoever reaches this machine" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("option", ["--model", "--generator"])

@@ -168,6 +168,24 @@ def test_a_second_run_leaves_its_own_sheets_alone(run, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["a.png", "a_reconstruction.png"]
 
 
+def test_files_that_are_there_are_replaced_only_if_that_is_asked_for(run, tmp_path, capsys):
+    path = save(tmp_path / "a.png", noise())
+    own = save(tmp_path / "out" / "a_reconstruction.png", noise(seed=1))
+    (tmp_path / "f.json").write_text("mine")
+    for given in ([path], [path, "--output", tmp_path / "b", "--json", tmp_path / "f.json"]):
+        assert run(*given) == 2 and "add --overwrite" in error_of(capsys)
+    assert np.array_equal(np.asarray(Image.open(own)), noise(seed=1)) and (tmp_path / "f.json").read_text() == "mine"
+    assert run(path, "--json", tmp_path / "f.json", "--overwrite") == 0
+    assert json.loads((tmp_path / "f.json").read_text())["failures"] == {} and Image.open(own).size != (48, 32)
+    # Under no name, and not even so, is an input replaced.
+    (tmp_path / "link.json").hardlink_to(path)
+    for name in ("a.png", "link.json"):
+        assert run(path, "--json", tmp_path / name, "--overwrite") == 2 and "it is an input" in error_of(capsys)
+    sheet = save(tmp_path / "out" / "b_reconstruction.png", noise())
+    (tmp_path / "b.png").hardlink_to(sheet)
+    assert run(tmp_path / "b.png", "--overwrite") == 2 and "it is an input" in error_of(capsys)
+
+
 def test_a_sheet_that_cannot_be_written_is_a_failure_and_leaves_nothing(run, tmp_path, capsys):
     paths = [save(tmp_path / name, noise()) for name in ("a.png", "b.png")]
     (tmp_path / "out" / "a_reconstruction.png").mkdir(parents=True)

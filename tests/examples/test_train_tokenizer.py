@@ -13,6 +13,7 @@ from scripts import (
     ROOT,
     assert_close,
     error_of,
+    full_disk,
     kill_and_go_on,
     load_script,
     names_in,
@@ -212,12 +213,49 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
     assert all(torch.isfinite(x).all() for x in latest_state(tmp_path)["average"].values())
 
 
+def test_a_full_disk_at_the_last_export_is_one_line_and_costs_no_state(tmp_path, capsys, monkeypatch):
+    more = [tmp_path, "--steps", 2, "--resume"]
+    export = AutoencoderHieraTok.save_pretrained
+
+    def full(*args, **options):
+        with full_disk(30_000):
+            export(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderHieraTok, "save_pretrained", full)
+        assert f"--output {str(tmp_path)!r} cannot be written" in failure(capsys, *more)
+    assert [path.name for path in states_in(tmp_path)] == ["state-000000002.pt"]
+    assert not list(tmp_path.glob("*.safetensors*")) and not list(tmp_path.glob(".*"))
+    run(*more)
+    assert AutoencoderHieraTok.from_pretrained(tmp_path)
+
+
+def test_a_model_that_is_there_is_replaced_only_if_that_is_asked_for(first, tmp_path, capsys):
+    shutil.copy(first / "config.json", tmp_path)
+    assert "add --overwrite" in failure(capsys, tmp_path, "--steps", 1)
+    run(tmp_path, "--steps", 1, "--overwrite")
+    assert AutoencoderHieraTok.from_pretrained(tmp_path)
+
+
+def test_validation_has_a_size_of_its_own_and_needs_no_vision_model(tmp_path):
+    more = ["--steps", 1, "--crop_sizes", 16, "--validation_data", IMAGES]
+    sizes = []
+    for output, size in (("own", []), ("given", ["--validation_size", 64])):
+        run(tmp_path / output, *more, *size)
+        (record,) = records(tmp_path / output, "validation.jsonl")
+        assert record["psnr"] > 0 and not any(name.startswith("FD-") for name in record)
+        sizes.append(record["size"])
+    assert sizes == [TINY["sample_size"], 64]
+
+
 def test_what_does_not_fit_is_named(first, tmp_path, capsys):
     assert "holds a training state" in failure(capsys, first)
+    assert "--seed, --lr changed" in failure(capsys, first, "--resume", "--lr", 0.5, "--seed", 1)
     assert "of another configuration" in failure(capsys, first, "--resume", "--scale_factors", 2, 1)
     for more, message in (
         (["--data", tmp_path / "missing" / "train-*.tar"], "no such file"),
         (["--crop_sizes", 30], "--crop_sizes must be multiples of the patch size 4, got 30"),
+        (["--validation_data", IMAGES, "--validation_size", 30], "--validation_size must be a multiple of 4, got 30"),
         (["--accumulate", 3], "`batch_size` must be a multiple"),
         (["--config", '{"patches": 4}'], "no argument 'patches'"),
     ):

@@ -21,6 +21,7 @@ from hieratok_hf.training.state import (
     hold_folder,
     latest_state,
     learning_rate_factor,
+    options_of,
     state_to_resume,
     states_in,
 )
@@ -261,6 +262,36 @@ def test_the_learning_rate_rises_stays_and_falls_along_a_cosine():
     assert [learning_rate_factor(step, 3, 0, 0) for step in range(3)] == [1, 1, 1]
     whole = [learning_rate_factor(step, 10, 0, 10) for step in range(10)]
     assert whole[0] == 1 and whole == sorted(whole, reverse=True) and len(set(whole)) == 10
+
+
+OPTIONS = {"lr": 0.1, "steps": 10, "warmup_steps": 2, "decay_steps": 4, "seed": 0, "data": ["a"], "output": "x"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        ({"output": "y", "keep": 3}, []),
+        ({"seed": 1}, ["seed"]),
+        ({"lr": 0.2, "data": ["a", "b"]}, ["lr", "data"]),
+        ({"steps": 20}, []),  # no step was taken in which the rate fell
+        ({"warmup_steps": 3}, ["warmup_steps"]),
+        ({"decay_steps": 10, "keep": 5}, ["decay_steps"]),
+        ({"new_weight": 0.5}, ["new_weight"]),
+    ],
+)
+def test_what_changed_since_a_training_was_begun_is_said_and_refused_where_it_changes_the_training(
+    tmp_path, changed, refused
+):
+    Training().state.save(tmp_path, 5, keep=1, config={}, options=options_of(OPTIONS))
+    said = []
+    assert state_to_resume(tmp_path, True, {}, options_of(OPTIONS), say=said.append)["step"] == 5 and not said
+    options = options_of({**OPTIONS, **changed})
+    if refused:
+        with pytest.raises(ValueError, match="--allow_changes") as caught:
+            state_to_resume(tmp_path, True, {}, options, say=said.append)
+        assert str(caught.value).startswith(", ".join(f"--{name}" for name in refused) + " changed")
+    assert state_to_resume(tmp_path, True, {}, options, allow_changes=True, say=said.append)["step"] == 5
+    assert all(f"--{name}" in said[-1] for name in changed)
 
 
 def test_a_state_from_before_there_was_learned_downsampling_goes_on_as_it_was(tmp_path):

@@ -1,6 +1,7 @@
 """Share options, errors, tables, reports and processes among the command-line scripts."""
 
 import contextlib
+import errno
 import glob
 import json
 import math
@@ -15,8 +16,9 @@ from typing import Any, NoReturn
 
 import psutil
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import get_int_from_env
+from accelerate import PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, get_int_from_env
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -33,7 +35,6 @@ __all__ = [
     "check_config",
     "check_memory",
     "check_model_folder",
-    "check_tracker",
     "check_writable",
     "describe_machine",
     "device_of_process",
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 MOST = 2**31 - 1
+_FULL = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC)
 
 
 class Problem(Exception):
@@ -69,7 +71,7 @@ def one_line(error: BaseException) -> str:
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
-    """Make a type of argparse: a whole number from `least` to `most`."""
+    """Make a type of argparse: a whole number from `least` to `most`; `ArgumentTypeError` of any other text."""
 
     def read(text: str) -> int:
         try:
@@ -88,7 +90,10 @@ positive, seed = whole(1), whole(0, 2**63 - 1)
 def real(
     least: float = 0.0, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], float]:
-    """Make a type of argparse: a finite number from `least` to `most`, greater than `above` and less than `below`."""
+    """
+    Make a type of argparse: a finite number from `least` to `most`, greater than `above` and less than `below`;
+    `ArgumentTypeError` of any other text.
+    """
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     told = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound))
 
@@ -103,18 +108,18 @@ def real(
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Read a JSON object, for argparse."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
-
+    """Read a JSON object, for argparse; `ArgumentTypeError` of any other text."""
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except (RecursionError, ValueError) as error:
         raise ArgumentTypeError(f"must be a JSON object, got {_short(text)}: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"must be a JSON object, such as '{{\"qk_norm\": true}}', got {_short(text)}")
     return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _short(text: str) -> str:
@@ -141,7 +146,7 @@ def make_parser(description: str | None) -> ArgumentParser:
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
         if stream is None:  # it was closed before Python began
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115 (open as long as the process)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     return _Parser(description=description, formatter_class=_ShowDefaults)
@@ -240,17 +245,6 @@ def check_config(option: str, config: HieraTokConfig) -> None:
     check_memory(f"{option}: a model of that size", 4 * numbers)
 
 
-def check_tracker(accelerator: Accelerator, name: str | None) -> None:
-    """
-    Refuse a tracker that accelerate would leave out without a word.
-
-    Raises:
-        ImportError: The package of the tracker is not installed.
-    """
-    if name and not accelerator.log_with:
-        raise ImportError(f"--report_to {name} needs the package {name}, which is not installed.")
-
-
 def write_or_explain(option: str, path: Path, content: bytes) -> None:
     """Write a file, whole or not at all; a `Problem` where it cannot be written."""
     try:
@@ -319,8 +313,17 @@ def add_training(
     report("--sample_every", type=positive, default=sample_every, help="steps between samples")
     report("--save_every", type=positive, default=500, help="steps between states")
     report("--keep", type=positive, default=2, help="states to keep")
-    report("--report_to", help="a tracker of accelerate, as tensorboard")
+    report("--report_to", type=_tracker, help="a tracker of accelerate, as tensorboard")
     return optim, report
+
+
+def _tracker(text: str) -> str:
+    """Refuse what accelerate would leave out without a word."""
+    if text not in LoggerType.list():
+        raise ArgumentTypeError(f"must be one of {', '.join(LoggerType.list())}, got {_short(text)}")
+    if text != "all" and text not in get_available_trackers():
+        raise ArgumentTypeError(f"{text!r} needs a package of that name, which is not installed")
+    return text
 
 
 def find_device(args: Namespace) -> torch.device:
@@ -371,8 +374,10 @@ def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
         with hold_folder(args.output) if is_main else contextlib.nullcontext():
             train(args)
     except (FloatingPointError, ImportError, MemoryError, OSError, Problem, SafetensorError, ValueError) as error:
+        full = isinstance(error, SafetensorError) or getattr(error, "errno", None) in _FULL
+        where = f"--output {str(args.output)!r} cannot be written: " if full else ""
         with contextlib.suppress(OSError):
-            tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+            tqdm.write(f"error: {where}{one_line(error)}", file=sys.stderr)
         return end([], 2)
     return end([])
 

@@ -129,7 +129,7 @@ def read_settings(folder: Path) -> Settings:
 
 class Header(NamedTuple):
     """
-    What a shard says of itself.
+    Hold what a shard says of itself.
 
     Attributes:
         images (`int`): The number of its images.

@@ -15,7 +15,7 @@ __all__ = ["LABELS", "Listing", "list_folder", "list_shards"]
 LABELS = ("label", "labels", "cls", "class", "fine_label")
 """What columns and members of labels are called, the first that is there counts."""
 
-_IMAGES = ("apng", "bmp", "dib", "gif", "jfif", "jpe", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
+_IMAGES = ("apng", "bmp", "dib", "gif", "jfif", "jpe", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),

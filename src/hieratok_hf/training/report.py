@@ -41,13 +41,13 @@ class JsonLines:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                if type(record["step"]) is not int:
-                    raise TypeError("its step is no whole number")
-            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                step = record["step"]
+            except (ValueError, TypeError, LookupError, RecursionError):
+                step = None
+            if type(step) is not int:
                 if number < len(lines):
-                    raise ValueError(f"Line {number} of {str(path)!r} is no record: mend or remove it.") from error
-                continue
-            if record["step"] <= first_step:
+                    raise ValueError(f"Line {number} of {str(path)!r} is no record: mend or remove it.")
+            elif step <= first_step:
                 kept.append(line + b"\n")
         with write_whole(path) as file:
             file.writelines(kept)

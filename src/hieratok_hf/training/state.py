@@ -29,6 +29,7 @@ except ImportError:  # Windows has no such locks
 
 __all__ = [
     "TrainingState",
+    "check_archive",
     "hold_folder",
     "latest_state",
     "learning_rate_factor",
@@ -175,6 +176,22 @@ def hold_folder(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def check_archive(path: Path) -> None:
+    """
+    Compare all of a file that `torch.save` wrote with the checksums in it, which torch does not look at.
+
+    Raises:
+        ValueError: One differs, or it is no such file; `zipfile` raises further types.
+    """
+    if not path.is_file():
+        raise ValueError("it is no file")
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} has another checksum")
+        if any(member.compress_type for member in archive.infolist()):
+            raise ValueError("it is compressed")  # which torch would map into memory as it is
+
+
 def latest_state(folder: Path) -> dict[str, Any]:
     """
     Read the newest state of a folder and compare all of it with its checksums.
@@ -188,14 +205,7 @@ def latest_state(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{str(folder)!r} holds no training state to go on from ({_PATTERN.format(0)} or so).")
     name = repr(str(states[-1]))
     try:
-        if not states[-1].is_file():
-            raise ValueError("it is no file")
-        # torch writes a CRC-32 of each tensor, and does not look at it.
-        with zipfile.ZipFile(states[-1]) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"{damaged} has another checksum")
-            if any(member.compress_type for member in archive.infolist()):
-                raise ValueError("it is compressed")  # which torch would map into memory as it is
+        check_archive(states[-1])
         state = torch.load(states[-1], map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zipfile, torch and pickle raise many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -269,7 +279,7 @@ def state_to_resume(
 
 
 def options_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Choose what a state keeps of a script's arguments, in types that any reader takes."""
+    """Reduce a script's arguments to types that JSON has, for a state to keep."""
     return json.loads(json.dumps(arguments, default=str))
 
 

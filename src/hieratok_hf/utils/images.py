@@ -61,7 +61,9 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= top):  # phrased so that NaN fails
             raise ValueError(f"image of mode {image.mode!r} must hold values in [0, {top}], got [{low}, {high}]")
-        levels = np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
+        levels = np.empty(values.shape, np.uint8)
+        for row, made in zip(values, levels):  # the whole in float64 would be eight times as large as the result
+            made[:] = np.rint(row.astype(np.float64) * (255 / top))
         if isinstance(key := image.info.get("transparency"), int):
             levels[values == key] = 255
         if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
@@ -120,22 +122,24 @@ def fetch_image(url: str, *, max_pixels: int = 50_000_000) -> Image.Image:
         ImageError: nothing is found there, or more than 200 MiB, or no image that `decode_image` reads.
     """
     name = url if len(url) <= 100 else f"{url[:97]}..."
-    data = b""
+    data = bytearray()
     try:
         if url.startswith("data:"):
             with urllib.request.urlopen(url) as answer:
-                data = answer.read()
+                data += answer.read()
         else:
             with httpx.stream("GET", url, timeout=60, follow_redirects=True) as answer:
                 answer.raise_for_status()
                 for part in answer.iter_bytes():
                     data += part
                     if len(data) > _MOST_BYTES:
-                        raise ValueError(f"it has more than {_MOST_BYTES // 2**20} MiB")
+                        break
     except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name!r}: cannot be fetched ({reason})") from error
-    return decode_image(data, name, max_pixels=max_pixels)
+    if len(data) > _MOST_BYTES:
+        raise ImageError(f"{name!r}: has more than {_MOST_BYTES // 2**20} MiB")
+    return decode_image(bytes(data), name, max_pixels=max_pixels)
 
 
 def _shown(name: str | bytes) -> str:

@@ -1,0 +1,135 @@
+"""Tests of `local_images`: classes, splits, paths and links of folders, keys and labels of shards, fingerprints."""
+
+import os
+
+import datasets
+import pytest
+from image_files import encoded, write_members
+from local_data import picture, refused, seen, write_folder, write_shard
+
+from hieratok_hf.data.image_dataset import Images, load_images
+
+pytestmark = pytest.mark.usefixtures("script_surroundings")
+KINDS = datasets.Features({"image": datasets.Image()})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_class_may_be_called_like_a_split(tmp_path, streaming):
+    folder = write_folder(tmp_path, bus=[0], car=[1], train=[2])
+    images = load_images(folder, streaming=streaming)
+    assert seen(images, [0, 1, 2]) == [0, 1, 2] and images.class_names == ["bus", "car", "train"]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "car" / "1.png").rename(tmp_path / "annotations" / "1.txt")
+    assert seen(load_images(folder), [0, 2]) == [0, 1]
+    write_folder(tmp_path, test=[3])
+    refused(folder, "folders of splits lie beside 'bus'")  # what of it is a class?
+    for name in ("bus", "train"):
+        (tmp_path / name).rename(tmp_path / f".{name}")
+    assert seen(load_images(folder, split="test"), [3]) == [None]
+    refused(folder, "`split` must be one of ['test'], got 'train'")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "cat/metadata.csv", ".x.png"])
+def test_other_files_beside_images_change_nothing(tmp_path, name):
+    folder = write_folder(tmp_path, cat=[0, 1], dog=[2])
+    (tmp_path / name).write_text(
+        '{"file_name": "cat/0.png", "label": 7}\n' if "json" in name else "file_name\ncat/0.png\n"
+    )
+    assert seen(load_images(folder), [0, 1, 2]) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["set [v1]", "a::b", "per*cent?", "zwölf {x} 100%", "it's"])
+def test_a_path_may_hold_what_patterns_are_made_of(tmp_path, name):
+    folder = write_folder(tmp_path / name / "images", cat=[0], dog=[1])
+    assert seen(load_images(folder), [0, 1]) == [0, 1]
+    write_shard(tmp_path / name / "a-0.tar", [2])
+    for shards in ("a-0.tar", "a-*.tar"):
+        assert seen(load_images(str(tmp_path / name / shards)), [2]) == [2]
+    (tmp_path / name / "text").mkdir()
+    if set(name) & set("[]*:"):
+        refused(str(tmp_path / name / "text"), "path must not hold")
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    write_folder(tmp_path / "far", cat=[0])
+    folder = write_folder(tmp_path / "data", dog=[1])
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "far" / "cat")
+    (tmp_path / "data" / "dog" / "up").symlink_to(tmp_path / "data")
+    assert seen(load_images(folder), [0, 1]) == [0, 1]
+
+
+def test_the_file_whose_name_is_not_utf_8_is_named(tmp_path):
+    folder = write_folder(tmp_path, cat=[0, 1])
+    (tmp_path / "cat" / "0.png").rename(tmp_path / "cat" / "caf\udce9.png")
+    refused(folder, r"caf\udce9.png' is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("members", "seeds", "labels"),
+    [
+        # Dots in keys, with labels by their own names or by the key.
+        ({f"a.{i}.png": i for i in range(8)}, range(8), [None] * 8),
+        ({"a.0.png": 0, "a.0.cls": b"5", "a.1.png": 1, "a.1.cls": b"6"}, [0, 1], [5, 6]),
+        ({"v1.0/a.left.png": 0, "v1.0/a.right.png": 1, "v1.0/a.cls": b"7"}, [0, 1], [7, 7]),
+        ({"a.seg.png": 9, "a.png": 0, "a.cls": b"1", "b.png": 1, "b.depth.png": 8}, [0, 1], [1, None]),
+        # In any order, of several kinds, with members that are nobody's business.
+        ({"1.cls": b" 1\n", "0.PNG": 0, "1.png": 1, "0.cls": b"-3"}, [0, 1], [-3, 1]),
+        ({"0.pth": b"x", "0.png": 0, "0.json": b"{", "0.pyd": b"x", "0.npy": b"", "1.pickle": b"x"}, [0], [None]),
+        ({"._0.png": b"x", "__MACOSX": b"", ".png": b"x", "0.png": 0, "no_dot": b""}, [0], [None]),
+        ({"0.label": b"3", "0.cls": b"4", "0.png": 0}, [0], [3]),
+        ({"caf\udce9.png": 0}, [0], [None]),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_give_every_picture_its_label(tmp_path, members, seeds, labels, streaming):
+    contents = {name: encoded(picture(x)) if isinstance(x, int) else x for name, x in members.items()}
+    shard = write_members(tmp_path / "a.tar", contents)
+    assert seen(load_images(shard, streaming=streaming), seeds) == labels
+
+
+def test_a_shard_that_was_replaced_is_read_anew_whatever_its_time(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", [0, 1])
+    times, first = os.stat(shard), load_images(shard)
+    assert seen(first, [0, 1]) == [0, 1]
+    write_shard(tmp_path / "a.tar", [2, 4])
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert seen(load_images(shard), [2, 4]) == [2, 1] and load_images(shard).fingerprint != first.fingerprint
+
+
+def test_splits_of_folders_of_shards_and_slices(tmp_path):
+    for name, seed in (("train-0", 0), ("train-1", 1), ("val-0", 2)):
+        write_shard(tmp_path / f"{name}.tar", [seed, seed + 3])
+    for split, seeds in (("train", [0, 3, 1, 4]), ("validation", [2, 5]), ("train[1:3]+validation", [3, 1, 2, 5])):
+        seen(load_images(str(tmp_path), split=split), seeds)
+    refused(str(tmp_path), "`split` must be one of ['train', 'validation'], got 'test'", split="test")
+    write_shard(tmp_path / "other.tar", [7])
+    refused(str(tmp_path), "shards of splits lie beside 'other.tar'")
+    refused(str(tmp_path / "other.tar"), "`split` must be one of ['train']", split="validation")
+
+
+def test_a_fingerprint_tells_data_from_other_data_wherever_it_lies(tmp_path):
+    folder = write_folder(tmp_path / "a", cat=[0, 1], dog=[2])
+    shard = write_shard(tmp_path / "a.tar", [0, 1])
+    known = [load_images(source).fingerprint for source in (folder, shard, [folder, folder])]
+    assert len(set(known)) == 3
+    assert [load_images(x, streaming=True).fingerprint for x in (folder, shard, [folder, folder])] == known
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = tmp_path / "b" / "cat"
+    assert load_images(str(tmp_path / "b")).fingerprint == known[0]
+    changes = [
+        lambda: (moved / "0.png").write_bytes(encoded(picture(7))),
+        lambda: (moved / "0.png").rename(moved / "5.png"),
+        lambda: moved.rename(tmp_path / "b" / "cow"),
+        lambda: (tmp_path / "b" / "dog" / "9.png").write_bytes(b""),
+    ]
+    for change in changes:
+        change()
+        known.append(load_images(str(tmp_path / "b")).fingerprint)
+    assert len(set(known)) == 7
+    rows = [{"image": {"bytes": bytes([i]), "path": None}} for i in range(2)]
+    of_hub = [datasets.Dataset.from_list(rows[:n], features=KINDS) for n in (1, 2)]
+    assert Images(of_hub[0], "a").fingerprint != Images(of_hub[1], "a").fingerprint
+    assert (
+        Images(of_hub[1].to_iterable_dataset(), "a").fingerprint
+        == Images(of_hub[1].to_iterable_dataset(), "b").fingerprint
+    )
