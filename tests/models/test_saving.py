@@ -227,6 +227,34 @@ def test_a_link_in_a_killed_save_is_not_followed(tmp_path):
     assert (tmp_path / "outside" / "config.json").read_text() == "{}"
 
 
+def test_a_folder_that_cannot_be_made_whole_is_not_loaded(tmp_path, monkeypatch):
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:  # another save ends whenever one looks
+        patch.setattr("hieratok_hf.models.saving._stamps", lambda folder: object())
+        with pytest.raises(OSError, match=f"{tmp_path.name}.* changed"):
+            AutoencoderHieraTok.from_pretrained(tmp_path)
+    (tmp_path / ".saved").mkdir()
+    (tmp_path / ".saved" / "config.json").write_text("{}")
+    with monkeypatch.context() as patch:  # as where one may only read
+        patch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(PermissionError("read only")))
+        with pytest.raises(OSError, match=f"{tmp_path.name}.* killed .*read only"):
+            AutoencoderHieraTok.from_pretrained(tmp_path)
+
+
+def test_a_link_in_the_place_of_a_killed_save_is_left_alone(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "notes.txt").write_text("mine")
+    model = AutoencoderHieraTok.from_core(random_core())
+    model.save_pretrained(tmp_path / "model")
+    for name in (".saved", ".saved-moving", ".saving-1"):
+        (tmp_path / "model" / name).symlink_to(outside)
+    assert_same_weights(AutoencoderHieraTok.from_pretrained(tmp_path / "model"), model)
+    with pytest.raises(OSError, match=r"\.saved"):
+        model.save_pretrained(tmp_path / "model")
+    assert (outside / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("cls", CLASSES.values())
 def test_permissions_are_those_of_the_files_that_are_replaced_else_the_usual_ones(cls, tmp_path):
     model = cls.from_core(random_core())
