@@ -143,7 +143,7 @@ def main() -> None:
             result(in_child(new_save))
             left = sorted(set(listing(target)) ^ set(clean[i % 2]))
             told.append({"kind": kind, "i": i, "had": old is not None, "seen": seen, "found": found, "left": left})
-            if i + 1 >= moments and (ended or not every_step):
+            if (i >= moments and ended) or (i + 1 == moments and not every_step):
                 break
     print(json.dumps(told))
 
