@@ -175,12 +175,14 @@ def test_states_of_this_package_know_their_configuration(script, tmp_path):
     state = TrainingState(core, [(module, torch.optim.SGD(module.parameters(), 0.1))], decay=0.5)
     for shadow, x in zip(state.average.shadow_params, mean.parameters()):
         shadow.copy_(x.detach())
+    states = tmp_path / "states"
+    states.mkdir()
     for step in (3, 11):
-        state.save(tmp_path, step, keep=2, config=core.config.model_fields)
-    told = script.convert(source=tmp_path / "state-000000003.pt", out=tmp_path / "plain", config=False)
+        state.save(states, step, keep=2, config=core.config.model_fields)
+    told = script.convert(source=states / "state-000000003.pt", out=tmp_path / "plain", config=False)
     assert "the training's own" in told
     assert_folder_is(tmp_path / "plain", core)
-    script.convert("--ema", source=tmp_path, config=False)
+    script.convert("--ema", source=states, config=False)
     assert_folder_is(script.out, mean)
     assert HieraTokConfig.from_pretrained(script.out).model_fields == core.config.model_fields
     newest = states / "state-000000011.pt"

@@ -182,10 +182,10 @@ def test_saves(cls, named, case, core, tmp_path, monkeypatch):
     refuse(named, tmp_path, cls.from_core(core).save_pretrained, case[0], **case[1])
 
 
-@pytest.mark.parametrize("place", ["config.json", WEIGHTS, ".saved"])
+@pytest.mark.parametrize("place", ["config.json", WEIGHTS, ".hieratok-saved"])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_places_that_are_taken(cls, place, core, tmp_path):
-    (tmp_path / place).mkdir() if place != ".saved" else (tmp_path / place).write_text("mine")
+    (tmp_path / place).mkdir() if place != ".hieratok-saved" else (tmp_path / place).write_text("mine")
     refuse(place, tmp_path, cls.from_core(core).save_pretrained, tmp_path)
 
 

@@ -212,19 +212,47 @@ def test_saves_and_loads_at_the_same_time_see_whole_models(tmp_path):
             loaded = AutoencoderHieraTok.from_pretrained(tmp_path)
             assert_same_weights(loaded.core, cores[int(loaded.config.rotary_base - 10)])
         assert [done.result() for done in saves] == [None, None]
-    assert not list(tmp_path.glob(".sav*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_link_in_a_killed_save_is_not_followed(tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "config.json").write_text("{}")
     folder = tmp_path / "model"
-    (folder / ".saved" / "vae").mkdir(parents=True)
-    (folder / ".saved" / "vae" / "config.json").write_text("bad")
+    (folder / ".hieratok-saved" / "vae").mkdir(parents=True)
+    (folder / ".hieratok-saved" / "vae" / "config.json").write_text("bad")
     (folder / "vae").symlink_to(tmp_path / "outside")
     with pytest.raises(ValueError, match="symbolic link"):
         AutoencoderHieraTok.from_pretrained(folder)
     assert (tmp_path / "outside" / "config.json").read_text() == "{}"
+
+
+def test_a_folder_that_cannot_be_made_whole_is_not_loaded(tmp_path, monkeypatch):
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:  # another save ends whenever one looks
+        patch.setattr("hieratok_hf.models.saving._stamps", lambda folder: object())
+        with pytest.raises(OSError, match=f"{tmp_path.name}.* changed"):
+            AutoencoderHieraTok.from_pretrained(tmp_path)
+    (tmp_path / ".hieratok-saved").mkdir()
+    (tmp_path / ".hieratok-saved" / "config.json").write_text("{}")
+    with monkeypatch.context() as patch:  # as where one may only read
+        patch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(PermissionError("read only")))
+        with pytest.raises(OSError, match=f"{tmp_path.name}.* killed .*read only"):
+            AutoencoderHieraTok.from_pretrained(tmp_path)
+
+
+def test_a_link_in_the_place_of_a_killed_save_is_left_alone(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "notes.txt").write_text("mine")
+    model = AutoencoderHieraTok.from_core(random_core())
+    model.save_pretrained(tmp_path / "model")
+    for name in (".hieratok-saved", ".hieratok-moving", ".hieratok-saving-1"):
+        (tmp_path / "model" / name).symlink_to(outside)
+    assert_same_weights(AutoencoderHieraTok.from_pretrained(tmp_path / "model"), model)
+    with pytest.raises(OSError, match=r"\.hieratok-saved"):
+        model.save_pretrained(tmp_path / "model")
+    assert (outside / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("cls", CLASSES.values())

@@ -29,7 +29,12 @@ def library_of(code_file: str) -> str:
 
 
 def add_code(root: Path, code: str) -> list[str]:
-    """Write the package's `code` into a saved folder, as `hieratok_hf.add_remote_code` says, and list the files."""
+    """
+    Write the package's `code` into a saved folder, as `hieratok_hf.add_remote_code` says, and list the files.
+
+    Raises:
+        ValueError: The folder holds neither a HieraTok model nor a pipeline with one.
+    """
     index = read_json(root / "model_index.json")
     if index is not None:
         ours = [

@@ -46,8 +46,10 @@ _WEIGHTS = re.compile(
 _LAST = ("config.json", "model_index.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
-# What a save has beside the files of a folder: all that is written but not whole, then whole, then on its way.
-_STAGE, _WHOLE, _MOVING, _LOCK = ".saving-", ".saved", ".saved-moving", ".saving.lock"
+# What a save has beside the files of a folder: all that is written but not whole, then whole, then on its way. Nobody
+# else may have such names, because what bears them is moved or deleted.
+_STAGE, _WHOLE, _MOVING = ".hieratok-saving-", ".hieratok-saved", ".hieratok-moving"
+_LOCK = ".hieratok-saving.lock"
 _ATTEMPTS = 10
 
 AnyPath = TypeVar("AnyPath", bound=PurePath)
