@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .torch_compat import is_watched
 
@@ -22,8 +22,8 @@ __all__ = [
     "keep_by_size",
 ]
 
-# Larger tables take longer to keep in memory than to make beside what else there is to do.
-_KEPT_TOKENS = 2**14
+# Larger tables are made in no time beside what else there is to do, and would hold memory by size.
+_KEPT_TOKENS = 2**11
 
 # Shape letters: B batch, H W pixels, p patch size, C latent channels, h w finest grid, N tokens of all scales.
 
@@ -221,7 +221,9 @@ def flatten_pyramid(latents: Tensor, layout: PyramidLayout) -> Tensor:
     return (tokens * share.to(torch.promote_types(latents.dtype, torch.float32))).to(latents.dtype)
 
 
-def convolve_pyramid(latents: Tensor, layout: PyramidLayout, convolutions: Iterable[nn.Module]) -> Tensor:
+def convolve_pyramid(
+    latents: Tensor, layout: PyramidLayout, convolutions: Iterable[Callable[[Tensor], Tensor]]
+) -> Tensor:
     """
     Map the block of cells that each token covers to that token, by a convolution a scale.
 
@@ -235,7 +237,7 @@ def convolve_pyramid(latents: Tensor, layout: PyramidLayout, convolutions: Itera
     Args:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): The finest map.
         layout (`PyramidLayout`): The scales to make, over a finest grid of `h x w`.
-        convolutions (`Iterable[nn.Module]`): One convolution a scale, coarse to fine, of kernel and stride `f`.
+        convolutions (`Iterable[Callable]`): One convolution a scale, coarse to fine, of kernel and stride `f`.
 
     Returns:
         `torch.Tensor` of shape `(B, N, D)`: The tokens of all scales, coarse first, each scale row by row.
