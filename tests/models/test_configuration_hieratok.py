@@ -8,7 +8,7 @@ import pytest
 from helpers import TINY, tiny
 from transformers import AutoConfig
 
-from hieratok_hf import AutoencoderHieraTok, HieraTokConfig
+from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore
 from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING, complete_saved
 
 
@@ -35,6 +35,35 @@ def test_from_size_replaces_only_what_is_given():
     expected = {**HieraTokConfig.from_size("hieratok-l").model_fields, "scale_factors": (1,), "qk_norm": True}
     assert config.model_fields == expected
     assert HieraTokConfig() == HieraTokConfig.from_size("hieratok-b")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 2**31) for name in ("patch_size", "encoder_hidden_size", "decoder_num_layers", "sample_size")),
+        *(
+            (name, 10**400)
+            for name in ("in_channels", "mlp_ratio", "rotary_base", "learned_positions", "coarse_weight")
+        ),
+        *((name, 2**16) for name in ("patch_size", "encoder_hidden_size", "learned_positions")),
+        ("linear_path", 2**16 - 1),
+        ("scale_factors", (10**6, 1)),
+        ("scale_factors", (2**13, 1)),
+        ("scale_factors", tuple(range(300, 0, -1))),
+        ("mlp_ratio", 1e9),
+    ],
+)
+def test_sizes_beyond_any_memory_are_told_before_it_is_asked_for(name, value):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        HieraTokConfig(**{name: value})
+
+
+def test_weights_are_counted_about_as_the_model_has_them():
+    for overrides in ({"learned_positions": 5}, {"scale_factors": (8, 5, 1)}, {"downsampling": "mean"}):
+        config = tiny(**overrides)
+        parameters = HieraTokCore(config).parameters()
+        counted, there = sum(config._count_weights().values()), sum(x.numel() for x in parameters if x.ndim > 1)
+        assert there == pytest.approx(counted, rel=0.1)
 
 
 @pytest.mark.parametrize("downsampling", DOWNSAMPLING)

@@ -1,6 +1,5 @@
 """Configure HieraTok: every size of the model, checked once, and the sizes that have names."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
@@ -90,6 +89,7 @@ _POSITIVE = (
     "initializer_range",
     "scaling_factor",
 )
+_LARGEST_SIZE, _LARGEST_NUMBER, _MOST_WEIGHTS = 2**16, 1e38, 10**10
 _CHOICES = {
     "downsampling": DOWNSAMPLING,
     "rotary_coordinates": ("cells", "fraction"),
@@ -148,7 +148,8 @@ class HieraTokConfig(PreTrainedConfig):
         force_upcast (`bool`, defaults to `False`): Whether diffusers pipelines must run the model in float32.
 
     Raises:
-        ValueError: A value is out of its range; the message names it.
+        ValueError: A value is out of its range, a size is above 65536, or the model would have more than 1e10
+            weights; the message names it.
         StrictDataclassError: A value is of another type; huggingface_hub's own error.
 
     Example:
@@ -204,13 +205,12 @@ class HieraTokConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         self.scale_factors = tuple(self.scale_factors)
         super().__post_init__(**kwargs)
-        for name in _POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be greater than 0 and finite, got {getattr(self, name)!r}.")
-        for name in ("learned_positions", "linear_path", "kl_weight", "coarse_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)!r}.")
-        if not math.isfinite(self.shift_factor):
+        for name in (*_POSITIVE, "learned_positions", "linear_path", "kl_weight", "coarse_weight"):
+            value, largest = getattr(self, name), self._largest(name)
+            if not 0 <= value <= largest or (value == 0 and name in _POSITIVE):
+                least = "greater than 0" if name in _POSITIVE else "not negative"
+                raise ValueError(f"`{name}` must be {least} and at most {largest:g}, got {value!r}.")
+        if not abs(self.shift_factor) <= _LARGEST_NUMBER:
             raise ValueError(f"`shift_factor` must be finite, got {self.shift_factor!r}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -220,6 +220,8 @@ class HieraTokConfig(PreTrainedConfig):
         if self.linear_path and self.linear_path % 2 == 0:
             raise ValueError(f"`linear_path` must be odd or 0, got {self.linear_path}.")
         check_scale_factors(self.scale_factors)
+        if self.scale_factors[0] > _LARGEST_SIZE:
+            raise ValueError(f"`scale_factors` must be at most {_LARGEST_SIZE}, got {self.scale_factors[0]}.")
         for side in ("encoder", "decoder"):
             hidden_size, num_heads = getattr(self, f"{side}_hidden_size"), getattr(self, f"{side}_num_heads")
             if hidden_size % (4 * num_heads):
@@ -229,6 +231,35 @@ class HieraTokConfig(PreTrainedConfig):
                 )
             if int(2 / 3 * self.mlp_ratio * hidden_size) < 1:
                 raise ValueError(f"`mlp_ratio` must leave a width of at least 1, got {self.mlp_ratio!r}.")
+        weights = self._count_weights()
+        if sum(weights.values()) > _MOST_WEIGHTS:
+            name = max(weights, key=weights.__getitem__)
+            raise ValueError(
+                f"`{name}` must leave a model of at most {_MOST_WEIGHTS:g} weights, got {getattr(self, name)!r}, of "
+                f"which come {weights[name]:.3g}."
+            )
+
+    def _largest(self, name: str) -> float:
+        return _LARGEST_SIZE if type(self).__annotations__[name] is int else _LARGEST_NUMBER
+
+    def _count_weights(self) -> dict[str, int]:
+        """Count about the weights of matrices and convolutions by the argument that they grow with."""
+        patch, path = self.patch_size**2 * self.in_channels, self.linear_path**2 * self.latent_channels
+        widths = self.encoder_hidden_size + self.decoder_hidden_size
+        squares = self.decoder_hidden_size * self.latent_channels * sum(f**2 for f in self.scale_factors[:-1])
+        counts = {
+            "patch_size": widths * patch,
+            "latent_channels": (widths + self.encoder_hidden_size) * self.latent_channels,
+            "learned_positions": widths * self.learned_positions**2,
+            "linear_path": patch * path * (1 + len(self.scale_factors)),
+            "scale_factors": squares if self.downsampling == "learned" else 0,
+            "mlp_ratio": 0,
+        }
+        for side in ("encoder", "decoder"):
+            width, num_layers = getattr(self, f"{side}_hidden_size"), getattr(self, f"{side}_num_layers")
+            counts[f"{side}_hidden_size"] = 4 * num_layers * width**2
+            counts["mlp_ratio"] += 3 * num_layers * width * int(2 / 3 * self.mlp_ratio * width)
+        return counts
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Self":
