@@ -160,7 +160,7 @@ def check_sizes(config: HieraTokConfig, factor: int) -> Iterator[tuple[int, int,
     """List batches, rows and columns of tokens to compare at, none of them those that a program was traced with."""
     longest, least = config.scale_factors[0], factor + 1
     for batch in (1, 3):
-        yield from ((batch, least, least + 3), (batch, longest + 1, longest + 4), (batch, 2 * longest + 5, least + 1))
+        yield from ((batch, least, least), (batch, longest + 1, longest + 4), (batch, 2 * longest + 5, least + 1))
 
 
 def largest_difference(

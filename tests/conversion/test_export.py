@@ -82,15 +82,21 @@ def test_programs_compute_what_the_model_computes(exported, suffix, tolerance):
         assert max(differences(folder / f"{part}{suffix}", core)) < tolerance
 
 
-def test_programs_of_fewer_scales(tmp_path):
+@pytest.mark.parametrize(
+    ("num_scales", "shape"), [(1, ["2*ceil(rows/2)", "2*ceil(columns/2)"]), (2, ["2*rows", "2*columns"])]
+)
+def test_programs_of_two_scales(tmp_path, num_scales, shape):
     core = save_model(tmp_path / "model", **{**ONE_SCALE, "scale_factors": (2, 1)})
-    options = ["--format", "torch", "--num_scales", "1", "--parts", "decoder"]
+    options = ["--format", "torch", "--num_scales", str(num_scales), "--parts", "decoder"]
     assert export.main([str(tmp_path / "model"), str(tmp_path / "programs"), *options]) == 0
-    # Its scale must have two rows, so two tokens are too few.
-    assert max(differences(tmp_path / "programs" / "decoder.pt2", core, 1, [SIZES[0], SIZES[2]])) < 1e-5
     facts = json.loads((tmp_path / "programs" / "export.json").read_text())
-    assert facts["num_scales"] == 1
-    assert facts["programs"][0]["output"]["shape"] == ["batch", 3, "2*ceil(rows/2)", "2*ceil(columns/2)"]
+    least = facts["programs"][0]["input"]["least_rows_and_columns"]
+    # The scale to make must have two rows, so of the coarse one two tokens are too few.
+    assert least == {1: 3, 2: 2}[num_scales]
+    sizes = [(1, least, least), SIZES[0], SIZES[2]]
+    assert max(differences(tmp_path / "programs" / "decoder.pt2", core, num_scales, sizes)) < 1e-5
+    assert facts["num_scales"] == num_scales
+    assert facts["programs"][0]["output"]["shape"] == ["batch", 3, *shape]
 
 
 def test_programs_run_without_this_package(exported, tmp_path):
@@ -175,7 +181,7 @@ def test_half_precision_and_weights_in_a_second_file(small_model, tmp_path, monk
     [
         (lambda y: y + 1e-3, "differs from the model by 0.001, more than 0.0001"),
         (lambda y: y * torch.nan, "differs from the model by nan"),
-        (lambda y: y[:1], "gives (1, 8, 2, 5), the model (3, 8, 2, 5)"),
+        (lambda y: y[:1], "gives (1, 8, 2, 2), the model (3, 8, 2, 2)"),
     ],
 )
 def test_a_program_that_is_wrong_is_not_kept(small_model, tmp_path, monkeypatch, capsys, wrong, message):

@@ -19,6 +19,22 @@ def test_from_size_replaces_only_what_is_given():
     assert HieraTokConfig() == HieraTokConfig.from_size("hieratok-b")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 2**31) for name in ("patch_size", "encoder_hidden_size", "decoder_num_layers", "sample_size")),
+        *(
+            (name, 10**400)
+            for name in ("in_channels", "mlp_ratio", "rotary_base", "learned_positions", "coarse_weight")
+        ),
+        ("scale_factors", (10**6, 1)),
+    ],
+)
+def test_sizes_beyond_any_memory_are_told_before_it_is_asked_for(name, value):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        HieraTokConfig(**{name: value})
+
+
 @pytest.mark.parametrize("downsampling", DOWNSAMPLING)
 def test_json_keeps_every_value_also_that_of_the_default_downsampling(downsampling, tmp_path):
     config = tiny(scale_factors=[3, 1], kl_weight=0.5, rotary_pairing="detok", downsampling=downsampling)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import AttendMaps, noise
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hieratok_hf import PyramidLayout, scale_causal_attention
 from hieratok_hf.ops import attention_flex
@@ -78,6 +79,14 @@ def test_a_mask_first_made_in_inference_mode_serves_later(made_masks):
         compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(*projected(layout), layout), expected, atol=1e-6, rtol=0)
     assert made_masks == [layout.num_tokens]
+
+
+def test_no_mask_of_a_fake_mode_or_a_transform_is_kept(made_masks):
+    layout, device = PyramidLayout.from_grid(6, 5, (2, 1)), torch.device("cpu")
+    with FakeTensorMode():
+        attention_flex._block_tensors(layout.ends, device)
+    torch.func.functionalize(lambda x: attention_flex._block_tensors(layout.ends, device)[0])(noise(1))
+    assert all(type(x) is torch.Tensor and x.data_ptr() for x in attention_flex._block_tensors(layout.ends, device))
 
 
 def test_a_block_beyond_the_prefix_is_skipped_and_one_inside_it_has_no_mask():

@@ -95,6 +95,7 @@ OF_PIPELINES = {
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 _NOT_NEGATIVE = ("learned_positions", "linear_path", "kl_weight", "coarse_weight")
+_LARGEST_SIZE = 2**16
 _CHOICES = {
     "downsampling": DOWNSAMPLING,
     "rotary_coordinates": ("cells", "fraction"),
@@ -169,7 +170,8 @@ class HieraTokConfig(PreTrainedConfig):
         force_upcast (`bool`, defaults to `False`): Whether diffusers pipelines must run the model in float32.
 
     Raises:
-        ValueError: A value is out of its range, or there is no such argument; the message names it.
+        ValueError: A value is out of its range, a size is above 65536, or there is no such argument; the message
+            names it.
         StrictDataclassError: A value is of another type; huggingface_hub's own error.
 
     Example:
@@ -240,6 +242,8 @@ class HieraTokConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must not be negative, got {value!r}.")
             if name not in (*_NOT_NEGATIVE, "shift_factor") and value <= 0:
                 raise ValueError(f"`{name}` must be greater than 0, got {value!r}.")
+            if isinstance(value, int) and value > _LARGEST_SIZE:
+                raise ValueError(f"`{name}` must be at most {_LARGEST_SIZE}, got {value!r}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
@@ -248,6 +252,8 @@ class HieraTokConfig(PreTrainedConfig):
         if self.linear_path and self.linear_path % 2 == 0:
             raise ValueError(f"`linear_path` must be odd or 0, got {self.linear_path}.")
         check_scale_factors(self.scale_factors)
+        if self.scale_factors[0] > _LARGEST_SIZE:
+            raise ValueError(f"`scale_factors` must be at most {_LARGEST_SIZE}, got {self.scale_factors[0]}.")
         for side in ("encoder", "decoder"):
             hidden_size, num_heads = getattr(self, f"{side}_hidden_size"), getattr(self, f"{side}_num_heads")
             if hidden_size % (4 * num_heads):

@@ -199,11 +199,17 @@ class HieraTokDecoder(nn.Module):
 
     def embed_blocks(self, latents: Tensor, layout: PyramidLayout) -> Tensor:
         """Embed the blocks of `latents` `(B, C, h, w)` at the scales of `layout`, coarse first, `(B, N, D)`."""
+        if torch.compiler.is_compiling():
+            # All at once: a compiled graph of a single coarse token would serve no other number of them.
+            return convolve_pyramid(latents, layout, [*self.coarse_embed, self._embed_map])
         num_coarse = min(layout.num_scales, len(self.coarse_embed))
         parts = [convolve_pyramid(latents, layout.truncate(num_coarse), self.coarse_embed)] if num_coarse else []
         if num_coarse < layout.num_scales:
             parts.append(self.embed(latents.flatten(2).transpose(1, 2)))
         return torch.cat(parts, dim=1)
+
+    def _embed_map(self, latents: Tensor) -> Tensor:
+        return self.embed(latents.movedim(1, -1)).movedim(-1, 1)  # (B, D, h, w)
 
     def linear_image(self, cells: Tensor, index: int) -> Tensor:
         """

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from .pyramid import PyramidLayout
-from .torch_compat import is_exporting
+from .torch_compat import is_exporting, is_watched
 
 __all__ = ["flex_scale_causal_attention"]
 
@@ -39,7 +39,7 @@ def _sees(ends: tuple[int, ...]) -> Callable[[Tensor, Tensor, Tensor, Tensor], T
     return sees
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=8)
 def _kept_block_mask(ends: tuple[int, ...], device: torch.device) -> BlockMask:
     # A mask first made in inference mode must also serve where gradients are needed.
     with torch.inference_mode(False):
@@ -49,8 +49,9 @@ def _kept_block_mask(ends: tuple[int, ...], device: torch.device) -> BlockMask:
 # A block mask cannot be a constant of a compiled graph, but its tensors can.
 @torch.compiler.assume_constant_result
 def _block_tensors(ends: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-    # What an exporter traces is no tensor to keep.
-    make = _kept_block_mask.__wrapped__ if is_exporting() else _kept_block_mask
+    # What is exported, faked or wrapped is no tensor to keep.
+    is_passing = is_exporting() or (is_watched() and not torch.compiler.is_compiling())
+    make = _kept_block_mask.__wrapped__ if is_passing else _kept_block_mask
     block_mask = make(ends, device)
     return tuple(getattr(block_mask, field) for field in BLOCK_FIELDS)
 

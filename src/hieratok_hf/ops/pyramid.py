@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..utils.numbers import whole_number
 from .torch_compat import is_watched
@@ -24,8 +24,8 @@ __all__ = [
     "keep_by_size",
 ]
 
-# Larger tables take longer to keep in memory than to make beside what else there is to do.
-_KEPT_TOKENS = 2**14
+# Larger tables are made in no time beside what else there is to do, and would hold memory by size.
+_KEPT_TOKENS = 2**11
 
 # Shape letters: B batch, H W pixels, p patch size, C latent channels, h w finest grid, N tokens of all scales.
 
@@ -201,7 +201,9 @@ def flatten_pyramid(latents: Tensor, layout: PyramidLayout) -> Tensor:
     return (tokens * share.to(torch.promote_types(latents.dtype, torch.float32))).to(latents.dtype)
 
 
-def convolve_pyramid(latents: Tensor, layout: PyramidLayout, convolutions: Iterable[nn.Module]) -> Tensor:
+def convolve_pyramid(
+    latents: Tensor, layout: PyramidLayout, convolutions: Iterable[Callable[[Tensor], Tensor]]
+) -> Tensor:
     """
     Map the block of cells that each token covers to that token, by a convolution a scale.
 

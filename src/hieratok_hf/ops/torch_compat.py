@@ -34,7 +34,7 @@ def is_watched() -> bool:
 
 
 def mode_of(tensor: Tensor) -> AbstractContextManager:
-    """Make a context in which new tensors are fake where `tensor` is, although its `FakeTensorMode` may be over."""
+    """Make a context where new tensors are fake if `tensor`, of any shape, is, even after its `FakeTensorMode`."""
     mode = None if torch.compiler.is_compiling() else getattr(tensor, "fake_mode", None)
     return nullcontext() if mode is None else mode
 
