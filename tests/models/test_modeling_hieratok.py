@@ -1,5 +1,7 @@
 """HieraTokModel: outputs, attention implementations, checkpointing, and what transformers expects."""
 
+import re
+
 import pytest
 import torch
 from helpers import images, random_core, tiny
@@ -93,6 +95,15 @@ def test_gradient_checkpointing_changes_no_gradient(cls, pixel_values):
         model(pixel_values)[0].mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
+
+
+def test_a_map_of_devices_splits_no_block(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    room = sum(x.nbytes for x in model.parameters()) // 3  # which ends within a block
+    options = {"max_memory": {"cpu": room, "disk": 10**9}, "offload_folder": tmp_path / "offloaded"}
+    places = HieraTokModel.from_pretrained(tmp_path, device_map="auto", **options).hf_device_map
+    assert set(places.values()) == {"cpu", "disk"}
+    assert not [name for name in places if re.search(r"blocks\.\d+\.", name)]
 
 
 def test_images_are_cast_to_the_weights(model, pixel_values):
