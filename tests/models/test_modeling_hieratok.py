@@ -84,6 +84,14 @@ def test_eager_and_sdpa_agree_and_eager_returns_causal_weights(model, pixel_valu
     assert decoder_weights[..., 17:, :].min() > 0
 
 
+@pytest.mark.parametrize("name", ["sdpa", "flex_attention"])
+def test_transformers_own_attentions_can_be_asked_for(model, tmp_path, name):
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation(name)
+    loaded = HieraTokModel.from_pretrained(tmp_path, attn_implementation=name)
+    assert model.config._attn_implementation == loaded.config._attn_implementation == name
+
+
 @pytest.mark.parametrize("cls", [HieraTokModel, AutoencoderHieraTok])
 def test_gradient_checkpointing_changes_no_gradient(cls, pixel_values):
     gradients = []
