@@ -112,6 +112,8 @@ def test_a_map_of_devices_splits_no_block(model, tmp_path):
     places = HieraTokModel.from_pretrained(tmp_path, device_map="auto", **options).hf_device_map
     assert set(places.values()) == {"cpu", "disk"}
     assert not [name for name in places if re.search(r"blocks\.\d+\.", name)]
+    vae = AutoencoderHieraTok.from_pretrained(tmp_path, device_map="auto", max_memory={"cpu": 10**9})
+    assert vae.device.type == "cpu"  # diffusers refuses a model that does not name its blocks
 
 
 def test_images_are_cast_to_the_weights(model, pixel_values):
