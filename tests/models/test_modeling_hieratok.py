@@ -1,5 +1,7 @@
 """HieraTokModel: outputs, attention implementations, checkpointing, and what transformers expects."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,14 @@ def test_the_pipeline_of_transformers_gives_features(model, tmp_path):
     assert extractor(image, pool=True) == expected.pooler_output.tolist()
 
 
+@pytest.mark.parametrize("name", ["sdpa", "flex_attention"])
+def test_transformers_own_attentions_can_be_asked_for(model, tmp_path, name):
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation(name)
+    loaded = HieraTokModel.from_pretrained(tmp_path, attn_implementation=name)
+    assert model.config._attn_implementation == loaded.config._attn_implementation == name
+
+
 @pytest.mark.parametrize("cls", [HieraTokModel, AutoencoderHieraTok])
 def test_gradient_checkpointing_changes_no_gradient(cls, pixel_values):
     gradients = []
@@ -109,6 +119,17 @@ def test_gradient_checkpointing_changes_no_gradient(cls, pixel_values):
         (output.sample if cls is AutoencoderHieraTok else output.loss).mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
+
+
+def test_a_map_of_devices_splits_no_block(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    room = sum(x.nbytes for x in model.parameters()) // 3  # which ends within a block
+    options = {"max_memory": {"cpu": room, "disk": 10**9}, "offload_folder": tmp_path / "offloaded"}
+    places = HieraTokModel.from_pretrained(tmp_path, device_map="auto", **options).hf_device_map
+    assert set(places.values()) == {"cpu", "disk"}
+    assert not [name for name in places if re.search(r"blocks\.\d+\.", name)]
+    vae = AutoencoderHieraTok.from_pretrained(tmp_path, device_map="auto", max_memory={"cpu": 10**9})
+    assert vae.device.type == "cpu"  # diffusers refuses a model that does not name its blocks
 
 
 def test_images_are_cast_to_the_weights(model, pixel_values):

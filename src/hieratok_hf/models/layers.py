@@ -123,9 +123,8 @@ class HieraTokAttnProcessor:
         ValueError: `backend` is not one of `ATTENTION_BACKENDS`, or, when called, cannot serve.
     """
 
-    # The libraries' own settings: the first is a name of diffusers' `set_attention_backend`.
+    # A name of diffusers' `set_attention_backend`.
     _attention_backend = None
-    _parallel_config = None
 
     def __init__(self, backend: str | None = None, fused_rotary: bool | None = None):
         if backend is not None and backend not in ATTENTION_BACKENDS:
@@ -163,7 +162,6 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
     """Attend over a pyramid of tokens with `num_heads` heads; a layout of one scale makes it full attention."""
 
     _default_processor_cls = HieraTokAttnProcessor
-    _available_processors = [HieraTokAttnProcessor]
 
     def __init__(self, config: HieraTokConfig, hidden_size: int, num_heads: int):
         super().__init__()

@@ -158,7 +158,6 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
     _no_split_modules = ["HieraTokEncoderBlock", "HieraTokDecoderBlock"]
     _supports_sdpa = True
     _supports_flex_attn = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HieraTokBlock, "attentions": HieraTokAttention}
 
     def __init__(self, config: HieraTokConfig):
