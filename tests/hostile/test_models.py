@@ -254,6 +254,8 @@ PROCESSING = [
 ]
 
 
-@pytest.mark.parametrize(("named", "given", "options"), PROCESSING, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    ("named", "given", "options"), PROCESSING, ids=lambda value: str(value).partition(" at 0x")[0][:50]
+)
 def test_processing(named, given, options, tmp_path):
     refuse(named, tmp_path, HieraTokImageProcessorPil(size_divisor=8), given, **{"return_tensors": "pt", **options})
