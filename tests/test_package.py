@@ -81,9 +81,9 @@ def test_parts_import_only_those_below_them():
 
 def test_code_from_the_hub_asks_for_no_package_that_is_optional(tmp_path):
     # transformers refuses code whose imports are missing, also inside `if` or a function; torch has typing_extensions,
-    # and huggingface_hub filelock.
+    # and huggingface_hub filelock and httpx.
     needed = {"diffusers", "huggingface_hub", "numpy", "PIL", "safetensors", "torch", "transformers"}
-    needed |= {"filelock", "typing_extensions"}
+    needed |= {"filelock", "httpx", "typing_extensions"}
     (tmp_path / "modeling_hieratok.py").write_text(remote_code())
     assert set(get_imports(tmp_path / "modeling_hieratok.py")) - set(sys.stdlib_module_names) <= needed
     assert not get_relative_import_files(tmp_path / "modeling_hieratok.py")

@@ -182,7 +182,12 @@ def fail(text):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_standard_output_is_one_line(tmp_path, monkeypatch, capsys):
-    for run in (run_script, run_training):
+    def read_help(run, args):
+        with pytest.raises(SystemExit) as stop:
+            make_parser("A script." * 2000).parse_args(["--help"])
+        return stop.value.code
+
+    for run in (run_script, run_training, read_help):
         with contextlib.suppress(OSError), open("/dev/full", "w") as full:
             monkeypatch.setattr(sys, "stdout", full)
             make_parser("A script.")

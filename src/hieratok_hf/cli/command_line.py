@@ -153,6 +153,12 @@ def make_parser(description: str | None) -> ArgumentParser:
 
 
 class _Parser(ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        if file is not None:
+            super().print_help(file)
+        elif status := end([self.format_help().rstrip("\n")]):  # argparse passes over a full disk
+            sys.exit(status)
+
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         if message:
             _complain(message)
