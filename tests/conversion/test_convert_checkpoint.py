@@ -63,11 +63,11 @@ def script(load_conversion, tmp_path, capsys):
 def test_on_a_full_disk_nothing_is_left(script, size):
     torch.save(random_core().state_dict(), script.raw)
     with full_disk(size):
-        assert "out' cannot be written" in script.refuse()
+        assert "cannot be converted to" in script.refuse()
     script.convert()
     with full_disk(size):
         more = ["--to_raw"]
-        assert "cannot be written" in script.refuse(
+        assert "cannot be converted to" in script.refuse(
             *more, source=script.out, out=script.folder / "a.safetensors", config=False
         )
 

@@ -143,7 +143,7 @@ BAD = {
     "no such size": (["--fid_size", "2"], "--fid_model .*ViT takes no images of 2 x 2 pixels"),
     "a classifier of others": (["--classifier", "{space}/nameless"], "--classifier .*; --classifier_labels"),
     "too few labels": (["--classifier_labels", "1", "2"], "the pipeline has 3 classes, not 2"),
-    "no guidance": (["--guidance_scale", "0"], "`guidance_scale` must be at least 1"),
+    "no guidance": (["--guidance_scale", "0"], "`guidance_scale` must be .* at least 1"),
     "a folder that is not empty": (["--save", "{space}/images"], "--save .* must be a new or empty folder"),
     "a file for a folder": (["--json", "{space}/images/00.png/x.json"], "--json .* cannot be written: "),
 }

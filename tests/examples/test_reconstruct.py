@@ -143,7 +143,7 @@ def test_bad_files_are_named_and_the_others_go_on(run, tmp_path, capsys):
         folder / "text.jpg": "is no image",
         folder / "huge.png": "is too large",
         folder / "lost.png": "cannot be read",
-        folder / "tiny.png": "at least size_divisor=8 pixels on each side, got 7 x 30",
+        folder / "tiny.png": "as large as size_divisor=8, got 7 x 30 pixels",
         tmp_path / "missing.png": "cannot be read",
     }
     failures = json.loads((tmp_path / "f.json").read_text())["failures"]

@@ -188,7 +188,7 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(first, tmp_path, capsys
     assert (learned.config.downsampling, learned.config.scale_factors) == ("learned", (4, 2, 1))
     torch.testing.assert_close(learned(pixel_values).sample, mean(pixel_values).sample, rtol=0, atol=1e-4)
     message = failure(capsys, tmp_path / "back", "--model", tmp_path / "learned", "--downsampling", "mean")
-    assert "`downsampling` must be one of 'learned'" in message
+    assert "`downsampling` must be one of ['learned']" in message
 
 
 def test_the_tracker_gets_losses_and_samples(tmp_path):
@@ -223,7 +223,8 @@ def test_a_full_disk_at_the_last_export_is_one_line_and_costs_no_state(tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(AutoencoderHieraTok, "save_pretrained", full)
-        assert f"--output {str(tmp_path)!r} cannot be written" in failure(capsys, *more)
+        message = failure(capsys, *more)
+    assert "disk may be full" in message and str(tmp_path) in message
     assert [path.name for path in states_in(tmp_path)] == ["state-000000002.pt"]
     assert not list(tmp_path.glob("*.safetensors*")) and not list(tmp_path.glob(".*"))
     run(*more)

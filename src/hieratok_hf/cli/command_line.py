@@ -1,7 +1,6 @@
 """Share options, errors, tables, reports and processes among the command-line scripts."""
 
 import contextlib
-import errno
 import glob
 import json
 import math
@@ -58,7 +57,6 @@ __all__ = [
 ]
 
 MOST = 2**31 - 1
-_FULL = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC)
 
 
 class Problem(Exception):
@@ -327,7 +325,7 @@ def _tracker(text: str) -> str:
     """Refuse what accelerate would leave out without a word."""
     if text not in LoggerType.list():
         raise ArgumentTypeError(f"must be one of {', '.join(LoggerType.list())}, got {_short(text)}")
-    if text != "all" and text not in get_available_trackers():
+    if text != "all" and LoggerType(text) not in get_available_trackers():
         raise ArgumentTypeError(f"{text!r} needs a package of that name, which is not installed")
     return text
 
@@ -380,10 +378,8 @@ def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
         with hold_folder(args.output) if is_main else contextlib.nullcontext():
             train(args)
     except (FloatingPointError, ImportError, MemoryError, OSError, Problem, SafetensorError, ValueError) as error:
-        full = isinstance(error, SafetensorError) or getattr(error, "errno", None) in _FULL
-        where = f"--output {str(args.output)!r} cannot be written: " if full else ""
         with contextlib.suppress(OSError):
-            tqdm.write(f"error: {where}{one_line(error)}", file=sys.stderr)
+            tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
         return end([], 2)
     return end([])
 

@@ -149,6 +149,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
         OSError: The folder cannot be written.
         ValueError: Another process holds it.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {str(folder)!r} must be a folder, it is a file.")
     path, is_new = folder / _LOCK, not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     while True:
