@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -82,6 +83,7 @@ def main() -> None:
     # They differ in a value that no shape shows.
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # without a thread that watches progress bars
+    tqdm.set_lock(threading.RLock())  # its own is shared by all children, also after one that held it was killed
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     models = [random_core(seed=0, rotary_base=20.0), random_core(seed=1, rotary_base=30.0)]
     states = [core.state_dict() for core in models]

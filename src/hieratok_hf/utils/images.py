@@ -6,7 +6,6 @@ import stat
 import urllib.request
 from typing import IO
 
-import httpx
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
@@ -121,6 +120,8 @@ def fetch_image(url: str, *, max_pixels: int = 50_000_000) -> Image.Image:
     Raises:
         ImageError: nothing is found there, or more than 200 MiB, or no image that `decode_image` reads.
     """
+    import httpx  # as long as all else that the package imports
+
     name = url if len(url) <= 100 else f"{url[:97]}..."
     data = bytearray()
     try:
