@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> list[str]:
                 sizes = {name: path.stat().st_size for name, path in sorted(paths.items())}
             lines = [f"{len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB, to {args.repo_id} in one commit:"]
             lines += [f"  {size:>12,}  {name}" for name, size in sizes.items()]
+            left_out = [line for line in left_out if line.removeprefix("  left out: ") not in sizes]  # written anew
             return [*lines, *left_out, "the folder passes its load test; nothing was sent"]
         told = push_folder(
             folder,

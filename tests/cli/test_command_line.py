@@ -215,6 +215,8 @@ def test_errors_of_a_training_become_the_status(tmp_path, capsys):
     for error in (FloatingPointError("not finite"), ImportError("lpips"), OSError("full"), ValueError("wrong")):
         assert run_training(fail, argparse.Namespace(output=output, error=error)) == 2
         assert capsys.readouterr().err == f"error: {error}\n"
+    assert run_training(fail, argparse.Namespace(output=output, error=KeyboardInterrupt())) == 130
+    assert "--resume" in capsys.readouterr().err
     with pytest.raises(KeyError):
         run_training(fail, argparse.Namespace(output=output, error=KeyError("a defect")))
     assert not output.exists()

@@ -381,6 +381,10 @@ def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
         with contextlib.suppress(OSError):
             tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
         return end([], 2)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            tqdm.write("interrupted: --resume goes on from the last state, one in --save_every steps", file=sys.stderr)
+        return end([], 130)
     return end([])
 
 

@@ -151,7 +151,7 @@ def load_images(source: str | Sequence[str], *, split: str = "train", streaming:
         from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ImportError('Reading images needs datasets: pip install "hieratok_hf[train]"') from error
-    sources = [source] if isinstance(source, str) else list(source)
+    sources = [os.fspath(name) for name in ([source] if isinstance(source, str | os.PathLike) else source)]
     if not sources:
         raise ValueError("No images found: no source was given.")
     parts: list[Images] = []

@@ -205,7 +205,10 @@ def finish_save(folder: Path) -> None:
         ValueError: A part of the folder is a symbolic link, which may lead anywhere.
     """
     killed = [folder / name for name in (_WHOLE, _MOVING) if _is_own(folder / name)]
-    parts = {folder / part for stage in killed for path in _files(stage) for part in list(path.parents)[:-1]}
+    parts: set[Path] = set()
+    for stage in killed:
+        with suppress(FileNotFoundError):  # another process ends it at this moment
+            parts |= {folder / part for path in _files(stage) for part in list(path.parents)[:-1]}
     if links := [part for part in parts if part.is_symlink()]:
         raise ValueError(f"{str(folder)!r} holds a save that was killed, and {str(links[0])!r} is a symbolic link.")
     if not killed:

@@ -265,8 +265,9 @@ def state_to_resume(
     if options is None or before is None:
         return state
     changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
-    if changed:
-        told = [f"--{name} {_told(options.get(name))} (was {_told(before.get(name))})" for name in changed]
+    shown = [name for name in changed if name not in ("resume", "allow_changes", "overwrite")]
+    if shown:
+        told = [f"--{name} {_told(options.get(name))} (was {_told(before.get(name))})" for name in shown]
         say(f"{str(folder)!r} was begun with other options: {', '.join(told)}")
     refused = [name for name in changed if name not in _HARMLESS and name not in _SCHEDULE]
     if any(_rate(before, step) != _rate(options, step) for step in range(state["step"])):
@@ -274,8 +275,9 @@ def state_to_resume(
     if refused and not allow_changes:
         names = ", ".join(f"--{name}" for name in refused)
         raise ValueError(
-            f"{names} changed since the training in {str(folder)!r} was begun, which would make it another one: give "
-            "what it was begun with, or add --allow_changes."
+            f"{names} changed since the training in {str(folder)!r} was begun, which would make it another one (--data: "
+            "other images; --steps, --decay_steps: other learning rates of steps that were taken): give what it was "
+            "begun with, or add --allow_changes."
         )
     return state
 
