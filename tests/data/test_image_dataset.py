@@ -67,7 +67,7 @@ def test_a_folder_may_hold_shards_or_parquet(tmp_path):
     columns = {"img": [{"bytes": encoded(picture(3)), "path": None}], "fine_label": [4]}
     kinds = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(5)})
     datasets.Dataset.from_dict(columns, features=kinds).to_parquet(tmp_path / "parquet" / "train.parquet")
-    images = load_images(str(tmp_path / "parquet"))
+    images = load_images(tmp_path / "parquet")
     assert seen(images, [3]) == [4] and images[0]["name"] == "row 0"
 
 

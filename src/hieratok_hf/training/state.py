@@ -275,9 +275,9 @@ def state_to_resume(
     if refused and not allow_changes:
         names = ", ".join(f"--{name}" for name in refused)
         raise ValueError(
-            f"{names} changed since the training in {str(folder)!r} was begun, which would make it another one (--data: "
-            "other images; --steps, --decay_steps: other learning rates of steps that were taken): give what it was "
-            "begun with, or add --allow_changes."
+            f"{names} changed since the training in {str(folder)!r} was begun, which would make it another one "
+            "(--data: other images; --steps, --decay_steps: other learning rates of steps that were taken): give what "
+            "it was begun with, or add --allow_changes."
         )
     return state
 
