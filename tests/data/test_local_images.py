@@ -29,6 +29,24 @@ def test_a_class_may_be_called_like_a_split(tmp_path, streaming):
     refused(folder, "`split` must be one of ['test'], got 'train'")
 
 
+@pytest.mark.parametrize("names", [("train2017", "val2017"), ("train_images", "val_images"), ("Train", "valset")])
+def test_splits_have_names_that_people_give_and_may_lie_deeper(tmp_path, names):
+    train, val = names
+    flat = write_folder(tmp_path / "flat", **{train: [0], val: [1]})
+    deep = write_folder(tmp_path / "deep" / "a" / "images", **{f"{train}/cat": [0], f"{train}/dog": [2], val: [1]})
+    for folder, known in ((flat, {0: None}), (tmp_path / "deep", {0: 0, 2: 1})):
+        assert seen(load_images(folder), list(known)) == list(known.values())
+        assert seen(load_images(folder, split="validation"), [1]) == [None]
+    assert load_images(deep).class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", ["a-0.tar", "a-1.tar.gz", "a-1.tgz"])
+def test_shards_beside_images_and_compressed_ones_are_refused_by_name(tmp_path, name):
+    folder = write_folder(tmp_path, cat=[0])
+    write_shard(tmp_path / name, [1])
+    refused(folder, name)
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "cat/metadata.csv", ".x.png"])
 def test_other_files_beside_images_change_nothing(tmp_path, name):
     folder = write_folder(tmp_path, cat=[0, 1], dog=[2])

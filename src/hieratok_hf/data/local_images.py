@@ -50,32 +50,50 @@ def list_folder(folder: str, split: str) -> Listing | None:
     """
     List a split of a folder of images or tar shards, `None` where it holds neither.
 
-    Folders that are named like splits are splits where no other folder holds images, and classes beside others.
-    Files beside the images, such as `metadata.jsonl`, and hidden files are passed over.
+    Folders that are named like splits, such as `train`, `val2017` or `test_images`, are splits where no other folder
+    holds images, and classes beside others; folders that hold all images are passed through before, as the `images` of
+    `images/train`. Files beside the images, such as `metadata.jsonl`, and hidden files are passed over.
 
     Raises:
         OSError: A folder in it cannot be read.
-        ValueError: There is no such split, splits lie beside other folders, or a name is not UTF-8.
+        ValueError: There is no such split, splits lie beside other folders, images beside shards, a shard is
+            compressed, or a name is not UTF-8.
     """
-    if images := list(_files_below(folder, _IMAGES)):
-        tops = {path.partition(os.sep)[:2] for path in images}
-        found = {_SPLITS.get(name.lower(), "") if below else "" for name, below in tops}
+    images, shards = list(_files_below(folder, _IMAGES)), list(_files_below(folder, ("tar", "tgz", "gz")))
+    if packed := [path for path in shards if path.lower().endswith((".tgz", ".tar.gz"))]:
+        raise ValueError(f"{packed[0]!r} is a compressed shard: unpack it to a .tar file")
+    shards = [path for path in shards if _suffix(path) == "tar"]
+    if images and shards:
+        raise ValueError(
+            f"{images[0]!r} lies beside shards such as {shards[0]!r}: give a pattern of shards, or a folder of images"
+        )
+    if images:
+        below = _below_single_folders(images)
+        tops = {path.partition(os.sep)[:2] for path in below.values()}
+        found = {_split_of(name) if is_folder else "" for name, is_folder in tops}
         if "" in found and len(found) > 2:
-            other = min(name for name, _ in tops if name.lower() not in _SPLITS)
+            other = min(name for name, _ in tops if not _split_of(name))
             raise ValueError(f"folders of splits lie beside {other!r}: give the folder of a split itself")
-        places = {path: path.split(os.sep)[1 if "" not in found else 0 : -1] for path in images}
-        classes = sorted({place[-1] for place in places.values() if place})
-        labelled = len(classes) > 1 and len({len(place) for place in places.values()}) == 1
-        splits: dict[str, list[_Image]] = {}
-        for path, place in places.items():
-            full = os.path.join(folder, path)
-            # A link to nothing is left out where the image is decoded, as what is no image.
-            size = os.path.getsize(full) if os.path.exists(full) else -1
-            image = _Image(full, size, classes.index(place[-1]) if labelled else None)
-            of = "train" if "" in found else _SPLITS[path.partition(os.sep)[0].lower()]
-            splits.setdefault(of, []).append(image)
-        return _listing(_choose(splits, split), folder, classes if labelled else None)
-    if shards := list(_files_below(folder, ("tar",))):
+        splits: dict[str, dict[str, list[str]]] = {}
+        for path, part in below.items():
+            top, *inner = part.split(os.sep)
+            split_of, place = ("train", [top, *inner]) if "" in found else (_split_of(top), inner)
+            splits.setdefault(split_of, {})[path] = place[:-1]
+        depths = {name: {*map(len, places.values())} for name, places in splits.items()}
+        with_classes = {name for name, found in depths.items() if len(found) == 1 and found != {0}}
+        classes = sorted({place[-1] for name in with_classes for place in splits[name].values()})
+        if len(classes) == 1:
+            classes, with_classes = [], set()
+        listed: dict[str, list[_Image]] = {}
+        for name, places in splits.items():
+            for path, place in places.items():
+                full = os.path.join(folder, path)
+                # A link to nothing is left out where the image is decoded, as what is no image.
+                size = os.path.getsize(full) if os.path.exists(full) else -1
+                label = classes.index(place[-1]) if name in with_classes else None
+                listed.setdefault(name, []).append(_Image(full, size, label))
+        return _listing(_choose(listed, split), folder, classes or None)
+    if shards:
         words = {path: re.split(r"[-._ \d/\\]+", path.lower()) for path in shards}
         named = {path: next((_SPLITS[word] for word in words[path] if word in _SPLITS), "") for path in shards}
         if "" in named.values() and any(named.values()):
@@ -124,6 +142,23 @@ def _files_below(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
         except UnicodeEncodeError as error:
             raise ValueError(f"the name {path!r} is not UTF-8: rename it") from error
         yield path
+
+
+def _below_single_folders(paths: list[str]) -> dict[str, str]:
+    """Shorten paths by the folders that all of them lie in, down to one of a split, as `images` of `images/train`."""
+    below = {path: path for path in paths}
+    while len(tops := {path.partition(os.sep)[:2] for path in below.values()}) == 1:
+        ((top, is_folder),) = tops
+        if not is_folder or _split_of(top):
+            break
+        below = {path: part.partition(os.sep)[2] for path, part in below.items()}
+    return below
+
+
+def _split_of(folder: str) -> str:
+    """Tell the split that a folder is named for, such as `train2017` or `test_images`, and `""` for any other."""
+    word = re.fullmatch(r"([a-z]+?)[-_. ]?(images?|imgs|set|data)?[-_. ]?\d*", folder.lower())
+    return _SPLITS.get(word[1], "") if word else ""
 
 
 def _is_hidden(name: str) -> bool:
