@@ -176,6 +176,15 @@ def test_an_interrupted_save_changes_nothing(existed, tmp_path, monkeypatch):
     assert (tmp_path / "model").exists() == existed
 
 
+def test_weights_of_either_format_take_the_place_of_the_other(tmp_path):
+    shards = {"max_shard_size": "40KB"}
+    for seed, (is_safe, options) in enumerate([(True, {}), (False, {}), (True, shards), (False, {})]):
+        vae = AutoencoderHieraTok.from_core(random_core(seed=seed))
+        vae.save_pretrained(tmp_path, safe_serialization=is_safe, **options)
+        loaded = AutoencoderHieraTok.from_pretrained(tmp_path)
+        assert all(torch.equal(*pair) for pair in zip(vae.parameters(), loaded.parameters()))
+
+
 def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(Path(__file__).parents[1] / "kill_saves.py"), str(tmp_path)]

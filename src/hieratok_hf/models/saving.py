@@ -40,9 +40,7 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 """How names of weights begin: diffusers looks for no other, and transformers takes any that an index of its names."""
 
 _TRANSFORMERS_STEM = "model"
-_WEIGHTS = re.compile(
-    rf"({_TRANSFORMERS_STEM}|{WEIGHTS_STEM})(\.safetensors|[.-].*\.safetensors)(\.index(\..*)?\.json)?"
-)
+_WEIGHTS = re.compile(rf"({_TRANSFORMERS_STEM}|{WEIGHTS_STEM})([.-].*)?\.(safetensors|bin)(\.index(\..*)?\.json)?")
 _LAST = ("config.json", "model_index.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
@@ -272,7 +270,7 @@ def stale_weights(there: Iterable[AnyPath], written: Iterable[AnyPath]) -> list[
 def variant_of(name: str) -> str:
     """Read `"fp16"` in `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`, and else `""`."""
     name = _SHARD.sub("", name).removesuffix(".json")
-    name = name.replace(".safetensors", "").replace(".index", "")
+    name = name.replace(".safetensors", "").replace(".bin", "").replace(".index", "")
     return name.partition(".")[2]
 
 
