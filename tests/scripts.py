@@ -7,8 +7,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,18 +41,6 @@ def forget_processes() -> None:
     """accelerate keeps what the first script of a process asked for."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Within it, a file ends at a size in bytes, as on a disk without room."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def run_training(script: ModuleType, arguments: list[str]) -> list[dict[str, Any]]:

@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
+from full_disk import full_disk
 from helpers import DETOK, TINY, images, noise, random_core
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
-from scripts import full_disk
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokImageProcessorPil, HieraTokModel
 from hieratok_hf.training.state import TrainingState

@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from full_disk import full_disk
 from helpers import TINY
 from PIL import Image
 from scripts import (
     ROOT,
     assert_close,
     error_of,
-    full_disk,
     kill_and_go_on,
     load_script,
     names_in,

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
+from full_disk import full_disk
 from helpers import TINY, random_core, recorded
 from safetensors.torch import save_file
 from tiny_pipelines import tiny_pipeline
@@ -310,18 +310,6 @@ def test_a_checkpoint_that_does_harm_is_not_converted(name, make, load_conversio
         convert = load_conversion(script).main
         options = [str(path), str(tmp_path / "out"), *options]
         assert_refused(partial(convert, options), capsys, repr(name)[1:-1], tmp_path)
-
-
-@contextmanager
-def full_disk(room):
-    """Within it, no file grows beyond so many bytes, as on a disk that is full."""
-    resource = pytest.importorskip("resource", reason="this system has no limit of file sizes")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(

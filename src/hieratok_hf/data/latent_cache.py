@@ -26,10 +26,10 @@ FORMAT = 2  # of `cache.json` and the shards; a cache of another one is refused
 SETTINGS_FILE = "cache.json"
 
 KINDS = ("moments", "sample", "mode")
-"""What a cache may hold of each posterior."""
+"""Kinds of latents that a cache may hold of each posterior."""
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-"""What a cache may be stored in, and what safetensors calls it."""
+"""Dtypes that a cache may be stored in, each with the name that safetensors has for it."""
 
 Settings = dict[str, Any]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["LABELS", "Listing", "list_folder", "list_shards"]
 
 LABELS = ("label", "labels", "cls", "class", "fine_label")
-"""What columns and members of labels are called, the first that is there counts."""
+"""Names of columns and members that hold labels; the first that is there counts."""
 
 _IMAGES = ("apng", "bmp", "dib", "gif", "jfif", "jpe", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 _SPLITS = {

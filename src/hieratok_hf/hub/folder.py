@@ -35,7 +35,7 @@ def select_files(folder: str | os.PathLike[str]) -> tuple[dict[str, Path], list[
     """
     Tell the files of a saved folder that go to the Hub from those that stay.
 
-    What goes is known by its whole name: configurations, weights in safetensors, `README.md`, a licence (`LICENSE` or
+    Files are chosen by their whole names: configurations, weights in safetensors, `README.md`, a licence (`LICENSE` or
     `LICENCE`, alone or as .md or .txt), and pictures that `README.md` shows.
 
     Returns:

@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["PREDICTION_TYPES", "NoiseLevel", "noise_levels", "prediction_type_of"]
 
 PREDICTION_TYPES = ("flow_prediction", "epsilon", "v_prediction", "sample")
-"""What a model may predict: the velocity of flow matching, the noise, `v`, or the clean sample."""
+"""Names of predictions: the velocity of flow matching, the noise, `v`, or the clean sample."""
 
 _LEFT = 0.05  # share of noise with which schedulers may end: DPM-Solver's `sigma_min` is 0.03
 
