@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -233,25 +233,36 @@ def load_whole(name_or_path: str | os.PathLike[str], subfolder: str | None, load
             f"`pretrained_model_name_or_path` must name a folder or a repository of the Hub, got {name_or_path!r}."
         )
     folder = Path(name_or_path, subfolder or "")
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         for place in (folder, folder.parent):
             finish_save(place)
-        before = _stamps(folder)
-        try:
-            loaded = load()
-        except Exception:
-            if _stamps(folder) == before:
-                raise
-        else:
-            if _stamps(folder) == before:
-                return loaded
+        with _keep_saves_away(folder) if attempt else nullcontext():
+            before = _stamps(folder)
+            try:
+                loaded = load()
+            except Exception:
+                if _stamps(folder) == before:
+                    raise
+            else:
+                if _stamps(folder) == before:
+                    return loaded
     raise OSError(f"{str(folder)!r} changed each of {_ATTEMPTS} times that it was loaded.")
+
+
+@contextmanager
+def _keep_saves_away(folder: Path) -> Iterator[None]:
+    """Let saves to a model's folder and to its pipeline's wait until the block ends, where this process may write."""
+    with ExitStack() as locks:
+        for place in (folder.parent, folder):
+            if any((place / name).is_file() for name in _LAST) and os.access(place, os.W_OK):
+                locks.enter_context(_alone(place))
+        yield
 
 
 def _stamps(folder: Path) -> set[tuple[Path, int, int]]:
     """Tell files of weights and configurations from those that another save puts in their place."""
     stamps = set()
-    for path in (*folder.glob("*"), *folder.glob("*/*")):
+    for path in (*folder.glob("*"), *folder.glob("[!.]*/*")):  # stages of saves come and go
         if path.name in _LAST or _WEIGHTS.fullmatch(path.name):
             with suppress(FileNotFoundError):
                 stat = path.stat()
