@@ -15,18 +15,17 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z_]+:.*## / {printf "%-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(DEMO) ## reconstruct two images and generate a sheet, into outputs/
-	$(BIN)/python examples/reconstruct.py --output outputs --overwrite
-	$(BIN)/python examples/generate.py --steps 25 --output outputs/generated.png --overwrite
+	$(BIN)/hieratok reconstruct --output outputs --overwrite
+	$(BIN)/hieratok generate --steps 25 --output outputs/generated.png --overwrite
 
-app: $(READY) ## serve the page of examples/app.py, on this machine alone
-	$(BIN)/python examples/app.py
+app: $(READY) ## serve a page to try it in a browser, on this machine alone
+	$(BIN)/hieratok app
 
 # A Space installs the package from itself, by its name.
 space: $(READY) ## collect what a Hugging Face Space needs in build/space: make space SPACE=you/name
 	rm -rf build/space
 	mkdir -p build/space
-	cp -r examples/app.py examples/generate.py examples/reconstruct.py examples/README.md examples/requirements.txt \
-		examples/images build/space
+	cp examples/app.py examples/README.md examples/requirements.txt build/space
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/space . >/dev/null
 	cd build/space && for wheel in *.whl; do \
 		echo "hieratok_hf @ https://huggingface.co/spaces/$(SPACE)/resolve/main/$$wheel" >> requirements.txt; done
@@ -66,9 +65,8 @@ package: $(READY) ## build sdist and wheel into dist/, and run the demo from the
 	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		"$$(echo dist/*.whl)[eval]"
-	tar -xzf dist/*.tar.gz -C build/package --strip-components 1 --wildcards '*/examples'
-	cd build/package && HF_HUB_OFFLINE=1 venv/bin/python examples/reconstruct.py --output outputs
-	cd build/package && HF_HUB_OFFLINE=1 venv/bin/python examples/generate.py --steps 25 --output outputs/generated.png
+	cd build/package && HF_HUB_OFFLINE=1 venv/bin/hieratok reconstruct --output outputs
+	cd build/package && HF_HUB_OFFLINE=1 venv/bin/hieratok generate --steps 25 --output outputs/generated.png
 
 # What only a GPU can say: the tests on the device, and the times that `auto` follows. On a machine that has all the
 # packages already: make gpu BIN=$$(dirname $$(which python3)) READY=

@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf import PyramidLayout, scale_causal_attention
-from hieratok_hf.cli.command_line import add_device, find_device, make_parser
+from hieratok_hf.cli.command_line import find_device
+from hieratok_hf.cli.parsing import add_device, make_parser
 
 # Shape letters: B batch, A heads, N tokens of all scales, d channels of a head.
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import SIZES, AutoencoderHieraTok
-from hieratok_hf.cli.command_line import add_device, find_device, make_parser
+from hieratok_hf.cli.command_line import find_device
+from hieratok_hf.cli.parsing import add_device, make_parser
 
 RESULTS = Path(__file__).parent / "results"
 # What tells one row from another.

@@ -18,16 +18,17 @@ from measuring import describe_benchmark, print_machine, record_report, side_by_
 from PIL import Image
 
 from hieratok_hf import HieraTokConfig, HieraTokCore, open_image
-from hieratok_hf.cli.command_line import add_device, find_device, make_parser
+from hieratok_hf.cli.command_line import find_device
+from hieratok_hf.cli.parsing import add_device, make_parser
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_cache import LatentCache
 from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
-from hieratok_hf.shipped import SHIPPED
+from hieratok_hf.utils.choices import SHIPPED
 
 RESULTS = Path(__file__).parent / "results"
-IMAGES = Path(__file__).parents[1] / "examples" / "images"
+IMAGES = Path(__file__).parents[1] / "src" / "hieratok_hf" / "example_images"
 
 
 def make_images(folder: Path, number: int, pixels: int) -> Path:

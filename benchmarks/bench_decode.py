@@ -16,7 +16,7 @@ from measuring import (
 )
 
 from hieratok_hf import HieraTokAttnProcessor, HieraTokConfig, HieraTokCore
-from hieratok_hf.cli.command_line import make_parser
+from hieratok_hf.cli.parsing import make_parser
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "sdpa_mask"

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hieratok_hf import HieraTokConfig, HieraTokCore, HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import add_device, find_device, make_parser
+from hieratok_hf.cli.command_line import find_device
+from hieratok_hf.cli.parsing import add_device, make_parser
 from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,8 +24,10 @@ from measuring import (
 )
 
 from hieratok_hf import SIZES, AutoencoderHieraTok
-from hieratok_hf.cli.command_line import add_device, find_device, make_parser
-from hieratok_hf.shipped import SHIPPED, resolve_model
+from hieratok_hf.cli.command_line import find_device
+from hieratok_hf.cli.parsing import add_device, make_parser
+from hieratok_hf.shipped import resolve_model
+from hieratok_hf.utils.choices import SHIPPED
 
 RESULTS = Path(__file__).parent / "results"
 DIRECTIONS = ("encode", "decode")

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf import HieraTokImageProcessorPil
-from hieratok_hf.cli.command_line import add_device, find_device, make_parser
+from hieratok_hf.cli.command_line import find_device
+from hieratok_hf.cli.parsing import add_device, make_parser
 from hieratok_hf.data.image_dataset import Images, image_of, load_images
 from hieratok_hf.evaluation.metrics import FrechetDistance
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate

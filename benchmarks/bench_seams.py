@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import make_parser
+from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import step_generator
 from hieratok_hf.evaluation.generation import GeneratedBatches, image_size

@@ -16,7 +16,7 @@ from measuring import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.cli.command_line import make_parser
+from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.models.losses import tokenizer_losses
 from hieratok_hf.training.tokenizer_loss import TokenizerTraining
 

@@ -14,7 +14,7 @@ from latent_space import plot as plot_spaces
 from latent_space import table as table_of_spaces
 from measuring import describe_benchmark, draw, fill_section, markdown_table
 
-from hieratok_hf.cli.command_line import make_parser
+from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.data.latent_cache import LatentCache
 from hieratok_hf.utils.files import write_whole
 
@@ -42,12 +42,12 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def call(script: str, arguments: list[Any], log: Path) -> None:
-    """Run an example as a user would; what it prints goes to the log."""
-    command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), *map(str, arguments)]
+def call(name: str, arguments: list[Any], log: Path) -> None:
+    """Run a command as a user would; what it prints goes to the log."""
+    command = [sys.executable, "-m", "hieratok_hf", name, *map(str, arguments)]
     with log.open("a") as file:
         if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
-            raise SystemExit(f"examples/{script}.py failed; {log} says why.")
+            raise SystemExit(f"hieratok {name} failed; {log} says why.")
 
 
 def cached(tokenizer: Path, folder: Path, data: Path, size: int) -> Path:
@@ -57,7 +57,7 @@ def cached(tokenizer: Path, folder: Path, data: Path, size: int) -> Path:
         LatentCache(latents)
     except (FileNotFoundError, ValueError):  # not begun, or not finished
         arguments = ["--model", tokenizer, "--data", data / "imagenette_128" / "train-*.tar", "--output", latents]
-        call("cache_latents", [*arguments, "--size", size, "--kind", "mode"], folder / "log.txt")
+        call("cache", [*arguments, "--size", size, "--kind", "mode"], folder / "log.txt")
     return latents
 
 
@@ -71,7 +71,7 @@ def trained(tokenizer: Path, latents: Path, folder: Path, data: Path, seed: int,
     for name in ("steps", "export_every", "batch_size", "lr", "warmup_steps", "ema", "mixed_precision"):
         arguments += [f"--{name}", settings[name]]
     arguments += ["--sample_every", settings["steps"], "--save_every", min(500, settings["export_every"])]
-    call("train_dit", arguments, folder / "log.txt")
+    call("train-dit", arguments, folder / "log.txt")
 
 
 def evaluated(folder: Path, data: Path, batch_size: int, settings: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def evaluated(folder: Path, data: Path, batch_size: int, settings: dict[str, Any
         arguments += ["--dtype", settings["sample_dtype"]]
         if step == settings["steps"]:  # the classifier takes longer than all else
             arguments += ["--classifier", vision]
-        call("evaluate_generation", arguments, folder / "log.txt")
+        call("evaluate-generation", arguments, folder / "log.txt")
 
 
 def run(name: str, twin: str, seed: int, args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from hieratok_hf import AutoencoderHieraTok, open_image
-from hieratok_hf.cli.command_line import make_parser
+from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.evaluation.metrics import psnr
 from hieratok_hf.shipped import resolve_model
 

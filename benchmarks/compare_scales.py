@@ -1,7 +1,6 @@
 """Multi-scale tokenizers against their single-scale twin under identical settings, at a size that trains on a CPU."""
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from safetensors.torch import load_file
 from variants import VARIANTS
 
 from hieratok_hf import HieraTokConfig, HieraTokCore
-from hieratok_hf.cli.command_line import make_parser
+from hieratok_hf.cli import train as command
+from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.models.autoencoder_adapter import Codec
@@ -86,16 +86,14 @@ def core_class(row: str) -> type[HieraTokCore]:
 
 def train(row: str, seed: int, data: Path, folder: Path) -> None:
     """Train one row in this process, or go on where it was interrupted."""
-    sys.path.append(str(ROOT / "examples"))
-    train_tokenizer = importlib.import_module("train_tokenizer")
-    train_tokenizer.HieraTokCore = core_class(row)
+    command.HieraTokCore = core_class(row)
     config = CONFIG | CONFIGS.get(row, {})
     arguments = [*SHARED.split(), "--config", json.dumps(config), "--seed", str(seed), "--output", str(folder)]
     arguments += ["--data", str(data / "imagenette_128" / "train-*.tar")]
     arguments += ["--validation_data", str(data / "imagenette_128" / "val-*.tar")]
     arguments += ["--validation_size", "64", "--validation_fid"]
     arguments += ["--vision_model", str(data / "mobilenet_v2_1.0_224"), "--resume"]
-    if train_tokenizer.main([*arguments, *ROWS[row][2].split()]):
+    if command.main([*arguments, *ROWS[row][2].split()]):
         raise SystemExit(f"The training of {row!r} failed; {folder / 'log.txt'} says why.")
 
 

@@ -10,7 +10,7 @@ import torch
 from measuring import draw, markdown_table
 from torch import Tensor
 
-from hieratok_hf.cli.command_line import make_parser
+from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.data.latent_cache import LatentCache
 from hieratok_hf.utils.files import write_whole
 
@@ -210,7 +210,7 @@ def latents_of(folder: Path, most: int | None = None) -> tuple[Tensor, Tensor]:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("caches", type=Path, nargs="+", help="folders of examples/cache_latents.py, of one data set")
+    add("caches", type=Path, nargs="+", help="folders of hieratok cache, of one data set")
     add("--names", nargs="+", help="a name for each cache; its folder's unless given")
     add("--classes", type=Path, help="a JSON file with the classes' names under 'classes'")
     add("--plot", type=Path, help="a PNG file to write")

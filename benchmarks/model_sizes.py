@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import SIZES, HieraTokConfig, HieraTokCore
-from hieratok_hf.cli.command_line import make_parser
+from hieratok_hf.cli.parsing import make_parser
 
 
 def count(size: str, height: int, width: int) -> dict[str, int | str]:

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin} data=${DATA:-../shared/data} size=${1:-hieratok-tiny} steps=${2:-20000}
 export PYTHONPATH=src:${PYTHONPATH:-}
 
-"$bin/python" examples/train_tokenizer.py --data "$data"/imagenette_128/train-*.tar "$data"/clothing_256/train-*.tar \
+"$bin/python" -m hieratok_hf train --data "$data"/imagenette_128/train-*.tar "$data"/clothing_256/train-*.tar \
     --output "runs/gpu/$size" --resume --size "$size" --steps "$steps" --decay_steps $((steps / 3)) --lr 2e-3 \
     --batch_size 64 --mixed_precision bf16 --crop_sizes 128 128 256 --crop_scale 0 0 --pixel_loss mse \
     --perceptual_weight 2e-4 --vision_model "$data"/mobilenet_v2_1.0_224 --ema 0.999 --save_every 1000 --num_workers 12

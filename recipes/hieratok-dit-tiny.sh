@@ -6,9 +6,9 @@ cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin} data=${DATA:-../shared/data}
 export PYTHONPATH=src:${PYTHONPATH:-}
 
-"$bin/python" examples/cache_latents.py --model hieratok-tiny --size 64 --kind mode --output runs/latents-64 \
+"$bin/python" -m hieratok_hf cache --model hieratok-tiny --size 64 --kind mode --output runs/latents-64 \
     --data "$data/imagenette_128/train-*.tar"
-train=("$bin/python" examples/train_dit.py --resume --vae hieratok-tiny --size dit-tiny --latents runs/latents-64 --lr 5e-4
+train=("$bin/python" -m hieratok_hf train-dit --resume --vae hieratok-tiny --size dit-tiny --latents runs/latents-64 --lr 5e-4
     --warmup_steps 200 --mixed_precision bf16 --export_dtype float16 --class_names tench "English springer"
     "cassette player" "chain saw" church "French horn" "garbage truck" "gas pump" "golf ball" parachute)
 if [[ $# -gt 0 ]]; then

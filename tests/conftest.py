@@ -83,8 +83,8 @@ def bench(request, load_benchmark) -> ModuleType:
 
 @pytest.fixture
 def load_conversion() -> Callable[[str], ModuleType]:
-    """A script of `conversion/` as a module."""
-    return partial(load_script, "conversion")
+    """A command that converts as a module."""
+    return partial(load_script, "cli")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def noise(height=32, width=48, channels=3, seed=0):
 def crop(i, size, photograph=0):
     """The i-th of some squares that lie beside each other in a photograph of the examples."""
     left, top = 64 + 24 * (i % 4), 64 + 24 * (i // 4)
-    path = sorted((ROOT / "examples" / "images").glob("*.webp"))[photograph]
+    path = sorted((ROOT / "src" / "hieratok_hf" / "example_images").glob("*.webp"))[photograph]
     return open_image(path).crop((left, top, left + size, top + size))
 
 

@@ -1,5 +1,6 @@
 """What tests of several scripts share: the scripts as modules, processes that run or kill them, and their records."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -26,7 +27,9 @@ FSDP |= {"ACCELERATE_USE_CPU": "true"}
 
 
 def load_script(folder: str, name: str) -> ModuleType:
-    """A script of a folder of the repository as a module of its own, with the scripts beside it to import."""
+    """A command of the package, or a script of a folder of the repository with the scripts beside it to import."""
+    if folder == "cli":
+        return importlib.import_module(f"hieratok_hf.cli.{name}")
     path = ROOT / folder / f"{name}.py"
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
@@ -35,6 +38,13 @@ def load_script(folder: str, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def command_of(script: ModuleType) -> list[str]:
+    """What starts a script, or a command of the package, as a process."""
+    if script.__name__.startswith("hieratok_hf.cli."):
+        return [sys.executable, "-m", "hieratok_hf", script.__name__.rpartition(".")[2].replace("_", "-")]
+    return [sys.executable, str(script.__file__)]
 
 
 def forget_processes() -> None:
@@ -113,7 +123,7 @@ def save_vision_model(folder: Path, kind: type = MobileNetV2Model, **config: Any
 
 def two_processes(script: ModuleType, arguments: list[Any], cache: Path, shard: bool = False) -> tuple[str, str]:
     """What the first and the second of two processes of a script print; both must end well."""
-    command = [sys.executable, str(script.__file__), *map(str, arguments)]
+    command = [*command_of(script), *map(str, arguments)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         # What torchrun tells its processes; starting it as well would take as long as all else.

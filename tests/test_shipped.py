@@ -24,7 +24,7 @@ from hieratok_hf.models.losses import image_pyramid
 from hieratok_hf.shipped import resolve_model
 
 ROOT = Path(__file__).parents[1]
-IMAGES = sorted((ROOT / "examples" / "images").glob("*.webp"))
+IMAGES = sorted((ROOT / "src" / "hieratok_hf" / "example_images").glob("*.webp"))
 CLASSIFIER = ROOT.parent / "shared" / "data" / "mobilenet_v2_1.0_224"
 KODAK = ROOT.parent / "shared" / "data" / "kodak"
 IMAGENETTE = ROOT.parent / "shared" / "data" / "imagenette_128" / "val-0000.tar"
@@ -132,3 +132,9 @@ def test_a_classifier_knows_what_the_shipped_pipeline_makes():
     for batch in samples:
         accuracy.update(batch["pixel_values"], batch["labels"])
     assert accuracy.compute()["class_accuracy"] > 0.3  # chance is 0.1
+
+
+def test_example_images_have_names():
+    assert [Path(hieratok_hf.example_image(path.stem)) for path in IMAGES] == IMAGES
+    with pytest.raises(ValueError, match="`name` must be one of"):
+        hieratok_hf.example_image("../weights")

@@ -9,14 +9,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from .hub.remote_code import add_remote_code
-from .models.configuration_hieratok import SIZES, HieraTokConfig
+from .models.configuration_hieratok import HieraTokConfig
 from .models.core import HieraTokCore
 from .models.image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
 from .models.layers import HieraTokAttnProcessor
 from .models.modeling_hieratok import HieraTokDecoderOutput, HieraTokEncoderOutput, HieraTokModel, HieraTokOutput
 from .ops.attention import scale_causal_attention
 from .ops.pyramid import PyramidLayout
-from .shipped import SHIPPED, pretrained
+from .shipped import example_image, pretrained
+from .utils.choices import SHIPPED, SIZES
 from .utils.images import ImageError, convert_to_rgb, open_image
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "PyramidLayout",
     "SHIPPED",
     "add_remote_code",
+    "example_image",
     "pretrained",
     "scale_causal_attention",
 ]

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from .models.configuration_hieratok import SIZES
+from .utils.choices import SHIPPED, SIZES
 
-__all__ = ["SHIPPED", "pretrained", "resolve_model"]
+__all__ = ["example_image", "pretrained", "resolve_model"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
-
-SHIPPED: tuple[str, ...] = ("hieratok-tiny", "hieratok-tiny-16x", "hieratok-dit-tiny")
-"""Names that `pretrained` takes."""
+_IMAGES = Path(__file__).parent / "example_images"
 
 
 def pretrained(name: str) -> str:
@@ -40,6 +38,19 @@ def pretrained(name: str) -> str:
     if not any((folder / file).is_file() for file in ("config.json", "model_index.json")):
         raise FileNotFoundError(f"The installed package lacks the weights of {name!r}: {str(folder)!r} is not there.")
     return str(folder)
+
+
+def example_image(name: str = "hat") -> str:
+    """
+    Return the file of a photograph that ships with the package, `"hat"` or `"jacket"`, of 256 x 256 pixels.
+
+    Raises:
+        ValueError: There is no photograph of that name.
+    """
+    files = {path.stem: path for path in _IMAGES.glob("*.webp")}
+    if name not in files:
+        raise ValueError(f"`name` must be one of {sorted(files)}, which ship with the package, got {name!r}.")
+    return str(files[name])
 
 
 def resolve_model(name_or_path: str) -> str:

@@ -1,4 +1,4 @@
-"""What the example scripts share."""
+"""Tests of what the commands share: checks, reports, processes, and streams that fail."""
 
 import argparse
 import contextlib
@@ -11,60 +11,21 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import PartialState
-from scripts import ROOT, load_script
 
 from hieratok_hf.cli.command_line import (
-    Problem,
-    add_device,
-    align_table,
     check_writable,
     describe_machine,
-    find_device,
-    json_object,
     load_or_explain,
-    make_parser,
-    one_line,
-    positive,
-    real,
     run_on_processes,
     run_script,
     run_training,
-    seed,
-    whole,
     write_report,
 )
+from hieratok_hf.cli.parsing import make_parser
+from hieratok_hf.cli.terminal import Problem
 from hieratok_hf.training.report import say
 
 pytestmark = pytest.mark.usefixtures("script_surroundings")
-
-
-def test_errors_become_one_line():
-    assert one_line(ValueError("several\n  lines of\ttext")) == "several lines of text"
-    assert one_line(MemoryError()) == "MemoryError"
-
-
-HUGE = "9" * 400
-
-
-@pytest.mark.parametrize(
-    ("kind", "taken", "refused"),
-    [
-        (positive, {"3": 3}, ["0", "-1", "1.5", "three", "", HUGE, "9" * 5000, "2147483648"]),
-        (whole(0, 7), {"0": 0, " 7 ": 7}, ["-1", "8", "nan", "0x1"]),
-        (seed, {"9007199254740993": 2**53 + 1}, ["-1", HUGE]),
-        (real(), {"0": 0, "1e-3": 0.001}, ["-1", "nan", "inf", "1e400", "-0.1", "one", ""]),
-        (real(above=0, below=1), {"0.5": 0.5}, ["0", "1", "-1"]),
-        (real(0, 1), {"0": 0, "1": 1}, ["1.01"]),
-        (json_object, {'{"a": [1]}': {"a": [1]}}, ["[]", "3", "null", "{", "", '{"a": NaN}', "[" * 9999, f"[{HUGE}]"]),
-    ],
-    ids=["positive", "whole", "seed", "real", "open", "share", "json"],
-)
-def test_what_a_user_types_becomes_a_value_or_one_line(kind, taken, refused):
-    assert {text: kind(text) for text in taken} == taken
-    for text in refused:
-        with pytest.raises(argparse.ArgumentTypeError, match=r"^must be .*, got ") as caught:
-            kind(text)
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_what_cannot_be_loaded_is_named():
@@ -88,10 +49,6 @@ def test_the_machine_is_named():
     assert facts["cpu"]
 
 
-def test_rows_are_aligned():
-    assert align_table([["name", "x"], ["a", "1.25"], ["longer", "-"]]) == "name       x\na       1.25\nlonger     -"
-
-
 def test_an_output_that_cannot_be_written_is_named_before_the_work(tmp_path):
     check_writable("--json", tmp_path / "new" / "a.json")
     check_writable("--images", tmp_path / "images", folder=True)
@@ -101,42 +58,6 @@ def test_an_output_that_cannot_be_written_is_named_before_the_work(tmp_path):
         check_writable("--json", tmp_path / "new")
     with pytest.raises(Problem, match=r"--images .*cannot be written"):
         check_writable("--images", tmp_path / "file", folder=True)
-
-
-def test_devices(capsys):
-    parser = make_parser("A script.")
-    add_device(parser)
-    with pytest.raises(SystemExit, match="2"):
-        parser.parse_args(["--device", "toaster"])
-    assert "must be a device of torch on this machine" in capsys.readouterr().err
-    assert find_device(parser.parse_args(["--device", "cpu"])) == torch.device("cpu")
-    if not torch.accelerator.is_available():
-        assert find_device(parser.parse_args([])) == find_device(parser.parse_args(["--device", "auto"]))
-        assert find_device(parser.parse_args([])) == torch.device("cpu")
-
-
-SCRIPTS = [path for folder in ("benchmarks", "conversion", "examples") for path in (ROOT / folder).glob("*.py")]
-
-
-@pytest.mark.parametrize("path", sorted(SCRIPTS), ids=lambda path: path.stem)
-def test_the_help_of_a_script_shows_every_default(path, monkeypatch):
-    if not hasattr(script := load_script(path.parent.name, path.stem), "main"):
-        pytest.skip("it is no program")
-    found = []
-
-    def parse(parser, argv):
-        found.append(parser)
-        raise SystemExit
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    with pytest.raises(SystemExit):
-        script.main([])
-    (parser,) = found
-    for action in parser._actions:
-        assert action.help, action.dest
-        shown = "" if action.help == argparse.SUPPRESS else parser._get_formatter()._expand_help(action)
-        if action.default not in (None, argparse.SUPPRESS) and not isinstance(action.default, bool) and shown:
-            assert str(action.default) in shown, action.dest
 
 
 RUNNERS = [(run_script, None), (run_on_processes, None), (run_on_processes, torch.device("cpu"))]

@@ -15,7 +15,7 @@ from hieratok_hf import open_image
 from hieratok_hf.evaluation.perceptual import PerceptualDistance, load_lpips
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 
-IMAGES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.webp"))
+IMAGES = sorted((Path(__file__).parents[2] / "src" / "hieratok_hf" / "example_images").glob("*.webp"))
 REAL = Path(__file__).parents[3] / "shared" / "data" / "mobilenet_v2_1.0_224"
 
 

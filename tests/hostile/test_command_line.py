@@ -11,20 +11,20 @@ from scripts import load_script
 from hieratok_hf import pretrained
 
 SCRIPTS = {
-    "tokenizer": ("examples", "train_tokenizer", "--data {0}/images --output {0}/out"),
-    "dit": ("examples", "train_dit", "--data {0}/images --output {0}/out --class_names a b"),
-    "dit_of_latents": ("examples", "train_dit", "--latents {0}/latents --output {0}/out"),
-    "reconstruct": ("examples", "reconstruct", "{0}/images/a.png --output {0}/out"),
-    "generate": ("examples", "generate", "--output {0}/out/sheet.png"),
-    "evaluate": ("examples", "evaluate_tokenizer", "--data {0}/images --no_fid --no_ssim"),
-    "evaluate_dit": ("examples", "evaluate_generation", "--samples 2"),
-    "cache": ("examples", "cache_latents", "--data {0}/images --output {0}/out"),
-    "app": ("examples", "app", ""),
-    "convert": ("conversion", "convert_checkpoint", "{0}/model {0}/out"),
-    "convert_tiny": ("conversion", "convert_checkpoint", f"{pretrained('hieratok-tiny')} {{0}}/out"),
-    "detok": ("conversion", "convert_detok", "{0}/images/a.png {0}/out"),
-    "export": ("conversion", "export", "hieratok-tiny {0}/out"),
-    "push": ("conversion", "push_to_hub", "{0}/model someone/name"),
+    "tokenizer": ("cli", "train", "--data {0}/images --output {0}/out"),
+    "dit": ("cli", "train_dit", "--data {0}/images --output {0}/out --class_names a b"),
+    "dit_of_latents": ("cli", "train_dit", "--latents {0}/latents --output {0}/out"),
+    "reconstruct": ("cli", "reconstruct", "{0}/images/a.png --output {0}/out"),
+    "generate": ("cli", "generate", "--output {0}/out/sheet.png"),
+    "evaluate": ("cli", "evaluate", "--data {0}/images --no_fid --no_ssim"),
+    "evaluate_dit": ("cli", "evaluate_generation", "--samples 2"),
+    "cache": ("cli", "cache", "--data {0}/images --output {0}/out"),
+    "app": ("cli", "app", ""),
+    "convert": ("cli", "convert_checkpoint", "{0}/model {0}/out"),
+    "convert_tiny": ("cli", "convert_checkpoint", f"{pretrained('hieratok-tiny')} {{0}}/out"),
+    "detok": ("cli", "convert_detok", "{0}/out --weights {0}/images/a.png"),
+    "export": ("cli", "export", "hieratok-tiny {0}/out"),
+    "push": ("cli", "push", "{0}/model someone/name"),
 }
 HUGE = "9" * 400
 DEEP = "[" * 50_000
@@ -110,7 +110,7 @@ ROWS = [
     ("convert_tiny", '--override {"patch_size":"4"}', "patch_size"),
     ("convert_tiny", '--override {"encoder_num_layers":1000000000}', "configuration"),
     ("convert_tiny", "--scale_factors 1000000 1", "configuration"),
-    *[("detok", f"--no_fold {option}", option.split()[0]) for option in (
+    *[("detok", option, option.split()[0]) for option in (
         "--split x", "--images 5", "--device cpu", "--revision x",
     )],
     *[("export", option, option.split()[0]) for option in (

@@ -17,7 +17,7 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessor, HieraTokMod
 from hieratok_hf.hub.push import HubError
 
 FAILURES = (HubError, OSError, ValueError)
-IMAGES = ROOT / "examples" / "images"
+IMAGES = ROOT / "src" / "hieratok_hf" / "example_images"
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
 
@@ -89,14 +89,14 @@ def test_a_save_is_whole_or_has_not_begun(kind, there, tmp_path):
 
 
 SCRIPTS = {
-    "convert": ("conversion", "convert_checkpoint", ["{vae}/diffusion_pytorch_model.safetensors", "{folder}"]),
-    "convert back": ("conversion", "convert_checkpoint", ["{vae}", "{folder}/raw.safetensors", "--to_raw"]),
+    "convert": ("cli", "convert_checkpoint", ["{vae}/diffusion_pytorch_model.safetensors", "{folder}"]),
+    "convert back": ("cli", "convert_checkpoint", ["{vae}", "{folder}/raw.safetensors", "--to_raw"]),
     "reconstruct": (
         "examples",
         "reconstruct",
         ["{images}/hat.webp", "--output={folder}", "--json={folder}/a.json"],
     ),
-    "cache": ("examples", "cache_latents", ["--data={images}", "--output={folder}", "--shard_size=4"]),
+    "cache": ("cli", "cache", ["--data={images}", "--output={folder}", "--shard_size=4"]),
 }
 
 
@@ -147,7 +147,7 @@ def test_a_push_leaves_the_hub_and_the_temporary_folder_as_they_were(hub_here, t
 
 
 def test_a_training_goes_on_from_what_was_there(tmp_path, capsys):
-    script = load_script("examples", "train_tokenizer")
+    script = load_script("cli", "train")
     settings = (
         "--crop_sizes 16 --batch_size 2 --steps 3 --warmup_steps 1 --decay_steps 1 --linear_steps 1 --num_workers 0"
     )

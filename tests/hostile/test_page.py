@@ -118,7 +118,7 @@ class Page:
 @pytest.fixture(scope="module")
 def page():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        page = Page(load_script("examples", "app"), monkeypatch)
+        page = Page(load_script("cli", "app"), monkeypatch)
         yield page
         page.stop()
         assert not page.folder.exists()

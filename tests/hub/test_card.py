@@ -78,7 +78,7 @@ def test_the_metadata_is_what_huggingface_hub_reads(name, reports, task, count, 
     # Nothing is lost where huggingface_hub groups figures by data set.
     assert found == name and len(figures) == count and figures == card.data.eval_results
     told = section(card, "Figures")
-    assert len(re.findall(r"^python examples/evaluate_.*", told, re.MULTILINE)) == len(reports)
+    assert len(re.findall(r"^hieratok evaluate.*", told, re.MULTILINE)) == len(reports)
     for figure in figures:
         assert figure.task_type == task
         assert str(figure.metric_value) in told and figure.metric_args["command"] in told

@@ -5,8 +5,8 @@ import shlex
 
 import pytest
 from helpers import recorded
-from scripts import load_script
 
+from hieratok_hf.cli.main import parse
 from hieratok_hf.hub.results import TASKS, line, report_results
 
 TINY = {"parameters": 1482399, "channels": 16}
@@ -81,9 +81,8 @@ SECOND = "--model mine --reference /a/x.tar --fid_model some/net --fid_size 32 -
 def test_the_command_means_the_settings(kind, options, shortened):
     pytest.importorskip("datasets", reason="the scripts read images through it")
     pytest.importorskip("torchmetrics", reason="the scripts measure by it")
-    script = "evaluate_tokenizer" if kind == "tokenizer" else "evaluate_generation"
-    parse = load_script("examples", script).parse_args
-    asked = as_json(vars(parse(options.split())))
+    name = "evaluate" if kind == "tokenizer" else "evaluate-generation"
+    asked = as_json(vars(parse(name, options.split())))
     # What the scripts add to the options; without a network for the distance there is a size all the same.
     added = {"fid_size": asked["fid_size"] or 299}
     if kind == "tokenizer":
@@ -96,8 +95,8 @@ def test_the_command_means_the_settings(kind, options, shortened):
     figures, _ = report_results(report, kind, known)
     (command,) = {figure.metric_args["command"] for figure in figures}
     words = shlex.split(command)
-    assert words[:2] == ["python", f"examples/{script}.py"]
-    assert as_json(vars(parse(words[2:]))) == {**asked, **shortened}
+    assert words[:2] == ["hieratok", name]
+    assert as_json(vars(parse(name, words[2:]))) == {**asked, **shortened}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from helpers import TINY, tiny
 from transformers import AutoConfig
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokConfig
-from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING, complete_saved
+from hieratok_hf.models.configuration_hieratok import complete_saved
+from hieratok_hf.utils.choices import DOWNSAMPLING
 
 
 def test_from_size_replaces_only_what_is_given():

@@ -17,7 +17,7 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokAttnProcessor, HieraTokImag
 from hieratok_hf.evaluation.metrics import psnr
 
 SHIPPED = Path(hieratok_hf.pretrained("hieratok-tiny"))
-PHOTOGRAPH = Path(__file__).parents[2] / "examples" / "images" / "hat.webp"
+PHOTOGRAPH = Path(__file__).parents[2] / "src" / "hieratok_hf" / "example_images" / "hat.webp"
 
 
 @pytest.fixture

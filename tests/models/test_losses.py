@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import images, noise, random_core
 
-from hieratok_hf.models.losses import PIXEL_LOSSES, border_loss, image_pyramid, pixel_loss, tokenizer_losses
+from hieratok_hf.models.losses import border_loss, image_pyramid, pixel_loss, tokenizer_losses
+from hieratok_hf.utils.choices import PIXEL_LOSSES
 
 
 def losses_of(core, pixel_values, kind="mse"):

@@ -7,7 +7,8 @@ import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from helpers import noise
 
-from hieratok_hf.training.flow_matching import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
+from hieratok_hf.training.flow_matching import VelocityTraining, dit_from_size, flow_draws
+from hieratok_hf.utils.choices import DIT_SIZES
 
 SMALL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
 

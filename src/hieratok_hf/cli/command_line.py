@@ -1,35 +1,30 @@
-"""Share options, errors, tables, reports and processes among the command-line scripts."""
+"""Share checks, reports, devices and processes among the commands."""
 
 import contextlib
 import glob
 import json
-import math
 import os
 import platform
 import sys
 import tempfile
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Collection, Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, get_int_from_env
+from accelerate.utils import get_int_from_env
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..models.configuration_hieratok import HieraTokConfig
 from ..training.state import hold_folder
 from ..utils.files import write_whole
+from .terminal import Problem, complain, end, one_line
 
 __all__ = [
-    "Problem",
-    "add_device",
-    "add_training",
-    "align_table",
     "check_batch",
     "check_config",
     "check_memory",
@@ -37,98 +32,15 @@ __all__ = [
     "check_writable",
     "describe_machine",
     "device_of_process",
-    "end",
     "find_device",
     "identify",
-    "json_object",
     "load_or_explain",
-    "make_parser",
-    "one_line",
-    "positive",
-    "real",
-    "refuse_unused",
     "run_on_processes",
     "run_script",
     "run_training",
-    "seed",
-    "whole",
     "write_or_explain",
     "write_report",
 ]
-
-MOST = 2**31 - 1
-
-
-class Problem(Exception):
-    """Say in one line why a request of the user cannot be met."""
-
-
-def one_line(error: BaseException) -> str:
-    """Give an error's message, or its type's name, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def whole(least: int, most: int = MOST) -> Callable[[str], int]:
-    """Make a type of argparse: a whole number from `least` to `most`; `ArgumentTypeError` of any other text."""
-
-    def read(text: str) -> int:
-        try:
-            if least <= (number := int(text)) <= most:
-                return number
-        except ValueError:
-            pass
-        raise ArgumentTypeError(f"must be a whole number from {least} to {most}, got {_short(text)}")
-
-    return read
-
-
-positive, seed = whole(1), whole(0, 2**63 - 1)
-
-
-def real(
-    least: float = 0.0, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
-) -> Callable[[str], float]:
-    """
-    Make a type of argparse: a finite number from `least` to `most`, greater than `above` and less than `below`;
-    `ArgumentTypeError` of any other text.
-    """
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    told = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound))
-
-    def read(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            number = float(text)
-            if math.isfinite(number) and least <= number <= most and above < number < below:
-                return number
-        raise ArgumentTypeError(f"must be a finite number, {told}, got {_short(text)}")
-
-    return read
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Read a JSON object, for argparse; `ArgumentTypeError` of any other text."""
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (RecursionError, ValueError) as error:
-        raise ArgumentTypeError(f"must be a JSON object, got {_short(text)}: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ArgumentTypeError(f"must be a JSON object, such as '{{\"qk_norm\": true}}', got {_short(text)}")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
-
-
-def refuse_unused(parser: ArgumentParser, args: Namespace, **needed: str) -> None:
-    """Refuse options that were given, as `fid_size="fid_model"`, without the one that they do nothing without."""
-    for option, other in needed.items():
-        if getattr(args, option) != parser.get_default(option) and not getattr(args, other):
-            parser.error(f"--{option} needs --{other}")
 
 
 def load_or_explain(load: Callable[..., Any], option: str, name: Any, *more: Any, **options: Any) -> Any:
@@ -137,42 +49,6 @@ def load_or_explain(load: Callable[..., Any], option: str, name: Any, *more: Any
         return load(name, *more, **options)
     except Exception as error:  # the libraries, safetensors, the Hub and torch raise many types
         raise Problem(f"{option} {name!r} cannot be loaded: {one_line(error)}") from error
-
-
-def make_parser(description: str | None) -> ArgumentParser:
-    """Make a parser whose help shows the default of every option that has one; what it prints suits any terminal."""
-    for name in ("stdout", "stderr"):
-        stream: Any = getattr(sys, name)
-        if stream is None:  # it was closed before Python began
-            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115 (open as long as the process)
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    return _Parser(description=description, formatter_class=_ShowDefaults)
-
-
-class _Parser(ArgumentParser):
-    def print_help(self, file: Any = None) -> None:
-        if file is not None:
-            super().print_help(file)
-        elif status := end([self.format_help().rstrip("\n")]):  # argparse passes over a full disk
-            sys.exit(status)
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        if message:
-            _complain(message)
-        sys.exit(end([], status))
-
-
-class _ShowDefaults(ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: Action) -> str | None:
-        nothing = action.default is None or isinstance(action.default, bool)
-        return action.help if nothing else super()._get_help_string(action)
-
-
-def align_table(rows: Sequence[Sequence[str]]) -> str:
-    """Align rows in columns, the first to the left and all others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def check_writable(
@@ -275,61 +151,6 @@ def describe_machine(device: torch.device, processes: int = 1) -> dict[str, Any]
     return {"platform": platform.platform(), "cpu": cpu, "device": name, **software, "processes": processes}
 
 
-def add_device(parser: ArgumentParser, default: str | None = None) -> None:
-    """Add `--device`, a `torch.device`, or `None` where neither it nor a default is given."""
-    text = "device of torch, such as cuda or cpu"
-    text += "" if default else "; an accelerator if there is one unless given"
-    parser.add_argument("--device", type=_device, default=default, help=text)
-
-
-def _device(text: str) -> torch.device | None:
-    if text == "auto":
-        return None
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    known = ["cpu", *([here.type] if here else [])]
-    with contextlib.suppress(Exception):  # torch raises several types
-        device = torch.device(text)
-        count = torch.accelerator.device_count() if here and device.type == here.type else 1
-        if device.type in known and (device.index or 0) < count:
-            return device
-    raise ArgumentTypeError(f"must be a device of torch on this machine, such as {known[-1]}, got {_short(text)}")
-
-
-def add_training(
-    parser: ArgumentParser, *, steps: int, lr: float, ema: float, sample_every: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Add the options that every training has, and return `add_argument` of their two groups for further ones."""
-    more = "go on although options differ from those that the training was begun with"
-    parser.add_argument("--allow_changes", action="store_true", help=f"with --resume: {more}")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that --output holds already")
-    optim = parser.add_argument_group("optimisation").add_argument
-    optim("--steps", type=positive, default=steps, help="steps of the optimiser")
-    optim("--lr", type=real(), default=lr, help="largest learning rate")
-    optim("--warmup_steps", type=whole(0), default=100, help="steps in which the learning rate rises")
-    optim("--weight_decay", type=real(), default=0.0, help="weight decay of AdamW")
-    optim("--clip", type=real(above=0), default=1.0, help="largest norm of the gradient")
-    optim("--ema", type=real(below=1), default=ema, help="decay of the averaged weights, which are exported")
-    optim("--accumulate", type=positive, default=1, help="parts that a step is computed in")
-    optim("--mixed_precision", choices=("no", "bf16", "fp16"), help="precision; that of accelerate unless given")
-    optim("--compile", action="store_true", help="compile the model")
-    report = parser.add_argument_group("reports").add_argument
-    report("--log_every", type=positive, default=50, help="steps between records of the losses")
-    report("--sample_every", type=positive, default=sample_every, help="steps between samples")
-    report("--save_every", type=positive, default=500, help="steps between states")
-    report("--keep", type=positive, default=2, help="states to keep")
-    report("--report_to", type=_tracker, help="a tracker of accelerate, as tensorboard")
-    return optim, report
-
-
-def _tracker(text: str) -> str:
-    """Refuse what accelerate would leave out without a word."""
-    if text not in LoggerType.list():
-        raise ArgumentTypeError(f"must be one of {', '.join(LoggerType.list())}, got {_short(text)}")
-    if text != "all" and LoggerType(text) not in get_available_trackers():
-        raise ArgumentTypeError(f"{text!r} needs a package of that name, which is not installed")
-    return text
-
-
 def find_device(args: Namespace) -> torch.device:
     """Find the device of a script of one process: that of `--device`, or an accelerator if there is one."""
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -339,31 +160,6 @@ def find_device(args: Namespace) -> torch.device:
 def device_of_process(args: Namespace, state: PartialState) -> torch.device:
     """Choose the device of `--device`, or of this process: of several GPUs each process has its own."""
     return args.device if args.device and args.device != torch.device(state.device.type) else state.device
-
-
-def end(lines: Sequence[str], status: int = 0) -> int:
-    """
-    Print lines and give the exit status: 2 after an error where they cannot be written, as on a full disk.
-
-    Nothing is said where nobody reads, as after `script | head`.
-    """
-    try:
-        if lines:
-            print("\n".join(lines))
-        sys.stdout.flush()
-    except OSError as error:
-        with contextlib.suppress(OSError):  # Python tries once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            _complain(f"error: the standard output cannot be written: {one_line(error)}\n")
-            return 2
-    return status
-
-
-def _complain(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody is there to be told
-        sys.stderr.write(text)
-        sys.stderr.flush()
 
 
 def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
@@ -396,7 +192,7 @@ def run_script(run: Callable[[Namespace], list[str] | tuple[list[str], int]], ar
     try:
         made = run(args)
     except Problem as problem:
-        _complain(f"error: {problem}\n")
+        complain(f"error: {problem}\n")
         return end([], 2)
     return end(*made) if isinstance(made, tuple) else end(made)
 
@@ -415,7 +211,7 @@ def run_on_processes(run: Callable[[Namespace, PartialState], list[str]], args: 
         return end(lines if state.is_main_process else [])
     except Problem as problem:
         where = "" if state.num_processes == 1 else f" (process {state.process_index})"
-        _complain(f"error{where}: {problem}\n")
+        complain(f"error{where}: {problem}\n")
         return end([], 2)
     finally:
         state.destroy_process_group()

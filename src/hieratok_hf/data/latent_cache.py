@@ -16,20 +16,15 @@ from torch.utils.data import Dataset
 
 from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
+from ..utils.choices import LATENT_DTYPES, LATENT_KINDS
 from ..utils.files import read_json
 
-__all__ = ["DTYPES", "KINDS", "LatentCache", "encoder_facts"]
+__all__ = ["LatentCache", "encoder_facts"]
 
 # Shape letters: B batch, C latent channels, h w the latent's grid.
 
 FORMAT = 2  # of `cache.json` and the shards; a cache of another one is refused
 SETTINGS_FILE = "cache.json"
-
-KINDS = ("moments", "sample", "mode")
-"""Kinds of latents that a cache may hold of each posterior."""
-
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-"""Dtypes that a cache may be stored in, each with the name that safetensors has for it."""
 
 Settings = dict[str, Any]
 
@@ -71,9 +66,9 @@ def _is_number(value: Any) -> bool:
 
 
 _SCHEMA: dict[str, Callable[[Any], bool]] = {
-    "kind": lambda value: value in KINDS,
+    "kind": lambda value: value in LATENT_KINDS,
     "flips": lambda value: isinstance(value, bool),
-    "dtype": lambda value: value in tuple(DTYPES),
+    "dtype": lambda value: value in tuple(LATENT_DTYPES),
     "size": _is_count(1),
     "shard_size": _is_count(1),
     "seed": lambda value: type(value) is int,
@@ -155,7 +150,7 @@ def read_header(path: Path, settings: Settings) -> Header:
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"The shard {str(path)!r} is damaged: {' '.join(str(error).split())}") from error
     names = [stored_name(settings), *([f"{stored_name(settings)}_flipped"] if settings["flips"] else [])]
-    expected = {name: ((count, *stored_shape(settings)), DTYPES[settings["dtype"]]) for name in names}
+    expected = {name: ((count, *stored_shape(settings)), LATENT_DTYPES[settings["dtype"]]) for name in names}
     expected |= dict.fromkeys(("labels", "rows"), ((count,), "I64"))
     if found != expected:
         raise ValueError(f"The shard {str(path)!r} is damaged: it must hold {expected}, got {found}.")

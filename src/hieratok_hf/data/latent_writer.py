@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
+from ..utils.choices import LATENT_DTYPES, LATENT_KINDS
 from ..utils.distributed import gather, process_place
 from ..utils.files import remove_leftovers, write_whole
 from ..utils.images import from_uint8
 from .image_dataset import Images, Row, decode_ahead
 from .latent_cache import (
-    DTYPES,
     FORMAT,
-    KINDS,
     SETTINGS_FILE,
     Settings,
     checksum,
@@ -101,7 +100,7 @@ def write_latents(
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be positive, got {value}.")
     stored_dtype = str(dtype).removeprefix("torch.")
-    for name, choice, choices in (("kind", kind, KINDS), ("dtype", stored_dtype, tuple(DTYPES))):
+    for name, choice, choices in (("kind", kind, LATENT_KINDS), ("dtype", stored_dtype, tuple(LATENT_DTYPES))):
         if choice not in choices:
             raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}.")
     settings: dict[str, Any] = {

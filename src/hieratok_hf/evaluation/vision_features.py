@@ -11,12 +11,9 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
-__all__ = ["DEFAULT_VISION_MODEL", "FrozenVisionModel", "VisionFeatures"]
+__all__ = ["FrozenVisionModel", "VisionFeatures"]
 
 # Shape letters: B batch, H W pixels, C channels of a map, h w its grid, N tokens.
-
-DEFAULT_VISION_MODEL = "google/mobilenet_v2_1.0_224"
-"""Hub id of the vision model that scripts take unless another is named."""
 
 ModelType = TypeVar("ModelType", bound="FrozenVisionModel")
 

@@ -50,8 +50,8 @@ def model_card(
     Args:
         folder (`Path`): A tokenizer, or a pipeline that holds one, as saved.
         repo_id (`str`): The repository that the card is for.
-        results (`Sequence[Mapping]`): Reports that `--json` of `examples/evaluate_tokenizer.py` wrote, for a pipeline
-            that of `examples/evaluate_generation.py`. Speeds, latent statistics, coarser scales and figures that are
+        results (`Sequence[Mapping]`): Reports that `--json` of `hieratok evaluate` wrote, for a pipeline that of
+            `hieratok evaluate-generation`. Speeds, latent statistics, coarser scales and figures that are
             null are left out.
         result_name (`str`, *optional*): The model among several of a report; that of its `--model` unless given.
         base_model (`str`, *optional*): Hub id of the model that training went on from.

@@ -1,4 +1,4 @@
-"""Figures for a model card, from the reports that `--json` of `examples/evaluate_*.py` writes."""
+"""Figures for a model card, from the reports that `--json` of `hieratok evaluate` writes."""
 
 import contextlib
 import math
@@ -153,7 +153,7 @@ def _dataset(data: Sequence[Any]) -> dict[str, str]:
 
 def _command(kind: str, settings: Mapping[str, Any]) -> str:
     """Write the command line that gave a report these settings."""
-    words = ["python", f"examples/evaluate_{'generation' if kind == 'pipeline' else kind}.py"]
+    words = ["hieratok", "evaluate-generation" if kind == "pipeline" else "evaluate"]
     # No options, or an option that only goes with another.
     told = {"labels", "scheduler", "size"} if kind == "pipeline" else set()
     told |= set() if settings.get("fid_model") else {"fid_size"}

@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import check_scale_factors
+from ..utils.choices import DOWNSAMPLING, SIZES
 from ..utils.files import read_json, write_whole
 from ..utils.numbers import plain_numbers
 
@@ -18,73 +19,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
-    "DOWNSAMPLING",
     "OF_PIPELINES",
-    "SIZES",
     "HieraTokConfig",
     "complete_saved",
     "pipeline_hint",
     "refuse_misspelt",
 ]
-
-DOWNSAMPLING = ("learned", "mean")
-"""How coarse tokens may be made of the latent: by learned maps of its blocks, or as averages of them."""
-
-_TINY: dict[str, Any] = {
-    "latent_channels": 16,
-    "qk_norm": True,
-    "rotary_scale": 2.0,
-    "rotary_base": 50.0,
-    "output_conv": True,
-    "linear_path": 3,
-    "coarse_weight": 1.0,
-    "sample_size": 128,
-    # About the inverse root of the width: at the usual 0.02 the blocks add nothing in the first 800 steps.
-    "initializer_range": 0.08,
-}
-
-SIZES: dict[str, dict[str, Any]] = {
-    "hieratok-tiny": {
-        **_TINY,
-        "patch_size": 8,
-        "encoder_hidden_size": 128,
-        "encoder_num_layers": 2,
-        "encoder_num_heads": 4,
-        "decoder_hidden_size": 128,
-        "decoder_num_layers": 4,
-        "decoder_num_heads": 4,
-    },
-    "hieratok-tiny-16x": {
-        **_TINY,
-        "coarse_weight": 0.3,
-        "patch_size": 16,
-        "encoder_hidden_size": 160,
-        "encoder_num_layers": 3,
-        "encoder_num_heads": 5,
-        "decoder_hidden_size": 160,
-        "decoder_num_layers": 6,
-        "decoder_num_heads": 5,
-    },
-    "hieratok-s": {
-        "encoder_hidden_size": 512,
-        "encoder_num_layers": 8,
-        "encoder_num_heads": 8,
-        "decoder_hidden_size": 512,
-        "decoder_num_layers": 8,
-        "decoder_num_heads": 8,
-    },
-    "hieratok-b": {},
-    "hieratok-l": {
-        "latent_channels": 32,
-        "decoder_hidden_size": 1024,
-        "decoder_num_layers": 24,
-        "decoder_num_heads": 16,
-    },
-}
-"""
-Named sizes, each with the arguments in which it differs from the defaults of `HieraTokConfig`. Latent shapes and
-depths are this project's choice, because the paper publishes none.
-"""
 
 OF_PIPELINES = {
     *("sample_size", "scaling_factor", "shift_factor", "force_upcast"),

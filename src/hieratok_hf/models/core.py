@@ -13,7 +13,8 @@ from transformers import initialization as init
 from ..ops.onednn_linear import HieraTokLinear
 from ..ops.pyramid import PyramidLayout, check_scale_factors, continue_border, convolve_pyramid, flatten_pyramid
 from ..ops.torch_compat import is_watched, mode_of
-from .configuration_hieratok import DOWNSAMPLING, HieraTokConfig
+from ..utils.choices import DOWNSAMPLING
+from .configuration_hieratok import HieraTokConfig
 from .layers import HieraTokDecoderBlock, HieraTokEncoderBlock, HieraTokPositions, init_weights, rotary_tables
 
 __all__ = ["HieraTokCore", "HieraTokDecoder", "HieraTokEncoder", "PIXEL_LIMIT", "posterior_of"]

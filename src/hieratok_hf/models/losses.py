@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.pyramid import continue_border
+from ..utils.choices import PIXEL_LOSSES
 from .configuration_hieratok import HieraTokConfig
 from .core import posterior_of
 
 __all__ = [
-    "PIXEL_LOSSES",
     "add_weighted",
     "border_loss",
     "image_pyramid",
@@ -17,9 +17,6 @@ __all__ = [
     "steps_at_borders",
     "tokenizer_losses",
 ]
-
-PIXEL_LOSSES = ("mse", "l1", "charbonnier")
-"""Kinds of `pixel_loss`."""
 
 _CHARBONNIER_EPSILON = 1e-3
 

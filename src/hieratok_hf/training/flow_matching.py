@@ -10,20 +10,12 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor, nn
 
 from ..data.training_batches import step_generator
+from ..utils.choices import DIT_SIZES
 from ..utils.numbers import whole_number
 
-__all__ = ["DIT_SIZES", "VelocityTraining", "dit_from_size", "flow_draws"]
+__all__ = ["VelocityTraining", "dit_from_size", "flow_draws"]
 
 # Shape letters: B images, C latent channels, h w the latent's grid.
-
-DIT_SIZES: dict[str, dict[str, int]] = {
-    "dit-tiny": {"num_layers": 5, "num_attention_heads": 4, "attention_head_dim": 64},
-    "dit-s": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
-    "dit-b": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
-    "dit-l": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
-    "dit-xl": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
-}
-"""Depths and widths of arXiv 2212.09748 by name, and one for a CPU, `"dit-tiny"`."""
 
 # Schedulers of diffusers count the time from 0 to this.
 NUM_TRAIN_TIMESTEPS = 1000

@@ -93,7 +93,7 @@ class TrainingReport:
                 self.skipped.add(reason)
                 say(f"left out ({len(self.skipped)} so far): {reason}")
 
-    def end_step(self, step: int, norm: Tensor, count: int, learning_rate: float) -> None:
+    def end_step(self, step: int, norm: Any, count: int, learning_rate: float) -> None:
         """
         Close a step of `count` images whose gradient has the norm `norm` `()`; raises what `check` does, with a GPU
         only when a record is due.

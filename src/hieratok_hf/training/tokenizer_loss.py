@@ -12,7 +12,8 @@ from torch.func import functional_call
 from ..data.training_batches import step_generator
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.core import HieraTokCore, posterior_of
-from ..models.losses import PIXEL_LOSSES, add_weighted, border_loss, tokenizer_losses
+from ..models.losses import add_weighted, border_loss, tokenizer_losses
+from ..utils.choices import PIXEL_LOSSES
 from .alignment import LatentAlignment
 from .discriminator import adaptive_weight, generator_hinge_loss
 

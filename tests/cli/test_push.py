@@ -12,7 +12,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def push(load_conversion):
-    return load_conversion("push_to_hub").main
+    return load_conversion("push").main
 
 
 def test_a_dry_run_prints_the_plan_and_sends_nothing(hub_here, push, saved, capsys):

@@ -7,7 +7,7 @@ import torch
 from helpers import noise, random_core
 from scripts import load_script
 
-key_map = load_script("conversion", "key_map")
+key_map = load_script("cli", "key_map")
 KeyMap, KeyMapError, Rule, core_key_map = key_map.KeyMap, key_map.KeyMapError, key_map.Rule, key_map.core_key_map
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 

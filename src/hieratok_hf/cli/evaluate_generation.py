@@ -1,8 +1,6 @@
 """Evaluate a class-conditional generator: Fréchet distance, class accuracy and speed, in a table and as JSON."""
 
-import argparse
-import math
-import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,88 +8,38 @@ import torch
 from accelerate import PartialState
 from datasets import disable_progress_bars as disable_data_progress_bars
 from diffusers.utils import logging
-from evaluate_tokenizer import make_frechet
-from generate import load_pipeline
 from PIL import Image
 from tqdm import tqdm
 
-from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import (
-    Problem,
-    add_device,
-    align_table,
-    check_writable,
-    describe_machine,
-    device_of_process,
-    identify,
-    load_or_explain,
-    make_parser,
-    one_line,
-    positive,
-    real,
-    refuse_unused,
-    run_on_processes,
-    seed,
-    whole,
-    write_report,
-)
-from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.evaluation.generation import (
+from .. import HieraTokDiTPipeline
+from ..data.image_dataset import load_images
+from ..evaluation.generation import (
     ClassAccuracy,
     GeneratedBatches,
     ImageClassifier,
     find_classes,
     image_size,
 )
-from hieratok_hf.evaluation.reconstruction import EvaluationBatches
-from hieratok_hf.utils.distributed import gather
-from hieratok_hf.utils.files import write_whole
-
-
-def numbers(text: str) -> range:
-    """One number, or the first and the last of several, as in 0-999."""
-    first, _, last = text.partition("-")
-    label = whole(0, 10**6)
-    if not (labels := range(label(first), label(last or first) + 1)):
-        raise ValueError
-    return labels
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    interval = "shares of noise between which guidance acts, from 0, clean, to 1"
-    data = "folders of images, tar shards in webdataset style, or a Hub data set: measure a Fréchet distance to them"
-    add("--model", default="hieratok-dit-tiny", help="pipeline: a folder, a name that ships, or a Hub repository")
-    add("--samples", type=positive, default=5000, help="images to make, of all classes in turn")
-    add("--steps", type=whole(1, 100_000), default=50, help="steps of the scheduler")
-    add("--guidance_scale", type=real(-math.inf), default=4.0, help="strength of the guidance; 1 is none")
-    add("--guidance_interval", type=real(0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
-    add("--seed", type=seed, default=0, help="seed of all noise")
-    add("--batch_size", type=positive, default=16, help="images of a batch in each process")
-    add("--reference", nargs="+", metavar="DATA", help=data)
-    add("--reference_split", default="train", help="split of folders and data sets; data without splits is train")
-    add("--streaming", action="store_true", help="read the reference images without first making a copy of them")
-    add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
-    add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
-    add("--classifier", metavar="MODEL", help="measure how often this image classifier finds the classes")
-    labels = "label of --classifier for each class of the pipeline, as 0 217 or 0-999; found by name unless given"
-    add("--classifier_labels", type=numbers, nargs="+", metavar="ID", help=labels)
-    add("--save", type=Path, metavar="FOLDER", help="write the images here, as PNG files in a new or empty folder")
-    add("--json", type=Path, metavar="FILE", help="write all figures here")
-    add("--overwrite", action="store_true", help="replace files that are there already")
-    add_device(parser)
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the pipeline")
-    args = parser.parse_args(argv)
-    refuse_unused(parser, args, fid_model="reference", fid_size="fid_model", classifier_labels="classifier")
-    refuse_unused(parser, args, reference_split="reference", streaming="reference")
-    if args.classifier_labels:
-        args.classifier_labels = [label for part in args.classifier_labels for label in part]
-    return args
+from ..evaluation.reconstruction import EvaluationBatches
+from ..utils.distributed import gather
+from ..utils.files import write_whole
+from .command_line import (
+    check_writable,
+    describe_machine,
+    device_of_process,
+    identify,
+    load_or_explain,
+    run_on_processes,
+    write_report,
+)
+from .evaluate import make_frechet
+from .generate import load_pipeline
+from .main import parse
+from .terminal import Problem, align_table, one_line
 
 
 def make_accuracy(
-    args: argparse.Namespace, pipe: HieraTokDiTPipeline, names: dict[int, str], device: torch.device
+    args: Namespace, pipe: HieraTokDiTPipeline, names: dict[int, str], device: torch.device
 ) -> ClassAccuracy | None:
     """The classifier, and its labels for the pipeline's classes."""
     if not args.classifier:
@@ -132,7 +80,7 @@ def tables(figures: dict[str, Any], names: dict[int, str]) -> list[str]:
     return lines
 
 
-def run(args: argparse.Namespace, state: PartialState) -> list[str]:
+def run(args: Namespace, state: PartialState) -> list[str]:
     """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
     device = device_of_process(args, state)
     if args.json:
@@ -197,11 +145,7 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parse("evaluate-generation", argv)
     disable_data_progress_bars()
     logging.disable_progress_bar()  # of loading
     return run_on_processes(run, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,128 +1,40 @@
 """Train a HieraTok tokenizer, from scratch or from weights that exist; alone, or under `accelerate launch`."""
 
-import argparse
-import sys
+from argparse import Namespace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 
-from hieratok_hf import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
-from hieratok_hf.cli.command_line import (
-    add_training,
-    check_batch,
-    check_config,
-    check_model_folder,
-    json_object,
-    load_or_explain,
-    make_parser,
-    one_line,
-    positive,
-    real,
-    refuse_unused,
-    run_training,
-    seed,
-    whole,
-)
-from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
-from hieratok_hf.evaluation.metrics import FrechetDistance
-from hieratok_hf.evaluation.perceptual import PerceptualDistance, load_lpips
-from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
-from hieratok_hf.evaluation.vision_features import DEFAULT_VISION_MODEL, VisionFeatures
-from hieratok_hf.models.autoencoder_adapter import Codec
-from hieratok_hf.models.configuration_hieratok import DOWNSAMPLING, SIZES
-from hieratok_hf.models.losses import PIXEL_LOSSES
-from hieratok_hf.shipped import resolve_model
-from hieratok_hf.training.alignment import LatentAlignment
-from hieratok_hf.training.discriminator import PatchDiscriminator, discriminator_hinge_loss
-from hieratok_hf.training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
-from hieratok_hf.training.report import TrainingReport
-from hieratok_hf.training.sample_sheets import sample_grid
-from hieratok_hf.training.state import TrainingState, learning_rate_factor, options_of, state_to_resume, states_in
-from hieratok_hf.training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder for states, records, samples and the finished model")
-    add("--resume", action="store_true", help="go on from the newest state in --output, if there is one")
-    add("--seed", type=seed, default=0, help="seed of the weights, of the order and of all noise")
-    model = parser.add_argument_group("model").add_argument
-    model("--model", help="weights to start from: a folder, a Hub id or a name that ships")
-    model("--size", choices=SIZES, help="a named size, from scratch; hieratok-tiny unless --model is given")
-    model("--config", type=json_object, default={}, help="JSON of configuration values of --size")
-    model("--scale_factors", type=positive, nargs="+", help="scales, as 8 4 2 1; the model's own unless given")
-    model("--downsampling", choices=DOWNSAMPLING, help="way to coarser scales; the model's own unless given")
-    model("--freeze_encoder", action="store_true", help="train the decoder alone")
-    model("--linear_steps", type=whole(0), default=600, help="steps of the linear path alone, from scratch")
-    data = parser.add_argument_group("data").add_argument
-    data("--data", nargs="+", required=True, help="folders, tar shards, or data sets of the Hub")
-    data("--split", default="train", help="split of folders and data sets; data without splits is train")
-    data("--streaming", action="store_true", help="read while training, without a copy in the cache")
-    data("--crop_sizes", type=positive, nargs="+", default=[128], help="sides of crops; a step draws one")
-    data(
-        "--crop_scale",
-        type=real(0, 1),
-        nargs=2,
-        default=(0.5, 1.0),
-        help="range of crops, in shorter sides; 0 0: as is",
-    )
-    data("--batch_size", type=positive, default=16, help="images of the first size a step, of all processes")
-    data("--num_workers", type=whole(0, 1024), default=0, help="processes that read images")
-    loss = parser.add_argument_group("losses (a weight of 0 switches one off)").add_argument
-    loss("--pixel_loss", choices=PIXEL_LOSSES, default="l1", help="loss of the pixels")
-    loss("--kl_weight", type=real(), help="weight of the KL loss; that of the configuration unless given")
-    loss("--coarse_weight", type=real(), help="weight of the coarser scales; that of the configuration unless given")
-    loss("--coarse_start", type=whole(0), default=0, help="step from which the coarser scales count")
-    loss("--border_weight", type=real(), default=0.0, help="weight of the loss of seams between patches")
-    loss("--perceptual_weight", type=real(), default=0.0, help="weight of the perceptual loss")
-    loss("--lpips_weight", type=real(), default=0.0, help="weight of LPIPS; needs the package lpips")
-    loss("--alignment_weight", type=real(), default=0.0, help="weight of the alignment with a vision model")
-    loss("--adversarial_weight", type=real(), default=0.0, help="factor of the adaptive adversarial weight")
-    loss("--adversarial_start", type=whole(0), default=0, help="step from which the discriminator counts")
-    loss("--latent_noise", type=real(), default=0.0, help="largest std of noise mixed into the latents")
-    loss("--latent_jitter", type=real(), default=0.0, help="largest std of noise added to the latents")
-    loss("--vision_model", default=DEFAULT_VISION_MODEL, help="model of the perceptual loss and the alignment")
-    optim, report = add_training(parser, steps=10_000, lr=1e-3, ema=0.999, sample_every=1000)
-    optim("--linear_lr_factor", type=real(), default=0.1, help="factor of --lr for the linear path")
-    optim("--discriminator_lr", type=real(), default=2e-4, help="learning rate of the discriminator")
-    optim("--decay_steps", type=whole(0), help="steps of the cosine at the end; all unless given")
-    statistics = "batches for the start and for the statistics of the latents"
-    report("--statistics_batches", type=positive, default=64, help=statistics)
-    report("--validation_data", nargs="+", help="images to measure on while training")
-    report("--validation_split", default="train", help="split of --validation_data")
-    report("--validation_size", type=positive, help="side of the middle squares; the model's own unless given")
-    report("--validation_fid", action="store_true", help="measure a Fréchet distance over --vision_model too")
-    report("--fid_size", type=positive, help="side that images get for the vision model; its own unless given")
-    report("--validation_every", type=positive, default=1000, help="steps between measurements")
-    args = parser.parse_args(argv)
-    if args.model and (args.size or args.config or args.linear_steps != parser.get_default("linear_steps")):
-        parser.error("--size, --config and --linear_steps are for a training from scratch, without --model")
-    if args.crop_scale[0] > args.crop_scale[1]:
-        parser.error(f"--crop_scale must be a range, got {args.crop_scale[0]:g} to {args.crop_scale[1]:g}")
-    validation = ("validation_every", "validation_fid", "validation_size", "validation_split")
-    refuse_unused(parser, args, **dict.fromkeys(validation, "validation_data"), fid_size="validation_fid")
-    refuse_unused(parser, args, **dict.fromkeys(("adversarial_start", "discriminator_lr"), "adversarial_weight"))
-    refuse_unused(parser, args, allow_changes="resume")
-    if args.vision_model != DEFAULT_VISION_MODEL and not needs_vision_model(args):
-        parser.error("--vision_model needs --perceptual_weight, --alignment_weight or --validation_fid")
-    args.decay_steps = args.steps if args.decay_steps is None else args.decay_steps
-    return args
-
-
-def needs_vision_model(args: argparse.Namespace) -> bool:
-    return bool(args.perceptual_weight or args.alignment_weight or args.validation_fid)
+from .. import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
+from ..data.image_dataset import load_images
+from ..data.training_batches import BatchPlan, to_pixel_values, training_loader
+from ..evaluation.metrics import FrechetDistance
+from ..evaluation.perceptual import PerceptualDistance, load_lpips
+from ..evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
+from ..evaluation.vision_features import VisionFeatures
+from ..models.autoencoder_adapter import Codec
+from ..shipped import resolve_model
+from ..training.alignment import LatentAlignment
+from ..training.discriminator import PatchDiscriminator, discriminator_hinge_loss
+from ..training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
+from ..training.report import TrainingReport
+from ..training.sample_sheets import sample_grid
+from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume, states_in
+from ..training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
+from .arguments.training import needs_vision_model
+from .command_line import check_batch, check_config, check_model_folder, load_or_explain, run_training
+from .main import parse
+from .terminal import one_line
 
 
 def load_tokenizer(name: str) -> AutoencoderHieraTok:
     return AutoencoderHieraTok.from_pretrained(resolve_model(name))
 
 
-def load_core(args: argparse.Namespace) -> HieraTokCore:
+def load_core(args: Namespace) -> HieraTokCore:
     """The tokenizer to begin with, random or pretrained."""
     weights = {name: getattr(args, name) for name in ("kl_weight", "coarse_weight")}
     given = {name: value for name, value in weights.items() if value is not None}
@@ -155,7 +67,7 @@ def parameter_groups(model: TokenizerTraining, linear_factor: float) -> list[dic
     return [group for group in (fast, slow) if group["params"]]
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: Namespace) -> None:
     options = options_of(vars(args))
     if not states_in(args.output):
         check_model_folder("--output", args.output, args.overwrite)
@@ -209,7 +121,7 @@ def train(args: argparse.Namespace) -> None:
     core.encoder.requires_grad_(not args.freeze_encoder)
     first_step = state["step"] if state else 0
 
-    vision = None
+    vision: Any = None
     if needs_vision_model(args):
         vision = load_or_explain(VisionFeatures.from_pretrained, "--vision_model", args.vision_model).to(device)
     alignment = LatentAlignment(core.config.latent_channels, vision) if args.alignment_weight else None
@@ -268,7 +180,7 @@ def train(args: argparse.Namespace) -> None:
             norm = accelerator.clip_grad_norm_(model.parameters(), args.clip) if last_part else None
             optimizer.step()
             optimizer.zero_grad()
-            if objective.is_adversarial(step):
+            if discriminator is not None and objective.is_adversarial(step):
                 scores = discriminator(torch.cat([pixel_values, outputs[0][-1].detach()]))
                 losses["discriminator"] = discriminator_hinge_loss(*scores.chunk(2))
                 accelerator.backward(losses["discriminator"])
@@ -304,8 +216,4 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_training(train, parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_training(train, parse("train", argv))

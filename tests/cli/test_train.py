@@ -29,8 +29,8 @@ from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, traini
 from hieratok_hf.training.pca_init import latent_statistics
 from hieratok_hf.training.state import hold_folder, latest_state, states_in
 
-train_tokenizer = load_script("examples", "train_tokenizer")
-IMAGES = str(ROOT / "examples" / "images")
+train_tokenizer = load_script("cli", "train")
+IMAGES = str(ROOT / "src" / "hieratok_hf" / "example_images")
 CONFIG = {**TINY, "scale_factors": [4, 2, 1]}
 
 pytestmark = pytest.mark.usefixtures("script_surroundings")

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hieratok_hf.cli.command_line import Problem, one_line
-from hieratok_hf.models.saving import WEIGHTS_STEM
-from hieratok_hf.training.state import check_archive, states_in
-from hieratok_hf.utils.files import read_json
+from ..models.saving import WEIGHTS_STEM
+from ..training.state import check_archive, states_in
+from ..utils.files import read_json
+from .terminal import Problem, one_line
 
 __all__ = ["TRAINING_STATE", "find_weights", "read_checkpoint", "without_wrappers"]
 

@@ -1,11 +1,10 @@
 """Make images of classes: one sheet with a labelled column a class, and if asked for, one of previews."""
 
-import argparse
 import io
 import math
 import re
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,12 @@ from diffusers import (
 from diffusers.utils import logging
 from PIL import Image, ImageDraw, ImageFont
 
-from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import (
-    Problem,
-    add_device,
-    check_batch,
-    check_writable,
-    find_device,
-    load_or_explain,
-    make_parser,
-    one_line,
-    positive,
-    real,
-    run_script,
-    seed,
-    whole,
-    write_or_explain,
-)
-from hieratok_hf.evaluation.generation import image_size, number_images
-from hieratok_hf.shipped import resolve_model
+from .. import HieraTokDiTPipeline
+from ..evaluation.generation import image_size, number_images
+from ..shipped import resolve_model
+from .command_line import check_batch, check_writable, find_device, load_or_explain, run_script, write_or_explain
+from .main import parse
+from .terminal import Problem, one_line
 
 COLUMNS, MARGIN, SMALLEST_PANEL = 10, 8, 128
 PREVIEWS = 6
@@ -48,33 +34,6 @@ FLOW_SCHEDULERS = {
     "dpm": DPMSolverMultistepScheduler,
 }
 OTHER_SCHEDULERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("classes", nargs="*", metavar="CLASS", help="names or numbers of classes; all of the pipeline unless given")
-    add("--model", default="hieratok-dit-tiny", help="pipeline: a folder, a name that ships, or a Hub repository")
-    add("--rows", type=positive, default=4, help="images of a class")
-    add("--steps", type=whole(1, 100_000), default=50, help="steps of the scheduler")
-    add("--guidance_scale", type=real(-math.inf), default=4.0, help="strength of the guidance; 1 is none")
-    interval = "shares of noise between which guidance acts, from 0, clean, to 1"
-    add("--guidance_interval", type=real(0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
-    add("--scheduler", choices=("euler", "heun", "dpm", "ddim"), help="scheduler; the pipeline's own unless given")
-    add("--seed", type=seed, default=0, help="seed of all noise")
-    add("--batch_size", type=positive, default=16, help="images made at a time")
-    add_device(parser)
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the pipeline")
-    add("--output", type=Path, default=Path("outputs/generated.png"), metavar="FILE", help="PNG file for the sheet")
-    add("--images", type=Path, metavar="FOLDER", help="folder to write each image to as well")
-    previews = "write a second sheet, of what the first K scales of the tokenizer show on the way"
-    add("--previews", type=positive, metavar="K", help=previews)
-    add("--overwrite", action="store_true", help="replace files that are there already")
-    args = parser.parse_args(argv)
-    args.device = find_device(args)
-    if args.output.suffix.lower() != ".png":
-        parser.error(f"--output must be a PNG file, got {str(args.output)!r}")
-    return args
 
 
 def load_pipeline(name: str, device: str | torch.device, dtype: str) -> HieraTokDiTPipeline:
@@ -134,7 +93,7 @@ def as_images(levels: torch.Tensor) -> list[Image.Image]:
 
 
 def make_images(
-    pipe: HieraTokDiTPipeline, ids: list[int], args: argparse.Namespace
+    pipe: HieraTokDiTPipeline, ids: list[int], args: Namespace
 ) -> tuple[dict[int, list[Image.Image]], Previews | None, float]:
     """Images by class, previews of the first of each, and the seconds that it took."""
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
@@ -203,8 +162,9 @@ def save(image: Image.Image, path: Path, option: str) -> Path:
     return path
 
 
-def run(args: argparse.Namespace) -> list[str]:
+def run(args: Namespace) -> list[str]:
     """Make and write all that is asked for, and return the lines to print."""
+    args.device = find_device(args)
     previews_sheet = args.output.with_name(f"{args.output.stem}_previews.png")
     check_writable("--output", args.output, overwrite=args.overwrite)
     if args.previews:
@@ -217,7 +177,7 @@ def run(args: argparse.Namespace) -> list[str]:
     ids = read_class_ids(pipe, args.classes)
     labels = [class_label(pipe, key) for key in ids]
     check_batch("--rows", len(ids) * args.rows, image_size(pipe))
-    files = {}
+    files: dict[tuple[int, int], Path] = {}
     for key, label in zip(ids, labels) if args.images else ():
         stem = f"{key:04}_{re.sub(r'[^0-9A-Za-z-]+', '_', label)}"
         files |= {(key, row): args.images / f"{stem}_{row:03}.png" for row in range(args.rows)}
@@ -243,10 +203,6 @@ def run(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parse("generate", argv)
     logging.disable_progress_bar()  # of loading
     return run_script(run, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

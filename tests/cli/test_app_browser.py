@@ -1,4 +1,4 @@
-"""Tests of the page of `examples/app.py` in a browser: results, live previews, messages, privacy."""
+"""Tests of the page of `hieratok app` in a browser: results, live previews, messages, privacy."""
 
 import argparse
 import io
@@ -163,7 +163,9 @@ def result(page, name):
 
 
 def hat(folder, name, side):
-    return saved(folder, Image.open(ROOT / "examples" / "images" / "hat.webp").resize((side, side)), name)
+    return saved(
+        folder, Image.open(ROOT / "src" / "hieratok_hf" / "example_images" / "hat.webp").resize((side, side)), name
+    )
 
 
 def choose(page, label, value):
@@ -181,7 +183,7 @@ def test_upload_and_reconstruct(page, tmp_path):
     upload(page, path)
     rows = result(page, "photo.png")
     seconds = time.perf_counter() - start
-    script = load_script("examples", "reconstruct")
+    script = load_script("cli", "reconstruct")
     vae = script.load_model("hieratok-tiny", "cpu", "float32")
     _, figures = script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))
     assert rows["photo.png"] == "512 x 512 pixels"

@@ -1,4 +1,4 @@
-"""Tests of `examples/evaluate_tokenizer.py`: table and JSON, other autoencoders, a probe, two processes, bad input."""
+"""Tests of `hieratok evaluate`: table and JSON, other autoencoders, a probe, two processes, bad input."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.models.autoencoder_adapter import load_codec
 
-script = load_script("examples", "evaluate_tokenizer")
+script = load_script("cli", "evaluate")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
 

@@ -1,43 +1,33 @@
 """Encode images and decode them again: one sheet an image with every scale, and a table of the figures."""
 
-import argparse
 import io
 import math
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_image
-from hieratok_hf.cli.command_line import (
-    Problem,
-    add_device,
-    align_table,
-    check_writable,
-    find_device,
-    identify,
-    load_or_explain,
-    make_parser,
-    one_line,
-    positive,
-    run_script,
-    write_report,
-)
-from hieratok_hf.evaluation.metrics import SSIM_WINDOW, psnr, ssim
-from hieratok_hf.models.losses import image_pyramid
-from hieratok_hf.shipped import resolve_model
-from hieratok_hf.utils.files import write_whole
-from hieratok_hf.utils.images import IMAGE_SUFFIXES
+from .. import AutoencoderHieraTok, HieraTokImageProcessorPil, open_image
+from ..evaluation.metrics import SSIM_WINDOW, psnr, ssim
+from ..models.losses import image_pyramid
+from ..shipped import resolve_model
+from ..utils.files import write_whole
+from ..utils.images import IMAGE_SUFFIXES
+from .arguments.images import LARGEST_PANEL
+from .command_line import check_writable, find_device, identify, load_or_explain, run_script, write_report
+from .main import parse
+from .terminal import Problem, align_table, one_line
 
-BUNDLED = Path(__file__).parent / "images"
+BUNDLED = Path(__file__).parents[1] / "example_images"
 SHEET = "_reconstruction"
 MARGIN = 8
-LARGEST_PANEL, SMALLEST_PANEL = 512, 256
+SMALLEST_PANEL = 256
 AMPLIFY = 4
 HEADER = ("image", "size", "PSNR dB", "SSIM", "latent", "compression (numbers)", "encode s", "decode s")
 
@@ -102,8 +92,10 @@ def encode_and_decode(
         "encode_seconds": encode_seconds,
         "decode_seconds": decode_seconds,
     }
-    as_images = [[processor.postprocess(pixels)[0] for pixels in scales] for scales in (originals, decoded)]
-    return *as_images, figures
+    first, second = (
+        [cast(Image.Image, processor.postprocess(pixels)[0]) for pixels in scales] for scales in (originals, decoded)
+    )
+    return first, second, figures
 
 
 def amplify_difference(first: Image.Image, second: Image.Image) -> Image.Image:
@@ -111,7 +103,7 @@ def amplify_difference(first: Image.Image, second: Image.Image) -> Image.Image:
     return ImageChops.difference(first, second).point(lambda level: min(255, AMPLIFY * level))
 
 
-def reconstruct(path: Path, vae: AutoencoderHieraTok, args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
+def reconstruct(path: Path, vae: AutoencoderHieraTok, args: Namespace) -> tuple[Image.Image, dict[str, Any]]:
     """The sheet and the figures of one image."""
     originals, decoded, figures = encode_and_decode(open_image(path), vae, args.size)
     rows = [
@@ -184,25 +176,9 @@ def mean_of(results: list[dict[str, Any]], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("images", nargs="*", type=Path, metavar="IMAGE", help="files or folders; the bundled photographs unless given")
-    add("--model", default="hieratok-tiny", help="tokenizer: a folder, a name that ships, or a Hub repository")
-    add("--output", type=Path, default=Path("outputs"), help="folder for the sheets")
-    add("--size", type=positive, help="cut at most SIZE x SIZE pixels out of the centre")
-    add_device(parser)
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the model")
-    add("--full", action="store_true", help=f"show panels at full size, not at most {LARGEST_PANEL} pixels")
-    add("--json", type=Path, metavar="FILE", help="file to write the figures to as well")
-    add("--overwrite", action="store_true", help="replace files that are there already")
-    args = parser.parse_args(argv)
-    args.device = find_device(args)
-    return args
-
-
-def run(args: argparse.Namespace) -> tuple[list[str], int]:
+def run(args: Namespace) -> tuple[list[str], int]:
     """Write the sheets, and return the lines to print and the exit status, 1 where an image failed."""
+    args.device = find_device(args)
     sources = args.images or [BUNDLED]
     if not (paths := find_images(sources)):
         raise Problem(f"no images found in {', '.join(repr(str(source)) for source in sources)}")
@@ -254,8 +230,4 @@ def run(args: argparse.Namespace) -> tuple[list[str], int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script(run, parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_script(run, parse("reconstruct", argv))

@@ -24,7 +24,7 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_writer import write_latents
 
-train_dit = load_script("examples", "train_dit")
+train_dit = load_script("cli", "train_dit")
 CONFIG = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
 NAMES = ["blue", "green", "red"]
 PIXELS = 16

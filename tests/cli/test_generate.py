@@ -1,4 +1,4 @@
-"""Tests of `examples/generate.py`: the sheets and their labels, schedulers, independence of the batch, bad input."""
+"""Tests of `hieratok generate`: the sheets and their labels, schedulers, independence of the batch, bad input."""
 
 import re
 
@@ -11,7 +11,7 @@ from tiny_pipelines import make_pipeline, tiny_pipeline
 
 from hieratok_hf.evaluation.generation import number_images
 
-script = load_script("examples", "generate")
+script = load_script("cli", "generate")
 
 
 @pytest.fixture(scope="module")

@@ -374,7 +374,7 @@ def test_training_goes_on_with_several_scales(script, tmp_path, data):
     forget_processes()
     options = "--scale_factors 8 4 2 1 --crop_sizes 64 --batch_size 4 --steps 2 --lr 1e-4 --statistics_batches 4"
     argv = ["--model", tmp_path / "twin", "--data", data, "--output", tmp_path / "out", "--log_every", 1]
-    assert run(load_script("examples", "train_tokenizer"), *argv, *options.split()) == 0
+    assert run(load_script("cli", "train"), *argv, *options.split()) == 0
     assert [math.isfinite(record["loss"]) for record in records(tmp_path / "out")] == [True, True]
     vae = AutoencoderHieraTok.from_pretrained(tmp_path / "out")
     assert vae.config.scale_factors == (8, 4, 2, 1) and vae.config.rotary_pairing == "detok"

@@ -1,4 +1,4 @@
-"""Tests of `examples/evaluate_generation.py`: figures of the images that it saves, two processes, bad input."""
+"""Tests of `hieratok evaluate-generation`: figures of the images that it saves, two processes, bad input."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from hieratok_hf.evaluation.generation import ClassAccuracy, ImageClassifier
 from hieratok_hf.evaluation.metrics import FrechetDistance
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 
-script = load_script("examples", "evaluate_generation")
+script = load_script("cli", "evaluate_generation")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
 LABELS = ("background", "tench, Tinca tinca", "church, church building", "English springer", "French horn, horn")

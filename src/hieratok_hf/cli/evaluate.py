@@ -1,9 +1,7 @@
 """Evaluate a tokenizer beside other autoencoders on the same images: a table, and all figures as JSON."""
 
-import argparse
 import importlib.util
-import sys
-from pathlib import Path
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -12,68 +10,33 @@ from datasets import ClassLabel
 from datasets import disable_progress_bars as disable_data_progress_bars
 from tqdm import tqdm
 
-from hieratok_hf.cli.command_line import (
-    Problem,
-    add_device,
-    align_table,
+from ..data.image_dataset import Images, load_images
+from ..evaluation.linear_probe import linear_probe, pool_features
+from ..evaluation.metrics import FrechetDistance
+from ..evaluation.perceptual import PerceptualDistance, load_lpips
+from ..evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate, throughput
+from ..evaluation.vision_features import VisionFeatures
+from ..models.autoencoder_adapter import Codec, load_codec
+from ..utils.distributed import gather
+from .command_line import (
     check_batch,
     check_writable,
     describe_machine,
     device_of_process,
     identify,
     load_or_explain,
-    make_parser,
-    one_line,
-    positive,
     run_on_processes,
     write_report,
 )
-from hieratok_hf.data.image_dataset import Images, load_images
-from hieratok_hf.evaluation.linear_probe import linear_probe, pool_features
-from hieratok_hf.evaluation.metrics import FrechetDistance
-from hieratok_hf.evaluation.perceptual import PerceptualDistance, load_lpips
-from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate, throughput
-from hieratok_hf.evaluation.vision_features import VisionFeatures
-from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
-from hieratok_hf.utils.distributed import gather
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    model = "a name that ships with the package, a folder, or a Hub id; of a pipeline its VAE"
-    data = "folders of images, tar shards in webdataset style, or a Hub data set"
-    add("--model", default="hieratok-tiny", help=model)
-    add("--compare", nargs="+", default=[], metavar="MODEL", help="further models, also diffusers' own")
-    add("--data", nargs="+", required=True, help=data)
-    add("--split", default="train", help="split of folders and data sets; data without splits is train")
-    add("--streaming", action="store_true", help="read while evaluating instead of first making a copy in the cache")
-    add("--max_images", type=positive, help="take only the first images of the data")
-    add("--size", type=positive, help="side of the middle square; the model's own unless given")
-    add("--batch_size", type=positive, default=16, help="images of a batch in each process")
-    add("--no_ssim", action="store_true", help="leave SSIM out, which is slow")
-    add("--lpips", action="store_true", help="measure LPIPS; needs the package lpips")
-    add("--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this vision model")
-    add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
-    add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
-    add("--no_fid", action="store_true", help="leave the Fréchet distance out")
-    add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled images")
-    add("--json", type=Path, metavar="FILE", help="write all figures here")
-    add("--overwrite", action="store_true", help="replace files that are there already")
-    add_device(parser)
-    args = parser.parse_args(argv)
-    if args.fid_size and not args.fid_model:
-        parser.error("--fid_size needs --fid_model: the Inception network always takes 299 pixels")
-    if args.no_fid and args.fid_model:
-        parser.error("--no_fid and --fid_model contradict each other")
-    return args
+from .main import parse
+from .terminal import Problem, align_table, one_line
 
 
 def make_frechet(
-    args: argparse.Namespace, device: torch.device, notes: list[str], name: str, same_targets: bool
+    args: Namespace, device: torch.device, notes: list[str], name: str, same_targets: bool
 ) -> FrechetDistance | None:
     """Make the Fréchet distance of the options, over Inception called by a name, or note why it cannot be measured."""
-    options = {"same_targets": same_targets, "device": device}
+    options: dict[str, Any] = {"same_targets": same_targets, "device": device}
     if args.fid_model:
         features = load_or_explain(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
         try:
@@ -94,7 +57,7 @@ def make_frechet(
     return frechet
 
 
-def make_metrics(args: argparse.Namespace, device: torch.device, notes: list[str]) -> ReconstructionMetrics:
+def make_metrics(args: Namespace, device: torch.device, notes: list[str]) -> ReconstructionMetrics:
     """Make the metrics that the options ask for; an rFID that cannot be measured becomes a note."""
     lpips = perceptual = None
     if args.lpips:
@@ -160,7 +123,7 @@ def table(models: list[dict[str, Any]]) -> str:
     return align_table([header, *([row.get(name, "-") for name in header] for row in rows)])
 
 
-def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
+def load_data(args: Namespace) -> tuple[Images, Images | None]:
     """The images to evaluate on, and those to fit a probe to."""
     images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
     if not args.probe_data:
@@ -176,7 +139,7 @@ def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
     return images, train
 
 
-def run(args: argparse.Namespace, state: PartialState) -> list[str]:
+def run(args: Namespace, state: PartialState) -> list[str]:
     """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
     device = device_of_process(args, state)
     if args.json:
@@ -223,10 +186,6 @@ def run(args: argparse.Namespace, state: PartialState) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parse("evaluate", argv)
     disable_data_progress_bars()
     return run_on_processes(run, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

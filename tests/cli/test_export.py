@@ -19,7 +19,7 @@ from scripts import error_of, load_script
 from hieratok_hf import HieraTokModel
 from hieratok_hf.models.autoencoder_adapter import load_codec
 
-export = load_script("conversion", "export")
+export = load_script("cli", "export")
 # All layers are alike, and export takes seconds a layer.
 SMALL = {"encoder_num_layers": 1, "decoder_num_layers": 1, "patch_size": 2}
 ONE_SCALE = {"scale_factors": (1,), "qk_norm": False, "linear_path": 0, "output_conv": False}

@@ -1,4 +1,4 @@
-"""Tests of `examples/app.py` without a browser: what it shows, limits, messages, and the folder of the Space."""
+"""Tests of `hieratok app` without a browser: what it shows, limits, messages, and the folder of the Space."""
 
 import argparse
 import os
@@ -31,7 +31,7 @@ HAT = EXAMPLES / "images" / "hat.webp"
 
 @pytest.fixture(scope="module")
 def app():
-    return load_script("examples", "app")
+    return load_script("cli", "app")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def vae():
 def test_figures_are_those_of_the_script(app, vae, tmp_path):
     path = saved(tmp_path, Image.open(HAT).resize((203, 91)), "odd.png")
     (original, reconstruction), gallery, table = app.reconstruct(str(path), vae)
-    script = load_script("examples", "reconstruct")
+    script = load_script("cli", "reconstruct")
     _, figures = script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))
 
     rows = dict(re.fullmatch(r"\| (.*) \| (.*) \|", line).groups() for line in table.splitlines())
@@ -104,7 +104,7 @@ def as_levels(images):
 
 def test_previews_come_before_the_images_of_the_script(app):
     pipe, scales = make_pipeline(), 3
-    *previews, (images, line) = app.generate(1, 3, 6, 2.0, 5, scales, pipe, threading.Lock())
+    *previews, (images, line) = app.generate(pipe, threading.Lock(), 1, 3, 6, 2.0, 5, scales)
     settings = {"num_inference_steps": 6, "guidance_scale": 2.0}
     expected = number_images(make_pipeline(), [1, 4, 7], 5, **settings).permute(0, 2, 3, 1).numpy()
     assert abs(as_levels(images) - expected.astype(int)).max() <= 1
@@ -118,18 +118,18 @@ def test_who_leaves_stops_the_pipeline(app):
     pipe, lock = make_pipeline(), threading.Lock()
     calls = []
     pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(time.sleep(0.01)))
-    visit = app.generate(0, 1, 100, 1.0, 0, 1, pipe, lock)
+    visit = app.generate(pipe, lock, 0, 1, 100, 1.0, 0, 1)
     next(visit)
     visit.close()
     assert len(calls) < 50 and not lock.locked()
-    *_, (images, _) = app.generate(0, 1, 2, 1.0, 0, 1, pipe, lock)
+    *_, (images, _) = app.generate(pipe, lock, 0, 1, 2, 1.0, 0, 1)
     assert len(images) == 1
 
 
 def test_two_visitors_get_their_own_images(app):
     pipe, lock = make_pipeline(), threading.Lock()
     with ThreadPoolExecutor(2) as threads:
-        visits = [(key, 2, steps, 3.0, seed, 2, pipe, lock) for key, steps, seed in ((0, 9, 1), (2, 5, 8))]
+        visits = [(pipe, lock, key, 2, steps, 3.0, seed, 2) for key, steps, seed in ((0, 9, 1), (2, 5, 8))]
         together = list(threads.map(lambda visit: list(app.generate(*visit))[-1], visits))
     for visit, (images, line) in zip(visits, together):
         alone, same_line = list(app.generate(*visit))[-1]

@@ -1,4 +1,4 @@
-"""Tests of `examples/reconstruct.py`: sheets, figures, broken files, and ways to ask for the impossible."""
+"""Tests of `hieratok reconstruct`: sheets, figures, broken files, and ways to ask for the impossible."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from hieratok_hf.models.losses import image_pyramid
 
 pytest.importorskip("torchmetrics")
 
-script = load_script("examples", "reconstruct")
+script = load_script("cli", "reconstruct")
 PATCH = 8
 
 

@@ -1,4 +1,4 @@
-"""Tests of `examples/cache_latents.py`: kills at any moment, several processes, what it prints, bad input."""
+"""Tests of `hieratok cache`: kills at any moment, several processes, what it prints, bad input."""
 
 import re
 
@@ -13,7 +13,7 @@ pytest.importorskip("datasets", reason="images are read through it")
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data.latent_cache import LatentCache
 
-script = load_script("examples", "cache_latents")
+script = load_script("cli", "cache")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
 

@@ -1,8 +1,6 @@
 """Train a DiT on the latents of a tokenizer by flow matching, for `HieraTokDiTPipeline`."""
 
-import argparse
-import math
-import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,83 +9,21 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
-from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.cli.command_line import (
-    Problem,
-    add_training,
-    check_batch,
-    check_memory,
-    check_model_folder,
-    json_object,
-    load_or_explain,
-    make_parser,
-    one_line,
-    positive,
-    real,
-    refuse_unused,
-    run_training,
-    seed,
-    whole,
-)
-from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.data.latent_batches import iterate_cached, iterate_encoded
-from hieratok_hf.data.latent_cache import LatentCache, encoder_facts
-from hieratok_hf.data.training_batches import BatchPlan
-from hieratok_hf.models.autoencoder_adapter import load_codec
-from hieratok_hf.pipelines.class_names import read_class_names
-from hieratok_hf.shipped import resolve_model
-from hieratok_hf.training.flow_matching import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
-from hieratok_hf.training.report import TrainingReport
-from hieratok_hf.training.sample_sheets import class_grid
-from hieratok_hf.training.state import TrainingState, learning_rate_factor, options_of, state_to_resume, states_in
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder for states, records, samples and the finished pipeline")
-    add("--resume", action="store_true", help="go on from the newest state in --output, if there is one")
-    add("--seed", type=seed, default=0, help="seed of the weights, of the order and of all noise")
-    model = parser.add_argument_group("model").add_argument
-    model("--vae", default="hieratok-tiny", help="the tokenizer: a folder, a Hub id, a name that ships")
-    size = "size of the transformer, from scratch; dit-s unless --transformer is given"
-    model("--size", choices=DIT_SIZES, help=size)
-    model("--config", type=json_object, default={}, help="JSON of configuration values of --size")
-    model("--patch_size", type=positive, default=1, help="side of a token in cells of the latent")
-    model("--transformer", help="weights to start from instead: a folder, Hub id or shipped name, also of a pipeline")
-    data = parser.add_argument_group("data").add_argument
-    data("--latents", type=Path, help="a folder of examples/cache_latents.py, instead of --data")
-    data("--data", nargs="+", help="folders, tar shards, or data sets of the Hub, encoded every time")
-    data("--split", default="train", help="split of folders and data sets; data without splits is train")
-    data("--streaming", action="store_true", help="read while training, without a copy in the cache")
-    data("--image_size", type=positive, default=256, help="side of the images in pixels, with --data")
-    data("--crop_scale", type=real(0, 1), nargs=2, default=(1.0, 1.0), help="range of crops, in shorter sides")
-    data("--class_names", nargs="+", help="names of the classes, one for each, or a JSON file")
-    data("--batch_size", type=positive, default=64, help="images a step, of all processes")
-    data("--num_workers", type=whole(0, 1024), default=0, help="processes that read images, with --data")
-    flow = parser.add_argument_group("flow matching").add_argument
-    flow("--class_dropout", type=real(below=1), default=0.1, help="share of labels left out, for guidance")
-    flow("--time_mean", type=real(-math.inf), default=0.0, help="mean of the logit of the timesteps")
-    flow("--time_std", type=real(), default=1.0, help="std of the logit of the timesteps")
-    flow("--time_shift", type=real(above=0), default=1.0, help="shift of all timesteps; above 1 for more noise")
-    optim, report = add_training(parser, steps=100_000, lr=2e-4, ema=0.9999, sample_every=5000)
-    optim("--decay_steps", type=whole(0), default=0, help="steps of the cosine at the end")
-    optim("--gradient_checkpointing", action="store_true", help="save memory, not time")
-    report("--sample_steps", type=positive, default=25, help="steps of the scheduler, for the samples")
-    report("--guidance_scale", type=real(1), default=4.0, help="strength of the guidance of the samples")
-    report("--export_every", type=positive, help="steps between pipelines that are kept; none unless given")
-    dtypes = ("float32", "bfloat16", "float16")
-    report("--export_dtype", choices=dtypes, default="float32", help="dtype of the pipeline")
-    args = parser.parse_args(argv)
-    if (args.latents is None) == (args.data is None):
-        parser.error("one of --latents and --data is needed")
-    if args.transformer and (args.size or args.config or args.patch_size != parser.get_default("patch_size")):
-        parser.error("--size, --config and --patch_size are for a training from scratch, without --transformer")
-    if args.crop_scale[0] > args.crop_scale[1]:
-        parser.error(f"--crop_scale must be a range, got {args.crop_scale[0]:g} to {args.crop_scale[1]:g}")
-    encoded = ("split", "streaming", "image_size", "crop_scale", "num_workers")
-    refuse_unused(parser, args, **dict.fromkeys(encoded, "data"), allow_changes="resume")
-    return args
+from .. import HieraTokDiTPipeline
+from ..data.image_dataset import load_images
+from ..data.latent_batches import iterate_cached, iterate_encoded
+from ..data.latent_cache import LatentCache, encoder_facts
+from ..data.training_batches import BatchPlan
+from ..models.autoencoder_adapter import load_codec
+from ..pipelines.class_names import read_class_names
+from ..shipped import resolve_model
+from ..training.flow_matching import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
+from ..training.report import TrainingReport
+from ..training.sample_sheets import class_grid
+from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume, states_in
+from .command_line import check_batch, check_memory, check_model_folder, load_or_explain, run_training
+from .main import parse
+from .terminal import Problem, one_line
 
 
 def find_transformer(name: str) -> DiTTransformer2DModel:
@@ -99,7 +35,7 @@ def find_transformer(name: str) -> DiTTransformer2DModel:
         return DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", use_safetensors=True)
 
 
-def load_transformer(args: argparse.Namespace, shape: tuple[int, ...], num_classes: int) -> DiTTransformer2DModel:
+def load_transformer(args: Namespace, shape: tuple[int, ...], num_classes: int) -> DiTTransformer2DModel:
     """The transformer to begin with, random or pretrained, for latents of that shape."""
     if args.transformer is None:
         sizes = {"in_channels": shape[0], "sample_size": shape[1], "num_classes": num_classes}
@@ -123,7 +59,7 @@ def load_transformer(args: argparse.Namespace, shape: tuple[int, ...], num_class
     return found.float()
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: Namespace) -> None:
     options = options_of(vars(args))
     if not states_in(args.output):
         check_model_folder("--output", args.output, args.overwrite)
@@ -168,8 +104,8 @@ def train(args: argparse.Namespace) -> None:
         batches = partial(iterate_encoded, codec, shape, images, num_classes, **given)
 
     transformer = load_transformer(args, shape, num_classes)
-    times = [args.time_mean, args.time_std, args.time_shift]
-    facts = {**transformer.config, "encoder": encoder_facts(codec)["encoder"], "times": times}
+    time_options = [args.time_mean, args.time_std, args.time_shift]
+    facts = {**transformer.config, "encoder": encoder_facts(codec)["encoder"], "times": time_options}
     facts = {name: value for name, value in facts.items() if not name.startswith("_")}
     state = state_to_resume(args.output, args.resume, facts, options, args.allow_changes, accelerator.print)
     if args.resume and state is None:
@@ -205,9 +141,9 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = rate
         noise, times, dropping = (x.to(device) for x in draws(step, batch["count"], rows=batch["rows"]))
         latents = batch["latents"].to(device)
-        labels = torch.where(dropping < args.class_dropout, num_classes, batch["labels"].to(device))
+        classes = torch.where(dropping < args.class_dropout, num_classes, batch["labels"].to(device))
         with accelerator.accumulate(model):
-            loss = model(latents, noise, times, labels)
+            loss = model(latents, noise, times, classes)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(model.parameters(), args.clip) if last_part else None
             optimizer.step()
@@ -241,8 +177,4 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_training(train, parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_training(train, parse("train-dit", argv))

@@ -1,0 +1,1 @@
+"""What each command takes, a function a command that fills its parser; nothing here imports torch."""

@@ -1,0 +1,75 @@
+"""Name the arguments of the commands that make images of classes."""
+
+import math
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
+
+from ..parsing import Parser, add_device, add_dtype, add_report, positive, real, seed, whole
+from .images import GENERATOR
+
+
+def add_sampling(parser: Parser) -> None:
+    """Add the options of a call of the pipeline."""
+    add = parser.add_argument
+    add("--model", default="hieratok-dit-tiny", help=GENERATOR)
+    add("--steps", type=whole(1, 100_000), default=50, help="steps of the scheduler")
+    add("--guidance_scale", type=real(-math.inf), default=4.0, help="strength of the guidance; 1 is none")
+    interval = "shares of noise between which guidance acts, from 0, clean, to 1"
+    add("--guidance_interval", type=real(0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
+    add("--seed", type=seed, default=0, help="seed of all noise")
+    add("--batch_size", type=positive, default=16, help="images of a batch, in each process")
+    add_device(parser)
+    add_dtype(parser)
+
+
+def add_generate(parser: Parser) -> None:
+    add = parser.add_argument
+    add("classes", nargs="*", metavar="CLASS", help="names or numbers of classes; all of the pipeline unless given")
+    add_sampling(parser)
+    add("--rows", type=positive, default=4, help="images of a class")
+    add("--scheduler", choices=("euler", "heun", "dpm", "ddim"), help="scheduler; the pipeline's own unless given")
+    add("--output", type=Path, default=Path("outputs/generated.png"), metavar="FILE", help="PNG file for the sheet")
+    add("--images", type=Path, metavar="FOLDER", help="folder to write each image to as well")
+    previews = "write a second sheet, of what the first K scales of the tokenizer show on the way"
+    add("--previews", type=positive, metavar="K", help=previews)
+    add("--overwrite", action="store_true", help="replace files that are there already")
+
+    def check(args: Namespace) -> None:
+        if args.output.suffix.lower() != ".png":
+            parser.error(f"--output must be a PNG file, got {str(args.output)!r}")
+
+    parser.checks.append(check)
+
+
+def add_evaluate_generation(parser: Parser) -> None:
+    add = parser.add_argument
+    add_sampling(parser)
+    add("--samples", type=positive, default=5000, help="images to make, of all classes in turn")
+    data = "folders of images, tar shards in webdataset style, or a Hub data set: measure a Fréchet distance to them"
+    add("--reference", nargs="+", metavar="DATA", help=data)
+    add("--reference_split", default="train", help="split of folders and data sets; data without splits is train")
+    add("--streaming", action="store_true", help="read the reference images without first making a copy of them")
+    add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
+    add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
+    add("--classifier", metavar="MODEL", help="measure how often this image classifier finds the classes")
+    labels = "label of --classifier for each class of the pipeline, as 0 217 or 0-999; found by name unless given"
+    add("--classifier_labels", type=_numbers, nargs="+", metavar="ID", help=labels)
+    add("--save", type=Path, metavar="FOLDER", help="write the images here, as PNG files in a new or empty folder")
+    add_report(parser)
+    parser.needs(fid_model="reference", fid_size="fid_model", classifier_labels="classifier")
+    parser.needs(reference_split="reference", streaming="reference")
+
+    def flatten(args: Namespace) -> None:
+        if args.classifier_labels:
+            args.classifier_labels = [label for part in args.classifier_labels for label in part]
+
+    parser.checks.append(flatten)
+
+
+def _numbers(text: str) -> range:
+    """Read one number, or the first and the last of several, as in 0-999."""
+    first, _, last = text.partition("-")
+    label = whole(0, 10**6)
+    if not (labels := range(label(first), label(last or first) + 1)):
+        raise ArgumentTypeError(f"must be a number or a range, as 0-999, got {text!r}")
+    return labels

@@ -1,0 +1,51 @@
+"""Name the arguments of the commands that work on images."""
+
+from pathlib import Path
+
+from ..parsing import Parser, add_data, add_device, add_dtype, add_report, positive, whole
+
+TOKENIZER = "tokenizer: a name that ships with the package, a folder, or a Hub id; of a pipeline its VAE"
+GENERATOR = "pipeline: a name that ships with the package, a folder, or a Hub id"
+LARGEST_PANEL = 512
+
+
+def add_reconstruct(parser: Parser) -> None:
+    add = parser.add_argument
+    add("images", nargs="*", type=Path, metavar="IMAGE", help="files or folders; two photographs unless given")
+    add("--model", default="hieratok-tiny", help=TOKENIZER)
+    add("--output", type=Path, default=Path("outputs"), help="folder for the sheets")
+    add("--size", type=positive, help="cut at most SIZE x SIZE pixels out of the centre")
+    add_device(parser)
+    add_dtype(parser)
+    add("--full", action="store_true", help=f"show panels at full size, not at most {LARGEST_PANEL} pixels")
+    add_report(parser)
+
+
+def add_evaluate(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--model", default="hieratok-tiny", help=TOKENIZER)
+    add("--compare", nargs="+", default=[], metavar="MODEL", help="further models, also diffusers' own")
+    add_data(add, "evaluating", required=True)
+    add("--max_images", type=positive, help="take only the first images of the data")
+    add("--size", type=positive, help="side of the middle square; the model's own unless given")
+    add("--batch_size", type=positive, default=16, help="images of a batch in each process")
+    add("--no_ssim", action="store_true", help="leave SSIM out, which is slow")
+    add("--lpips", action="store_true", help="measure LPIPS; needs the package lpips")
+    add("--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this vision model")
+    add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
+    add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
+    add("--no_fid", action="store_true", help="leave the Fréchet distance out")
+    add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled images")
+    add_report(parser)
+    add_device(parser)
+    parser.contradict("no_fid", "fid_model", "fid_size")
+    parser.needs(fid_size="fid_model")
+
+
+def add_app(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--model", default="hieratok-tiny", help=TOKENIZER)
+    add("--generator", default="hieratok-dit-tiny", help=GENERATOR)
+    add_device(parser, default="cpu")
+    add("--host", help="address to serve at; that of GRADIO_SERVER_NAME, or this machine alone, unless given")
+    add("--port", type=whole(0, 65535), help="port to serve at; the first that is free from 7860 unless given")

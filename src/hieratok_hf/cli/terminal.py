@@ -1,0 +1,49 @@
+"""Say what comes of a command: its lines, its table, its one line of error."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["Problem", "align_table", "complain", "end", "one_line"]
+
+
+class Problem(Exception):
+    """Say in one line why a request of the user cannot be met."""
+
+
+def one_line(error: BaseException) -> str:
+    """Give an error's message, or its type's name, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def align_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align rows in columns, the first to the left and all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def end(lines: Sequence[str], status: int = 0) -> int:
+    """
+    Print lines and give the exit status: 2 after an error where they cannot be written, as on a full disk.
+
+    Nothing is said where nobody reads, as after `script | head`.
+    """
+    try:
+        if lines:
+            print("\n".join(lines))
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # Python tries once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            complain(f"error: the standard output cannot be written: {one_line(error)}\n")
+            return 2
+    return status
+
+
+def complain(text: str) -> None:
+    """Write to the standard error, if anybody is there to be told."""
+    with contextlib.suppress(OSError):  # nobody is there to be told
+        sys.stderr.write(text)
+        sys.stderr.flush()

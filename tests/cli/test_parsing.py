@@ -1,0 +1,62 @@
+"""Tests of parsers: values of every type, and options that need or contradict each other."""
+
+import argparse
+
+import pytest
+import torch
+
+from hieratok_hf.cli.command_line import find_device
+from hieratok_hf.cli.parsing import add_device, json_object, make_parser, positive, real, seed, whole
+
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken", "refused"),
+    [
+        (positive, {"3": 3}, ["0", "-1", "1.5", "three", "", HUGE, "9" * 5000, "2147483648"]),
+        (whole(0, 7), {"0": 0, " 7 ": 7}, ["-1", "8", "nan", "0x1"]),
+        (seed, {"9007199254740993": 2**53 + 1}, ["-1", HUGE]),
+        (real(), {"0": 0, "1e-3": 0.001}, ["-1", "nan", "inf", "1e400", "-0.1", "one", ""]),
+        (real(above=0, below=1), {"0.5": 0.5}, ["0", "1", "-1"]),
+        (real(0, 1), {"0": 0, "1": 1}, ["1.01"]),
+        (json_object, {'{"a": [1]}': {"a": [1]}}, ["[]", "3", "null", "{", "", '{"a": NaN}', "[" * 9999, f"[{HUGE}]"]),
+    ],
+    ids=["positive", "whole", "seed", "real", "open", "share", "json"],
+)
+def test_what_a_user_types_becomes_a_value_or_one_line(kind, taken, refused):
+    assert {text: kind(text) for text in taken} == taken
+    for text in refused:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"^must be .*, got ") as caught:
+            kind(text)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_devices(capsys):
+    parser = make_parser("A script.")
+    add_device(parser)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--device", "toaster"])
+    assert "must be a device of torch on this machine" in capsys.readouterr().err
+    assert find_device(parser.parse_args(["--device", "cpu"])) == torch.device("cpu")
+    if not torch.accelerator.is_available():
+        assert find_device(parser.parse_args([])) == find_device(parser.parse_args(["--device", "auto"]))
+        assert find_device(parser.parse_args([])) == torch.device("cpu")
+
+
+def test_options_that_need_or_contradict_each_other(capsys):
+    parser = make_parser("A command.")
+    for name in ("--one", "--two"):
+        parser.add_argument(name)
+    parser.add_range(parser.add_argument, "--crop", (0.0, 1.0), "range")
+    parser.needs(two="one")
+    parser.contradict("one", "crop")
+    assert parser.parse_args(["--one", "1", "--two", "2"]).two == "2"
+    for given, told in (
+        ("--two 2", "--two needs --one"),
+        ("--one 1 --crop 0.5 1", "--one and --crop contradict each other"),
+        ("--crop 1 0.5", "--crop must be a range"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(given.split())
+        assert told in capsys.readouterr().err
