@@ -18,10 +18,11 @@ import hieratok_hf
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "hieratok_hf"
+OF_COMMANDS = ("main", "parsing", "terminal", "command_line")  # what commands share; each tells of itself by --help
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path.stem != "__init__"
+    if not path.stem.startswith("__") and (path.parts[-2] not in ("cli", "arguments") or path.stem in OF_COMMANDS)
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 MARKDOWN = sorted([*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/*.md")])

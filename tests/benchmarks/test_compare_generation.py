@@ -76,7 +76,7 @@ def test_both_rows_from_images_to_the_table(world, capsys, monkeypatch):
     lost = multi / "seed-0" / "evaluation-000000002.json"
     before = json.loads(lost.read_text())
     lost.unlink()
-    assert compare.main(arguments) == 0 and calls[8:] == ["evaluate_generation"]
+    assert compare.main(arguments) == 0 and calls[8:] == ["evaluate-generation"]
     after = json.loads(lost.read_text())
     assert before[compare.DISTANCE] == after[compare.DISTANCE]
     last = json.loads((multi / "seed-0" / "evaluation-000000004.json").read_text())

@@ -72,7 +72,7 @@ class Site:
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "log.txt"
         surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("GRADIO_", "HF_", "XDG_"))}
         surroundings |= {"HOME": str(self.folders["home"]), "TMPDIR": str(self.folders["tmp"]), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(ROOT / "examples" / "app.py"), "--port", str(port)]
+        command = [sys.executable, "-m", "hieratok_hf", "app", "--port", str(port)]
         with self.log.open("w") as log:
             where = {"cwd": self.folders["cwd"], "env": surroundings}
             self.process = subprocess.Popen(command, **where, stdout=log, stderr=subprocess.STDOUT)

@@ -10,7 +10,7 @@ import torch
 from helpers import images, noise
 from PIL import Image
 from safetensors.torch import save_file
-from scripts import forget_processes, load_script, records
+from scripts import forget_processes, records
 from torch.nn import functional as F
 
 pytest.importorskip("datasets", reason="images are read through it")
@@ -18,6 +18,8 @@ pytest.importorskip("datasets", reason="images are read through it")
 from transformers import AutoImageProcessor
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
+from hieratok_hf.cli import train
+from hieratok_hf.cli.main import parse
 
 NORMS = ("ln_pre.weight", "ln_post.weight", "norm1.weight", "norm2.weight")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
@@ -214,8 +216,8 @@ def published_file(path, weights, **more):
     return path
 
 
-def run(script, *argv):
-    return script.main([*map(str, argv)])
+def run(script, weights, output, *options):
+    return script.main([str(output), "--weights", str(weights), *map(str, options)])
 
 
 def loaded_cores(folder):
@@ -250,8 +252,8 @@ def test_folded_latents_are_normalised_and_images_stay(script, tmp_path, data, c
 
 def test_images_are_taken_from_all_over_the_data(script, tmp_path, data):
     def mean_of(count, folder):
-        argv = ["file", "out", "--data", str(folder), "--images", str(count)]
-        return script.fold(script.convert(random_weights()).core, script.parse_args(argv))[0]
+        args = parse("convert detok", ["out", "--data", str(folder), "--images", str(count)])
+        return script.fold(script.convert(random_weights()).core, args)[0]
 
     (tmp_path / "first").mkdir()
     for path in sorted(data.iterdir())[:8]:
@@ -269,7 +271,7 @@ def test_every_kind_of_file_gives_the_same_folder(script, tmp_path, name, option
     published_file(tmp_path / "ema.pth", {key: x + 1 for key, x in weights.items()}, model_ema=weights)
     pixel_values = images(1, 3, 64, 64)
     expected = plain_moments(weights, pixel_values)
-    assert run(script, tmp_path / name, tmp_path / "out", "--no_fold", *options) == 0
+    assert run(script, tmp_path / name, tmp_path / "out", *options) == 0
     for core in loaded_cores(tmp_path / "out"):
         torch.testing.assert_close(core.encode_moments(pixel_values)[0], expected, atol=1e-5, rtol=0)
 
@@ -277,7 +279,7 @@ def test_every_kind_of_file_gives_the_same_folder(script, tmp_path, name, option
 def test_a_file_of_the_hub_is_fetched_at_its_revision(script, tmp_path, monkeypatch):
     download = Mock(return_value=str(published_file(tmp_path / "cached.pth", random_weights())))
     monkeypatch.setattr(script, "hf_hub_download", download)
-    argv = ["someone/some-model/part/file.pth", tmp_path / "out", "--no_fold", "--revision", "v1"]
+    argv = ["someone/some-model/part/file.pth", tmp_path / "out", "--revision", "v1"]
     assert run(script, *argv) == 0 and (tmp_path / "out" / "config.json").is_file()
     download.assert_called_once_with("someone/some-model", "part/file.pth", revision="v1")
 
@@ -287,7 +289,7 @@ def test_half_precision_is_converted_in_float32_and_written_where_asked_for(scri
     weights = {key: x.float() for key, x in half.items()}
     torch.testing.assert_close(*results(script.convert(half), weights, (16, 16)), atol=1e-5, rtol=0)
     file = published_file(tmp_path / "detok.pth", half)
-    assert run(script, file, tmp_path / "out", "--no_fold", "--dtype", "bfloat16") == 0
+    assert run(script, file, tmp_path / "out", "--dtype", "bfloat16") == 0
     model = HieraTokModel.from_pretrained(tmp_path / "out")
     assert {x.dtype for x in model.state_dict().values()} == {torch.bfloat16}
     found, expected = results(model, weights, (16, 16))
@@ -325,7 +327,7 @@ def test_broken_weights_are_told_and_leave_nothing(script, tmp_path, capsys, bro
     weights = random_weights()
     broken(weights)
     file = published_file(tmp_path / "detok.pth", weights)
-    assert run(script, file, tmp_path / "out", "--no_fold") == 2
+    assert run(script, file, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and "Traceback" not in error
     assert list(tmp_path.iterdir()) == [file]
@@ -339,17 +341,17 @@ def test_options_that_cannot_be_followed_are_told(script, tmp_path, data, capsys
     published_file(tmp_path / "large.pth", large)
     out = tmp_path / "out"
     for argv, said in [
-        ([tmp_path, out, "--no_fold"], "CHECKPOINT"),
-        ([file, out, "--no_fold", "--ema"], "no averaged weights"),
-        ([file, tmp_path / "file", "--no_fold"], "OUTPUT"),
+        ([tmp_path, out], "--weights"),
+        ([file, out, "--ema"], "no averaged weights"),
+        ([file, tmp_path / "file"], "OUTPUT"),
         ([file, out, "--data", tmp_path / "none"], "No images found"),
-        ([tmp_path / "large.pth", out, "--no_fold", "--dtype", "float16"], "try --dtype float32"),
+        ([tmp_path / "large.pth", out, "--dtype", "float16"], "try --dtype float32"),
     ]:
         assert run(script, *argv) == 2
         error = capsys.readouterr().err.splitlines()[-1]  # after the bars of saving and loading
         assert error.startswith("error: ") and said in error
         assert not out.exists() and (tmp_path / "file").read_text() == "in the way"
-    for options in ([], ["--no_fold", "--data", str(data)], ["--no_fold", "--images", "0"]):
+    for options in (["--images", "5"], ["--data", str(data), "--images", "0"]):
         with pytest.raises(SystemExit, match="2"):
             run(script, file, out, *options)
 
@@ -364,7 +366,7 @@ def test_a_folder_that_loads_otherwise_is_not_written(script, tmp_path, monkeypa
         return model
 
     monkeypatch.setattr(AutoencoderHieraTok, "from_pretrained", other)
-    assert run(script, file, tmp_path / "out", "--no_fold") == 2
+    assert run(script, file, tmp_path / "out") == 2
     assert "differs from the checkpoint" in capsys.readouterr().err and list(tmp_path.iterdir()) == [file]
 
 
@@ -374,7 +376,7 @@ def test_training_goes_on_with_several_scales(script, tmp_path, data):
     forget_processes()
     options = "--scale_factors 8 4 2 1 --crop_sizes 64 --batch_size 4 --steps 2 --lr 1e-4 --statistics_batches 4"
     argv = ["--model", tmp_path / "twin", "--data", data, "--output", tmp_path / "out", "--log_every", 1]
-    assert run(load_script("cli", "train"), *argv, *options.split()) == 0
+    assert train.main([*map(str, argv), *options.split()]) == 0
     assert [math.isfinite(record["loss"]) for record in records(tmp_path / "out")] == [True, True]
     vae = AutoencoderHieraTok.from_pretrained(tmp_path / "out")
     assert vae.config.scale_factors == (8, 4, 2, 1) and vae.config.rotary_pairing == "detok"

@@ -92,7 +92,7 @@ SCRIPTS = {
     "convert": ("cli", "convert_checkpoint", ["{vae}/diffusion_pytorch_model.safetensors", "{folder}"]),
     "convert back": ("cli", "convert_checkpoint", ["{vae}", "{folder}/raw.safetensors", "--to_raw"]),
     "reconstruct": (
-        "examples",
+        "cli",
         "reconstruct",
         ["{images}/hat.webp", "--output={folder}", "--json={folder}/a.json"],
     ),

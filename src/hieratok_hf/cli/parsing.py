@@ -114,6 +114,7 @@ class Parser(ArgumentParser):
         self.checks: list[Callable[[Namespace], None]] = []
 
     def parse_args(self, *given: Any, **options: Any) -> Any:
+        """Parse as argparse does, and run the checks."""
         args = super().parse_args(*given, **options)
         for check in self.checks:
             check(args)
@@ -151,12 +152,14 @@ class Parser(ArgumentParser):
         self.checks.append(check)
 
     def print_help(self, file: Any = None) -> None:
+        """Print the help, or end the process with a line of error where the standard output is full."""
         if file is not None:
             super().print_help(file)
         elif status := end([self.format_help().rstrip("\n")]):  # argparse passes over a full disk
             sys.exit(status)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the process, whoever still reads what it prints."""
         if message:
             complain(message)
         sys.exit(end([], status))

@@ -1,1 +1,1 @@
-"""What each command takes, a function a command that fills its parser; nothing here imports torch."""
+"""Fill the parser of each command, by a function a command; nothing here imports torch."""
