@@ -16,8 +16,9 @@ import datasets
 from torch.utils.data import DataLoader
 
 from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.data.latent_cache import LatentCache, encode_settings, read_header, read_settings
+from hieratok_hf.data.latent_cache import LatentCache, read_header, read_settings
 from hieratok_hf.data.latent_writer import write_latents
+from hieratok_hf.data.manifests import encode_settings
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.models.core import posterior_of
 

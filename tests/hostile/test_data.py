@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("datasets", reason="images are read through it")
 
 from hieratok_hf.data.image_dataset import image_of, load_images
-from hieratok_hf.data.latent_cache import LatentCache, encode_settings, read_settings
+from hieratok_hf.data.latent_cache import LatentCache, read_settings
 from hieratok_hf.data.latent_writer import write_latents
+from hieratok_hf.data.manifests import encode_settings
 from hieratok_hf.utils.images import ImageError
 
 pytestmark = pytest.mark.usefixtures("script_surroundings")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
 from ..utils.choices import LATENT_DTYPES, LATENT_KINDS
-from ..utils.files import read_json
+from .manifests import Schema, Settings, checksum_of, is_count, is_number, is_text, read_manifest
 
 __all__ = ["LatentCache", "encoder_facts"]
 
@@ -25,8 +25,6 @@ __all__ = ["LatentCache", "encoder_facts"]
 
 FORMAT = 2  # of `cache.json` and the shards; a cache of another one is refused
 SETTINGS_FILE = "cache.json"
-
-Settings = dict[str, Any]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -53,50 +51,29 @@ def stored_shape(settings: Settings) -> tuple[int, ...]:
     return (2 * channels if settings["kind"] == "moments" else channels, *grid)
 
 
-def _is_count(least: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value < 2**40
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9
-
-
-_SCHEMA: dict[str, Callable[[Any], bool]] = {
+_SCHEMA: Schema = {
     "kind": lambda value: value in LATENT_KINDS,
     "flips": lambda value: isinstance(value, bool),
     "dtype": lambda value: value in tuple(LATENT_DTYPES),
-    "size": _is_count(1),
-    "shard_size": _is_count(1),
+    "size": is_count(1),
+    "shard_size": is_count(1),
     "seed": lambda value: type(value) is int,
-    "limit": lambda value: value is None or _is_count(1)(value),
-    "source": _is_text,
-    "data": _is_text,
-    "rows": lambda value: value is None or _is_count(0)(value),
-    "classes": lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    "latent_shape": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_count(1), value)),
-    "encoder": _is_text,
-    "precision": _is_text,
-    "scaling_factor": _is_number,
-    "shift_factor": _is_number,
+    "limit": lambda value: value is None or is_count(1)(value),
+    "source": is_text,
+    "data": is_text,
+    "rows": lambda value: value is None or is_count(0)(value),
+    "classes": lambda value: isinstance(value, list) and all(map(is_text, value)),
+    "latent_shape": lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_count(1), value)),
+    "encoder": is_text,
+    "precision": is_text,
+    "scaling_factor": is_number,
+    "shift_factor": is_number,
 }
-
-
-def encode_settings(settings: Settings) -> bytes:
-    """Give the content of `cache.json`, with a checksum of the rest."""
-    return (json.dumps({**settings, "checksum": _checksum_of(settings)}, indent=1) + "\n").encode()
-
-
-def _checksum_of(settings: Settings) -> str:
-    return f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
 
 
 def identity(settings: Settings, path: Path) -> str:
     """Tell a shard of a cache by its file's name from those of other caches, and from its other shards."""
-    return _checksum_of({**settings, "rows": None, "shard": path.stem})
+    return checksum_of({**settings, "rows": None, "shard": path.stem})
 
 
 def checksum(values: Tensor) -> str:
@@ -109,17 +86,7 @@ def read_settings(folder: Path) -> Settings:
     Read `cache.json`: `FileNotFoundError` where there is none, `ValueError` where it is of another format, damaged, or
     changed by hand.
     """
-    settings = read_json(folder / SETTINGS_FILE)
-    if settings is None:
-        raise FileNotFoundError(f"{str(folder)!r} is no cache of latents: it has no {SETTINGS_FILE}.")
-    if (got := settings.get("format")) != FORMAT:
-        raise ValueError(f"{str(folder / SETTINGS_FILE)!r} must have the format {FORMAT}, got {got!r}; write it anew.")
-    found = settings.pop("checksum", None)
-    wrong = [name for name, is_valid in _SCHEMA.items() if name not in settings or not is_valid(settings[name])]
-    if wrong or found != _checksum_of(settings):
-        reason = f"it has no valid {wrong[0]!r}" if wrong else "its checksum is another"
-        raise ValueError(f"{str(folder / SETTINGS_FILE)!r} is damaged: {reason}.")
-    return settings
+    return read_manifest(folder / SETTINGS_FILE, "cache of latents", FORMAT, _SCHEMA)
 
 
 class Header(NamedTuple):
@@ -185,6 +152,12 @@ def encoder_facts(codec: Codec) -> dict[str, Any]:
     kind = weight.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return {"encoder": digest.hexdigest(), "precision": str(precision).removeprefix("torch."), **codec.statistics}
+
+
+def check_encoder(folder: Path, settings: Settings, codec: Codec) -> None:
+    """Raise `ValueError` unless the latents in a folder were written with this encoder, tensor for tensor."""
+    if (got := encoder_facts(codec)["encoder"]) != (wanted := settings["encoder"]):
+        raise ValueError(f"{str(folder)!r} was written with the encoder {wanted[:12]}, not with {got[:12]}.")
 
 
 class LatentCache(Dataset):
@@ -298,6 +271,4 @@ class LatentCache(Dataset):
 
     def check_encoder(self, codec: Codec) -> None:
         """Raise `ValueError` unless the latents were written with this encoder, tensor for tensor."""
-        if (got := encoder_facts(codec)["encoder"]) != self.settings["encoder"]:
-            wanted = self.settings["encoder"]
-            raise ValueError(f"{str(self.folder)!r} was written with the encoder {wanted[:12]}, not with {got[:12]}.")
+        check_encoder(self.folder, self.settings, codec)

@@ -24,9 +24,7 @@ from .image_dataset import Images, Row, decode_ahead
 from .latent_cache import (
     FORMAT,
     SETTINGS_FILE,
-    Settings,
     checksum,
-    encode_settings,
     encoder_facts,
     identity,
     read_header,
@@ -38,6 +36,7 @@ from .latent_cache import (
     stored_name,
     stored_shape,
 )
+from .manifests import Settings, encode_settings
 
 __all__ = ["write_latents"]
 

@@ -1,0 +1,69 @@
+"""JSON files that say what lies beside them: of a known format, with entries that a schema checks, and a checksum."""
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import read_json
+
+__all__ = ["Schema", "Settings", "checksum_of", "encode_settings", "is_count", "is_number", "is_text", "read_manifest"]
+
+Settings = dict[str, Any]
+"""Entries of a manifest."""
+
+Schema = dict[str, Callable[[Any], bool]]
+"""Functions that tell, by the name of an entry, whether its value is valid."""
+
+
+def is_count(least: int) -> Callable[[Any], bool]:
+    """Make a check for a whole number from `least` on."""
+    return lambda value: type(value) is int and least <= value < 2**40
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether a value is text."""
+    return isinstance(value, str)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a number of a size that a model may work with."""
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+def checksum_of(settings: Settings) -> str:
+    """Compute a CRC-32 of entries in any order."""
+    return f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
+
+
+def encode_settings(settings: Settings) -> bytes:
+    """Give the content of a manifest, with a checksum of its entries."""
+    return (json.dumps({**settings, "checksum": checksum_of(settings)}, indent=1) + "\n").encode()
+
+
+def read_manifest(path: Path, what: str, version: int, schema: Schema) -> Settings:
+    """
+    Read a manifest.
+
+    Args:
+        path (`Path`): The file.
+        what (`str`): What its folder is with it, for the error without.
+        version (`int`): The `format` that it must have.
+        schema (`Schema`): Checks of the entries that it must have.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is of another format, damaged, or changed by hand.
+    """
+    settings = read_json(path)
+    if settings is None:
+        raise FileNotFoundError(f"{str(path.parent)!r} is no {what}: it has no {path.name}.")
+    if (got := settings.get("format")) != version:
+        raise ValueError(f"{str(path)!r} must have the format {version}, got {got!r}; write it anew.")
+    found = settings.pop("checksum", None)
+    wrong = [name for name, is_valid in schema.items() if name not in settings or not is_valid(settings[name])]
+    if wrong or found != checksum_of(settings):
+        reason = f"it has no valid {wrong[0]!r}" if wrong else "its checksum is another"
+        raise ValueError(f"{str(path)!r} is damaged: {reason}.")
+    return settings
