@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["LABELS", "Listing", "list_folder", "list_shards"]
+__all__ = ["LABELS", "Listing", "is_image", "list_folder", "list_images", "list_shards"]
 
 LABELS = ("label", "labels", "cls", "class", "fine_label")
 """Names of columns and members that hold labels; the first that is there counts."""
@@ -44,6 +44,24 @@ class _Image(NamedTuple):
     label: Any = None
     shard: str | None = None
     offset: int | None = None
+
+
+def is_image(name: str) -> bool:
+    """Tell whether a name ends as those of images do."""
+    return _suffix(name) in _IMAGES
+
+
+def list_images(folder: str | os.PathLike[str]) -> list[str]:
+    """
+    List all images in a folder and below it by their paths in it, with `/` between the parts, in a fixed order.
+
+    Hidden files and folders are passed over, and links are followed.
+
+    Raises:
+        OSError: The folder or one in it cannot be read.
+        ValueError: A name is not UTF-8.
+    """
+    return [path.replace(os.sep, "/") for path in _files_below(os.fspath(folder), _IMAGES)]
 
 
 def list_folder(folder: str, split: str) -> Listing | None:

@@ -1,0 +1,122 @@
+"""The files that an archive of latents is made of, in each of three formats: packed from pictures, and unpacked."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+__all__ = ["FILE_FORMATS", "FileFormat", "Picture"]
+
+# Shape letters: C latent channels, h w the latent's grid.
+
+
+class Picture(NamedTuple):
+    """
+    Tell which picture a latent is of.
+
+    Attributes:
+        name (`str`): The path of its file below the folder that was encoded, with `/` between its parts.
+        width, height (`int`): Its sides in pixels, upright.
+        box (`tuple[int, int, int, int]`): Left, top, right and bottom of the part that was encoded.
+    """
+
+    name: str
+    width: int
+    height: int
+    box: tuple[int, int, int, int]
+
+
+class FileFormat(NamedTuple):
+    """
+    Hold what turns pictures and their latents, tensors `(C, h, w)` of one dtype, into a file and back.
+
+    Attributes:
+        suffix (`str`): How names of such files end.
+        dtypes (`tuple[str, ...]`): The dtypes of latents that it can hold.
+        pack (callable): Makes the content of a file, the same for the same pictures and latents.
+        unpack (callable): Reads the latents of a content, in the order of the pictures; any error where it is damaged.
+    """
+
+    suffix: str
+    dtypes: tuple[str, ...]
+    pack: Callable[[Sequence[Picture], Sequence[Tensor]], bytes]
+    unpack: Callable[[bytes, Sequence[Picture]], list[Tensor]]
+
+
+def _pack_safetensors(pictures: Sequence[Picture], latents: Sequence[Tensor]) -> bytes:
+    records = json.dumps([picture._asdict() for picture in pictures])
+    return save({picture.name: latent for picture, latent in zip(pictures, latents)}, {"pictures": records})
+
+
+def _unpack_safetensors(content: bytes, pictures: Sequence[Picture]) -> list[Tensor]:
+    tensors = load(content)
+    return [tensors[picture.name] for picture in pictures]
+
+
+def _pack_tar(pictures: Sequence[Picture], latents: Sequence[Tensor]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for index, (picture, latent) in enumerate(zip(pictures, latents)):
+            array = io.BytesIO()
+            np.save(array, latent.numpy())
+            # webdataset takes a name up to its first dot for the key, which names of pictures are not made for.
+            for kind, value in (("json", json.dumps(picture._asdict()).encode()), ("npy", array.getvalue())):
+                member = tarfile.TarInfo(f"{index:06d}.{kind}")  # without the time, which no two files would share
+                member.size = len(value)
+                archive.addfile(member, io.BytesIO(value))
+    return packed.getvalue()
+
+
+def _unpack_tar(content: bytes, pictures: Sequence[Picture]) -> list[Tensor]:
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+        members: list[Any] = [archive.extractfile(f"{index:06d}.npy") for index in range(len(pictures))]
+        return [torch.from_numpy(np.load(io.BytesIO(member.read()), allow_pickle=False)) for member in members]
+
+
+def _pack_parquet(pictures: Sequence[Picture], latents: Sequence[Tensor]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    arrays = [latent.numpy() for latent in latents]
+    starts = np.cumsum([0, *(array.size for array in arrays)])
+    numbers = pyarrow.array(np.concatenate([array.ravel() for array in arrays] or [np.empty(0, np.float32)]))
+    columns: dict[str, Any] = {
+        "name": pyarrow.array([picture.name for picture in pictures], pyarrow.string()),
+        "width": pyarrow.array([picture.width for picture in pictures], pyarrow.int32()),
+        "height": pyarrow.array([picture.height for picture in pictures], pyarrow.int32()),
+        "box": pyarrow.array([picture.box for picture in pictures], pyarrow.list_(pyarrow.int32())),
+        "shape": pyarrow.array([array.shape for array in arrays], pyarrow.list_(pyarrow.int32())),
+        "latents": pyarrow.ListArray.from_arrays(pyarrow.array(starts, pyarrow.int32()), numbers),
+    }
+    packed = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), packed, use_dictionary=False)
+    return packed.getvalue()
+
+
+def _unpack_parquet(content: bytes, pictures: Sequence[Picture]) -> list[Tensor]:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=["shape", "latents"])
+    rows = zip(table["latents"], table["shape"].to_pylist(), strict=True)
+    # Copied, because Arrow's memory is not to be written to.
+    return [torch.tensor(values.values.to_numpy()).reshape(shape) for values, shape in rows]
+
+
+_NUMPY = ("float16", "float32")
+
+FILE_FORMATS = {
+    "safetensors": FileFormat(".safetensors", (*_NUMPY, "bfloat16"), _pack_safetensors, _unpack_safetensors),
+    "webdataset": FileFormat(".tar", _NUMPY, _pack_tar, _unpack_tar),
+    "parquet": FileFormat(".parquet", _NUMPY, _pack_parquet, _unpack_parquet),
+}
+"""
+The formats by name: tensors under the pictures' names; tar files of `000000.json` and `000000.npy`; rows of columns
+`name`, `width`, `height`, `box`, `shape` and `latents`.
+"""

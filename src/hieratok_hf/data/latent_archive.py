@@ -1,0 +1,431 @@
+"""An archive of the pictures in a folder: latents of any sizes, with what it takes to make files of them again."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..models.autoencoder_adapter import Codec
+from ..utils.files import remove_leftovers, write_whole
+from ..utils.images import ImageError, from_uint8, open_image, to_uint8
+from .archive_shards import FILE_FORMATS, Picture
+from .latent_cache import DTYPES, check_encoder, encoder_facts, rows_of, shards_of
+from .local_images import is_image, list_images
+from .manifests import Schema, Settings, checksum_of, encode_settings, is_count, is_number, is_text, read_manifest
+
+__all__ = ["FITS", "LatentArchive", "cell_of", "decode_picture", "write_archive"]
+
+# Shape letters: C latent channels, h w the latent's grid.
+
+FORMAT = 1  # of `archive.json` and what lies beside the shards; an archive of another one is refused
+SETTINGS_FILE = "archive.json"
+
+FITS = ("pad", "crop")
+"""What may be done to a picture whose sides are no multiples of a latent's cell."""
+
+_PROBE = 64  # pixels a side of the image that tells the size of a cell
+_SAMPLED = 1000  # pictures whose content tells one folder from another
+
+_SCHEMA: Schema = {
+    "file_format": lambda value: value in tuple(FILE_FORMATS),
+    "dtype": lambda value: value in tuple(DTYPES),
+    "fit": lambda value: value in FITS,
+    "cell": is_count(1),
+    "channels": is_count(1),
+    "rows": is_count(1),
+    "shard_size": is_count(1),
+    "images": is_text,
+    "model": is_text,
+    "encoder": is_text,
+    "precision": is_text,
+    "scaling_factor": is_number,
+    "shift_factor": is_number,
+}
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+def _is_name(value: Any) -> bool:
+    """Tell whether a value is the name of an image below a folder, on any system, and leads nowhere else."""
+    if not isinstance(value, str) or "\0" in value or not is_image(value):
+        return False
+    parts = value.replace(os.sep, "/").split("/")
+    return not {"", ".", ".."} & {*parts} and not os.path.splitdrive(value)[0]
+
+
+def _is_picture(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != set(Picture._fields):
+        return False
+    width, height, box = value["width"], value["height"], value["box"]
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_count(0), (width, height, *box))):
+        return False
+    return _is_name(value["name"]) and box[0] < box[2] <= width and box[1] < box[3] <= height
+
+
+_SHARD_SCHEMA: Schema = {
+    "identity": is_text,
+    "content": is_text,
+    "pictures": lambda value: isinstance(value, list) and all(map(_is_picture, value)),
+    "skipped": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
+}
+
+
+def cell_of(codec: Codec) -> int:
+    """Find the side in pixels of a latent's cell; `ValueError` for a model that is no image autoencoder."""
+    return codec.core.config.patch_size if codec.core else _PROBE // codec.latent_shape(_PROBE)[1]
+
+
+def write_archive(
+    codec_or_vae: Codec | nn.Module,
+    source: str | Path,
+    folder: str | Path,
+    *,
+    model: str = "",
+    file_format: str = "safetensors",
+    dtype: torch.dtype = torch.float16,
+    fit: str = "pad",
+    shard_size: int = 128,
+    threads: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """
+    Encode the pictures in the folder `source`, and in those below it, into `folder`, for `LatentArchive`.
+
+    Called again after a kill, it goes on with the missing shards; the files are then the same as without. Latents are
+    modes of the posterior, in the units of the model. Pictures are encoded one by one, in the model's own dtype or
+    that of an autocast around the call, so a latent does not depend on the pictures beside it.
+
+    Args:
+        codec_or_vae (`Codec` or `torch.nn.Module`): The autoencoder, or what `Codec` takes.
+        source (`str` or `Path`): The folder of pictures. Hidden files, and files of other kinds, are passed over.
+        folder (`str` or `Path`): The folder of the archive; made if it is not there.
+        model (`str`, defaults to `""`): A name to record, from which readers can load the autoencoder.
+        file_format (`str`, defaults to `"safetensors"`): One of `FILE_FORMATS`.
+        dtype (`torch.dtype`, defaults to `torch.float16`): What is stored; also float32, and bfloat16 in safetensors.
+        fit (`str`, defaults to `"pad"`): What to do where sides are no multiples of a cell: `"pad"` continues the
+            right and lower border, and what is decoded is cut to the size of the picture; `"crop"` takes the middle.
+        shard_size (`int`, defaults to 128): Pictures of a shard.
+        threads (`int`, defaults to 4): Number of pictures to read at a time, ahead.
+        progress (callable, *optional*): Called after each picture with how many are done in this call, and how many
+            it has to do.
+
+    Returns:
+        `pictures` and `shards` of the whole archive, `skipped`, the reason for each name that cannot be read or is too
+        small to be cropped, and how many pictures were `encoded` in this call.
+
+    Raises:
+        ImportError: Parquet needs pyarrow.
+        ValueError: An argument is out of its range, the folder has no pictures, the latents are not finite in `dtype`,
+            the model cannot take a picture, or `folder` holds something else.
+        OSError: `source` cannot be read, or `folder` cannot be written.
+    """
+    codec = codec_or_vae if isinstance(codec_or_vae, Codec) else Codec(codec_or_vae)
+    source, folder, stored = Path(source), Path(folder), str(dtype).removeprefix("torch.")
+    for name, value in (("shard_size", shard_size), ("threads", threads)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be positive, got {value}.")
+    for name, choice, choices in (("file_format", file_format, tuple(FILE_FORMATS)), ("fit", fit, FITS)):
+        if choice not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}.")
+    if stored not in FILE_FORMATS[file_format].dtypes:
+        dtypes = FILE_FORMATS[file_format].dtypes
+        raise ValueError(f"`dtype` must be one of {dtypes} in {file_format}, got {stored!r}.")
+    if file_format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ImportError('Parquet needs pyarrow: pip install "hieratok_hf[eval]"')
+    names = list_images(source)
+    if not names:
+        raise ValueError(f"No images found in {str(source)!r}.")
+    with torch.inference_mode():
+        probe = codec.encode(torch.zeros(1, 3, *[cell_of(codec)] * 2))
+    settings: Settings = {
+        "format": FORMAT, "file_format": file_format, "dtype": stored, "fit": fit, "cell": cell_of(codec),
+        "channels": probe.shape[1], "rows": len(names), "shard_size": shard_size,
+        "images": _digest_of(source, names), "model": model, **encoder_facts(codec),
+    }  # fmt: skip
+    settings = _settle(folder, settings)
+    missing = [shard for shard in shards_of(settings) if not _is_whole(folder, settings, shard)]
+    wanted = [[names[row] for row in rows_of(settings, shard)] for shard in missing]
+    todo, done, encoded = sum(map(len, wanted)), 0, 0
+
+    def read(name: str) -> Image.Image | ImageError:
+        path = source / name
+        try:
+            return open_image(path)
+        except ImageError as error:
+            return ImageError(str(error).removeprefix(f"{str(path)!r}: "))  # the same wherever the folder lies
+
+    with ThreadPoolExecutor(threads) as pool, torch.inference_mode():
+        images = _map_ahead(pool, read, (name for part in wanted for name in part), threads)
+        for shard, part in zip(missing, wanted):
+            pictures, latents, skipped = [], [], {}
+            for name, image in zip(part, images):
+                try:
+                    picture = _fit(name, image, settings)
+                except ImageError as error:
+                    skipped[name] = str(error)
+                else:
+                    pictures.append(picture)
+                    latents.append(_encode(codec, image, picture, settings))
+                done += 1
+                if progress is not None:
+                    progress(done, todo)
+            encoded += len(pictures)
+            _write_shard(folder, settings, shard, pictures, latents, skipped)
+    archive = LatentArchive(folder)
+    return {
+        "pictures": len(archive),
+        "shards": len(shards_of(settings)),
+        "skipped": archive.skipped,
+        "encoded": encoded,
+    }
+
+
+def _digest_of(source: Path, names: Sequence[str]) -> str:
+    """Take a SHA-256 of the names and sizes of all pictures, and of the content of some spread over them."""
+    sampled = {*np.linspace(0, len(names) - 1, min(len(names), _SAMPLED)).round().astype(int).tolist()}
+    digest = hashlib.sha256()
+    for index, name in enumerate(names):
+        path = source / name
+        is_there = path.is_file()  # a link to nothing is told of where it is read
+        digest.update(repr((name, path.stat().st_size if is_there else -1)).encode())
+        if index in sampled and is_there and os.access(path, os.R_OK):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _settle(folder: Path, settings: Settings) -> Settings:
+    """Write `archive.json`, and give the settings to go on with; `ValueError` where the folder holds other things."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    if (folder / SETTINGS_FILE).exists():
+        old = read_manifest(folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA)
+        settings = {**settings, "model": old["model"]}  # one folder has many names
+        differing = [f"{name} {old[name]!r}, not {new!r}" for name, new in settings.items() if old[name] != new]
+        if differing:
+            raise ValueError(f"{str(folder)!r} holds another archive: {'; '.join(differing)}.")
+    elif any(folder.glob("shard-*")):
+        raise ValueError(f"{str(folder)!r} holds shards, but no {SETTINGS_FILE} that says what they are.")
+    _write_manifest(folder / SETTINGS_FILE, settings)
+    return settings
+
+
+def _write_manifest(path: Path, settings: Settings) -> None:
+    with write_whole(path) as file:
+        file.write(encode_settings(settings))
+
+
+def _map_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Given], Made], given: Iterable[Given], ahead: int
+) -> Iterator[Made]:
+    """Map a function in threads, only so many results ahead of the one that is asked for."""
+    started = (pool.submit(function, item) for item in given)
+    waiting: deque[Future[Made]] = deque(islice(started, ahead))
+    while waiting:
+        made = waiting.popleft().result()
+        waiting.extend(islice(started, 1))
+        yield made
+
+
+def _fit(name: str, image: Image.Image | ImageError, settings: Settings) -> Picture:
+    """Choose the part of an image to encode; `ImageError` where it could not be read or is too small."""
+    if isinstance(image, ImageError):
+        raise image
+    (width, height), cell = image.size, settings["cell"]
+    if settings["fit"] == "pad":
+        return Picture(name, width, height, (0, 0, width, height))
+    if min(width, height) < cell:
+        raise ImageError(f"must have sides of {cell} pixels or more to be cropped, got {width} x {height}")
+    left, top = width % cell // 2, height % cell // 2
+    return Picture(name, width, height, (left, top, left + width - width % cell, top + height - height % cell))
+
+
+def _encode(codec: Codec, image: Any, picture: Picture, settings: Settings) -> Tensor:
+    """Encode the part of an image that was chosen to a latent `(C, h, w)` of the stored dtype."""
+    part = image.crop(picture.box)
+    pixel_values = from_uint8(torch.from_numpy(np.array(part)).permute(2, 0, 1)[None])
+    right, bottom = (-side % settings["cell"] for side in part.size)
+    pixel_values = F.pad(pixel_values, (0, right, 0, bottom), mode="replicate")
+    try:
+        latent = codec.encode(pixel_values)[0]
+    except (RuntimeError, ValueError, MemoryError) as error:  # torch lacks memory with a RuntimeError
+        raise ValueError(f"{picture.name!r} cannot be encoded: {' '.join(str(error).split())}") from error
+    latent = latent.to("cpu", getattr(torch, settings["dtype"])).contiguous()
+    if not latent.isfinite().all():
+        raise ValueError(f"The latent of {picture.name!r} is not finite in {settings['dtype']}: try another `dtype`.")
+    return latent
+
+
+def _shard_path(folder: Path, settings: Settings, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}{FILE_FORMATS[settings['file_format']].suffix}"
+
+
+def _write_shard(
+    folder: Path,
+    settings: Settings,
+    shard: int,
+    pictures: list[Picture],
+    latents: list[Tensor],
+    skipped: dict[str, str],
+) -> None:
+    """Write a shard, and then what it holds, which says that it is whole."""
+    path, content = _shard_path(folder, settings, shard), FILE_FORMATS[settings["file_format"]].pack(pictures, latents)
+    with write_whole(path) as file:
+        file.write(content)
+    facts = {
+        "format": FORMAT,
+        "identity": _identity(settings, shard),
+        "content": f"{zlib.crc32(content):08x}",
+        "pictures": [picture._asdict() for picture in pictures],
+        "skipped": skipped,
+    }
+    _write_manifest(path.with_suffix(".json"), facts)
+
+
+def _identity(settings: Settings, shard: int) -> str:
+    """Tell the facts of a shard from those of other shards and archives."""
+    return checksum_of({**settings, "shard": shard})
+
+
+def _read_facts(folder: Path, settings: Settings, shard: int) -> Settings:
+    """Read what a shard holds; `FileNotFoundError` where it is not whole, `ValueError` where that is damaged."""
+    path = _shard_path(folder, settings, shard).with_suffix(".json")
+    facts = read_manifest(path, "whole archive of latents", FORMAT, _SHARD_SCHEMA)
+    if facts["identity"] != _identity(settings, shard):
+        raise ValueError(f"{str(path)!r} is damaged: it is that of another place or archive.")
+    rows, got = len(rows_of(settings, shard)), len(facts["pictures"]) + len(facts["skipped"])
+    if got != rows:
+        raise ValueError(f"{str(path)!r} is damaged: it must have {rows} rows, got {got}.")
+    facts["pictures"] = [Picture(**{**row, "box": tuple(row["box"])}) for row in facts["pictures"]]
+    return facts
+
+
+def _read_content(folder: Path, settings: Settings, shard: int, facts: Settings) -> bytes:
+    path = _shard_path(folder, settings, shard)
+    content = path.read_bytes()
+    if f"{zlib.crc32(content):08x}" != facts["content"]:
+        raise ValueError(f"The shard {str(path)!r} is damaged: it has another checksum.")
+    return content
+
+
+def _is_whole(folder: Path, settings: Settings, shard: int) -> bool:
+    try:
+        _read_content(folder, settings, shard, _read_facts(folder, settings, shard))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+class LatentArchive:
+    """
+    Read what `write_archive` wrote to `folder`. Iterating gives each picture with its latent, `Picture` and a tensor
+    `(C, h, w)` of the stored dtype, shard by shard; nothing is unpickled.
+
+    Attributes:
+        settings (`dict`): The content of `archive.json`; `model`, the name recorded, is what the writer said.
+        pictures (`list[Picture]`): The pictures in their order; a name is a path below a folder, and is there once.
+        skipped (`dict[str, str]`): Names of pictures that were left out, and why.
+
+    Raises:
+        FileNotFoundError: There is no `archive.json`.
+        ValueError: The archive is unfinished, of another format or damaged, or a name leads out of a folder. What is
+            wrong with the content of a shard is told when it is read.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.settings = settings = read_manifest(self.folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA)
+        self._facts: list[Settings] = []
+        for shard in shards_of(settings):
+            try:
+                self._facts.append(_read_facts(self.folder, settings, shard))
+            except FileNotFoundError as error:
+                first = f"of {len(shards_of(settings))} shards the first to miss is {shard}"
+                raise ValueError(f"{str(folder)!r} is unfinished: {first}. Go on encoding.") from error
+        self.pictures: list[Picture] = [picture for facts in self._facts for picture in facts["pictures"]]
+        self.skipped: dict[str, str] = {
+            name: reason for facts in self._facts for name, reason in facts["skipped"].items()
+        }
+        names = {picture.name for picture in self.pictures}
+        folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+        if len(names) < len(self.pictures) or names & folders:
+            raise ValueError(
+                f"{str(folder)!r} is damaged: two of its pictures would be one file, or a file and a folder."
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Tell the archive from other archives: a SHA-256 of its settings and of its shards' contents."""
+        contents = [facts["content"] for facts in self._facts]
+        return hashlib.sha256(json.dumps([self.settings, contents], sort_keys=True).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[tuple[Picture, Tensor]]:
+        settings, unpack = self.settings, FILE_FORMATS[self.settings["file_format"]].unpack
+        for shard, facts in enumerate(self._facts):
+            path, pictures = _shard_path(self.folder, settings, shard), facts["pictures"]
+            content = _read_content(self.folder, settings, shard, facts)
+            try:
+                latents = unpack(content, pictures)
+            except Exception as error:  # tarfile, numpy, safetensors and pyarrow raise many types on what is damaged
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(f"The shard {str(path)!r} is damaged: {reason}") from error
+            for picture, latent in zip(pictures, latents):
+                left, top, right, bottom = picture.box
+                grid = (math.ceil(side / settings["cell"]) for side in (bottom - top, right - left))
+                expected = (settings["channels"], *grid), getattr(torch, settings["dtype"])
+                if (tuple(latent.shape), latent.dtype) != expected:
+                    got = f"got {(tuple(latent.shape), latent.dtype)}"
+                    raise ValueError(
+                        f"The shard {str(path)!r} is damaged: {picture.name!r} must be {expected}, {got}."
+                    )
+                yield picture, latent
+
+    def check_encoder(self, codec: Codec) -> None:
+        """Raise `ValueError` unless the latents were written with this encoder, tensor for tensor."""
+        check_encoder(self.folder, self.settings, codec)
+
+
+@torch.inference_mode()
+def decode_picture(codec: Codec, picture: Picture, latent: Tensor, num_scales: int | None = None) -> Image.Image:
+    """
+    Decode the latent of a picture to the part of it that was encoded.
+
+    Args:
+        codec (`Codec`): The autoencoder, of the encoder that made the latent.
+        picture (`Picture`): What the latent is of.
+        latent (`torch.Tensor` of shape `(C, h, w)`): A latent in the units of the model.
+        num_scales (`int`, *optional*): Number of scales of a HieraTok model to run; the sides are then those of the
+            part divided by the factor of the last one, rounded up.
+
+    Raises:
+        ValueError: The model refuses the latent or the number of scales.
+    """
+    weight = next(codec.model.parameters())
+    latents, factor = latent[None].to(weight.device, weight.dtype), 1
+    if num_scales is None:
+        images = codec.decode(latents)
+    elif codec.core is None:
+        raise ValueError(f"{type(codec.model).__name__} has one scale, got `num_scales={num_scales}`.")
+    else:
+        images, factor = codec.core.decode(latents, num_scales), codec.core.config.scale_factors[num_scales - 1]
+    left, top, right, bottom = picture.box
+    height, width = (math.ceil(side / factor) for side in (bottom - top, right - left))
+    levels = to_uint8(images[0, :, :height, :width]).permute(1, 2, 0)
+    return Image.fromarray(levels.cpu().contiguous().numpy())
