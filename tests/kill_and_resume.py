@@ -65,7 +65,7 @@ def main() -> None:
     script = load_script(path.parent.name, path.stem)
     told: list[dict[str, Any]] = []
     for run in runs:
-        folder = Path(run["arguments"][run["arguments"].index("--output") + 1])
+        folder = Path(run.get("output") or run["arguments"][run["arguments"].index("--output") + 1])
 
         def size(folder: Path = folder) -> int:
             return sum(file.stat().st_size for file in folder.glob(watch))

@@ -7,8 +7,8 @@ from PIL import Image
 SIZES = {
     "a.png": (48, 32),
     "b/deep grey.png": (33, 17),
-    "b/upright.jpg": (20, 40),
     "b/two.names.webp": (5, 70),
+    "b/upright.jpg": (20, 40),
     "c 1/é.bmp": (31, 64),
     "c 1/dot.png": (3, 2),
     "z.gif": (16, 16),

@@ -14,7 +14,7 @@ from latent_data import bytes_in, tiny_kl, tiny_without_posterior
 from picture_files import BROKEN, SIZES, write_pictures
 from torch.nn import functional as F
 
-from hieratok_hf import HieraTokImageProcessorPil, open_image
+from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_image
 from hieratok_hf.data.archive_shards import FILE_FORMATS
 from hieratok_hf.data.latent_archive import LatentArchive, decode_picture, write_archive
 from hieratok_hf.data.manifests import encode_settings
@@ -117,6 +117,32 @@ def test_a_crop_is_that_of_the_image_processor(codec, pictures, tmp_path):
             torch.testing.assert_close(latent, codec.encode(pixel_values)[0], rtol=1e-4, atol=1e-5)
         assert np.array_equal(np.asarray(image.crop(picture.box)), processor.postprocess(pixel_values)[0])
         assert decode_picture(codec, picture, latent).size == (pixel_values.shape[3], pixel_values.shape[2])
+
+
+def test_tiles_are_those_of_the_model(pictures, tmp_path):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.enable_tiling(16, 16)
+    codec = Codec(vae)
+    write_archive(codec, pictures, tmp_path, **SMALL)
+    archive, plain = LatentArchive(tmp_path), Codec(random_core())
+    assert archive.settings["tiling"]
+    for picture, latent in archive:
+        pixel_values = pixel_values_of(pictures / picture.name)
+        with torch.no_grad():
+            expected, whole = vae.encode(pixel_values).latent_dist.mode(), plain.encode(pixel_values)
+            small = vae.decode(expected, num_scales=2).sample
+        assert torch.equal(latent, expected[0]) and torch.equal(expected, whole) == (max(pixel_values.shape) <= 16)
+        width, height = (math.ceil(side / codec.core.config.scale_factors[1]) for side in picture.box[2:])
+        levels = to_uint8(small[0, :, :height, :width]).permute(1, 2, 0).numpy()
+        assert np.array_equal(np.asarray(decode_picture(codec, picture, latent, 2)), levels)
+    with pytest.raises(ValueError, match="another archive: tiling True, not False"):
+        write_archive(plain, pictures, tmp_path, **SMALL)
+
+
+def test_a_latent_of_another_shape_is_refused(codec, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(Codec, "encode", lambda self, pixel_values: torch.zeros(1, 4, 7, 7))
+    with pytest.raises(ValueError, match=r"'a\.png' cannot be encoded: .*\(4, 8, 12\), got \(4, 7, 7\)"):
+        write_archive(codec, pictures, tmp_path)
 
 
 @pytest.mark.parametrize("model", [tiny_kl, tiny_without_posterior])
@@ -256,6 +282,29 @@ def test_facts_of_another_place_or_number_are_refused(copy):
     shutil.copy(copy / "shard-00001.json", copy / "shard-00000.json")
     with pytest.raises(ValueError, match="another place"):
         LatentArchive(copy)
+
+
+@pytest.mark.parametrize("name", ["archive.json", "shard-00000.json", "shard-00000.safetensors"])
+def test_no_changed_byte_goes_unnoticed(name, whole, copy):
+    content, random = (whole / name).read_bytes(), np.random.default_rng(0)
+    blank = b" \n"  # between entries of JSON one is as good as another
+    places = [i for i in random.permutation(len(content)).tolist() if content[i] not in blank][:40]
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(random.integers(7))
+        if json_equal(bytes(changed), content):
+            continue
+        (copy / name).write_bytes(changed)
+        with pytest.raises(ValueError, match=name.partition(".")[0]):
+            list(LatentArchive(copy))
+
+
+def json_equal(one, other):
+    """Whether both are JSON of one value, as `1E3` and `1e3`."""
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
 
 
 class Trap:

@@ -8,9 +8,20 @@ from image_files import encoded, write_members
 from local_data import picture, refused, seen, write_folder, write_shard
 
 from hieratok_hf.data.image_dataset import Images, load_images
+from hieratok_hf.data.local_images import list_images
 
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 KINDS = datasets.Features({"image": datasets.Image()})
+
+
+def test_a_list_has_all_images_and_nothing_else(tmp_path):
+    for name in ("b.PNG", "a/z.jfif", "a/b/c.webp", ".hidden.png", "a/.hidden/d.png", "notes.txt", "png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    assert list_images(tmp_path) == ["a/b/c.webp", "a/z.jfif", "b.PNG"]
+    with pytest.raises(OSError, match="missing"):
+        list_images(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

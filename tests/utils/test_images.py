@@ -17,7 +17,15 @@ from PIL import Image, ImageFile, ImageOps
 
 from hieratok_hf import HieraTokImageProcessorPil
 from hieratok_hf.utils import images
-from hieratok_hf.utils.images import ImageError, centre_square, convert_to_rgb, decode_image, fetch_image, open_image
+from hieratok_hf.utils.images import (
+    ImageError,
+    centre_square,
+    convert_to_rgb,
+    decode_image,
+    encode_image,
+    fetch_image,
+    open_image,
+)
 
 OPEN_FILES = Path("/proc/self/fd")  # empty where there is no /proc
 
@@ -249,3 +257,30 @@ def test_urls_go_through_the_door_of_files(served, monkeypatch):
 def test_urls_that_lead_nowhere_are_named(url):
     with pytest.raises(ImageError, match=f"^{re.escape(repr(url))}: "):
         fetch_image(url)
+
+
+@pytest.mark.parametrize("suffix", ["png", "apng", "bmp", "dib", "tif", "TIFF", "jpg", "jpe", "jfif", "webp", "gif"])
+def test_an_image_is_encoded_in_the_format_of_its_name(suffix):
+    smooth = np.linspace(0, 255, 32 * 48 * 3).reshape(32, 48, 3).astype(np.uint8)
+    content = encode_image(Image.fromarray(smooth), f"a.b.{suffix}")
+    assert content == encode_image(Image.fromarray(smooth), f"c.{suffix}")
+    found = pixels(decode_image(content, "content")).astype(int)
+    exact = suffix.lower() in ("png", "apng", "bmp", "dib", "tif", "tiff")
+    assert (found == smooth).all() if exact else 0 < np.abs(found - smooth).mean() < 4
+    is_lossy = suffix in ("jpg", "jpe", "jfif", "webp")
+    assert (
+        len(encode_image(Image.fromarray(noise()), f"a.{suffix}", quality=5))
+        < len(encode_image(Image.fromarray(noise()), f"a.{suffix}"))
+    ) == is_lossy
+
+
+def test_jpeg_keeps_its_colours_apart():
+    stripes = np.zeros((16, 16, 3), np.uint8)
+    stripes[:, ::2, 0] = stripes[:, 1::2, 2] = 255
+    found = pixels(decode_image(encode_image(Image.fromarray(stripes), "a.jpg"), "content")).astype(int)
+    assert np.abs(found - stripes).max() < 40
+
+
+def test_an_image_that_a_format_cannot_hold_is_refused():
+    with pytest.raises((OSError, ValueError)):
+        encode_image(Image.new("RGB", (16384, 1)), "a.webp")

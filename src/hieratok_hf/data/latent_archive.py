@@ -52,6 +52,7 @@ _SCHEMA: Schema = {
     "model": is_text,
     "encoder": is_text,
     "precision": is_text,
+    "tiling": lambda value: isinstance(value, bool),
     "scaling_factor": is_number,
     "shift_factor": is_number,
 }
@@ -108,7 +109,8 @@ def write_archive(
 
     Called again after a kill, it goes on with the missing shards; the files are then the same as without. Latents are
     modes of the posterior, in the units of the model. Pictures are encoded one by one, in the model's own dtype or
-    that of an autocast around the call, so a latent does not depend on the pictures beside it.
+    that of an autocast around the call, so a latent does not depend on the pictures beside it. Of a model with tiling
+    switched on, large pictures are encoded in tiles, in time that grows with their pixels instead of the square.
 
     Args:
         codec_or_vae (`Codec` or `torch.nn.Module`): The autoencoder, or what `Codec` takes.
@@ -155,7 +157,7 @@ def write_archive(
     settings: Settings = {
         "format": FORMAT, "file_format": file_format, "dtype": stored, "fit": fit, "cell": cell_of(codec),
         "channels": probe.shape[1], "rows": len(names), "shard_size": shard_size,
-        "images": _digest_of(source, names), "model": model, **encoder_facts(codec),
+        "images": _digest_of(source, names), "model": model, "tiling": codec.is_tiled, **encoder_facts(codec),
     }  # fmt: skip
     settings = _settle(folder, settings)
     missing = [shard for shard in shards_of(settings) if not _is_whole(folder, settings, shard)]
@@ -264,10 +266,19 @@ def _encode(codec: Codec, image: Any, picture: Picture, settings: Settings) -> T
         latent = codec.encode(pixel_values)[0]
     except (RuntimeError, ValueError, MemoryError) as error:  # torch lacks memory with a RuntimeError
         raise ValueError(f"{picture.name!r} cannot be encoded: {' '.join(str(error).split())}") from error
+    if (got := tuple(latent.shape)) != (expected := _latent_shape(picture, settings)):
+        raise ValueError(f"{picture.name!r} cannot be encoded: its latent must have the shape {expected}, got {got}.")
     latent = latent.to("cpu", getattr(torch, settings["dtype"])).contiguous()
     if not latent.isfinite().all():
         raise ValueError(f"The latent of {picture.name!r} is not finite in {settings['dtype']}: try another `dtype`.")
     return latent
+
+
+def _latent_shape(picture: Picture, settings: Settings) -> tuple[int, int, int]:
+    """Give the shape `(C, h, w)` of a picture's latent."""
+    left, top, right, bottom = picture.box
+    height, width = (math.ceil(side / settings["cell"]) for side in (bottom - top, right - left))
+    return settings["channels"], height, width
 
 
 def _shard_path(folder: Path, settings: Settings, shard: int) -> Path:
@@ -387,9 +398,7 @@ class LatentArchive:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise ValueError(f"The shard {str(path)!r} is damaged: {reason}") from error
             for picture, latent in zip(pictures, latents):
-                left, top, right, bottom = picture.box
-                grid = (math.ceil(side / settings["cell"]) for side in (bottom - top, right - left))
-                expected = (settings["channels"], *grid), getattr(torch, settings["dtype"])
+                expected = _latent_shape(picture, settings), getattr(torch, settings["dtype"])
                 if (tuple(latent.shape), latent.dtype) != expected:
                     got = f"got {(tuple(latent.shape), latent.dtype)}"
                     raise ValueError(
@@ -419,12 +428,11 @@ def decode_picture(codec: Codec, picture: Picture, latent: Tensor, num_scales: i
     """
     weight = next(codec.model.parameters())
     latents, factor = latent[None].to(weight.device, weight.dtype), 1
-    if num_scales is None:
-        images = codec.decode(latents)
-    elif codec.core is None:
-        raise ValueError(f"{type(codec.model).__name__} has one scale, got `num_scales={num_scales}`.")
-    else:
-        images, factor = codec.core.decode(latents, num_scales), codec.core.config.scale_factors[num_scales - 1]
+    if num_scales is not None:
+        if codec.core is None:
+            raise ValueError(f"{type(codec.model).__name__} has one scale, got `num_scales={num_scales}`.")
+        factor = codec.core.config.scale_factors[num_scales - 1]
+    images = codec.decode(latents, num_scales)
     left, top, right, bottom = picture.box
     height, width = (math.ceil(side / factor) for side in (bottom - top, right - left))
     levels = to_uint8(images[0, :, :height, :width]).permute(1, 2, 0)

@@ -45,7 +45,7 @@ class Codec:
         """
         weight = next(self.model.parameters())
         pixel_values = pixel_values.to(weight.device, weight.dtype)
-        if self.core is not None:
+        if self.core is not None and not self.is_tiled:
             posterior: Any = self.core.encode(pixel_values)
         else:
             output: Any = self.model.encode(pixel_values)
@@ -53,6 +53,11 @@ class Codec:
                 return output.latents if hasattr(output, "latents") else output.latent
             posterior = output.latent_dist
         return posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
+
+    @property
+    def is_tiled(self) -> bool:
+        """Tell whether `model.enable_tiling()` has been called, which `encode` and `decode` then heed."""
+        return bool(getattr(self.model, "use_tiling", False))
 
     @property
     def statistics(self) -> dict[str, float]:
@@ -65,9 +70,15 @@ class Codec:
         """Scale `latents` `(B, C, h, w)` as pipelines of diffusers do: `(latents - shift) * scale`."""
         return (latents - self.statistics["shift_factor"]) * self.statistics["scaling_factor"]
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode `latents` `(B, C, h, w)` to images `(B, 3, S, S)` of about [-1, 1], not clamped."""
-        return self.core.decode(latents) if self.core is not None else self.model.decode(latents).sample
+    def decode(self, latents: Tensor, num_scales: int | None = None) -> Tensor:
+        """
+        Decode `latents` `(B, C, h, w)` to images of about [-1, 1], not clamped: `(B, 3, S, S)`, or smaller ones by the
+        first `num_scales` scales of a HieraTok model, as `HieraTokCore.decode` makes them.
+        """
+        if self.core is not None and not self.is_tiled:
+            return self.core.decode(latents, num_scales)
+        options = {} if num_scales is None else {"num_scales": num_scales}
+        return self.model.decode(latents, **options).sample
 
     def decode_scales(self, latents: Tensor) -> list[Tensor]:
         """Decode `latents` `(B, C, h, w)` to the images of all scales that the model has, the last `(B, 3, S, S)`."""

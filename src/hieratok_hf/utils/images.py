@@ -16,6 +16,7 @@ __all__ = [
     "centre_square",
     "convert_to_rgb",
     "decode_image",
+    "encode_image",
     "fetch_image",
     "from_uint8",
     "open_image",
@@ -107,6 +108,30 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Ima
     if not data:
         raise ImageError(f"{_shown(name)}: is empty (0 bytes)")
     return _decode(io.BytesIO(data), _shown(name), max_pixels)
+
+
+def encode_image(image: Image.Image, name: str, *, quality: int = 95) -> bytes:
+    """
+    Give the content of an image's file in the format that its `name` ends with; the same for the same image.
+
+    Args:
+        image (`PIL.Image.Image`): An image of mode RGB.
+        name (`str`): A name of a file, as `"photo.jpg"`.
+        quality (`int`, defaults to 95): Quality of JPEG, in full colour resolution, and of WebP, from 1 to 100. A GIF
+            has 256 colours, and every other format is without loss.
+
+    Raises:
+        OSError, ValueError: The format cannot hold an image of that size.
+    """
+    kind = Image.registered_extensions()[os.path.splitext(name)[1].lower()].replace(
+        "DIB", "BMP"
+    )  # headed as files are
+    options: dict[str, int] = {"quality": quality} if kind in ("JPEG", "WEBP") else {}
+    if kind == "JPEG":
+        options["subsampling"] = 0
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
 
 
 def fetch_image(url: str, *, max_pixels: int = 50_000_000) -> Image.Image:

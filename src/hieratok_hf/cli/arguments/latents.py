@@ -1,0 +1,79 @@
+"""Name the arguments of the commands that turn pictures into archives of latents, and back."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from ...utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES
+from ..parsing import Parser, add_device, positive, whole
+from .images import TOKENIZER
+from .training import AUTOCAST
+
+FILES = ("keep", "png", "jpeg", "webp")
+SHEETS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def _add_precision(parser: Parser) -> None:
+    text = "run the model under torch.autocast"
+    parser.add_argument("--mixed_precision", choices=("no", *AUTOCAST), default="no", help=text)
+    add_device(parser)
+
+
+def _add_archive(parser: Parser) -> None:
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="a folder that `hieratok encode` has written")
+
+
+def _add_model(parser: Parser) -> None:
+    parser.add_argument("--model", help=f"{TOKENIZER}; the one that the archive names unless given")
+
+
+def add_encode(parser: Parser) -> None:
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="a folder of pictures, also in folders below it")
+    add("archive", type=Path, metavar="ARCHIVE", help="folder of the archive; one that is begun goes on")
+    add("--model", default="hieratok-tiny", help=TOKENIZER)
+    add("--format", choices=ARCHIVE_FORMATS, default="safetensors", help="format of the files")
+    add("--dtype", choices=LATENT_DTYPES, default="float16", help="dtype of what is stored")
+    fits = "what to do to sides that are no multiples of the model's patches: continue the border, or take the middle"
+    add("--fit", choices=ARCHIVE_FITS, default="pad", help=fits)
+    tiles = "encode and decode large pictures in tiles, in time that grows with their pixels instead of the square"
+    add("--tiling", action="store_true", help=tiles)
+    add("--shard_size", type=positive, default=128, help="pictures of a file")
+    add("--threads", type=whole(1, 1024), default=4, help="pictures to read at a time")
+    _add_precision(parser)
+
+    def check(args: Namespace) -> None:
+        if args.dtype not in (dtypes := ARCHIVE_FORMATS[args.format]):
+            parser.error(f"--dtype must be one of {', '.join(dtypes)} with --format {args.format}, got {args.dtype}")
+
+    parser.checks.append(check)
+
+
+def add_decode(parser: Parser) -> None:
+    add = parser.add_argument
+    _add_archive(parser)
+    add("folder", type=Path, metavar="FOLDER", help="where the pictures go; a decoding that was killed goes on")
+    _add_model(parser)
+    add("--scales", type=positive, help="run only this many scales, to smaller pictures; all unless given")
+    add("--format", choices=FILES, default="keep", help="format of the pictures; keep: that of their names")
+    add("--quality", type=whole(1, 100), default=95, help="quality of JPEG and WebP")
+    add("--overwrite", action="store_true", help="replace files that are there already")
+    _add_precision(parser)
+
+
+def add_preview(parser: Parser) -> None:
+    add = parser.add_argument
+    _add_archive(parser)
+    add("sheet", type=Path, metavar="SHEET", help="image file to write")
+    _add_model(parser)
+    add("--scales", type=positive, help="run only this many scales; half of the model's unless given")
+    add("--limit", type=positive, default=64, help="most pictures to show, the first of the archive")
+    add("--columns", type=positive, default=8, help="pictures of a row")
+    add("--side", type=whole(8, 1024), default=128, help="largest side of a picture on the sheet, in pixels")
+    add("--overwrite", action="store_true", help="replace a sheet that is there already")
+    add_device(parser)
+
+    def check(args: Namespace) -> None:
+        if args.sheet.suffix.lower() not in SHEETS:
+            parser.error(f"SHEET must end with one of {', '.join(SHEETS)}, got {str(args.sheet)!r}")
+
+    parser.checks.append(check)

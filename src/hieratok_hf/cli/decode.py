@@ -1,0 +1,105 @@
+"""Decode an archive of latents to files with the names and the sizes of the pictures that it was made of."""
+
+import hashlib
+import json
+import os
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from tqdm import tqdm
+
+from ..data.latent_archive import LatentArchive, decode_picture
+from ..models.autoencoder_adapter import Codec, load_codec
+from ..utils.images import encode_image
+from .command_line import check_writable, find_device, load_or_explain, run_script, write_or_explain
+from .encode import autocast, enable_tiling, tell_failures
+from .main import parse
+from .terminal import Problem, one_line
+
+MARK = ".hieratok-decode"  # a file that is there as long as others are missing
+OPTIONS = ("model", "scales", "format", "quality", "mixed_precision")  # those that decide what the files hold
+
+
+def open_archive(args: Namespace) -> tuple[LatentArchive, Codec]:
+    """Open the archive of `args.archive`, and the autoencoder that decodes it by `args.scales` scales or all."""
+    archive: LatentArchive = load_or_explain(LatentArchive, "ARCHIVE", str(args.archive))
+    if not (name := args.model or archive.settings["model"]):
+        raise Problem(f"--model is needed: ARCHIVE {str(args.archive)!r} names none")
+    codec: Codec = load_or_explain(load_codec, "--model", name, find_device(args))
+    try:
+        archive.check_encoder(codec)
+    except ValueError as error:
+        raise Problem(f"--model {name!r} is not that of the latents: {one_line(error)}") from error
+    if archive.settings["tiling"]:
+        enable_tiling(codec)
+    count = len(codec.core.config.scale_factors) if codec.core else 1
+    is_free = codec.core is not None and codec.core.config.scale_causal
+    if args.scales and not (args.scales <= count if is_free else args.scales == count):
+        expected = f"from 1 to {count}" if is_free else f"{count}, all that the model has"
+        raise Problem(f"--scales must be {expected}, got {args.scales}")
+    return archive, codec
+
+
+def name_files(names: Sequence[str], file_format: str) -> list[str]:
+    """Name the files of pictures: as they were, or with the suffix of a format, added where two would be one."""
+    if file_format == "keep":
+        return list(names)
+    suffixes = (".jpg", ".jpeg") if file_format == "jpeg" else (f".{file_format}",)
+    paths = [PurePosixPath(name) for name in names]
+    plain = [str(path if path.suffix.lower() in suffixes else path.with_suffix(suffixes[0])) for path in paths]
+    taken = Counter([*plain, *{str(parent) for path in paths for parent in path.parents}])
+    return [new if new == name or taken[new] == 1 else name + suffixes[0] for name, new in zip(names, plain)]
+
+
+def run(args: Namespace) -> tuple[list[str], int]:
+    """Write the files, and return the lines to print and the exit status, 1 where a picture failed."""
+    root, where = args.folder.resolve(), f"FOLDER {str(args.folder)!r}"
+    if root.is_relative_to(args.archive.resolve()):
+        raise Problem(f"{where} must not lie in ARCHIVE {str(args.archive)!r}")
+    archive, codec = open_archive(args)
+    paths = [args.folder / name for name in name_files([x.name for x in archive.pictures], args.format)]
+    options = [archive.fingerprint, *(getattr(args, name) for name in OPTIONS)]
+    mark, token = args.folder / MARK, hashlib.sha256(json.dumps(options).encode()).hexdigest().encode()
+    is_begun = not args.overwrite and mark.is_file() and mark.read_bytes() == token
+    for path in paths:
+        if not path.resolve().is_relative_to(root):
+            raise Problem(f"{where}: {str(path)!r} leads out of it by a link")
+        if os.path.lexists(path) and not path.is_file():
+            raise Problem(f"{where}: {str(path)!r} cannot be written: it is no file")
+        if path.is_file() and not (is_begun or args.overwrite):
+            raise Problem(f"{where}: {str(path)!r} is there already: add --overwrite, or take another folder")
+    for folder in dict.fromkeys([args.folder, *(path.parent for path in paths)]):
+        check_writable("FOLDER", folder, folder=True)
+    write_or_explain("FOLDER", mark, token)
+
+    failures: dict[str, str] = {}
+    made = 0
+    entries = tqdm(zip(paths, archive), total=len(paths), unit="picture", dynamic_ncols=True, leave=False)
+    try:
+        for path, (picture, latent) in entries:
+            if is_begun and path.is_file():  # it is whole, as all that this command writes
+                continue
+            try:
+                with autocast(args):
+                    image = decode_picture(codec, picture, latent, args.scales)
+                content = encode_image(image, path.name, quality=args.quality)
+            except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
+                failures[picture.name] = one_line(error)
+            else:
+                write_or_explain("FOLDER", path, content)
+                made += 1
+    except (OSError, ValueError) as error:
+        raise Problem(f"ARCHIVE {str(args.archive)!r} cannot be read: {one_line(error)}") from error
+    if not failures:
+        mark.unlink()
+    tell_failures(failures)
+    there = len(paths) - made - len(failures)
+    return [f"{made} pictures written to {str(args.folder)!r}, {there} were there, {len(failures)} failed"], bool(
+        failures
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(run, parse("decode", argv))
