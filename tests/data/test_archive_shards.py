@@ -11,21 +11,23 @@ from helpers import noise
 from safetensors import safe_open
 
 from hieratok_hf.data.archive_shards import FILE_FORMATS, Picture
+from hieratok_hf.utils.choices import ARCHIVE_FORMATS
 
 PICTURES = [Picture("a.png", 12, 8, (0, 0, 12, 8)), Picture("b/c.d.jpg", 21, 9, (0, 0, 20, 8))]
 LATENTS = [noise(4, 2, 3), noise(4, 2, 5, seed=1).half().float()]
 TEXTS = [picture._asdict() | {"box": [*picture.box]} for picture in PICTURES]
 
 
-@pytest.fixture(params=FILE_FORMATS)
+@pytest.fixture(params=ARCHIVE_FORMATS)
 def packed(request, tmp_path):
     if request.param == "parquet":
         pytest.importorskip("pyarrow")
-    return FILE_FORMATS[request.param]
+    return request.param
 
 
 def test_latents_come_back_and_files_are_equal(packed):
-    for dtype in packed.dtypes:
+    dtypes, packed = ARCHIVE_FORMATS[packed], FILE_FORMATS[packed]
+    for dtype in dtypes:
         latents = [latent.to(getattr(torch, dtype)) for latent in LATENTS]
         content = packed.pack(PICTURES, latents)
         assert content == packed.pack(PICTURES, latents)

@@ -212,7 +212,7 @@ def test_bad_arguments_are_named_and_nothing_is_written(name, options, codec, pi
     assert not [*tmp_path.iterdir()]
 
 
-def test_sources_and_folders_that_will_not_do(codec, pictures, tmp_path, monkeypatch):
+def test_sources_and_folders_that_will_not_do(codec, pictures, tmp_path):
     (tmp_path / "empty").mkdir()
     for source, error in (("empty", ValueError), ("missing", FileNotFoundError)):
         with pytest.raises(error, match=source):
@@ -223,10 +223,17 @@ def test_sources_and_folders_that_will_not_do(codec, pictures, tmp_path, monkeyp
         write_archive(codec, pictures, tmp_path / "strange")
     with pytest.raises(FileNotFoundError, match=r"archive\.json"):
         LatentArchive(tmp_path / "empty")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(codec, pictures, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    write_archive(codec, pictures, tmp_path / "archive", file_format="parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"hieratok_hf\[eval\]"):
         write_archive(codec, pictures, tmp_path / "new", file_format="parquet")
+    with pytest.raises(ImportError, match=r"hieratok_hf\[eval\]"):
+        LatentArchive(tmp_path / "archive")
     assert not (tmp_path / "new").exists()
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from .arguments import generation, images, training, weights
+from .arguments import generation, images, latents, training, weights
 from .parsing import Parser, make_parser
 from .terminal import complain, end
 
@@ -31,6 +31,9 @@ COMMANDS = {
         "Images", "Evaluate a tokenizer beside other autoencoders on the same images.", images.add_evaluate
     ),
     "app": Command("Images", "Serve a page to try tokenizer and generator in a browser.", images.add_app),
+    "encode": Command("Latents", "Encode a folder of pictures to an archive of latents.", latents.add_encode),
+    "decode": Command("Latents", "Decode an archive to pictures of the same names and sizes.", latents.add_decode),
+    "preview": Command("Latents", "Show the pictures of an archive on one sheet.", latents.add_preview),
     "generate": Command("Generation", "Make images of classes, on one sheet.", generation.add_generate),
     "evaluate-generation": Command(
         "Generation", "Evaluate a generator: Fréchet distance and class accuracy.", generation.add_evaluate_generation

@@ -34,17 +34,15 @@ class Picture(NamedTuple):
 
 class FileFormat(NamedTuple):
     """
-    Hold what turns pictures and their latents, tensors `(C, h, w)` of one dtype, into a file and back.
+    Hold what turns pictures and their latents, tensors `(C, h, w)` of a dtype of the format, into a file and back.
 
     Attributes:
         suffix (`str`): How names of such files end.
-        dtypes (`tuple[str, ...]`): The dtypes of latents that it can hold.
         pack (callable): Makes the content of a file, the same for the same pictures and latents.
         unpack (callable): Reads the latents of a content, in the order of the pictures; any error where it is damaged.
     """
 
     suffix: str
-    dtypes: tuple[str, ...]
     pack: Callable[[Sequence[Picture], Sequence[Tensor]], bytes]
     unpack: Callable[[bytes, Sequence[Picture]], list[Tensor]]
 
@@ -109,12 +107,10 @@ def _unpack_parquet(content: bytes, pictures: Sequence[Picture]) -> list[Tensor]
     return [torch.tensor(values.values.to_numpy()).reshape(shape) for values, shape in rows]
 
 
-_NUMPY = ("float16", "float32")
-
 FILE_FORMATS = {
-    "safetensors": FileFormat(".safetensors", (*_NUMPY, "bfloat16"), _pack_safetensors, _unpack_safetensors),
-    "webdataset": FileFormat(".tar", _NUMPY, _pack_tar, _unpack_tar),
-    "parquet": FileFormat(".parquet", _NUMPY, _pack_parquet, _unpack_parquet),
+    "safetensors": FileFormat(".safetensors", _pack_safetensors, _unpack_safetensors),
+    "webdataset": FileFormat(".tar", _pack_tar, _unpack_tar),
+    "parquet": FileFormat(".parquet", _pack_parquet, _unpack_parquet),
 }
 """
 The formats by name: tensors under the pictures' names; tar files of `000000.json` and `000000.npy`; rows of columns

@@ -20,30 +20,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.autoencoder_adapter import Codec
+from ..utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES
 from ..utils.files import remove_leftovers, write_whole
 from ..utils.images import ImageError, from_uint8, open_image, to_uint8
 from .archive_shards import FILE_FORMATS, Picture
-from .latent_cache import DTYPES, check_encoder, encoder_facts, rows_of, shards_of
+from .latent_cache import check_encoder, encoder_facts, rows_of, shards_of
 from .local_images import is_image, list_images
 from .manifests import Schema, Settings, checksum_of, encode_settings, is_count, is_number, is_text, read_manifest
 
-__all__ = ["FITS", "LatentArchive", "cell_of", "decode_picture", "write_archive"]
+__all__ = ["LatentArchive", "cell_of", "decode_picture", "write_archive"]
 
 # Shape letters: C latent channels, h w the latent's grid.
 
 FORMAT = 1  # of `archive.json` and what lies beside the shards; an archive of another one is refused
 SETTINGS_FILE = "archive.json"
 
-FITS = ("pad", "crop")
-"""What may be done to a picture whose sides are no multiples of a latent's cell."""
-
 _PROBE = 64  # pixels a side of the image that tells the size of a cell
 _SAMPLED = 1000  # pictures whose content tells one folder from another
 
 _SCHEMA: Schema = {
-    "file_format": lambda value: value in tuple(FILE_FORMATS),
-    "dtype": lambda value: value in tuple(DTYPES),
-    "fit": lambda value: value in FITS,
+    "file_format": lambda value: value in tuple(ARCHIVE_FORMATS),
+    "dtype": lambda value: value in tuple(LATENT_DTYPES),
+    "fit": lambda value: value in ARCHIVE_FITS,
     "cell": is_count(1),
     "channels": is_count(1),
     "rows": is_count(1),
@@ -117,7 +115,7 @@ def write_archive(
         source (`str` or `Path`): The folder of pictures. Hidden files, and files of other kinds, are passed over.
         folder (`str` or `Path`): The folder of the archive; made if it is not there.
         model (`str`, defaults to `""`): A name to record, from which readers can load the autoencoder.
-        file_format (`str`, defaults to `"safetensors"`): One of `FILE_FORMATS`.
+        file_format (`str`, defaults to `"safetensors"`): One of `ARCHIVE_FORMATS`.
         dtype (`torch.dtype`, defaults to `torch.float16`): What is stored; also float32, and bfloat16 in safetensors.
         fit (`str`, defaults to `"pad"`): What to do where sides are no multiples of a cell: `"pad"` continues the
             right and lower border, and what is decoded is cut to the size of the picture; `"crop"` takes the middle.
@@ -141,14 +139,12 @@ def write_archive(
     for name, value in (("shard_size", shard_size), ("threads", threads)):
         if value < 1:
             raise ValueError(f"`{name}` must be positive, got {value}.")
-    for name, choice, choices in (("file_format", file_format, tuple(FILE_FORMATS)), ("fit", fit, FITS)):
+    for name, choice, choices in (("file_format", file_format, tuple(ARCHIVE_FORMATS)), ("fit", fit, ARCHIVE_FITS)):
         if choice not in choices:
             raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}.")
-    if stored not in FILE_FORMATS[file_format].dtypes:
-        dtypes = FILE_FORMATS[file_format].dtypes
+    if stored not in (dtypes := ARCHIVE_FORMATS[file_format]):
         raise ValueError(f"`dtype` must be one of {dtypes} in {file_format}, got {stored!r}.")
-    if file_format == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ImportError('Parquet needs pyarrow: pip install "hieratok_hf[eval]"')
+    _check_packages(file_format)
     names = list_images(source)
     if not names:
         raise ValueError(f"No images found in {str(source)!r}.")
@@ -195,6 +191,11 @@ def write_archive(
         "skipped": archive.skipped,
         "encoded": encoded,
     }
+
+
+def _check_packages(file_format: str) -> None:
+    if file_format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ImportError('Parquet needs pyarrow: pip install "hieratok_hf[eval]"')
 
 
 def _digest_of(source: Path, names: Sequence[str]) -> str:
@@ -353,6 +354,7 @@ class LatentArchive:
 
     Raises:
         FileNotFoundError: There is no `archive.json`.
+        ImportError: Parquet needs pyarrow.
         ValueError: The archive is unfinished, of another format or damaged, or a name leads out of a folder. What is
             wrong with the content of a shard is told when it is read.
     """
@@ -360,6 +362,7 @@ class LatentArchive:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.settings = settings = read_manifest(self.folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA)
+        _check_packages(settings["file_format"])
         self._facts: list[Settings] = []
         for shard in shards_of(settings):
             try:

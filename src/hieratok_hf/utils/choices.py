@@ -3,6 +3,8 @@
 from typing import Any
 
 __all__ = [
+    "ARCHIVE_FITS",
+    "ARCHIVE_FORMATS",
     "DEFAULT_VISION_MODEL",
     "DIT_SIZES",
     "DOWNSAMPLING",
@@ -92,6 +94,16 @@ LATENT_KINDS = ("moments", "sample", "mode")
 
 LATENT_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 """Dtypes that latents may be stored in, each with the name that safetensors has for it."""
+
+ARCHIVE_FORMATS = {
+    "safetensors": ("float16", "bfloat16", "float32"),
+    "webdataset": ("float16", "float32"),
+    "parquet": ("float16", "float32"),
+}
+"""Formats of an archive's shards, each with the dtypes of latents that it can hold."""
+
+ARCHIVE_FITS = ("pad", "crop")
+"""What may be done to a picture whose sides are no multiples of a latent's cell before it is encoded."""
 
 DEFAULT_VISION_MODEL = "google/mobilenet_v2_1.0_224"
 """Hub id of the vision model that commands take unless another is named."""
