@@ -246,7 +246,7 @@ def test_archives_that_name_no_model_or_are_damaged(space, tmp_path, capsys):
 @pytest.mark.parametrize("option", [[], ["--overwrite"]])
 def test_links_that_lead_out_of_the_folder_are_refused(option, run, tmp_path, capsys):
     out, away = tmp_path / "out", tmp_path / "away"
-    for link, target in (("b", away), ("a.png", away / "mine.png")):
+    for link, target in (("b", away), ("a.png", away / "mine.png"), (script.MARK, away / "mine.png")):
         out.mkdir()
         away.mkdir()
         (away / "mine.png").write_bytes(b"mine")

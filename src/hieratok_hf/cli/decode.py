@@ -63,12 +63,12 @@ def run(args: Namespace) -> tuple[list[str], int]:
     options = [archive.fingerprint, *(getattr(args, name) for name in OPTIONS)]
     mark, token = args.folder / MARK, hashlib.sha256(json.dumps(options).encode()).hexdigest().encode()
     is_begun = not args.overwrite and mark.is_file() and mark.read_bytes() == token
-    for path in paths:
+    for path in [mark, *paths]:
         if not path.resolve().is_relative_to(root):
             raise Problem(f"{where}: {str(path)!r} leads out of it by a link")
         if os.path.lexists(path) and not path.is_file():
             raise Problem(f"{where}: {str(path)!r} cannot be written: it is no file")
-        if path.is_file() and not (is_begun or args.overwrite):
+        if path != mark and path.is_file() and not (is_begun or args.overwrite):
             raise Problem(f"{where}: {str(path)!r} is there already: add --overwrite, or take another folder")
     for folder in dict.fromkeys([args.folder, *(path.parent for path in paths)]):
         check_writable("FOLDER", folder, folder=True)
