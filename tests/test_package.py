@@ -99,9 +99,10 @@ def test_every_module_has_its_tests():
 def test_the_python_of_the_pages_runs(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("models", "generation", "attention"))]
+    names = ("models", "generation", "attention", "latents")
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in names)]
     blocks = [re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in pages]
-    (start, *load_and_generate), of_models, of_generation, of_attention = blocks
+    (start, *load_and_generate), of_models, of_generation, of_attention, of_latents = blocks
 
     def run_blocks(*blocks):
         names = {}
@@ -127,3 +128,5 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch):
     names = run_blocks(*of_attention)
     assert names["model"].config._attn_implementation == "hieratok_sdpa"
     assert {processor.backend for processor in names["vae"].attn_processors.values()} == {"sdpa"}
+    names = run_blocks(*of_latents)
+    assert {path.name for path in Path(names["folder"]).glob("*.png")} == {"hat.png", "jacket.png"}
