@@ -1,34 +1,26 @@
-"""Parameters and FLOPs of every named size at one image size, counted by PyTorch without computing anything."""
+"""Parameters and FLOPs of every named size at one image size, by the formulas of `hieratok_hf.models.sizes`."""
 
 import json
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from hieratok_hf import SIZES, HieraTokConfig, HieraTokCore
+from hieratok_hf import SIZES, HieraTokConfig
 from hieratok_hf.cli.parsing import make_parser
+from hieratok_hf.models.sizes import count_flops, count_parameters, scale_grids
 
 
 def count(size: str, height: int, width: int) -> dict[str, int | str]:
     """Parameters, and FLOPs (two a multiply-add) to encode and to decode one image, of a named size."""
-    with torch.device("meta"):
-        core = HieraTokCore(HieraTokConfig.from_size(size)).eval()
-        pixel_values = torch.empty(1, 3, height, width)
-    with torch.no_grad(), FlopCounterMode(display=False) as encoding:
-        latents = core.encode(pixel_values).mode()
-    row: dict[str, int | str] = {
+    config = HieraTokConfig.from_size(size)
+    parameters, flops = count_parameters(config), count_flops(config, height, width)
+    rows, columns = scale_grids(config, height, width)[-1]
+    return {
         "size": size,
-        "encoder_parameters": sum(p.numel() for p in core.encoder.parameters()),
-        "decoder_parameters": sum(p.numel() for p in core.decoder.parameters()),
-        "latent": "x".join(map(str, latents.shape[1:])),
-        "encode_flops": encoding.get_total_flops(),
+        "encoder_parameters": parameters["encoder"],
+        "decoder_parameters": parameters["decoder"],
+        "latent": f"{config.latent_channels}x{rows}x{columns}",
+        "encode_flops": flops["encode"],
+        **{f"decode_flops_{k}": decode for k, decode in enumerate(flops["decode"], 1)},
     }
-    for num_scales in range(1, len(core.config.scale_factors) + 1):
-        with torch.no_grad(), FlopCounterMode(display=False) as decoding:
-            core.decode(latents, num_scales)
-        row[f"decode_flops_{num_scales}"] = decoding.get_total_flops()
-    return row
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,8 @@ import hieratok_hf
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "hieratok_hf"
-OF_COMMANDS = ("main", "parsing", "terminal", "command_line")  # what commands share; each tells of itself by --help
+# What commands share; each tells of itself by --help.
+OF_COMMANDS = ("main", "parsing", "terminal", "outputs", "command_line")
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))

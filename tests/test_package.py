@@ -13,7 +13,8 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 from hieratok_hf.hub.remote_code import remote_code
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ("torchvision", "triton", "datasets", "matplotlib", "torchmetrics")
+OPTIONAL = ("torchvision", "triton", "datasets", "matplotlib", "torchmetrics", "diffusers")
+EXTRAS = ("datasets", "gradio", "matplotlib", "onnx", "onnxruntime", "peft", "sklearn", "tensorboard", "torchmetrics")
 
 
 def run(code, cwd=None, **environment):
@@ -23,8 +24,48 @@ def run(code, cwd=None, **environment):
     return result.stdout.strip().splitlines()
 
 
+def test_a_model_of_transformers_loads_no_diffusers_which_can_follow():
+    code = """
+import sys
+import torch, hieratok_hf
+model = hieratok_hf.HieraTokModel.from_pretrained("hieratok-tiny")
+output = model(torch.zeros(1, 3, 16, 24))
+print(tuple(model.decode(model.encode(torch.zeros(1, 3, 16, 24)).latents).reconstruction.shape))
+print("diffusers" in sys.modules)
+before = output.reconstruction.detach()
+vae = hieratok_hf.AutoencoderHieraTok.from_core(model.core)
+vae.fuse_qkv_projections()
+vae.set_attention_backend("native")
+processors = [processor._attention_backend for processor in vae.attn_processors.values()]
+print(processors == ["native"] * 6, torch.allclose(vae(torch.zeros(1, 3, 16, 24)).sample, before, atol=1e-5))
+"""
+    assert run(code) == ["(1, 3, 16, 24)", "False", "True True"]
+
+
+def test_the_core_needs_no_package_of_an_extra(tmp_path):
+    code = f"""
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def find_other(name, *rest, **options):
+    return None if name.partition(".")[0] in {EXTRAS!r} else find(name, *rest, **options)
+PathFinder.find_spec = staticmethod(find_other)
+import torch, hieratok_hf
+from PIL import Image
+processor = hieratok_hf.HieraTokImageProcessor.from_pretrained("hieratok-tiny")
+pixel_values = processor(hieratok_hf.example_image(), return_tensors="pt").pixel_values[..., :64, :64]
+for loader in (hieratok_hf.HieraTokModel, hieratok_hf.AutoencoderHieraTok):
+    model = loader.from_pretrained("hieratok-tiny")
+    print(tuple(model(pixel_values)[0].shape))
+    model.save_pretrained({str(tmp_path)!r})
+pipe = hieratok_hf.HieraTokDiTPipeline.from_pretrained("hieratok-dit-tiny")
+pipe.set_progress_bar_config(disable=True)
+print(pipe("church", num_inference_steps=1).images[0].size)
+"""
+    assert run(code, HF_HUB_OFFLINE="1")[-1] == "(64, 64)"
+
+
 def test_import_is_light_and_registers():
-    bases = "import torch; import transformers.modeling_utils; import diffusers.models.modeling_utils"
+    bases = "import torch; import transformers.modeling_utils"
     code = f"""
 import sys, time
 {bases}

@@ -2,8 +2,11 @@
 
 import io
 import tarfile
+import time
 from pathlib import Path
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -14,9 +17,11 @@ from hieratok_hf import (
     AutoencoderHieraTok,
     HieraTokConfig,
     HieraTokDiTPipeline,
+    HieraTokImageProcessor,
     HieraTokImageProcessorPil,
     HieraTokModel,
     open_image,
+    shipped,
 )
 from hieratok_hf.evaluation.generation import ClassAccuracy, GeneratedBatches, ImageClassifier, find_classes
 from hieratok_hf.evaluation.metrics import psnr
@@ -107,12 +112,103 @@ def test_kodak_beats_principal_components(name, vae):
     assert sum(values) / len(values) > TOKENIZERS[name][1]
 
 
-def test_names_that_ship_become_folders_and_all_else_stays(tmp_path, monkeypatch):
+LOADERS = {
+    "hieratok-tiny": (
+        HieraTokConfig,
+        HieraTokModel,
+        AutoencoderHieraTok,
+        HieraTokImageProcessorPil,
+        HieraTokImageProcessor,
+    ),
+    "hieratok-dit-tiny": (HieraTokDiTPipeline,),
+}
+CASES = [(loader, name) for name, loaders in LOADERS.items() for loader in loaders]
+by_class = pytest.mark.parametrize(("loader", "name"), CASES, ids=[loader.__name__ for loader, _ in CASES])
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """Work in an empty folder, in offline mode or not, where a request to the Hub is an error."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a name that ships was looked for on the Hub")
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(httpx.Client, "send", refuse)
+    return tmp_path
+
+
+@by_class
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("is_offline", [True, False], ids=["offline", "online"])
+def test_names_that_ship_load_without_a_network(loader, name, kind, is_offline, empty_folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+    start = time.perf_counter()
+    loaded = loader.from_pretrained(kind(name), revision="main")
+    assert time.perf_counter() - start < 10  # retries of a request take longer
+    again = loader.from_pretrained(hieratok_hf.pretrained(name))
+    for part in ("vae", "transformer") if loader is HieraTokDiTPipeline else [None]:
+        model, other = (getattr(x, part) if part else x for x in (loaded, again))
+        if isinstance(model, torch.nn.Module):
+            torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+        else:
+            assert type(model) is type(other) and model.to_dict() == other.to_dict()
+
+
+@by_class
+def test_what_was_loaded_by_name_saves_and_a_folder_of_that_name_comes_first(loader, name, empty_folder):
+    loaded = loader.from_pretrained(name)
+    is_model = loader in (HieraTokModel, AutoencoderHieraTok)
+    if is_model:
+        with torch.no_grad():
+            loaded.core.encoder.head.bias.fill_(3.0)
+    elif loader is HieraTokDiTPipeline:
+        loaded.register_to_config(id2label={0: "a cat"})
+    elif loader is HieraTokConfig:
+        loaded.kl_weight = 32.0
+    else:
+        loaded.size_divisor = 32
+    before = {path: path.read_bytes() for path in Path(hieratok_hf.pretrained(name)).rglob("*.json")}
+    loaded.save_pretrained(name)
+    own = loader.from_pretrained(name)
+    if is_model:
+        assert (own.core.encoder.head.bias == 3).all()
+    elif loader is HieraTokDiTPipeline:
+        assert own.id2label == {0: "a cat"}
+    elif loader is HieraTokConfig:
+        assert own.kl_weight == 32
+    else:
+        assert own.size_divisor == 32
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_the_tokenizer_of_a_pipeline_that_ships_loads_by_subfolder(empty_folder):
+    for loader in (HieraTokModel, AutoencoderHieraTok):
+        model = loader.from_pretrained("hieratok-dit-tiny", subfolder="vae")
+        assert model.config.latent_channels == 16
+        with pytest.raises(OSError, match="subfolder='vae'"):
+            loader.from_pretrained("hieratok-dit-tiny")
+
+
+@by_class
+@pytest.mark.parametrize("size", ["hieratok-s", "hieratok-b", "hieratok-l"])
+def test_sizes_without_weights_say_how_to_make_some(loader, name, size, empty_folder):
+    with pytest.raises(ValueError, match=rf"'{size}'.*`hieratok convert detok hieratok-b`.*`hieratok train --model"):
+        loader.from_pretrained(size)
+
+
+def test_all_else_stays(empty_folder):
     assert resolve_model("hieratok-tiny") == hieratok_hf.pretrained("hieratok-tiny")
-    assert resolve_model("somebody/hieratok-b") == "somebody/hieratok-b"
-    (tmp_path / "hieratok-tiny").mkdir()
-    assert resolve_model("hieratok-tiny") == "hieratok-tiny"
+    for other in ("somebody/hieratok-b", "./hieratok-tiny", "", None, 3, Path("elsewhere")):
+        assert resolve_model(other) is other
+    (empty_folder / "hieratok-b").mkdir()
+    assert resolve_model("hieratok-b") == "hieratok-b"
+
+
+def test_an_installation_without_its_weights_says_so(empty_folder, monkeypatch):
+    monkeypatch.setattr(shipped, "_SHIPPED_WEIGHTS", empty_folder)
+    with pytest.raises(FileNotFoundError, match="hieratok-tiny"):
+        HieraTokModel.from_pretrained("hieratok-tiny")
 
 
 def test_the_shipped_pipeline_has_the_shipped_tokenizer():

@@ -4,8 +4,6 @@ import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# A saved diffusers pipeline looks its components' base class up on the library that it names.
-from diffusers.models.modeling_utils import ModelMixin
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from .hub.remote_code import add_remote_code
@@ -22,11 +20,13 @@ from .utils.images import ImageError, convert_to_rgb, open_image
 
 __version__ = "0.1.0"
 
-# Importing these loads every autoencoder and pipeline of diffusers.
+# Importing these loads diffusers.
 _LAZY = {
-    "AutoencoderHieraTok": "models.autoencoder_hieratok",
-    "AutoencoderHieraTokOutput": "models.autoencoder_hieratok",
-    "HieraTokDiTPipeline": "pipelines.pipeline_hieratok_dit",
+    "AutoencoderHieraTok": "hieratok_hf.models.autoencoder_hieratok",
+    "AutoencoderHieraTokOutput": "hieratok_hf.models.autoencoder_hieratok",
+    "HieraTokDiTPipeline": "hieratok_hf.pipelines.pipeline_hieratok_dit",
+    # A saved pipeline looks its components' base class up on the library that it names.
+    "ModelMixin": "diffusers.models.modeling_utils",
 }
 
 __all__ = [
@@ -56,6 +56,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
+
     from .models.autoencoder_hieratok import AutoencoderHieraTok, AutoencoderHieraTokOutput
     from .pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 
@@ -71,7 +73,7 @@ with contextlib.suppress(ImportError):  # in transformers 5.17 AutoImageProcesso
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,18 +1,23 @@
 """Find the trained weights that are part of the package."""
 
+import os
 from pathlib import Path
+from typing import Any
 
+from .models.saved_code import OWN_CODE
 from .utils.choices import SHIPPED, SIZES
 
 __all__ = ["example_image", "pretrained", "resolve_model"]
 
-_WEIGHTS = Path(__file__).parent / "weights"
-_IMAGES = Path(__file__).parent / "example_images"
+_SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
+_SHIPPED_IMAGES = Path(__file__).parent / "example_images"
 
 
 def pretrained(name: str) -> str:
     """
-    Return the folder of weights that ship with the package, for `from_pretrained`.
+    Return the folder of weights that ship with the package, for all that takes no name of them.
+
+    The classes of this package take the names themselves, `AutoModel` and `DiffusionPipeline` take folders.
 
     `"hieratok-tiny"` and `"hieratok-tiny-16x"` are tokenizers that either library loads, and `"hieratok-dit-tiny"` is
     a `HieraTokDiTPipeline`.
@@ -28,13 +33,14 @@ def pretrained(name: str) -> str:
 
     ```python
     >>> import hieratok_hf
-    >>> vae = hieratok_hf.AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+    >>> from transformers import AutoModel
+    >>> model = AutoModel.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
 
     ```
     """
     if name not in SHIPPED:
         raise ValueError(f"`name` must be one of {list(SHIPPED)}, which ship with the package, got {name!r}.")
-    folder = _WEIGHTS / name
+    folder = _SHIPPED_WEIGHTS / name
     if not any((folder / file).is_file() for file in ("config.json", "model_index.json")):
         raise FileNotFoundError(f"The installed package lacks the weights of {name!r}: {str(folder)!r} is not there.")
     return str(folder)
@@ -47,22 +53,30 @@ def example_image(name: str = "hat") -> str:
     Raises:
         ValueError: There is no photograph of that name.
     """
-    files = {path.stem: path for path in _IMAGES.glob("*.webp")}
+    files = {path.stem: path for path in _SHIPPED_IMAGES.glob("*.webp")}
     if name not in files:
         raise ValueError(f"`name` must be one of {sorted(files)}, which ship with the package, got {name!r}.")
     return str(files[name])
 
 
-def resolve_model(name_or_path: str) -> str:
+def resolve_model(name_or_path: Any) -> Any:
     """
     Return the folder of a name that ships, unless a folder here has that name, and anything else as it is.
 
+    Code that a folder brings has no weights beside it, so there the names are names of folders or Hub ids alone.
+
     Raises:
+        FileNotFoundError: The installation lacks the folder.
         ValueError: It is a name of `SIZES` that has no trained weights.
     """
-    if Path(name_or_path).is_dir():
+    is_name = isinstance(name_or_path, (str, os.PathLike)) and os.fspath(name_or_path) in (*SHIPPED, *SIZES)
+    if not is_name or OWN_CODE is not None or Path(name_or_path).is_dir():
         return name_or_path
-    if name_or_path in SIZES and name_or_path not in SHIPPED:
-        weights = f"the package ships those of {list(SHIPPED)}"
-        raise ValueError(f"{name_or_path!r} is a size, of which there are no trained weights; {weights}.")
-    return pretrained(name_or_path) if name_or_path in SHIPPED else name_or_path
+    name = os.fspath(name_or_path)
+    if name not in SHIPPED:
+        raise ValueError(
+            f"{name!r} is a size without trained weights: the package ships those of {list(SHIPPED)}. Weights of "
+            "hieratok-b can be made of l-DeTok's by `hieratok convert detok hieratok-b` and then `hieratok train "
+            "--model hieratok-b --scale_factors 8 4 2 1 --data IMAGES --output FOLDER`."
+        )
+    return pretrained(name)

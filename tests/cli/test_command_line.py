@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 from unittest.mock import Mock
@@ -13,17 +12,16 @@ import torch
 from accelerate import PartialState
 
 from hieratok_hf.cli.command_line import (
-    check_writable,
     describe_machine,
     load_or_explain,
     run_on_processes,
     run_script,
     run_training,
-    write_report,
 )
 from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.cli.terminal import Problem
 from hieratok_hf.training.report import say
+from hieratok_hf.utils.extras import missing_extra
 
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
@@ -34,30 +32,10 @@ def test_what_cannot_be_loaded_is_named():
         load_or_explain(Mock(side_effect=KeyError("no\nsuch key")), "--model", "x")
 
 
-def test_reports_are_json_and_written_whole(tmp_path):
-    path = tmp_path / "report.json"
-    write_report(path, {"psnr": float("inf"), "rows": [{"a": float("nan"), "b": 1.5}], "path": tmp_path})
-    assert json.loads(path.read_text()) == {"psnr": None, "rows": [{"a": None, "b": 1.5}], "path": str(tmp_path)}
-    with pytest.raises(Problem, match=r"--json '.*missing.*' cannot be written"):
-        write_report(tmp_path / "missing" / "report.json", {})
-    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
-
-
 def test_the_machine_is_named():
     facts = describe_machine(torch.device("cpu"), 2)
     assert facts["device"] == "cpu" and facts["torch"] == torch.__version__ and facts["processes"] == 2
     assert facts["cpu"]
-
-
-def test_an_output_that_cannot_be_written_is_named_before_the_work(tmp_path):
-    check_writable("--json", tmp_path / "new" / "a.json")
-    check_writable("--images", tmp_path / "images", folder=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "new"]
-    (tmp_path / "file").touch()
-    with pytest.raises(Problem, match=r"--json .*it is a folder"):
-        check_writable("--json", tmp_path / "new")
-    with pytest.raises(Problem, match=r"--images .*cannot be written"):
-        check_writable("--images", tmp_path / "file", folder=True)
 
 
 RUNNERS = [(run_script, None), (run_on_processes, None), (run_on_processes, torch.device("cpu"))]
@@ -65,10 +43,11 @@ RUNNERS = [(run_script, None), (run_on_processes, None), (run_on_processes, torc
 
 @pytest.mark.parametrize(("runner", "device"), RUNNERS)
 def test_a_script_prints_lines_or_its_problem(runner, device, capsys):
-    run = Mock(side_effect=[["a", "b"], Problem("no such thing")])
+    run = Mock(side_effect=[["a", "b"], Problem("no such thing"), missing_extra("SSIM", "torchmetrics")])
     args = argparse.Namespace(device=device)
-    assert [runner(run, args), runner(run, args)] == [0, 2]
-    assert capsys.readouterr() == ("a\nb\n", "error: no such thing\n")
+    assert [runner(run, args) for _ in range(3)] == [0, 2, 2]
+    errors = ["error: no such thing\n", "error: SSIM needs torchmetrics: pip install 'hieratok_hf[eval]'\n"]
+    assert capsys.readouterr() == ("a\nb\n", "".join(errors))
     given = run.call_args.args
     assert given[0] is args and [type(x) for x in given[1:]] == [PartialState] * (runner is run_on_processes)
 

@@ -106,7 +106,7 @@ def test_nothing_there_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no source was given"):
         load_images([])
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"hieratok_hf\[train\]"):
+    with pytest.raises(ImportError, match=r"hieratok_hf\[eval\]"):
         load_images(str(tmp_path))
 
 

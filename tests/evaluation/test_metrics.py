@@ -197,6 +197,6 @@ def test_torchmetrics_is_imported_where_it_is_needed(monkeypatch):
     monkeypatch.setattr(evaluation, "metrics", None)  # so that what is imported anew is taken back
     fresh = importlib.import_module(metrics.__name__)
     for call in (lambda: fresh.ssim(GOOD, GOOD), fresh.FrechetDistance):
-        with pytest.raises(ImportError, match=r'pip install "hieratok_hf\[eval\]"'):
+        with pytest.raises(ImportError, match=r"pip install 'hieratok_hf\[eval\]'"):
             call()
     assert fresh.psnr(GOOD, GOOD).item() == math.inf

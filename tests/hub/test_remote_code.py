@@ -81,8 +81,8 @@ def bound_by(statement: ast.stmt) -> dict[str, Any]:
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
         return {statement.name: statement}
     targets = [statement.target] if isinstance(statement, ast.AnnAssign) else getattr(statement, "targets", [])
-    names = [x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)]
-    return dict.fromkeys(names, statement)
+    names = [x for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)]
+    return {name.id: statement for name in names if isinstance(name.ctx, ast.Store)}
 
 
 def test_every_name_of_the_file_has_one_meaning():

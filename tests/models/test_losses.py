@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import images, noise, random_core
 
+from hieratok_hf.models.core import posterior_of
 from hieratok_hf.models.losses import border_loss, image_pyramid, pixel_loss, tokenizer_losses
 from hieratok_hf.utils.choices import PIXEL_LOSSES
 
@@ -23,11 +24,17 @@ def test_parts_are_what_they_say(downsampling, kind):
     assert set(losses) == {kind, "kl", "coarse", "loss"}
     pairs = zip(decoded, image_pyramid(pixel_values, core.config), strict=True)
     *coarse, finest = [pixel_loss(a, b, kind) for a, b in pairs]
-    mean, logvar = moments.chunk(2, dim=1)
     torch.testing.assert_close(losses[kind], finest)
     torch.testing.assert_close(losses["coarse"], (8 * coarse[0] + 4 * coarse[1] + 2 * coarse[2]) / 3)
-    torch.testing.assert_close(losses["kl"], 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean())
+    torch.testing.assert_close(losses["kl"], posterior_of(moments).kl().mean() / moments[0].numel() * 2)
     torch.testing.assert_close(losses["loss"], finest + 0.5 * losses["kl"] + 0.25 * losses["coarse"])
+
+
+def test_the_divergence_is_that_of_diffusers_also_where_it_bounds_the_variance():
+    core = random_core(scale_factors=(1,))
+    pixel_values, moments = images(1, 3, 16, 16), 40 * noise(1, 2 * core.config.latent_channels, 2, 2)
+    losses = tokenizer_losses([pixel_values], pixel_values, moments, core.config)
+    torch.testing.assert_close(losses["kl"], posterior_of(moments).kl().mean() / moments[0].numel() * 2)
 
 
 def test_a_single_scale_has_no_coarse_part_and_low_precision_a_float32_loss():

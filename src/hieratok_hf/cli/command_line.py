@@ -1,14 +1,10 @@
 """Share checks, reports, devices and processes among the commands."""
 
 import contextlib
-import glob
-import json
-import os
 import platform
 import sys
-import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +16,11 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..models.configuration_hieratok import HieraTokConfig
+from ..models.sizes import count_parameters
 from ..training.state import hold_folder
-from ..utils.files import write_whole
-from .terminal import Problem, complain, end, one_line
+from ..utils.extras import MissingExtra
+from .outputs import check_writable, identify, write_or_explain, write_report
+from .terminal import Problem, complain, end, one_line, run_script
 
 __all__ = [
     "check_batch",
@@ -51,49 +49,6 @@ def load_or_explain(load: Callable[..., Any], option: str, name: Any, *more: Any
         raise Problem(f"{option} {name!r} cannot be loaded: {one_line(error)}") from error
 
 
-def check_writable(
-    option: str, path: Path, folder: bool = False, *, overwrite: bool = True, inputs: Collection[Any] = ()
-) -> None:
-    """
-    Make the folder that an output goes to, and fail before the work where the output could not be written.
-
-    Args:
-        option (str): The option that names the output.
-        path (Path): A file, which may be there, or a folder.
-        folder (bool): Whether `path` is a folder.
-        overwrite (bool): Whether a file that is there may be replaced.
-        inputs (collection): Files that must not be replaced in any case, of `identify`.
-
-    Raises:
-        Problem: No file can be made in the folder, or there is something where the file should be.
-    """
-    where = f"{option} {str(path)!r}"
-    try:
-        parent = path if folder else path.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=parent).close()
-    except (OSError, ValueError) as error:  # ValueError of a zero byte
-        raise Problem(f"{where} cannot be written: {one_line(error)}") from error
-    if folder or not (path.exists() or path.is_symlink()):
-        return
-    if not path.is_file():
-        raise Problem(f"{where} cannot be written: it is a {'folder' if path.is_dir() else 'link or a device'}")
-    if identify([path]) & set(inputs):
-        raise Problem(f"{where} cannot be written: it is an input")
-    if not overwrite:
-        raise Problem(f"{where} is there already: add --overwrite, or take another name")
-
-
-def identify(sources: Iterable[str | Path]) -> set[tuple[int, int]]:
-    """Identify the files among paths and patterns, whatever name leads to them."""
-    found = set()
-    for path in (path for source in sources for path in [source, *glob.glob(str(source))]):
-        with contextlib.suppress(OSError, ValueError):  # what else is wrong with an input is told where it is read
-            facts = os.stat(path)
-            found.add((facts.st_dev, facts.st_ino))
-    return found
-
-
 def check_model_folder(option: str, folder: Path, overwrite: bool) -> None:
     """Raise a `Problem` where a folder to train into holds a model already, unless that may be replaced."""
     check_writable(option, folder, folder=True)
@@ -115,29 +70,7 @@ def check_batch(option: str, images: int, size: int) -> None:
 
 def check_config(option: str, config: HieraTokConfig) -> None:
     """Raise a `Problem` where the weights of a configuration cannot fit into the memory of this machine."""
-    numbers = 0
-    for side in ("encoder", "decoder"):
-        width, layers = (getattr(config, f"{side}_{name}") for name in ("hidden_size", "num_layers"))
-        numbers += width * (4 * width * layers + config.in_channels * config.patch_size**2 + config.latent_channels)
-    if config.downsampling == "learned":
-        cells = sum(factor**2 for factor in config.scale_factors if factor > 1)
-        numbers += cells * config.latent_channels * config.decoder_hidden_size
-    check_memory(f"{option}: a model of that size", 4 * numbers)
-
-
-def write_or_explain(option: str, path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all; a `Problem` where it cannot be written."""
-    try:
-        with write_whole(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write the file of `--json` by `write_or_explain`; what is infinite or no number becomes null."""
-    finite = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
-    write_or_explain("--json", path, f"{json.dumps(finite, indent=2)}\n".encode())
+    check_memory(f"{option}: a model of that size", 4 * sum(count_parameters(config).values()))
 
 
 def describe_machine(device: torch.device, processes: int = 1) -> dict[str, Any]:
@@ -184,19 +117,6 @@ def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
     return end([])
 
 
-def run_script(run: Callable[[Namespace], list[str] | tuple[list[str], int]], args: Namespace) -> int:
-    """
-    Run a script and print its lines; the exit status: 0 or that which it gives beside its lines, or 2 after a
-    `Problem`, which goes to stderr.
-    """
-    try:
-        made = run(args)
-    except Problem as problem:
-        complain(f"error: {problem}\n")
-        return end([], 2)
-    return end(*made) if isinstance(made, tuple) else end(made)
-
-
 def run_on_processes(run: Callable[[Namespace, PartialState], list[str]], args: Namespace) -> int:
     """
     Run a script on all processes that accelerate or torchrun started, and give the exit status.
@@ -209,7 +129,7 @@ def run_on_processes(run: Callable[[Namespace, PartialState], list[str]], args: 
     try:
         lines = run(args, state)
         return end(lines if state.is_main_process else [])
-    except Problem as problem:
+    except (MissingExtra, Problem) as problem:
         where = "" if state.num_processes == 1 else f" (process {state.process_index})"
         complain(f"error{where}: {problem}\n")
         return end([], 2)

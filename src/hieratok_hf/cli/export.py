@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import HieraTokConfig, HieraTokCore
 from ..models.autoencoder_adapter import load_codec
 from ..models.saving import stage_folder
+from ..utils.extras import missing_extra
 from .arguments.weights import EXPORT_SUFFIXES
 from .command_line import load_or_explain, run_script
 from .main import parse
@@ -202,7 +203,7 @@ def prepare(args: Namespace) -> HieraTokCore:
     """Load the model; a `Problem` where what was asked for cannot be done."""
     missing = [name for kind in args.format for name in PACKAGES[kind] if importlib.util.find_spec(name) is None]
     if missing:
-        raise Problem(f"--format onnx needs {', '.join(missing)} (pip install 'hieratok_hf[export]')")
+        raise missing_extra("--format onnx", *missing)
     if args.output.exists() and not args.output.is_dir():
         raise Problem(f"OUTPUT {str(args.output)!r} must be a folder, got a file")
     if args.output.is_dir() and any(args.output.iterdir()):

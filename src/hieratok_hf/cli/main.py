@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+from ..utils.extras import EXTRAS, missing_extra
 from .arguments import generation, images, latents, training, weights
 from .parsing import Parser, make_parser
 from .terminal import complain, end
@@ -21,6 +22,7 @@ class Command(NamedTuple):
     group: str
     summary: str
     add_arguments: Callable[[Parser], None]
+    needs_torch: bool = True
 
 
 COMMANDS = {
@@ -41,6 +43,9 @@ COMMANDS = {
     "train": Command("Training", "Train or fine-tune a tokenizer.", training.add_train),
     "cache": Command("Training", "Encode a data set to latents once, to train a generator on.", training.add_cache),
     "train-dit": Command("Training", "Train a generator on the latents of a tokenizer.", training.add_train_dit),
+    "info": Command(
+        "Weights", "Describe a model, latents or a file, and what a folder lacks.", weights.add_info, needs_torch=False
+    ),
     "convert checkpoint": Command(
         "Weights", "Convert a checkpoint for both libraries, and back.", weights.add_convert_checkpoint
     ),
@@ -49,10 +54,6 @@ COMMANDS = {
     "push": Command("Weights", "Test a saved model and upload it to the Hub.", weights.add_push),
 }
 """Commands by their names, in the order of `hieratok --help`."""
-
-
-_EXTRAS = {"datasets": "eval", "torchmetrics": "eval", "gradio": "app"}
-"""Packages without which commands do not begin, each with the extra that brings it."""
 
 
 def parse(name: str, argv: Sequence[str] | None = None) -> Any:
@@ -105,15 +106,14 @@ def main(argv: Sequence[str] | None = None, load_package: Callable[[], None] | N
     for words in (2, 1):
         if (name := " ".join(given[:words])) in COMMANDS:
             parse(name, given[words:])  # --help and errors end here, before torch is imported
-            if load_package is not None:
+            if load_package is not None and COMMANDS[name].needs_torch:
                 load_package()
             try:
                 module = import_module(f".{name.replace(' ', '_').replace('-', '_')}", __package__)
             except ModuleNotFoundError as error:
-                if error.name not in _EXTRAS:
+                if error.name not in EXTRAS:
                     raise
-                extra = f"pip install 'hieratok_hf[{_EXTRAS[error.name]}]'"
-                complain(f"error: hieratok {name} needs the package {error.name}: {extra}\n")
+                complain(f"error: {missing_extra(f'hieratok {name}', error.name)}\n")
                 return end([], 2)
             return module.main(given[words:])
     return _explain(given)

@@ -3,9 +3,12 @@
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 
-__all__ = ["Problem", "align_table", "complain", "end", "one_line"]
+from ..utils.extras import MissingExtra
+
+__all__ = ["Problem", "align_table", "complain", "end", "one_line", "run_script"]
 
 
 class Problem(Exception):
@@ -47,3 +50,16 @@ def complain(text: str) -> None:
     with contextlib.suppress(OSError):  # nobody is there to be told
         sys.stderr.write(text)
         sys.stderr.flush()
+
+
+def run_script(run: Callable[[Namespace], list[str] | tuple[list[str], int]], args: Namespace) -> int:
+    """
+    Run a script and print its lines; the exit status: 0 or that which it gives beside its lines, or 2 after a
+    `Problem` or for want of an extra, which goes to stderr.
+    """
+    try:
+        made = run(args)
+    except (MissingExtra, Problem) as problem:
+        complain(f"error: {problem}\n")
+        return end([], 2)
+    return end(*made) if isinstance(made, tuple) else end(made)

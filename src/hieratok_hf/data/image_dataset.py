@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..utils.extras import missing_extra
 from ..utils.images import ImageError, centre_square, decode_image, open_image
 from .local_images import LABELS, Listing, list_folder, list_shards
 
@@ -150,7 +151,7 @@ def load_images(source: str | Sequence[str], *, split: str = "train", streaming:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise ImportError('Reading images needs datasets: pip install "hieratok_hf[train]"') from error
+        raise missing_extra("Reading images", "datasets") from error
     sources = [os.fspath(name) for name in ([source] if isinstance(source, str | os.PathLike) else source)]
     if not sources:
         raise ValueError("No images found: no source was given.")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..models.core import PIXEL_LIMIT
 from ..models.losses import steps_at_borders
+from ..utils.extras import missing_extra
 from ..utils.images import from_uint8, to_uint8
 from ..utils.numbers import whole_number
 from .vision_features import VisionFeatures
@@ -56,7 +57,7 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
-        raise ImportError('`ssim` needs torchmetrics: pip install "hieratok_hf[eval]"') from error
+        raise missing_extra("`ssim`", "torchmetrics") from error
     levels, target_levels = _paired_levels(images, targets)
     if min(size := tuple(levels.shape[2:])) < SSIM_WINDOW:
         raise ValueError(f"`images` must be at least {SSIM_WINDOW} pixels high and wide, got {size}.")
@@ -123,7 +124,7 @@ class FrechetDistance:
         try:
             from torchmetrics.image.fid import FrechetInceptionDistance
         except ImportError as error:
-            raise ImportError('A Fréchet distance needs torchmetrics: pip install "hieratok_hf[eval]"') from error
+            raise missing_extra("A Fréchet distance", "torchmetrics") from error
         if size is not None and features is None:
             raise ValueError(f"`size` must be left out for the Inception network, got {size}.")
         size = size if size is None else whole_number("size", size, 1)

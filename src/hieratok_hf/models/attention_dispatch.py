@@ -1,12 +1,12 @@
 """Translate the names that transformers and diffusers have for ways to compute attention into backends."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.attention import ATTENTION_BACKENDS
@@ -57,10 +57,12 @@ def backend_of(
         return DIFFUSERS_BACKENDS[set_by_diffusers]
     if own is not None:
         return own, None
-    active: Any = _AttentionBackendRegistry.get_active_backend()[0]  # private, see CONTRIBUTING.md
-    # It holds for every model in the process, so it may be one that only another can use.
-    if active != AttentionBackendName.NATIVE and active in DIFFUSERS_BACKENDS:
-        return DIFFUSERS_BACKENDS[active]
+    # Nobody has chosen by a module that is not loaded, and loading it takes long.
+    if (dispatch := sys.modules.get("diffusers.models.attention_dispatch")) is not None:
+        active: Any = dispatch._AttentionBackendRegistry.get_active_backend()[0]  # private, see CONTRIBUTING.md
+        # It holds for every model in the process, so it may be one that only another can use.
+        if active != dispatch.AttentionBackendName.NATIVE and active in DIFFUSERS_BACKENDS:
+            return DIFFUSERS_BACKENDS[active]
     return ATTENTION_IMPLEMENTATIONS[implementation or "sdpa"], None
 
 

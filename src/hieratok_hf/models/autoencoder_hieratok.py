@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders.peft import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -18,9 +18,12 @@ from huggingface_hub import is_offline_mode
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..ops.onednn_linear import HieraTokLinear
 from ..ops.pyramid import PyramidLayout
+from ..shipped import resolve_model
 from .configuration_hieratok import OF_PIPELINES, HieraTokConfig, complete_saved, refuse_misspelt
 from .core import HieraTokCore, check_latents, check_pixel_values
+from .layers import HieraTokAttention
 from .saved_code import library_of
 from .saving import HubUploadMixin, check_indices, check_kind, load_whole, name_in_errors, share_between_libraries
 from .tiling import TilingMixin, run_in_tiles
@@ -40,6 +43,19 @@ else:
 __all__ = ["AutoencoderHieraTok", "AutoencoderHieraTokOutput"]
 
 # Shape letters: B batch, H W pixels, p patch size, h w finest grid (H / p, W / p), C latent channels.
+
+
+class _HieraTokAttentionMixin(AttentionModuleMixin):
+    def fuse_projections(self) -> None:
+        """Fuse the projections of queries, keys and values into one linear layer."""
+        super().fuse_projections()
+        if self.fused_projections:
+            self.to_qkv.__class__ = HieraTokLinear
+
+
+# A trap: diffusers finds the layers of attention by this base. They get it here, not where they are defined, because a
+# model of transformers has the same layers, and should not wait until diffusers is imported.
+HieraTokAttention.__bases__ = (nn.Module, _HieraTokAttentionMixin)
 
 
 @dataclass
@@ -74,7 +90,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
 
     ```python
     >>> import torch, hieratok_hf
-    >>> vae = hieratok_hf.AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+    >>> vae = hieratok_hf.AutoencoderHieraTok.from_pretrained("hieratok-tiny")
     >>> latents = vae.encode(torch.zeros(1, 3, 64, 96)).latent_dist.mode()
     >>> latents.shape, vae.decode(latents).sample.shape, vae.decode(latents, num_scales=2).sample.shape
     (torch.Size([1, 16, 8, 12]), torch.Size([1, 3, 64, 96]), torch.Size([1, 3, 16, 24]))
@@ -277,14 +293,17 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "Self":
         """
-        Load a model from a folder or the Hub, with the arguments of `ModelMixin.from_pretrained`.
+        Load a model from a folder, the package or the Hub, with the arguments of `ModelMixin.from_pretrained`.
+
+        A name of `SHIPPED` is that of weights in the package, unless a folder here has it.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
-            ValueError: It is of another architecture, an index of the weights names a file outside of the folder, or
-                the weights lack a tensor, which diffusers would leave random, or one of another shape was
-                ignored and has no storage.
+            ValueError: It is of another architecture, an index of the weights names a file outside of the folder, the
+                name is a size without trained weights, or the weights lack a tensor, which diffusers would leave
+                random, or one of another shape was ignored and has no storage.
         """
+        pretrained_model_name_or_path = resolve_model(pretrained_model_name_or_path)
         if is_offline_mode():  # in spite of which diffusers asks the Hub for the list of shards
             kwargs["local_files_only"] = True
         return_info = kwargs.pop("output_loading_info", False)

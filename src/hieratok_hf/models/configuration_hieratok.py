@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import check_scale_factors
+from ..shipped import resolve_model
 from ..utils.choices import DOWNSAMPLING, SIZES
 from ..utils.files import read_json, write_whole
 from ..utils.numbers import plain_numbers
@@ -232,8 +233,12 @@ class HieraTokConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read `config.json` as `PreTrainedConfig` does; where there is none, raise `OSError` instead of defaults."""
-        values, unused = super().get_config_dict(*args, **kwargs)
+        """
+        Read `config.json` as `PreTrainedConfig` does; where there is none, raise `OSError` instead of defaults.
+
+        A name of `SHIPPED` is that of weights in the package, unless a folder here has it.
+        """
+        values, unused = super().get_config_dict(*map(resolve_model, args), **kwargs)
         if not values:
             where = str(args[0]) if args else "the folder"
             raise OSError(f"{where!r} has no config.json{pipeline_hint(Path(where))}.")

@@ -474,7 +474,7 @@ class HieraTokCore(nn.Module):
 
 def posterior_of(moments: Tensor) -> "DiagonalGaussianDistribution":
     """Make the distribution of the latent `(B, C, h, w)` from its `moments` `(B, 2C, h, w)`, mean first."""
-    # Importing it loads every autoencoder of diffusers, which `import hieratok_hf` should not wait for.
+    # Importing it loads every autoencoder of diffusers, for which a model of transformers should not wait.
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     return DiagonalGaussianDistribution(moments)

@@ -12,6 +12,7 @@ from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
+from ..shipped import resolve_model
 from ..utils.files import write_whole
 from ..utils.images import convert_to_rgb, fetch_image, open_image
 from ..utils.numbers import plain_numbers, whole_number
@@ -57,6 +58,13 @@ class _HieraTokImageProcessing(BaseImageProcessor):
     def __init__(self, **kwargs: Any):
         refuse_misspelt(kwargs, self.valid_kwargs.__annotations__, type(self).__name__)
         super().__init__(**_with_switches(kwargs))
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read saved settings as transformers does; a name of `SHIPPED` is in the package, unless a folder has it."""
+        return super().get_image_processor_dict(resolve_model(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:

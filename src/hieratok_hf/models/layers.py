@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
@@ -158,10 +157,15 @@ class HieraTokAttnProcessor:
         return attn.to_out[0](attended.transpose(1, 2).flatten(2)), weights
 
 
-class HieraTokAttention(nn.Module, AttentionModuleMixin):
-    """Attend over a pyramid of tokens with `num_heads` heads; a layout of one scale makes it full attention."""
+class HieraTokAttention(nn.Module):
+    """
+    Attend over a pyramid of tokens with `num_heads` heads; a layout of one scale makes it full attention.
+
+    The module of `AutoencoderHieraTok` gives it diffusers' `AttentionModuleMixin` as a second base.
+    """
 
     _default_processor_cls = HieraTokAttnProcessor
+    fused_projections = False
 
     def __init__(self, config: HieraTokConfig, hidden_size: int, num_heads: int):
         super().__init__()
@@ -176,13 +180,7 @@ class HieraTokAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([HieraTokLinear(hidden_size, hidden_size)])
         self.norm_q = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.set_processor(self._default_processor_cls())
-
-    def fuse_projections(self) -> None:
-        """Fuse the projections of queries, keys and values into one linear layer."""
-        super().fuse_projections()
-        if self.fused_projections:
-            self.to_qkv.__class__ = HieraTokLinear
+        self.processor = self._default_processor_cls()
 
     def forward(
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from ..ops.pyramid import continue_border
 from ..utils.choices import PIXEL_LOSSES
 from .configuration_hieratok import HieraTokConfig
-from .core import posterior_of
 
 __all__ = [
     "add_weighted",
@@ -103,8 +102,9 @@ def tokenizer_losses(
     """
     pairs = zip(images, image_pyramid(pixel_values.float(), config))
     *coarse, finest = [pixel_loss(image, target, kind) for image, target in pairs]
-    posterior = posterior_of(moments.float())
-    losses = {kind: finest, "kl": posterior.kl().mean() / posterior.mean[0].numel()}
+    mean, logvar = moments.float().chunk(2, dim=1)
+    logvar = logvar.clamp(-30, 20)  # as diffusers' distribution does, which takes a second to import
+    losses = {kind: finest, "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()}
     if coarse:
         # What averages lose falls about as the factor rises, and each scale is to count alike.
         losses["coarse"] = torch.stack([f * loss for f, loss in zip(config.scale_factors, coarse)]).mean()

@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import ModelOutput, TransformersKwargs
 
+from ..shipped import resolve_model
 from .attention_dispatch import ATTENTION_IMPLEMENTATIONS
 from .configuration_hieratok import HieraTokConfig
 from .core import HieraTokCore, HieraTokDecoder, posterior_of
@@ -184,12 +185,16 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> "Self":
         """
-        Load a model from a folder or the Hub, with the arguments of `PreTrainedModel.from_pretrained`.
+        Load a model from a folder, the package or the Hub, with the arguments of `PreTrainedModel.from_pretrained`.
+
+        A name of `SHIPPED` is that of weights in the package, unless a folder here has it.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
-            ValueError: It is of another architecture, or an index of the weights names a file outside of the folder.
+            ValueError: It is of another architecture, an index of the weights names a file outside of the folder, or
+                the name is a size without trained weights.
         """
+        pretrained_model_name_or_path = resolve_model(pretrained_model_name_or_path)
         load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is None:
             return load()
@@ -239,7 +244,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions` as in every transformers model.
         """
         moments, _ = self.core.encode_moments(self._to_own_dtype(pixel_values))
-        return HieraTokEncoderOutput(latents=posterior_of(moments).mode(), moments=moments)
+        return HieraTokEncoderOutput(latents=moments.chunk(2, dim=1)[0], moments=moments)
 
     @can_return_tuple
     def decode(
@@ -306,8 +311,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         """
         pixel_values = self._to_own_dtype(pixel_values)
         moments, features = self.core.encode_moments(pixel_values)
-        posterior = posterior_of(moments)
-        latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        latents = posterior_of(moments).sample(generator) if sample_posterior else moments.chunk(2, dim=1)[0]
         has_loss = return_loss and num_scales in (None, len(self.config.scale_factors))
         if has_loss or return_scales:
             images = self.core.decode_scales(latents, num_scales)

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from diffusers import __version__ as diffusers_version
 from filelock import FileLock
 from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -364,6 +363,8 @@ def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformer
             index["weight_map"] = {key: _for_diffusers(name) for key, name in index["weight_map"].items()}
             renamed.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
+    from diffusers import __version__  # which takes half a second, and loading a model needs it not
+
     index_for_transformers(stage, keep_own_name=for_transformers)
     config_path = stage / "config.json"
     if not config_path.exists():
@@ -375,7 +376,7 @@ def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformer
         **config.pipeline_facts,
         "architectures": ["HieraTokModel"],
         "_class_name": "AutoencoderHieraTok",
-        "_diffusers_version": diffusers_version,
+        "_diffusers_version": __version__,
     }
     # The files say their own names; a second place could only disagree. So would the dtype of one of several variants.
     has_variant = any(variant_of(path.name) for path in stage.glob(f"{WEIGHTS_STEM}*"))

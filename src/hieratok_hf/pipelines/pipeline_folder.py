@@ -11,6 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..models.saved_code import OWN_CODE
 from ..models.saving import HubUploadMixin, load_whole, name_in_errors
+from ..shipped import resolve_model
 from ..utils.files import read_json
 
 if TYPE_CHECKING:
@@ -55,12 +56,15 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "Self":
         """
-        Load a pipeline from a folder or a Hub id, with the arguments of `DiffusionPipeline.from_pretrained`.
+        Load a pipeline from a folder, the package or the Hub, with `DiffusionPipeline.from_pretrained`'s arguments.
+
+        A name of `SHIPPED` is that of weights in the package, unless a folder here has it.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message names the way out.
-            ValueError: A file is not as that of a pipeline must be.
+            ValueError: A file is not as that of a pipeline must be, or the name is a size without trained weights.
         """
+        pretrained_model_name_or_path = resolve_model(pretrained_model_name_or_path)
         folder = Path(pretrained_model_name_or_path)
         index = read_json(folder / "model_index.json") or {}
         for part in _PARTS:

@@ -58,7 +58,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
 
     ```python
     >>> import torch, hieratok_hf
-    >>> pipe = hieratok_hf.HieraTokDiTPipeline.from_pretrained(hieratok_hf.pretrained("hieratok-dit-tiny"))
+    >>> pipe = hieratok_hf.HieraTokDiTPipeline.from_pretrained("hieratok-dit-tiny")
     >>> pipe.set_progress_bar_config(disable=True)
     >>> images = pipe(["church", "parachute"], num_inference_steps=4, generator=torch.manual_seed(0)).images
     >>> [image.size for image in images]

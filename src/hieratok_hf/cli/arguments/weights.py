@@ -4,12 +4,21 @@ from argparse import Namespace
 from pathlib import Path
 
 from ...utils.choices import SHIPPED, SIZES
-from ..parsing import Parser, add_device, json_object, positive
+from ..parsing import Parser, add_device, add_report, json_object, positive
 from .images import TOKENIZER
 
 DTYPES = ("float32", "float16", "bfloat16")
 DETOK = "jjiaweiyang/l-DeTok/detok-BB-gamm3.0-m0.7.pth"
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+
+
+def add_info(parser: Parser) -> None:
+    add = parser.add_argument
+    what = "a name of weights or of a size, a folder (model, pipeline, latents, training, exported programs), "
+    what += "a .safetensors or .json file, or a Hub id in the cache"
+    add("what", metavar="MODEL|LATENTS|FILE", help=what)
+    add("--size", type=positive, help="side in pixels of the image that FLOPs are counted for; about 256 unless given")
+    add_report(parser)
 
 
 def add_convert_checkpoint(parser: Parser) -> None:

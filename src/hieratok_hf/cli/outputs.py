@@ -1,0 +1,73 @@
+"""Check and write the files of a command, with a line of error that names the option; nothing here imports torch."""
+
+import contextlib
+import glob
+import json
+import os
+import tempfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import write_whole
+from .terminal import Problem, one_line
+
+__all__ = ["check_writable", "identify", "write_or_explain", "write_report"]
+
+
+def check_writable(
+    option: str, path: Path, folder: bool = False, *, overwrite: bool = True, inputs: Collection[Any] = ()
+) -> None:
+    """
+    Make the folder that an output goes to, and fail before the work where the output could not be written.
+
+    Args:
+        option (str): The option that names the output.
+        path (Path): A file, which may be there, or a folder.
+        folder (bool): Whether `path` is a folder.
+        overwrite (bool): Whether a file that is there may be replaced.
+        inputs (collection): Files that must not be replaced in any case, of `identify`.
+
+    Raises:
+        Problem: No file can be made in the folder, or there is something where the file should be.
+    """
+    where = f"{option} {str(path)!r}"
+    try:
+        parent = path if folder else path.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()
+    except (OSError, ValueError) as error:  # ValueError of a zero byte
+        raise Problem(f"{where} cannot be written: {one_line(error)}") from error
+    if folder or not (path.exists() or path.is_symlink()):
+        return
+    if not path.is_file():
+        raise Problem(f"{where} cannot be written: it is a {'folder' if path.is_dir() else 'link or a device'}")
+    if identify([path]) & set(inputs):
+        raise Problem(f"{where} cannot be written: it is an input")
+    if not overwrite:
+        raise Problem(f"{where} is there already: add --overwrite, or take another name")
+
+
+def identify(sources: Iterable[str | Path]) -> set[tuple[int, int]]:
+    """Identify the files among paths and patterns, whatever name leads to them."""
+    found = set()
+    for path in (path for source in sources for path in [source, *glob.glob(str(source))]):
+        with contextlib.suppress(OSError, ValueError):  # what else is wrong with an input is told where it is read
+            facts = os.stat(path)
+            found.add((facts.st_dev, facts.st_ino))
+    return found
+
+
+def write_or_explain(option: str, path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; a `Problem` where it cannot be written."""
+    try:
+        with write_whole(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise Problem(f"{option} {str(path)!r} cannot be written: {one_line(error)}") from error
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write the file of `--json` by `write_or_explain`; what is infinite or no number becomes null."""
+    finite = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
+    write_or_explain("--json", path, f"{json.dumps(finite, indent=2)}\n".encode())
