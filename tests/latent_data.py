@@ -21,6 +21,19 @@ def make_images(folder, count=14, broken=BROKEN):
     return folder
 
 
+def make_mixed_images(folder, broken=BROKEN):
+    """Noise of three aspects in two classes, 9 squares, 6 wide and 4 tall in mixed order, one of them cut short."""
+    rng = np.random.default_rng(1)
+    kinds = rng.permutation([(40, 40)] * 9 + [(32, 56)] * 6 + [(60, 30)] * 4)
+    for i, (height, width) in enumerate(kinds):
+        path = folder / ("hat", "jacket")[2 * i // len(kinds)] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        if i == broken:
+            path.write_bytes(path.read_bytes()[:200])
+    return folder
+
+
 def tiny_kl(**options):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     torch.manual_seed(0)

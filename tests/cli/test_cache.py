@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from helpers import random_core
-from latent_data import BROKEN, bytes_in, make_images, shards_in, tiny_kl, tiny_without_posterior
+from latent_data import BROKEN, bytes_in, make_images, make_mixed_images, shards_in, tiny_kl, tiny_without_posterior
 from scripts import error_of, kill_and_go_on, load_script, with_defaults
 
 pytest.importorskip("datasets", reason="images are read through it")
@@ -63,6 +63,23 @@ def test_killed_at_any_moment_every_row_is_there_once(space, tmp_path):
     assert LatentCache(tmp_path / "parts").rows.tolist() == [row for row in range(60) if row != BROKEN]
 
 
+def test_with_buckets_a_run_that_was_killed_goes_on(space, tmp_path):
+    images = make_mixed_images(tmp_path / "images")
+    given = with_defaults(["--aspect_buckets", "--size", "32"], {"--model": space / "hieratok", "--data": images})
+    given += ["--bucket_step", "8", "--device", "cpu", "--shard_size", "2", "--batch_size", "1"]
+
+    def run(name, **options):
+        return {"arguments": [*given, "--output", str(tmp_path / name)], **options}
+
+    runs = [run("whole"), run("parts", cut=3), run("parts", kill=0.02), run("parts", world=2)]
+    told = kill_and_go_on(script, "shard-*", runs, tmp_path / "cache")
+    assert told[0]["ended"] and not told[1]["ended"] and told[3]["ended"], told
+    assert bytes_in(tmp_path / "parts") == bytes_in(tmp_path / "whole")
+    cache = LatentCache(tmp_path / "parts")
+    assert sorted(cache.rows.tolist()) == [row for row in range(19) if row != BROKEN]
+    assert cache.latent_shapes == {(24, 40): (4, 6, 10), (32, 32): (4, 8, 8), (40, 24): (4, 10, 6)}
+
+
 def test_what_it_prints_and_writes(run, tmp_path, capsys):
     options = ["--shard_size", 5, "--dtype", "bfloat16", "--no_flips", "--limit", 12, "--size", 16]
     assert run(tmp_path / "new" / "latents", *options) == 0
@@ -90,6 +107,10 @@ BAD = {
     "a missing model": (["--model", "missing/model"], "--model 'missing/model' cannot be loaded: .*no folder or repo"),
     "a size that does not fit": (["--size", "30"], "cannot take images of 30 x 30 pixels: .*patch size 4"),
     "no posterior": (["--model", "{space}/tiny", "--size", "32"], "AutoencoderTiny has no posterior: `kind` must be"),
+    "a step of buckets": (
+        ["--aspect_buckets", "2", "--bucket_step", "24", "--size", "32"],
+        "--bucket_step 24, got 32",
+    ),
     "a file for a folder": (["--output", "{space}/kl/config.json"], "--output .*config.json' cannot be written: "),
     "shards without settings": (["--output", "{space}/strange"], r"holds shards, but no cache\.json"),
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from full_disk import full_disk
 from helpers import TINY
+from latent_data import make_mixed_images
 from PIL import Image
 from scripts import (
     ROOT,
@@ -111,6 +112,36 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path, vi
     assert records(tmp_path / "parts") == whole
     assert names_in(tmp_path / "parts") == names_in(tmp_path / "whole")
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_with_buckets_it_goes_on_as_if_nothing_had_happened(tmp_path, vision_model):
+    data, shapes = make_mixed_images(tmp_path / "data"), set()
+    more = [*all_losses(vision_model), "--border_weight", 1, "--data", data, "--aspect_buckets", "--bucket_step", 8]
+    more += ["--crop_sizes", 32, "--steps", 12, "--save_every", 2]
+    objective = train_tokenizer.TrainingLoss.__call__
+
+    def watched(self, config, pixel_values, *others):
+        shapes.add(tuple(pixel_values.shape[2:]))
+        return objective(self, config, pixel_values, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer.TrainingLoss, "__call__", watched)
+        whole = run(tmp_path / "whole", *more)
+    assert shapes == {(24, 40), (32, 32), (40, 24)}
+    go_on = {"arguments": arguments(tmp_path / "parts", *more, "--resume")}
+    told = kill_and_go_on(train_tokenizer, "losses.jsonl", [{**go_on, "cut": 2}, go_on], tmp_path / "cache")
+    assert not told[0]["ended"] and told[1]["ended"], told
+    assert records(tmp_path / "parts") == whole
+    torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_buckets_that_cannot_be_are_named(tmp_path, capsys):
+    for more, message in (
+        (["--bucket_step", 6], "--bucket_step must be a multiple of the patch size 4, got 6"),
+        (["--bucket_step", 12], "--crop_sizes must be multiples of --bucket_step 12, got 32"),
+    ):
+        assert message in failure(capsys, tmp_path / "new", "--aspect_buckets", 1.5, *more)
+        assert not (tmp_path / "new").exists()
 
 
 def test_another_training_and_other_data_are_refused_in_a_folder_that_is_begun(tmp_path, capsys):

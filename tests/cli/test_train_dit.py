@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from helpers import TINY, random_core
+from latent_data import make_mixed_images
 from PIL import Image
 from scripts import (
     assert_close,
@@ -100,6 +101,34 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("source", ["latents", "images"])
+def test_with_buckets_it_goes_on_as_if_nothing_had_happened(tmp_path, run, arguments, space, source, monkeypatch):
+    data = make_mixed_images(tmp_path / "data", broken=None)
+    more = ["--data", data, "--image_size", 32, "--aspect_buckets", 2, "--bucket_step", 8]
+    if source == "latents":
+        vae = AutoencoderHieraTok.from_pretrained(space / "vae")
+        write_latents(vae, load_images(str(data)), tmp_path / "latents", size=32, max_aspect=2.0, multiple=8)
+        more = ["--latents", tmp_path / "latents"]
+    more += ["--patch_size", 2, "--steps", 12, "--save_every", 1, "--sample_every", 12]
+    seen, forward = set(), train_dit.VelocityTraining.forward
+
+    def watched(self, latents, *others):
+        seen.add(tuple(latents.shape[1:]))
+        return forward(self, latents, *others)
+
+    monkeypatch.setattr(train_dit.VelocityTraining, "forward", watched)
+    whole = run(tmp_path / "whole", *more)
+    assert seen == {(4, 6, 10), (4, 8, 8), (4, 10, 6)}
+    go_on = {"arguments": arguments(tmp_path / "parts", *more, "--resume")}
+    told = kill_and_go_on(train_dit, "losses.jsonl", [{**go_on, "cut": 3}, go_on], tmp_path / "cache")
+    assert not told[0]["ended"]
+    assert told[-1]["ended"] and records(tmp_path / "parts") == whole
+    torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+    pipe = HieraTokDiTPipeline.from_pretrained(tmp_path / "whole")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe([0], 2, height=24, width=40).images[0].size == (40, 24)
+
+
 def test_sharded_over_two_processes_it_trains_as_one(tmp_path, run, arguments):
     one = run(tmp_path / "one", "--steps", 3)
     given = arguments(tmp_path / "two", "--steps", 3, "--export_every", 3)
@@ -155,6 +184,24 @@ def test_what_does_not_fit_is_named(tmp_path, capsys, arguments, run, space):
     unnamed = ["--data", tmp_path / "flat", "--image_size", PIXELS]
     assert "--class_names is needed" in failure(tmp_path / "g", *unnamed)
     assert "one is none" in failure(tmp_path / "g", *unnamed, "--class_names", "a", "b")
+
+
+def test_buckets_that_do_not_fit_are_named(tmp_path, capsys, arguments, space):
+    def failure(*more):
+        assert train_dit.main(arguments(tmp_path / "new", *more)) == 2
+        assert not (tmp_path / "new").exists()
+        return error_of(capsys)
+
+    data = make_mixed_images(tmp_path / "data", broken=None)
+    given = ["--data", data, "--image_size", 32, "--aspect_buckets"]
+    assert "--bucket_step must be a multiple of the patch size 8, got 4" in failure(
+        *given, "--bucket_step", 4, "--patch_size", 2
+    )
+    assert "--image_size must be multiples of --bucket_step 24, got 32" in failure(*given, "--bucket_step", 24)
+    vae = AutoencoderHieraTok.from_pretrained(space / "vae")
+    write_latents(vae, load_images(str(data)), tmp_path / "latents", size=32, max_aspect=2.0, multiple=4)
+    latents = ["--latents", tmp_path / "latents", "--patch_size", 4]
+    assert "is no multiple of --patch_size 4" in failure(*latents)
 
 
 def test_arguments_that_cannot_be_are_named(tmp_path, capsys):

@@ -10,7 +10,9 @@ import pytest
 import torch
 from image_files import encoded, noise
 from local_data import picture, refused, seen, write_folder, write_shard
+from PIL import Image
 
+from hieratok_hf.data import image_dataset
 from hieratok_hf.data.image_dataset import Images, decode_ahead, image_of, load_images
 from hieratok_hf.utils.images import ImageError
 
@@ -170,12 +172,31 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, streaming):
             image_of(bad)
 
 
+def test_sizes_are_those_of_the_images_as_they_stand(tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "cat"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i, size in enumerate([(20, 30), (8, 8), (5, 90), (40, 20)]):
+        Image.new("RGB", size).save(folder / f"{i}.jpg", exif=exif if i == 3 else b"")
+    (folder / "4.png").write_bytes(b"no image")
+    shard = write_shard(tmp_path / "a.tar", [0, 1])
+    for chunk in (1000, 2):
+        monkeypatch.setattr(image_dataset, "_HEADERS_AT_A_TIME", chunk)
+        images = load_images(str(tmp_path / "data"))
+        assert images.read_sizes().tolist() == [[30, 20], [8, 8], [90, 5], [40, 20], [1, 1]]
+        assert load_images(shard).read_sizes().tolist() == [[10, 12]] * 2
+        assert images.read_sizes(3).tolist() == [[30, 20], [8, 8], [90, 5]]
+    with pytest.raises(ValueError, match="is a stream"):
+        load_images(str(tmp_path / "data"), streaming=True).read_sizes()
+
+
 def test_batches_are_decoded_ahead(tmp_path):
     entries = list(enumerate(load_images(write_folder(tmp_path / "data", cat=range(3), dog=[3]))))
     entries[1][1]["image"] = {"bytes": None, "path": None}
 
     batches = iter([entries[:2], entries[1:2], entries[2:], []])
-    found = decode_ahead(batches, 10, 2)
+    found = decode_ahead(batches, (10, 10), 2)
     first = next(found)
     assert batches.__length_hint__() == 2 and first["rows"] == [0] and first["labels"] == [0]
     assert first["levels"].tolist() == [noise(10, 12, seed=0)[:, 1:11].tolist()]

@@ -6,16 +6,17 @@ from functools import partial
 import pytest
 import torch
 from helpers import random_core
-from latent_data import make_images, tiny_kl
+from latent_data import make_images, make_mixed_images, tiny_kl
 
 from hieratok_hf.data import training_batches
+from hieratok_hf.data.aspect_buckets import aspect_buckets, group_by_aspect
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_batches import iterate_cached, iterate_encoded
 from hieratok_hf.data.latent_cache import LatentCache
 from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.data.training_batches import BatchPlan
 from hieratok_hf.models.autoencoder_adapter import Codec
-from hieratok_hf.utils.images import centre_square
+from hieratok_hf.utils.images import centre_crop
 
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 COUNT, SIZE = 10, 32
@@ -94,8 +95,8 @@ def test_moments_are_drawn_anew_each_time(cache):
 def test_a_cache_gives_what_encoding_on_the_way_gives(make, data, tmp_path, monkeypatch):
     """The images of 32 x 40 pixels are cut otherwise, so both read those cut to the middle."""
 
-    def middle(image, size, rng, scale):
-        crop = centre_square(image, size)
+    def middle(image, shape, rng, scale):
+        crop = centre_crop(image, shape)
         return crop.transpose(0) if rng.random() < 0.5 else crop  # Image.Transpose.FLIP_LEFT_RIGHT is 0
 
     monkeypatch.setattr(training_batches, "random_crop", middle)
@@ -105,6 +106,48 @@ def test_a_cache_gives_what_encoding_on_the_way_gives(make, data, tmp_path, monk
     for ours, theirs in zip(iterate_cached(LatentCache(tmp_path), PLAN()), encoded, strict=True):
         assert torch.equal(ours["labels"], theirs["labels"])
         torch.testing.assert_close(ours["latents"], theirs["latents"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixed")
+    images = load_images(str(make_mixed_images(folder / "images", broken=None)))
+    write_latents(
+        random_core(), images, folder / "latents", size=SIZE, max_aspect=2.0, multiple=8, dtype=torch.float32
+    )
+    return images, LatentCache(folder / "latents")
+
+
+def test_with_buckets_a_cache_gives_what_encoding_on_the_way_gives(mixed, monkeypatch):
+    images, cache = mixed
+
+    def middle(image, shape, rng, scale):
+        crop = centre_crop(image, shape)
+        return crop.transpose(0) if rng.random() < 0.5 else crop
+
+    monkeypatch.setattr(training_batches, "random_crop", middle)
+    codec = Codec(random_core())
+    buckets = group_by_aspect(images.read_sizes(), aspect_buckets(SIZE, 8))
+    # The cache's indices of the rows, so that both plans mean the same images.
+    indices = {shape: cache.rows[found].numpy() for shape, found in cache.buckets.items()}
+    assert {shape: rows.tolist() for shape, rows in buckets.items()} == {k: v.tolist() for k, v in indices.items()}
+    encoded = iterate_encoded(codec, codec.latent_shape(SIZE), images, 2, PLAN(buckets=(buckets,)))
+    shapes = set()
+    for ours, theirs in zip(iterate_cached(cache, PLAN(buckets=(cache.buckets,))), encoded, strict=True):
+        assert torch.equal(ours["labels"], theirs["labels"])
+        torch.testing.assert_close(ours["latents"], theirs["latents"], atol=1e-4, rtol=1e-4)
+        shapes.add(tuple(ours["latents"].shape[1:]))
+    assert len(shapes) > 1
+
+
+def test_with_buckets_processes_divide_the_same_latents_and_resume(mixed):
+    plan = partial(PLAN, buckets=(mixed[1].buckets,))
+    whole = list(iterate_cached(mixed[1], plan()))
+    shares = [list(iterate_cached(mixed[1], plan(world_size=2, rank=rank))) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert torch.equal(torch.cat([part["latents"] for part in parts]), batch["latents"])
+    for ours, theirs in zip(iterate_cached(mixed[1], plan(), 4), whole[4:], strict=True):
+        assert torch.equal(ours["latents"], theirs["latents"]) and ours["step"] == theirs["step"]
 
 
 def test_a_label_that_is_no_class_is_refused(encoded):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import noise, random_core
-from latent_data import BROKEN, make_images, shards_in, tiny_kl
+from latent_data import BROKEN, make_images, make_mixed_images, shards_in, tiny_kl
 from safetensors.torch import save_file
 
 pytest.importorskip("datasets", reason="images are read through it")
@@ -38,6 +38,8 @@ def space(tmp_path_factory):
         kl = tiny_kl(scaling_factor=0.5, shift_factor=0.25)
         write_latents(kl, images, folder / "kl", dtype=torch.bfloat16, **SMALL)
         write_latents(random_core(), load_images(str(folder / "images" / "hat")), folder / "unlabelled", **SMALL)
+        mixed = load_images(str(make_mixed_images(folder / "mixed images")))
+        write_latents(random_core(), mixed, folder / "mixed", max_aspect=2.0, multiple=8, **SMALL)
         yield folder
 
 
@@ -164,7 +166,36 @@ def test_shards_that_are_not_what_they_should_be_are_named(space, tmp_path):
             read_header(path, settings)
 
 
-@pytest.mark.parametrize("kind", ["moments", "sample", "kl"])
+def test_buckets_have_shapes_of_their_own(space):
+    cache = LatentCache(space / "mixed")
+    assert cache.latent_shape == (4, 8, 8) and len(cache) == 18
+    assert cache.latent_shapes == {(24, 40): (4, 6, 10), (32, 32): (4, 8, 8), (40, 24): (4, 10, 6)}
+    assert torch.cat([torch.from_numpy(x) for x in cache.buckets.values()]).tolist() == list(range(18))
+    for shape, indices in cache.buckets.items():
+        latents, labels = cache.batch(indices)
+        assert latents.shape == (len(indices), *cache.latent_shapes[shape])
+        assert torch.equal(labels, cache.labels[indices])
+        for i, latent in zip(indices, latents):
+            assert torch.equal(cache[i]["moments"][:4], latent)
+    with pytest.raises(ValueError, match="`indices` must be those of images of one shape"):
+        cache.batch(range(18))
+    assert LatentCache(space / "moments").buckets == {}
+
+
+def test_damaged_buckets_are_refused(space, tmp_path):
+    shutil.copytree(space / "mixed", tmp_path, dirs_exist_ok=True)
+    settings = read_settings(tmp_path)
+    first, *others = settings["buckets"]
+    for buckets in ([], {}, 5, [1], [{**first, "shape": [24]}], [{**first, "rows": 0}], [{**first, "checksum": 1}]):
+        (tmp_path / "cache.json").write_bytes(encode_settings({**settings, "buckets": buckets}))
+        with pytest.raises(ValueError, match=r"cache\.json' is damaged: it has no valid 'buckets'"):
+            LatentCache(tmp_path)
+    (tmp_path / "cache.json").write_bytes(encode_settings({**settings, "buckets": [*others, first]}))
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors' is damaged"):
+        LatentCache(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["moments", "sample", "kl", "mixed"])
 def test_no_flipped_byte_goes_unnoticed(space, tmp_path, kind):
     shutil.copytree(space / kind, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "shard-00001.safetensors"
@@ -173,7 +204,9 @@ def test_no_flipped_byte_goes_unnoticed(space, tmp_path, kind):
 
     def read():
         cache = LatentCache(tmp_path)
-        return [cache.batch(range(13), [side] * 13) for side in ((False, True) if cache.flips else (False,))]
+        parts = list(cache.buckets.values()) or [range(13)]
+        sides = (False, True) if cache.flips else (False,)
+        return [cache.batch(part, [side] * len(part)) for part in parts for side in sides]
 
     before = read()
     for place in [*range(0, data, 7), *range(data, len(whole), 997), len(whole) - 1]:

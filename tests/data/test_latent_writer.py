@@ -3,13 +3,14 @@
 import copy
 import json
 import shutil
-from itertools import islice
+from itertools import chain, islice
 from unittest.mock import MagicMock, Mock
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_core, temporary_of
-from latent_data import BROKEN, bytes_in, make_images, shards_in, tiny_kl, tiny_without_posterior
+from latent_data import BROKEN, bytes_in, make_images, make_mixed_images, shards_in, tiny_kl, tiny_without_posterior
 
 pytest.importorskip("datasets", reason="images are read through it")
 
@@ -17,11 +18,13 @@ import datasets
 
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data import latent_writer as module
-from hieratok_hf.data.image_dataset import Images, load_images
+from hieratok_hf.data.aspect_buckets import aspect_buckets, group_by_aspect
+from hieratok_hf.data.image_dataset import Images, image_of, load_images
 from hieratok_hf.data.latent_cache import read_settings
-from hieratok_hf.data.latent_writer import _missing_rows, _missing_shards, write_latents
+from hieratok_hf.data.latent_writer import _Layout, _missing_rows, _missing_shards, write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec
+from hieratok_hf.utils.images import centre_crop, from_uint8
 
 SMALL = {"size": 32, "shard_size": 4, "batch_size": 3, "dtype": torch.float32}
 
@@ -185,7 +188,7 @@ def test_processes_share_the_shards_that_are_missing(core, images, tmp_path):
     for rank, expected in enumerate(([[8, 9, 10], [11]], [[4, 5, 6], [7]])):
         known = read_settings(tmp_path) | {"rows": None}
         is_missing = _missing_shards(tmp_path, known, rank, 2)
-        batches = _missing_rows(images(streaming=True), known, is_missing, 3)
+        batches = _missing_rows(images(streaming=True), _Layout(known, []), is_missing, 3)
         assert [[row for row, _ in batch] for batch in batches] == expected and known["rows"] == 14
 
 
@@ -273,3 +276,87 @@ def test_only_broken_images_make_an_empty_shard_and_no_rows_are_refused(core, im
     stream = Images(datasets.IterableDataset.from_generator(lambda: iter(()), features=kinds), "here")
     with pytest.raises(ValueError, match="No images found in here: it has no rows"):
         write_latents(core, stream, tmp_path / "stream", **SMALL)
+
+
+MIXED = {**SMALL, "max_aspect": 2.0, "multiple": 8}
+SHAPES = {(24, 40): 6, (32, 32): 9, (40, 24): 4}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    return load_images(str(make_mixed_images(tmp_path_factory.mktemp("mixed"))))
+
+
+@pytest.mark.parametrize("make", [random_core, tiny_kl])
+def test_with_buckets_each_shard_is_of_one_shape(make, mixed, tmp_path):
+    codec = Codec(make())
+    summary = write_latents(codec, mixed, tmp_path, **MIXED)
+    assert (summary["rows"], summary["images"], list(summary["skipped"])) == (19, 18, [BROKEN])
+    buckets = read_settings(tmp_path)["buckets"]
+    assert {tuple(bucket["shape"]): bucket["rows"] for bucket in buckets} == SHAPES
+    shards, seen = list(shards_in(tmp_path).values()), []
+    assert len(shards) == summary["shards"] == 2 + 3 + 1
+    for shape, count in SHAPES.items():
+        mine = [shards.pop(0) for _ in range(-(-count // 4))]
+        rows = torch.cat([shard["rows"] for shard in mine]).tolist()
+        seen += rows
+        images = [centre_crop(image_of(mixed[row]), shape) for row in rows]
+        levels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+        for side, name in enumerate(("moments", "moments_flipped")):
+            pixel_values = from_uint8(levels.flip(-1) if side else levels)
+            with torch.no_grad():
+                if codec.core is not None:
+                    expected = codec.core.encode_moments(pixel_values)[0]
+                else:
+                    expected = codec.model.encode(pixel_values).latent_dist.parameters
+            torch.testing.assert_close(torch.cat([x[name] for x in mine]), expected, atol=1e-4, rtol=1e-4)
+        assert torch.cat([x["labels"] for x in mine]).tolist() == [mixed[row]["label"] for row in rows]
+    assert sorted(seen) == [row for row in range(19) if row != BROKEN]
+
+
+def test_with_buckets_what_is_missing_or_damaged_is_written_anew(core, mixed, tmp_path):
+    write_latents(core, mixed, tmp_path, **MIXED)
+    whole = bytes_in(tmp_path)
+    (tmp_path / "shard-00002.safetensors").unlink()
+    shutil.copy(tmp_path / "shard-00000.safetensors", tmp_path / "shard-00001.safetensors")
+    (tmp_path / "shard-00005.safetensors").write_bytes(whole["shard-00005.safetensors"][:-9])
+    assert write_latents(core, mixed, tmp_path, **MIXED)["written"] == 3
+    assert bytes_in(tmp_path) == whole
+    assert write_latents(core, mixed, tmp_path, **MIXED)["written"] == 0
+
+
+def test_with_buckets_processes_share_the_shards(core, mixed, tmp_path):
+    write_latents(core, mixed, tmp_path / "whole", **MIXED)
+    settings = read_settings(tmp_path / "whole")
+    groups = list(group_by_aspect(mixed.read_sizes(), aspect_buckets(32, 8)).values())
+    layout, rows = _Layout(settings, groups), []
+    for rank in range(2):
+        is_missing = _missing_shards(tmp_path, settings, rank, 2)
+        batches = [list(_missing_rows(mixed, layout, is_missing, 3, bucket)) for bucket in range(3)]
+        assert {len(batch) for batch in chain(*batches)} <= {1, 2, 3}
+        rows += [row for batch in chain(*batches) for row, _ in batch]
+        assert {layout.shard_of(row) % 2 for row in rows[-1:]} == {rank}
+    assert sorted(rows) == list(range(19))
+
+
+def test_another_layout_of_buckets_and_squares_are_other_caches(core, mixed, tmp_path):
+    write_latents(core, mixed, tmp_path, **MIXED)
+    before = bytes_in(tmp_path)
+    for settings in ({**MIXED, "max_aspect": 1.0}, {**MIXED, "limit": 18}, SMALL):
+        with pytest.raises(ValueError, match=r"holds another cache: (.*; )?other buckets\.$"):
+            write_latents(core, mixed, tmp_path, **settings)
+    assert bytes_in(tmp_path) == before
+    write_latents(core, mixed, tmp_path / "squares", **SMALL)
+    with pytest.raises(ValueError, match=r"holds another cache: other buckets\.$"):
+        write_latents(core, mixed, tmp_path / "squares", **MIXED)
+
+
+def test_buckets_that_cannot_be_are_refused_before_any_file(core, mixed, images, tmp_path):
+    for change in ({"max_aspect": 0.5}, {"multiple": 20}):
+        with pytest.raises(ValueError, match=f"`{next(iter(change))}`|multiple of 20"):
+            write_latents(core, mixed, tmp_path / "new", **{**MIXED, **change})
+    with pytest.raises(ValueError, match="30 x"):
+        write_latents(core, mixed, tmp_path / "new", **{**MIXED, "size": 30, "multiple": 30})
+    with pytest.raises(ValueError, match="is a stream"):
+        write_latents(core, images(streaming=True), tmp_path / "new", **MIXED)
+    assert not (tmp_path / "new").exists()

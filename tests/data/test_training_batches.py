@@ -10,8 +10,9 @@ import torch
 from image_files import encoded, noise
 from PIL import Image
 
+from hieratok_hf.data.aspect_buckets import aspect_buckets, buckets_of_sizes, group_by_aspect
 from hieratok_hf.data.image_dataset import Images
-from hieratok_hf.data.training_batches import BatchPlan, random_crop, to_pixel_values, training_loader
+from hieratok_hf.data.training_batches import BatchPlan, plan_draws, random_crop, to_pixel_values, training_loader
 from hieratok_hf.utils.images import ImageError, from_uint8, to_uint8
 
 ROWS = 7
@@ -102,13 +103,13 @@ def test_an_image_is_cropped_anew_each_time(streaming):
 
 def test_a_step_has_about_the_same_pixels_at_every_size():
     plan = BatchPlan(8, (32, 64, 16, 48), 50, seed=0, world_size=2)
-    counts = {size: count for _, size, count, _ in plan.sizes()}
+    counts = {step.shape[0]: step.total for step in plan.each_step()}
     assert counts == {32: 8, 64: 2, 16: 32, 48: 2}  # 48 pixels would allow 3.6, which two processes cannot share
     before = 0
-    for step, (number, _, count, start) in enumerate(plan.sizes()):
-        assert (number, start) == (step, before)
-        before += count
-    assert list(plan.sizes(20)) == list(plan.sizes())[20:]
+    for number, step in enumerate(plan.each_step()):
+        assert (step.number, step.before, step.shape[0]) == (number, before, step.shape[1])
+        before += step.total
+    assert list(plan.each_step(20)) == list(plan.each_step())[20:]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_a_scale_of_zero_cuts_pixels_exactly_everywhere_mirrored_half_the_time()
     levels = noise(12, 10)
     image, rng, seen = Image.fromarray(levels), random.Random(0), []
     for _ in range(600):
-        crop = random_crop(image, 8, rng, (0, 0))
+        crop = random_crop(image, (8, 8), rng, (0, 0))
         assert crop.size == (8, 8) and crop.mode == "RGB"
         seen += places_of(np.asarray(crop), levels)
     assert len(seen) == 600
@@ -185,7 +186,7 @@ def test_crops_cover_the_share_that_is_asked_for():
     image, rng = Image.fromarray(np.ascontiguousarray(ramp)), random.Random(0)
     shares, colours = [], []
     for _ in range(200):
-        crop = np.asarray(random_crop(image, 16, rng, (0.5, 1.0))).astype(float)
+        crop = np.asarray(random_crop(image, (16, 16), rng, (0.5, 1.0))).astype(float)
         assert crop.shape == (16, 16, 3)
         shares.append(abs(crop[8, 12, 0] - crop[8, 4, 0]) / 2 * 2 / 80)
         colours.append(crop[8, :, 0].mean() / 2)
@@ -197,7 +198,130 @@ def test_crops_cover_the_share_that_is_asked_for():
 @pytest.mark.parametrize("scale", [(0, 0), (0.5, 1.0), (1.0, 1.0)])
 def test_small_images_are_enlarged(scale):
     for size in ((5, 9), (9, 5), (1, 1)):
-        crop = random_crop(Image.new("RGB", size, (7, 8, 9)), 16, random.Random(0), scale)
+        crop = random_crop(Image.new("RGB", size, (7, 8, 9)), (16, 16), random.Random(0), scale)
         assert crop.size == (16, 16) and (np.asarray(crop) == (7, 8, 9)).all()
-    whole = random_crop(Image.fromarray(noise(8, 8)), 8, random.Random(0), (1.0, 1.0))
+    whole = random_crop(Image.fromarray(noise(8, 8)), (8, 8), random.Random(0), (1.0, 1.0))
     assert len(places_of(np.asarray(whole), noise(8, 8))) == 1
+
+
+CROPS = (32, 48)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """26 images of noise in unequal numbers of three aspects."""
+    kinds = [(20, 20)] * 12 + [(16, 30)] * 8 + [(33, 17)] * 6
+    order = np.random.default_rng(0).permutation(len(kinds))
+    return as_data([Image.fromarray(noise(*kinds[i], seed=i)) for i in order], False)
+
+
+def in_buckets(images, crops=CROPS):
+    return buckets_of_sizes(images.read_sizes(), crops, 8, 2.0)
+
+
+def test_a_step_is_of_one_bucket_of_about_the_same_pixels(mixed):
+    buckets = in_buckets(mixed)
+    assert [list(found) for found in buckets] == [[(24, 40), (32, 32), (40, 24)], [(40, 56), (48, 48), (56, 40)]]
+    plan, seen = BatchPlan(8, CROPS, 60, seed=1, buckets=buckets), set()
+    for batch in training_loader(mixed, plan):
+        height, width = batch["pixel_values"].shape[2:]
+        size = next(x for x, found in zip(CROPS, buckets) if (height, width) in found)
+        seen.add((height, width))
+        pixels, wanted = batch["count"] * height * width, 8 * CROPS[0] ** 2
+        assert wanted * (1 - 8 / size) - size**2 < pixels <= wanted  # nearly one image less at the second size
+    assert seen == set(buckets[0]) | set(buckets[1])
+
+
+def test_with_buckets_every_image_is_seen_as_often(mixed):
+    plan = BatchPlan(4, CROPS, 3000, seed=2, buckets=in_buckets(mixed))
+    seen, first = np.zeros(len(mixed)), {}
+    for (draws,) in ([draws] for draws in plan_draws(len(mixed), plan)):
+        for draw in draws:
+            assert draw.data_row in plan.rows_of(draw.shape)
+            first.setdefault(draw.shape, []).append(draw.data_row)
+            seen[draw.data_row] += 1
+    assert seen.min() > 0.85 * seen.mean() and seen.max() < 1.15 * seen.mean()
+    for shape, rows in first.items():  # each epoch of a bucket has all of its rows, in another order
+        epochs = [rows[i : i + len(plan.rows_of(shape))] for i in range(0, len(rows), len(plan.rows_of(shape)))]
+        assert all(sorted(epoch) == plan.rows_of(shape).tolist() for epoch in epochs[:-1])
+        assert len(set(map(tuple, epochs))) > 3
+
+
+@pytest.mark.parametrize(("world_size", "parts"), [(1, 2), (2, 1)])
+def test_with_buckets_a_step_is_the_same_however_it_is_divided(mixed, world_size, parts):
+    whole = list(training_loader(mixed, BatchPlan(8, (32, 64), 8, seed=3, buckets=in_buckets(mixed, (32, 64)))))
+    shares = [
+        BatchPlan(8, (32, 64), 8, 3, world_size, rank, parts, in_buckets(mixed, (32, 64)))
+        for rank in range(world_size)
+    ]
+    pieces = list(chain(*(training_loader(mixed, share) for share in shares)))
+    for expected in whole:
+        mine = [piece for piece in pieces if piece["step"] == expected["step"]]
+        rows, crops = (torch.cat([piece[name] for piece in mine]) for name in ("rows", "pixel_values"))
+        assert torch.equal(rows.sort().values, expected["rows"])
+        assert torch.equal(crops[rows.argsort()], expected["pixel_values"])
+    assert len({batch["pixel_values"].shape[2:] for batch in whole}) > 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_with_buckets_from_any_step_on_it_is_the_uninterrupted_sequence(mixed, num_workers):
+    plan = BatchPlan(4, CROPS, 12, seed=1, parts=2, buckets=in_buckets(mixed))
+    whole = list(training_loader(mixed, plan))
+    assert len({batch["pixel_values"].shape[2:] for batch in whole}) > 2
+    for first_step in (5,) if num_workers else range(12):
+        same(
+            list(training_loader(mixed, plan, first_step=first_step, num_workers=num_workers)), whole[2 * first_step :]
+        )
+
+
+def test_squares_alone_are_cut_as_without_buckets():
+    images = as_data([Image.fromarray(noise(20, 20, seed=i)) for i in range(5)], False)
+    buckets = in_buckets(images, (16,))
+    assert list(buckets[0]) == [(16, 16)]
+    for batch in training_loader(images, BatchPlan(4, (16,), 5, buckets=buckets)):
+        assert batch["pixel_values"].shape == (4, 3, 16, 16)
+
+
+def test_broken_rows_are_replaced_by_others_of_their_bucket():
+    images = [Image.new("RGB", (20, 20) if i < 3 else (10, 30), (30 * i,) * 3) for i in range(ROWS)]
+    whole, data = as_data(images, False), as_data(images, False, broken=(1, 4, 5))
+    # The sizes of files that break later.
+    buckets = (group_by_aspect(whole.read_sizes(), aspect_buckets(32, 16, 4)),)
+    plan = BatchPlan(7, (32,), 8, seed=0, buckets=buckets)
+    for batch in training_loader(data, plan):
+        is_square = batch["pixel_values"].shape[2] == batch["pixel_values"].shape[3]
+        assert set(rows_of(batch)) == ({0, 2} if is_square else {3, 6})
+    alone = as_data(images, False, broken=(3, 4, 5, 6))
+    batch = next(x for x in training_loader(alone, plan) if x["pixel_values"].shape[2] != x["pixel_values"].shape[3])
+    assert set(rows_of(batch)) <= {0, 1, 2} and len(batch["skipped"]) > 6  # all of its bucket are broken
+
+
+def test_buckets_that_are_not_as_many_as_sizes_are_refused(mixed):
+    with pytest.raises(ValueError, match="`buckets`"):
+        BatchPlan(8, (32,), 1, buckets=in_buckets(mixed))
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (4, 16)])
+def test_rectangles_are_cut_exactly_and_cover_the_image(shape):
+    levels = noise(20, 24)
+    image, rng = Image.fromarray(levels), random.Random(0)
+    windows = np.lib.stride_tricks.sliding_window_view(levels, shape, axis=(0, 1))  # (h, w, 3, height, width)
+    seen = set()
+    for _ in range(800):
+        crop = np.asarray(random_crop(image, shape, rng, (0, 0)))
+        places = [np.argwhere((windows == x.transpose(2, 0, 1)).all((2, 3, 4))) for x in (crop, crop[:, ::-1])]
+        ((place,),) = [found.tolist() for found in places if len(found)]
+        seen.add(tuple(place))
+    assert len(seen) > 0.9 * (21 - shape[0]) * (25 - shape[1])
+
+
+def test_rectangles_are_not_distorted():
+    # Levels that rise by 1 a row and 2 a column.
+    ramp = np.arange(60)[:, None, None] + 2 * np.arange(80)[None, :, None] + np.zeros(3, int)
+    image, rng = Image.fromarray(ramp.astype(np.uint8)), random.Random(0)
+    for shape in ((16, 32), (32, 64), (16, 24)):
+        for _ in range(20):
+            crop = np.asarray(random_crop(image, shape, rng, (0.5, 1.0))).astype(float)
+            assert crop.shape == (*shape, 3)
+            down, along = crop[12, 8, 0] - crop[4, 8, 0], abs(crop[8, 12, 0] - crop[8, 4, 0])
+            assert along == pytest.approx(2 * down, abs=2.5)

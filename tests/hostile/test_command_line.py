@@ -43,6 +43,7 @@ ROWS = [
         "seed": f"-1 {HUGE}",
         "batch_size": "0 2147483647",
         "crop_sizes": "0 -8 2147483640",
+        "aspect_buckets": "0.9 nan inf 1e9 wide",
         "num_workers": "-1 100000",
         "scale_factors": "0 -2",
         "perceptual_weight": "-1 nan",
@@ -68,6 +69,7 @@ ROWS = [
     *[("tokenizer", option, option.split()[0]) for option in (
         "--fid_size 64", "--validation_size 64", "--validation_fid", "--validation_every 5", "--validation_split test",
         "--adversarial_start 5", "--discriminator_lr 0.1", "--vision_model x", "--allow_changes",
+        "--bucket_step 16", "--bucket_step 0 --aspect_buckets 2", "--aspect_buckets --streaming",
     )],
     ("tokenizer", "--output {0}/model", "output"),
     ("tokenizer", "--output {0}/images/a.png", "output"),
@@ -80,6 +82,7 @@ ROWS = [
     )],
     *[("dit_of_latents", f"--{option}", option.split()[0]) for option in (
         "split test", "streaming", "image_size 64", "num_workers 2", "crop_scale 0.5 1", "export_dtype int8",
+        "aspect_buckets 2",
     )],
     *[("reconstruct", option, option.split()[0]) for option in (
         "--size 0", f"--size {HUGE}", "--device meta", "--device toaster", "--device cuda:99", "--device cpu:1",
@@ -100,6 +103,7 @@ ROWS = [
     )],
     *[("cache", option, option.split()[0]) for option in (
         "--threads 1000000000", "--seed -1", "--size 2147483647", "--shard_size 0", "--limit 0", "--device meta",
+        "--bucket_step 16", "--aspect_buckets 0.5", "--bucket_step 48 --aspect_buckets 2",
     )],
     *[("app", option, option.split()[0]) for option in (
         "--port 99999", "--port -1", "--model hieratok-b", "--device meta",

@@ -306,6 +306,36 @@ def test_without_a_tokenizer_there_are_latents(tmp_path):
         pipe([0], 2)
 
 
+@pytest.mark.parametrize(("height", "width"), [(24, 40), (40, None), (16, 64)])
+def test_images_of_other_shapes(height, width):
+    pipe, patch = dit_pipeline(patch_size=2), TINY["patch_size"]
+    grid = (height // patch, (width or SIDE * patch) // patch)
+    settings = {"num_inference_steps": 3, "height": height, "width": width}
+    latents = pipe([0, 1], generator=seeds(0, 1), output_type="latent", **settings).images
+    assert latents.shape == (2, CHANNELS, *grid)
+    images = pipe([0, 1], generator=seeds(0, 1), **settings).images
+    assert [image.size for image in images] == [(grid[1] * patch, grid[0] * patch)] * 2
+    # A transformer that takes the place of the first does as well, and the noise may be given.
+    again = dit_pipeline(patch_size=2)
+    again.transformer = type(pipe.transformer).from_config(pipe.transformer.config).eval()
+    again.transformer.load_state_dict(pipe.transformer.state_dict())
+    drawn = torch.cat([torch.randn(1, CHANNELS, *grid, generator=seeds(i)[0]) for i in range(2)])
+    assert torch.equal(again([0, 1], latents=drawn, output_type="latent", **settings).images, latents)
+    with pytest.raises(ValueError, match="`latents` must be"):
+        again([0, 1], latents=drawn, num_inference_steps=3)
+
+
+def test_the_own_size_may_be_named_and_others_must_suit_the_parts():
+    pipe, side = dit_pipeline(), SIDE * TINY["patch_size"]
+    expected = pipe([0], 3, generator=seeds(0), output_type="pt").images
+    assert torch.equal(pipe([0], 3, generator=seeds(0), output_type="pt", height=side, width=side).images, expected)
+    with pytest.raises(ValueError, match="`height` must be a multiple of 8 pixels, got 20"):
+        dit_pipeline(patch_size=2)([0], height=20)
+    pipe.vae = None
+    with pytest.raises(ValueError, match="`width` must be None without a `vae`"):
+        pipe([0], output_type="latent", width=side)
+
+
 def test_labels_by_name():
     pipe = dit_pipeline()
     assert pipe.get_label_ids(["Church", "tinca_tinca", 1]) == [2, 0, 1]
@@ -328,6 +358,8 @@ WRONG = {
     "generator": (seeds(0, 1),),
     "callback_on_step_end_tensor_inputs": (["noise"],),
     "preview_scales": (0, 5),
+    "height": (0, SIDE * TINY["patch_size"] + 1, 16.0),
+    "width": (-4, "32"),
 }
 
 

@@ -19,12 +19,14 @@ from hieratok_hf import HieraTokImageProcessorPil
 from hieratok_hf.utils import images
 from hieratok_hf.utils.images import (
     ImageError,
+    centre_crop,
     centre_square,
     convert_to_rgb,
     decode_image,
     encode_image,
     fetch_image,
     open_image,
+    read_size,
 )
 
 OPEN_FILES = Path("/proc/self/fd")  # empty where there is no /proc
@@ -206,6 +208,48 @@ def test_a_square_is_only_cut_from_an_image_of_its_side_and_others_are_resized_w
     assert square.shape == (32, 32, 3) and np.array_equal(square[inner], checked[inner])
     assert square.std() < 0.5 * levels.std()  # noise averages out
     assert centre_square(Image.new("RGB", (1, 100_000), "red"), 24).getpixel((0, 23)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(("shape", "box"), [((16, 32), (0, 11, 52, 37)), ((32, 16), (14, 0, 38, 48))])
+def test_the_middle_is_cut_in_any_aspect(shape, box):
+    image = Image.fromarray(noise(48, 52))
+    crop = np.asarray(centre_crop(image, shape))
+    expected = image.resize(shape[::-1], Image.Resampling.BICUBIC, box=box)
+    assert crop.shape == (*shape, 3) and np.array_equal(crop, np.asarray(expected))
+    thin = Image.new("RGB", (1, 100_000), "red")
+    assert centre_crop(thin, (16, 64)).size == (64, 16)
+    exact = centre_crop(Image.fromarray(noise(20, 40)), (20, 40))
+    assert np.array_equal(np.asarray(exact), noise(20, 40))
+
+
+@pytest.mark.parametrize("orientation", range(9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+def test_the_size_is_read_as_the_image_stands(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.fromarray(noise(20, 30)), f"a.{suffix}", exif=exif)
+    expected = open_image(path).size[::-1]
+    assert expected == ((30, 20) if orientation > 4 else (20, 30))
+    assert read_size(path) == read_size(path.read_bytes(), "a") == expected
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif"])
+def test_the_size_is_read_of_an_image_that_is_cut_short(tmp_path, suffix):
+    whole = saved(tmp_path, Image.fromarray(noise(60, 90)), f"a.{suffix}").read_bytes()
+    assert read_size(whole[:-200], "a") == (60, 90)
+    with pytest.raises(ImageError):
+        decode_image(whole[:-200], "a")
+
+
+def test_a_size_that_cannot_be_read_is_refused(tmp_path):
+    for content in (b"", b"no image"):
+        with pytest.raises(ImageError, match=r"^'a': is"):
+            read_size(content, "a")
+    with pytest.raises(ImageError, match="is a folder"):
+        read_size(tmp_path)
+    with warnings.catch_warnings(), pytest.raises(ImageError, match="too large"):
+        warnings.simplefilter("ignore")  # Pillow's own, of many pixels
+        read_size(png(10_000, 10_000, 8, 2), "a")
 
 
 @pytest.mark.parametrize("kind", ["EPS", "ICO", "PPM", "TGA", "PCX", "ICNS", "SGI", "JPEG2000", "PDF", "DDS", "IM"])

@@ -13,7 +13,7 @@ from ..data.image_dataset import load_images
 from ..data.latent_writer import write_latents
 from ..models.autoencoder_adapter import load_codec
 from .arguments.training import AUTOCAST
-from .command_line import check_batch, device_of_process, load_or_explain, run_on_processes
+from .command_line import check_batch, check_steps, device_of_process, load_or_explain, run_on_processes
 from .main import parse
 from .terminal import Problem, one_line
 
@@ -26,8 +26,10 @@ def run(args: Namespace, state: PartialState) -> list[str]:
     if not isinstance(size, int):
         raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
     check_batch("--size and --batch_size", args.batch_size, size)
+    check_steps("--size", [size], 1, args.bucket_step)
     images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
     settings = {name: getattr(args, name) for name in ("kind", "shard_size", "batch_size", "seed", "limit", "threads")}
+    settings |= {"max_aspect": args.aspect_buckets, "multiple": args.bucket_step}
     settings |= {"size": size, "flips": not args.no_flips, "dtype": getattr(torch, args.dtype)}
     precision: Any = contextlib.nullcontext()
     if args.mixed_precision in AUTOCAST:

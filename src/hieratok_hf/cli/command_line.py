@@ -4,7 +4,7 @@ import contextlib
 import platform
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "check_config",
     "check_memory",
     "check_model_folder",
+    "check_steps",
     "check_writable",
     "describe_machine",
     "device_of_process",
@@ -61,6 +62,19 @@ def check_memory(what: str, needed: int) -> None:
     """Raise a `Problem` where what is asked for cannot fit into the memory of this machine, in bytes."""
     if needed > (total := psutil.virtual_memory().total):
         raise Problem(f"{what} needs {needed // 2**30} GiB of memory and more, this machine has {total // 2**30}")
+
+
+def check_steps(name: str, sides: Sequence[int], patch: int, step: int | None) -> int:
+    """
+    Choose what the sides of crops are multiples of, `--bucket_step` or a patch; a `Problem` where `--bucket_step`, or
+    a side of the option `name`, is none.
+    """
+    if (step or patch) % patch:
+        raise Problem(f"--bucket_step must be a multiple of the patch size {patch}, got {step}")
+    if wrong := [side for side in sides if side % (step or patch)]:
+        of = f"--bucket_step {step}" if step else f"the patch size {patch}"
+        raise Problem(f"{name} must be multiples of {of}, got {wrong[0]}")
+    return step or patch
 
 
 def check_batch(option: str, images: int, size: int) -> None:

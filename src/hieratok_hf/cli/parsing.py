@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Parser",
+    "add_buckets",
     "add_data",
     "add_device",
     "add_dtype",
@@ -178,6 +179,17 @@ def add_data(add: Callable[..., Any], while_doing: str, **options: Any) -> None:
     add("--split", default="train", help="split of folders and data sets; data without splits is train")
     copy = f"read while {while_doing} instead of first making a copy in the cache"
     add("--streaming", action="store_true", help=copy)
+
+
+def add_buckets(parser: Parser, add: Callable[..., Any], size: str) -> None:
+    """Add `--aspect_buckets` and `--bucket_step` to a parser or a group of it, for images of the area of `size`."""
+    buckets = f"cut images to the nearest of rectangles of about the pixels of {size}, up to this ratio of sides; 2 "
+    buckets += "without a number; squares unless given"
+    add("--aspect_buckets", type=real(1, 100), nargs="?", const=2.0, metavar="RATIO", help=buckets)
+    step = "pixels that the sides of those rectangles are multiples of; the model's patch unless given"
+    add("--bucket_step", type=positive, metavar="PIXELS", help=step)
+    parser.needs(bucket_step="aspect_buckets")
+    parser.contradict("streaming", "aspect_buckets")  # whose images are not known beforehand
 
 
 def add_dtype(parser: Parser) -> None:

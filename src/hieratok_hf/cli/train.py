@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 
 from .. import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
+from ..data.aspect_buckets import buckets_of_sizes
 from ..data.image_dataset import load_images
 from ..data.training_batches import BatchPlan, to_pixel_values, training_loader
 from ..evaluation.metrics import FrechetDistance
@@ -25,7 +26,7 @@ from ..training.sample_sheets import sample_grid
 from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume, states_in
 from ..training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
 from .arguments.training import needs_vision_model
-from .command_line import check_batch, check_config, check_model_folder, load_or_explain, run_training
+from .command_line import check_batch, check_config, check_model_folder, check_steps, load_or_explain, run_training
 from .main import parse
 from .terminal import one_line
 
@@ -99,15 +100,20 @@ def train(args: Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
+    core = load_core(args)
+    multiple = check_steps("--crop_sizes", args.crop_sizes, core.config.patch_size, args.bucket_step)
     # The plan says what each step sees, however many processes share it.
     images = load_images(args.data, split=args.split, streaming=args.streaming)
     batches = partial(training_loader, images, crop_scale=tuple(args.crop_scale), num_workers=args.num_workers)
     plan = partial(BatchPlan, args.batch_size, tuple(args.crop_sizes))
+    if args.aspect_buckets:
+        buckets = buckets_of_sizes(images.read_sizes(), args.crop_sizes, multiple, args.aspect_buckets)
+        plan = partial(plan, buckets=buckets)
+        if args.compile:  # as many graphs
+            graphs = sum(map(len, buckets))
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * graphs)
     steps = plan(args.steps, seed=args.seed, parts=args.accumulate, **world)
 
-    core = load_core(args)
-    if wrong := [size for size in args.crop_sizes if size % core.config.patch_size]:
-        raise ValueError(f"--crop_sizes must be multiples of the patch size {core.config.patch_size}, got {wrong[0]}.")
     options["data"] = images.fingerprint  # wherever it lies
     given = (options, args.allow_changes, accelerator.print)
     state = state_to_resume(args.output, args.resume, core.config.model_fields, *given)

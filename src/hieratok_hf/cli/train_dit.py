@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from .. import HieraTokDiTPipeline
+from ..data.aspect_buckets import Buckets, buckets_of_sizes
 from ..data.image_dataset import load_images
 from ..data.latent_batches import iterate_cached, iterate_encoded
 from ..data.latent_cache import LatentCache, encoder_facts
@@ -21,7 +22,7 @@ from ..training.flow_matching import DIT_SIZES, VelocityTraining, dit_from_size,
 from ..training.report import TrainingReport
 from ..training.sample_sheets import class_grid
 from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume, states_in
-from .command_line import check_batch, check_memory, check_model_folder, load_or_explain, run_training
+from .command_line import check_batch, check_memory, check_model_folder, check_steps, load_or_explain, run_training
 from .main import parse
 from .terminal import Problem, one_line
 
@@ -78,7 +79,6 @@ def train(args: Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     process = (accelerator.num_processes, accelerator.process_index)
-    plan = BatchPlan(args.batch_size, (args.image_size,), args.steps, args.seed, *process, args.accumulate)
 
     codec = load_or_explain(load_codec, "--vae", args.vae, device)
     given_names = read_class_names(args.class_names)
@@ -104,6 +104,21 @@ def train(args: Namespace) -> None:
         batches = partial(iterate_encoded, codec, shape, images, num_classes, **given)
 
     transformer = load_transformer(args, shape, num_classes)
+    buckets: tuple[Buckets, ...] = ()
+    if args.latents is not None:
+        buckets = (cache.buckets,) if cache.buckets else ()
+        patch = transformer.config.patch_size
+        if wrong := [grid for _, *grid in cache.latent_shapes.values() if grid[0] % patch or grid[1] % patch]:
+            sides = " x ".join(map(str, wrong[0]))
+            raise ValueError(
+                f"--latents {str(args.latents)!r}: a grid of {sides} is no multiple of --patch_size {patch}."
+            )
+    elif args.aspect_buckets:
+        token = args.image_size // shape[1] * transformer.config.patch_size
+        multiple = check_steps("--image_size", [args.image_size], token, args.bucket_step)
+        buckets = buckets_of_sizes(images.read_sizes(), [args.image_size], multiple, args.aspect_buckets)
+    sizes = (args.image_size,)
+    plan = BatchPlan(args.batch_size, sizes, args.steps, args.seed, *process, args.accumulate, buckets)
     time_options = [args.time_mean, args.time_std, args.time_shift]
     facts = {**transformer.config, "encoder": encoder_facts(codec)["encoder"], "times": time_options}
     facts = {name: value for name, value in facts.items() if not name.startswith("_")}
@@ -133,14 +148,15 @@ def train(args: Namespace) -> None:
         torch.nn.Module.to(pipe.transformer, getattr(torch, args.export_dtype))
         pipe.save_pretrained(folder)
 
-    draws = partial(flow_draws, args.seed, shape=shape, mean=args.time_mean, std=args.time_std, shift=args.time_shift)
+    draws = partial(flow_draws, args.seed, mean=args.time_mean, std=args.time_std, shift=args.time_shift)
     for batch in batches(plan, first_step):
         step, last_part = batch["step"], batch["part"] + 1 == args.accumulate
         rate = args.lr * learning_rate_factor(step, args.steps, args.warmup_steps, args.decay_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        noise, times, dropping = (x.to(device) for x in draws(step, batch["count"], rows=batch["rows"]))
         latents = batch["latents"].to(device)
+        drawn = {"count": batch["count"], "rows": batch["rows"], "shape": latents.shape[1:]}
+        noise, times, dropping = (x.to(device) for x in draws(step, **drawn))
         classes = torch.where(dropping < args.class_dropout, num_classes, batch["labels"].to(device))
         with accelerator.accumulate(model):
             loss = model(latents, noise, times, classes)

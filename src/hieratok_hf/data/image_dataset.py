@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..utils.extras import missing_extra
-from ..utils.images import ImageError, centre_square, decode_image, open_image
+from ..utils.images import ImageError, centre_crop, decode_image, open_image, read_size
 from .local_images import LABELS, Listing, list_folder, list_shards
 
 __all__ = ["Images", "Row", "decode_ahead", "load_images", "image_of"]
@@ -31,6 +31,7 @@ Row = dict[str, Any]
 _FILES = (".tar", ".parquet", ".zip", ".png", ".jpg", ".jpeg", ".webp")  # what no data set of the Hub is called
 _SHARDS_OF_A_STREAM = 64  # parts of local data whose order a stream shuffles
 _SAMPLED, _SAMPLED_OF_A_STREAM = 1000, 16  # rows whose content tells one data set from another
+_HEADERS_AT_A_TIME = 64  # of tar shards and parquet all of each file is read
 
 
 class Images(Dataset):
@@ -85,6 +86,22 @@ class Images(Dataset):
             for row in rows:
                 digest.update(f"{row['label']}".encode() + _digest_of(row["image"]))
         return digest.hexdigest()
+
+    def read_sizes(self, limit: int | None = None) -> np.ndarray:
+        """
+        Read the height and width in pixels that each image, or each of the first `limit`, has upright, `(n, 2)`,
+        int64, from the files' headers; an image whose header cannot be read counts as a square of 1 pixel.
+
+        Raises:
+            ValueError: The data is a stream, whose images are not known beforehand.
+        """
+        if self.streaming:
+            raise ValueError(f"The sizes of all images must be known, and {self.source} is a stream: read a copy.")
+        numbers = range(len(self))[:limit]
+        with ThreadPoolExecutor(8) as pool:
+            starts = range(0, len(numbers), _HEADERS_AT_A_TIME)
+            parts = ([self[i] for i in numbers[start : start + _HEADERS_AT_A_TIME]] for start in starts)
+            return np.array([size for part in parts for size in pool.map(_size_of, part)], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -220,23 +237,34 @@ def image_of(row: Row) -> Image.Image:
     return decode_image(image["bytes"] or b"", row["name"])
 
 
-def decode_ahead(batches: Iterable[Sequence[tuple[int, Row]]], size: int, threads: int) -> Iterator[dict[str, Any]]:
+def _size_of(row: Row) -> tuple[int, int]:
+    image = row["image"]
+    by_path = image["bytes"] is None and image["path"] is not None
+    try:
+        return read_size(image["path"] if by_path else image["bytes"] or b"", row["name"])
+    except ImageError:
+        return 1, 1
+
+
+def decode_ahead(
+    batches: Iterable[Sequence[tuple[int, Row]]], shape: tuple[int, int], threads: int
+) -> Iterator[dict[str, Any]]:
     """
     Decode batches of numbered rows in threads, one batch ahead.
 
     Args:
         batches (iterable of sequences of `(int, Row)`): The rows of `Images` with their numbers.
-        size (`int`): Side `S` that images are brought to by `centre_square`.
+        shape (`tuple[int, int]`): Height `H` and width `W` that images are brought to by `centre_crop`.
         threads (`int`): Decode this many images at a time.
 
     Returns:
-        Iterator of dictionaries: `levels` `(B, S, S, 3)`, uint8, of the images that can be decoded, their `rows` and
+        Iterator of dictionaries: `levels` `(B, H, W, 3)`, uint8, of the images that can be decoded, their `rows` and
         `labels`, a list each; and `skipped`, of every other one its number, its name and the reason.
     """
 
     def decode(entry: tuple[int, Row]) -> Tensor | ImageError:
         try:
-            return torch.tensor(np.asarray(centre_square(image_of(entry[1]), size)))
+            return torch.tensor(np.asarray(centre_crop(image_of(entry[1]), shape)))
         except ImageError as error:
             return error
 
@@ -252,5 +280,5 @@ def decode_ahead(batches: Iterable[Sequence[tuple[int, Row]]], size: int, thread
                     levels.append(image)
                     rows.append(index)
                     labels.append(row["label"])
-            stacked = torch.stack(levels) if levels else torch.empty(0, size, size, 3, dtype=torch.uint8)
+            stacked = torch.stack(levels) if levels else torch.empty(0, *shape, 3, dtype=torch.uint8)
             yield {"levels": stacked, "rows": rows, "labels": labels, "skipped": skipped}

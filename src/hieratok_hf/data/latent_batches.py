@@ -14,7 +14,7 @@ from .training_batches import BatchPlan, plan_draws, step_generator, to_pixel_va
 
 __all__ = ["iterate_cached", "iterate_encoded"]
 
-# Shape letters: B images of this process in one part of a step, C latent channels, h w the latent's grid.
+# Shape letters: B images of this process in one part of a step, H W pixels, C latent channels, h w the latent's grid.
 
 
 def iterate_cached(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> Iterator[dict[str, Any]]:
@@ -23,7 +23,7 @@ def iterate_cached(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> 
 
     Args:
         cache (`LatentCache`): The data.
-        plan (`BatchPlan`): Decides what each step sees.
+        plan (`BatchPlan`): Decides what each step sees; of a cache with buckets, one with `cache.buckets`.
         first_step (`int`, defaults to 0): The step to begin with.
 
     Returns:
@@ -34,7 +34,8 @@ def iterate_cached(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> 
         step, count, rows = draws[0].step, draws[0].total, torch.tensor([draw.row for draw in draws])
         flipped = [cache.flips and random.Random(f"{plan.seed}:{draw.place}").random() < 0.5 for draw in draws]
         is_drawn = cache.settings["kind"] == "moments"
-        noise = _posterior_noise(plan.seed, step, count, cache.latent_shape)[rows] if is_drawn else None
+        shape = cache.latent_shapes.get(draws[0].shape, cache.latent_shape)
+        noise = _posterior_noise(plan.seed, step, count, shape)[rows] if is_drawn else None
         latents, labels = cache.batch([draw.data_row for draw in draws], flipped, noise)
         facts = {"step": step, "part": draws[0].part, "count": count, "rows": rows, "skipped": []}
         yield {**facts, "latents": latents, "labels": labels}
@@ -54,7 +55,7 @@ def iterate_encoded(
 
     Args:
         codec (`Codec`): The tokenizer.
-        latent_shape (`tuple[int, ...]`): The shape `(C, h, w)` of a latent.
+        latent_shape (`tuple[int, ...]`): The shape `(C, h, w)` of a latent of a square of the plan's first size.
         images (`Images`): The data, with labels from 0 to `num_classes - 1`.
         plan, first_step, options: What `training_loader` takes.
 
@@ -65,12 +66,14 @@ def iterate_encoded(
         ImageError: A hundred rows in a row cannot be decoded.
         ValueError: An image has no label or one that is no class.
     """
+    channels, side, _ = latent_shape
     for batch in training_loader(images, plan, first_step=first_step, **options):
         labels = batch.pop("labels")
         if wrong := [label for label in labels.tolist() if not 0 <= label < num_classes]:
             got = "none" if wrong[0] < 0 else wrong[0]
             raise ValueError(f"{images.source}: labels must be from 0 to {num_classes - 1}, one is {got}.")
-        noise = _posterior_noise(plan.seed, batch["step"], batch["count"], latent_shape)[batch["rows"]]
+        grid = [pixels * side // plan.crop_sizes[0] for pixels in batch["pixel_values"].shape[2:]]
+        noise = _posterior_noise(plan.seed, batch["step"], batch["count"], (channels, *grid))[batch["rows"]]
         with torch.no_grad():
             latents = codec.normalise(codec.encode(to_pixel_values(batch), noise)).float()
         yield {**batch, "latents": latents, "labels": labels}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
 from ..utils.choices import LATENT_DTYPES, LATENT_KINDS
+from .aspect_buckets import Buckets, Shape
 from .manifests import Schema, Settings, checksum_of, is_count, is_number, is_text, read_manifest
 
 __all__ = ["LatentCache", "encoder_facts"]
@@ -31,26 +32,55 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
+def buckets_of(settings: Settings) -> list[dict[str, Any]]:
+    """List the buckets of a cache; one without is a bucket itself."""
+    return settings.get("buckets", [settings])
+
+
 def shards_of(settings: Settings) -> range:
     """Number all shards of a cache whose rows are known."""
-    return range(math.ceil(settings["rows"] / settings["shard_size"]))
+    return range(sum(math.ceil(bucket["rows"] / settings["shard_size"]) for bucket in buckets_of(settings)))
+
+
+def bucket_of(settings: Settings, shard: int) -> tuple[int, int]:
+    """Find the bucket that a shard is of, and which of its shards it is."""
+    if "buckets" not in settings:
+        return 0, shard
+    index = 0
+    for bucket in settings["buckets"]:
+        if shard < (shards := math.ceil(bucket["rows"] / settings["shard_size"])):
+            break
+        index, shard = index + 1, shard - shards
+    return index, shard
 
 
 def rows_of(settings: Settings, shard: int) -> range:
+    """Number the rows of a shard, with buckets among those of its own."""
+    index, shard = bucket_of(settings, shard)
     first = shard * settings["shard_size"]
-    return range(first, min(first + settings["shard_size"], settings["rows"]))
+    return range(first, min(first + settings["shard_size"], buckets_of(settings)[index]["rows"]))
 
 
 def stored_name(settings: Settings) -> str:
     return "moments" if settings["kind"] == "moments" else "latents"
 
 
-def stored_shape(settings: Settings) -> tuple[int, ...]:
+def stored_shape(settings: Settings, shard: int) -> tuple[int, ...]:
     """Give `(2C, h, w)` of moments or `(C, h, w)` of latents."""
-    channels, *grid = settings["latent_shape"]
+    channels, *grid = buckets_of(settings)[bucket_of(settings, shard)[0]]["latent_shape"]
     return (2 * channels if settings["kind"] == "moments" else channels, *grid)
 
 
+def number_of(path: Path) -> int:
+    """Read the number of a shard in its file's name."""
+    return int(path.stem.partition("-")[2])
+
+
+def _is_shape(sides: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) == sides and all(map(is_count(1), value))
+
+
+_BUCKET: Schema = {"shape": _is_shape(2), "latent_shape": _is_shape(3), "rows": is_count(1), "checksum": is_text}
 _SCHEMA: Schema = {
     "kind": lambda value: value in LATENT_KINDS,
     "flips": lambda value: isinstance(value, bool),
@@ -63,12 +93,17 @@ _SCHEMA: Schema = {
     "data": is_text,
     "rows": lambda value: value is None or is_count(0)(value),
     "classes": lambda value: isinstance(value, list) and all(map(is_text, value)),
-    "latent_shape": lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_count(1), value)),
+    "latent_shape": _is_shape(3),
     "encoder": is_text,
     "precision": is_text,
     "scaling_factor": is_number,
     "shift_factor": is_number,
 }
+
+
+def _are_buckets(value: Any) -> bool:
+    are_objects = isinstance(value, list) and len(value) > 0 and all(isinstance(bucket, dict) for bucket in value)
+    return are_objects and all(is_valid(bucket.get(name)) for bucket in value for name, is_valid in _BUCKET.items())
 
 
 def identity(settings: Settings, path: Path) -> str:
@@ -86,7 +121,10 @@ def read_settings(folder: Path) -> Settings:
     Read `cache.json`: `FileNotFoundError` where there is none, `ValueError` where it is of another format, damaged, or
     changed by hand.
     """
-    return read_manifest(folder / SETTINGS_FILE, "cache of latents", FORMAT, _SCHEMA)
+    settings = read_manifest(folder / SETTINGS_FILE, "cache of latents", FORMAT, _SCHEMA)
+    if "buckets" in settings and not _are_buckets(settings["buckets"]):
+        raise ValueError(f"{str(folder / SETTINGS_FILE)!r} is damaged: it has no valid 'buckets'.")
+    return settings
 
 
 class Header(NamedTuple):
@@ -116,15 +154,16 @@ def read_header(path: Path, settings: Settings) -> Header:
         count = found["rows"][0][0]
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"The shard {str(path)!r} is damaged: {' '.join(str(error).split())}") from error
+    shape = stored_shape(settings, number_of(path))
     names = [stored_name(settings), *([f"{stored_name(settings)}_flipped"] if settings["flips"] else [])]
-    expected = {name: ((count, *stored_shape(settings)), LATENT_DTYPES[settings["dtype"]]) for name in names}
+    expected = dict.fromkeys(names, ((count, *shape), LATENT_DTYPES[settings["dtype"]]))
     expected |= dict.fromkeys(("labels", "rows"), ((count,), "I64"))
     if found != expected:
         raise ValueError(f"The shard {str(path)!r} is damaged: it must hold {expected}, got {found}.")
     if facts.get("identity") != identity(settings, path):
         raise ValueError(f"The shard {str(path)!r} is damaged: it is that of another place or cache.")
     if settings["rows"] is not None:
-        rows, got = len(rows_of(settings, int(path.stem.partition("-")[2]))), count + len(skipped)
+        rows, got = len(rows_of(settings, number_of(path))), count + len(skipped)
         if got != rows:
             raise ValueError(f"The shard {str(path)!r} is damaged: it must have {rows} rows, got {got}.")
     return Header(count, skipped, checksums)
@@ -162,13 +201,16 @@ def check_encoder(folder: Path, settings: Settings, codec: Codec) -> None:
 
 class LatentCache(Dataset):
     """
-    Read what `write_latents` wrote to `folder`; index `i` runs over images in the order of their rows. Shards are
-    mapped into memory and compared with their checksums when they are first used, in each worker for itself.
+    Read what `write_latents` wrote to `folder`; index `i` runs over images in the order of their rows, with buckets in
+    that of each bucket after the other. Shards are mapped into memory and compared with their checksums when they are
+    first used, in each worker for itself.
 
     Attributes:
         settings (`dict`): The content of `cache.json`.
         flips (`bool`): Whether mirrored images were encoded too.
-        latent_shape (`tuple[int, ...]`): The shape `(C, h, w)` of a latent.
+        latent_shape (`tuple[int, ...]`): The shape `(C, h, w)` of a latent, with buckets of the square's.
+        buckets (`Buckets`): The indices of the images of each shape in pixels, for a `BatchPlan`; empty without.
+        latent_shapes (`dict[tuple[int, int], tuple[int, ...]]`): The shape of a latent of each of `buckets`.
         class_names (`list[str]`): Names of the labels, empty where unknown.
         labels, rows (`torch.Tensor` of shape `(len(self),)`): int64; a label is -1 where there is none.
 
@@ -198,6 +240,15 @@ class LatentCache(Dataset):
         )
         self._starts = np.cumsum([0] + [header.images for header in headers])
         self._paths, self._name = paths, stored_name(settings)
+        self._shapes = [stored_shape(settings, shard) for shard in shards]
+        numbers = np.repeat([bucket_of(settings, shard)[0] for shard in shards], [header.images for header in headers])
+        self.buckets: Buckets = {}
+        self.latent_shapes: dict[Shape, tuple[int, ...]] = {}
+        for number, bucket in enumerate(settings.get("buckets", [])):
+            if len(found := np.flatnonzero(numbers == number)):
+                height, width = bucket["shape"]
+                self.buckets[height, width] = found
+                self.latent_shapes[height, width] = tuple(bucket["latent_shape"])
         self._mapped: dict[tuple[int, bool], np.ndarray] = {}
 
     @property
@@ -234,7 +285,8 @@ class LatentCache(Dataset):
 
         Raises:
             IndexError: An index is not one of an image.
-            ValueError: `flipped` has another length, or asks for what was not written, or a shard is damaged.
+            ValueError: The images are of several shapes, `flipped` has another length, or asks for what was not
+                written, or a shard is damaged.
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64).tolist()
         sides = [False] * len(chosen) if flipped is None else torch.as_tensor(flipped, dtype=torch.bool).tolist()
@@ -254,8 +306,10 @@ class LatentCache(Dataset):
         numbers = np.asarray(indices, dtype=np.int64) % max(len(self), 1)
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         places = numbers - self._starts[shards]
-        shape, dtype = stored_shape(self.settings), getattr(torch, self.settings["dtype"])
-        values = torch.empty(len(indices), *shape, dtype=dtype)
+        shapes = {self._shapes[shard] for shard in set(shards.tolist())} or {stored_shape(self.settings, 0)}
+        if len(shapes) > 1:
+            raise ValueError(f"`indices` must be those of images of one shape, got {len(shapes)}.")
+        values = torch.empty(len(indices), *shapes.pop(), dtype=getattr(torch, self.settings["dtype"]))
         # As bytes, which NumPy has for every dtype: to copy row by row, torch takes four times as long.
         levels = values.view(torch.uint8).numpy()
         for i, (shard, place, side) in enumerate(zip(shards.tolist(), places.tolist(), flipped)):

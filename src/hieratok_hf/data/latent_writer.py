@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -20,13 +20,16 @@ from ..utils.choices import LATENT_DTYPES, LATENT_KINDS
 from ..utils.distributed import gather, process_place
 from ..utils.files import remove_leftovers, write_whole
 from ..utils.images import from_uint8
+from .aspect_buckets import Shape, buckets_of_sizes
 from .image_dataset import Images, Row, decode_ahead
 from .latent_cache import (
     FORMAT,
     SETTINGS_FILE,
+    bucket_of,
     checksum,
     encoder_facts,
     identity,
+    number_of,
     read_header,
     read_settings,
     read_tensor,
@@ -56,6 +59,8 @@ def write_latents(
     batch_size: int = 32,
     seed: int = 0,
     limit: int | None = None,
+    max_aspect: float | None = None,
+    multiple: int | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     threads: int = 4,
 ) -> dict[str, Any]:
@@ -68,11 +73,15 @@ def write_latents(
     that have changed since is refused. Of several processes of torch.distributed each writes its own shards, and all
     must call this. The model runs in its own dtype, or in that of an autocast around the call.
 
+    With `max_aspect`, images are brought to the nearest of the shapes of `aspect_buckets` instead of a square. Each
+    shard then holds rows of one shape, in their order, the shards of a shape follow each other, and `cache.json` lists
+    the shapes with the number of their rows and a checksum of these.
+
     Args:
         codec_or_vae (`Codec` or `torch.nn.Module`): The autoencoder, or what `Codec` takes.
         images (`Images`): The data; a stream is gone through by every process.
         folder (`str` or `Path`): The folder for shards and `cache.json`; made if it is not there.
-        size (`int`): Side `S` that images are brought to by `centre_square`.
+        size (`int`): Side of the square that images are brought to by `centre_crop`.
         kind (`str`, defaults to `"moments"`): `"moments"`, or of each posterior one `"sample"` or the `"mode"`.
         flips (`bool`, defaults to `True`): Whether to encode the mirrored images too.
         dtype (`torch.dtype`, defaults to `torch.float16`): What is stored; also bfloat16 or float32.
@@ -80,6 +89,9 @@ def write_latents(
         batch_size (`int`, defaults to 32): Most images encoded at a time; no batch spans two shards.
         seed (`int`, defaults to 0): With its row decides the noise of a sample.
         limit (`int`, *optional*): Take only the first rows of the data.
+        max_aspect (`float`, *optional*): Largest ratio of sides of the shapes; squares alone unless given.
+        multiple (`int`, *optional*): What the sides of the shapes are multiples of; the pixels of a latent's cell
+            unless given.
         progress (callable, *optional*): Called after each batch with how many rows this process has done in this
             call and how many it has to do, `None` in a stream.
         threads (`int`, defaults to 4): Decode this many images at a time, a batch or two ahead.
@@ -90,7 +102,8 @@ def write_latents(
 
     Raises:
         ValueError: An argument is out of its range, the model cannot take images of that size or has no posterior,
-            the data has no rows, the latents are not finite in `dtype`, or `folder` holds something else.
+            the data has no rows, or with `max_aspect` is a stream, the latents are not finite in `dtype`, or `folder`
+            holds something else.
         OSError: The folder cannot be written.
     """
     codec = codec_or_vae if isinstance(codec_or_vae, Codec) else Codec(codec_or_vae)
@@ -109,18 +122,36 @@ def write_latents(
         "classes": images.class_names,
         "latent_shape": list(codec.latent_shape(size)), **encoder_facts(codec),
     }  # fmt: skip
+    shapes: list[Shape] = [(size, size)]
+    groups: list[np.ndarray] = []
+    if max_aspect is not None:
+        unit = multiple or size // settings["latent_shape"][1]
+        (buckets,) = buckets_of_sizes(images.read_sizes(limit), [size], unit, max_aspect)
+        shapes, groups = list(buckets), list(buckets.values())
+        settings["buckets"] = [
+            {
+                "shape": list(shape),
+                "latent_shape": list(codec.latent_shape(shape)),
+                "rows": len(rows),
+                "checksum": checksum(torch.from_numpy(rows)),
+            }
+            for shape, rows in buckets.items()
+        ]
     encode, folder, (rank, world) = _encoder(codec, settings), Path(folder), process_place()
     # One process looks, so that none sees a folder half way.
     settings, problem = gather(_settle(folder, settings) if rank == 0 else ({}, ""))[0]
     if problem:
         raise ValueError(problem)
     started = time.perf_counter()
-    is_missing = _missing_shards(folder, settings, rank, world)
-    batches = decode_ahead(_missing_rows(images, settings, is_missing, batch_size), size, threads)
+    is_missing, layout = _missing_shards(folder, settings, rank, world), _Layout(settings, groups)
+    batches = chain.from_iterable(
+        decode_ahead(_missing_rows(images, layout, is_missing, batch_size, index), shape, threads)
+        for index, shape in enumerate(shapes)
+    )
     todo = None
     if settings["rows"] is not None:
         todo = sum(len(rows_of(settings, shard)) for shard in filter(is_missing, shards_of(settings)))
-    encoded, written = _write_shards(batches, encode, next(codec.model.parameters()), folder, settings, progress, todo)
+    encoded, written = _write_shards(batches, encode, next(codec.model.parameters()), folder, layout, progress, todo)
     seconds = time.perf_counter() - started
     if not settings["rows"]:
         raise ValueError(f"No images found in {images.source}: it has no rows.")
@@ -141,6 +172,29 @@ def write_latents(
     }
 
 
+class _Layout:
+    """
+    Say which rows of the data lie in which shard of a cache.
+
+    Args:
+        settings (`dict`): The content of `cache.json`.
+        groups (list of `np.ndarray`): The rows of each bucket, empty for a cache without.
+    """
+
+    def __init__(self, settings: Settings, groups: list[np.ndarray]):
+        self.settings, self.groups = settings, groups
+        self._shards = np.empty(sum(map(len, groups)), dtype=np.int64)
+        for shard in shards_of(settings) if groups else ():
+            self._shards[self.rows_of(shard)] = shard
+
+    def rows_of(self, shard: int) -> Sequence[int] | np.ndarray:
+        places = rows_of(self.settings, shard)
+        return self.groups[bucket_of(self.settings, shard)[0]][places] if self.groups else places
+
+    def shard_of(self, row: int) -> int:
+        return int(self._shards[row]) if self.groups else row // self.settings["shard_size"]
+
+
 def _settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
     """Write `cache.json`, and give the settings to go on with, or the reason why the folder cannot be written."""
     try:
@@ -150,7 +204,9 @@ def _settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
             old, new = read_settings(folder), dict(settings)
             if old.get("rows") is None or new["rows"] is None:  # of a stream they are known once it has ended
                 old["rows"] = new["rows"] = old.get("rows") or new["rows"]
-            differing = [f"{name} {old.get(name)!r}, not {new[name]!r}" for name in new if old.get(name) != new[name]]
+            others = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            differing = [f"{name} {old.get(name)!r}, not {new.get(name)!r}" for name in others if name != "buckets"]
+            differing += ["other buckets"] if "buckets" in others else []
             if differing:
                 return {}, f"{str(folder)!r} holds another cache: {'; '.join(differing)}."
             settings = new
@@ -171,7 +227,7 @@ def _write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) 
     noise = [np.random.default_rng((settings["seed"], row)) for row in rows] if settings["kind"] == "sample" else []
     for side, suffix in (("plain", ""), ("flipped", "_flipped"))[: 1 + settings["flips"]]:
         parts = [batch[side] for batch in batches if batch["rows"]]
-        values = torch.cat(parts).float().cpu() if parts else torch.empty(0, *stored_shape(settings))
+        values = torch.cat(parts).float().cpu() if parts else torch.empty(0, *stored_shape(settings, number_of(path)))
         if noise:
             posterior = posterior_of(values)
             drawn = [source.standard_normal(posterior.mean.shape[1:], np.float32) for source in noise]
@@ -208,26 +264,30 @@ def _missing_shards(folder: Path, settings: Settings, rank: int, world: int) -> 
 
 
 def _missing_rows(
-    images: Images, settings: Settings, is_missing: Callable[[int], bool], batch_size: int
+    images: Images, layout: _Layout, is_missing: Callable[[int], bool], batch_size: int, bucket: int = 0
 ) -> Iterator[list[tuple[int, Row]]]:
-    """Iterate over batches of the rows of missing shards, none of two, and note the number of rows of a stream."""
-    shard_size, known = settings["shard_size"], settings["rows"]
+    """
+    Iterate over batches of the rows of a bucket's missing shards, none of two, and note how many rows a stream has.
+    """
+    settings = layout.settings
+    known = settings["rows"]
 
     def numbered() -> Iterator[tuple[int, Row]]:
         if not images.streaming:
             for shard in filter(is_missing, shards_of(settings)):
-                yield from ((row, images[row]) for row in rows_of(settings, shard))
+                if bucket_of(settings, shard)[0] == bucket:
+                    yield from ((int(row), images[row]) for row in layout.rows_of(shard))
         elif known is None or any(map(is_missing, shards_of(settings))):
             count = 0
             for row, entry in enumerate(islice(images, settings["limit"])):
                 count = row + 1
-                if is_missing(row // shard_size):
+                if is_missing(layout.shard_of(row)):
                     yield row, entry
             if known not in (None, count):
                 raise ValueError(f"{images.source} must have {known} rows as before, got {count}.")
             settings["rows"] = count
 
-    for _, entries in groupby(numbered(), lambda entry: entry[0] // shard_size):
+    for _, entries in groupby(numbered(), lambda entry: layout.shard_of(entry[0])):
         while batch := list(islice(entries, batch_size)):
             yield batch
 
@@ -252,16 +312,16 @@ def _write_shards(
     encode: Callable[[Tensor], Tensor],
     weight: Tensor,
     folder: Path,
-    settings: Settings,
+    layout: _Layout,
     progress: Callable[[int, int | None], None] | None,
     todo: int | None,
 ) -> tuple[int, int]:
     """Encode in this thread while others decode and write, and count the images encoded and the shards written."""
 
     def shard_of(batch: dict[str, Any]) -> int:
-        first = batch["rows"][0] if batch["rows"] else batch["skipped"][0][0]
-        return first // settings["shard_size"]
+        return layout.shard_of(batch["rows"][0] if batch["rows"] else batch["skipped"][0][0])
 
+    settings = layout.settings
     encoded = done = 0
     written: list[Future[None]] = []
     with ThreadPoolExecutor(1) as writer, torch.inference_mode():

@@ -1,10 +1,10 @@
 """Batches of random crops for training: which step sees which crop is a function of the seed alone."""
 
 import random
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count, islice
+from dataclasses import dataclass, field
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,34 +13,46 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..utils.images import ImageError, from_uint8
+from ..utils.images import ImageError, from_uint8, largest_crop
+from .aspect_buckets import Buckets, Shape
 from .image_dataset import Images, Row, image_of
 
 __all__ = ["BatchPlan", "random_crop", "step_generator", "to_pixel_values", "training_loader"]
 
-# Shape letters: B images of this process in one part of a step, S side of a crop in pixels.
+# Shape letters: B images of this process in one part of a step, H W pixels of a crop.
 
 _TRIES = 100  # rows after a broken one, before the data counts as broken
 
 
-def random_crop(image: Image.Image, size: int, rng: random.Random, scale: tuple[float, float]) -> Image.Image:
+def random_crop(image: Image.Image, shape: Shape, rng: random.Random, scale: tuple[float, float]) -> Image.Image:
     """
-    Cut a random square of an RGB image, mirror it half the time, and resize it bicubically to `size` pixels a side.
+    Cut a random rectangle of an RGB image, mirror it half the time, and resize it bicubically to `shape`.
 
     Args:
         image (`PIL.Image.Image`): An image of mode RGB.
-        size (`int`): Side of the result in pixels.
+        shape (`tuple[int, int]`): Height and width of the result in pixels, whose aspect the rectangle has.
         rng (`random.Random`): The source of chance.
-        scale (`tuple[float, float]`): Least and largest share of the shorter side that the square covers; `(0, 0)`
-            cuts exactly `size` pixels and resizes only images that are smaller.
+        scale (`tuple[float, float]`): Least and largest share of the sides of the largest such rectangle; `(0, 0)`
+            cuts exactly `shape` and resizes only images that are smaller.
     """
-    short = min(image.size)
-    side = min(size, short) if scale[1] == 0 else max(1, round(short * rng.uniform(*scale)))
-    left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
-    crop = image.crop((left, top, left + side, top + side))
-    if side != size:
-        crop = crop.resize((size, size), Image.Resampling.BICUBIC)
+    full = largest_crop(image, shape)
+    share = min(1, shape[0] / full[0]) if scale[1] == 0 else rng.uniform(*scale)
+    height, width = (max(1, round(side * share)) for side in full)
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    crop = image.crop((left, top, left + width, top + height))
+    if (height, width) != shape:
+        crop = crop.resize(shape[::-1], Image.Resampling.BICUBIC)
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+class Step(NamedTuple):
+    """A step of a plan: its number, the shape of its images in pixels, their number, and how many came before it."""
+
+    number: int
+    shape: Shape
+    total: int
+    before: int
+    before_in_bucket: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,9 @@ class BatchPlan:
     Divide the images of every step over processes and parts, so that together they are always the same.
 
     A step draws one of `crop_sizes` and takes `batch_size` times the pixels of the first size, rounded to a multiple
-    of processes times parts: where that rounds nothing, the images are the same however they are divided.
+    of processes times parts: where that rounds nothing, the images are the same however they are divided. With
+    buckets it then draws one of that size, in proportion to the images in it, and as many images as of the square, so
+    that every image of the data is as likely.
 
     Attributes:
         batch_size (`int`): Images of a step at the first crop size, of all processes together.
@@ -58,9 +72,12 @@ class BatchPlan:
         seed (`int`): Decides sizes, order and crops.
         world_size, rank (`int`): Number of processes, and which of them this is.
         parts (`int`): Parts of a step whose gradients are accumulated.
+        buckets (`tuple[Buckets, ...]`): For each crop size the rows of the data by the shape that they are cut to;
+            empty for squares of all of the data.
 
     Raises:
-        ValueError: `batch_size` is no multiple of processes times parts, or a crop size is not positive.
+        ValueError: `batch_size` is no multiple of processes times parts, a crop size is not positive, or `buckets`
+            are not as many.
     """
 
     batch_size: int
@@ -70,6 +87,7 @@ class BatchPlan:
     world_size: int = 1
     rank: int = 0
     parts: int = 1
+    buckets: tuple[Buckets, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % (self.world_size * self.parts):
@@ -79,16 +97,28 @@ class BatchPlan:
             )
         if not self.crop_sizes or min(self.crop_sizes) < 1:
             raise ValueError(f"`crop_sizes` must be positive sides in pixels, got {self.crop_sizes}.")
+        if self.buckets and len(self.buckets) != len(self.crop_sizes):
+            raise ValueError(f"`buckets` must be as many as `crop_sizes`, {len(self.crop_sizes)}.")
 
-    def sizes(self, first_step: int = 0) -> Iterator[tuple[int, int, int, int]]:
-        """Iterate over the steps from `first_step`: number, side of the crops, count, and how many came before."""
+    def rows_of(self, shape: Shape) -> np.ndarray | None:
+        """Find the rows of the data that are cut to a shape, `None` for all of them."""
+        return next((found[shape] for found in self.buckets if shape in found), None)
+
+    def each_step(self, first_step: int = 0) -> Iterator[Step]:
+        """Iterate over the steps from `first_step`."""
         rng, before, unit = random.Random(self.seed), 0, self.world_size * self.parts
-        for step in range(self.steps):
-            size = rng.choice(self.crop_sizes)
-            total = max(1, self.batch_size * self.crop_sizes[0] ** 2 // (size**2 * unit)) * unit
-            if step >= first_step:
-                yield step, size, total, before
+        before_in: defaultdict[Shape, int] = defaultdict(int)
+        weights = [list(map(len, found.values())) for found in self.buckets]
+        for number in range(self.steps):
+            chosen = rng.choice(range(len(self.crop_sizes)))
+            size = self.crop_sizes[chosen]
+            shape, total = (size, size), max(1, self.batch_size * self.crop_sizes[0] ** 2 // (size**2 * unit)) * unit
+            if self.buckets:
+                (shape,) = rng.choices(list(self.buckets[chosen]), weights[chosen])
+            if number >= first_step:
+                yield Step(number, shape, total, before, before_in[shape] if self.buckets else before)
             before += total
+            before_in[shape] += total
 
 
 def training_loader(
@@ -112,7 +142,7 @@ def training_loader(
         num_workers (`int`, defaults to 0): Processes that read and decode; of a stream at most one.
 
     Returns:
-        Iterator of dictionaries: `pixel_values` `(B, 3, S, S)` uint8; `step` and `part`; `count`, the images of
+        Iterator of dictionaries: `pixel_values` `(B, 3, H, W)` uint8; `step` and `part`; `count`, the images of
         the whole step; `rows`, which of them these are; `labels` `(B,)`, -1 where there is none; `skipped`, the
         reasons of images left out.
 
@@ -137,7 +167,7 @@ def training_loader(
 
 
 def to_pixel_values(batch: dict[str, Any]) -> Tensor:
-    """Give the images of a batch as models take them, `(B, 3, S, S)` float32 in [-1, 1]."""
+    """Give the images of a batch as models take them, `(B, 3, H, W)` float32 in [-1, 1]."""
     return from_uint8(batch["pixel_values"])
 
 
@@ -146,7 +176,7 @@ class Draw(NamedTuple):
 
     place: int
     row: int  # of the `total` samples of its step
-    size: int
+    shape: Shape
     step: int
     part: int
     total: int
@@ -154,20 +184,27 @@ class Draw(NamedTuple):
 
 
 def plan_draws(length: int | None, plan: BatchPlan, first_step: int = 0) -> Iterator[list[Draw]]:
-    """Iterate over the draws of this process, part after part; every epoch has all rows of the data in a new order."""
-    epoch, order = -1, np.zeros(0, np.int64)
-    for step, size, total, before in plan.sizes(first_step):
-        share = total // (plan.world_size * plan.parts)
+    """
+    Iterate over the draws of this process, part after part; every epoch of the data, or of a bucket, has all of its
+    rows in a new order.
+    """
+    everything = None if length is None else range(length)
+    orders: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}
+    for step in plan.each_step(first_step):
+        bucket = step.shape if plan.buckets else ()
+        rows = everything if (found := plan.rows_of(step.shape)) is None else found
+        share = step.total // (plan.world_size * plan.parts)
         for part in range(plan.parts):
             start, draws = (part * plan.world_size + plan.rank) * share, []
             for row in range(start, start + share):
-                place, data_row = before + row, -1
-                if length is not None:
-                    if place // length != epoch:
-                        epoch = place // length
-                        order = np.random.default_rng((plan.seed, epoch)).permutation(length)
-                    data_row = int(order[place % length])
-                draws.append(Draw(place, row, size, step, part, total, data_row))
+                data_row = -1
+                if rows is not None:
+                    epoch, place = divmod(step.before_in_bucket + row, len(rows))
+                    if orders.get(bucket, (-1,))[0] != epoch:
+                        order = np.random.default_rng((plan.seed, epoch, *bucket)).permutation(len(rows))
+                        orders[bucket] = epoch, order
+                    data_row = int(rows[int(orders[bucket][1][place])])
+                draws.append(Draw(step.before + row, row, step.shape, step.number, part, step.total, data_row))
             yield draws
 
 
@@ -182,8 +219,13 @@ class _Crops(Dataset):
         self.images, self.plan, self.scale = images, plan, scale
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        length = len(self.images)
-        return self.sample((self.images[(draw.data_row + offset) % length] for offset in range(length)), draw)
+        length, bucket = len(self.images), self.plan.rows_of(draw.shape)
+        following: Iterator[int] = ((draw.data_row + offset) % length for offset in range(length))
+        if bucket is not None:
+            place = np.searchsorted(bucket, draw.data_row)
+            own = (int(bucket[(place + offset) % len(bucket)]) for offset in range(len(bucket)))
+            following = chain(own, following)
+        return self.sample((self.images[row] for row in following), draw)
 
     def sample(self, rows: Iterator[Row], draw: Draw) -> dict[str, Any]:
         """Crop the first of `rows` that can be decoded."""
@@ -191,7 +233,7 @@ class _Crops(Dataset):
         for row in islice(rows, _TRIES):
             rng = random.Random(f"{self.plan.seed}:{draw.place}")
             try:
-                crop = random_crop(image_of(row), draw.size, rng, self.scale)
+                crop = random_crop(image_of(row), draw.shape, rng, self.scale)
                 return {"crop": np.asarray(crop), "label": row["label"], "draw": draw, "skipped": skipped}
             except ImageError as error:
                 skipped.append(str(error))

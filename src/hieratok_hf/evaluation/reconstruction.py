@@ -70,7 +70,7 @@ class EvaluationBatches:
         return range(length if self.limit is None else min(self.limit, length))[rank::world]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in decode_ahead(self._numbered(), self.size, self.threads):
+        for batch in decode_ahead(self._numbered(), (self.size, self.size), self.threads):
             self.skipped |= {name: reason for _, name, reason in batch["skipped"]}
             if batch["rows"]:
                 pixel_values = from_uint8(batch["levels"].permute(0, 3, 1, 2))

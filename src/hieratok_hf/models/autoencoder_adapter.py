@@ -84,14 +84,16 @@ class Codec:
         """Decode `latents` `(B, C, h, w)` to the images of all scales that the model has, the last `(B, 3, S, S)`."""
         return [self.decode(latents)] if self.core is None else self.core.decode_scales(latents)
 
-    def latent_shape(self, size: int) -> tuple[int, ...]:
+    def latent_shape(self, size: int | tuple[int, int]) -> tuple[int, ...]:
         """
-        Find the shape `(C, h, w)` of the latent of an image of `size` x `size` pixels, by a blank one.
+        Find the shape `(C, h, w)` of the latent of an image of `size` x `size` pixels, or of a height and width, by a
+        blank one.
 
         Raises:
             ValueError: The model cannot take an image of that size, or decodes it to another size.
         """
-        blank = torch.zeros(1, 3, size, size)
+        height, width = (size, size) if isinstance(size, int) else size
+        blank = torch.zeros(1, 3, height, width)
         name = type(self.model).__name__
         try:
             with torch.no_grad():
@@ -99,7 +101,7 @@ class Codec:
                 shape = tuple(self.decode(latents).shape)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{name} cannot take images of {size} x {size} pixels: {reason}") from error
+            raise ValueError(f"{name} cannot take images of {height} x {width} pixels: {reason}") from error
         if shape != blank.shape:
             raise ValueError(f"{name} makes images of shape {shape[1:]} of those of {tuple(blank.shape[1:])}.")
         return tuple(latents.shape[1:])

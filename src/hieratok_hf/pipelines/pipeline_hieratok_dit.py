@@ -18,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..models.dit_grids import allow_any_grid
 from ..models.saved_code import library_of
 from ..utils.numbers import real_number, whole_number
 from .call_arguments import evaluating, take_falling, take_generators, take_interval, take_latents
@@ -95,6 +96,8 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         if vae is not None:
             factor = getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+        if transformer is not None:
+            allow_any_grid(transformer)  # before it is compiled
 
     @property
     def num_classes(self) -> int:
@@ -143,6 +146,8 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         preview_scales: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | Any:
         """
         Generate images of classes.
@@ -179,6 +184,9 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             preview_scales (`int`, *optional*): Number of the tokenizer's scales by which the predicted clean latents
                 are decoded for the callback, which gets them as `"preview"`: `(B, 3, H / f, W / f)` in [0, 1], where
                 `f` is the factor of the last of the scales. There are no previews unless given.
+            height, width (`int`, *optional*): Size of the images in pixels, multiples of the tokenizer's patch times
+                the transformer's; that of the transformer's `sample_size` unless given. A transformer that was trained
+                on squares alone makes poor images of other shapes.
 
         Returns:
             `images`, `num_images_per_prompt` of each class.
@@ -207,7 +215,8 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
         no_labels = torch.full_like(labels, self.num_classes)
         generator = take_generators(generator, len(labels))
-        latents = self.prepare_latents(len(labels), generator, latents)
+        grid = self._take_grid(height, width)
+        latents = self.prepare_latents(len(labels), generator, latents, grid)
         if times is None and noise is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             # Its own last step would begin with hardly any noise; as in diffusers' pipelines, steps are even.
             noise = [1 - i / num_inference_steps for i in range(num_inference_steps)]
@@ -240,6 +249,9 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                     class_labels=torch.cat([labels, no_labels]) if guided else labels,
                     return_dict=False,
                 )[0]
+            if prediction.shape[2:] != latents.shape[2:]:
+                made = tuple(prediction.shape[2:])
+                raise ValueError(f"`height` and `width` do not suit `transformer`: of a grid {grid} it makes {made}.")
             prediction = prediction[:, :channels].float()
             if guided:
                 conditional, unconditional = prediction.chunk(2)
@@ -305,17 +317,45 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             name = type(self.scheduler).__name__
             raise ValueError(f"`timesteps` cannot be given to this {name}, which takes others or moves their noise.")
 
+    def _take_grid(self, height: Any, width: Any) -> tuple[int, int]:
+        """Find the latent's grid for a height and width in pixels, where given, or raise `ValueError`."""
+        config, grid = self.transformer.config, []
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is None:
+                grid.append(config.sample_size)
+                continue
+            if self.vae is None:
+                raise ValueError(f"`{name}` must be None without a `vae`, whose pixels it counts, got {pixels!r}.")
+            factor = self.image_processor.config.vae_scale_factor
+            unit = factor * (config.get("patch_size") or 1)
+            if whole_number(name, pixels, 1) % unit:
+                raise ValueError(f"`{name}` must be a multiple of {unit} pixels, got {pixels}.")
+            grid.append(int(pixels) // factor)
+        allow_any_grid(self.transformer)
+        return grid[0], grid[1]
+
     def prepare_latents(
-        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """
         Draw the noise to begin with, in float32, or take `latents` `(B, C, h, w)` if they are given.
 
+        Args:
+            batch_size (`int`): The number of images.
+            generator (`torch.Generator` or one for each image, *optional*): Source of the noise.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): The noise.
+            grid (`tuple[int, int]`, *optional*): The height and width of the latents; the transformer's
+                `sample_size` unless given.
+
         Raises:
-            ValueError: `latents` do not suit `batch_size` images.
+            ValueError: `latents` do not suit `batch_size` images or the grid.
         """
-        size = self.transformer.config.sample_size
-        shape = (batch_size, self.transformer.config.in_channels, size, size)
+        config = self.transformer.config
+        shape = (batch_size, config.in_channels, *(grid or (config.sample_size, config.sample_size)))
         if latents is None:
             return randn_tensor(shape, generator, self._execution_device, torch.float32)
         is_usable = isinstance(latents, Tensor) and latents.is_floating_point() and not latents.is_meta

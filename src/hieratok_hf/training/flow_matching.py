@@ -10,6 +10,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor, nn
 
 from ..data.training_batches import step_generator
+from ..models.dit_grids import allow_any_grid
 from ..utils.choices import DIT_SIZES
 from ..utils.numbers import whole_number
 
@@ -85,6 +86,7 @@ class VelocityTraining(nn.Module):
 
     def __init__(self, transformer: ModelMixin):
         super().__init__()
+        allow_any_grid(transformer)
         self.transformer = transformer
 
     def train(self, mode: bool = True) -> "VelocityTraining":

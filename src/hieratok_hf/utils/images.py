@@ -1,25 +1,30 @@
 """Read image files of any mode as upright 8-bit RGB, with one-line errors, and map 8-bit levels to [-1, 1]."""
 
+import contextlib
 import io
 import os
 import stat
 import urllib.request
-from typing import IO
+from collections.abc import Callable
+from typing import IO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "ImageError",
+    "centre_crop",
     "centre_square",
     "convert_to_rgb",
     "decode_image",
     "encode_image",
     "fetch_image",
     "from_uint8",
+    "largest_crop",
     "open_image",
+    "read_size",
     "to_uint8",
 ]
 
@@ -29,6 +34,8 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".t
 """How names of files end, in lower case, in the formats that are read."""
 
 _MOST_BYTES = 200 * 2**20
+
+T = TypeVar("T")
 
 
 class ImageError(ValueError):
@@ -87,6 +94,39 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) ->
     Raises:
         ImageError: The file is missing, a folder, empty, unreadable, no image, too large or damaged.
     """
+    return _open(path, max_pixels, convert_to_rgb)
+
+
+def decode_image(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Image.Image:
+    """Read the image in a file's content as `open_image` does; in an `ImageError`, `name` stands for the path."""
+    return _decode(data, name, max_pixels, convert_to_rgb)
+
+
+def read_size(file: str | os.PathLike[str] | bytes, name: str = "") -> tuple[int, int]:
+    """
+    Read the height and width in pixels that an image has upright from a file's header, without decoding the image.
+
+    Args:
+        file (`str`, `os.PathLike` or `bytes`): A path as that of `open_image`, or the content of a file.
+        name (`str`): The name of a content in messages.
+
+    Raises:
+        ImageError: The header cannot be read, or `open_image` would refuse the image before it is decoded.
+    """
+    most = 50_000_000
+    return _decode(file, name, most, _upright_size) if isinstance(file, bytes) else _open(file, most, _upright_size)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    orientation = None
+    if not hasattr(image, "tag_v2"):  # of a TIFF file Pillow gives the upright size
+        with contextlib.suppress(Exception):  # as in `convert_to_rgb`
+            # Not a PNG image's own, which decodes the image to look behind it.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    return image.size if orientation in (5, 6, 7, 8) else image.size[::-1]
+
+
+def _open(path: str | os.PathLike[str], max_pixels: int, convert: Callable[[Image.Image], T]) -> T:
     name = _shown(os.fspath(path))
     try:
         info = os.stat(path)
@@ -100,14 +140,13 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) ->
     except (OSError, ValueError) as error:  # ValueError of a name that no system takes
         raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', error)})") from error
     with file:
-        return _decode(file, name, max_pixels)
+        return _convert(file, name, max_pixels, convert)
 
 
-def decode_image(data: bytes, name: str, *, max_pixels: int = 50_000_000) -> Image.Image:
-    """Read the image in a file's content as `open_image` does; in an `ImageError`, `name` stands for the path."""
+def _decode(data: bytes, name: str, max_pixels: int, convert: Callable[[Image.Image], T]) -> T:
     if not data:
         raise ImageError(f"{_shown(name)}: is empty (0 bytes)")
-    return _decode(io.BytesIO(data), _shown(name), max_pixels)
+    return _convert(io.BytesIO(data), _shown(name), max_pixels, convert)
 
 
 def encode_image(image: Image.Image, name: str, *, quality: int = 95) -> bytes:
@@ -173,7 +212,7 @@ def _shown(name: str | bytes) -> str:
     return repr(name if len(name) <= 1000 else name[:1000]) + "..." * (len(name) > 1000)
 
 
-def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+def _convert(file: IO[bytes], name: str, max_pixels: int, convert: Callable[[Image.Image], T]) -> T:
     try:
         if (size := file.seek(0, io.SEEK_END)) > 16 * max_pixels + 2**24:  # Pillow reads a WebP file whole
             raise Image.DecompressionBombError(f"{size} bytes")
@@ -181,7 +220,7 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         image = Image.open(file, formats=_FORMATS)
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        return convert_to_rgb(image)
+        return convert(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: is too large for max_pixels={max_pixels} ({error})") from error
     except Image.UnidentifiedImageError as error:
@@ -193,10 +232,25 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
     """Cut the middle square of an image, and resize it bicubically to `size` x `size` pixels unless it is that."""
-    short = min(image.size)
-    left, top = (image.width - short) // 2, (image.height - short) // 2
-    box = (left, top, left + short, top + short)
-    return image.crop(box) if short == size else image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return centre_crop(image, (size, size))
+
+
+def centre_crop(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
+    """Cut as much of an image's middle as has the aspect of `shape`, a height and a width, and resize it to that."""
+    height, width = map(round, largest_crop(image, shape))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    box = (left, top, left + width, top + height)
+    if (height, width) == shape:
+        return image.crop(box)
+    return image.resize(shape[::-1], Image.Resampling.BICUBIC, box=box)
+
+
+def largest_crop(image: Image.Image, shape: tuple[int, int]) -> tuple[float, float]:
+    """Give the height and width, not rounded, of the largest rectangle in an image that has the aspect of `shape`."""
+    height, width = shape
+    if image.width * height <= image.height * width:
+        return max(1, image.width * (height / width)), image.width
+    return image.height, max(1, image.height * (width / height))
 
 
 def from_uint8(levels: Tensor) -> Tensor:

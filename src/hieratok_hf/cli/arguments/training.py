@@ -13,7 +13,7 @@ from ...utils.choices import (
     PIXEL_LOSSES,
     SIZES,
 )
-from ..parsing import Parser, add_data, add_device, add_training, json_object, positive, real, seed, whole
+from ..parsing import Parser, add_buckets, add_data, add_device, add_training, json_object, positive, real, seed, whole
 from .images import TOKENIZER
 
 AUTOCAST = {"fp16": "float16", "bf16": "bfloat16"}
@@ -32,6 +32,7 @@ def add_train(parser: Parser) -> None:
     data = parser.add_argument_group("data").add_argument
     add_data(data, "training", required=True)
     data("--crop_sizes", type=positive, nargs="+", default=[128], help="sides of crops; a step draws one")
+    add_buckets(parser, data, "--crop_sizes")
     parser.add_range(data, "--crop_scale", (0.5, 1.0), "range of crops, in shorter sides; 0 0: as is")
     data("--batch_size", type=positive, default=16, help="images of the first size a step, of all processes")
     data("--num_workers", type=whole(0, 1024), default=0, help="processes that read images")
@@ -92,6 +93,7 @@ def add_train_dit(parser: Parser) -> None:
     data("--latents", type=Path, help="a folder of `hieratok cache`")
     add_data(data, "training")
     data("--image_size", type=positive, default=256, help="side of the images in pixels, with --data")
+    add_buckets(parser, data, "--image_size")
     parser.add_range(data, "--crop_scale", (1.0, 1.0), "range of crops, in shorter sides")
     data("--class_names", nargs="+", help="names of the classes, one for each, or a JSON file")
     data("--batch_size", type=positive, default=64, help="images a step, of all processes")
@@ -108,7 +110,8 @@ def add_train_dit(parser: Parser) -> None:
     report("--export_every", type=positive, help="steps between pipelines that are kept; none unless given")
     dtypes = ("float32", "bfloat16", "float16")
     report("--export_dtype", choices=dtypes, default="float32", help="dtype of the pipeline")
-    parser.needs(**dict.fromkeys(("split", "streaming", "image_size", "crop_scale", "num_workers"), "data"))
+    encoded = ("split", "streaming", "image_size", "crop_scale", "num_workers", "aspect_buckets")
+    parser.needs(**dict.fromkeys(encoded, "data"))
 
     def check(args: Namespace) -> None:
         if (args.latents is None) == (args.data is None):
@@ -126,6 +129,7 @@ def add_cache(parser: Parser) -> None:
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the shards go; one that is begun goes on")
     add("--limit", type=positive, help="take only the first rows of the data")
     add("--size", type=positive, help="side of the middle square; the model's own unless given")
+    add_buckets(parser, add, "--size")
     kinds = "what is kept of a posterior: mean and log-variance, one sample, or the mode"
     add("--kind", choices=LATENT_KINDS, default="moments", help=kinds)
     add("--no_flips", action="store_true", help="leave the mirrored images out")
