@@ -131,6 +131,19 @@ def test_what_is_registered_for_pipelines_is_saved_by_both_classes(tmp_path):
         loaded = AutoencoderHieraTok.from_pretrained(tmp_path / library)
         assert REGISTERED.items() <= dict(loaded.config).items()
         assert_same_weights(loaded, vae)
+    assert REGISTERED.items() <= HieraTokModel.from_core(vae.core).config.to_dict().items()
+
+
+@pytest.mark.parametrize("library", CLASSES)
+def test_what_is_registered_follows_the_core(library, tmp_path):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.register_to_config(**REGISTERED)
+    vae.save_pretrained(tmp_path)
+    core = CLASSES[library].from_pretrained(tmp_path).core
+    assert REGISTERED.items() <= dict(AutoencoderHieraTok.from_core(core).config).items()
+    core.fold_latent_statistics(torch.zeros(4), torch.ones(4))  # these latents are normalised
+    config = AutoencoderHieraTok.from_core(core).config
+    assert (config.scaling_factor, config.shift_factor, config.latents_mean, config.latents_std) == (1, 0, None, None)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,15 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         with torch.device("meta"):
             model = cls(**core.config.model_fields)
         model.core = core
+        model.register_to_config(**core.config.pipeline_facts)
         return model.train(core.training)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Register values as `ConfigMixin` does, those that a core does not compute with in its configuration too."""
+        super().register_to_config(**kwargs)
+        if "core" in vars(self).get("_modules", ()):  # the arguments are registered before anything is made
+            for name in kwargs.keys() & {*OF_PIPELINES, "latents_mean", "latents_std"}:
+                setattr(self.core.config, name, kwargs[name])
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
