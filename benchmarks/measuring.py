@@ -1,6 +1,7 @@
 """Hold what the benchmarks share: the machine they ran on, times taken side by side, tables and plots."""
 
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -210,6 +211,33 @@ def resident(key: str = "VmRSS") -> int:
     """Bytes of this process in memory, or with `"VmHWM"` the most that there were since the count began."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields[key].split()[0]) * 1024
+
+
+class MemoryWatch:
+    """What a long run holds in memory: looked at ten times, of which the first three belong to its start."""
+
+    def __init__(self) -> None:
+        self.looks: dict[str, list[float]] = {"resident_mib": [], "held_mib": []}
+
+    def look(self, device: torch.device | None = None) -> None:
+        """Look at this process as the system sees it, and without what the allocator keeps of freed memory."""
+        gc.collect()
+        on_gpu = device is not None and device.type == "cuda"
+        self.add("resident_mib", torch.cuda.memory_reserved(device) if on_gpu else resident())
+        release_memory()
+        self.add("held_mib", torch.cuda.memory_allocated(device) if on_gpu else resident())
+
+    def add(self, name: str, found: int) -> None:
+        self.looks[name].append(round(found / 2**20, 1))
+
+    def figures(self) -> dict[str, Any]:
+        """The looks, and by which share the last is more than the third."""
+        growth = {
+            f"{name.removesuffix('_mib')}_growth": round(found[-1] / found[min(2, len(found) - 1)] - 1, 4)
+            for name, found in self.looks.items()
+            if found
+        }
+        return {**self.looks, **growth}
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
