@@ -163,7 +163,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         facts = HieraTokConfig().pipeline_facts
         foreign = {*PreTrainedConfig().to_dict(), *facts, "auto_map"}
         own = {key: value for key, value in complete_saved(config_dict).items() if key not in foreign}
-        refuse_misspelt([*own, *kwargs], HieraTokConfig.__annotations__, cls.__name__)
+        refuse_misspelt(kwargs, HieraTokConfig.__annotations__, cls.__name__)
         init, unused, hidden = super().extract_init_dict(own, **kwargs)
         # Those that say something are registered without the warning of an unknown argument.
         given = {key: config_dict[key] for key in ("latents_mean", "latents_std") if config_dict.get(key) is not None}
