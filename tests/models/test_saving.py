@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from helpers import images, noise, random_core
+from helpers import images, noise, random_core, tiny
 from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
@@ -67,6 +67,8 @@ def test_both_classes_write_the_same_configuration_with_the_keys_of_both(tmp_pat
     assert values["model_type"] == "hieratok" and values["architectures"] == ["HieraTokModel"]
     assert values["_class_name"] == "AutoencoderHieraTok" and values["_diffusers_version"] == diffusers.__version__
     assert values["latents_std"] is None and len(values["block_out_channels"]) == 3
+    for library, cls in CLASSES.items():
+        assert cls.from_pretrained(tmp_path / library, subfolder=None).core.config.model_fields == tiny().model_fields
 
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "40KB"])

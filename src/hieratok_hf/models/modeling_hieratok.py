@@ -190,6 +190,8 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
             ValueError: It is of another architecture, or an index of the weights names a file outside of the folder.
         """
+        if kwargs.get("subfolder", "") is None:  # diffusers has it as the default, transformers fails at it
+            del kwargs["subfolder"]
         load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is None:
             return load()
