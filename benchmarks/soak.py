@@ -32,12 +32,11 @@ from measuring import (
 from PIL import Image
 
 from hieratok_hf import open_image
-from hieratok_hf.cli.command_line import make_parser, positive
+from hieratok_hf.cli.parsing import make_parser, positive
 from hieratok_hf.training.report import TrainingReport
 
 RESULTS = Path(__file__).parent / "results"
-ROOT = Path(__file__).parents[1]
-PHOTOGRAPHS = ROOT / "examples" / "images"
+PHOTOGRAPHS = Path(__file__).parents[1] / "examples" / "images"
 ROWS = {"sizes": 1000, "training": 300, "page": 400}
 """Images, steps or requests of each row, of which the first three tenths warm it up."""
 BOUNDARY = "frontier"
@@ -50,8 +49,7 @@ def sizes(count: int) -> dict[str, Any]:
 
 def training(count: int) -> dict[str, Any]:
     """Train a tokenizer from scratch on crops of several sizes, with states and samples on the way."""
-    sys.path.append(str(ROOT / "examples"))
-    from train_tokenizer import main
+    from hieratok_hf.cli.train import main
 
     watch, end_step = MemoryWatch(), TrainingReport.end_step
 
@@ -98,7 +96,7 @@ def serve(folder: str) -> Iterator[tuple[subprocess.Popen, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "examples" / "app.py"), "--port", str(port)]
+    command = [sys.executable, "-m", "hieratok_hf", "app", "--port", str(port)]
     environment = {**os.environ, "TMPDIR": folder}
     with subprocess.Popen(command, stdout=sys.stderr, env=environment) as process:
         try:
