@@ -33,10 +33,10 @@ from PIL import Image
 
 from hieratok_hf import open_image
 from hieratok_hf.cli.parsing import make_parser, positive
+from hieratok_hf.cli.reconstruct import BUNDLED
 from hieratok_hf.training.report import TrainingReport
 
 RESULTS = Path(__file__).parent / "results"
-PHOTOGRAPHS = Path(__file__).parents[1] / "examples" / "images"
 ROWS = {"sizes": 1000, "training": 300, "page": 400}
 """Images, steps or requests of each row, of which the first three tenths warm it up."""
 BOUNDARY = "frontier"
@@ -60,7 +60,7 @@ def training(count: int) -> dict[str, Any]:
 
     TrainingReport.end_step = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        given: list[Any] = ["--data", PHOTOGRAPHS, "--output", folder, "--steps", count, "--batch_size", 4]
+        given: list[Any] = ["--data", BUNDLED, "--output", folder, "--steps", count, "--batch_size", 4]
         given += ["--crop_sizes", 32, 48, 64, "--crop_scale", 0, 0]
         given += ["--linear_steps", 20, "--statistics_batches", 4, "--save_every", 50, "--sample_every", 50]
         if status := main([*map(str, given), "--log_every", "10"]):
@@ -71,7 +71,7 @@ def training(count: int) -> dict[str, Any]:
 def page(count: int) -> dict[str, Any]:
     """Send the page requests of eight visitors at a time, nine of ten with an image, and look at it from outside."""
     draw, watch = random.Random(0), MemoryWatch()
-    photographs = [open_image(path) for path in sorted(PHOTOGRAPHS.glob("*.webp"))]
+    photographs = [open_image(path) for path in sorted(BUNDLED.glob("*.webp"))]
     with tempfile.TemporaryDirectory() as folder, serve(folder) as (process, url), ThreadPoolExecutor(8) as visitors:
         for _ in range(10):
             sides = [(draw.randint(64, 512), draw.randint(64, 512)) for _ in range(count // 10)]
