@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -58,8 +59,8 @@ def training(count: int) -> dict[str, Any]:
         if (step + 1) % max(count // 10, 1) == 0:
             watch.look()
 
-    TrainingReport.end_step = watched  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+    silent, patched = contextlib.redirect_stdout(sys.stderr), mock.patch.object(TrainingReport, "end_step", watched)
+    with tempfile.TemporaryDirectory() as folder, silent, patched:
         given: list[Any] = ["--data", BUNDLED, "--output", folder, "--steps", count, "--batch_size", 4]
         given += ["--crop_sizes", 32, 48, 64, "--crop_scale", 0, 0]
         given += ["--linear_steps", 20, "--statistics_batches", 4, "--save_every", 50, "--sample_every", 50]
@@ -80,12 +81,12 @@ def page(count: int) -> dict[str, Any]:
             if wrong := [answer for answer in answers if '"success":true' not in answer or "cannot be used" in answer]:
                 raise RuntimeError(f"the page answered {wrong[0][-500:]}")
             watch.add("resident_mib", psutil.Process(process.pid).memory_info().rss)
-        sent = sum(path.is_file() for path in Path(folder).glob("*/sent/**/*"))
-        shown = [path.stat().st_size for path in Path(folder).glob("*/shown/**/*") if path.is_file()]
+        (own,) = Path(folder).glob("hieratok-app-*")
+        sent = sum(path.is_file() for path in (own / "sent").rglob("*"))
+        shown = [path.stat().st_size for path in (own / "shown").rglob("*") if path.is_file()]
         process.send_signal(signal.SIGTERM)
         process.wait(30)
-        left = [path.name for path in Path(folder).rglob("*") if path.is_file()]
-    files = {"files_of_visitors": sent, "files_left_at_the_end": left}
+        files = {"files_of_visitors": sent, "folder_left_at_the_end": own.exists()}
     files |= {"results": len(shown), "results_mib": round(sum(shown) / 2**20, 1)}
     return {"requests": count, **watch.figures(), **files}
 
