@@ -1,6 +1,5 @@
 """Hold what the benchmarks share: the machine they ran on, times taken side by side, tables and plots."""
 
-import ctypes
 import gc
 import json
 import os
@@ -22,6 +21,7 @@ import torch
 from hieratok_hf.cli.command_line import describe_machine, find_device, write_report
 from hieratok_hf.cli.parsing import add_device
 from hieratok_hf.ops.attention import device_kind
+from hieratok_hf.utils.memory import release_memory
 
 END = "<!-- until here -->"
 
@@ -199,12 +199,6 @@ def copy_rate(device: torch.device) -> float:
     source = torch.randn(2**30 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / side_by_side({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"]
-
-
-def release_memory() -> None:
-    """Give back to the system what the allocator keeps of memory that was freed; of glibc's, for others nothing."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def resident(key: str = "VmRSS") -> int:
