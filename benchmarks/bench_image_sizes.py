@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from measuring import (
+    MemoryWatch,
     describe_benchmark,
     in_fresh_process,
     markdown_table,
     peak_memory,
     print_machine,
     record_report,
-    release_memory,
     resident,
 )
 
@@ -73,7 +73,7 @@ def stream(model: str, images: int, longest: int, device: torch.device, seed: in
     """Encode and decode images of random sides, one after the other, and watch memory and numbers."""
     vae, draw = load(model, device), random.Random(seed)
     patch_size = vae.config.patch_size
-    not_finite, held = 0, []
+    not_finite, watch = 0, MemoryWatch()
     for i in range(images):
         height, width = (patch_size * draw.randint(64 // patch_size, longest // patch_size) for _ in range(2))
         sample = torch.rand(1, 3, height, width, device=device) * 2 - 1
@@ -81,13 +81,8 @@ def stream(model: str, images: int, longest: int, device: torch.device, seed: in
         not_finite += int(not vae.decode(latents).sample.isfinite().all())
         if (i + 1) % max(images // 10, 1) == 0:
             del sample, latents
-            # What the allocator keeps of freed memory is no growth.
-            release_memory()
-            held.append(torch.cuda.memory_allocated(device) if device.type == "cuda" else resident())
-    return {
-        "images": images, "longest": longest, "not_finite": not_finite,
-        "held_mib": [round(x / 2**20, 1) for x in held], "growth": round(held[-1] / held[0] - 1, 4),
-    }  # fmt: skip
+            watch.look(device)
+    return {"images": images, "longest": longest, "not_finite": not_finite, **watch.figures()}
 
 
 def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Hold what the benchmarks share: the machine they ran on, times taken side by side, tables and plots."""
 
-import ctypes
+import gc
 import json
 import os
 import platform
@@ -21,6 +21,7 @@ import torch
 from hieratok_hf.cli.command_line import describe_machine, find_device, write_report
 from hieratok_hf.cli.parsing import add_device
 from hieratok_hf.ops.attention import device_kind
+from hieratok_hf.utils.memory import release_memory
 
 END = "<!-- until here -->"
 
@@ -200,16 +201,37 @@ def copy_rate(device: torch.device) -> float:
     return 2 * source.nbytes / side_by_side({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"]
 
 
-def release_memory() -> None:
-    """Give back to the system what the allocator keeps of memory that was freed; of glibc's, for others nothing."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-
-
 def resident(key: str = "VmRSS") -> int:
     """Bytes of this process in memory, or with `"VmHWM"` the most that there were since the count began."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields[key].split()[0]) * 1024
+
+
+class MemoryWatch:
+    """What a long run holds in memory: looked at ten times, of which the first three belong to its start."""
+
+    def __init__(self) -> None:
+        self.looks: dict[str, list[float]] = {"resident_mib": [], "held_mib": []}
+
+    def look(self, device: torch.device | None = None) -> None:
+        """Look at this process as the system sees it, and without what the allocator keeps of freed memory."""
+        gc.collect()
+        on_gpu = device is not None and device.type == "cuda"
+        self.add("resident_mib", torch.cuda.memory_reserved(device) if on_gpu else resident())
+        release_memory()
+        self.add("held_mib", torch.cuda.memory_allocated(device) if on_gpu else resident())
+
+    def add(self, name: str, found: int) -> None:
+        self.looks[name].append(round(found / 2**20, 1))
+
+    def figures(self) -> dict[str, Any]:
+        """The looks, and by which share the last is more than the third."""
+        growth = {
+            f"{name.removesuffix('_mib')}_growth": round(found[-1] / found[min(2, len(found) - 1)] - 1, 4)
+            for name, found in self.looks.items()
+            if found
+        }
+        return {**self.looks, **growth}
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:

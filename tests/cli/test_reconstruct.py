@@ -1,6 +1,7 @@
 """Tests of `hieratok reconstruct`: sheets, figures, broken files, and ways to ask for the impossible."""
 
 import json
+import math
 import sys
 
 import numpy as np
@@ -43,6 +44,19 @@ def save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)
     return path
+
+
+def test_an_image_that_comes_back_exactly_does_not_make_the_mean_infinite(run, tmp_path, capsys, monkeypatch):
+    flat, other = save(tmp_path / "flat.png", noise(64, 64)), save(tmp_path / "other.png", noise(64, 64, seed=1))
+    plain, decibels = script.encode_and_decode, iter([math.inf, 20.0])
+
+    def measured(*args):
+        *made, figures = plain(*args)
+        return *made, {**figures, "psnr_db": next(decibels)}
+
+    monkeypatch.setattr(script, "encode_and_decode", measured)
+    assert run(flat, other) == 0
+    assert "PSNR 20.00 dB" in (told := capsys.readouterr().out) and "without 1 equal to the original" in told
 
 
 def contains(sheet, pixels):

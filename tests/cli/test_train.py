@@ -151,7 +151,9 @@ def test_another_training_and_other_data_are_refused_in_a_folder_that_is_begun(t
     before = names_in(tmp_path / "runs")
     # Where the images lie is of no concern, what they are is.
     moved = ["--data", images.rename(tmp_path / "moved"), *more[2:], "--overwrite", "--resume"]
+    capsys.readouterr()
     assert run(tmp_path / "runs", *moved) == run(tmp_path / "runs", *moved)
+    assert capsys.readouterr().out.count(f"The model is in {str(tmp_path / 'runs')!r}") == 2
     shutil.copy(tmp_path / "moved" / "hat.webp", tmp_path / "moved" / "jacket.webp")
     assert "--data changed" in failure(capsys, tmp_path / "runs", *moved)
     assert run(tmp_path / "runs", *moved, "--allow_changes", "--steps", 3)[-1]["step"] == 3

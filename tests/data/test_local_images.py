@@ -40,6 +40,16 @@ def test_a_class_may_be_called_like_a_split(tmp_path, streaming):
     refused(folder, "`split` must be one of ['test'], got 'train'")
 
 
+@pytest.mark.parametrize("split", ["", "test/"])
+def test_an_image_beside_class_folders_takes_all_labels_with_a_warning(tmp_path, caplog, split):
+    folder = write_folder(tmp_path, **{f"{split}cat": [0], f"{split}dog": [1]})
+    assert seen(load_images(folder, split="test" if split else "train"), [0, 1]) == [0, 1] and not caplog.messages
+    (tmp_path / split / "2.png").write_bytes(encoded(picture(2)))
+    labels = [row["label"] for row in load_images(folder, split="test" if split else "train")]
+    (message,) = caplog.messages
+    assert labels == [None] * 3 and f"'{split}2.png'" in message and "\n" not in message
+
+
 @pytest.mark.parametrize("names", [("train2017", "val2017"), ("train_images", "val_images"), ("Train", "valset")])
 def test_splits_have_names_that_people_give_and_may_lie_deeper(tmp_path, names):
     train, val = names

@@ -90,6 +90,15 @@ def test_figures_are_means_over_images_however_they_are_divided(features):
     assert set(ReconstructionMetrics(ssim=False).networks) == set()
 
 
+def test_images_that_equal_their_targets_are_left_out_of_the_psnr_and_counted():
+    targets, rebuilt = images(3, 3, 16, 16), images(3, 3, 16, 16, seed=1)
+    rebuilt[1] = targets[1]
+    metrics = ReconstructionMetrics(ssim=False)
+    metrics.update(rebuilt, targets)
+    expected = psnr(rebuilt, targets)[[0, 2]].double().mean().item()
+    assert metrics.compute() == {"psnr": pytest.approx(expected), "images": 3, "exact": 1}
+
+
 def test_lpips_is_any_module_of_a_pair_of_images():
     class Lpips(torch.nn.Module):
         def forward(self, first, second):
@@ -139,7 +148,8 @@ def test_values_that_overshoot_are_clamped_and_nan_is_refused():
     core, metrics = random_core(output_conv=False, linear_path=0), ReconstructionMetrics(ssim=False)
     batches = batches_of(torch.ones(1, 3, 16, 16), 1)
     core.decoder.head.bias.fill_(100.0)  # beyond what an image may hold, and white once clamped
-    assert evaluate(Codec(core), batches, metrics)["psnr"] == math.inf
+    figures = evaluate(Codec(core), batches, metrics)
+    assert figures["psnr"] == math.inf and figures["exact"] == 1 and figures["scales_psnr"] == [math.inf] * 4
     core.decoder.head.bias.fill_(math.nan)
     with pytest.raises(ValueError, match="`images` must be finite"):
         evaluate(Codec(core), batches, metrics)

@@ -207,12 +207,13 @@ def test_hostile_names_stay_names(pipeline, tmp_path):
     assert texts.count(seen) >= 2  # a row of the classes, and a note
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_card_that_is_there_is_kept(tokenizer, tmp_path, end):
+def test_a_card_that_is_there_is_kept(tokenizer, tmp_path, end, mark):
     path = shutil.copytree(tokenizer, tmp_path / "model") / "README.md"
     head = ["---", "license: other", "license_name: mine", "tags:", "- mine", "pipeline_tag: null", "---"]
     body = end.join(["", "# My own", "", "Words | of mine, {{ untouched }}.", "", "---", "", "The end."])
-    path.write_bytes((end.join(head) + end + body).encode())
+    path.write_bytes((mark + end.join(head) + end + body).encode())
     card = card_for(path.parent, repo_id="me/tok", datasets=["a/b"], license="mit")
     assert card.text == body
     data = card.data.to_dict()

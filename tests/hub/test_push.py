@@ -171,6 +171,8 @@ def test_what_is_wrong_is_told_before_a_repository_is_made(hub_here, saved):
     for name in ("a/b/c", "org/na me"):
         with pytest.raises(ValueError, match=name):
             push_folder(saved, name)
+    with pytest.raises(ValueError, match="`repo_id`"):
+        push_folder(saved, None)
     with pytest.raises(ValueError, match="license"):
         push_folder(saved, "org/name", card={"license": "No Licence"})
     (saved / WEIGHTS).write_bytes(b"12345678")

@@ -85,24 +85,29 @@ def test_the_names_of_transformers_read_and_write_the_fields():
     assert config.num_hidden_layers == config.encoder_num_layers + config.decoder_num_layers == 4
 
 
-@pytest.mark.parametrize("name", ["latent_channel", "patchsize", "foo"])
-def test_an_argument_that_does_not_exist_is_refused(name, tmp_path):
+@pytest.mark.parametrize("name", ["latent_channel", "scale_factor", "patchsize", "foo"])
+def test_an_argument_that_does_not_exist_is_refused_and_kept_in_files(name, tmp_path, caplog):
     with pytest.raises(ValueError, match=repr(name)):
         HieraTokConfig(**TINY, **{name: 8})
     tiny().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: 8}))
-    if name == "foo":  # somebody's own entry of a file, kept by all who read it
-        assert (
-            HieraTokConfig.from_pretrained(tmp_path).foo
-            == AutoencoderHieraTok.from_config(AutoencoderHieraTok.load_config(tmp_path)).config.foo
-        )
-        return
     for load in (HieraTokConfig.from_pretrained, AutoConfig.from_pretrained):
-        with pytest.raises(ValueError, match=repr(name)):
-            load(tmp_path)
-    with pytest.raises(ValueError, match=repr(name)):
-        AutoencoderHieraTok.from_config(AutoencoderHieraTok.load_config(tmp_path))
+        caplog.clear()
+        assert getattr(load(tmp_path), name) == 8  # somebody's own entry, or a mistake
+        assert [repr(name) in message for message in caplog.messages] == ([] if name == "foo" else [True])
+    vae = AutoencoderHieraTok.from_config(AutoencoderHieraTok.load_config(tmp_path))
+    assert vae.config[name] == 8 and HieraTokConfig.from_pretrained(tmp_path).latent_channels == 4
+    if name != "foo":
+        for load in (HieraTokConfig.from_pretrained, AutoencoderHieraTok.from_config):
+            with pytest.raises(ValueError, match=repr(name)):
+                load(tmp_path if load == HieraTokConfig.from_pretrained else tiny().model_fields, **{name: 8})
+
+
+def test_what_transformers_gave_every_model_changes_nothing(caplog):
+    old = {"use_cache": False, "torchscript": False, "pruned_heads": {}, "is_decoder": False}
+    config = HieraTokConfig(**TINY, **old)
+    assert config.model_fields == tiny().model_fields and not caplog.messages
 
 
 def test_everything_that_libraries_have_in_a_configuration_is_an_argument(tmp_path):

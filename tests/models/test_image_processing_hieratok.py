@@ -78,7 +78,7 @@ def test_size_is_kept_but_for_a_centre_crop(backend):
 @both_backends
 def test_a_size_is_heeded_unless_told_otherwise(backend, tmp_path):
     backend().save_pretrained(tmp_path)
-    for name, value, switch in (("size", 32, "do_resize"), ("crop_size", 32, "do_center_crop")):
+    for name, value, switch in (("size", np.int64(32), "do_resize"), ("crop_size", 32, "do_center_crop")):
         for switched, side in (({}, 32), ({switch: False}, 64)):
             options = {name: value, **switched}
             processors = [backend(**options), backend.from_pretrained(tmp_path, **options)]
@@ -178,6 +178,7 @@ POSTPROCESS_ERRORS = [
     (torch.full((1, 3, 1, 2), torch.inf), ValueError, "pixel_values must be finite, got 6"),
     (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ValueError, "pixel_values .*torch.uint8"),
     ([torch.zeros(3, 8, 8)], TypeError, "pixel_values .*list"),
+    ((torch.zeros(1, 3, 8, 8),), TypeError, "one scale at a time"),
 ]
 
 

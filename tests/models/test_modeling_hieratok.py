@@ -97,6 +97,10 @@ def test_the_pipeline_of_transformers_gives_features(model, tmp_path):
         expected = model.get_image_features(values)
     assert torch.equal(extractor(image, return_tensors=True), expected.last_hidden_state)
     assert extractor(image, pool=True) == expected.pooler_output.tolist()
+    extractor.model.forward = extractor.model.get_image_features  # as docs/models.md says
+    for found in extractor([image, image, image], batch_size=2, return_tensors=True):
+        torch.testing.assert_close(found, expected.last_hidden_state)
+    assert len(extractor([image, image, image], batch_size=2, pool=True)) == 3
 
 
 @pytest.mark.parametrize("name", ["sdpa", "flex_attention"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from helpers import images, noise, random_core
+from helpers import images, noise, random_core, tiny
 from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
@@ -67,6 +67,8 @@ def test_both_classes_write_the_same_configuration_with_the_keys_of_both(tmp_pat
     assert values["model_type"] == "hieratok" and values["architectures"] == ["HieraTokModel"]
     assert values["_class_name"] == "AutoencoderHieraTok" and values["_diffusers_version"] == diffusers.__version__
     assert values["latents_std"] is None and len(values["block_out_channels"]) == 3
+    for library, cls in CLASSES.items():
+        assert cls.from_pretrained(tmp_path / library, subfolder=None).core.config.model_fields == tiny().model_fields
 
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "40KB"])
@@ -131,6 +133,19 @@ def test_what_is_registered_for_pipelines_is_saved_by_both_classes(tmp_path):
         loaded = AutoencoderHieraTok.from_pretrained(tmp_path / library)
         assert REGISTERED.items() <= dict(loaded.config).items()
         assert_same_weights(loaded, vae)
+    assert REGISTERED.items() <= HieraTokModel.from_core(vae.core).config.to_dict().items()
+
+
+@pytest.mark.parametrize("library", CLASSES)
+def test_what_is_registered_follows_the_core(library, tmp_path):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.register_to_config(**REGISTERED)
+    vae.save_pretrained(tmp_path)
+    core = CLASSES[library].from_pretrained(tmp_path).core
+    assert REGISTERED.items() <= dict(AutoencoderHieraTok.from_core(core).config).items()
+    core.fold_latent_statistics(torch.zeros(4), torch.ones(4))  # these latents are normalised
+    config = AutoencoderHieraTok.from_core(core).config
+    assert (config.scaling_factor, config.shift_factor, config.latents_mean, config.latents_std) == (1, 0, None, None)
 
 
 @pytest.mark.parametrize(

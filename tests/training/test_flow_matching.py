@@ -99,6 +99,12 @@ def test_labels_are_not_dropped_inside():
 
 def test_draws_are_a_function_of_seed_and_step_however_divided():
     draws = partial(flow_draws, count=12, rows=torch.arange(12), shape=(4, 3, 3))
+    torch.set_default_dtype(torch.float64)
+    try:
+        elsewhere = draws(0, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(elsewhere, draws(0, 0)))
     whole = draws(1, 7)
     for rows in (torch.arange(0, 6), torch.arange(6, 12), torch.tensor([11, 0, 5])):
         for part, all_rows in zip(draws(1, 7, rows=rows), whole):

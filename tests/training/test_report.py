@@ -80,6 +80,13 @@ def test_losses_are_averaged_over_the_parts_of_their_step(tmp_path, make):
     assert [x["lr"] for x in found] == [0.1 / 2, 0.1 / 4]
 
 
+def test_the_last_step_has_a_record(tmp_path, make):
+    report = make(first_step=7, every=50)
+    for step in range(7, 10):
+        take(report, step, step)
+    assert [(x["step"], x["loss"]) for x in records(tmp_path)] == [(10, 9)]
+
+
 def test_a_part_that_begins_later_appears_then_and_no_graph_is_held(tmp_path, make):
     report = make()
     report.add({"loss": torch.ones((), requires_grad=True) * 1}, [])

@@ -294,6 +294,30 @@ def test_what_changed_since_a_training_was_begun_is_said_and_refused_where_it_ch
     assert all(f"--{name}" in said[-1] for name in changed)
 
 
+def test_another_name_of_the_same_folder_changes_nothing(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "link").symlink_to("weights")
+    names = ["weights", "weights/", "./weights", str(tmp_path / "weights"), "link"]
+    monkeypatch.chdir(tmp_path)
+    for options in (options_of({**OPTIONS, "model": "weights"}), {**OPTIONS, "model": "weights"}):  # and one of before
+        Training().state.save(tmp_path, 5, keep=1, config={}, options=options)
+        said = []
+        for name in names:
+            state_to_resume(tmp_path, True, {}, options_of({**OPTIONS, "model": name}), say=said.append)
+        assert not said
+    with pytest.raises(ValueError, match="--model changed"):
+        state_to_resume(tmp_path, True, {}, options_of({**OPTIONS, "model": str(tmp_path)}))
+
+
+def test_a_finished_training_is_said_to_be_one(tmp_path):
+    said = []
+    for step in (9, 10):
+        Training().state.save(tmp_path, step, keep=1, config={}, options=options_of(OPTIONS))
+        state_to_resume(tmp_path, True, {}, options_of(OPTIONS), say=said.append)
+    (line,) = said
+    assert "all 10 steps" in line and repr(str(tmp_path)) in line
+
+
 def test_a_state_from_before_there_was_learned_downsampling_goes_on_as_it_was(tmp_path):
     config = random_core(downsampling="mean").config.model_fields
     old = {name: value for name, value in config.items() if name != "downsampling"}

@@ -214,6 +214,12 @@ def test_noise_of_a_step_is_the_same_however_its_rows_are_divided():
     for rows in ([0, 1, 2], [3, 4, 5], [5, 0], [2]):
         part, part_mix = step_noise(batch_of(rows), tiny(), seed=5)
         assert torch.equal(part, whole[:, rows]) and torch.equal(part_mix, mix[rows])
+    torch.set_default_dtype(torch.float64)
+    try:
+        elsewhere = step_noise(batch_of(list(range(6))), tiny(), seed=5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(elsewhere[0], whole) and torch.equal(elsewhere[1], mix)
     assert not torch.equal(whole[0], whole[1]) and not torch.equal(whole[:, 0], whole[:, 1])
     drawn = [step_noise(batch_of([0, 1], step), tiny(), seed) for step in (0, 1, 2**20) for seed in (0, 1, 2**33, -1)]
     for values in zip(*drawn):

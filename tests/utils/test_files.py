@@ -1,6 +1,8 @@
 """Tests of `files`: nothing half, nothing through links that others planted, and JSON that is no object is named."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -90,6 +92,23 @@ def test_a_pipe_or_a_device_is_written_to_and_stays(tmp_path):
         (tmp_path / "full").symlink_to("/dev/full")
         with pytest.raises(OSError, match="full"):
             write(tmp_path / "full")
+
+
+@pytest.mark.parametrize(("stream", "mode"), [("stdout", "wb"), ("stderr", "wb"), ("stdout", "ab")])
+def test_the_standard_output_keeps_what_was_printed(stream, mode, tmp_path):
+    code = f"""
+import sys
+from hieratok_hf.utils.files import write_whole
+print("before", file=sys.{stream})
+with write_whole("/dev/{stream}") as file:
+    file.write(b"whole\\n")
+print("after", file=sys.{stream})
+"""
+    path = tmp_path / "out.txt"
+    path.write_text("earlier\n")
+    with path.open(mode) as file:
+        subprocess.run([sys.executable, "-c", code], check=True, **{stream: file})
+    assert path.read_text().split() == [*(["earlier"] if mode == "ab" else []), "before", "whole", "after"]
 
 
 def test_readers_see_whole_files_of_several_writers_at_a_time(tmp_path):

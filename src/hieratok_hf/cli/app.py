@@ -28,6 +28,7 @@ from starlette.responses import PlainTextResponse
 from .. import AutoencoderHieraTok, HieraTokDiTPipeline
 from ..evaluation.generation import number_images
 from ..utils.images import ImageError, decode_image
+from ..utils.memory import release_memory
 from .command_line import load_or_explain, run_script
 from .generate import as_images, class_label, load_pipeline
 from .main import parse
@@ -204,6 +205,8 @@ def generate(
 
 def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline, uploads: str) -> gr.Blocks:
     """The page of two models, which opens with results of both; `run` serves it, with a folder for what is sent."""
+    # Each thread that makes images keeps memory of its own, and Gradio has up to 40.
+    makers = ThreadPoolExecutor(AT_ONCE)
     lock, examples = threading.Lock(), [str(path) for path in sorted(BUNDLED.glob("*.webp"))]
     choices = [(class_label(pipe, key), key) for key in range(pipe.num_classes)]
     scales = list(range(1, len(pipe.vae.config.scale_factors) + 1))
@@ -213,12 +216,14 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline, uploads: str) -> 
 
     def of_file(path: str | None) -> dict[Any, Any]:
         try:
-            values = dict(zip((slider, gallery, table), reconstruct(path, vae)))
+            values = dict(zip((slider, gallery, table), makers.submit(reconstruct, path, vae).result()))
         except Refused as problem:
             told = gr.update(value=f"**This file cannot be used.** {problem}.", visible=True)
             values, shown = {message: told, table: None}, False
         else:
             values[message], shown = gr.update(visible=False), True
+        finally:
+            release_memory()
         return {file: None, column: gr.update(visible=shown), **values}  # the place for files is ready for the next
 
     def of_upload(path: str | None) -> dict[Any, Any]:
@@ -280,6 +285,8 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline, uploads: str) -> 
 
 def run(args: Namespace) -> list[str]:
     """Load the models, serve the page until it is stopped, and return no lines to print."""
+    # One program a layer and size of image, as oneDNN keeps by the thousand, would add up: every visitor has another.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     vae = load_or_explain(load_model, "--model", args.model, args.device, "float32")
     pipe = load_or_explain(load_pipeline, "--generator", args.generator, args.device, "float32")
     if not isinstance(pipe.vae, AutoencoderHieraTok):

@@ -128,7 +128,7 @@ def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
         with contextlib.suppress(OSError):
             tqdm.write("interrupted: --resume goes on from the last state, one in --save_every steps", file=sys.stderr)
         return end([], 130)
-    return end([])
+    return end([f"The model is in {str(args.output)!r}."] if is_main else [])
 
 
 def run_on_processes(run: Callable[[Namespace, PartialState], list[str]], args: Namespace) -> int:

@@ -171,9 +171,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def mean_of(results: list[dict[str, Any]], key: str) -> float | None:
-    """The mean of a figure over the images that have it, if any has."""
+    """The mean of a figure over the images that have it, if any has; over finite ones, if any is."""
     values = [figures[key] for figures in results if figures[key] is not None]
-    return sum(values) / len(values) if values else None
+    finite = [value for value in values if math.isfinite(value)] or values
+    return sum(finite) / len(finite) if finite else None
 
 
 def run(args: Namespace) -> tuple[list[str], int]:
@@ -220,6 +221,8 @@ def run(args: Namespace) -> tuple[list[str], int]:
     lines = []
     if results:
         means = f"PSNR {mean['psnr_db']:.2f} dB" + ("" if mean["ssim"] is None else f", SSIM {mean['ssim']:.4f}")
+        if exact := sum(math.isinf(figures["psnr_db"]) for figures in results):
+            means += f" (PSNR without {exact} equal to the original)" if exact < len(results) else ""
         lines = [table(results), f"mean of {len(results)}: {means}; sheets in {str(args.output)!r}"]
     for name, reason in failures.items():
         print(f"failed: {name!r}: {reason}", file=sys.stderr)

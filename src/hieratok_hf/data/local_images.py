@@ -1,6 +1,7 @@
 """Lists of the images in folders and tar shards, which are read where they lie: no copy of them can be out of date."""
 
 import hashlib
+import logging
 import os
 import re
 import tarfile
@@ -22,6 +23,7 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _LONGEST_LABEL = 64  # bytes of a member that holds a label
+_logger = logging.getLogger(__name__)
 
 
 class Listing(NamedTuple):
@@ -70,7 +72,8 @@ def list_folder(folder: str, split: str) -> Listing | None:
 
     Folders that are named like splits, such as `train`, `val2017` or `test_images`, are splits where no other folder
     holds images, and classes beside others; folders that hold all images are passed through before, as the `images` of
-    `images/train`. Files beside the images, such as `metadata.jsonl`, and hidden files are passed over.
+    `images/train`. Where images lie at several depths, none has a label, and a warning says so. Files beside the
+    images, such as `metadata.jsonl`, and hidden files are passed over.
 
     Raises:
         OSError: A folder in it cannot be read.
@@ -98,6 +101,10 @@ def list_folder(folder: str, split: str) -> Listing | None:
             split_of, place = ("train", [top, *inner]) if "" in found else (_split_of(top), inner)
             splits.setdefault(split_of, {})[path] = place[:-1]
         depths = {name: {*map(len, places.values())} for name, places in splits.items()}
+        for places in splits.values():
+            high, *_, low = sorted((*places, *places), key=lambda path: len(places[path]))
+            if len(places[high]) < len(places[low]):
+                _logger.warning(f"{folder!r}: {high!r} lies less deep than {low!r}, so that no image has a label.")
         with_classes = {name for name, found in depths.items() if len(found) == 1 and found != {0}}
         classes = sorted({place[-1] for name in with_classes for place in splits[name].values()})
         if len(classes) == 1:

@@ -128,14 +128,14 @@ class ReconstructionMetrics:
             ValueError: `metrics.psnr` or `metrics.ssim` refuses them.
         """
         images, targets = images.to(self.device), targets.to(self.device)
-        values = {"psnr": psnr(images, targets)}
+        values: dict[str, Tensor] = {}
         if self.ssim:
             values["ssim"] = ssim(images, targets)
         rounded = [from_uint8(to_uint8(x)) for x in (images, targets)]
         for name, network in self.networks.items():
             values[name] = network(*rounded).flatten()
-        values["images"] = torch.ones(len(images))
-        add_sums(self._sums, {name: value.cpu().double().sum() for name, value in values.items()})
+        sums = {name: value.cpu().double().sum() for name, value in values.items()}
+        add_sums(self._sums, {"psnr": _psnr_sums(images, targets), **sums, "images": torch.tensor(len(images))})
         if self.frechet is not None:
             self.frechet.update(images, targets)
 
@@ -144,8 +144,9 @@ class ReconstructionMetrics:
         Compute the figures over the images of all processes, each of which must call this.
 
         Returns:
-            `psnr` in decibels, the mean of each image's; `ssim`, `lpips`, `perceptual` and the Fréchet distance
-            under its name where they are measured; `images`, how many there were.
+            `psnr` in decibels, the mean of each image's without those that equal their target, whose is infinite;
+            `ssim`, `lpips`, `perceptual` and the Fréchet distance under its name where they are measured; `images`,
+            how many there were, and where any equal their target `exact`, how many do.
 
         Raises:
             ValueError: There were no images, or for a Fréchet distance fewer than two.
@@ -155,10 +156,12 @@ class ReconstructionMetrics:
             raise ValueError("There were no images to measure.")
         if self.frechet is not None and count < 2:
             raise ValueError(f"A Fréchet distance needs two images or more, got {count}.")
-        figures = {name: float(value) / count for name, value in sums.items()}
+        decibels = sums.pop("psnr")
+        figures = {"psnr": _mean_psnr(decibels), **{name: float(value) / count for name, value in sums.items()}}
         if self.frechet is not None:
             figures[self.frechet.name] = self.frechet.compute()
-        return {**figures, "images": count}
+        exact = count - int(decibels[1])
+        return {**figures, "images": count, **({"exact": exact} if exact else {})}
 
 
 @torch.no_grad()
@@ -172,8 +175,8 @@ def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: Reconstru
         metrics (`ReconstructionMetrics`): What to measure; it is reset first.
 
     Returns:
-        The figures of `metrics.compute()`; `scales_psnr`, the PSNR of each scale of a HieraTok model against the image
-        at its size, coarse to fine; `latent_mean` and `latent_std` of each channel.
+        The figures of `metrics.compute()`; `scales_psnr`, the mean PSNR of each scale of a HieraTok model against the
+        image at its size, coarse to fine; `latent_mean` and `latent_std` of each channel.
     """
     metrics.reset()
     sums: dict[str, Tensor] = {}
@@ -184,12 +187,12 @@ def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: Reconstru
         metrics.update(images[-1], targets)
         if codec.core is not None:
             pairs = zip(images, image_pyramid(targets, codec.core.config))
-            add_sums(sums, {"scales": torch.stack([psnr(*pair).cpu().double().sum() for pair in pairs])})
+            add_sums(sums, {"scales": torch.stack([_psnr_sums(*pair) for pair in pairs])})
         add_sums(sums, channel_sums(latents))
     figures: dict[str, Any] = dict(metrics.compute())
     sums = _total(sums)
     if "scales" in sums:
-        figures["scales_psnr"] = (sums["scales"] / figures["images"]).tolist()
+        figures["scales_psnr"] = [_mean_psnr(decibels) for decibels in sums["scales"]]
     mean, std = channel_statistics(sums)
     return {**figures, "latent_mean": mean.tolist(), "latent_std": std.tolist()}
 
@@ -235,6 +238,18 @@ def channel_statistics(sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     mean, count = sums["sum"] / sums["count"], sums["count"]
     variance = (sums["squares"] / count - mean.square()) * count / (count - 1).clamp(min=1)
     return mean, variance.clamp(min=0).sqrt()
+
+
+def _psnr_sums(images: Tensor, targets: Tensor) -> Tensor:
+    """Sum up the finite PSNRs of images and count them, `(2,)` in float64."""
+    values = psnr(images, targets).cpu().double()
+    finite = values[values.isfinite()]
+    return torch.stack([finite.sum(), torch.full_like(finite.sum(), len(finite))])
+
+
+def _mean_psnr(sums: Tensor) -> float:
+    """Average what `_psnr_sums` gave; infinite where every image equals its target."""
+    return float(sums[0] / sums[1]) if sums[1] else math.inf
 
 
 def add_sums(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:

@@ -37,8 +37,8 @@ class FrozenVisionModel(nn.Module):
         if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
             raise ValueError(f"`mean` and `std` must be three numbers, those of `std` positive, got {mean} and {std}.")
         self.model: Any = model.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.eval()
 
     @classmethod

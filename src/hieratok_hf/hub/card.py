@@ -130,7 +130,8 @@ def card_for(folder: Path, **given: Any) -> ModelCard:
     if not path.is_file():
         return fresh
     try:
-        card = ModelCard.load(path)
+        with path.open(encoding="utf-8-sig", newline="") as file:  # `ModelCard.load` takes the mark for text
+            card: Any = ModelCard(file.read())
         index = (metadata_load(path) or {}).get("model-index") or []
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"The metadata of {str(path)!r} cannot be kept: {line(error)[:300]}") from error

@@ -122,6 +122,8 @@ def push_folder(
             repository has changed.
     """
     api, root = HfApi(token=token), PurePosixPath(subfolder or "")
+    if repo_id is None:  # which `validate_repo_id` lets pass
+        raise ValueError("`repo_id` must be 'user/name' or 'name', got None.")
     validate_repo_id(repo_id)
     if revision is not None and (not revision or re.fullmatch(r"[0-9a-f]{40}", revision)):
         raise ValueError(f"`revision` must be a branch, which a commit can be added to, got {revision!r}.")

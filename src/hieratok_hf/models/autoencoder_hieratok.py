@@ -163,7 +163,15 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         with torch.device("meta"):
             model = cls(**core.config.model_fields)
         model.core = core
+        model.register_to_config(**core.config.pipeline_facts)
         return model.train(core.training)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Register values as `ConfigMixin` does, those that a core does not compute with in its configuration too."""
+        super().register_to_config(**kwargs)
+        if "core" in vars(self).get("_modules", ()):  # the arguments are registered before anything is made
+            for name in kwargs.keys() & {*OF_PIPELINES, "latents_mean", "latents_std"}:
+                setattr(self.core.config, name, kwargs[name])
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -171,7 +179,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         facts = HieraTokConfig().pipeline_facts
         foreign = {*PreTrainedConfig().to_dict(), *facts, "auto_map"}
         own = {key: value for key, value in complete_saved(config_dict).items() if key not in foreign}
-        refuse_misspelt([*own, *kwargs], HieraTokConfig.__annotations__, cls.__name__)
+        refuse_misspelt(kwargs, HieraTokConfig.__annotations__, cls.__name__)
         init, unused, hidden = super().extract_init_dict(own, **kwargs)
         # Those that say something are registered without the warning of an unknown argument.
         given = {key: config_dict[key] for key in ("latents_mean", "latents_std") if config_dict.get(key) is not None}

@@ -1,6 +1,7 @@
 """Configure HieraTok: every size of the model, checked once, and the sizes that have names."""
 
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Collection, Iterable
@@ -23,6 +24,7 @@ __all__ = [
     "OF_PIPELINES",
     "HieraTokConfig",
     "complete_saved",
+    "misspelt",
     "pipeline_hint",
     "refuse_misspelt",
 ]
@@ -35,6 +37,8 @@ OF_PIPELINES = {
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
+_logger = logging.getLogger(__name__)
+
 _NOT_NEGATIVE = ("learned_positions", "linear_path", "kl_weight", "coarse_weight")
 _LARGEST_SIZE = 2**16
 _CHOICES = {
@@ -44,11 +48,14 @@ _CHOICES = {
 }
 
 
-# What the libraries give a configuration besides its fields, and hold in a `config.json`.
+# What the libraries give a configuration besides its fields, and hold in a `config.json`; the last two rows are of
+# transformers 4, which gave them to every model.
 _FOREIGN = {
     *("attn_implementation", "auto_map", "block_out_channels", "encoder_block_out_channels", "experts_implementation"),
     *("latents_mean", "latents_std", "model_type", "name_or_path", "num_labels", "output_attentions"),
     *("per_layer_config", "quantization_config", "tie_word_embeddings", "torch_dtype", "transformers_weights"),
+    *("add_cross_attention", "cross_attention_hidden_size", "finetuning_task", "is_decoder", "pruned_heads"),
+    *("task_specific_params", "tie_encoder_decoder", "torchscript", "use_bfloat16", "use_cache"),
 }
 
 
@@ -214,17 +221,20 @@ class HieraTokConfig(PreTrainedConfig):
         """
         Read a configuration as `PreTrainedConfig.from_dict` does, also one saved without `downsampling`.
 
-        Entries that this class does not know are kept, for those who wrote them.
+        Entries that this class does not know are kept, for those who wrote them, with a warning where one may be
+        meant for an argument.
 
         Raises:
-            ValueError: It is that of another architecture, or an entry is an argument with a spelling mistake.
+            ValueError: It is that of another architecture, or `kwargs` have an argument with a spelling mistake.
         """
         values = complete_saved(config_dict)
         for name in [name for name in kwargs if cls.attribute_map.get(name, name) in cls.__annotations__]:
             values[cls.attribute_map.get(name, name)] = kwargs.pop(name)
         known = {*cls.__annotations__, *PreTrainedConfig().to_dict()}
         others = {name: values.pop(name) for name in [*values] if name not in known and not _is_foreign(name)}
-        refuse_misspelt([*others, *kwargs], cls.__annotations__, "HieraTokConfig")
+        refuse_misspelt(kwargs, cls.__annotations__, "HieraTokConfig")
+        for name, near in misspelt(others, cls.__annotations__).items():
+            _logger.warning(f"{name!r} in the configuration is no argument of HieraTokConfig, as {near!r} is.")
         loaded: Any = super().from_dict(values, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, value in others.items():
@@ -323,7 +333,12 @@ def _is_foreign(name: str) -> bool:
 
 def refuse_misspelt(names: Iterable[str], known: Collection[str], owner: str) -> None:
     """Raise `ValueError` for a name that only a few letters divide from an argument that `owner` has."""
-    for name in names:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-        if near and name not in known:
-            raise ValueError(f"{owner} has no argument {name!r}; did you mean {near[0]!r}?")
+    for name, near in misspelt(names, known).items():
+        raise ValueError(f"{owner} has no argument {name!r}; did you mean {near!r}?")
+
+
+def misspelt(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """Find names that only a few letters divide from known ones, each with the nearest."""
+    unknown = [name for name in names if name not in known]
+    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.85) for name in unknown}
+    return {name: found[0] for name, found in near.items() if found}

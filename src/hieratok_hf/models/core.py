@@ -448,6 +448,9 @@ class HieraTokCore(nn.Module):
         W' = W * d,  b' = b + (sum over a, b of W[:, :, a, b]) m
         ```
 
+        What the configuration told pipelines of the latents before, `scaling_factor`, `shift_factor`, `latents_mean`
+        and `latents_std`, is as for normalised latents then.
+
         Args:
             mean, std (`torch.Tensor` of shape `(C,)`): Mean `m` and standard deviation `d` of each latent channel over
                 the training images.
@@ -470,6 +473,8 @@ class HieraTokCore(nn.Module):
         for layer in (*decoder.coarse_embed, *decoder.linear_path):
             layer.bias.add_(layer.weight.sum((2, 3)) @ mean)
             layer.weight.mul_(std[:, None, None])
+        self.config.scaling_factor, self.config.shift_factor = 1.0, 0.0
+        self.config.latents_mean = self.config.latents_std = None
 
 
 def posterior_of(moments: Tensor) -> "DiagonalGaussianDistribution":

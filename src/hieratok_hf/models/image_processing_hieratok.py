@@ -31,7 +31,8 @@ _SWITCHES = {"size": "do_resize", "crop_size": "do_center_crop", "pad_size": "do
 
 
 def _with_switches(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Switch on what a size is given for, where the arguments do not say whether to do it."""
+    """Switch on what a size is given for, where the arguments do not say whether to do it; make sizes plain."""
+    kwargs |= {name: plain_numbers(kwargs[name]) for name in _SWITCHES if name in kwargs}
     on = {switch: True for name, switch in _SWITCHES.items() if kwargs.get(name) is not None}
     return {**on, **kwargs}
 
@@ -95,7 +96,9 @@ class _HieraTokImageProcessing(BaseImageProcessor):
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         if not isinstance(pixel_values, (torch.Tensor, np.ndarray)):
-            raise TypeError(f"pixel_values must be a torch tensor or a numpy array, got {type(pixel_values).__name__}")
+            hint = " (give one scale at a time)" if isinstance(pixel_values, (list, tuple)) else ""
+            got = f"{type(pixel_values).__name__}{hint}"
+            raise TypeError(f"pixel_values must be a torch tensor or a numpy array, got {got}")
         pixels = torch.as_tensor(pixel_values).detach()
         if not pixels.is_floating_point():
             raise ValueError(f"pixel_values must have a floating dtype, got {pixels.dtype}")

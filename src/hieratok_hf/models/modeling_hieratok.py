@@ -195,6 +195,8 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
                 the name is a size without trained weights.
         """
         pretrained_model_name_or_path = resolve_model(pretrained_model_name_or_path)
+        if kwargs.get("subfolder", "") is None:  # diffusers has it as the default, transformers fails at it
+            del kwargs["subfolder"]
         load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is None:
             return load()

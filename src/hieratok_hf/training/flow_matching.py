@@ -139,10 +139,10 @@ def flow_draws(
 
     Returns:
         `noise` `(B, C, h, w)`, standard normal; `times` `(B,)` in [0, 1]; `dropping` `(B,)`, uniform in [0, 1): a
-        label is dropped where it is below the rate.
+        label is dropped where it is below the rate. All are float32.
     """
-    generator = step_generator(seed, step)
-    noise = torch.randn(count, *shape, generator=generator)
-    times = torch.sigmoid(mean + std * torch.randn(count, generator=generator))
+    drawn: dict[str, Any] = {"generator": step_generator(seed, step), "dtype": torch.float32}
+    noise = torch.randn(count, *shape, **drawn)
+    times = torch.sigmoid(mean + std * torch.randn(count, **drawn))
     times = shift * times / (1 + (shift - 1) * times)
-    return noise[rows], times[rows], torch.rand(count, generator=generator)[rows]
+    return noise[rows], times[rows], torch.rand(count, **drawn)[rows]

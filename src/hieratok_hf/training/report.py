@@ -67,11 +67,11 @@ class TrainingReport:
         accelerator (`Accelerator`): Knows the processes and the trackers.
         folder (`Path`): The folder for the records.
         first_step, steps (`int`): The step that this run begins with, and the steps of the whole training.
-        every (`int`): Steps from one record to the next; looking at a loss makes a GPU wait.
+        every (`int`): Steps from one record to the next, and the last has one; looking at a loss makes a GPU wait.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, first_step: int, steps: int, every: int):
-        self.accelerator, self.folder, self.every = accelerator, folder, every
+        self.accelerator, self.folder, self.every, self.steps = accelerator, folder, every, steps
         is_main = accelerator.is_main_process
         self.records = JsonLines(folder / "losses.jsonl", first_step) if is_main else None
         self.figures = JsonLines(folder / "validation.jsonl", first_step) if is_main else None
@@ -106,7 +106,7 @@ class TrainingReport:
             self.check()
         self.images += count
         self.bar.update()
-        if (step + 1) % self.every == 0:
+        if (step + 1) % self.every == 0 or step + 1 == self.steps:
             names = list(self.sums)
             means = torch.stack([self.sums[name].float() for name in names]) / self.parts
             means = self.accelerator.reduce(means, "mean").tolist()

@@ -45,6 +45,8 @@ _HARMLESS = {"output", "resume", "allow_changes", "overwrite", "keep", "num_work
 _HARMLESS |= {"gradient_checkpointing", "log_every", "sample_every", "save_every", "report_to", "export_every"}
 _HARMLESS |= {"sample_steps", "guidance_scale", "export_dtype", "validation_data", "validation_split"}
 _HARMLESS |= {"validation_every", "validation_size", "validation_fid", "fid_size"}
+# These may be folders, which have several names.
+_PLACES = ("model", "vae", "transformer", "vision_model")
 # These count where they change the learning rate of a step that was taken.
 _SCHEDULE = ("steps", "warmup_steps", "decay_steps")
 
@@ -245,7 +247,7 @@ def state_to_resume(
         options (`dict`, *optional*): The script's, see `options_of`, with what the data is in place of where it lies;
             what differs from those of the state is said.
         allow_changes (`bool`, defaults to `False`): Go on even where they change what is trained.
-        say (callable, defaults to `print`): Given a line.
+        say (callable, defaults to `print`): Given a line, also where the state is that of a finished training.
 
     Raises:
         ValueError: There is one and `--resume` was not given, its `config` is another, its options are others that
@@ -264,6 +266,9 @@ def state_to_resume(
     before = state.get("options")  # a state from before they were kept has none
     if options is None or before is None:
         return state
+    before = _with_real_places(before)
+    if state["step"] >= options["steps"]:
+        say(f"{str(folder)!r} has taken all {options['steps']} steps: its model is written anew")
     changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
     shown = [name for name in changed if name not in ("resume", "allow_changes", "overwrite")]
     if shown:
@@ -283,8 +288,13 @@ def state_to_resume(
 
 
 def options_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reduce a script's arguments to types that JSON has, for a state to keep."""
-    return json.loads(json.dumps(arguments, default=str))
+    """Reduce a script's arguments to types that JSON has, for a state to keep, and folders of models to one name."""
+    return _with_real_places(json.loads(json.dumps(arguments, default=str)))
+
+
+def _with_real_places(options: dict[str, Any]) -> dict[str, Any]:
+    folders = {name: options[name] for name in _PLACES if os.path.isdir(str(options.get(name)))}
+    return {**options, **{name: os.path.realpath(folder) for name, folder in folders.items()}}
 
 
 def _told(value: Any) -> str:

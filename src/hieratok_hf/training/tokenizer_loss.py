@@ -114,9 +114,9 @@ def step_noise(batch: dict[str, Any], config: HieraTokConfig, seed: int) -> tupl
     however its images are divided over processes and parts.
     """
     height, width = (side // config.patch_size for side in batch["pixel_values"].shape[2:])
-    generator = step_generator(seed, batch["step"])
-    noise = torch.randn(2, batch["count"], config.latent_channels, height, width, generator=generator)
-    mix = torch.rand(batch["count"], 1, 1, 1, generator=generator)
+    drawn: dict[str, Any] = {"generator": step_generator(seed, batch["step"]), "dtype": torch.float32}
+    noise = torch.randn(2, batch["count"], config.latent_channels, height, width, **drawn)
+    mix = torch.rand(batch["count"], 1, 1, 1, **drawn)
     return noise[:, batch["rows"]], mix[batch["rows"]]
 
 

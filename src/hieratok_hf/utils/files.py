@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +31,8 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Open a file to write, which takes the place of `path` once it is whole; after an error the old one stays.
 
     The new file has the mode of the old one. A link at `path` stays, and the file that it leads to is replaced; a
-    device or a pipe, such as `/dev/stdout`, is written to. Of several writers at a time the last one wins.
+    device or a pipe is written to, and so is a file that is this process's standard output or error, as `/dev/stdout`
+    may be, behind what was printed. Of several writers at a time the last one wins.
 
     Raises:
         OSError: The file cannot be written, the disk is full, or nobody reads the pipe; the error names the file.
@@ -84,6 +86,12 @@ def _look_at(path: str | os.PathLike[str]) -> tuple[IO[bytes] | None, int | None
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         os.close(descriptor)
+        for number, printed in ((1, sys.stdout), (2, sys.stderr)):
+            with suppress(OSError):  # of one that is closed
+                if os.path.samestat(os.fstat(number), os.stat(path)):
+                    if printed is not None:
+                        printed.flush()
+                    return open(os.dup(number), "wb"), None
         return None, stat.S_IMODE(mode)
     os.set_blocking(descriptor, True)
     return open(descriptor, "wb"), None
