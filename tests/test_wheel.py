@@ -23,7 +23,7 @@ preview archive preview.png
 decode archive back
 generate church --rows 1 --steps 2 --output generated.png
 evaluate-generation --samples 2 --steps 2
-train --model hieratok-tiny --data images --output tuned --steps 20 --batch_size 2 --crop_sizes 32 --statistics_batches 2
+train --model hieratok-tiny --data images --output tuned --steps 20 --batch_size 2 --crop_sizes 32
 cache --data images --output latents --size 32
 train-dit --latents latents --size dit-tiny --output dit --steps 2 --batch_size 2 --sample_steps 1
 convert checkpoint tuned/{state} converted --size hieratok-tiny

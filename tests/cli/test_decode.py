@@ -1,4 +1,4 @@
-"""Tests of `hieratok decode`: names, sizes and figures are those of the pictures, kills at any moment, bad input."""
+"""Tests of `hieratok decode`: names, sizes and figures are those of the images, kills at any moment, bad input."""
 
 import json
 import math
@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from archive_files import SIZES, write_images
 from helpers import random_core
 from image_files import noise
 from latent_data import make_images, tiny_kl
-from picture_files import SIZES, write_pictures
 from PIL import Image
 from scripts import error_of, kill_and_go_on, usage_error
 
@@ -19,7 +19,7 @@ from hieratok_hf import AutoencoderHieraTok, open_image
 from hieratok_hf.cli import decode as script
 from hieratok_hf.cli import reconstruct
 from hieratok_hf.data.archive_shards import FILE_FORMATS
-from hieratok_hf.data.latent_archive import LatentArchive, decode_picture, write_archive
+from hieratok_hf.data.latent_archive import LatentArchive, decode_record, write_archive
 from hieratok_hf.evaluation.metrics import psnr
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.utils.images import from_uint8
@@ -27,7 +27,7 @@ from hieratok_hf.utils.images import from_uint8
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """A folder with models, pictures, and archives of them."""
+    """A folder with models, images, and archives of them."""
     folder = tmp_path_factory.mktemp("decoding")
     core, kl = random_core(), tiny_kl()
     AutoencoderHieraTok.from_core(core).save_pretrained(folder / "hieratok")
@@ -35,10 +35,10 @@ def space(tmp_path_factory):
     dense = random_core(scale_causal=False)
     AutoencoderHieraTok.from_core(dense).save_pretrained(folder / "dense")
     kl.save_pretrained(folder / "kl")
-    pictures = write_pictures(folder / "in")
+    records = write_images(folder / "in")
     for name, model in (("archive", core), ("archive of dense", dense), ("archive of kl", kl)):
         model_name = str(folder / name.removeprefix("archive of ").replace("archive", "hieratok"))
-        write_archive(model, pictures, folder / name, model=model_name, dtype=torch.float32)
+        write_archive(model, records, folder / name, model=model_name, dtype=torch.float32)
     return folder
 
 
@@ -67,11 +67,11 @@ def values_of(image):
 
 
 @pytest.mark.parametrize("archive", ["archive", "archive of kl", "archive of dense"])
-def test_files_have_the_names_sizes_and_formats_of_the_pictures(archive, run, space, tmp_path, capsys):
+def test_files_have_the_names_sizes_and_formats_of_the_images(archive, run, space, tmp_path, capsys):
     assert run(tmp_path / "new" / "out", archive=archive) == 0
     out = tmp_path / "new" / "out"
     assert sizes_in(out) == SIZES
-    assert capsys.readouterr().out == f"7 pictures written to {str(out)!r}, 0 were there, 0 failed\n"
+    assert capsys.readouterr().out == f"7 images written to {str(out)!r}, 0 were there, 0 failed\n"
     for name, kind in (("a.png", "PNG"), ("b/upright.jpg", "JPEG"), ("z.gif", "GIF"), ("c 1/é.bmp", "BMP")):
         assert Image.open(out / name).format == kind
 
@@ -92,11 +92,11 @@ def test_the_figures_are_those_of_reconstruct(file_format, space, tmp_path):
     options = {"dtype": torch.float32, "fit": "crop", "model": model, "file_format": file_format}
     write_archive(core, tmp_path / "in", tmp_path / "archive", **options)
     assert script.main([str(tmp_path / "archive"), str(tmp_path / "out"), "--device", "cpu"]) == 0
-    for picture in LatentArchive(tmp_path / "archive").pictures:
-        original = open_image(tmp_path / "in" / picture.name).crop(picture.box)
-        decoded = open_image(tmp_path / "out" / picture.name)
+    for record in LatentArchive(tmp_path / "archive").records:
+        original = open_image(tmp_path / "in" / record.name).crop(record.box)
+        decoded = open_image(tmp_path / "out" / record.name)
         value = psnr(values_of(decoded), values_of(original)).item()
-        assert value == pytest.approx(figures[str(tmp_path / "in" / picture.name)], abs=1e-3)
+        assert value == pytest.approx(figures[str(tmp_path / "in" / record.name)], abs=1e-3)
 
 
 def test_what_was_encoded_in_tiles_is_decoded_in_tiles(space, tmp_path):
@@ -105,23 +105,23 @@ def test_what_was_encoded_in_tiles_is_decoded_in_tiles(space, tmp_path):
     vae.enable_tiling()
     write_archive(vae, tmp_path, tmp_path / "archive", model=str(space / "hieratok"), dtype=torch.float32)
     assert script.main([str(tmp_path / "archive"), str(tmp_path / "out"), "--device", "cpu"]) == 0
-    ((picture, latent),) = LatentArchive(tmp_path / "archive")
+    ((record, latent),) = LatentArchive(tmp_path / "archive")
     found = np.asarray(Image.open(tmp_path / "out" / "a.png"))
-    assert np.array_equal(found, np.asarray(decode_picture(Codec(vae), picture, latent)))
-    assert not np.array_equal(found, np.asarray(decode_picture(Codec(vae.core), picture, latent)))
+    assert np.array_equal(found, np.asarray(decode_record(Codec(vae), record, latent)))
+    assert not np.array_equal(found, np.asarray(decode_record(Codec(vae.core), record, latent)))
 
 
 @pytest.mark.parametrize("scales", [1, 3])
-def test_scales_make_smaller_pictures_of_what_the_model_shows(scales, run, space, tmp_path):
+def test_scales_make_smaller_images_of_what_the_model_shows(scales, run, space, tmp_path):
     assert run(tmp_path / "out", "--scales", scales, "--format", "png") == 0
     codec = Codec(random_core())
     factor = codec.core.config.scale_factors[scales - 1]
     sizes = {name.rpartition(".")[0] + ".png": size for name, size in SIZES.items()}
     expected = {name: tuple(math.ceil(side / factor) for side in size) for name, size in sizes.items()}
     assert sizes_in(tmp_path / "out") == expected
-    picture, latent = next(iter(LatentArchive(space / "archive")))
-    made = np.asarray(Image.open(tmp_path / "out" / picture.name))
-    assert np.array_equal(made, np.asarray(decode_picture(codec, picture, latent, scales)))
+    record, latent = next(iter(LatentArchive(space / "archive")))
+    made = np.asarray(Image.open(tmp_path / "out" / record.name))
+    assert np.array_equal(made, np.asarray(decode_record(codec, record, latent, scales)))
 
 
 def test_a_format_changes_the_suffix_and_keeps_names_apart():
@@ -173,13 +173,13 @@ def test_only_the_same_decoding_goes_on(run, space, tmp_path, capsys, monkeypatc
         raise KeyboardInterrupt
 
     assert run(tmp_path / "whole") == 0
-    out, plain = tmp_path / "out", script.decode_picture
+    out, plain = tmp_path / "out", script.decode_record
     for made, others in ((1, ["--scales", 2]), (2, ["--format", "png"]), (3, ["--overwrite"])):
         calls = iter([plain] * made)
-        monkeypatch.setattr(script, "decode_picture", lambda *given: next(calls, die)(*given))  # noqa: B023
+        monkeypatch.setattr(script, "decode_record", lambda *given: next(calls, die)(*given))  # noqa: B023
         with pytest.raises(KeyboardInterrupt):
             run(out, *(others if others == ["--overwrite"] else []))
-        monkeypatch.setattr(script, "decode_picture", plain)
+        monkeypatch.setattr(script, "decode_record", plain)
         if others != ["--overwrite"]:
             assert run(out, *others) == 2 and "is there already" in error_of(capsys)
     capsys.readouterr()
@@ -187,20 +187,20 @@ def test_only_the_same_decoding_goes_on(run, space, tmp_path, capsys, monkeypatc
     assert contents_in(out) == contents_in(tmp_path / "whole")
 
 
-def test_a_picture_that_fails_is_named_and_the_others_go_on(run, space, tmp_path, capsys, monkeypatch):
-    plain = script.decode_picture
+def test_a_image_that_fails_is_named_and_the_others_go_on(run, space, tmp_path, capsys, monkeypatch):
+    plain = script.decode_record
 
-    def fail(codec, picture, *given):
-        if picture.name == "z.gif":
+    def fail(codec, record, *given):
+        if record.name == "z.gif":
             raise RuntimeError("not enough\nmemory")
-        return plain(codec, picture, *given)
+        return plain(codec, record, *given)
 
-    monkeypatch.setattr(script, "decode_picture", fail)
+    monkeypatch.setattr(script, "decode_record", fail)
     assert run(tmp_path) == 1
     out, err = capsys.readouterr()
     assert "failed: 'z.gif': not enough memory" in err and out.endswith("0 were there, 1 failed\n")
-    monkeypatch.setattr(script, "decode_picture", plain)
-    assert run(tmp_path) == 0 and "1 pictures written" in capsys.readouterr().out
+    monkeypatch.setattr(script, "decode_record", plain)
+    assert run(tmp_path) == 0 and "1 images written" in capsys.readouterr().out
     assert sizes_in(tmp_path) == SIZES
 
 

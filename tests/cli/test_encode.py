@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from archive_files import BROKEN, SIZES, write_images
 from diffusers import VQModel
 from helpers import random_core
 from latent_data import bytes_in, make_images
-from picture_files import BROKEN, SIZES, write_pictures
 from scripts import error_of, kill_and_go_on, usage_error, with_defaults
 
 from hieratok_hf import AutoencoderHieraTok
@@ -17,12 +17,12 @@ from hieratok_hf.data.latent_archive import LatentArchive
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """A folder with models and pictures."""
+    """A folder with models and images."""
     folder = tmp_path_factory.mktemp("encoding")
     AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "hieratok")
     channels = {"block_out_channels": (8,), "norm_num_groups": 4, "num_vq_embeddings": 4}
     VQModel(**channels).save_pretrained(folder / "no tiles")
-    write_pictures(folder / "in")
+    write_images(folder / "in")
     (folder / "empty").mkdir()
     return folder
 
@@ -58,13 +58,13 @@ def test_what_it_prints_and_writes(run, space, tmp_path, capsys):
     options = ["--tiling", "--format", "webdataset", "--shard_size", 4, "--dtype", "float32", "--fit", "crop"]
     assert run(tmp_path / "new" / "archive", *options) == 1
     out, err = capsys.readouterr()
-    assert out == "6 pictures in 3 shards, 3 failed; 6 encoded now\n"
+    assert out == "6 images in 3 shards, 3 failed; 6 encoded now\n"
     names = re.findall(r"[\r\n]failed: '(.*?)': ", err)
     assert sorted(names) == sorted([*BROKEN, "c 1/dot.png"])
     archive = LatentArchive(tmp_path / "new" / "archive")
     stored = [archive.settings[name] for name in ("tiling", "file_format", "shard_size", "dtype", "fit", "model")]
     assert stored == [True, "webdataset", 4, "float32", "crop", str(space / "hieratok")]
-    assert [picture.name for picture in archive.pictures] == [name for name in SIZES if name != "c 1/dot.png"]
+    assert [record.name for record in archive.records] == [name for name in SIZES if name != "c 1/dot.png"]
     assert run(tmp_path / "new" / "archive", *options) == 1
     assert capsys.readouterr().out.endswith("; 0 encoded now\n")
 
@@ -83,7 +83,7 @@ BAD = {
     "a model without tiles": ({"--model": "{space}/no tiles", "--tiling": None}, "--tiling needs .* got VQModel"),
     "a missing folder": ({"folder": "missing"}, "FOLDER .*missing' to ARCHIVE .*No such file"),
     "a file for a folder": ({"folder": "in/a.png"}, "FOLDER .*Not a directory"),
-    "a folder without pictures": ({"folder": "empty"}, "FOLDER .*No images found in .*empty"),
+    "a folder without images": ({"folder": "empty"}, "FOLDER .*No images found in .*empty"),
     "an archive in the folder": ({"archive": "in/b/archive"}, "must not lie in"),
     "the folder itself": ({"archive": "in"}, "must not lie in"),
     "a file for the archive": ({"archive": "hieratok/config.json"}, "ARCHIVE .*config.json"),

@@ -10,12 +10,12 @@ import torch
 from helpers import noise
 from safetensors import safe_open
 
-from hieratok_hf.data.archive_shards import FILE_FORMATS, Picture
+from hieratok_hf.data.archive_shards import FILE_FORMATS, ImageRecord
 from hieratok_hf.utils.choices import ARCHIVE_FORMATS
 
-PICTURES = [Picture("a.png", 12, 8, (0, 0, 12, 8)), Picture("b/c.d.jpg", 21, 9, (0, 0, 20, 8))]
+PICTURES = [ImageRecord("a.png", 12, 8, (0, 0, 12, 8)), ImageRecord("b/c.d.jpg", 21, 9, (0, 0, 20, 8))]
 LATENTS = [noise(4, 2, 3), noise(4, 2, 5, seed=1).half().float()]
-TEXTS = [picture._asdict() | {"box": [*picture.box]} for picture in PICTURES]
+TEXTS = [record._asdict() | {"box": [*record.box]} for record in PICTURES]
 
 
 @pytest.fixture(params=ARCHIVE_FORMATS)
@@ -36,15 +36,15 @@ def test_latents_come_back_and_files_are_equal(packed):
     assert packed.unpack(packed.pack([], []), []) == []
 
 
-def test_safetensors_have_names_of_pictures(tmp_path):
+def test_safetensors_have_names_of_images(tmp_path):
     path = tmp_path / "shard.safetensors"
     path.write_bytes(FILE_FORMATS["safetensors"].pack(PICTURES, LATENTS))
     with safe_open(path, "pt") as file:
         assert {*file.keys()} == {"a.png", "b/c.d.jpg"} and torch.equal(file.get_tensor("b/c.d.jpg"), LATENTS[1])
-        assert json.loads(file.metadata()["pictures"]) == TEXTS
+        assert json.loads(file.metadata()["records"]) == TEXTS
 
 
-def test_tar_files_have_a_key_a_picture():
+def test_tar_files_have_a_key_a_image():
     with tarfile.open(fileobj=io.BytesIO(FILE_FORMATS["webdataset"].pack(PICTURES, LATENTS))) as archive:
         contents = {member.name: archive.extractfile(member).read() for member in archive}
     assert [*contents] == ["000000.json", "000000.npy", "000001.json", "000001.npy"]
@@ -56,6 +56,6 @@ def test_datasets_reads_parquet(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "shard.parquet").write_bytes(FILE_FORMATS["parquet"].pack(PICTURES, LATENTS))
     rows = datasets.Dataset.from_parquet(str(tmp_path / "shard.parquet"), cache_dir=str(tmp_path / "cache"))
-    assert [{name: row[name] for name in Picture._fields} for row in rows] == TEXTS
+    assert [{name: row[name] for name in ImageRecord._fields} for row in rows] == TEXTS
     for row, latent in zip(rows, LATENTS):
         assert np.array_equal(np.float32(row["latents"]).reshape(row["shape"]), latent)

@@ -1,4 +1,4 @@
-"""Tests of `latent_archive`: latents and pictures come back, runs go on, and what is damaged or foreign is refused."""
+"""Tests of `latent_archive`: latents and images come back, runs go on, and what is damaged or foreign is refused."""
 
 import json
 import math
@@ -9,14 +9,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from archive_files import BROKEN, SIZES, write_images
 from helpers import random_core
 from latent_data import bytes_in, tiny_kl, tiny_without_posterior
-from picture_files import BROKEN, SIZES, write_pictures
 from torch.nn import functional as F
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_image
 from hieratok_hf.data.archive_shards import FILE_FORMATS
-from hieratok_hf.data.latent_archive import LatentArchive, decode_picture, write_archive
+from hieratok_hf.data.latent_archive import LatentArchive, decode_record, write_archive
 from hieratok_hf.data.manifests import encode_settings
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.utils.images import from_uint8, to_uint8
@@ -27,8 +27,8 @@ FORMATS = [*FILE_FORMATS]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "in")
+def records(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("records") / "in")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,10 @@ def codec():
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, codec, tmp_path_factory):
-    """An archive of all pictures in three shards, not to be changed."""
+def whole(records, codec, tmp_path_factory):
+    """An archive of all images in three shards, not to be changed."""
     folder = tmp_path_factory.mktemp("archive") / "whole"
-    write_archive(codec, pictures, folder, model="mine", **SMALL)
+    write_archive(codec, records, folder, model="mine", **SMALL)
     return folder
 
 
@@ -57,131 +57,131 @@ def pixel_values_of(path):
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_latents_are_those_of_the_pictures_continued_to_whole_patches(file_format, codec, pictures, tmp_path):
+def test_latents_are_those_of_the_images_continued_to_whole_patches(file_format, codec, records, tmp_path):
     if file_format == "parquet":
         pytest.importorskip("pyarrow")
     told = []
     summary = write_archive(
-        codec, pictures, tmp_path, file_format=file_format, progress=lambda *x: told.append(x), **SMALL
+        codec, records, tmp_path, file_format=file_format, progress=lambda *x: told.append(x), **SMALL
     )
     skipped = summary.pop("skipped")
-    assert summary == {"pictures": 7, "shards": 3, "encoded": 7} and told == [(i + 1, 9) for i in range(9)]
+    assert summary == {"records": 7, "shards": 3, "encoded": 7} and told == [(i + 1, 9) for i in range(9)]
     assert tuple(skipped) == BROKEN and "is no image" in skipped["b/text.jpg"] and str(tmp_path) not in str(skipped)
     archive = LatentArchive(tmp_path)
     assert len(archive) == 7 and archive.skipped == skipped
-    assert {x.name: (x.width, x.height) for x in archive.pictures} == SIZES
-    for picture, latent in archive:
+    assert {x.name: (x.width, x.height) for x in archive.records} == SIZES
+    for record, latent in archive:
         with torch.inference_mode():
-            expected = codec.encode(pixel_values_of(pictures / picture.name))[0]
-        assert torch.equal(latent, expected), picture.name
-        assert picture.box == (0, 0, picture.width, picture.height)
+            expected = codec.encode(pixel_values_of(records / record.name))[0]
+        assert torch.equal(latent, expected), record.name
+        assert record.box == (0, 0, record.width, record.height)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_smaller_dtypes_round_and_are_refused_where_a_format_has_none(
-    file_format, dtype, codec, pictures, whole, tmp_path
+    file_format, dtype, codec, records, whole, tmp_path
 ):
     options = {"file_format": file_format, "dtype": dtype}
     if dtype == torch.bfloat16 and file_format != "safetensors":
         with pytest.raises(ValueError, match=f"`dtype`.*{file_format}"):
-            write_archive(codec, pictures, tmp_path / "new", **options)
+            write_archive(codec, records, tmp_path / "new", **options)
         assert not (tmp_path / "new").exists()
         return
-    write_archive(codec, pictures, tmp_path, **options)
+    write_archive(codec, records, tmp_path, **options)
     for (_, latent), (_, exact) in zip(LatentArchive(tmp_path), LatentArchive(whole), strict=True):
         assert torch.equal(latent, exact.to(dtype))
 
 
-def test_a_decoded_picture_has_its_size_and_is_what_the_model_makes_of_it(codec, pictures, whole):
+def test_a_decoded_image_has_its_size_and_is_what_the_model_makes_of_it(codec, records, whole):
     scales = codec.core.config.scale_factors
-    for picture, latent in LatentArchive(whole):
+    for record, latent in LatentArchive(whole):
         with torch.no_grad():
-            expected = codec.core.decode_scales(codec.encode(pixel_values_of(pictures / picture.name)))
+            expected = codec.core.decode_scales(codec.encode(pixel_values_of(records / record.name)))
         for count in (None, *range(1, len(scales) + 1)):
-            image = decode_picture(codec, picture, latent, count)
+            image = decode_record(codec, record, latent, count)
             made, factor = (expected[count - 1], scales[count - 1]) if count else (expected[-1], 1)
-            width, height = (math.ceil(side / factor) for side in (picture.width, picture.height))
+            width, height = (math.ceil(side / factor) for side in (record.width, record.height))
             levels = to_uint8(made[0, :, :height, :width]).permute(1, 2, 0).numpy()
             assert image.size == (width, height) and np.array_equal(np.asarray(image), levels)
 
 
-def test_a_crop_is_that_of_the_image_processor(codec, pictures, tmp_path):
-    summary = write_archive(codec, pictures, tmp_path, fit="crop", **SMALL)
+def test_a_crop_is_that_of_the_image_processor(codec, records, tmp_path):
+    summary = write_archive(codec, records, tmp_path, fit="crop", **SMALL)
     assert {*summary["skipped"]} == {*BROKEN, "c 1/dot.png"} and "4 pixels" in summary["skipped"]["c 1/dot.png"]
     processor = HieraTokImageProcessorPil(size_divisor=PATCH)
-    for picture, latent in LatentArchive(tmp_path):
-        image = open_image(pictures / picture.name)
+    for record, latent in LatentArchive(tmp_path):
+        image = open_image(records / record.name)
         pixel_values = processor(image, return_tensors="pt").pixel_values
         with torch.inference_mode():
             torch.testing.assert_close(latent, codec.encode(pixel_values)[0], rtol=1e-4, atol=1e-5)
-        assert np.array_equal(np.asarray(image.crop(picture.box)), processor.postprocess(pixel_values)[0])
-        assert decode_picture(codec, picture, latent).size == (pixel_values.shape[3], pixel_values.shape[2])
+        assert np.array_equal(np.asarray(image.crop(record.box)), processor.postprocess(pixel_values)[0])
+        assert decode_record(codec, record, latent).size == (pixel_values.shape[3], pixel_values.shape[2])
 
 
-def test_tiles_are_those_of_the_model(pictures, tmp_path):
+def test_tiles_are_those_of_the_model(records, tmp_path):
     vae = AutoencoderHieraTok.from_core(random_core())
     vae.enable_tiling(16, 16)
     codec = Codec(vae)
-    write_archive(codec, pictures, tmp_path, **SMALL)
+    write_archive(codec, records, tmp_path, **SMALL)
     archive, plain = LatentArchive(tmp_path), Codec(random_core())
     assert archive.settings["tiling"]
-    for picture, latent in archive:
-        pixel_values = pixel_values_of(pictures / picture.name)
+    for record, latent in archive:
+        pixel_values = pixel_values_of(records / record.name)
         with torch.no_grad():
             expected, whole = vae.encode(pixel_values).latent_dist.mode(), plain.encode(pixel_values)
             small = vae.decode(expected, num_scales=2).sample
         assert torch.equal(latent, expected[0]) and torch.equal(expected, whole) == (max(pixel_values.shape) <= 16)
-        width, height = (math.ceil(side / codec.core.config.scale_factors[1]) for side in picture.box[2:])
+        width, height = (math.ceil(side / codec.core.config.scale_factors[1]) for side in record.box[2:])
         levels = to_uint8(small[0, :, :height, :width]).permute(1, 2, 0).numpy()
-        assert np.array_equal(np.asarray(decode_picture(codec, picture, latent, 2)), levels)
+        assert np.array_equal(np.asarray(decode_record(codec, record, latent, 2)), levels)
     with pytest.raises(ValueError, match="another archive: tiling True, not False"):
-        write_archive(plain, pictures, tmp_path, **SMALL)
+        write_archive(plain, records, tmp_path, **SMALL)
 
 
-def test_a_latent_of_another_shape_is_refused(codec, pictures, tmp_path, monkeypatch):
+def test_a_latent_of_another_shape_is_refused(codec, records, tmp_path, monkeypatch):
     monkeypatch.setattr(Codec, "encode", lambda self, pixel_values: torch.zeros(1, 4, 7, 7))
     with pytest.raises(ValueError, match=r"'a\.png' cannot be encoded: .*\(4, 8, 12\), got \(4, 7, 7\)"):
-        write_archive(codec, pictures, tmp_path)
+        write_archive(codec, records, tmp_path)
 
 
 @pytest.mark.parametrize("model", [tiny_kl, tiny_without_posterior])
-def test_any_autoencoder_of_diffusers_keeps_the_sizes(model, pictures, tmp_path):
+def test_any_autoencoder_of_diffusers_keeps_the_sizes(model, records, tmp_path):
     codec = Codec(model())
-    write_archive(model(), pictures, tmp_path)
+    write_archive(model(), records, tmp_path)
     archive = LatentArchive(tmp_path)
     archive.check_encoder(codec)
-    assert {x.name: decode_picture(codec, x, latent).size for x, latent in archive} == SIZES
+    assert {x.name: decode_record(codec, x, latent).size for x, latent in archive} == SIZES
     with pytest.raises(ValueError, match="`num_scales=1`"):
-        decode_picture(codec, *next(iter(archive)), 1)
+        decode_record(codec, *next(iter(archive)), 1)
 
 
-def test_a_run_goes_on_with_what_is_missing_or_damaged(codec, pictures, whole, copy):
+def test_a_run_goes_on_with_what_is_missing_or_damaged(codec, records, whole, copy):
     (copy / "shard-00000.json").unlink()
     shard = copy / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(ValueError, match=r"unfinished.*3 shards.*0"):
         LatentArchive(copy)
-    moved = shutil.copytree(pictures, copy.parent / "moved")  # where the pictures lie does not count
+    moved = shutil.copytree(records, copy.parent / "moved")  # where the images lie does not count
     summary = write_archive(codec, moved, copy, model="under another name", **SMALL)
-    assert bytes_in(copy) == bytes_in(whole) and summary["encoded"] == 6 and summary["pictures"] == 7
-    assert write_archive(codec, pictures, copy, **SMALL)["encoded"] == 0 and bytes_in(copy) == bytes_in(whole)
+    assert bytes_in(copy) == bytes_in(whole) and summary["encoded"] == 6 and summary["records"] == 7
+    assert write_archive(codec, records, copy, **SMALL)["encoded"] == 0 and bytes_in(copy) == bytes_in(whole)
 
 
 CHANGES = {"dtype": torch.float16, "fit": "crop", "shard_size": 5, "file_format": "webdataset"}
 
 
 @pytest.mark.parametrize("name", [*CHANGES, "encoder", "images"])
-def test_another_archive_is_not_gone_on_with(name, codec, pictures, whole, copy):
+def test_another_archive_is_not_gone_on_with(name, codec, records, whole, copy):
     other = Codec(random_core(seed=1)) if name == "encoder" else codec
     if name == "images":
-        pictures = shutil.copytree(pictures, copy.parent / "changed")
-        content = bytearray((pictures / "c 1/é.bmp").read_bytes())
+        records = shutil.copytree(records, copy.parent / "changed")
+        content = bytearray((records / "c 1/é.bmp").read_bytes())
         content[-1] ^= 1
-        (pictures / "c 1/é.bmp").write_bytes(content)
+        (records / "c 1/é.bmp").write_bytes(content)
     options = {name: CHANGES[name]} if name in CHANGES else {}
     with pytest.raises(ValueError, match=f"another archive: {name} "):
-        write_archive(other, pictures, copy, **{**SMALL, **options})
+        write_archive(other, records, copy, **{**SMALL, **options})
     assert bytes_in(copy) == bytes_in(whole)
 
 
@@ -206,13 +206,13 @@ BAD = {
 
 
 @pytest.mark.parametrize(("name", "options"), BAD.items(), ids=BAD)
-def test_bad_arguments_are_named_and_nothing_is_written(name, options, codec, pictures, tmp_path):
+def test_bad_arguments_are_named_and_nothing_is_written(name, options, codec, records, tmp_path):
     with pytest.raises(ValueError, match=f"`{name}`"):
-        write_archive(codec, pictures, tmp_path / "new", **options)
+        write_archive(codec, records, tmp_path / "new", **options)
     assert not [*tmp_path.iterdir()]
 
 
-def test_sources_and_folders_that_will_not_do(codec, pictures, tmp_path):
+def test_sources_and_folders_that_will_not_do(codec, records, tmp_path):
     (tmp_path / "empty").mkdir()
     for source, error in (("empty", ValueError), ("missing", FileNotFoundError)):
         with pytest.raises(error, match=source):
@@ -220,29 +220,29 @@ def test_sources_and_folders_that_will_not_do(codec, pictures, tmp_path):
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "shard-00000.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"strange.*archive\.json"):
-        write_archive(codec, pictures, tmp_path / "strange")
+        write_archive(codec, records, tmp_path / "strange")
     with pytest.raises(FileNotFoundError, match=r"archive\.json"):
         LatentArchive(tmp_path / "empty")
 
 
-def test_parquet_without_pyarrow_says_what_to_install(codec, pictures, tmp_path, monkeypatch):
+def test_parquet_without_pyarrow_says_what_to_install(codec, records, tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
-    write_archive(codec, pictures, tmp_path / "archive", file_format="parquet")
+    write_archive(codec, records, tmp_path / "archive", file_format="parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"hieratok_hf\[eval\]"):
-        write_archive(codec, pictures, tmp_path / "new", file_format="parquet")
+        write_archive(codec, records, tmp_path / "new", file_format="parquet")
     with pytest.raises(ImportError, match=r"hieratok_hf\[eval\]"):
         LatentArchive(tmp_path / "archive")
     assert not (tmp_path / "new").exists()
 
 
-def test_latents_that_are_not_finite_name_the_picture(pictures, tmp_path):
+def test_latents_that_are_not_finite_name_the_image(records, tmp_path):
     core = random_core()
     with torch.no_grad():
         core.encoder.head.bias += 1e6
     with pytest.raises(ValueError, match=r"'a\.png' is not finite in float16: try another `dtype`"):
-        write_archive(core, pictures, tmp_path)
+        write_archive(core, records, tmp_path)
 
 
 def change_facts(folder, **changes):
@@ -259,31 +259,31 @@ NAMES = ["../a.png", "/etc/a.png", "b/../../a.png", "a", "", ".", "b//a.png", "b
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_lead_out_or_to_no_image_are_refused(name, copy):
-    first, *others = change_facts(copy)["pictures"]
-    change_facts(copy, pictures=[{**first, "name": name}, *others])
-    with pytest.raises(ValueError, match=r"shard-00000\.json' is damaged: .*'pictures'"):
+    first, *others = change_facts(copy)["records"]
+    change_facts(copy, records=[{**first, "name": name}, *others])
+    with pytest.raises(ValueError, match=r"shard-00000\.json' is damaged: .*'records'"):
         LatentArchive(copy)
 
 
 @pytest.mark.parametrize("name", ["b/upright.jpg", "b/upright.jpg/a.png"])
-def test_two_pictures_of_one_place_are_refused(name, copy):
-    first, *others = change_facts(copy)["pictures"]
-    change_facts(copy, pictures=[{**first, "name": name}, *others])
+def test_two_images_of_one_place_are_refused(name, copy):
+    first, *others = change_facts(copy)["records"]
+    change_facts(copy, records=[{**first, "name": name}, *others])
     with pytest.raises(ValueError, match="is damaged: two"):
         LatentArchive(copy)
 
 
 @pytest.mark.parametrize("box", [[0, 0, 49, 32], [5, 0, 5, 32], [0, 0, 48], [0, -1, 48, 32], None])
-def test_parts_that_a_picture_does_not_have_are_refused(box, copy):
-    first, *others = change_facts(copy)["pictures"]
-    change_facts(copy, pictures=[{**first, "box": box}, *others])
-    with pytest.raises(ValueError, match=r"shard-00000\.json' is damaged: .*'pictures'"):
+def test_parts_that_an_image_does_not_have_are_refused(box, copy):
+    first, *others = change_facts(copy)["records"]
+    change_facts(copy, records=[{**first, "box": box}, *others])
+    with pytest.raises(ValueError, match=r"shard-00000\.json' is damaged: .*'records'"):
         LatentArchive(copy)
 
 
 def test_facts_of_another_place_or_number_are_refused(copy):
     facts = change_facts(copy)
-    change_facts(copy, pictures=facts["pictures"][1:])
+    change_facts(copy, records=facts["records"][1:])
     with pytest.raises(ValueError, match="4 rows, got 3"):
         LatentArchive(copy)
     shutil.copy(copy / "shard-00001.json", copy / "shard-00000.json")
@@ -320,13 +320,13 @@ class Trap:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_contents_that_are_damaged_or_of_other_shapes_are_named(file_format, codec, pictures, tmp_path, capsys):
+def test_contents_that_are_damaged_or_of_other_shapes_are_named(file_format, codec, records, tmp_path, capsys):
     if file_format == "parquet":
         pytest.importorskip("pyarrow")
-    write_archive(codec, pictures, tmp_path, file_format=file_format, **SMALL)
+    write_archive(codec, records, tmp_path, file_format=file_format, **SMALL)
     archive, shard = LatentArchive(tmp_path), tmp_path / f"shard-00000{FILE_FORMATS[file_format].suffix}"
-    entries = list(archive)[: len(change_facts(tmp_path)["pictures"])]
-    of_shard, latents = [picture for picture, _ in entries], [latent for _, latent in entries]
+    entries = list(archive)[: len(change_facts(tmp_path)["records"])]
+    of_shard, latents = [record for record, _ in entries], [latent for _, latent in entries]
 
     def told(content):
         shard.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Decode an archive of latents to files with the names and the sizes of the pictures that it was made of."""
+"""Decode an archive of latents to files with the names and the sizes of the images that it was made of."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from tqdm import tqdm
 
-from ..data.latent_archive import LatentArchive, decode_picture
+from ..data.latent_archive import LatentArchive, decode_record
 from ..models.autoencoder_adapter import Codec, load_codec
 from ..utils.images import encode_image
 from .command_line import check_writable, find_device, load_or_explain, run_script, write_or_explain
@@ -43,7 +43,7 @@ def open_archive(args: Namespace) -> tuple[LatentArchive, Codec]:
 
 
 def name_files(names: Sequence[str], file_format: str) -> list[str]:
-    """Name the files of pictures: as they were, or with the suffix of a format, added where two would be one."""
+    """Name the files of images: as they were, or with the suffix of a format, added where two would be one."""
     if file_format == "keep":
         return list(names)
     suffixes = (".jpg", ".jpeg") if file_format == "jpeg" else (f".{file_format}",)
@@ -54,12 +54,12 @@ def name_files(names: Sequence[str], file_format: str) -> list[str]:
 
 
 def run(args: Namespace) -> tuple[list[str], int]:
-    """Write the files, and return the lines to print and the exit status, 1 where a picture failed."""
+    """Write the files, and return the lines to print and the exit status, 1 where an image failed."""
     root, where = args.folder.resolve(), f"FOLDER {str(args.folder)!r}"
     if root.is_relative_to(args.archive.resolve()):
         raise Problem(f"{where} must not lie in ARCHIVE {str(args.archive)!r}")
     archive, codec = open_archive(args)
-    paths = [args.folder / name for name in name_files([x.name for x in archive.pictures], args.format)]
+    paths = [args.folder / name for name in name_files([x.name for x in archive.records], args.format)]
     options = [archive.fingerprint, *(getattr(args, name) for name in OPTIONS)]
     mark, token = args.folder / MARK, hashlib.sha256(json.dumps(options).encode()).hexdigest().encode()
     is_begun = not args.overwrite and mark.is_file() and mark.read_bytes() == token
@@ -76,17 +76,17 @@ def run(args: Namespace) -> tuple[list[str], int]:
 
     failures: dict[str, str] = {}
     made = 0
-    entries = tqdm(zip(paths, archive), total=len(paths), unit="picture", dynamic_ncols=True, leave=False)
+    entries = tqdm(zip(paths, archive), total=len(paths), unit="image", dynamic_ncols=True, leave=False)
     try:
-        for path, (picture, latent) in entries:
+        for path, (record, latent) in entries:
             if is_begun and path.is_file():  # it is whole, as all that this command writes
                 continue
             try:
                 with autocast(args):
-                    image = decode_picture(codec, picture, latent, args.scales)
+                    image = decode_record(codec, record, latent, args.scales)
                 content = encode_image(image, path.name, quality=args.quality)
             except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
-                failures[picture.name] = one_line(error)
+                failures[record.name] = one_line(error)
             else:
                 write_or_explain("FOLDER", path, content)
                 made += 1
@@ -96,7 +96,7 @@ def run(args: Namespace) -> tuple[list[str], int]:
         mark.unlink()
     tell_failures(failures)
     there = len(paths) - made - len(failures)
-    return [f"{made} pictures written to {str(args.folder)!r}, {there} were there, {len(failures)} failed"], bool(
+    return [f"{made} images written to {str(args.folder)!r}, {there} were there, {len(failures)} failed"], bool(
         failures
     )
 

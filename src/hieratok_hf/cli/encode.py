@@ -1,4 +1,4 @@
-"""Encode the pictures in a folder to an archive of latents, from which `hieratok decode` makes files again."""
+"""Encode the images in a folder to an archive of latents, from which `hieratok decode` makes files again."""
 
 import contextlib
 import sys
@@ -32,13 +32,13 @@ def enable_tiling(codec: Codec) -> None:
 
 
 def tell_failures(failures: Mapping[str, str]) -> None:
-    """Print to stderr, a line each, which pictures failed, and why."""
+    """Print to stderr, a line each, which images failed, and why."""
     for name, reason in failures.items():
         print(f"failed: {name!r}: {reason}", file=sys.stderr)
 
 
 def run(args: Namespace) -> tuple[list[str], int]:
-    """Write the archive, and return the lines to print and the exit status, 1 where a picture was left out."""
+    """Write the archive, and return the lines to print and the exit status, 1 where an image was left out."""
     names = f"FOLDER {str(args.folder)!r} to ARCHIVE {str(args.archive)!r}"
     if args.archive.resolve().is_relative_to(args.folder.resolve()):
         raise Problem(f"{names}: the archive must not lie in the folder")
@@ -47,7 +47,7 @@ def run(args: Namespace) -> tuple[list[str], int]:
         enable_tiling(codec)
     settings = {name: getattr(args, name) for name in ("model", "fit", "shard_size", "threads")}
     settings |= {"file_format": args.format, "dtype": getattr(torch, args.dtype)}
-    with tqdm(unit="picture", dynamic_ncols=True, leave=False) as bar, autocast(args):
+    with tqdm(unit="image", dynamic_ncols=True, leave=False) as bar, autocast(args):
 
         def progress(done: int, todo: int) -> None:
             bar.total = todo
@@ -59,7 +59,7 @@ def run(args: Namespace) -> tuple[list[str], int]:
             raise Problem(f"{names}: {one_line(error)}") from error
     skipped = summary["skipped"]
     tell_failures(skipped)
-    counts = f"{summary['pictures']} pictures in {summary['shards']} shards, {len(skipped)} failed"
+    counts = f"{summary['records']} images in {summary['shards']} shards, {len(skipped)} failed"
     return [f"{counts}; {summary['encoded']} encoded now"], 1 if skipped else 0
 
 

@@ -33,9 +33,9 @@ COMMANDS = {
         "Images", "Evaluate a tokenizer beside other autoencoders on the same images.", images.add_evaluate
     ),
     "app": Command("Images", "Serve a page to try tokenizer and generator in a browser.", images.add_app),
-    "encode": Command("Latents", "Encode a folder of pictures to an archive of latents.", latents.add_encode),
-    "decode": Command("Latents", "Decode an archive to pictures of the same names and sizes.", latents.add_decode),
-    "preview": Command("Latents", "Show the pictures of an archive on one sheet.", latents.add_preview),
+    "encode": Command("Latents", "Encode a folder of images to an archive of latents.", latents.add_encode),
+    "decode": Command("Latents", "Decode an archive to images of the same names and sizes.", latents.add_decode),
+    "preview": Command("Latents", "Show the images of an archive on one sheet.", latents.add_preview),
     "generate": Command("Generation", "Make images of classes, on one sheet.", generation.add_generate),
     "evaluate-generation": Command(
         "Generation", "Evaluate a generator: Fréchet distance and class accuracy.", generation.add_evaluate_generation

@@ -1,4 +1,4 @@
-"""Show the pictures of an archive of latents on one sheet, decoded by the first scales alone."""
+"""Show the images of an archive of latents on one sheet, decoded by the first scales alone."""
 
 from argparse import Namespace
 from itertools import islice
@@ -6,7 +6,7 @@ from itertools import islice
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ..data.latent_archive import decode_picture
+from ..data.latent_archive import decode_record
 from ..utils.images import encode_image
 from .command_line import check_writable, run_script, write_or_explain
 from .decode import open_archive
@@ -16,14 +16,14 @@ from .terminal import Problem, one_line
 MARGIN, LABEL, FONT_SIZE = 8, 16, 11
 
 
-def make_sheet(pictures: list[tuple[str, Image.Image]], columns: int, side: int) -> Image.Image:
+def make_sheet(records: list[tuple[str, Image.Image]], columns: int, side: int) -> Image.Image:
     """Lay images out in rows, each in a square with its name below it, of a long one the end."""
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+    columns = min(columns, len(records))
+    rows = -(-len(records) // columns)
     width, height = side + MARGIN, side + LABEL + MARGIN
     sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE)
-    for index, (name, image) in enumerate(pictures):
+    for index, (name, image) in enumerate(records):
         left, top = MARGIN + index % columns * width, MARGIN + index // columns * height
         factor = side / max(image.size)
         panel = image.resize([max(1, round(length * factor)) for length in image.size], Image.Resampling.BICUBIC)
@@ -39,21 +39,21 @@ def make_sheet(pictures: list[tuple[str, Image.Image]], columns: int, side: int)
 def run(args: Namespace) -> list[str]:
     """Write the sheet, and return the line to print."""
     archive, codec = open_archive(args)
-    if not archive.pictures:
-        raise Problem(f"ARCHIVE {str(args.archive)!r} holds no pictures")
+    if not archive.records:
+        raise Problem(f"ARCHIVE {str(args.archive)!r} holds no images")
     check_writable("SHEET", args.sheet, overwrite=args.overwrite)
     scales = args.scales
     if scales is None and codec.core is not None and codec.core.config.scale_causal:
         scales = -(-len(codec.core.config.scale_factors) // 2)
     count = min(args.limit, len(archive))
-    shown = tqdm(islice(archive, count), total=count, unit="picture", dynamic_ncols=True, leave=False)
+    shown = tqdm(islice(archive, count), total=count, unit="image", dynamic_ncols=True, leave=False)
     try:
-        pictures = [(picture.name, decode_picture(codec, picture, latent, scales)) for picture, latent in shown]
+        records = [(record.name, decode_record(codec, record, latent, scales)) for record, latent in shown]
     except (OSError, ValueError) as error:
         raise Problem(f"ARCHIVE {str(args.archive)!r} cannot be shown: {one_line(error)}") from error
-    sheet = make_sheet(pictures, args.columns, args.side)
+    sheet = make_sheet(records, args.columns, args.side)
     write_or_explain("SHEET", args.sheet, encode_image(sheet, args.sheet.name))
-    return [f"{count} of {len(archive)} pictures on {str(args.sheet)!r}"]
+    return [f"{count} of {len(archive)} images on {str(args.sheet)!r}"]
 
 
 def main(argv: list[str] | None = None) -> int:

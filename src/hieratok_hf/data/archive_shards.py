@@ -1,4 +1,4 @@
-"""The files that an archive of latents is made of, in each of three formats: packed from pictures, and unpacked."""
+"""The files that an archive of latents is made of, in each of three formats: packed from images, and unpacked."""
 
 import io
 import json
@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-__all__ = ["FILE_FORMATS", "FileFormat", "Picture"]
+__all__ = ["FILE_FORMATS", "FileFormat", "ImageRecord"]
 
 # Shape letters: C latent channels, h w the latent's grid.
 
 
-class Picture(NamedTuple):
+class ImageRecord(NamedTuple):
     """
-    Tell which picture a latent is of.
+    Tell which image a latent is of.
 
     Attributes:
         name (`str`): The path of its file below the folder that was encoded, with `/` between its parts.
@@ -34,50 +34,50 @@ class Picture(NamedTuple):
 
 class FileFormat(NamedTuple):
     """
-    Hold what turns pictures and their latents, tensors `(C, h, w)` of a dtype of the format, into a file and back.
+    Hold what turns images and their latents, tensors `(C, h, w)` of a dtype of the format, into a file and back.
 
     Attributes:
         suffix (`str`): How names of such files end.
-        pack (callable): Makes the content of a file, the same for the same pictures and latents.
-        unpack (callable): Reads the latents of a content, in the order of the pictures; any error where it is damaged.
+        pack (callable): Makes the content of a file, the same for the same images and latents.
+        unpack (callable): Reads the latents of a content, in the order of the images; any error where it is damaged.
     """
 
     suffix: str
-    pack: Callable[[Sequence[Picture], Sequence[Tensor]], bytes]
-    unpack: Callable[[bytes, Sequence[Picture]], list[Tensor]]
+    pack: Callable[[Sequence[ImageRecord], Sequence[Tensor]], bytes]
+    unpack: Callable[[bytes, Sequence[ImageRecord]], list[Tensor]]
 
 
-def _pack_safetensors(pictures: Sequence[Picture], latents: Sequence[Tensor]) -> bytes:
-    records = json.dumps([picture._asdict() for picture in pictures])
-    return save({picture.name: latent for picture, latent in zip(pictures, latents)}, {"pictures": records})
+def _pack_safetensors(records: Sequence[ImageRecord], latents: Sequence[Tensor]) -> bytes:
+    facts = json.dumps([record._asdict() for record in records])
+    return save({record.name: latent for record, latent in zip(records, latents)}, {"records": facts})
 
 
-def _unpack_safetensors(content: bytes, pictures: Sequence[Picture]) -> list[Tensor]:
+def _unpack_safetensors(content: bytes, records: Sequence[ImageRecord]) -> list[Tensor]:
     tensors = load(content)
-    return [tensors[picture.name] for picture in pictures]
+    return [tensors[record.name] for record in records]
 
 
-def _pack_tar(pictures: Sequence[Picture], latents: Sequence[Tensor]) -> bytes:
+def _pack_tar(records: Sequence[ImageRecord], latents: Sequence[Tensor]) -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for index, (picture, latent) in enumerate(zip(pictures, latents)):
+        for index, (record, latent) in enumerate(zip(records, latents)):
             array = io.BytesIO()
             np.save(array, latent.numpy())
-            # webdataset takes a name up to its first dot for the key, which names of pictures are not made for.
-            for kind, value in (("json", json.dumps(picture._asdict()).encode()), ("npy", array.getvalue())):
+            # webdataset takes a name up to its first dot for the key, which names of images are not made for.
+            for kind, value in (("json", json.dumps(record._asdict()).encode()), ("npy", array.getvalue())):
                 member = tarfile.TarInfo(f"{index:06d}.{kind}")  # without the time, which no two files would share
                 member.size = len(value)
                 archive.addfile(member, io.BytesIO(value))
     return packed.getvalue()
 
 
-def _unpack_tar(content: bytes, pictures: Sequence[Picture]) -> list[Tensor]:
+def _unpack_tar(content: bytes, records: Sequence[ImageRecord]) -> list[Tensor]:
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-        members: list[Any] = [archive.extractfile(f"{index:06d}.npy") for index in range(len(pictures))]
+        members: list[Any] = [archive.extractfile(f"{index:06d}.npy") for index in range(len(records))]
         return [torch.from_numpy(np.load(io.BytesIO(member.read()), allow_pickle=False)) for member in members]
 
 
-def _pack_parquet(pictures: Sequence[Picture], latents: Sequence[Tensor]) -> bytes:
+def _pack_parquet(records: Sequence[ImageRecord], latents: Sequence[Tensor]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
@@ -85,10 +85,10 @@ def _pack_parquet(pictures: Sequence[Picture], latents: Sequence[Tensor]) -> byt
     starts = np.cumsum([0, *(array.size for array in arrays)])
     numbers = pyarrow.array(np.concatenate([array.ravel() for array in arrays] or [np.empty(0, np.float32)]))
     columns: dict[str, Any] = {
-        "name": pyarrow.array([picture.name for picture in pictures], pyarrow.string()),
-        "width": pyarrow.array([picture.width for picture in pictures], pyarrow.int32()),
-        "height": pyarrow.array([picture.height for picture in pictures], pyarrow.int32()),
-        "box": pyarrow.array([picture.box for picture in pictures], pyarrow.list_(pyarrow.int32())),
+        "name": pyarrow.array([record.name for record in records], pyarrow.string()),
+        "width": pyarrow.array([record.width for record in records], pyarrow.int32()),
+        "height": pyarrow.array([record.height for record in records], pyarrow.int32()),
+        "box": pyarrow.array([record.box for record in records], pyarrow.list_(pyarrow.int32())),
         "shape": pyarrow.array([array.shape for array in arrays], pyarrow.list_(pyarrow.int32())),
         "latents": pyarrow.ListArray.from_arrays(pyarrow.array(starts, pyarrow.int32()), numbers),
     }
@@ -97,7 +97,7 @@ def _pack_parquet(pictures: Sequence[Picture], latents: Sequence[Tensor]) -> byt
     return packed.getvalue()
 
 
-def _unpack_parquet(content: bytes, pictures: Sequence[Picture]) -> list[Tensor]:
+def _unpack_parquet(content: bytes, records: Sequence[ImageRecord]) -> list[Tensor]:
     import pyarrow
     import pyarrow.parquet
 
@@ -113,6 +113,6 @@ FILE_FORMATS = {
     "parquet": FileFormat(".parquet", _pack_parquet, _unpack_parquet),
 }
 """
-The formats by name: tensors under the pictures' names; tar files of `000000.json` and `000000.npy`; rows of columns
+The formats by name: tensors under the images' names; tar files of `000000.json` and `000000.npy`; rows of columns
 `name`, `width`, `height`, `box`, `shape` and `latents`.
 """

@@ -1,4 +1,4 @@
-"""An archive of the pictures in a folder: latents of any sizes, with what it takes to make files of them again."""
+"""An archive of the images in a folder: latents of any sizes, with what it takes to make files of them again."""
 
 import hashlib
 import importlib.util
@@ -23,12 +23,12 @@ from ..models.autoencoder_adapter import Codec
 from ..utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES
 from ..utils.files import remove_leftovers, write_whole
 from ..utils.images import ImageError, from_uint8, open_image, to_uint8
-from .archive_shards import FILE_FORMATS, Picture
+from .archive_shards import FILE_FORMATS, ImageRecord
 from .latent_cache import check_encoder, encoder_facts, rows_of, shards_of
 from .local_images import is_image, list_images
 from .manifests import Schema, Settings, checksum_of, encode_settings, is_count, is_number, is_text, read_manifest
 
-__all__ = ["LatentArchive", "cell_of", "decode_picture", "write_archive"]
+__all__ = ["LatentArchive", "cell_of", "decode_record", "write_archive"]
 
 # Shape letters: C latent channels, h w the latent's grid.
 
@@ -36,7 +36,7 @@ FORMAT = 1  # of `archive.json` and what lies beside the shards; an archive of a
 SETTINGS_FILE = "archive.json"
 
 _PROBE = 64  # pixels a side of the image that tells the size of a cell
-_SAMPLED = 1000  # pictures whose content tells one folder from another
+_SAMPLED = 1000  # images whose content tells one folder from another
 
 _SCHEMA: Schema = {
     "file_format": lambda value: value in tuple(ARCHIVE_FORMATS),
@@ -67,8 +67,8 @@ def _is_name(value: Any) -> bool:
     return not {"", ".", ".."} & {*parts} and not os.path.splitdrive(value)[0]
 
 
-def _is_picture(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != set(Picture._fields):
+def _is_record(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != set(ImageRecord._fields):
         return False
     width, height, box = value["width"], value["height"], value["box"]
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_count(0), (width, height, *box))):
@@ -79,7 +79,7 @@ def _is_picture(value: Any) -> bool:
 _SHARD_SCHEMA: Schema = {
     "identity": is_text,
     "content": is_text,
-    "pictures": lambda value: isinstance(value, list) and all(map(_is_picture, value)),
+    "records": lambda value: isinstance(value, list) and all(map(_is_record, value)),
     "skipped": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
 }
 
@@ -103,35 +103,35 @@ def write_archive(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """
-    Encode the pictures in the folder `source`, and in those below it, into `folder`, for `LatentArchive`.
+    Encode the images in the folder `source`, and in those below it, into `folder`, for `LatentArchive`.
 
     Called again after a kill, it goes on with the missing shards; the files are then the same as without. Latents are
-    modes of the posterior, in the units of the model. Pictures are encoded one by one, in the model's own dtype or
-    that of an autocast around the call, so a latent does not depend on the pictures beside it. Of a model with tiling
-    switched on, large pictures are encoded in tiles, in time that grows with their pixels instead of the square.
+    modes of the posterior, in the units of the model. Images are encoded one by one, in the model's own dtype or
+    that of an autocast around the call, so a latent does not depend on the images beside it. Of a model with tiling
+    switched on, large images are encoded in tiles, in time that grows with their pixels instead of the square.
 
     Args:
         codec_or_vae (`Codec` or `torch.nn.Module`): The autoencoder, or what `Codec` takes.
-        source (`str` or `Path`): The folder of pictures. Hidden files, and files of other kinds, are passed over.
+        source (`str` or `Path`): The folder of images. Hidden files, and files of other kinds, are passed over.
         folder (`str` or `Path`): The folder of the archive; made if it is not there.
         model (`str`, defaults to `""`): A name to record, from which readers can load the autoencoder.
         file_format (`str`, defaults to `"safetensors"`): One of `ARCHIVE_FORMATS`.
         dtype (`torch.dtype`, defaults to `torch.float16`): What is stored; also float32, and bfloat16 in safetensors.
         fit (`str`, defaults to `"pad"`): What to do where sides are no multiples of a cell: `"pad"` continues the
-            right and lower border, and what is decoded is cut to the size of the picture; `"crop"` takes the middle.
-        shard_size (`int`, defaults to 128): Pictures of a shard.
-        threads (`int`, defaults to 4): Number of pictures to read at a time, ahead.
-        progress (callable, *optional*): Called after each picture with how many are done in this call, and how many
+            right and lower border, and what is decoded is cut to the size of the image; `"crop"` takes the middle.
+        shard_size (`int`, defaults to 128): Images of a shard.
+        threads (`int`, defaults to 4): Number of images to read at a time, ahead.
+        progress (callable, *optional*): Called after each image with how many are done in this call, and how many
             it has to do.
 
     Returns:
-        `pictures` and `shards` of the whole archive, `skipped`, the reason for each name that cannot be read or is too
-        small to be cropped, and how many pictures were `encoded` in this call.
+        `images` and `shards` of the whole archive, `skipped`, the reason for each name that cannot be read or is too
+        small to be cropped, and how many images were `encoded` in this call.
 
     Raises:
         ImportError: Parquet needs pyarrow.
-        ValueError: An argument is out of its range, the folder has no pictures, the latents are not finite in `dtype`,
-            the model cannot take a picture, or `folder` holds something else.
+        ValueError: An argument is out of its range, the folder has no images, the latents are not finite in `dtype`,
+            the model cannot take an image, or `folder` holds something else.
         OSError: `source` cannot be read, or `folder` cannot be written.
     """
     codec = codec_or_vae if isinstance(codec_or_vae, Codec) else Codec(codec_or_vae)
@@ -170,23 +170,23 @@ def write_archive(
     with ThreadPoolExecutor(threads) as pool, torch.inference_mode():
         images = _map_ahead(pool, read, (name for part in wanted for name in part), threads)
         for shard, part in zip(missing, wanted):
-            pictures, latents, skipped = [], [], {}
+            records, latents, skipped = [], [], {}
             for name, image in zip(part, images):
                 try:
-                    picture = _fit(name, image, settings)
+                    record = _fit(name, image, settings)
                 except ImageError as error:
                     skipped[name] = str(error)
                 else:
-                    pictures.append(picture)
-                    latents.append(_encode(codec, image, picture, settings))
+                    records.append(record)
+                    latents.append(_encode(codec, image, record, settings))
                 done += 1
                 if progress is not None:
                     progress(done, todo)
-            encoded += len(pictures)
-            _write_shard(folder, settings, shard, pictures, latents, skipped)
+            encoded += len(records)
+            _write_shard(folder, settings, shard, records, latents, skipped)
     archive = LatentArchive(folder)
     return {
-        "pictures": len(archive),
+        "records": len(archive),
         "shards": len(shards_of(settings)),
         "skipped": archive.skipped,
         "encoded": encoded,
@@ -199,7 +199,7 @@ def _check_packages(file_format: str) -> None:
 
 
 def _digest_of(source: Path, names: Sequence[str]) -> str:
-    """Take a SHA-256 of the names and sizes of all pictures, and of the content of some spread over them."""
+    """Take a SHA-256 of the names and sizes of all images, and of the content of some spread over them."""
     sampled = {*np.linspace(0, len(names) - 1, min(len(names), _SAMPLED)).round().astype(int).tolist()}
     digest = hashlib.sha256()
     for index, name in enumerate(names):
@@ -244,40 +244,40 @@ def _map_ahead(
         yield made
 
 
-def _fit(name: str, image: Image.Image | ImageError, settings: Settings) -> Picture:
+def _fit(name: str, image: Image.Image | ImageError, settings: Settings) -> ImageRecord:
     """Choose the part of an image to encode; `ImageError` where it could not be read or is too small."""
     if isinstance(image, ImageError):
         raise image
     (width, height), cell = image.size, settings["cell"]
     if settings["fit"] == "pad":
-        return Picture(name, width, height, (0, 0, width, height))
+        return ImageRecord(name, width, height, (0, 0, width, height))
     if min(width, height) < cell:
         raise ImageError(f"must have sides of {cell} pixels or more to be cropped, got {width} x {height}")
     left, top = width % cell // 2, height % cell // 2
-    return Picture(name, width, height, (left, top, left + width - width % cell, top + height - height % cell))
+    return ImageRecord(name, width, height, (left, top, left + width - width % cell, top + height - height % cell))
 
 
-def _encode(codec: Codec, image: Any, picture: Picture, settings: Settings) -> Tensor:
+def _encode(codec: Codec, image: Any, record: ImageRecord, settings: Settings) -> Tensor:
     """Encode the part of an image that was chosen to a latent `(C, h, w)` of the stored dtype."""
-    part = image.crop(picture.box)
+    part = image.crop(record.box)
     pixel_values = from_uint8(torch.from_numpy(np.array(part)).permute(2, 0, 1)[None])
     right, bottom = (-side % settings["cell"] for side in part.size)
     pixel_values = F.pad(pixel_values, (0, right, 0, bottom), mode="replicate")
     try:
         latent = codec.encode(pixel_values)[0]
     except (RuntimeError, ValueError, MemoryError) as error:  # torch lacks memory with a RuntimeError
-        raise ValueError(f"{picture.name!r} cannot be encoded: {' '.join(str(error).split())}") from error
-    if (got := tuple(latent.shape)) != (expected := _latent_shape(picture, settings)):
-        raise ValueError(f"{picture.name!r} cannot be encoded: its latent must have the shape {expected}, got {got}.")
+        raise ValueError(f"{record.name!r} cannot be encoded: {' '.join(str(error).split())}") from error
+    if (got := tuple(latent.shape)) != (expected := _latent_shape(record, settings)):
+        raise ValueError(f"{record.name!r} cannot be encoded: its latent must have the shape {expected}, got {got}.")
     latent = latent.to("cpu", getattr(torch, settings["dtype"])).contiguous()
     if not latent.isfinite().all():
-        raise ValueError(f"The latent of {picture.name!r} is not finite in {settings['dtype']}: try another `dtype`.")
+        raise ValueError(f"The latent of {record.name!r} is not finite in {settings['dtype']}: try another `dtype`.")
     return latent
 
 
-def _latent_shape(picture: Picture, settings: Settings) -> tuple[int, int, int]:
-    """Give the shape `(C, h, w)` of a picture's latent."""
-    left, top, right, bottom = picture.box
+def _latent_shape(record: ImageRecord, settings: Settings) -> tuple[int, int, int]:
+    """Give the shape `(C, h, w)` of an image's latent."""
+    left, top, right, bottom = record.box
     height, width = (math.ceil(side / settings["cell"]) for side in (bottom - top, right - left))
     return settings["channels"], height, width
 
@@ -290,19 +290,19 @@ def _write_shard(
     folder: Path,
     settings: Settings,
     shard: int,
-    pictures: list[Picture],
+    records: list[ImageRecord],
     latents: list[Tensor],
     skipped: dict[str, str],
 ) -> None:
     """Write a shard, and then what it holds, which says that it is whole."""
-    path, content = _shard_path(folder, settings, shard), FILE_FORMATS[settings["file_format"]].pack(pictures, latents)
+    path, content = _shard_path(folder, settings, shard), FILE_FORMATS[settings["file_format"]].pack(records, latents)
     with write_whole(path) as file:
         file.write(content)
     facts = {
         "format": FORMAT,
         "identity": _identity(settings, shard),
         "content": f"{zlib.crc32(content):08x}",
-        "pictures": [picture._asdict() for picture in pictures],
+        "records": [record._asdict() for record in records],
         "skipped": skipped,
     }
     _write_manifest(path.with_suffix(".json"), facts)
@@ -319,10 +319,10 @@ def _read_facts(folder: Path, settings: Settings, shard: int) -> Settings:
     facts = read_manifest(path, "whole archive of latents", FORMAT, _SHARD_SCHEMA)
     if facts["identity"] != _identity(settings, shard):
         raise ValueError(f"{str(path)!r} is damaged: it is that of another place or archive.")
-    rows, got = len(rows_of(settings, shard)), len(facts["pictures"]) + len(facts["skipped"])
+    rows, got = len(rows_of(settings, shard)), len(facts["records"]) + len(facts["skipped"])
     if got != rows:
         raise ValueError(f"{str(path)!r} is damaged: it must have {rows} rows, got {got}.")
-    facts["pictures"] = [Picture(**{**row, "box": tuple(row["box"])}) for row in facts["pictures"]]
+    facts["records"] = [ImageRecord(**{**row, "box": tuple(row["box"])}) for row in facts["records"]]
     return facts
 
 
@@ -344,13 +344,13 @@ def _is_whole(folder: Path, settings: Settings, shard: int) -> bool:
 
 class LatentArchive:
     """
-    Read what `write_archive` wrote to `folder`. Iterating gives each picture with its latent, `Picture` and a tensor
+    Read what `write_archive` wrote to `folder`. Iterating gives each image with its latent, `ImageRecord` and a tensor
     `(C, h, w)` of the stored dtype, shard by shard; nothing is unpickled.
 
     Attributes:
         settings (`dict`): The content of `archive.json`; `model`, the name recorded, is what the writer said.
-        pictures (`list[Picture]`): The pictures in their order; a name is a path below a folder, and is there once.
-        skipped (`dict[str, str]`): Names of pictures that were left out, and why.
+        images (`list[Image]`): The images in their order; a name is a path below a folder, and is there once.
+        skipped (`dict[str, str]`): Names of images that were left out, and why.
 
     Raises:
         FileNotFoundError: There is no `archive.json`.
@@ -370,15 +370,15 @@ class LatentArchive:
             except FileNotFoundError as error:
                 first = f"of {len(shards_of(settings))} shards the first to miss is {shard}"
                 raise ValueError(f"{str(folder)!r} is unfinished: {first}. Go on encoding.") from error
-        self.pictures: list[Picture] = [picture for facts in self._facts for picture in facts["pictures"]]
+        self.records: list[ImageRecord] = [record for facts in self._facts for record in facts["records"]]
         self.skipped: dict[str, str] = {
             name: reason for facts in self._facts for name, reason in facts["skipped"].items()
         }
-        names = {picture.name for picture in self.pictures}
+        names = {record.name for record in self.records}
         folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-        if len(names) < len(self.pictures) or names & folders:
+        if len(names) < len(self.records) or names & folders:
             raise ValueError(
-                f"{str(folder)!r} is damaged: two of its pictures would be one file, or a file and a folder."
+                f"{str(folder)!r} is damaged: two of its images would be one file, or a file and a folder."
             )
 
     @property
@@ -388,26 +388,24 @@ class LatentArchive:
         return hashlib.sha256(json.dumps([self.settings, contents], sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.records)
 
-    def __iter__(self) -> Iterator[tuple[Picture, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[ImageRecord, Tensor]]:
         settings, unpack = self.settings, FILE_FORMATS[self.settings["file_format"]].unpack
         for shard, facts in enumerate(self._facts):
-            path, pictures = _shard_path(self.folder, settings, shard), facts["pictures"]
+            path, records = _shard_path(self.folder, settings, shard), facts["records"]
             content = _read_content(self.folder, settings, shard, facts)
             try:
-                latents = unpack(content, pictures)
+                latents = unpack(content, records)
             except Exception as error:  # tarfile, numpy, safetensors and pyarrow raise many types on what is damaged
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise ValueError(f"The shard {str(path)!r} is damaged: {reason}") from error
-            for picture, latent in zip(pictures, latents):
-                expected = _latent_shape(picture, settings), getattr(torch, settings["dtype"])
+            for record, latent in zip(records, latents):
+                expected = _latent_shape(record, settings), getattr(torch, settings["dtype"])
                 if (tuple(latent.shape), latent.dtype) != expected:
                     got = f"got {(tuple(latent.shape), latent.dtype)}"
-                    raise ValueError(
-                        f"The shard {str(path)!r} is damaged: {picture.name!r} must be {expected}, {got}."
-                    )
-                yield picture, latent
+                    raise ValueError(f"The shard {str(path)!r} is damaged: {record.name!r} must be {expected}, {got}.")
+                yield record, latent
 
     def check_encoder(self, codec: Codec) -> None:
         """Raise `ValueError` unless the latents were written with this encoder, tensor for tensor."""
@@ -415,13 +413,13 @@ class LatentArchive:
 
 
 @torch.inference_mode()
-def decode_picture(codec: Codec, picture: Picture, latent: Tensor, num_scales: int | None = None) -> Image.Image:
+def decode_record(codec: Codec, record: ImageRecord, latent: Tensor, num_scales: int | None = None) -> Image.Image:
     """
-    Decode the latent of a picture to the part of it that was encoded.
+    Decode the latent of an image to the part of it that was encoded.
 
     Args:
         codec (`Codec`): The autoencoder, of the encoder that made the latent.
-        picture (`Picture`): What the latent is of.
+        image (`ImageRecord`): What the latent is of.
         latent (`torch.Tensor` of shape `(C, h, w)`): A latent in the units of the model.
         num_scales (`int`, *optional*): Number of scales of a HieraTok model to run; the sides are then those of the
             part divided by the factor of the last one, rounded up.
@@ -436,7 +434,7 @@ def decode_picture(codec: Codec, picture: Picture, latent: Tensor, num_scales: i
             raise ValueError(f"{type(codec.model).__name__} has one scale, got `num_scales={num_scales}`.")
         factor = codec.core.config.scale_factors[num_scales - 1]
     images = codec.decode(latents, num_scales)
-    left, top, right, bottom = picture.box
+    left, top, right, bottom = record.box
     height, width = (math.ceil(side / factor) for side in (bottom - top, right - left))
     levels = to_uint8(images[0, :, :height, :width]).permute(1, 2, 0)
     return Image.fromarray(levels.cpu().contiguous().numpy())

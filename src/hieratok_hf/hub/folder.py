@@ -36,7 +36,7 @@ def select_files(folder: str | os.PathLike[str]) -> tuple[dict[str, Path], list[
     Tell the files of a saved folder that go to the Hub from those that stay.
 
     Files are chosen by their whole names: configurations, weights in safetensors, `README.md`, a licence (`LICENSE` or
-    `LICENCE`, alone or as .md or .txt), and pictures that `README.md` shows.
+    `LICENCE`, alone or as .md or .txt), and images that `README.md` shows.
 
     Returns:
         The places of the files that go, by their names relative to `folder`, and the names of all others.
@@ -47,7 +47,7 @@ def select_files(folder: str | os.PathLike[str]) -> tuple[dict[str, Path], list[
     source = Path(folder).resolve()
     if not source.is_dir():
         raise ValueError(f"`folder` {str(folder)!r} is not a folder.")
-    parts, shown = {".", *_components(source)}, _shown_pictures(source)
+    parts, shown = {".", *_components(source)}, _shown_images(source)
     taken: dict[str, Path] = {}
     left_out = []
     for path in sorted(source.rglob("*")):
@@ -81,8 +81,8 @@ def _components(folder: Path) -> list[str]:
     return components
 
 
-def _shown_pictures(folder: Path) -> set[str]:
-    """Find the names of pictures beside README.md that stand in it, as those in a link do."""
+def _shown_images(folder: Path) -> set[str]:
+    """Find the names of images beside README.md that stand in it, as those in a link do."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     words = {word.removeprefix("./") for word in re.findall(r"[^\s()<>\[\]\"']+", text)}

@@ -1,4 +1,4 @@
-"""Name the arguments of the commands that turn pictures into archives of latents, and back."""
+"""Name the arguments of the commands that turn images into archives of latents, and back."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -28,17 +28,17 @@ def _add_model(parser: Parser) -> None:
 
 def add_encode(parser: Parser) -> None:
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="a folder of pictures, also in folders below it")
+    add("folder", type=Path, metavar="FOLDER", help="a folder of images, also in folders below it")
     add("archive", type=Path, metavar="ARCHIVE", help="folder of the archive; one that is begun goes on")
     add("--model", default="hieratok-tiny", help=TOKENIZER)
     add("--format", choices=ARCHIVE_FORMATS, default="safetensors", help="format of the files")
     add("--dtype", choices=LATENT_DTYPES, default="float16", help="dtype of what is stored")
     fits = "what to do to sides that are no multiples of the model's patches: continue the border, or take the middle"
     add("--fit", choices=ARCHIVE_FITS, default="pad", help=fits)
-    tiles = "encode and decode large pictures in tiles, in time that grows with their pixels instead of the square"
+    tiles = "encode and decode large images in tiles, in time that grows with their pixels instead of the square"
     add("--tiling", action="store_true", help=tiles)
-    add("--shard_size", type=positive, default=128, help="pictures of a file")
-    add("--threads", type=whole(1, 1024), default=4, help="pictures to read at a time")
+    add("--shard_size", type=positive, default=128, help="images of a file")
+    add("--threads", type=whole(1, 1024), default=4, help="images to read at a time")
     _add_precision(parser)
 
     def check(args: Namespace) -> None:
@@ -51,10 +51,10 @@ def add_encode(parser: Parser) -> None:
 def add_decode(parser: Parser) -> None:
     add = parser.add_argument
     _add_archive(parser)
-    add("folder", type=Path, metavar="FOLDER", help="where the pictures go; a decoding that was killed goes on")
+    add("folder", type=Path, metavar="FOLDER", help="where the images go; a decoding that was killed goes on")
     _add_model(parser)
-    add("--scales", type=positive, help="run only this many scales, to smaller pictures; all unless given")
-    add("--format", choices=FILES, default="keep", help="format of the pictures; keep: that of their names")
+    add("--scales", type=positive, help="run only this many scales, to smaller images; all unless given")
+    add("--format", choices=FILES, default="keep", help="format of the images; keep: that of their names")
     add("--quality", type=whole(1, 100), default=95, help="quality of JPEG and WebP")
     add("--overwrite", action="store_true", help="replace files that are there already")
     _add_precision(parser)
@@ -66,9 +66,9 @@ def add_preview(parser: Parser) -> None:
     add("sheet", type=Path, metavar="SHEET", help="image file to write")
     _add_model(parser)
     add("--scales", type=positive, help="run only this many scales; half of the model's unless given")
-    add("--limit", type=positive, default=64, help="most pictures to show, the first of the archive")
-    add("--columns", type=positive, default=8, help="pictures of a row")
-    add("--side", type=whole(8, 1024), default=128, help="largest side of a picture on the sheet, in pixels")
+    add("--limit", type=positive, default=64, help="most images to show, the first of the archive")
+    add("--columns", type=positive, default=8, help="images of a row")
+    add("--side", type=whole(8, 1024), default=128, help="largest side of an image on the sheet, in pixels")
     add("--overwrite", action="store_true", help="replace a sheet that is there already")
     add_device(parser)
 

@@ -1,4 +1,4 @@
-"""A folder of pictures of many sizes and kinds, some of which cannot be read, that tests of archives share."""
+"""A folder of images of many sizes and kinds, some of which cannot be read, that tests of archives share."""
 
 import numpy as np
 from image_files import noise
@@ -13,13 +13,13 @@ SIZES = {
     "c 1/dot.png": (3, 2),
     "z.gif": (16, 16),
 }
-"""Width and height of each picture that can be read, upright."""
+"""Width and height of each image that can be read, upright."""
 
 BROKEN = ("b/broken.png", "b/text.jpg")
 
 
-def write_pictures(folder):
-    """Write all of them, and files that are no pictures or hidden, and return the folder."""
+def write_images(folder):
+    """Write all of them, and files that are no images or hidden, and return the folder."""
     for seed, (name, (width, height)) in enumerate(SIZES.items()):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def write_pictures(folder):
         else:
             Image.fromarray(noise(height, width, 4 if name == "a.png" else 3, seed)).save(path, lossless=True)
     (folder / "b/broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
-    (folder / "b/text.jpg").write_text("no picture")
+    (folder / "b/text.jpg").write_text("no image")
     (folder / "notes.txt").write_text("not looked at")
     (folder / ".hidden.png").write_bytes((folder / "a.png").read_bytes())
     return folder
