@@ -8,7 +8,7 @@ TRITON := triton==3.7.1
 
 SPACE ?= user/hieratok
 
-.PHONY: help demo app space test lint docs notebooks package clean \
+.PHONY: help demo app space test lint docs notebooks badges package clean \
 	gpu has_cuda gpu_tests gpu_attention gpu_model gpu_autoencoders gpu_sizes
 
 help: ## list these targets
@@ -55,6 +55,19 @@ notebooks: $(READY) ## run the notebooks again, in place
 		book = nbformat.read(sys.argv[1], as_version=4); \
 		nbclient.execute(book, cwd='examples/notebooks', record_timing=False, coalesce_streams=True); \
 		book.metadata.language_info = {'name': 'python'}; \
+		nbformat.write(book, sys.argv[1])" $$file || exit 1; done
+
+# A badge needs the address of a repository that is public; once more, it takes the place of the last one.
+badges: $(READY) ## put a badge that opens it in Colab on each notebook: make badges GITHUB=owner/name
+	@test -n "$(GITHUB)" || { echo "error: GITHUB=owner/name is needed" >&2; exit 2; }
+	for file in examples/notebooks/*.ipynb; do $(BIN)/python -c "import sys, nbformat; \
+		book = nbformat.read(sys.argv[1], as_version=4); \
+		link = 'https://colab.research.google.com/github/$(GITHUB)/blob/main/' + sys.argv[1]; \
+		text = f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})\n\nIn Colab, run ' \
+			'this first: \`!git clone https://github.com/$(GITHUB) here\`, \`%pip install \"./here[notebooks]\"\`, ' \
+			'\`%cd here/examples/notebooks\`.'; \
+		others = [cell for cell in book.cells if cell.id != 'badge']; \
+		book.cells = [nbformat.v4.new_markdown_cell(text, id='badge'), *others]; \
 		nbformat.write(book, sys.argv[1])" $$file || exit 1; done
 
 # The environment of the demo has nothing but the wheel.

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,16 @@ def test_the_text_has_no_figures_that_no_cell_prints(path):
     streams = [x.text for cell in cells for x in cell.get("outputs", []) if x.output_type == "stream"]
     told = {number for cell in cells if cell.cell_type == "markdown" for number in FIGURE.findall(cell.source)}
     assert told <= set(re.findall(r"\d+(?:\.\d+)?", "\n".join(streams)))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_badges_open_the_notebooks_in_colab(tmp_path):
+    shutil.copytree(EXAMPLES / "notebooks", tmp_path / "examples" / "notebooks")
+    make = ["make", "-f", EXAMPLES.parent / "Makefile", "badges", f"BIN={Path(sys.executable).parent}", "READY="]
+    assert subprocess.run(make, cwd=tmp_path, capture_output=True).returncode == 2
+    for name in ("me/old", "me/new"):
+        subprocess.run([*make, f"GITHUB={name}"], cwd=tmp_path, check=True, capture_output=True)
+    for path in NOTEBOOKS:
+        badge, *others = nbformat.read(tmp_path / "examples" / "notebooks" / path.name, as_version=4).cells
+        assert f"/github/me/new/blob/main/examples/notebooks/{path.name})" in badge.source
+        assert others == nbformat.read(path, as_version=4).cells
