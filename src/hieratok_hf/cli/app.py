@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse
 from .. import AutoencoderHieraTok, HieraTokDiTPipeline
 from ..evaluation.generation import number_images
 from ..utils.images import ImageError, decode_image
-from ..utils.memory import release_memory
+from ..utils.memory import limit_arenas, release_memory
 from .command_line import load_or_explain, run_script
 from .generate import as_images, class_label, load_pipeline
 from .main import parse
@@ -287,6 +287,7 @@ def run(args: Namespace) -> list[str]:
     """Load the models, serve the page until it is stopped, and return no lines to print."""
     # One program a layer and size of image, as oneDNN keeps by the thousand, would add up: every visitor has another.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    limit_arenas(2)
     vae = load_or_explain(load_model, "--model", args.model, args.device, "float32")
     pipe = load_or_explain(load_pipeline, "--generator", args.generator, args.device, "float32")
     if not isinstance(pipe.vae, AutoencoderHieraTok):
