@@ -69,21 +69,17 @@ def test_import_is_light_and_registers():
     code = f"""
 import sys, time
 {bases}
-before, start = set(sys.modules), time.perf_counter()
+before, start = set(sys.modules), time.process_time()
 import hieratok_hf
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 print(*{{*{OPTIONAL!r}, "hieratok_hf.models.autoencoder_hieratok"}} & set(sys.modules) - before)
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 print(AutoConfig.for_model("hieratok").model_type, hieratok_hf.HieraTokConfig in AutoModel._model_mapping.keys())
 print(hieratok_hf.HieraTokConfig in IMAGE_PROCESSOR_MAPPING.keys())
 """
-    # The best of three: another process on the machine only ever adds time.
-    for _ in range(3):
-        seconds, *told = run(code)
-        assert told == ["", "hieratok True", "True"]
-        if float(seconds) < 0.3:
-            break
+    seconds, *told = run(code)
+    assert told == ["", "hieratok True", "True"]
     assert float(seconds) < 0.3
 
 
