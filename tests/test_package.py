@@ -60,8 +60,13 @@ for loader in (hieratok_hf.HieraTokModel, hieratok_hf.AutoencoderHieraTok):
 pipe = hieratok_hf.HieraTokDiTPipeline.from_pretrained("hieratok-dit-tiny")
 pipe.set_progress_bar_config(disable=True)
 print(pipe("church", num_inference_steps=1).images[0].size)
+from hieratok_hf.cli.reconstruct import main
+print(main([hieratok_hf.example_image(), "--size", "64", "--device", "cpu", "--output", {str(tmp_path / "sheets")!r}]))
 """
-    assert run(code, HF_HUB_OFFLINE="1")[-1] == "(64, 64)"
+    *_, size, header, figures, _, note, status = run(code, HF_HUB_OFFLINE="1")
+    assert size == "(64, 64)" and status == "0"
+    assert dict(zip(re.split("  +", header), re.split("  +", figures)))["SSIM"] == "-" and "[eval]" in note
+    assert list((tmp_path / "sheets").glob("*.png"))
 
 
 def test_import_is_light_and_registers():

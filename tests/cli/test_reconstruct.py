@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -231,7 +230,10 @@ def test_bad_input_is_one_line_and_no_file(given, message, run, tmp_path, capsys
     assert not list(tmp_path.rglob("*_reconstruction.png"))
 
 
-def test_torchmetrics_missing(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    assert run(save(tmp_path / "a.png", noise())) == 2
-    assert "hieratok_hf[eval]" in error_of(capsys)
+def test_without_torchmetrics_all_but_ssim_is_told(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    assert run(save(tmp_path / "a.png", noise()), "--json", tmp_path / "figures.json") == 0
+    (figures,) = json.loads((tmp_path / "figures.json").read_text())["images"]
+    assert figures["ssim"] is None and figures["psnr_db"] > 0
+    note = capsys.readouterr().out.splitlines()[-1]
+    assert "SSIM" in note and "hieratok_hf[eval]" in note

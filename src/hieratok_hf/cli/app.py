@@ -146,7 +146,7 @@ def reconstruct(path: str | None, vae: AutoencoderHieraTok) -> tuple[Any, Any, s
         f"`{Path(path).name}`": size,
         "-": "-",  # what is above this is the head of the table
         "PSNR": f"{figures['psnr_db']:.2f} dB",
-        "SSIM": "none below 11 pixels" if figures["ssim"] is None else f"{figures['ssim']:.4f}",
+        "SSIM": "-" if figures["ssim"] is None else f"{figures['ssim']:.4f}",
         "encoded": f"{original.width} x {original.height} pixels, {3 * original.width * original.height:,} numbers",
         "latent": f"{channels} x {height} x {width}, {channels * height * width:,} numbers",
         "compression": f"{figures['compression']:.1f}x fewer numbers",

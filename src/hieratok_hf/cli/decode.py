@@ -14,9 +14,9 @@ from ..data.latent_archive import LatentArchive, decode_record
 from ..models.autoencoder_adapter import Codec, load_codec
 from ..utils.images import encode_image
 from .command_line import check_writable, find_device, load_or_explain, run_script, write_or_explain
-from .encode import autocast, enable_tiling, tell_failures
+from .encode import autocast, enable_tiling
 from .main import parse
-from .terminal import Problem, one_line
+from .terminal import Problem, one_line, tell_failures
 
 MARK = ".hieratok-decode"  # a file that is there as long as others are missing
 OPTIONS = ("model", "scales", "format", "quality", "mixed_precision")  # those that decide what the files hold
@@ -96,9 +96,8 @@ def run(args: Namespace) -> tuple[list[str], int]:
         mark.unlink()
     tell_failures(failures)
     there = len(paths) - made - len(failures)
-    return [f"{made} images written to {str(args.folder)!r}, {there} were there, {len(failures)} failed"], bool(
-        failures
-    )
+    told = f"{made} images written to {str(args.folder)!r}, {there} were there, {len(failures)} failed"
+    return [told], 1 if failures else 0
 
 
 def main(argv: list[str] | None = None) -> int:

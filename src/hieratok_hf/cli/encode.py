@@ -1,9 +1,7 @@
 """Encode the images in a folder to an archive of latents, from which `hieratok decode` makes files again."""
 
 import contextlib
-import sys
 from argparse import Namespace
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from ..models.autoencoder_adapter import Codec, load_codec
 from .arguments.training import AUTOCAST
 from .command_line import find_device, load_or_explain, run_script
 from .main import parse
-from .terminal import Problem, one_line
+from .terminal import Problem, one_line, tell_failures
 
 
 def autocast(args: Namespace) -> contextlib.AbstractContextManager[Any]:
@@ -29,12 +27,6 @@ def enable_tiling(codec: Codec) -> None:
         codec.model.enable_tiling()
     except (AttributeError, NotImplementedError) as error:  # of diffusers' models not all can
         raise Problem(f"--tiling needs a model that can encode in tiles, got {type(codec.model).__name__}") from error
-
-
-def tell_failures(failures: Mapping[str, str]) -> None:
-    """Print to stderr, a line each, which images failed, and why."""
-    for name, reason in failures.items():
-        print(f"failed: {name!r}: {reason}", file=sys.stderr)
 
 
 def run(args: Namespace) -> tuple[list[str], int]:

@@ -1,6 +1,5 @@
 """Make images of classes: one sheet with a labelled column a class, and if asked for, one of previews."""
 
-import io
 import math
 import re
 import time
@@ -21,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .. import HieraTokDiTPipeline
 from ..evaluation.generation import image_size, number_images
-from ..shipped import resolve_model
+from ..utils.images import encode_image
 from .command_line import check_batch, check_writable, find_device, load_or_explain, run_script, write_or_explain
 from .main import parse
 from .terminal import Problem, one_line
@@ -40,8 +39,8 @@ def load_pipeline(name: str, device: str | torch.device, dtype: str) -> HieraTok
     """Load the pipeline of a folder, of a name that ships with the package, or of the Hub, in this order."""
     if Path(name).is_file():
         raise ValueError("it is a file, not a folder")
-    folder, dtype = resolve_model(name), getattr(torch, dtype)
-    return HieraTokDiTPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
+    dtype = getattr(torch, dtype)
+    return HieraTokDiTPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device)
 
 
 def other_scheduler(pipe: HieraTokDiTPipeline, name: str) -> Any:
@@ -156,9 +155,7 @@ def make_sheet(labels: list[str], columns: list[list[Image.Image]], sides: Seque
 
 
 def save(image: Image.Image, path: Path, option: str) -> Path:
-    encoded = io.BytesIO()
-    image.save(encoded, format="PNG")
-    write_or_explain(option, path, encoded.getvalue())
+    write_or_explain(option, path, encode_image(image, path.name))
     return path
 
 

@@ -1,11 +1,10 @@
 """Encode images and decode them again: one sheet an image with every scale, and a table of the figures."""
 
-import io
 import math
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +15,13 @@ from tqdm import tqdm
 from .. import AutoencoderHieraTok, HieraTokImageProcessorPil, open_image
 from ..evaluation.metrics import SSIM_WINDOW, psnr, ssim
 from ..models.losses import image_pyramid
-from ..shipped import resolve_model
+from ..utils.extras import missing_extra
 from ..utils.files import write_whole
-from ..utils.images import IMAGE_SUFFIXES
+from ..utils.images import IMAGE_SUFFIXES, encode_image
 from .arguments.images import LARGEST_PANEL
 from .command_line import check_writable, find_device, identify, load_or_explain, run_script, write_report
 from .main import parse
-from .terminal import Problem, align_table, one_line
+from .terminal import Problem, align_table, one_line, tell_failures
 
 BUNDLED = Path(__file__).parents[1] / "example_images"
 SHEET = "_reconstruction"
@@ -50,9 +49,8 @@ def load_model(name: str, device: str | torch.device, dtype: str) -> Autoencoder
     """The model of a folder, of a name that ships with the package, or of the Hub, in this order."""
     if Path(name).is_file():
         raise ValueError("it is a file, not a folder")
-    folder = resolve_model(name)
     dtype = getattr(torch, dtype)
-    return AutoencoderHieraTok.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
+    return AutoencoderHieraTok.from_pretrained(name, torch_dtype=dtype, use_safetensors=True).to(device)
 
 
 def timed(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> tuple[Any, float]:
@@ -61,6 +59,11 @@ def timed(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> tupl
     result = function(tensor)
     torch.get_device_module(tensor.device).synchronize()
     return result, time.perf_counter() - start
+
+
+def has_ssim() -> bool:
+    """Tell whether torchmetrics, which computes the SSIM, is installed."""
+    return find_spec("torchmetrics") is not None
 
 
 @torch.inference_mode()
@@ -86,7 +89,7 @@ def encode_and_decode(
         "height": height,
         "psnr_db": psnr(decoded[-1], original).item(),
         "scales_psnr_db": [psnr(*pair).item() for pair in zip(decoded, originals)],
-        "ssim": ssim(decoded[-1], original).item() if min(height, width) >= SSIM_WINDOW else None,
+        "ssim": ssim(decoded[-1], original).item() if has_ssim() and min(height, width) >= SSIM_WINDOW else None,
         "latent_shape": list(latents.shape[1:]),
         "compression": original.numel() / latents.numel(),
         "encode_seconds": encode_seconds,
@@ -194,10 +197,6 @@ def run(args: Namespace) -> tuple[list[str], int]:
         check_writable("--json", args.json, overwrite=args.overwrite, inputs=inputs | identify(sheets))
         if args.json.absolute() in [sheet.absolute() for sheet in sheets]:
             raise Problem(f"--json {str(args.json)!r} is the name of a sheet: take another name")
-    try:
-        ssim(torch.zeros(1, 3, SSIM_WINDOW, SSIM_WINDOW), torch.zeros(1, 3, SSIM_WINDOW, SSIM_WINDOW))
-    except ImportError as error:
-        raise Problem(one_line(error)) from error
     vae = load_or_explain(load_model, "--model", args.model, args.device, args.dtype)
     if args.size and args.size < vae.spatial_compression_ratio:
         least = vae.spatial_compression_ratio
@@ -208,10 +207,9 @@ def run(args: Namespace) -> tuple[list[str], int]:
     for path, output in zip(tqdm(paths, unit="image", disable=len(paths) < 2), sheets):
         try:
             sheet, figures = reconstruct(path, vae, args)
-            encoded = io.BytesIO()
-            sheet.save(encoded, format="PNG")
+            content = encode_image(sheet, output.name)
             with write_whole(output) as file:
-                file.write(encoded.getvalue())
+                file.write(content)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
             failures[str(path)] = one_line(error).removeprefix(f"{str(path)!r}: ")
         else:
@@ -224,8 +222,9 @@ def run(args: Namespace) -> tuple[list[str], int]:
         if exact := sum(math.isinf(figures["psnr_db"]) for figures in results):
             means += f" (PSNR without {exact} equal to the original)" if exact < len(results) else ""
         lines = [table(results), f"mean of {len(results)}: {means}; sheets in {str(args.output)!r}"]
-    for name, reason in failures.items():
-        print(f"failed: {name!r}: {reason}", file=sys.stderr)
+        if not has_ssim():
+            lines.append(f"note: {missing_extra('SSIM', 'torchmetrics')}")
+    tell_failures(failures)
     if args.json:
         settings = {name: getattr(args, name) for name in ("model", "device", "dtype", "size")}
         write_report(args.json, {**settings, "images": results, "mean": mean, "failures": failures})

@@ -4,11 +4,11 @@ import contextlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ..utils.extras import MissingExtra
 
-__all__ = ["Problem", "align_table", "complain", "end", "one_line", "run_script"]
+__all__ = ["Problem", "align_table", "complain", "end", "one_line", "run_script", "tell_failures"]
 
 
 class Problem(Exception):
@@ -50,6 +50,11 @@ def complain(text: str) -> None:
     with contextlib.suppress(OSError):  # nobody is there to be told
         sys.stderr.write(text)
         sys.stderr.flush()
+
+
+def tell_failures(failures: Mapping[str, str]) -> None:
+    """Write to the standard error, a line each, which images failed, and why."""
+    complain("".join(f"failed: {name!r}: {reason}\n" for name, reason in failures.items()))
 
 
 def run_script(run: Callable[[Namespace], list[str] | tuple[list[str], int]], args: Namespace) -> int:
