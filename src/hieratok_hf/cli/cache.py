@@ -1,8 +1,6 @@
 """Encode a data set to latents once, so that a generator can be trained on them; a run that was killed goes on."""
 
-import contextlib
 from argparse import Namespace
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -12,37 +10,25 @@ from tqdm import tqdm
 from ..data.image_dataset import load_images
 from ..data.latent_writer import write_latents
 from ..models.autoencoder_adapter import load_codec
-from .arguments.training import AUTOCAST
-from .command_line import check_batch, check_steps, device_of_process, load_or_explain, run_on_processes
+from .command_line import autocast, check_steps, device_of_process, find_size, load_or_explain, run_on_processes
 from .main import parse
-from .terminal import Problem, one_line
+from .terminal import Problem, one_line, show_on
 
 
 def run(args: Namespace, state: PartialState) -> list[str]:
     """Write the cache, and return the lines to print; every process runs all of it."""
     device = device_of_process(args, state)
     codec = load_or_explain(load_codec, "--model", args.model, device)
-    size = args.size or getattr(codec.model.config, "sample_size", None)
-    if not isinstance(size, int):
-        raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
-    check_batch("--size and --batch_size", args.batch_size, size)
+    size = find_size(args, codec)
     check_steps("--size", [size], 1, args.bucket_step)
     images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
     settings = {name: getattr(args, name) for name in ("kind", "shard_size", "batch_size", "seed", "limit", "threads")}
     settings |= {"max_aspect": args.aspect_buckets, "multiple": args.bucket_step}
     settings |= {"size": size, "flips": not args.no_flips, "dtype": getattr(torch, args.dtype)}
-    precision: Any = contextlib.nullcontext()
-    if args.mixed_precision in AUTOCAST:
-        precision = torch.autocast(device.type, getattr(torch, AUTOCAST[args.mixed_precision]))
     shown = {"unit": "image", "disable": not state.is_local_main_process, "dynamic_ncols": True, "leave": False}
-    with tqdm(**shown) as bar, precision:
-
-        def progress(done: int, todo: int | None) -> None:
-            bar.total = todo
-            bar.update(done - bar.n)
-
+    with tqdm(**shown) as bar, autocast(args, device):
         try:
-            summary = write_latents(codec, images, args.output, progress=progress, **settings)
+            summary = write_latents(codec, images, args.output, progress=show_on(bar), **settings)
         except (OSError, ValueError) as error:
             message = f"{args.model!r} and {images.source} to --output {str(args.output)!r}: {one_line(error)}"
             raise Problem(message) from error

@@ -10,28 +10,31 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import PartialState
-from accelerate.utils import get_int_from_env
+from accelerate import Accelerator, PartialState
+from accelerate.utils import TorchDynamoPlugin, get_int_from_env
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ..models.autoencoder_adapter import Codec
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.sizes import count_parameters
-from ..training.state import hold_folder
-from ..utils.extras import MissingExtra
+from ..training.state import hold_folder, states_in
+from .arguments.training import AUTOCAST
 from .outputs import check_writable, identify, write_or_explain, write_report
-from .terminal import Problem, complain, end, one_line, run_script
+from .terminal import Problem, end, one_line, run_script
 
 __all__ = [
+    "autocast",
+    "begin_training",
     "check_batch",
     "check_config",
     "check_memory",
-    "check_model_folder",
     "check_steps",
     "check_writable",
     "describe_machine",
     "device_of_process",
     "find_device",
+    "find_size",
     "identify",
     "load_or_explain",
     "run_on_processes",
@@ -48,14 +51,6 @@ def load_or_explain(load: Callable[..., Any], option: str, name: Any, *more: Any
         return load(name, *more, **options)
     except Exception as error:  # the libraries, safetensors, the Hub and torch raise many types
         raise Problem(f"{option} {name!r} cannot be loaded: {one_line(error)}") from error
-
-
-def check_model_folder(option: str, folder: Path, overwrite: bool) -> None:
-    """Raise a `Problem` where a folder to train into holds a model already, unless that may be replaced."""
-    check_writable(option, folder, folder=True)
-    there = [name for name in ("config.json", "model_index.json") if (folder / name).exists()]
-    if there and not overwrite:
-        raise Problem(f"{option} {str(folder)!r} holds a model, {there[0]}: add --overwrite, or take another folder")
 
 
 def check_memory(what: str, needed: int) -> None:
@@ -80,6 +75,15 @@ def check_steps(name: str, sides: Sequence[int], patch: int, step: int | None) -
 def check_batch(option: str, images: int, size: int) -> None:
     """Raise a `Problem` where a batch of images of a side in pixels cannot fit into the memory of this machine."""
     check_memory(f"{option}: a batch of {images} images of {size} x {size} pixels", images * 3 * size**2 * 4)
+
+
+def find_size(args: Namespace, codec: Codec) -> int:
+    """Find the side of `--size`, or of the images that `--model` was made for; a `Problem` where there is none."""
+    size = args.size or getattr(codec.model.config, "sample_size", None)
+    if not isinstance(size, int):
+        raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
+    check_batch("--size and --batch_size", args.batch_size, size)
+    return size
 
 
 def check_config(option: str, config: HieraTokConfig) -> None:
@@ -107,6 +111,36 @@ def find_device(args: Namespace) -> torch.device:
 def device_of_process(args: Namespace, state: PartialState) -> torch.device:
     """Choose the device of `--device`, or of this process: of several GPUs each process has its own."""
     return args.device if args.device and args.device != torch.device(state.device.type) else state.device
+
+
+def autocast(args: Namespace, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make the context of `--mixed_precision`."""
+    name = AUTOCAST.get(args.mixed_precision)
+    return torch.autocast(device.type, getattr(torch, name)) if name else contextlib.nullcontext()
+
+
+def begin_training(args: Namespace, dynamic: bool | None = None) -> Accelerator:
+    """
+    Make the folder of a training, connect its processes, and seed torch; `dynamic` is that of `torch.compile`. Raise
+    a `Problem` where the folder cannot be written, or holds a model without a state that must not be replaced.
+    """
+    if not states_in(args.output):
+        check_writable("--output", args.output, folder=True)
+        there = [name for name in ("config.json", "model_index.json") if (args.output / name).exists()]
+        if there and not args.overwrite:
+            where = f"--output {str(args.output)!r} holds a model, {there[0]}"
+            raise Problem(f"{where}: add --overwrite, or take another folder")
+    accelerator = Accelerator(
+        # Unless it is told, accelerate leaves processes of a machine without an accelerator unconnected.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.accumulate,
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=dynamic) if args.compile else None,
+        log_with=args.report_to,
+        project_dir=args.output,
+    )
+    torch.manual_seed(args.seed)
+    return accelerator
 
 
 def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
@@ -140,12 +174,12 @@ def run_on_processes(run: Callable[[Namespace, PartialState], list[str]], args: 
     """
     # Unless it is told, accelerate leaves processes of a machine without an accelerator unconnected.
     state = PartialState(cpu=args.device.type == "cpu" if args.device else not torch.accelerator.is_available())
-    try:
+
+    def run_here(args: Namespace) -> list[str]:
         lines = run(args, state)
-        return end(lines if state.is_main_process else [])
-    except (MissingExtra, Problem) as problem:
-        where = "" if state.num_processes == 1 else f" (process {state.process_index})"
-        complain(f"error{where}: {problem}\n")
-        return end([], 2)
+        return lines if state.is_main_process else []
+
+    try:
+        return run_script(run_here, args, "" if state.num_processes == 1 else f" (process {state.process_index})")
     finally:
         state.destroy_process_group()

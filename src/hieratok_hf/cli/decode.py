@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ..data.latent_archive import LatentArchive, decode_record
 from ..models.autoencoder_adapter import Codec, load_codec
 from ..utils.images import encode_image
-from .command_line import check_writable, find_device, load_or_explain, run_script, write_or_explain
-from .encode import autocast, enable_tiling
+from .command_line import autocast, check_writable, find_device, load_or_explain, run_script, write_or_explain
+from .encode import enable_tiling
 from .main import parse
 from .terminal import Problem, one_line, tell_failures
 
@@ -82,7 +82,7 @@ def run(args: Namespace) -> tuple[list[str], int]:
             if is_begun and path.is_file():  # it is whole, as all that this command writes
                 continue
             try:
-                with autocast(args):
+                with autocast(args, find_device(args)):
                     image = decode_record(codec, record, latent, args.scales)
                 content = encode_image(image, path.name, quality=args.quality)
             except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError

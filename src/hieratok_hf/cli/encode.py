@@ -1,24 +1,15 @@
 """Encode the images in a folder to an archive of latents, from which `hieratok decode` makes files again."""
 
-import contextlib
 from argparse import Namespace
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..data.latent_archive import write_archive
 from ..models.autoencoder_adapter import Codec, load_codec
-from .arguments.training import AUTOCAST
-from .command_line import find_device, load_or_explain, run_script
+from .command_line import autocast, find_device, load_or_explain, run_script
 from .main import parse
-from .terminal import Problem, one_line, tell_failures
-
-
-def autocast(args: Namespace) -> contextlib.AbstractContextManager[Any]:
-    """Make the context of `--mixed_precision` on the device of `--device`."""
-    name = AUTOCAST.get(args.mixed_precision)
-    return torch.autocast(find_device(args).type, getattr(torch, name)) if name else contextlib.nullcontext()
+from .terminal import Problem, one_line, show_on, tell_failures
 
 
 def enable_tiling(codec: Codec) -> None:
@@ -34,19 +25,15 @@ def run(args: Namespace) -> tuple[list[str], int]:
     names = f"FOLDER {str(args.folder)!r} to ARCHIVE {str(args.archive)!r}"
     if args.archive.resolve().is_relative_to(args.folder.resolve()):
         raise Problem(f"{names}: the archive must not lie in the folder")
-    codec: Codec = load_or_explain(load_codec, "--model", args.model, find_device(args))
+    device = find_device(args)
+    codec: Codec = load_or_explain(load_codec, "--model", args.model, device)
     if args.tiling:
         enable_tiling(codec)
     settings = {name: getattr(args, name) for name in ("model", "fit", "shard_size", "threads")}
     settings |= {"file_format": args.format, "dtype": getattr(torch, args.dtype)}
-    with tqdm(unit="image", dynamic_ncols=True, leave=False) as bar, autocast(args):
-
-        def progress(done: int, todo: int) -> None:
-            bar.total = todo
-            bar.update(done - bar.n)
-
+    with tqdm(unit="image", dynamic_ncols=True, leave=False) as bar, autocast(args, device):
         try:
-            summary = write_archive(codec, args.folder, args.archive, progress=progress, **settings)
+            summary = write_archive(codec, args.folder, args.archive, progress=show_on(bar), **settings)
         except (ImportError, OSError, ValueError) as error:
             raise Problem(f"{names}: {one_line(error)}") from error
     skipped = summary["skipped"]

@@ -19,10 +19,10 @@ from ..evaluation.vision_features import VisionFeatures
 from ..models.autoencoder_adapter import Codec, load_codec
 from ..utils.distributed import gather
 from .command_line import (
-    check_batch,
     check_writable,
     describe_machine,
     device_of_process,
+    find_size,
     identify,
     load_or_explain,
     run_on_processes,
@@ -148,10 +148,7 @@ def run(args: Namespace, state: PartialState) -> list[str]:
     # All of them before any work, so that a wrong name is told at once.
     codecs = {args.model: load_or_explain(load_codec, "--model", args.model, device)}
     codecs |= {name: load_or_explain(load_codec, "--compare", name, device) for name in args.compare}
-    size = args.size or getattr(codecs[args.model].model.config, "sample_size", None)
-    if not isinstance(size, int):
-        raise Problem(f"--size is needed: the configuration of {args.model!r} names no side of its images")
-    check_batch("--size and --batch_size", args.batch_size, size)
+    size = find_size(args, codecs[args.model])
     notes: list[str] = []
     metrics = make_metrics(args, device, notes)
     images, train = load_data(args)

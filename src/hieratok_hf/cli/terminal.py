@@ -5,10 +5,11 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ..utils.extras import MissingExtra
 
-__all__ = ["Problem", "align_table", "complain", "end", "one_line", "run_script", "tell_failures"]
+__all__ = ["Problem", "align_table", "complain", "end", "one_line", "run_script", "show_on", "tell_failures"]
 
 
 class Problem(Exception):
@@ -52,19 +53,29 @@ def complain(text: str) -> None:
         sys.stderr.flush()
 
 
+def show_on(bar: Any) -> Callable[[int, int | None], None]:
+    """Make a function that shows on a bar how many are done, of how many."""
+
+    def progress(done: int, todo: int | None) -> None:
+        bar.total = todo
+        bar.update(done - bar.n)
+
+    return progress
+
+
 def tell_failures(failures: Mapping[str, str]) -> None:
     """Write to the standard error, a line each, which images failed, and why."""
     complain("".join(f"failed: {name!r}: {reason}\n" for name, reason in failures.items()))
 
 
-def run_script(run: Callable[[Namespace], list[str] | tuple[list[str], int]], args: Namespace) -> int:
+def run_script(run: Callable[[Namespace], list[str] | tuple[list[str], int]], args: Namespace, where: str = "") -> int:
     """
     Run a script and print its lines; the exit status: 0 or that which it gives beside its lines, or 2 after a
-    `Problem` or for want of an extra, which goes to stderr.
+    `Problem` or for want of an extra, which goes to stderr with `where` it was met.
     """
     try:
         made = run(args)
     except (MissingExtra, Problem) as problem:
-        complain(f"error: {problem}\n")
+        complain(f"error{where}: {problem}\n")
         return end([], 2)
     return end(*made) if isinstance(made, tuple) else end(made)

@@ -5,8 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import TorchDynamoPlugin
 
 from .. import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
 from ..data.aspect_buckets import buckets_of_sizes
@@ -17,22 +15,17 @@ from ..evaluation.perceptual import PerceptualDistance, load_lpips
 from ..evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from ..evaluation.vision_features import VisionFeatures
 from ..models.autoencoder_adapter import Codec
-from ..shipped import resolve_model
 from ..training.alignment import LatentAlignment
 from ..training.discriminator import PatchDiscriminator, discriminator_hinge_loss
 from ..training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
 from ..training.report import TrainingReport
 from ..training.sample_sheets import sample_grid
-from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume, states_in
+from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume
 from ..training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
 from .arguments.training import needs_vision_model
-from .command_line import check_batch, check_config, check_model_folder, check_steps, load_or_explain, run_training
+from .command_line import begin_training, check_batch, check_config, check_steps, load_or_explain, run_training
 from .main import parse
 from .terminal import one_line
-
-
-def load_tokenizer(name: str) -> AutoencoderHieraTok:
-    return AutoencoderHieraTok.from_pretrained(resolve_model(name))
 
 
 def load_core(args: Namespace) -> HieraTokCore:
@@ -49,7 +42,7 @@ def load_core(args: Namespace) -> HieraTokCore:
             raise ValueError(f"--config makes no model: {one_line(error)}") from error
         check_config("--config and --scale_factors", config)
         return HieraTokCore(config).init_weights()
-    core = load_or_explain(load_tokenizer, "--model", args.model).core.train()
+    core = load_or_explain(AutoencoderHieraTok.from_pretrained, "--model", args.model).core.train()
     if scales:
         own = {name: getattr(core.config, name) for name in ("scale_factors", "downsampling")}
         config = HieraTokConfig(**{**core.config.model_fields, **scales})
@@ -70,8 +63,6 @@ def parameter_groups(model: TokenizerTraining, linear_factor: float) -> list[dic
 
 def train(args: Namespace) -> None:
     options = options_of(vars(args))
-    if not states_in(args.output):
-        check_model_folder("--output", args.output, args.overwrite)
     largest = max(args.crop_sizes)
     images_of_step = max(1, args.batch_size * args.crop_sizes[0] ** 2 // largest**2)
     check_batch("--crop_sizes and --batch_size", -(-images_of_step // args.accumulate), largest)
@@ -85,20 +76,10 @@ def train(args: Namespace) -> None:
         adversarial_start=args.adversarial_start,
         coarse_start=args.coarse_start,
     )
-    accelerator = Accelerator(
-        # Unless it is told, accelerate leaves processes of a machine without an accelerator unconnected.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.accumulate,
-        # A graph for each of the few crop sizes: of one for all, torch 2.11's compiler fails on a GPU.
-        dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if args.compile else None,
-        log_with=args.report_to,
-        project_dir=args.output,
-    )
+    # A graph for each of the few crop sizes: of one for all, torch 2.11's compiler fails on a GPU.
+    accelerator = begin_training(args, dynamic=False)
     device, is_main = accelerator.device, accelerator.is_main_process
     world = {"world_size": accelerator.num_processes, "rank": accelerator.process_index}
-    args.output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
 
     core = load_core(args)
     multiple = check_steps("--crop_sizes", args.crop_sizes, core.config.patch_size, args.bucket_step)
@@ -117,8 +98,6 @@ def train(args: Namespace) -> None:
     options["data"] = images.fingerprint  # wherever it lies
     given = (options, args.allow_changes, accelerator.print)
     state = state_to_resume(args.output, args.resume, core.config.model_fields, *given)
-    if args.resume and state is None:
-        accelerator.print(f"There is no state in {str(args.output)!r} yet: the training begins.")
     if state is None and args.model is None and core.config.linear_path:
         first = batches(plan(args.statistics_batches, seed=args.seed + 1))
         start_from_principal_components(core, map(to_pixel_values, first))

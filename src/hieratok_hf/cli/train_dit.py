@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from .. import HieraTokDiTPipeline
@@ -21,8 +20,8 @@ from ..shipped import resolve_model
 from ..training.flow_matching import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
 from ..training.report import TrainingReport
 from ..training.sample_sheets import class_grid
-from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume, states_in
-from .command_line import check_batch, check_memory, check_model_folder, check_steps, load_or_explain, run_training
+from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume
+from .command_line import begin_training, check_batch, check_memory, check_steps, load_or_explain, run_training
 from .main import parse
 from .terminal import Problem, one_line
 
@@ -62,22 +61,10 @@ def load_transformer(args: Namespace, shape: tuple[int, ...], num_classes: int) 
 
 def train(args: Namespace) -> None:
     options = options_of(vars(args))
-    if not states_in(args.output):
-        check_model_folder("--output", args.output, args.overwrite)
     if args.data:
         check_batch("--image_size and --batch_size", -(-args.batch_size // args.accumulate), args.image_size)
-    accelerator = Accelerator(
-        # Unless it is told, accelerate leaves processes of a machine without an accelerator unconnected.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.accumulate,
-        dynamo_backend="inductor" if args.compile else None,
-        log_with=args.report_to,
-        project_dir=args.output,
-    )
+    accelerator = begin_training(args)
     device, is_main = accelerator.device, accelerator.is_main_process
-    args.output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
     process = (accelerator.num_processes, accelerator.process_index)
 
     codec = load_or_explain(load_codec, "--vae", args.vae, device)
@@ -123,8 +110,6 @@ def train(args: Namespace) -> None:
     facts = {**transformer.config, "encoder": encoder_facts(codec)["encoder"], "times": time_options}
     facts = {name: value for name, value in facts.items() if not name.startswith("_")}
     state = state_to_resume(args.output, args.resume, facts, options, args.allow_changes, accelerator.print)
-    if args.resume and state is None:
-        accelerator.print(f"There is no state in {str(args.output)!r} yet: the training begins.")
     first_step = state["step"] if state else 0
 
     if args.gradient_checkpointing:

@@ -247,13 +247,15 @@ def state_to_resume(
         options (`dict`, *optional*): The script's, see `options_of`, with what the data is in place of where it lies;
             what differs from those of the state is said.
         allow_changes (`bool`, defaults to `False`): Go on even where they change what is trained.
-        say (callable, defaults to `print`): Given a line, also where the state is that of a finished training.
+        say (callable, defaults to `print`): Given a line, also where there is no state or a training is finished.
 
     Raises:
         ValueError: There is one and `--resume` was not given, its `config` is another, its options are others that
             change what is trained, or as `latest_state`.
     """
     if not states_in(folder):
+        if resume:
+            say(f"There is no state in {str(folder)!r} yet: the training begins.")
         return None
     if not resume:
         raise ValueError(f"--output {str(folder)!r} holds a training state: add --resume, or take another folder.")
