@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil, open_image
 from hieratok_hf.data.archive_shards import FILE_FORMATS
 from hieratok_hf.data.latent_archive import LatentArchive, decode_record, write_archive
-from hieratok_hf.data.manifests import encode_settings
+from hieratok_hf.data.manifests import write_manifest
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.utils.images import from_uint8, to_uint8
 
@@ -250,7 +250,7 @@ def change_facts(folder, **changes):
     path = folder / "shard-00000.json"
     facts = json.loads(path.read_text())
     del facts["checksum"]
-    path.write_bytes(encode_settings({**facts, **changes}))
+    write_manifest(path, {**facts, **changes})
     return facts
 
 

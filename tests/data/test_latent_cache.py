@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_cache import LatentCache, read_header, read_settings
 from hieratok_hf.data.latent_writer import write_latents
-from hieratok_hf.data.manifests import encode_settings
+from hieratok_hf.data.manifests import write_manifest
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.models.core import posterior_of
 
@@ -134,7 +134,7 @@ def test_unfinished_damaged_and_other_folders_are_refused(space, tmp_path):
     with pytest.raises(ValueError, match="of 4 shards the first to miss is 1"):
         LatentCache(tmp_path)
     for change, message in (({"format": 1}, "the format 2, got 1; write it anew"), ({"rows": None}, "is unfinished")):
-        (tmp_path / "cache.json").write_bytes(encode_settings(settings | change))
+        write_manifest(tmp_path / "cache.json", settings | change)
         with pytest.raises(ValueError, match=message):
             LatentCache(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"cache\.json"):
@@ -187,10 +187,10 @@ def test_damaged_buckets_are_refused(space, tmp_path):
     settings = read_settings(tmp_path)
     first, *others = settings["buckets"]
     for buckets in ([], {}, 5, [1], [{**first, "shape": [24]}], [{**first, "rows": 0}], [{**first, "checksum": 1}]):
-        (tmp_path / "cache.json").write_bytes(encode_settings({**settings, "buckets": buckets}))
+        write_manifest(tmp_path / "cache.json", {**settings, "buckets": buckets})
         with pytest.raises(ValueError, match=r"cache\.json' is damaged: it has no valid 'buckets'"):
             LatentCache(tmp_path)
-    (tmp_path / "cache.json").write_bytes(encode_settings({**settings, "buckets": [*others, first]}))
+    write_manifest(tmp_path / "cache.json", {**settings, "buckets": [*others, first]})
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors' is damaged"):
         LatentCache(tmp_path)
 

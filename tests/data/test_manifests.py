@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hieratok_hf.data.manifests import checksum_of, encode_settings, is_count, is_number, is_text, read_manifest
+from hieratok_hf.data.manifests import checksum_of, is_count, is_number, is_text, read_manifest, write_manifest
 
 SCHEMA = {"rows": is_count(1), "name": is_text}
 SETTINGS = {"format": 3, "rows": 7, "name": "é", "more": [1, None]}
@@ -16,18 +16,18 @@ def read(path):
 
 def test_entries_come_back_in_any_order(tmp_path):
     path = tmp_path / "box.json"
-    path.write_bytes(encode_settings(SETTINGS))
+    write_manifest(path, SETTINGS)
     assert read(path) == SETTINGS
     turned = dict(reversed(SETTINGS.items()))
     assert checksum_of(turned) == checksum_of(SETTINGS) != checksum_of({**SETTINGS, "rows": 8})
-    path.write_bytes(encode_settings(turned))
+    write_manifest(path, turned)
     assert read(path) == SETTINGS
 
 
 def test_what_is_missing_or_of_another_format_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is no box of latents: it has no box\.json"):
         read(tmp_path / "box.json")
-    (tmp_path / "box.json").write_bytes(encode_settings({**SETTINGS, "format": 2}))
+    write_manifest(tmp_path / "box.json", {**SETTINGS, "format": 2})
     with pytest.raises(ValueError, match="the format 3, got 2"):
         read(tmp_path / "box.json")
 
@@ -35,7 +35,8 @@ def test_what_is_missing_or_of_another_format_is_named(tmp_path):
 @pytest.mark.parametrize("changes", [{"rows": 8}, {"rows": 0}, {"name": None}, {"more": []}, {"checksum": "0"}])
 def test_changes_by_hand_are_refused(changes, tmp_path):
     path = tmp_path / "box.json"
-    path.write_text(json.dumps({**json.loads(encode_settings(SETTINGS)), **changes}))
+    write_manifest(path, SETTINGS)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=r"box\.json' is damaged"):
         read(path)
 
@@ -44,7 +45,7 @@ def test_an_entry_that_is_missing_or_wrong_is_named_whatever_the_checksum(tmp_pa
     path = tmp_path / "box.json"
     for name, value in (("rows", 0), ("rows", 7.0), ("rows", True), ("rows", 2**40), ("name", 1), ("name", ...)):
         changed = {key: x for key, x in {**SETTINGS, name: value}.items() if x is not ...}
-        path.write_bytes(encode_settings(changed))
+        write_manifest(path, changed)
         with pytest.raises(ValueError, match=f"no valid '{name}'"):
             read(path)
 

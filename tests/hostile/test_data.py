@@ -21,7 +21,7 @@ pytest.importorskip("datasets", reason="images are read through it")
 from hieratok_hf.data.image_dataset import image_of, load_images
 from hieratok_hf.data.latent_cache import LatentCache, read_settings
 from hieratok_hf.data.latent_writer import write_latents
-from hieratok_hf.data.manifests import encode_settings
+from hieratok_hf.data.manifests import write_manifest
 from hieratok_hf.utils.images import ImageError
 
 pytestmark = pytest.mark.usefixtures("script_surroundings")
@@ -234,7 +234,7 @@ def settings(**changes):
 
     def make(folder):
         changed = {key: value for key, value in {**read_settings(folder), **changes}.items() if value is not ...}
-        (folder / "cache.json").write_bytes(encode_settings(changed))
+        write_manifest(folder / "cache.json", changed)
 
     return make
 

@@ -84,7 +84,7 @@ class Images(Dataset):
                 last, sampled = len(images) - 1, min(len(images), _SAMPLED)
                 rows = (images[int(i)] for i in np.linspace(0, last, sampled).round())
             for row in rows:
-                digest.update(f"{row['label']}".encode() + _digest_of(row["image"]))
+                digest.update(f"{row['label']}".encode() + _digest_of(row))
         return digest.hexdigest()
 
     def read_sizes(self, limit: int | None = None) -> np.ndarray:
@@ -220,28 +220,31 @@ def _list_local(name: str, split: str) -> Listing | None:
     return list_shards(files, split) if files else None
 
 
-def _digest_of(image: Row) -> bytes:
-    """Take a SHA-256 of an image's content; a missing one has that of no content."""
-    content = image["bytes"] or b""
+def _source_of(row: Row) -> str | bytes:
+    """Give the path of an image's file, or its content; a missing one has none."""
+    image = row["image"]
+    return image["path"] if image["bytes"] is None and image["path"] is not None else image["bytes"] or b""
+
+
+def _digest_of(row: Row) -> bytes:
+    """Take a SHA-256 of an image's content; one that cannot be read has that of no content."""
+    source = _source_of(row)
+    content = b"" if isinstance(source, str) else source
     with contextlib.suppress(OSError):
-        if image["bytes"] is None and image["path"] is not None and os.path.isfile(image["path"]):
-            content = Path(image["path"]).read_bytes()
+        if isinstance(source, str) and os.path.isfile(source):
+            content = Path(source).read_bytes()
     return hashlib.sha256(content).digest()
 
 
 def image_of(row: Row) -> Image.Image:
     """Decode a row of `Images` to an upright RGB image; `ImageError` where it cannot be decoded."""
-    image = row["image"]
-    if image["bytes"] is None and image["path"] is not None:
-        return open_image(image["path"])
-    return decode_image(image["bytes"] or b"", row["name"])
+    source = _source_of(row)
+    return open_image(source) if isinstance(source, str) else decode_image(source, row["name"])
 
 
 def _size_of(row: Row) -> tuple[int, int]:
-    image = row["image"]
-    by_path = image["bytes"] is None and image["path"] is not None
     try:
-        return read_size(image["path"] if by_path else image["bytes"] or b"", row["name"])
+        return read_size(_source_of(row), row["name"])
     except ImageError:
         return 1, 1
 

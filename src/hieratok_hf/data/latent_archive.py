@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from ..models.autoencoder_adapter import Codec
 from ..utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES
-from ..utils.files import remove_leftovers, write_whole
+from ..utils.files import write_whole
 from ..utils.images import ImageError, from_uint8, open_image, to_uint8
 from .archive_shards import FILE_FORMATS, ImageRecord
 from .latent_cache import check_encoder, encoder_facts, rows_of, shards_of
 from .local_images import is_image, list_images
-from .manifests import Schema, Settings, checksum_of, encode_settings, is_count, is_number, is_text, read_manifest
+from .manifests import Settings, checksum_of, is_count, is_number, is_text, read_manifest, settle, write_manifest
 
 __all__ = ["LatentArchive", "cell_of", "decode_record", "write_archive"]
 
@@ -38,7 +38,7 @@ SETTINGS_FILE = "archive.json"
 _PROBE = 64  # pixels a side of the image that tells the size of a cell
 _SAMPLED = 1000  # images whose content tells one folder from another
 
-_SCHEMA: Schema = {
+_SCHEMA = {
     "file_format": lambda value: value in tuple(ARCHIVE_FORMATS),
     "dtype": lambda value: value in tuple(LATENT_DTYPES),
     "fit": lambda value: value in ARCHIVE_FITS,
@@ -76,7 +76,7 @@ def _is_record(value: Any) -> bool:
     return _is_name(value["name"]) and box[0] < box[2] <= width and box[1] < box[3] <= height
 
 
-_SHARD_SCHEMA: Schema = {
+_SHARD_SCHEMA = {
     "identity": is_text,
     "content": is_text,
     "records": lambda value: isinstance(value, list) and all(map(_is_record, value)),
@@ -155,7 +155,10 @@ def write_archive(
         "channels": probe.shape[1], "rows": len(names), "shard_size": shard_size,
         "images": _digest_of(source, names), "model": model, "tiling": codec.is_tiled, **encoder_facts(codec),
     }  # fmt: skip
-    settings = _settle(folder, settings)
+    old = _read_settings(folder) if (folder / SETTINGS_FILE).exists() else None
+    if old is not None:
+        settings["model"] = old["model"]  # one folder has many names
+    settle(folder / SETTINGS_FILE, "archive", old, settings)
     missing = [shard for shard in shards_of(settings) if not _is_whole(folder, settings, shard)]
     wanted = [[names[row] for row in rows_of(settings, shard)] for shard in missing]
     todo, done, encoded = sum(map(len, wanted)), 0, 0
@@ -211,25 +214,8 @@ def _digest_of(source: Path, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _settle(folder: Path, settings: Settings) -> Settings:
-    """Write `archive.json`, and give the settings to go on with; `ValueError` where the folder holds other things."""
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    if (folder / SETTINGS_FILE).exists():
-        old = read_manifest(folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA)
-        settings = {**settings, "model": old["model"]}  # one folder has many names
-        differing = [f"{name} {old[name]!r}, not {new!r}" for name, new in settings.items() if old[name] != new]
-        if differing:
-            raise ValueError(f"{str(folder)!r} holds another archive: {'; '.join(differing)}.")
-    elif any(folder.glob("shard-*")):
-        raise ValueError(f"{str(folder)!r} holds shards, but no {SETTINGS_FILE} that says what they are.")
-    _write_manifest(folder / SETTINGS_FILE, settings)
-    return settings
-
-
-def _write_manifest(path: Path, settings: Settings) -> None:
-    with write_whole(path) as file:
-        file.write(encode_settings(settings))
+def _read_settings(folder: Path) -> Settings:
+    return read_manifest(folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA)
 
 
 def _map_ahead(
@@ -305,7 +291,7 @@ def _write_shard(
         "records": [record._asdict() for record in records],
         "skipped": skipped,
     }
-    _write_manifest(path.with_suffix(".json"), facts)
+    write_manifest(path.with_suffix(".json"), facts)
 
 
 def _identity(settings: Settings, shard: int) -> str:
@@ -361,7 +347,7 @@ class LatentArchive:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.settings = settings = read_manifest(self.folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA)
+        self.settings = settings = _read_settings(self.folder)
         _check_packages(settings["file_format"])
         self._facts: list[Settings] = []
         for shard in shards_of(settings):

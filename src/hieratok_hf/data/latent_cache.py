@@ -18,7 +18,7 @@ from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
 from ..utils.choices import LATENT_DTYPES, LATENT_KINDS
 from .aspect_buckets import Buckets, Shape
-from .manifests import Schema, Settings, checksum_of, is_count, is_number, is_text, read_manifest
+from .manifests import Settings, checksum_of, is_count, is_number, is_text, read_manifest
 
 __all__ = ["LatentCache", "encoder_facts"]
 
@@ -80,8 +80,8 @@ def _is_shape(sides: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and len(value) == sides and all(map(is_count(1), value))
 
 
-_BUCKET: Schema = {"shape": _is_shape(2), "latent_shape": _is_shape(3), "rows": is_count(1), "checksum": is_text}
-_SCHEMA: Schema = {
+_BUCKET = {"shape": _is_shape(2), "latent_shape": _is_shape(3), "rows": is_count(1), "checksum": is_text}
+_SCHEMA = {
     "kind": lambda value: value in LATENT_KINDS,
     "flips": lambda value: isinstance(value, bool),
     "dtype": lambda value: value in tuple(LATENT_DTYPES),

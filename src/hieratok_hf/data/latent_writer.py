@@ -18,7 +18,7 @@ from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
 from ..utils.choices import LATENT_DTYPES, LATENT_KINDS
 from ..utils.distributed import gather, process_place
-from ..utils.files import remove_leftovers, write_whole
+from ..utils.files import write_whole
 from ..utils.images import from_uint8
 from .aspect_buckets import Shape, buckets_of_sizes
 from .image_dataset import Images, Row, decode_ahead
@@ -39,7 +39,7 @@ from .latent_cache import (
     stored_name,
     stored_shape,
 )
-from .manifests import Settings, encode_settings
+from .manifests import Settings, settle, write_manifest
 
 __all__ = ["write_latents"]
 
@@ -159,7 +159,7 @@ def write_latents(
     headers, encoded_by, written_by, times = zip(*gather((mine, encoded, written, seconds)))
     # A stream gets its number of rows, which says that it has come to its end, once all shards are there.
     if rank == 0:
-        _write_settings(folder, settings)
+        write_manifest(folder / SETTINGS_FILE, settings)
     image_counts, skipped, _ = zip(*chain(*headers))
     return {
         "rows": settings["rows"],
@@ -197,25 +197,17 @@ class _Layout:
 
 def _settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
     """Write `cache.json`, and give the settings to go on with, or the reason why the folder cannot be written."""
+    path = folder / SETTINGS_FILE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        if (folder / SETTINGS_FILE).exists():
-            old, new = read_settings(folder), dict(settings)
-            if old.get("rows") is None or new["rows"] is None:  # of a stream they are known once it has ended
-                old["rows"] = new["rows"] = old.get("rows") or new["rows"]
-            others = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-            differing = [f"{name} {old.get(name)!r}, not {new.get(name)!r}" for name in others if name != "buckets"]
-            differing += ["other buckets"] if "buckets" in others else []
-            if differing:
-                return {}, f"{str(folder)!r} holds another cache: {'; '.join(differing)}."
-            settings = new
-        elif any(folder.glob("shard-*.safetensors")):
-            return {}, f"{str(folder)!r} holds shards, but no {SETTINGS_FILE} that says what they are."
-        _write_settings(folder, settings)
-    except (OSError, ValueError) as error:
+        old = read_settings(folder) if path.exists() else None
+        if old is not None and None in (old["rows"], settings["rows"]):  # of a stream known once it has ended
+            old["rows"] = settings["rows"] = old["rows"] or settings["rows"]
+        settle(path, "cache", old, settings)
+        return settings, ""
+    except ValueError as error:
+        return {}, str(error)
+    except OSError as error:
         return {}, f"{str(folder)!r} cannot be written: {' '.join(str(error).split())}"
-    return settings, ""
 
 
 def _write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) -> None:
@@ -347,8 +339,3 @@ def _write_shards(
     if written:
         written[-1].result()
     return encoded, len(written)
-
-
-def _write_settings(folder: Path, settings: Settings) -> None:
-    with write_whole(folder / SETTINGS_FILE) as file:
-        file.write(encode_settings(settings))

@@ -5,8 +5,10 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..utils.images import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     import datasets
@@ -16,7 +18,6 @@ __all__ = ["LABELS", "Listing", "is_image", "list_folder", "list_images", "list_
 LABELS = ("label", "labels", "cls", "class", "fine_label")
 """Names of columns and members that hold labels; the first that is there counts."""
 
-_IMAGES = ("apng", "bmp", "dib", "gif", "jfif", "jpe", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
@@ -50,7 +51,7 @@ class _Image(NamedTuple):
 
 def is_image(name: str) -> bool:
     """Tell whether a name ends as those of images do."""
-    return _suffix(name) in _IMAGES
+    return _suffix(name) in IMAGE_SUFFIXES
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[str]:
@@ -63,7 +64,7 @@ def list_images(folder: str | os.PathLike[str]) -> list[str]:
         OSError: The folder or one in it cannot be read.
         ValueError: A name is not UTF-8.
     """
-    return [path.replace(os.sep, "/") for path in _files_below(os.fspath(folder), _IMAGES)]
+    return [path.replace(os.sep, "/") for path in _files_below(os.fspath(folder), IMAGE_SUFFIXES)]
 
 
 def list_folder(folder: str, split: str) -> Listing | None:
@@ -80,10 +81,10 @@ def list_folder(folder: str, split: str) -> Listing | None:
         ValueError: There is no such split, splits lie beside other folders, images beside shards, a shard is
             compressed, or a name is not UTF-8.
     """
-    images, shards = list(_files_below(folder, _IMAGES)), list(_files_below(folder, ("tar", "tgz", "gz")))
+    images, shards = (list(_files_below(folder, kinds)) for kinds in (IMAGE_SUFFIXES, (".tar", ".tgz", ".gz")))
     if packed := [path for path in shards if path.lower().endswith((".tgz", ".tar.gz"))]:
         raise ValueError(f"{packed[0]!r} is a compressed shard: unpack it to a .tar file")
-    shards = [path for path in shards if _suffix(path) == "tar"]
+    shards = [path for path in shards if _suffix(path) == ".tar"]
     if images and shards:
         raise ValueError(
             f"{images[0]!r} lies beside shards such as {shards[0]!r}: give a pattern of shards, or a folder of images"
@@ -146,7 +147,7 @@ def list_shards(paths: Sequence[str], split: str) -> Listing:
     return _listing(_choose({"train": images}, split), "")
 
 
-def _files_below(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+def _files_below(folder: str, suffixes: Collection[str]) -> Iterator[str]:
     """Iterate over the relative paths of files in their order; links are followed, hidden names are not."""
 
     def fail(error: OSError) -> None:
@@ -191,7 +192,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1][1:].lower()
+    return os.path.splitext(name)[1].lower()
 
 
 def _choose(splits: dict[str, list[_Image]], split: str) -> list[_Image]:
@@ -216,16 +217,17 @@ def _shard_images(path: str) -> list[_Image]:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = member.name.encode(errors="surrogateescape").decode(errors="replace")
-                stem, kind = os.path.splitext(name)[0], _suffix(name)
-                if member.isdir() or _is_hidden(os.path.basename(name)) or kind not in (*_IMAGES, *LABELS):
+                stem, label = os.path.splitext(name)[0], _suffix(name)[1:]
+                is_known = label in LABELS or is_image(name)
+                if member.isdir() or _is_hidden(os.path.basename(name)) or not is_known:
                     continue
                 if name in names or not member.isreg() or member.sparse is not None:
                     raise ValueError(
                         f"{path}:{name} is {'there twice' if name in names else 'a link or no plain file'}"
                     )
                 names.add(name)
-                if kind in LABELS:
-                    labels.setdefault(kind, {})[stem] = _read_label(archive, member, f"{path}:{name}")
+                if label in LABELS:
+                    labels.setdefault(label, {})[stem] = _read_label(archive, member, f"{path}:{name}")
                 elif stem not in images:
                     images[stem] = _Image(name, member.size, None, path, member.offset_data)
             # What is no header ends a list as zeros do.

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import read_json
+from ..utils.files import read_json, remove_leftovers, write_whole
 
-__all__ = ["Schema", "Settings", "checksum_of", "encode_settings", "is_count", "is_number", "is_text", "read_manifest"]
+__all__ = ["Settings", "checksum_of", "is_count", "is_number", "is_text", "read_manifest", "settle", "write_manifest"]
 
 Settings = dict[str, Any]
 """Entries of a manifest."""
@@ -37,9 +37,28 @@ def checksum_of(settings: Settings) -> str:
     return f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
 
 
-def encode_settings(settings: Settings) -> bytes:
-    """Give the content of a manifest, with a checksum of its entries."""
-    return (json.dumps({**settings, "checksum": checksum_of(settings)}, indent=1) + "\n").encode()
+def write_manifest(path: Path, settings: Settings) -> None:
+    """Write a manifest with a checksum of its entries, whole or not at all."""
+    content = json.dumps({**settings, "checksum": checksum_of(settings)}, indent=1) + "\n"
+    with write_whole(path) as file:
+        file.write(content.encode())
+
+
+def settle(path: Path, what: str, old: Settings | None, new: Settings) -> None:
+    """
+    Write the manifest of a folder of shards, which is made. `ValueError` where the `old` one, if there is one, is
+    that of another `what`, or where there are shards without one.
+    """
+    folder, names = path.parent, {**(old or {}), **new}
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    if old is None and any(folder.glob("shard-*")):
+        raise ValueError(f"{str(folder)!r} holds shards, but no {path.name} that says what they are.")
+    if old is not None and (differing := [name for name in names if old.get(name) != new.get(name)]):
+        told = {name: f"{name} {old.get(name)!r}, not {new.get(name)!r}" for name in differing}
+        told |= {"buckets": "other buckets"} if "buckets" in differing else {}
+        raise ValueError(f"{str(folder)!r} holds another {what}: {'; '.join(told.values())}.")
+    write_manifest(path, new)
 
 
 def read_manifest(path: Path, what: str, version: int, schema: Schema) -> Settings:

@@ -30,7 +30,9 @@ __all__ = [
 
 # Pillow knows more: EPS is a program that Ghostscript would run, and an ICO is decoded before its size is known.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+)
 """How names of files end, in lower case, in the formats that are read."""
 
 _MOST_BYTES = 200 * 2**20
@@ -162,9 +164,8 @@ def encode_image(image: Image.Image, name: str, *, quality: int = 95) -> bytes:
     Raises:
         OSError, ValueError: The format cannot hold an image of that size.
     """
-    kind = Image.registered_extensions()[os.path.splitext(name)[1].lower()].replace(
-        "DIB", "BMP"
-    )  # headed as files are
+    kind = Image.registered_extensions()[os.path.splitext(name)[1].lower()]
+    kind = kind.replace("DIB", "BMP")  # headed as files are
     options: dict[str, int] = {"quality": quality} if kind in ("JPEG", "WEBP") else {}
     if kind == "JPEG":
         options["subsampling"] = 0
