@@ -7,7 +7,7 @@ from typing import Any
 from .models.saved_code import OWN_CODE
 from .utils.choices import SHIPPED, SIZES
 
-__all__ = ["example_image", "pretrained", "resolve_model"]
+__all__ = ["example_image", "no_weights", "pretrained", "resolve_model"]
 
 _SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 _SHIPPED_IMAGES = Path(__file__).parent / "example_images"
@@ -74,9 +74,14 @@ def resolve_model(name_or_path: Any) -> Any:
         return name_or_path
     name = os.fspath(name_or_path)
     if name not in SHIPPED:
-        raise ValueError(
-            f"{name!r} is a size without trained weights: the package ships those of {list(SHIPPED)}. Weights of "
-            "hieratok-b can be made of l-DeTok's by `hieratok convert detok hieratok-b` and then `hieratok train "
-            "--model hieratok-b --scale_factors 8 4 2 1 --data IMAGES --output FOLDER`."
-        )
+        raise ValueError(no_weights(name))
     return pretrained(name)
+
+
+def no_weights(name: str) -> str:
+    """Say of a size without trained weights which others have some, and how to make some."""
+    return (
+        f"{name!r} is a size without trained weights: the package ships those of {list(SHIPPED)}. Weights of "
+        "hieratok-b can be made of l-DeTok's by `hieratok convert detok hieratok-b` and then `hieratok train "
+        "--model hieratok-b --scale_factors 8 4 2 1 --data IMAGES --output FOLDER`."
+    )

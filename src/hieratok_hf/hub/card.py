@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
 
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.saving import WEIGHTS_STEM
 from ..utils.files import read_json
+from .describe import read_tensors
 from .results import TASKS, entry, line, report_results
 
 __all__ = ["card_for", "model_card"]
@@ -21,7 +21,6 @@ __all__ = ["card_for", "model_card"]
 _SPECIAL = re.compile(r"[]!\"#$&*<>@[\\^_`{|}~]|:(?=//)")  # to Markdown, within a line
 _SHOWN = 20  # classes by name
 _TEMPLATE = Path(__file__).with_name("card_template.md")
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _TAGS = {
     "tokenizer": ["image-tokenizer", "autoencoder", "vae", "latent-diffusion", "transformers"],
@@ -202,15 +201,10 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 
 def _parameters(folder: Path) -> tuple[int, str]:
     """Count the numbers in a folder's weights, a tensor of several variants once, and name their dtypes."""
-    sizes: dict[str, int] = {}
-    dtypes: dict[str, None] = {}
-    for path in sorted(folder.glob(f"{WEIGHTS_STEM}*.safetensors")):
-        with safe_open(path, "np") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                tensor = weights.get_slice(name)
-                sizes[name] = math.prod(tensor.get_shape())
-                dtypes[_DTYPES[tensor.get_dtype()]] = None
-    return sum(sizes.values()), " and ".join(dtypes)
+    paths = sorted(folder.glob(f"{WEIGHTS_STEM}*.safetensors"))
+    tensors = [item for path in paths for item in read_tensors(path).items()]
+    sizes = {name: math.prod(tensor["shape"]) for name, tensor in tensors}
+    return sum(sizes.values()), " and ".join(dict.fromkeys(tensor["dtype"] for _, tensor in tensors))
 
 
 def _class(named: Any) -> Any:

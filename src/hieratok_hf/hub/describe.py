@@ -20,11 +20,11 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from ..models.sizes import SIZE_FIELDS, count_flops, count_parameters, scale_grids
-from ..shipped import resolve_model
+from ..shipped import no_weights, resolve_model
 from ..utils.choices import SHIPPED, SIZES
 from ..utils.files import read_json
 
-__all__ = ["Facts", "describe"]
+__all__ = ["Facts", "describe", "read_tensors"]
 
 Facts = dict[str, Any]
 """Facts by their names, as JSON can hold them."""
@@ -65,7 +65,7 @@ def describe(name: str, size: int | None = None) -> Facts:
     place = _find(name)
     try:
         if place is None:
-            facts = _describe_size(name, size)
+            facts = {"kind": "size of a tokenizer", "note": no_weights(name), **_tokenizer(SIZES[name], size)}
         else:
             facts = _describe_folder(place, size) if place.is_dir() else _describe_file(place, size)
     except (AttributeError, LookupError, RecursionError, SafetensorError, TypeError) as error:
@@ -91,21 +91,10 @@ def _find(name: str) -> Path | None:
     raise FileNotFoundError(f"{name!r} is no file or folder, none of {known}, and not in the cache of the Hub.")
 
 
-def _describe_size(name: str, size: int | None) -> Facts:
-    try:
-        resolve_model(name)
-    except ValueError as error:
-        return {"kind": "size of a tokenizer", "note": str(error), **_tokenizer(SIZES[name], size)}
-    raise AssertionError(f"{name!r} ships")
-
-
 def _describe_folder(folder: Path, size: int | None) -> Facts:
     """Describe a pipeline, latents, programs, a model or weights alone, and the training that lies beside them."""
-    index, config, weights = (
-        read_json(folder / "model_index.json"),
-        read_json(folder / "config.json"),
-        _weights(folder),
-    )
+    index, config = (read_json(folder / name) for name in ("model_index.json", "config.json"))
+    weights = _weights(folder)
     manifest = next((folder / name for name in _MANIFESTS if (folder / name).is_file()), None)
     facts: Facts = {}
     if index is not None:
@@ -126,7 +115,7 @@ def _describe_folder(folder: Path, size: int | None) -> Facts:
 
 def _describe_file(path: Path, size: int | None) -> Facts:
     if path.suffix == ".safetensors":
-        tensors = _read_tensors(path)
+        tensors = read_tensors(path)
         return {"kind": "tensors", "weights": {path.name: _sum_up([path], tensors)}, "tensors": tensors}
     if path.name in _MANIFESTS:
         return _manifest(path)
@@ -262,11 +251,11 @@ def _weights(folder: Path) -> Facts:
     found = {}
     for (_, name), paths in sorted(groups.items(), key=lambda group: (group[0][0], len(group[0][1]))):
         readable = [path for path in paths if path.suffix == ".safetensors"]
-        found[name] = _sum_up(paths, {key: value for path in readable for key, value in _read_tensors(path).items()})
+        found[name] = _sum_up(paths, {key: value for path in readable for key, value in read_tensors(path).items()})
     return {"weights": found} if found else {}
 
 
-def _read_tensors(path: Path) -> dict[str, Facts]:
+def read_tensors(path: Path) -> dict[str, Facts]:
     """Read shapes and dtypes of all tensors from the header of a file."""
     tensors = {}
     with safe_open(path, "np") as file:
