@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from hieratok_hf.cli.command_line import describe_machine, find_device, write_report
+from hieratok_hf.cli.command_line import describe_machine, find_device
+from hieratok_hf.cli.outputs import write_report
 from hieratok_hf.cli.parsing import add_device
 from hieratok_hf.ops.attention import device_kind
 from hieratok_hf.utils.memory import release_memory

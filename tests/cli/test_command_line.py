@@ -11,15 +11,9 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from hieratok_hf.cli.command_line import (
-    describe_machine,
-    load_or_explain,
-    run_on_processes,
-    run_script,
-    run_training,
-)
+from hieratok_hf.cli.command_line import describe_machine, load_or_explain, run_on_processes, run_training
 from hieratok_hf.cli.parsing import make_parser
-from hieratok_hf.cli.terminal import Problem
+from hieratok_hf.cli.terminal import Problem, run_script
 from hieratok_hf.training.report import say
 from hieratok_hf.utils.extras import missing_extra
 

@@ -29,11 +29,11 @@ from .. import AutoencoderHieraTok, HieraTokDiTPipeline
 from ..evaluation.generation import number_images
 from ..utils.images import ImageError, decode_image
 from ..utils.memory import limit_arenas, release_memory
-from .command_line import load_or_explain, run_script
+from .command_line import load_or_explain
 from .generate import as_images, class_label, load_pipeline
 from .main import parse
 from .reconstruct import AMPLIFY, BUNDLED, amplify_difference, encode_and_decode, load_model
-from .terminal import Problem, one_line
+from .terminal import Problem, one_line, run_script
 
 MAX_BYTES, MAX_PIXELS, MAX_SIDE = 20 * 2**20, 32_000_000, 768
 MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE, MAX_SEED = 100, 8, 10.0, 2**31 - 1

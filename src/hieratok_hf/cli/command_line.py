@@ -20,7 +20,7 @@ from ..models.configuration_hieratok import HieraTokConfig
 from ..models.sizes import count_parameters
 from ..training.state import hold_folder, states_in
 from .arguments.training import AUTOCAST
-from .outputs import check_writable, identify, write_or_explain, write_report
+from .outputs import check_writable
 from .terminal import Problem, end, one_line, run_script
 
 __all__ = [
@@ -30,18 +30,13 @@ __all__ = [
     "check_config",
     "check_memory",
     "check_steps",
-    "check_writable",
     "describe_machine",
     "device_of_process",
     "find_device",
     "find_size",
-    "identify",
     "load_or_explain",
     "run_on_processes",
-    "run_script",
     "run_training",
-    "write_or_explain",
-    "write_report",
 ]
 
 

@@ -25,11 +25,11 @@ from .. import (
 from ..models.configuration_hieratok import DOWNSAMPLING, complete_saved
 from ..models.saving import stage_folder
 from ..utils.files import read_json, write_whole
-from .command_line import check_config, run_script
+from .command_line import check_config
 from .key_map import KeyMapError, core_key_map
 from .main import parse
 from .raw_checkpoint import TRAINING_STATE, find_weights, read_checkpoint, without_wrappers
-from .terminal import Problem, one_line
+from .terminal import Problem, one_line, run_script
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 

@@ -15,11 +15,11 @@ from ..data.image_dataset import load_images
 from ..evaluation.reconstruction import EvaluationBatches
 from ..models.saving import stage_folder
 from ..training.pca_init import latent_statistics
-from .command_line import find_device, load_or_explain, run_script
+from .command_line import find_device, load_or_explain
 from .key_map import KeyMap, KeyMapError, Rule
 from .main import parse
 from .raw_checkpoint import find_weights, read_checkpoint, without_wrappers
-from .terminal import Problem, one_line
+from .terminal import Problem, one_line, run_script
 
 # Shape letters: D width of a side, n side of the grid of patches, p patch size, C latent channels.
 

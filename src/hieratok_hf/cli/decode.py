@@ -13,10 +13,11 @@ from tqdm import tqdm
 from ..data.latent_archive import LatentArchive, decode_record
 from ..models.autoencoder_adapter import Codec, load_codec
 from ..utils.images import encode_image
-from .command_line import autocast, check_writable, find_device, load_or_explain, run_script, write_or_explain
+from .command_line import autocast, find_device, load_or_explain
 from .encode import enable_tiling
 from .main import parse
-from .terminal import Problem, one_line, tell_failures
+from .outputs import check_writable, write_or_explain
+from .terminal import Problem, one_line, run_script, tell_failures
 
 MARK = ".hieratok-decode"  # a file that is there as long as others are missing
 OPTIONS = ("model", "scales", "format", "quality", "mixed_precision")  # those that decide what the files hold

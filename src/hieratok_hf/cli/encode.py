@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from ..data.latent_archive import write_archive
 from ..models.autoencoder_adapter import Codec, load_codec
-from .command_line import autocast, find_device, load_or_explain, run_script
+from .command_line import autocast, find_device, load_or_explain
 from .main import parse
-from .terminal import Problem, one_line, show_on, tell_failures
+from .terminal import Problem, one_line, run_script, show_on, tell_failures
 
 
 def enable_tiling(codec: Codec) -> None:

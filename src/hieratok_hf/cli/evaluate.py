@@ -18,17 +18,9 @@ from ..evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics
 from ..evaluation.vision_features import VisionFeatures
 from ..models.autoencoder_adapter import Codec, load_codec
 from ..utils.distributed import gather
-from .command_line import (
-    check_writable,
-    describe_machine,
-    device_of_process,
-    find_size,
-    identify,
-    load_or_explain,
-    run_on_processes,
-    write_report,
-)
+from .command_line import describe_machine, device_of_process, find_size, load_or_explain, run_on_processes
 from .main import parse
+from .outputs import check_writable, identify, write_report
 from .terminal import Problem, align_table, one_line
 
 

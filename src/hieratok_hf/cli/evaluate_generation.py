@@ -23,18 +23,11 @@ from ..evaluation.generation import (
 from ..evaluation.reconstruction import EvaluationBatches
 from ..utils.distributed import gather
 from ..utils.files import write_whole
-from .command_line import (
-    check_writable,
-    describe_machine,
-    device_of_process,
-    identify,
-    load_or_explain,
-    run_on_processes,
-    write_report,
-)
+from .command_line import describe_machine, device_of_process, load_or_explain, run_on_processes
 from .evaluate import make_frechet
 from .generate import load_pipeline
 from .main import parse
+from .outputs import check_writable, identify, write_report
 from .terminal import Problem, align_table, one_line
 
 

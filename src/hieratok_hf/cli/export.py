@@ -23,9 +23,9 @@ from ..models.autoencoder_adapter import load_codec
 from ..models.saving import stage_folder
 from ..utils.extras import missing_extra
 from .arguments.weights import EXPORT_SUFFIXES
-from .command_line import load_or_explain, run_script
+from .command_line import load_or_explain
 from .main import parse
-from .terminal import Problem, one_line
+from .terminal import Problem, one_line, run_script
 
 # Shape letters: B batch, H W pixels, p patch size, C latent channels, h w the latent's grid (H / p, W / p).
 

@@ -21,9 +21,10 @@ from PIL import Image, ImageDraw, ImageFont
 from .. import HieraTokDiTPipeline
 from ..evaluation.generation import image_size, number_images
 from ..utils.images import encode_image
-from .command_line import check_batch, check_writable, find_device, load_or_explain, run_script, write_or_explain
+from .command_line import check_batch, find_device, load_or_explain
 from .main import parse
-from .terminal import Problem, one_line
+from .outputs import check_writable, write_or_explain
+from .terminal import Problem, one_line, run_script
 
 COLUMNS, MARGIN, SMALLEST_PANEL = 10, 8, 128
 PREVIEWS = 6

@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 from ..data.latent_archive import decode_record
 from ..utils.images import encode_image
-from .command_line import check_writable, run_script, write_or_explain
 from .decode import open_archive
 from .main import parse
-from .terminal import Problem, one_line
+from .outputs import check_writable, write_or_explain
+from .terminal import Problem, one_line, run_script
 
 MARGIN, LABEL, FONT_SIZE = 8, 16, 11
 

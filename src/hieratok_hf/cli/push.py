@@ -10,9 +10,8 @@ from ..hub.folder import add_card, prepare_folder, select_files
 from ..hub.push import HubError, push_folder
 from ..shipped import resolve_model
 from ..utils.files import read_json
-from .command_line import run_script
 from .main import parse
-from .terminal import Problem, one_line
+from .terminal import Problem, one_line, run_script
 
 
 def card_of(args: Namespace) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from ..utils.extras import missing_extra
 from ..utils.files import write_whole
 from ..utils.images import IMAGE_SUFFIXES, encode_image
 from .arguments.images import LARGEST_PANEL
-from .command_line import check_writable, find_device, identify, load_or_explain, run_script, write_report
+from .command_line import find_device, load_or_explain
 from .main import parse
-from .terminal import Problem, align_table, one_line, tell_failures
+from .outputs import check_writable, identify, write_report
+from .terminal import Problem, align_table, one_line, run_script, tell_failures
 
 BUNDLED = Path(__file__).parents[1] / "example_images"
 SHEET = "_reconstruction"
