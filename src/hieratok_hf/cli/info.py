@@ -34,7 +34,11 @@ def show(facts: Facts) -> list[str]:
     if "tensors" in facts:
         rows = [(name, _by(tensor["shape"]), tensor["dtype"]) for name, tensor in facts["tensors"].items()]
         lines += ["", align_table([("tensor", "shape", "dtype"), *rows])]
-    for pairs in (_tell_latents(facts), _tell_training(facts.get("training", {})), _tell_libraries(facts)):
+    libraries = [
+        (library, "; ".join(f"{verb} {', '.join(files)}" for verb, files in found.items() if files))
+        for library, found in facts.get("libraries", {}).items()
+    ]
+    for pairs in (_tell_latents(facts), _tell_training(facts.get("training", {})), libraries):
         lines += ["", *_align(pairs)] if pairs else []
     return lines
 
@@ -89,13 +93,6 @@ def _tell_training(training: Facts) -> list[tuple[str, str]]:
     return states + [
         (f"last {name}", ", ".join(f"{key} {_text(value)}" for key, value in record.items()))
         for name, record in records
-    ]
-
-
-def _tell_libraries(facts: Facts) -> list[tuple[str, str]]:
-    return [
-        (library, "; ".join(f"{verb} {', '.join(files)}" for verb, files in found.items() if files))
-        for library, found in facts.get("libraries", {}).items()
     ]
 
 

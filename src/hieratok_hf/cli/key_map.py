@@ -95,7 +95,8 @@ class KeyMap:
             origin = {**dict.fromkeys(needed, key), **origin}
             try:
                 for name, part in zip(names, _parts(rule, kept[key], names, shapes)):
-                    if made.setdefault(name, part) is not part and not _same(made[name], part):
+                    other = made.setdefault(name, part)
+                    if other is not part and (other.dtype != part.dtype or not torch.equal(other, part)):
                         raise _Misfit("given twice, with other values", f"{origin[name]} gives another {name}")
             except _Misfit as misfit:
                 problems.setdefault(misfit.kind, []).append(f"{key}: {misfit}")
@@ -218,7 +219,3 @@ def _parts(rule: Rule, tensor: Tensor, names: list[str], shapes: Mapping[str, Se
     if not torch.isfinite(whole).all():
         raise _Misfit("not finite", "found NaN or infinity")
     return whole.contiguous().chunk(len(names)) if len(names) > 1 else [whole.contiguous()]
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    return first.dtype == second.dtype and torch.equal(first, second)

@@ -237,17 +237,13 @@ def _shard_images(path: str) -> list[_Image]:
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a tar file without compression: {error}") from error
     known = next((labels[kind] for kind in LABELS if kind in labels), {})
-    keys = {stem: _key(stem) for stem in images}
+    paths = {stem: os.path.split(stem) for stem in images}
+    keys = {stem: os.path.join(folder, base.partition(".")[0]) for stem, (folder, base) in paths.items()}
     return [
         image._replace(label=known.get(stem, known.get(keys[stem])))
         for stem, image in images.items()
         if stem == keys[stem] or keys[stem] not in images
     ]
-
-
-def _key(stem: str) -> str:
-    folder, base = os.path.split(stem)
-    return os.path.join(folder, base.partition(".")[0])
 
 
 def _read_label(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> int:

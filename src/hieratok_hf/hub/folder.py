@@ -1,6 +1,5 @@
 """A saved folder as it goes to the Hub: what is taken along, what is added, and the test that it must pass."""
 
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import torch
 
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..models.modeling_hieratok import HieraTokModel
-from ..models.saved_code import PIPELINE_CLASSES
+from ..models.saved_code import PIPELINE_CLASSES, to_json
 from ..models.saving import WEIGHTS_STEM, finish_save, index_for_transformers, link_or_copy, variant_of
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.files import read_json
@@ -117,7 +116,7 @@ def prepare_folder(folder: str | os.PathLike[str], remote_code: bool = True) -> 
             for path in stage.rglob("*.json"):
                 saved = read_json(path)
                 if saved is not None and (plain := _plain(saved)) != saved:
-                    path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                    path.write_text(to_json(plain), encoding="utf-8")
         except Exception as error:  # the libraries, safetensors and torch raise many types
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
             reason = " ".join(str(error).split())[:300].replace(str(stage), str(folder))

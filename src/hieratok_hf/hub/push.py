@@ -140,7 +140,10 @@ def push_folder(
             head = api.model_info(repo_id, revision=revision)
             if card is not None and not has_own:
                 (stage / "README.md").unlink()
-                _fetch_card(api, repo_id, head.sha, stage)
+                # The cache may be one that cannot be written.
+                with scratch_folder() as cache, contextlib.suppress(EntryNotFoundError):
+                    path = api.hf_hub_download(repo_id, "README.md", revision=head.sha, cache_dir=cache)
+                    shutil.copyfile(path, stage / "README.md")
                 add_card(stage, repo_id, tags or (), **card)
             files = {root / path.relative_to(stage).as_posix(): path for path in stage.rglob("*") if path.is_file()}
             there = [PurePosixPath(file.rfilename) for file in head.siblings or ()]
@@ -158,14 +161,6 @@ def push_folder(
             )
         except _HTTP_ERRORS as error:
             raise HubError(_advice(error, repo_id)) from error
-
-
-def _fetch_card(api: HfApi, repo_id: str, commit: str | None, stage: Path) -> None:
-    """Take along the README.md that the repository has."""
-    # The cache may be one that cannot be written.
-    with scratch_folder() as folder, contextlib.suppress(EntryNotFoundError):
-        path = api.hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=folder)
-        shutil.copyfile(path, stage / "README.md")
 
 
 def _advice(error: BaseException, repo_id: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..utils.files import read_json, write_whole
 
-__all__ = ["OWN_CODE", "PIPELINE_CLASSES", "add_code", "library_of"]
+__all__ = ["OWN_CODE", "PIPELINE_CLASSES", "add_code", "library_of", "to_json"]
 
 OWN_CODE = None if __name__ == "hieratok_hf.models.saved_code" else Path(__file__)
 """The file that everything here was loaded from, where that is not the package."""
@@ -47,7 +47,7 @@ def add_code(root: Path, code: str) -> list[str]:
         if index.get("_class_name") in PIPELINE_CLASSES:
             files[f"{_PIPELINE_FILE}.py"] = code
             index["_class_name"] = PIPELINE_CLASSES[1]
-        files["model_index.json"] = _to_json(index)
+        files["model_index.json"] = to_json(index)
     else:
         config = read_json(root / "config.json")
         if config is None or config.get("_class_name") != "AutoencoderHieraTok":
@@ -57,13 +57,14 @@ def add_code(root: Path, code: str) -> list[str]:
             files[f"{_VAE_FILE}.py"] = code
         if (processor := read_json(root / "preprocessor_config.json")) is not None:
             processor["auto_map"] = {"AutoImageProcessor": _AUTO_IMAGE_PROCESSOR}
-            files["preprocessor_config.json"] = _to_json(processor)
-        files["config.json"] = _to_json({**config, "auto_map": _AUTO_MAP})
+            files["preprocessor_config.json"] = to_json(processor)
+        files["config.json"] = to_json({**config, "auto_map": _AUTO_MAP})
     for name, text in files.items():
         with write_whole(root / name) as file:
             file.write(text.encode())
     return list(files)
 
 
-def _to_json(value: dict[str, Any]) -> str:
+def to_json(value: Any) -> str:
+    """Write JSON as the libraries do in the folders that they save."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"

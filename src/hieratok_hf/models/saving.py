@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from ..utils.files import name_when_full, read_json
 from .configuration_hieratok import HieraTokConfig, complete_saved, pipeline_hint
-from .saved_code import OWN_CODE, add_code
+from .saved_code import OWN_CODE, add_code, to_json
 
 __all__ = [
     "WEIGHTS_STEM",
@@ -235,7 +235,11 @@ def load_whole(name_or_path: str | os.PathLike[str], subfolder: str | None, load
     for attempt in range(_ATTEMPTS):
         for place in (folder, folder.parent):
             finish_save(place)
-        with _keep_saves_away(folder) if attempt else nullcontext():
+        with ExitStack() as locks:
+            # Saves to a model's folder and to its pipeline's wait, where this process may write.
+            for place in (folder.parent, folder) if attempt else ():
+                if any((place / name).is_file() for name in _LAST) and os.access(place, os.W_OK):
+                    locks.enter_context(_alone(place))
             before = _stamps(folder)
             try:
                 loaded = load()
@@ -246,16 +250,6 @@ def load_whole(name_or_path: str | os.PathLike[str], subfolder: str | None, load
                 if _stamps(folder) == before:
                     return loaded
     raise OSError(f"{str(folder)!r} changed each of {_ATTEMPTS} times that it was loaded.")
-
-
-@contextmanager
-def _keep_saves_away(folder: Path) -> Iterator[None]:
-    """Let saves to a model's folder and to its pipeline's wait until the block ends, where this process may write."""
-    with ExitStack() as locks:
-        for place in (folder.parent, folder):
-            if any((place / name).is_file() for name in _LAST) and os.access(place, os.W_OK):
-                locks.enter_context(_alone(place))
-        yield
 
 
 def _stamps(folder: Path) -> set[tuple[Path, int, int]]:
@@ -361,7 +355,7 @@ def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformer
         if path.suffix == ".json":
             index = json.loads(renamed.read_text())
             index["weight_map"] = {key: _for_diffusers(name) for key, name in index["weight_map"].items()}
-            renamed.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            renamed.write_text(to_json(index))
 
     from diffusers import __version__  # which takes half a second, and loading a model needs it not
 
@@ -383,7 +377,7 @@ def share_between_libraries(stage: Path, config: HieraTokConfig, for_transformer
     # Code that stays where the model came from is not named.
     for key in ("transformers_weights", "_name_or_path", "auto_map", *(["dtype"] if has_variant else [])):
         merged.pop(key, None)
-    config_path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+    config_path.write_text(to_json(merged))
 
 
 def index_for_transformers(folder: Path, keep_own_name: bool = False) -> None:
@@ -407,7 +401,7 @@ def index_for_transformers(folder: Path, keep_own_name: bool = False) -> None:
             indices[f"{WEIGHTS_STEM}.safetensors.index{variant}.json"] = index
     for name, found in indices.items():
         alias = folder / (_TRANSFORMERS_STEM + name.removeprefix(WEIGHTS_STEM))
-        alias.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+        alias.write_text(to_json(found))
 
 
 def link_or_copy(path: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,14 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
     Raises:
         ValueError: `value` is no such number.
     """
-    number = value if type(value) is int else _index(value)
+    number = value if type(value) is int else None
+    if number is None and not isinstance(value, bool) and getattr(value, "dtype", None) != torch.bool:
+        with suppress(TypeError, ValueError, RuntimeError):  # tensors raise all three
+            number = operator.index(value)
     if number is None or number < least or (most is not None and number > most):
         limits = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"`{name}` must be a whole number {limits}, got {value!r}.")
     return number
-
-
-def _index(value: Any) -> int | None:
-    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
-        return None
-    try:
-        return operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # tensors raise all three
-        return None
 
 
 def real_number(name: str, value: Any, least: float, most: float = math.inf) -> float:
