@@ -160,11 +160,8 @@ class KeyMap:
 
 def core_key_map(fused: bool = False) -> KeyMap:
     """
-    Make the table for the names of `HieraTokCore`'s own state dict, which are those of the model without `core.`.
-
-    Args:
-        fused (`bool`, defaults to `False`): On the way back, join queries, keys and values to one projection `to_qkv`,
-            as `fuse_qkv_projections` does. The other way takes either.
+    Make the table for the names of `HieraTokCore`'s own state dict, which are those of the model without `core.`. With
+    `fused`, the way back joins queries, keys and values to one `to_qkv`, as `fuse_qkv_projections` does.
     """
     plain = ["encoder.patch_embed.weight", "encoder.patch_embed.bias", "encoder.linear_path.weight"]
     plain += ["decoder.scale_embedding", "decoder.embed.weight", "decoder.embed.bias"]

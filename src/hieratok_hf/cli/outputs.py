@@ -19,17 +19,9 @@ def check_writable(
     option: str, path: Path, folder: bool = False, *, overwrite: bool = True, inputs: Collection[Any] = ()
 ) -> None:
     """
-    Make the folder that an output goes to, and fail before the work where the output could not be written.
-
-    Args:
-        option (str): The option that names the output.
-        path (Path): A file, which may be there, or a folder.
-        folder (bool): Whether `path` is a folder.
-        overwrite (bool): Whether a file that is there may be replaced.
-        inputs (collection): Files that must not be replaced in any case, of `identify`.
-
-    Raises:
-        Problem: No file can be made in the folder, or there is something where the file should be.
+    Make the folder that an output goes to, and fail before the work where the output could not be written: raise a
+    `Problem` where no file can be made in the folder, or there is something where the file should be that must not be
+    replaced, as none of `inputs`, which `identify` gives, must ever be.
     """
     where = f"{option} {str(path)!r}"
     try:

@@ -128,14 +128,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 class Header(NamedTuple):
-    """
-    Hold what a shard says of itself.
-
-    Attributes:
-        images (`int`): The number of its images.
-        skipped (`dict[int, str]`): Why rows were left out.
-        checksums (`dict[str, str]`): The CRC-32 of each tensor, by name.
-    """
+    """Hold the number of a shard's images, why rows were left out, and the CRC-32 of each tensor by name."""
 
     images: int
     skipped: dict[int, str]

@@ -29,12 +29,9 @@ _logger = logging.getLogger(__name__)
 
 class Listing(NamedTuple):
     """
-    Rows of images that are not read yet.
-
-    Attributes:
-        dataset (`datasets.Dataset`): Columns `image`, whose bytes are missing, and `label`; of tar shards also
-            `__url__`, `__offset__` and `__size__`, where the bytes lie.
-        digest (`str`): A SHA-256 of the names, sizes and labels of all rows, without what lies above the folder.
+    Rows of images that are not read yet: columns `image`, whose bytes are missing, and `label`, of tar shards also
+    `__url__`, `__offset__` and `__size__`, where the bytes lie; and a SHA-256 of the names below the folder, the sizes
+    and the labels of all rows.
     """
 
     dataset: "datasets.Dataset"

@@ -63,17 +63,8 @@ def settle(path: Path, what: str, old: Settings | None, new: Settings) -> None:
 
 def read_manifest(path: Path, what: str, version: int, schema: Schema) -> Settings:
     """
-    Read a manifest.
-
-    Args:
-        path (`Path`): The file.
-        what (`str`): What its folder is with it, for the error without.
-        version (`int`): The `format` that it must have.
-        schema (`Schema`): Checks of the entries that it must have.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is of another format, damaged, or changed by hand.
+    Read a manifest whose `format` is a `version`, with checked entries. `FileNotFoundError` says that its folder is
+    no `what`; `ValueError`, that it is of another format, damaged, or changed by hand.
     """
     settings = read_json(path)
     if settings is None:

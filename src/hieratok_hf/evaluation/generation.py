@@ -128,12 +128,7 @@ class ImageClassifier(FrozenVisionModel):
 def find_classes(id2label: Mapping[int, str], num_classes: int, classifier_names: Mapping[int, str]) -> list[int]:
     """
     Find the label of a classifier for each class by name: upper and lower case, spaces and underscores are the same,
-    and of synonyms, which are divided by commas, one is enough.
-
-    Args:
-        id2label (`Mapping[int, str]`): Names of the classes by number; a class without a name is called by its number.
-        num_classes (`int`): Number of classes, from 0 on.
-        classifier_names (`Mapping[int, str]`): Names of the classifier's labels.
+    and of synonyms, which are divided by commas, one is enough. A class without a name is called by its number.
 
     Raises:
         ValueError: Classes have not one label each; the message names them.

@@ -29,10 +29,9 @@ def report_results(
     null are left out.
 
     Args:
-        report (`Mapping`): What was read from the JSON file.
-        kind (`str`): `"tokenizer"` for a report of `evaluate_tokenizer.py`, `"pipeline"` for one of
-            `evaluate_generation.py`.
-        known (`Mapping`): What the report must agree with: `parameters` and `channels` of the latent of a tokenizer,
+        report (`Mapping`): A report of `hieratok evaluate` (`kind` `"tokenizer"`), or of `hieratok
+            evaluate-generation` (`"pipeline"`).
+        known (`Mapping`): Facts that it must agree with: `parameters` and `channels` of the latent of a tokenizer,
             `names` (as in JSON) of the classes of a pipeline.
         name (`str`, *optional*): The model among several of a report; that of its `--model` unless given.
 

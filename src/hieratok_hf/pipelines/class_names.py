@@ -19,9 +19,7 @@ _SHOWN = 10
 def names_to_ids(id2label: Mapping[int, str]) -> dict[str, int]:
     """
     Map every synonym of every class to its number; one that two classes share only if it is the whole name of one.
-
-    Args:
-        id2label (`Mapping[int, str]`): Names of the classes by number; commas divide synonyms.
+    Commas divide synonyms.
     """
     whole = {value.strip(): key for key, value in id2label.items()}
     owners: dict[str, set[int]] = {}
@@ -34,14 +32,8 @@ def names_to_ids(id2label: Mapping[int, str]) -> dict[str, int]:
 
 def read_class_names(given: Sequence[str] | None) -> list[str]:
     """
-    Read names of classes.
-
-    Args:
-        given (`Sequence[str]`, *optional*): The names, or the path of one JSON file: a list of names, or an object
-            with such a list under `classes`.
-
-    Returns:
-        `list[str]`: The names, none where none are given.
+    Read the names of classes that are given themselves, or as the path of one JSON file: a list of names, or an object
+    with such a list under `classes`.
 
     Raises:
         ValueError: The file holds no such list, or a name is there twice.

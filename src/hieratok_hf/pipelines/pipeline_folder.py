@@ -32,7 +32,11 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         # Read before the download, when names of files would still have to be names of modules.
         index = read_json(Path(json_file)) or {}
-        _check_index(json_file, index)
+        if not isinstance(name := index.get("_class_name"), str) and not _is_pair(name):
+            raise ValueError(f"{str(json_file)!r} must name a class under '_class_name', got {name!r}.")
+        for part in _PARTS:
+            if not _is_pair(pair := index.get(part)) and pair != [None, None]:
+                raise ValueError(f"{str(json_file)!r} must name a library and a class under {part!r}, got {pair!r}.")
         if OWN_CODE is not None:
             return index
         if isinstance(index.get("_class_name"), list):
@@ -122,16 +126,6 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
             return
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, *args, **kwargs)
-
-
-def _check_index(path: str | os.PathLike[str], index: dict[str, Any]) -> None:
-    """Raise `ValueError` unless an index names its class, and each part's library and class."""
-    name = index.get("_class_name")
-    if not isinstance(name, str) and not _is_pair(name):
-        raise ValueError(f"{str(path)!r} must name a class under '_class_name', got {name!r}.")
-    for part in _PARTS:
-        if not _is_pair(index.get(part)) and index.get(part) != [None, None]:
-            raise ValueError(f"{str(path)!r} must name a library and a class under {part!r}, got {index.get(part)!r}.")
 
 
 def _is_pair(value: Any) -> bool:

@@ -61,13 +61,8 @@ class JsonLines:
 
 class TrainingReport:
     """
-    Show losses, averaged over all processes, on a progress bar, in `losses.jsonl` and in the accelerator's tracker.
-
-    Args:
-        accelerator (`Accelerator`): Knows the processes and the trackers.
-        folder (`Path`): The folder for the records.
-        first_step, steps (`int`): The step that this run begins with, and the steps of the whole training.
-        every (`int`): Steps from one record to the next, and the last has one; looking at a loss makes a GPU wait.
+    Show losses, averaged over all processes, on a progress bar, in `losses.jsonl` of a folder and in the accelerator's
+    tracker, from `first_step` to the last of `steps`; `every` so many steps, because looking at a loss makes a GPU wait.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, first_step: int, steps: int, every: int):

@@ -34,15 +34,8 @@ def class_grid(
     pipe: HieraTokDiTPipeline, steps: int, guidance_scale: float, seed: int, *, rows: int = 4, classes: int = 10
 ) -> Image.Image:
     """
-    Show images of the first classes, a column a class, with white gaps; the noise is the same whatever the weights.
-
-    Args:
-        pipe (`HieraTokDiTPipeline`): The pipeline that makes the images.
-        steps (`int`): Steps of its scheduler.
-        guidance_scale (`float`): The `guidance_scale` of the pipeline.
-        seed (`int`): Seed of the noise.
-        rows (`int`, defaults to 4): Images of a class.
-        classes (`int`, defaults to 10): Most columns.
+    Show `rows` images of each of the first `classes`, a column a class, with white gaps; the noise is the same
+    whatever the weights.
     """
     labels = list(range(min(classes, pipe.num_classes))) * rows
     pipe.set_progress_bar_config(disable=True)

@@ -240,18 +240,12 @@ def state_to_resume(
     """
     Read the newest state of a script's `--output`, `None` where there is none.
 
-    Args:
-        folder (`Path`): Holds the states.
-        resume (`bool`): Whether `--resume` was given.
-        config (`dict`): Must be that of the state.
-        options (`dict`, *optional*): The script's, see `options_of`, with what the data is in place of where it lies;
-            what differs from those of the state is said.
-        allow_changes (`bool`, defaults to `False`): Go on even where they change what is trained.
-        say (callable, defaults to `print`): Given a line, also where there is no state or a training is finished.
+    `options` are those of the script, see `options_of`, with what the data is in place of where it lies. What differs
+    from those of the state is said, as are a state that is missing and a training that is finished.
 
     Raises:
         ValueError: There is one and `--resume` was not given, its `config` is another, its options are others that
-            change what is trained, or as `latest_state`.
+            change what is trained and `allow_changes` is not given, or as `latest_state`.
     """
     if not states_in(folder):
         if resume:
