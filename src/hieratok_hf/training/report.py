@@ -62,7 +62,7 @@ class JsonLines:
 class TrainingReport:
     """
     Show losses, averaged over all processes, on a progress bar, in `losses.jsonl` of a folder and in the accelerator's
-    tracker, from `first_step` to the last of `steps`; `every` so many steps, because looking at a loss makes a GPU wait.
+    tracker, from `first_step` to the last of `steps`, `every` so many: looking at a loss makes a GPU wait.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, first_step: int, steps: int, every: int):
