@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from hieratok_hf import HieraTokConfig, HieraTokCore, HieraTokDiTPipeline
 from hieratok_hf.cli.command_line import find_device
 from hieratok_hf.cli.parsing import add_device, make_parser
-from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
 # Tokenizers whose decoding is timed with random weights: name, side of the image, images on a CPU and on a GPU.
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         share = {k: round(value / seconds["4"], 4) for k, value in seconds.items()}
         costs.append({"size": size, "pixels": pixels, "images": batch, "of_full_decode": share})
 
-    pipe = HieraTokDiTPipeline.from_pretrained(resolve_model(args.model), dtype=torch.float32).to(device)
+    pipe = HieraTokDiTPipeline.from_pretrained(args.model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     labels = [i % pipe.num_classes for i in range(args.images)]

@@ -26,7 +26,6 @@ from measuring import (
 from hieratok_hf import SIZES, AutoencoderHieraTok
 from hieratok_hf.cli.command_line import find_device
 from hieratok_hf.cli.parsing import add_device, make_parser
-from hieratok_hf.shipped import resolve_model
 from hieratok_hf.utils.choices import SHIPPED
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +37,7 @@ def load(model: str, device: torch.device) -> AutoencoderHieraTok:
     if model in SIZES and model not in SHIPPED:
         torch.manual_seed(0)
         return AutoencoderHieraTok.from_size(model).to(device)
-    return AutoencoderHieraTok.from_pretrained(resolve_model(model)).eval().to(device)
+    return AutoencoderHieraTok.from_pretrained(model).eval().to(device)
 
 
 @torch.inference_mode()

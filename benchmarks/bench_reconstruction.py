@@ -23,7 +23,6 @@ from hieratok_hf.evaluation.metrics import FrechetDistance
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
-from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -160,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     about = describe_benchmark(device)
     print_machine(about)
     vision_model = args.vision_model or str(args.data / "mobilenet_v2_1.0_224")
-    codecs = {name: load_codec(resolve_model(name), device) for name in args.models}
+    codecs = {name: load_codec(name, device) for name in args.models}
     codes = {name: baselines(codec, args.data) for name, codec in codecs.items()}
     for data in args.sets:
         where, size = SETS[data]

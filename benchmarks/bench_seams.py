@@ -17,7 +17,6 @@ from hieratok_hf.evaluation.generation import GeneratedBatches, image_size
 from hieratok_hf.evaluation.metrics import border_steps, psnr
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
-from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -60,7 +59,7 @@ def measure_tokenizer(name: str, codec: Codec, batches: EvaluationBatches, devia
 
 def measure_pipeline(name: str, images: int, data: Path) -> dict[str, Any]:
     """The seams of a pipeline's images, and of real ones of that size."""
-    pipe = HieraTokDiTPipeline.from_pretrained(resolve_model(name), dtype=torch.float32)
+    pipe = HieraTokDiTPipeline.from_pretrained(name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     patch_size, size = pipe.vae.spatial_compression_ratio, image_size(pipe)
     made = GeneratedBatches(pipe, range(images), seed=0, batch_size=50, num_inference_steps=25, guidance_scale=3.0)
@@ -108,9 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "machine": describe_benchmark(torch.device("cpu")),
         "deviations": args.deviations,
-        "tokenizers": [
-            measure_tokenizer(name, load_codec(resolve_model(name)), batches, args.deviations) for name in args.models
-        ],
+        "tokenizers": [measure_tokenizer(name, load_codec(name), batches, args.deviations) for name in args.models],
         "generators": [measure_pipeline(name, args.images, args.data) for name in args.pipelines],
     }
     if args.json:

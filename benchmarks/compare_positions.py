@@ -18,7 +18,6 @@ from torch import Tensor
 from hieratok_hf import AutoencoderHieraTok, open_image
 from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.evaluation.metrics import psnr
-from hieratok_hf.shipped import resolve_model
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("128", "256", "512", "768x512", "1024")
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = sorted(args.kodak.glob("*.png"))[: args.images]
     if len(paths) < 4:
         parser.error(f"--kodak must hold four images or more, found {len(paths)} in {str(args.kodak)!r}")
-    original = AutoencoderHieraTok.from_pretrained(resolve_model(args.model)).eval()
+    original = AutoencoderHieraTok.from_pretrained(args.model).eval()
     patch_size = original.config.patch_size
 
     psnr_db: dict[str, dict[str, float]] = {variant: {} for variant in args.variants}

@@ -17,7 +17,6 @@ from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
 from hieratok_hf.models.core import posterior_of
 from hieratok_hf.models.losses import tokenizer_losses
-from hieratok_hf.shipped import resolve_model
 from hieratok_hf.training.pca_init import latent_statistics
 from hieratok_hf.training.state import learning_rate_factor
 from hieratok_hf.training.tokenizer_loss import step_noise
@@ -42,7 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     args = parse_args(argv)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    core = AutoencoderHieraTok.from_pretrained(resolve_model(args.model)).core.train()
+    core = AutoencoderHieraTok.from_pretrained(args.model).core.train()
     config = core.config
 
     # The linear path is at its best already, and moves slowly.
