@@ -29,15 +29,8 @@ def card_of(args: Namespace) -> dict[str, Any]:
         training = args.training.read_text(encoding="utf-8") if args.training else None
     except (OSError, ValueError) as error:
         raise Problem(f"--training {str(args.training)!r} cannot be read: {one_line(error)}") from error
-    return {
-        "results": reports,
-        "result_name": args.result_name,
-        "license": args.license,
-        "base_model": args.base_model,
-        "datasets": args.datasets,
-        "training": training,
-        "hardware": args.hardware,
-    }
+    facts = {name: getattr(args, name) for name in ("result_name", "license", "base_model", "datasets", "hardware")}
+    return {**facts, "results": reports, "training": training}
 
 
 def run(args: Namespace) -> list[str]:
@@ -56,18 +49,9 @@ def run(args: Namespace) -> list[str]:
             lines += [f"  {size:>12,}  {name}" for name, size in sizes.items()]
             left_out = [line for line in left_out if line.removeprefix("  left out: ") not in sizes]  # written anew
             return [*lines, *left_out, "the folder passes its load test; nothing was sent"]
-        told = push_folder(
-            folder,
-            args.repo_id,
-            private=args.private,
-            token=args.token,
-            revision=args.revision,
-            create_pr=args.create_pr,
-            commit_message=args.commit_message,
-            tags=args.tags,
-            card=card,
-            remote_code=not args.no_code,
-        )
+        names = ("private", "token", "revision", "create_pr", "commit_message", "tags")
+        options = {name: getattr(args, name) for name in names}
+        told = push_folder(folder, args.repo_id, card=card, remote_code=not args.no_code, **options)
     except (HubError, OSError, ValueError) as error:
         raise Problem(one_line(error)) from error
     return [*left_out, f"done: {told.pr_url or told.commit_url}"]

@@ -105,6 +105,8 @@ def _describe_folder(folder: Path, size: int | None) -> Facts:
         facts = {**_configuration(config, size), **weights, "libraries": _libraries(folder, config)}
     elif weights:
         facts = {"kind": "weights without a configuration", **weights}
+    if "libraries" in facts:
+        facts["libraries"]["model card"] = _sort_out({"README.md": (folder / "README.md").is_file()})
     if training := _training(folder):
         facts = {"kind": "training that has saved no model yet", **facts, "training": training}
     if not facts:
@@ -209,7 +211,6 @@ def _pipeline(folder: Path, index: Facts, size: int | None) -> Facts:
         libraries["without hieratok_hf"] = _sort_out(
             {file: x and (folder / file).is_file() for file, x in code.items()}
         )
-    libraries["model card"] = _sort_out({"README.md": (folder / "README.md").is_file()})
     labels = index.get("id2label")
     classes = {"classes": [*labels.values()]} if isinstance(labels, dict) and labels else {}
     return {"kind": f"pipeline {name}", "parts": parts, **classes, "libraries": libraries}
@@ -231,7 +232,6 @@ def _libraries(folder: Path, config: Facts) -> dict[str, dict[str, list[str]]]:
     if config.get("model_type") == "hieratok":
         code = "modeling_hieratok.py"
         libraries["without hieratok_hf"] = _sort_out({code: "auto_map" in config and (folder / code).is_file()})
-    libraries["model card"] = _sort_out({"README.md": (folder / "README.md").is_file()})
     return libraries
 
 

@@ -6,13 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # on Windows, where what a killed process leaves stays
-    fcntl = None
+from ..utils.files import fcntl
 
 __all__ = ["scratch_folder"]
 

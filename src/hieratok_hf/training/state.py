@@ -20,12 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..utils.files import remove_leftovers, write_whole
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from ..utils.files import fcntl, remove_leftovers, write_whole
 
 __all__ = [
     "TrainingState",

@@ -15,7 +15,7 @@ def add_sampling(parser: Parser) -> None:
     add("--steps", type=whole(1, 100_000), default=50, help="steps of the scheduler")
     add("--guidance_scale", type=real(-math.inf), default=4.0, help="strength of the guidance; 1 is none")
     interval = "shares of noise between which guidance acts, from 0, clean, to 1"
-    add("--guidance_interval", type=real(0, 1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help=interval)
+    parser.add_range(add, "--guidance_interval", (0.0, 1.0), interval)
     add("--seed", type=seed, default=0, help="seed of all noise")
     add("--batch_size", type=positive, default=16, help="images of a batch, in each process")
     add_device(parser)
