@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hieratok_hf.data.manifests import checksum_of, is_count, is_number, is_text, read_manifest, write_manifest
+from hieratok_hf.data.manifests import checksum_of, is_count, is_number, is_text, read_manifest, settle, write_manifest
 
 SCHEMA = {"rows": is_count(1), "name": is_text}
 SETTINGS = {"format": 3, "rows": 7, "name": "é", "more": [1, None]}
@@ -53,3 +53,17 @@ def test_an_entry_that_is_missing_or_wrong_is_named_whatever_the_checksum(tmp_pa
 def test_numbers_are_finite_and_of_a_size_to_work_with():
     assert is_number(0) and is_number(-1.5)
     assert not any(map(is_number, (True, "1", None, 1e9, float("nan"), float("inf"))))
+
+
+def test_a_folder_of_shards_goes_on_only_as_what_it_is(tmp_path):
+    path = tmp_path / "new" / "box.json"
+    settle(path, "box", None, SETTINGS)
+    assert read(path) == SETTINGS
+    settle(path, "box", SETTINGS, dict(SETTINGS))
+    with pytest.raises(ValueError, match="holds another box: rows 7, not 8; other buckets"):
+        settle(path, "box", SETTINGS, {**SETTINGS, "rows": 8, "buckets": [1]})
+    path.unlink()
+    (path.parent / "shard-00000.tar").touch()
+    with pytest.raises(ValueError, match=r"holds shards, but no box\.json"):
+        settle(path, "box", None, SETTINGS)
+    assert not path.exists()
