@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..hub.describe import Facts, describe
-from .outputs import check_writable, write_report
+from .outputs import check_writable, identify, write_report
 from .terminal import Problem, align_table, one_line, run_script
 
 __all__ = ["main", "run", "show"]
@@ -127,14 +127,18 @@ def _text(value: Any) -> str:
 def run(args: Namespace) -> list[str]:
     """Describe `args.what`, and write what there is to say to `args.json` as well, where that is given."""
     if args.json is not None:
-        check_writable("--json", args.json, overwrite=args.overwrite)
+        inputs = identify([args.what, f"{args.what}/*"])
+        check_writable("--json", args.json, overwrite=args.overwrite, inputs=inputs)
     try:
         facts = describe(args.what, args.size)
+        lines = show(facts)
     except (OSError, ValueError) as error:
         raise Problem(one_line(error)) from error
+    except (ArithmeticError, RecursionError) as error:
+        raise Problem(f"{args.what!r} holds values that cannot be shown: {one_line(error)}") from error
     if args.json is not None:
         write_report(args.json, facts)
-    return show(facts)
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

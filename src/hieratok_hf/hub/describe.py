@@ -68,7 +68,7 @@ def describe(name: str, size: int | None = None) -> Facts:
             facts = {"kind": "size of a tokenizer", "note": no_weights(name), **_tokenizer(SIZES[name], size)}
         else:
             facts = _describe_folder(place, size) if place.is_dir() else _describe_file(place, size)
-    except (AttributeError, LookupError, RecursionError, SafetensorError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, SafetensorError, TypeError) as error:
         raise ValueError(f"{name!r} is damaged: {' '.join(str(error).split())}") from error
     return {"name": name, "place": None if place is None else str(place), **facts}
 
@@ -187,7 +187,8 @@ def _statistics(config: Facts) -> Facts:
 def _pipeline(folder: Path, index: Facts, size: int | None) -> Facts:
     """Describe a pipeline of diffusers, part by part."""
     pairs = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
-    if bad := [name for name, value in pairs.items() if len(value) != 2]:
+    bad = [name for name, value in pairs.items() if value != [None, None] and [*map(type, value)] != [str, str]]
+    if bad:
         raise ValueError(f"{str(folder / 'model_index.json')!r} is damaged: {bad[0]!r} must be a library and a class.")
     parts: dict[str, Facts] = {}
     files, code = {"model_index.json": True}, {}
@@ -257,6 +258,8 @@ def _weights(folder: Path) -> Facts:
 
 def read_tensors(path: Path) -> dict[str, Facts]:
     """Read shapes and dtypes of all tensors from the header of a file."""
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise ValueError(f"{str(path)!r} is no file.")
     tensors = {}
     with safe_open(path, "np") as file:
         for name in file.keys():  # noqa: SIM118
