@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..utils.extras import EXTRAS, missing_extra
 from .arguments import generation, images, latents, training, weights
 from .parsing import Parser, make_parser
-from .terminal import complain, end
+from .terminal import complain, end, suit_terminal
 
 __all__ = ["COMMANDS", "main", "parse"]
 
@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None, load_package: Callable[[], None] | N
 
 def _explain(given: list[str]) -> int:
     """Answer what names no command: with the list, the version, or the nearest name."""
+    suit_terminal()
     first, *rest = given or ["--help"]
     if first == "--version":
         return end([f"hieratok_hf {version('hieratok_hf')}"])

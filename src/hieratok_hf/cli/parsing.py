@@ -7,14 +7,13 @@ Nothing here imports torch, so that `--help` and errors of typing come at once.
 import contextlib
 import json
 import math
-import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .terminal import complain, end, one_line
+from .terminal import complain, end, one_line, suit_terminal
 
 if TYPE_CHECKING:
     import torch
@@ -96,12 +95,7 @@ def _short(text: str) -> str:
 
 def make_parser(description: str | None, prog: str | None = None) -> "Parser":
     """Make a parser whose help shows the default of every option that has one; what it prints suits any terminal."""
-    for name in ("stdout", "stderr"):
-        stream: Any = getattr(sys, name)
-        if stream is None:  # it was closed before Python began
-            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115 (open as long as the process)
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    suit_terminal()
     return Parser(prog, description=description)
 
 

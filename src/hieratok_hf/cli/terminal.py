@@ -9,11 +9,21 @@ from typing import Any
 
 from ..utils.extras import MissingExtra
 
-__all__ = ["Problem", "align_table", "complain", "end", "one_line", "run_script", "show_on", "tell_failures"]
+__all__ = ["Problem", "align_table", "complain", "end", "one_line", "run_script", "show_on", "suit_terminal", "tell_failures"]
 
 
 class Problem(Exception):
     """Say in one line why a request of the user cannot be met."""
+
+
+def suit_terminal() -> None:
+    """Let what is printed suit any terminal, or none."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:  # it was closed before Python began
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115 (open as long as the process)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def one_line(error: BaseException) -> str:
