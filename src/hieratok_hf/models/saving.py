@@ -117,7 +117,7 @@ def stage_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     target.mkdir(parents=True, exist_ok=True)
     try:
         with name_when_full(target), _alone(target):
-            for killed in target.glob(f"{_STAGE}*"):
+            for killed in filter(_is_own, target.glob(f"{_STAGE}*")):  # to remove a pipe would wait for ever
                 shutil.rmtree(killed, ignore_errors=True)
             stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=target))
             try:
