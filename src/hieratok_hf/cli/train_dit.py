@@ -78,7 +78,9 @@ def train(args: Namespace) -> None:
         options["latents"] = cache.fingerprint  # wherever they lie
         shape, names = cache.latent_shape, given_names or cache.class_names
         num_classes = len(names) or int(cache.labels.max()) + 1
-        if int(cache.labels.min()) < 0 or int(cache.labels.max()) >= num_classes:
+        if int(cache.labels.min()) < 0:
+            raise ValueError(f"--latents {str(args.latents)!r} holds images without labels.")
+        if int(cache.labels.max()) >= num_classes:
             raise ValueError(f"The labels of --latents {str(args.latents)!r} must be from 0 to {num_classes - 1}.")
         batches = partial(iterate_cached, cache)
     else:
