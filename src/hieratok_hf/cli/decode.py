@@ -16,7 +16,7 @@ from ..utils.images import encode_image
 from .command_line import autocast, find_device, load_or_explain
 from .encode import enable_tiling
 from .main import parse
-from .outputs import check_writable, write_or_explain
+from .outputs import check_writable, lies_in, write_or_explain
 from .terminal import Problem, one_line, run_script, tell_failures
 
 MARK = ".hieratok-decode"  # a file that is there as long as others are missing
@@ -40,6 +40,8 @@ def open_archive(args: Namespace) -> tuple[LatentArchive, Codec]:
     if args.scales and not (args.scales <= count if is_free else args.scales == count):
         expected = f"from 1 to {count}" if is_free else f"{count}, all that the model has"
         raise Problem(f"--scales must be {expected}, got {args.scales}")
+    if codec.core is None:
+        args.scales = None
     return archive, codec
 
 
@@ -50,30 +52,48 @@ def name_files(names: Sequence[str], file_format: str) -> list[str]:
     suffixes = (".jpg", ".jpeg") if file_format == "jpeg" else (f".{file_format}",)
     paths = [PurePosixPath(name) for name in names]
     plain = [str(path if path.suffix.lower() in suffixes else path.with_suffix(suffixes[0])) for path in paths]
-    taken = Counter([*plain, *{str(parent) for path in paths for parent in path.parents}])
-    return [new if new == name or taken[new] == 1 else name + suffixes[0] for name, new in zip(names, plain)]
+    counts = Counter(plain)
+    taken = {new for name, new in zip(names, plain) if new == name}
+    taken |= {str(parent) for path in paths for parent in path.parents}
+    files = []
+    for name, new in zip(names, plain):
+        if new != name:
+            new = name + suffixes[0] if counts[new] > 1 or new in taken else new
+            while new in taken:
+                new += suffixes[0]
+            taken.add(new)
+        files.append(new)
+    return files
 
 
 def run(args: Namespace) -> tuple[list[str], int]:
     """Write the files, and return the lines to print and the exit status, 1 where an image failed."""
-    root, where = args.folder.resolve(), f"FOLDER {str(args.folder)!r}"
-    if root.is_relative_to(args.archive.resolve()):
+    where = f"FOLDER {str(args.folder)!r}"
+    if lies_in(args.folder, args.archive):
         raise Problem(f"{where} must not lie in ARCHIVE {str(args.archive)!r}")
     archive, codec = open_archive(args)
     paths = [args.folder / name for name in name_files([x.name for x in archive.records], args.format)]
     options = [archive.fingerprint, *(getattr(args, name) for name in OPTIONS)]
     mark, token = args.folder / MARK, hashlib.sha256(json.dumps(options).encode()).hexdigest().encode()
-    is_begun = not args.overwrite and mark.is_file() and mark.read_bytes() == token
+    try:
+        is_own = mark.is_file() and mark.read_bytes() == token
+        there = [path for path in paths if path.is_file()]
+    except OSError as error:  # of a name that is too long, too
+        raise Problem(f"{where} cannot be written: {one_line(error)}") from error
     for path in [mark, *paths]:
-        if not path.resolve().is_relative_to(root):
+        if not lies_in(path, args.folder):
             raise Problem(f"{where}: {str(path)!r} leads out of it by a link")
         if os.path.lexists(path) and not path.is_file():
             raise Problem(f"{where}: {str(path)!r} cannot be written: it is no file")
-        if path != mark and path.is_file() and not (is_begun or args.overwrite):
-            raise Problem(f"{where}: {str(path)!r} is there already: add --overwrite, or take another folder")
+    is_begun = is_own and not args.overwrite
+    if there and not (is_own or args.overwrite):
+        raise Problem(f"{where}: {str(there[0])!r} is there already: add --overwrite, or take another folder")
     for folder in dict.fromkeys([args.folder, *(path.parent for path in paths)]):
         check_writable("FOLDER", folder, folder=True)
-    write_or_explain("FOLDER", mark, token)
+    if is_own or not there:
+        write_or_explain("FOLDER", mark, token)
+    else:  # what is there is not of this decoding, and after a kill nobody could tell
+        mark.unlink(missing_ok=True)
 
     failures: dict[str, str] = {}
     made = 0
@@ -94,10 +114,10 @@ def run(args: Namespace) -> tuple[list[str], int]:
     except (OSError, ValueError) as error:
         raise Problem(f"ARCHIVE {str(args.archive)!r} cannot be read: {one_line(error)}") from error
     if not failures:
-        mark.unlink()
+        mark.unlink(missing_ok=True)  # another process may have decoded the rest
     tell_failures(failures)
-    there = len(paths) - made - len(failures)
-    told = f"{made} images written to {str(args.folder)!r}, {there} were there, {len(failures)} failed"
+    passed = len(paths) - made - len(failures)
+    told = f"{made} images written to {str(args.folder)!r}, {passed} were there, {len(failures)} failed"
     return [told], 1 if failures else 0
 
 

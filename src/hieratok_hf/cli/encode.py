@@ -9,6 +9,7 @@ from ..data.latent_archive import write_archive
 from ..models.autoencoder_adapter import Codec, load_codec
 from .command_line import autocast, find_device, load_or_explain
 from .main import parse
+from .outputs import lies_in
 from .terminal import Problem, one_line, run_script, show_on, tell_failures
 
 
@@ -23,7 +24,7 @@ def enable_tiling(codec: Codec) -> None:
 def run(args: Namespace) -> tuple[list[str], int]:
     """Write the archive, and return the lines to print and the exit status, 1 where an image was left out."""
     names = f"FOLDER {str(args.folder)!r} to ARCHIVE {str(args.archive)!r}"
-    if args.archive.resolve().is_relative_to(args.folder.resolve()):
+    if lies_in(args.archive, args.folder):
         raise Problem(f"{names}: the archive must not lie in the folder")
     device = find_device(args)
     codec: Codec = load_or_explain(load_codec, "--model", args.model, device)

@@ -12,7 +12,7 @@ from typing import Any
 from ..utils.files import write_whole
 from .terminal import Problem, one_line
 
-__all__ = ["check_writable", "identify", "write_or_explain", "write_report"]
+__all__ = ["check_writable", "identify", "lies_in", "write_or_explain", "write_report"]
 
 
 def check_writable(
@@ -28,9 +28,10 @@ def check_writable(
         parent = path if folder else path.parent
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
+        is_there = path.exists() or path.is_symlink()  # OSError of a name that is too long
     except (OSError, ValueError) as error:  # ValueError of a zero byte
         raise Problem(f"{where} cannot be written: {one_line(error)}") from error
-    if folder or not (path.exists() or path.is_symlink()):
+    if folder or not is_there:
         return
     if not path.is_file():
         raise Problem(f"{where} cannot be written: it is a {'folder' if path.is_dir() else 'link or a device'}")
@@ -48,6 +49,11 @@ def identify(sources: Iterable[str | Path]) -> set[tuple[int, int]]:
             facts = os.stat(path)
             found.add((facts.st_dev, facts.st_ino))
     return found
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Tell whether a path is a folder or lies in it, wherever links lead."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def write_or_explain(option: str, path: Path, content: bytes) -> None:

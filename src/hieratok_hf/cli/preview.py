@@ -29,7 +29,7 @@ def make_sheet(records: list[tuple[str, Image.Image]], columns: int, side: int) 
         panel = image.resize([max(1, round(length * factor)) for length in image.size], Image.Resampling.BICUBIC)
         sheet.paste(panel, (left + (side - panel.width) // 2, top + (side - panel.height) // 2))
         name = label = repr(name)[1:-1]  # a line break would not stay within its line
-        while font.getlength(label) > side:
+        while name and font.getlength(label) > side:
             name = name[1:]
             label = f"...{name}"
         draw.text((left, top + side), label, fill="black", font=font)
@@ -49,10 +49,11 @@ def run(args: Namespace) -> list[str]:
     shown = tqdm(islice(archive, count), total=count, unit="image", dynamic_ncols=True, leave=False)
     try:
         records = [(record.name, decode_record(codec, record, latent, scales)) for record, latent in shown]
-    except (OSError, ValueError) as error:
-        raise Problem(f"ARCHIVE {str(args.archive)!r} cannot be shown: {one_line(error)}") from error
-    sheet = make_sheet(records, args.columns, args.side)
-    write_or_explain("SHEET", args.sheet, encode_image(sheet, args.sheet.name))
+        content = encode_image(make_sheet(records, args.columns, args.side), args.sheet.name)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
+        message = f"ARCHIVE {str(args.archive)!r} cannot be shown on {str(args.sheet)!r}: {one_line(error)}"
+        raise Problem(message) from error
+    write_or_explain("SHEET", args.sheet, content)
     return [f"{count} of {len(archive)} images on {str(args.sheet)!r}"]
 
 

@@ -9,7 +9,17 @@ from typing import Any
 
 from ..utils.extras import MissingExtra
 
-__all__ = ["Problem", "align_table", "complain", "end", "one_line", "run_script", "show_on", "suit_terminal", "tell_failures"]
+__all__ = [
+    "Problem",
+    "align_table",
+    "complain",
+    "end",
+    "one_line",
+    "run_script",
+    "show_on",
+    "suit_terminal",
+    "tell_failures",
+]
 
 
 class Problem(Exception):

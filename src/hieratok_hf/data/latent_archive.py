@@ -1,5 +1,6 @@
 """An archive of the images in a folder: latents of any sizes, with what it takes to make files of them again."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -37,6 +38,7 @@ SETTINGS_FILE = "archive.json"
 
 _PROBE = 64  # pixels a side of the image that tells the size of a cell
 _SAMPLED = 1000  # images whose content tells one folder from another
+_LONGEST_NAME = 255  # bytes of a file's name that every system takes
 
 _SCHEMA = {
     "file_format": lambda value: value in tuple(ARCHIVE_FORMATS),
@@ -60,11 +62,14 @@ Made = TypeVar("Made")
 
 
 def _is_name(value: Any) -> bool:
-    """Tell whether a value is the name of an image below a folder, on any system, and leads nowhere else."""
+    """Tell whether a value is the name of an image below a folder, on any system, that is not hidden."""
     if not isinstance(value, str) or "\0" in value or not is_image(value):
         return False
     parts = value.replace(os.sep, "/").split("/")
-    return not {"", ".", ".."} & {*parts} and not os.path.splitdrive(value)[0]
+    is_utf8 = value.encode(errors="ignore").decode() == value
+    if not is_utf8 or os.path.splitdrive(value)[0]:
+        return False
+    return all(part and part[0] != "." and len(part.encode()) <= _LONGEST_NAME for part in parts)
 
 
 def _is_record(value: Any) -> bool:
@@ -209,8 +214,9 @@ def _digest_of(source: Path, names: Sequence[str]) -> str:
         path = source / name
         is_there = path.is_file()  # a link to nothing is told of where it is read
         digest.update(repr((name, path.stat().st_size if is_there else -1)).encode())
-        if index in sampled and is_there and os.access(path, os.R_OK):
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        if index in sampled and is_there:
+            with contextlib.suppress(OSError):  # so is what cannot be read
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
