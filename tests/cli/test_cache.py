@@ -85,7 +85,7 @@ def test_what_it_prints_and_writes(run, tmp_path, capsys):
     assert run(tmp_path / "new" / "latents", *options) == 0
     left_out, summary = capsys.readouterr().out.strip().splitlines()
     assert re.match(r"left out: '.*005\.png': cannot be decoded", left_out)
-    assert re.fullmatch(r"11 images in 3 shards, 1 left out; 11 encoded now at \d+\.\d images/s", summary)
+    assert re.fullmatch(r"11 images in '.*latents', 1 left out; 11 encoded now at \d+\.\d images/s", summary)
     shards = shards_in(tmp_path / "new" / "latents").values()
     assert {(x["moments"].dtype, tuple(x["moments"].shape[1:]), len(x)) for x in shards} == {
         (torch.bfloat16, (8, 4, 4), 3)

@@ -58,7 +58,7 @@ def test_what_it_prints_and_writes(run, space, tmp_path, capsys):
     options = ["--tiling", "--format", "webdataset", "--shard_size", 4, "--dtype", "float32", "--fit", "crop"]
     assert run(tmp_path / "new" / "archive", *options) == 1
     out, err = capsys.readouterr()
-    assert out == "6 images in 3 shards, 3 failed; 6 encoded now\n"
+    assert out == f"6 images in {str(tmp_path / 'new' / 'archive')!r}, 3 failed; 6 encoded now\n"
     names = re.findall(r"[\r\n]failed: '(.*?)': ", err)
     assert sorted(names) == sorted([*BROKEN, "c 1/dot.png"])
     archive = LatentArchive(tmp_path / "new" / "archive")

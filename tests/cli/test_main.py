@@ -44,8 +44,9 @@ def test_help_tells_of_every_argument_and_its_default(parser, monkeypatch):
     for action in parser._actions:
         assert action.help, action.dest
         shown = "" if action.help == argparse.SUPPRESS else parser._get_formatter()._expand_help(action)
-        if action.default not in (None, argparse.SUPPRESS, []) and not isinstance(action.default, bool) and shown:
-            assert str(action.default) in shown, action.dest
+        if action.default not in (None, argparse.SUPPRESS, [], {}) and not isinstance(action.default, bool) and shown:
+            values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+            assert " ".join(map(str, values)) in shown, action.dest
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -66,6 +67,7 @@ def test_the_list_has_every_command_under_its_group(given, capsys):
     for name, command in COMMANDS.items():
         assert re.search(rf"^{command.group}:\n(?:  .*\n)*?  {name} +{re.escape(command.summary)}$", told, re.M), name
     assert main(["convert", "--help"]) == 0 and "reconstruct" not in capsys.readouterr().out
+    assert "--version" in told
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import random_core
-from latent_data import make_images, tiny_kl
+from latent_data import make_images, make_mixed_images, tiny_kl
 from safetensors.torch import save_file
 from tiny_pipelines import make_pipeline
 
@@ -130,6 +130,10 @@ def test_latents_whole_and_unfinished(tmp_path):
     assert facts["shards"]["there"] == facts["shards"]["wanted"] == 3
     (tmp_path / "latents" / "shard-00001.safetensors").unlink()
     assert describe(str(tmp_path / "latents" / "cache.json"))["shards"]["there"] == 2
+    mixed = load_images(str(make_mixed_images(tmp_path / "mixed", broken=None)))
+    write_latents(random_core(), mixed, tmp_path / "buckets", size=32, shard_size=4, max_aspect=2.0, multiple=8)
+    shards = describe(str(tmp_path / "buckets"))["shards"]
+    assert shards["there"] == shards["wanted"] == 2 + 3 + 1  # 6, 9 and 4 images
 
 
 def test_a_training_is_told_by_its_states_and_last_records(saved, tmp_path):

@@ -32,7 +32,7 @@ def run(args: Namespace, state: PartialState) -> list[str]:
         except (OSError, ValueError) as error:
             message = f"{args.model!r} and {images.source} to --output {str(args.output)!r}: {one_line(error)}"
             raise Problem(message) from error
-    counts = f"{summary['images']} images in {summary['shards']} shards, {len(summary['skipped'])} left out"
+    counts = f"{summary['images']} images in {str(args.output)!r}, {len(summary['skipped'])} left out"
     rate = f"{summary['encoded']} encoded now at {summary['encoded'] / max(summary['seconds'], 1e-9):.1f} images/s"
     return [*(f"left out: {reason}" for reason in summary["skipped"].values()), f"{counts}; {rate}"]
 

@@ -39,7 +39,7 @@ def run(args: Namespace) -> tuple[list[str], int]:
             raise Problem(f"{names}: {one_line(error)}") from error
     skipped = summary["skipped"]
     tell_failures(skipped)
-    counts = f"{summary['records']} images in {summary['shards']} shards, {len(skipped)} failed"
+    counts = f"{summary['records']} images in {str(args.archive)!r}, {len(skipped)} failed"
     return [f"{counts}; {summary['encoded']} encoded now"], 1 if skipped else 0
 
 

@@ -72,7 +72,8 @@ def _help(prefix: str) -> str:
     for group in dict.fromkeys(command.group for command in found.values()):
         lines += ["", f"{group}:"]
         lines += [f"  {name:{width}}{command.summary}" for name, command in found.items() if command.group == group]
-    return "\n".join([*lines, "", f"`hieratok {prefix}COMMAND --help` tells what a command takes."])
+    lines += ["", f"`hieratok {prefix}COMMAND --help` tells what a command takes, `hieratok --version` the version."]
+    return "\n".join(lines)
 
 
 def _complete() -> None:

@@ -162,8 +162,12 @@ class Parser(ArgumentParser):
 
 class _ShowDefaults(ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: Action) -> str | None:
-        nothing = action.default is None or isinstance(action.default, bool)
-        return action.help if nothing else super()._get_help_string(action)
+        default = action.default
+        if default is None or isinstance(default, bool) or default in ([], {}):
+            return action.help
+        if isinstance(default, (list, tuple)):  # as it is typed
+            return f"{action.help} (default: {' '.join(map(str, default))})"
+        return super()._get_help_string(action)
 
 
 def add_data(add: Callable[..., Any], while_doing: str, **options: Any) -> None:

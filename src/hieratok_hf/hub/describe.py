@@ -284,8 +284,9 @@ def _manifest(path: Path) -> Facts:
     facts = {"kind": _MANIFESTS[path.name], "manifest": entries}
     if "shard_size" in entries:
         shards = [shard for shard in sorted(path.parent.glob("shard-*")) if _SHARD.fullmatch(shard.name)]
-        rows = entries["rows"]  # unknown as long as a stream has not come to its end
-        wanted = None if rows is None else math.ceil(rows / max(entries["shard_size"], 1))
+        groups = [group["rows"] for group in entries.get("buckets", [entries])]  # a shard holds one bucket's alone
+        is_known = None not in groups  # not as long as a stream has not come to its end
+        wanted = sum(math.ceil(rows / max(entries["shard_size"], 1)) for rows in groups) if is_known else None
         size = sum(shard.stat().st_size for shard in shards)
         facts["shards"] = {"there": len(shards), "wanted": wanted, "bytes": size}
     return facts
