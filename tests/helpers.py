@@ -1,6 +1,7 @@
 """Tiny configurations and models with weights that are random everywhere, shared by the tests."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,22 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """All that lies in a folder, by relative name; files with their contents."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+class Bomb:
+    """What a hostile file may hold: unpickling it makes a folder."""
+
+    def __init__(self, path: Path | str = "victim"):
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (self.path,)
 
 
 def temporary_of(path: Path) -> Path:

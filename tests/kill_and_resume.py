@@ -28,14 +28,15 @@ class HalfAndDie:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def start(script: ModuleType, arguments: list[str], folder: Path, world: int, cut: int) -> list[int]:
+def start(
+    script: ModuleType, arguments: list[str], folder: Path, world: int, cut: int, environment: dict[str, str]
+) -> list[int]:
     """Start processes as torchrun does; with `cut` they die in the middle of writing their n-th file."""
-    environment = {}
     if world > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        environment = {"WORLD_SIZE": str(world), **address}
+        environment = {"WORLD_SIZE": str(world), **address, **environment}
     children = []
     for rank in range(world):
         if (child := os.fork()) == 0:
@@ -57,7 +58,8 @@ def main() -> None:
     Run a script as often as is told, and print as JSON how each run ended.
 
     The arguments are the script, a pattern of the files in its output folder that grow, and runs: `arguments`, and if
-    given `world`, `cut`, and `kill`, the most seconds after those files grew at which its processes are killed.
+    given `world`, `environment`, `cut`, and `kill`, the most seconds after those files grew at which its processes are
+    killed.
     """
     path, watch, runs = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     for slow in ("diffusers.models.autoencoders.autoencoder_kl", "hieratok_hf", "torch.distributed"):
@@ -71,7 +73,8 @@ def main() -> None:
             return sum(file.stat().st_size for file in folder.glob(watch))
 
         before, deadline = size(), time.perf_counter() + 60
-        children = start(script, run["arguments"], folder, run.get("world", 1), run.get("cut", 0))
+        given = run.get("world", 1), run.get("cut", 0), run.get("environment", {})
+        children = start(script, run["arguments"], folder, *given)
         if "kill" in run:
             while size() == before and time.perf_counter() < deadline:
                 time.sleep(0.001)

@@ -23,10 +23,10 @@ from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 SHARDED, ONE_FILE = {"max_shard_size": "200KB"}, {}
 # How the older model was saved, how the new one is, at how many random moments it dies, and if at all critical ones.
 KINDS = {
-    "one file": (ONE_FILE, ONE_FILE, 4, False),
-    "shards": (None, SHARDED, 4, False),
-    "shards over shards": (SHARDED, SHARDED, 4, True),
-    "one file over shards": (SHARDED, ONE_FILE, 3, False),
+    "one file": (ONE_FILE, ONE_FILE, 2, False),
+    "shards": (None, SHARDED, 2, False),
+    "shards over shards": (SHARDED, SHARDED, 2, True),
+    "one file over shards": (SHARDED, ONE_FILE, 2, False),
 }
 
 

@@ -49,7 +49,3 @@ def tiny_without_posterior():
 def shards_in(folder):
     """The tensors of every shard, by the name of its file."""
     return {path.name: load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))}
-
-
-def bytes_in(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -2,13 +2,15 @@
 
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,6 +60,21 @@ def run_training(script: ModuleType, arguments: list[str]) -> list[dict[str, Any
     forget_processes()
     assert script.main(arguments) == 0
     return records(Path(arguments[arguments.index("--output") + 1]))
+
+
+@contextmanager
+def interrupted(owner: type, name: str, call: int) -> Iterator[None]:
+    """Within it, a call of a method is interrupted as by Ctrl-C: the first, the second ..."""
+    plain, calls = getattr(owner, name), itertools.count(1)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return plain(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, watched)
+        yield
 
 
 def records(output: Path, name: str = "losses.jsonl") -> list[dict[str, Any]]:
@@ -121,14 +138,14 @@ def save_vision_model(folder: Path, kind: type = MobileNetV2Model, **config: Any
     return folder
 
 
-def two_processes(script: ModuleType, arguments: list[Any], cache: Path, shard: bool = False) -> tuple[str, str]:
+def two_processes(script: ModuleType, arguments: list[Any], cache: Path) -> tuple[str, str]:
     """What the first and the second of two processes of a script print; both must end well."""
     command = [*command_of(script), *map(str, arguments)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         # What torchrun tells its processes; starting it as well would take as long as all else.
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    environment = {**os.environ, **CHILD, **group, **(FSDP if shard else {}), "HF_DATASETS_CACHE": str(cache)}
+    environment = {**os.environ, **CHILD, **group, "HF_DATASETS_CACHE": str(cache)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
         subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"

@@ -139,8 +139,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 @by_class
-@pytest.mark.parametrize("kind", [str, Path])
-@pytest.mark.parametrize("is_offline", [True, False], ids=["offline", "online"])
+@pytest.mark.parametrize(("kind", "is_offline"), [(str, True), (Path, False)], ids=["offline", "online"])
 def test_names_that_ship_load_without_a_network(loader, name, kind, is_offline, empty_folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
     start = time.perf_counter()

@@ -17,6 +17,7 @@ COMMANDS = """
 reconstruct images --output sheets --json sheets/figures.json
 evaluate --data images --size 32 --no_fid --no_ssim --json evaluation.json
 info hieratok-tiny
+info hieratok-tiny-16x
 encode images archive
 info archive
 preview archive preview.png
@@ -36,7 +37,9 @@ import json, sys
 from accelerate.state import AcceleratorState
 import hieratok_hf
 from hieratok_hf.cli.main import main
-print(hieratok_hf.__file__)
+from transformers import AutoImageProcessor, AutoModel
+folder = hieratok_hf.pretrained("hieratok-tiny")
+print(hieratok_hf.__file__, type(AutoModel.from_pretrained(folder)), AutoImageProcessor.from_pretrained(folder))
 for command in json.loads(sys.argv[1]):
     AcceleratorState._reset_state(reset_partial_state=True)
     status = main(command)
@@ -50,7 +53,9 @@ def test_every_command_works_from_the_wheel_alone(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    with zipfile.ZipFile(wheel) as archive:
+        assert {"hieratok_hf/py.typed", "hieratok_hf/hub/card_template.md"} <= {*archive.namelist()}
+        archive.extractall(tmp_path / "site")
     work, rng = tmp_path / "work", np.random.default_rng(0)
     for index in range(20):
         folder = work / "images" / "ab"[index % 2]

@@ -8,8 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from full_disk import full_disk
-from helpers import DETOK, TINY, images, noise, random_core
+from helpers import DETOK, TINY, Bomb, images, noise, random_core
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -57,19 +56,6 @@ class Conversion:
 @pytest.fixture
 def script(load_conversion, tmp_path, capsys):
     return Conversion(load_conversion("convert_checkpoint").main, tmp_path, capsys)
-
-
-@pytest.mark.parametrize("size", [100, 3000, 30_000])
-def test_on_a_full_disk_nothing_is_left(script, size):
-    torch.save(random_core().state_dict(), script.raw)
-    with full_disk(size):
-        assert "cannot be converted to" in script.refuse()
-    script.convert()
-    with full_disk(size):
-        more = ["--to_raw"]
-        assert "cannot be converted to" in script.refuse(
-            *more, source=script.out, out=script.folder / "a.safetensors", config=False
-        )
 
 
 def prefixed(core, prefix):
@@ -360,20 +346,10 @@ def test_shards_that_hold_the_same_tensor_are_refused(script, tmp_path):
     assert "z.safetensors' holds 'encoder.head.bias'" in script.refuse(source=tmp_path / "raw")
 
 
-class Writes:
-    """Unpickling it would make a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize(("suffix", "zipped"), [(".pt", True), (".ckpt", False)])
 def test_code_in_a_checkpoint_is_not_run(script, tmp_path, suffix, zipped):
     raw = script.raw.with_suffix(suffix)
-    hostile = {"model": random_core().state_dict(), "more": Writes(tmp_path / "written")}
+    hostile = {"model": random_core().state_dict(), "more": Bomb(tmp_path / "written")}
     torch.save(hostile, raw, _use_new_zipfile_serialization=zipped)
     told = script.refuse(source=raw)
     assert "posix.mkdir, which is code" in told and "weights_only" not in told

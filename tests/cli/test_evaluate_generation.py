@@ -8,7 +8,7 @@ import pytest
 import torch
 from image_files import noise
 from PIL import Image
-from scripts import error_of, load_script, tables_in, two_processes, usage_error, with_defaults
+from scripts import error_of, load_script, tables_in, two_processes, with_defaults
 from tiny_pipelines import tiny_pipeline
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -155,9 +155,3 @@ def test_bad_input_is_one_line_and_no_file(given, message, space, capsys, tmp_pa
     assert script.main(arguments(space, *given)) == 2
     assert re.match(f"error: .*{message}", error_of(capsys))
     assert not list(tmp_path.iterdir())
-
-
-def test_bad_arguments_are_refused_by_the_command_line(capsys):
-    assert "--fid_size needs --fid_model" in usage_error(capsys, script.main, "--fid_size", 64)
-    labels = ["--classifier", "x", "--classifier_labels", "a"]
-    assert "argument --classifier_labels: " in usage_error(capsys, script.main, *labels)

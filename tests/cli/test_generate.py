@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw, ImageFont
-from scripts import error_of, load_script, usage_error, with_defaults
+from scripts import error_of, load_script, with_defaults
 from tiny_pipelines import make_pipeline, tiny_pipeline
 
 from hieratok_hf.evaluation.generation import number_images
@@ -143,7 +143,3 @@ def test_bad_input_is_one_line_and_no_file(given, message, run, capsys, tmp_path
     assert run(*[text.format(tmp_path) for text in given]) == 2
     assert re.match(f"error: .*{message}", error_of(capsys))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "file"]
-
-
-def test_the_sheet_is_a_png_file(capsys):
-    assert "--output must be a PNG file, got 'a.jpg'" in usage_error(capsys, script.main, "--output", "a.jpg")

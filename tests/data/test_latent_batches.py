@@ -91,14 +91,14 @@ def test_moments_are_drawn_anew_each_time(cache):
     assert both and all(noise[0][i].std() > 0 and not torch.equal(noise[0][i], noise[1][i]) for i in both)
 
 
+def middle(image, shape, rng, scale):
+    crop = centre_crop(image, shape)
+    return crop.transpose(0) if rng.random() < 0.5 else crop  # Image.Transpose.FLIP_LEFT_RIGHT is 0
+
+
 @pytest.mark.parametrize("make", [random_core, partial(tiny_kl, scaling_factor=0.5, shift_factor=0.25)])
 def test_a_cache_gives_what_encoding_on_the_way_gives(make, data, tmp_path, monkeypatch):
     """The images of 32 x 40 pixels are cut otherwise, so both read those cut to the middle."""
-
-    def middle(image, shape, rng, scale):
-        crop = centre_crop(image, shape)
-        return crop.transpose(0) if rng.random() < 0.5 else crop  # Image.Transpose.FLIP_LEFT_RIGHT is 0
-
     monkeypatch.setattr(training_batches, "random_crop", middle)
     codec, images = Codec(make()), load_images(str(data))
     write_latents(codec, images, tmp_path, size=SIZE, dtype=torch.float32)
@@ -120,11 +120,6 @@ def mixed(tmp_path_factory):
 
 def test_with_buckets_a_cache_gives_what_encoding_on_the_way_gives(mixed, monkeypatch):
     images, cache = mixed
-
-    def middle(image, shape, rng, scale):
-        crop = centre_crop(image, shape)
-        return crop.transpose(0) if rng.random() < 0.5 else crop
-
     monkeypatch.setattr(training_batches, "random_crop", middle)
     codec = Codec(random_core())
     buckets = group_by_aspect(images.read_sizes(), aspect_buckets(SIZE, 8))

@@ -43,6 +43,9 @@ def test_it_runs_and_gives_outputs_of_the_kinds_that_are_kept(path, tmp_path, mo
     for name, value in (environment | {name: str(tmp_path / name) for name in folders}).items():
         monkeypatch.setenv(name, value)
     kept, run = (nbformat.read(path, as_version=4) for _ in range(2))
+    for cell in run.cells:  # fewer steps give images of the same kinds
+        for steps in ("num_inference_steps=25", '"num_inference_steps": 25, "guidance_scale": 3.0}'):
+            cell.source = cell.source.replace(steps, steps.replace("25", "3"))
     resources = {"metadata": {"path": str(here / "notebooks")}}
     nbclient.NotebookClient(run, timeout=280, kernel_name="python3", resources=resources).execute()
     for i, (expected, cell) in enumerate(zip(kept.cells, run.cells, strict=True)):

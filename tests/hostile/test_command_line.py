@@ -4,6 +4,7 @@ import importlib.util
 import re
 
 import pytest
+from helpers import tree
 from image_files import noise
 from PIL import Image
 from scripts import load_script
@@ -99,7 +100,8 @@ ROWS = [
         "--compare hieratok-l",
     )],
     *[("evaluate_dit", option, option.split()[0]) for option in (
-        "--classifier_labels 5-3", "--reference_split x", "--streaming", "--save {0}/images", "--json {0}/notes.json",
+        "--classifier_labels 5-3", "--fid_size 9", "--reference_split x", "--streaming", "--save {0}/images",
+        "--json {0}/notes.json",
     )],
     *[("cache", option, option.split()[0]) for option in (
         "--threads 1000000000", "--seed -1", "--size 2147483647", "--shard_size 0", "--limit 0", "--device meta",
@@ -151,14 +153,10 @@ def place(tmp_path):
     return tmp_path
 
 
-def content(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize(("name", "given", "named"), ROWS, ids=[f"{i}-{x[0]} {x[1][:30]}" for i, x in enumerate(ROWS)])
 def test_what_cannot_be_is_told_in_one_line(name, given, named, place, capsys):
     module, base = script(name)
-    before = content(place)
+    before = tree(place)
     arguments = [text.replace("{0}", str(place)) for text in (base + " " + given).split()]
     try:
         status = module.main(arguments)
@@ -167,4 +165,4 @@ def test_what_cannot_be_is_told_in_one_line(name, given, named, place, capsys):
     lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "error: " in line]
     assert status == 2 and len(lines) == 1, lines
     assert named.lstrip("-") in lines[0].partition("error: ")[2] and len(lines[0]) < 1500
-    assert content(place) == before
+    assert tree(place) == before

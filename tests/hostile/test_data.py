@@ -9,7 +9,7 @@ import tarfile
 
 import pytest
 import torch
-from helpers import random_core
+from helpers import Bomb, random_core, tree
 from image_files import encoded, noise, write_members
 from latent_data import make_images
 from PIL import Image
@@ -28,11 +28,6 @@ pytestmark = pytest.mark.usefixtures("script_surroundings")
 PNG = encoded(Image.fromarray(noise(8, 8)))
 
 
-def tree(folder):
-    """Everything below a folder, with the content of files."""
-    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
 def refused(folder, call, message):
     """Assert that a call is refused in one line that matches the message, and changes nothing in the folder."""
     before = tree(folder)
@@ -40,13 +35,6 @@ def refused(folder, call, message):
         call()
     assert re.search(message, str(caught.value)) and "\n" not in str(caught.value), str(caught.value)
     assert tree(folder) == before
-
-
-class Bomb:
-    """What a hostile member may hold: unpickling it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("victim",)
 
 
 def special(name, kind, target=""):
@@ -92,7 +80,6 @@ SHARDS = {
     "a name twice": (lambda path: [members({"0.png": PNG}, mode)(path) for mode in "wa"], r":0\.png is there twice"),
     # Archives that are damaged, or none.
     "compressed": (members({"0.png": PNG}, "w:gz"), r"a\.tar cannot be read as a tar file without compression"),
-    "text": (lambda path: path.write_text("no tar\n" * 500), r"a\.tar cannot be read as a tar"),
     "no bytes": (lambda path: path.write_bytes(b""), r"a\.tar"),
     "a folder": (lambda path: path.mkdir(), r"a\.tar"),
     "a pipe for a file": (os.mkfifo, r"a\.tar is no file"),
@@ -136,14 +123,11 @@ FOLDERS = {
     "hidden images": (lambda folder: (folder / ".a.png").write_bytes(PNG), {}, "data"),
     "splits beside a class": (files(train__a=PNG, test__a=PNG, car__a=PNG), {}, "beside 'car'"),
     "splits beside an image": (files(train__a=PNG, dev__a=PNG, a=PNG), {}, r"beside 'a\.png'"),
-    "another split": (files(train__a=PNG, val__a=PNG), {"split": "test"}, r"`split` must be one of .*'train', 'valid"),
-    "no splits": (files(a=PNG), {"split": "test"}, "`split`"),
     "an empty split": (files(a=PNG), {"split": ""}, "`split`"),
     "half a slice": (files(a=PNG), {"split": "train[:"}, "`split`"),
     "a slice of nothing": (files(a=PNG), {"split": "train[1:]"}, "has no rows"),
     "a share beyond all": (files(a=PNG), {"split": "train[:200%]"}, "`split`"),
     "a sum with another": (files(a=PNG), {"split": "train+nope"}, "`split`"),
-    "a name that is no text": (lambda folder: (folder / "\udcff.png").write_bytes(PNG), {}, r"\.png' is not UTF-8"),
     "a class that is no text": (files(**{"\udcff__a": PNG, "b__a": PNG}), {}, r"udcff/a\.png' is not UTF-8"),
     "a label in a shard": (lambda folder: label(b"x")(folder / "a.tar"), {}, r"a\.tar:000\.cls must hold"),
 }  # fmt: skip
@@ -156,30 +140,8 @@ def test_hostile_folders(case, tmp_path):
     refused(tmp_path, lambda: load_images(str(tmp_path), **options), message)
 
 
-SOURCES = [
-    "",
-    " ",
-    "\0",
-    "a\0.tar",
-    "x" * 5000,
-    "/" + "x" * 300 + "/y",
-    "::",
-    "/dev/null",
-    "/dev/zero",
-    "..none/*",
-    "[",
-    "a[b.tar",
-]
-SOURCES += [
-    "zip://a.zip::/etc",
-    "a:b:c",
-    ":",
-    "../" * 2000 + "x.tar",
-    "none/none/none",
-    "*" * 100,
-    "[]]*.tar",
-    "~nobody/x.tar",
-]
+SOURCES = ["", " ", "\0", "a\0.tar", "x" * 5000, "/" + "x" * 300 + "/y", "::", "/dev/null", "/dev/zero", "..none/*"]
+SOURCES += ["a[b.tar", "zip://a.zip::/etc", "a:b:c", "../" * 2000 + "x.tar", "*" * 100, "[]]*.tar", "~nobody/x.tar"]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=range(len(SOURCES)))
@@ -189,9 +151,6 @@ def test_hostile_sources(source, tmp_path, monkeypatch):
 
 
 IMAGES = {
-    "no bytes": b"",
-    "text": b"no image",
-    "cut": PNG[:60],
     "a pickle": pickle.dumps(Bomb()),
     "too large": PNG[:16] + (10**9).to_bytes(4, "big") * 2 + PNG[24:],
     "a link to nothing": lambda path: path.symlink_to("nothing"),
@@ -290,32 +249,23 @@ def in_place_of(make):
 
 
 VALUES = [
-    ("rows", -1), ("rows", "8"), ("rows", True), ("rows", 8.0), ("rows", 10**400), ("rows", 12), ("rows", 10**11),
-    ("shard_size", 0), ("shard_size", "4"), ("shard_size", None), ("shard_size", -4), ("size", [32]), ("limit", 0),
-    ("kind", "mean"), ("kind", []), ("kind", "mode"), ("flips", 1), ("flips", True), ("dtype", "int8"), ("dtype", []),
-    ("latent_shape", []), ("latent_shape", [4, 8]), ("latent_shape", [4, -8, 8]), ("latent_shape", "488"),
-    ("latent_shape", [2**39] * 3), ("classes", "ab"), ("classes", [1]), ("classes", None), ("encoder", 7),
-    ("scaling_factor", "1"), ("scaling_factor", float("nan")), ("scaling_factor", float("inf")),
-    ("shift_factor", 1e300), ("shift_factor", None), ("data", 5), ("source", []), ("format", "2"), ("format", 1),
-    ("rows", ...), ("encoder", ...), ("precision", ...), ("seed", 1.5), ("seed", 1),
+    ("rows", -1), ("rows", 10**400), ("rows", 12), ("rows", 10**11), ("shard_size", 0), ("size", [32]), ("limit", 0),
+    ("kind", "mean"), ("kind", []), ("flips", 1), ("flips", True), ("dtype", "int8"), ("dtype", []),
+    ("latent_shape", []), ("latent_shape", [4, -8, 8]), ("latent_shape", "488"), ("latent_shape", [2**39] * 3),
+    ("classes", "ab"), ("classes", [1]), ("encoder", 7), ("scaling_factor", float("nan")), ("shift_factor", 1e300),
+    ("data", 5), ("source", []), ("format", "2"), ("precision", ...), ("seed", 1.5), ("seed", 1),
 ]  # fmt: skip
 CACHES = {
     **{
         f"{name} {value!r}"[:40]: (settings(**{name: value}), r"cache\.json|is unfinished|shard-00000.* is damaged")
         for name, value in VALUES
     },
-    "no settings": (lambda folder: (folder / "cache.json").unlink(), r"cache\.json"),
-    "empty": (text(b""), r"cache\.json"),
-    "a list": (text(b"[]"), r"cache\.json"),
     "no text": (text(b"\xff\xfe"), r"cache\.json"),
     "nested": (text(b"[" * 10**5), r"cache\.json"),
-    "nested objects": (text(b'{"a":' * 10**5), r"cache\.json"),
     "a long number": (text(b'{"rows": ' + b"9" * 5000 + b"}"), r"cache\.json"),
     "no format": (text(b"{}"), r"cache\.json"),
     "only a format": (text(b'{"format": 2}'), r"cache\.json"),
     "an edited name": (rename_class, r"cache\.json.*its checksum is another"),
-    "an empty shard": (shard(lambda data: b""), "shard-00000"),
-    "half a shard": (shard(lambda data: data[: len(data) // 2]), "shard-00000"),
     "a long header": (shard(lambda data: b"\xff" * 7 + b"\x7f" + data[8:]), "shard-00000"),
     "a header of text": (shard(lambda data: data[:8] + b"x" * 50 + data[58:]), "shard-00000"),
     "a pickle": (shard(lambda data: pickle.dumps(Bomb())), "shard-00000"),
@@ -326,7 +276,6 @@ CACHES = {
     "one more tensor": (tensors(lambda x: {**x, "more": torch.zeros(1)}), "shard-00000"),
     "swapped shards": (swap, "shard-00000.*another place"),
     "a shard of another encoder": (foreign, "shard-00001.*another place or cache"),
-    "no shard": (in_place_of(lambda path: None), "unfinished"),
     "a folder for a shard": (in_place_of(lambda path: path.mkdir()), "unfinished"),
     "a pipe for a shard": (in_place_of(os.mkfifo), "unfinished"),
     "a link to nothing for a shard": (in_place_of(lambda path: path.symlink_to("nothing")), "unfinished"),

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 from full_disk import full_after, full_disk
-from helpers import TINY, random_core
+from helpers import TINY, random_core, tree
 from scripts import ROOT, error_of, forget_processes, load_script
 from tiny_pipelines import make_pipeline
 
@@ -19,11 +19,6 @@ from hieratok_hf.hub.push import HubError
 FAILURES = (HubError, OSError, ValueError)
 IMAGES = ROOT / "src" / "hieratok_hf" / "example_images"
 pytestmark = pytest.mark.usefixtures("script_surroundings")
-
-
-def tree(folder):
-    """Every file of a folder with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def faults(run, folder, old=None, most=1000):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, images, noise, random_core
+from helpers import TINY, images, noise, random_core, tree
 from PIL import Image
 from transformers import ViTConfig
 
@@ -22,33 +22,23 @@ BAFFLING = (AssertionError, AttributeError, IndexError, KeyError, MemoryError, N
 BAFFLING += (RecursionError, UnboundLocalError, UnicodeError, ZeroDivisionError)
 
 
-def contents(folder: Path) -> dict[Path, Any]:
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
 def refuse(named: str, folder: Path, call: Any, *args: Any, **kwargs: Any) -> None:
     """Call what must end in an error that names something, and leave a folder as it was."""
-    before = contents(folder)
+    before = tree(folder)
     with pytest.raises(Exception) as caught:
         call(*args, **kwargs)
     assert not isinstance(caught.value, BAFFLING), repr(caught.value)
     assert named in str(caught.value), repr(caught.value)
-    assert contents(folder) == before
+    assert tree(folder) == before
 
 
 CONFIGURATIONS = [
-    *({name: HUGE} for name in ("kl_weight", "mlp_ratio", "rotary_base", "shift_factor")),
-    *({"scale_factors": value} for value in ([[2], 1], {2: 1}, "1", [HUGE, 1.0], (None,), 8, [-2, 1], [2, 2, 1])),
-    *({"downsampling": value} for value in (["learned"], "", "Learned")),
-    *({"patch_size": value} for value in (4.5, "4", -4, 24, None)),
-    *({"norm_eps": value} for value in (1e-400, -1e-6, NAN, "1e-6", None)),
+    *({name: HUGE} for name in ("kl_weight", "shift_factor")),
+    *({"scale_factors": value} for value in ([[2], 1], {2: 1}, [HUGE, 1.0], (None,), 8)),
+    {"downsampling": ["learned"]},
+    {"patch_size": 4.5},
     {"mlp_ratio": 1e-12},
-    {"qk_norm": "true"},
     {"force_upcast": 1},
-    {"sample_size": 32.0},
-    {"decoder_hidden_size": 34},
-    {"latent_channel": 8},
-    {"scale_factor": (1,)},
     {"encoder_num_layer": 1},
 ]
 
@@ -73,10 +63,6 @@ def folder(core, tmp_path):
 
 JSON = {
     "list": "[]",
-    "number": "5",
-    "null": "null",
-    "nothing": "",
-    "half": '{"patch_size": 4',
     "nested": "[" * 10**5,
     "long": '{"patch_size": ' + "9" * 5000 + "}",
     "latin": '{"author": "\xe9"}',
@@ -137,13 +123,10 @@ def test_folders(cls, named, spoil, folder):
 
 
 INDICES = [
-    "[]",
     "{}",
     '{"weight_map": []}',
     '{"weight_map": {"core.encoder.head.bias": "missing.safetensors"}}',
-    '{"weight_map": {"core.encoder.head.bias": "../config.json"}}',
     '{"weight_map": {"core.encoder.head.bias": "config.json"}}',
-    '{"weight_map": 5}',
     "[" * 10**5,
 ]
 
@@ -204,14 +187,9 @@ TENSORS = {
     "jagged": lambda x: torch.nested.nested_tensor([x[0, 0], x[0, 0]], layout=torch.jagged),
     "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
     "bool": lambda x: x > 0,
-    "complex": lambda x: x.to(torch.complex64),
     "5-D": lambda x: x[None],
-    "0-D": lambda x: x.mean(),
     "overflow": lambda x: x * 1e39,
-    "array": lambda x: x.numpy(),
-    "list": lambda x: x.tolist(),
     "None": lambda x: None,
-    "text": lambda x: "image.png",
     "distribution": lambda x: AutoencoderHieraTok,
 }
 
@@ -233,17 +211,16 @@ ENDLESS: list[Any] = []
 ENDLESS.append(ENDLESS)
 PICTURE = Image.new("RGB", (32, 32))
 PROCESSING = [
-    *(("size", PICTURE, {"size": value}) for value in (0, -8, "x", {"foo": 1}, {"height": 8}, NAN)),
-    *(("crop_size", PICTURE, {"crop_size": value}) for value in (0, -8, 33, {"height": 8}, "x")),
-    *(("size_divisor", PICTURE, {"size_divisor": value}) for value in (0, 10**30, 2.0, None)),
-    *(("rescale_factor", PICTURE, {"rescale_factor": value}) for value in ("x", NAN, None)),
+    *(("size", PICTURE, {"size": value}) for value in (0, "x", {"foo": 1}, {"height": 8}, NAN)),
+    *(("crop_size", PICTURE, {"crop_size": value}) for value in (0, {"height": 8}, "x")),
+    ("size_divisor", PICTURE, {"size_divisor": 10**30}),
+    *(("rescale_factor", PICTURE, {"rescale_factor": value}) for value in ("x", NAN)),
     *(("image_mean", PICTURE, {"image_mean": value}) for value in ("x", [NAN] * 3)),
     *(("image_std", PICTURE, {"image_std": value}) for value in ([0.0] * 3, [INF] * 3)),
     ("channels", PICTURE, {"image_mean": [0.5]}),
     ("std", PICTURE, {"image_std": [1.0] * 2}),
     ("resample", PICTURE, {"size": 8, "resample": 99}),
     ("do_resize", PICTURE, {"do_resize": "yes"}),
-    ("do_resise", PICTURE, {"do_resise": True}),
     ("TensorType", PICTURE, {"return_tensors": "xx"}),
     ("images", ENDLESS, {}),
     ("images", {"image": PICTURE}, {}),

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
-from helpers import images, tiny_vision_model
+from helpers import images, tree
 from huggingface_hub.errors import StrictDataclassError
 from tiny_pipelines import FLOW, make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
 from hieratok_hf.evaluation.generation import number_images
-from hieratok_hf.evaluation.metrics import FrechetDistance, border_steps, psnr, ssim
-from hieratok_hf.evaluation.vision_features import VisionFeatures
+from hieratok_hf.evaluation.metrics import border_steps, psnr, ssim
 from hieratok_hf.pipelines.class_names import label_ids, names_to_ids, read_class_names
 
 NAN, INF = math.nan, math.inf
@@ -55,46 +54,32 @@ def pipe():
 
 CALLS = {
     "class_labels": [
-        *(None, True, 1.0, NAN, 3, -1, 10**30, b"\x01\x02", bytearray(b"\x01"), {1: 2}, {1}, object(), 1j),
-        *([], [[]], [1, None], [1, [2, 3]], "", " ", "tench\0", "x" * 10**5, "1", np.array([1.5]), np.array([True])),
-        *(np.array("tench"), torch.tensor([0.5]), torch.tensor(True), torch.zeros(0, dtype=torch.int64), iter([1])),
+        *(3, NAN, 10**30, b"\x01\x02", bytearray(b"\x01"), {1: 2}, {1}, object(), 1j, [1, [2, 3]], "", "tench\0"),
+        *("x" * 10**5, np.array([True]), np.array("tench"), torch.tensor(True), iter([1])),
     ],
-    "num_inference_steps": [0, -1, 1.5, 2.0, "2", None, True, NAN, 10**9, np.float32(2), torch.tensor([1, 2]), [2]],
-    "num_images_per_prompt": [0, -1, 1.0, "1", None, False, 1j],
-    "guidance_scale": [0.5, -1, NAN, INF, "3", None, True, 1j, 10**400, [3.0], np.ones(2), torch.ones(2)],
+    "num_inference_steps": [0, 1.5, 10**9],  # tests/utils/test_numbers.py has what is no number
+    "num_images_per_prompt": [0, 1.0],
+    "guidance_scale": [0.5, NAN, INF, "3"],
     "guidance_interval": [
-        *(None, 0.5, "01", b"01", (), (0.5,), (0, 0.5, 1), (0.8, 0.2), (-0.1, 1), (0, 1.1), (NAN, 1), (0, INF)),
-        *(("0", "1"), {0: 1, 1: 1}, np.eye(2), (None, 1)),
+        *(None, 0.5, "01", b"01", (), (0, 0.5, 1), (0.8, 0.2), (-0.1, 1), (0, 1.1), (NAN, 1)),
+        *({0: 1, 1: 1}, np.eye(2), (None, 1)),
     ],
-    "timesteps": [
-        [],
-        900,
-        "900",
-        [NAN],
-        [INF, 1],
-        [-1],
-        [500, 900],
-        [500, 500],
-        [2000, 1],
-        ["900"],
-        np.eye(2),
-        [None],
-    ],
-    "sigmas": [[], 0.5, "1", [NAN, 0.5], [2.0, 1.0], [0.5, 1.0], [1.0, -0.5], [0.5, 0.5], [[1.0], [0.5]], {1.0: 0.5}],
-    "eta": [-0.1, 1.5, NAN, "0", None],
-    "generator": [0, "0", [None], gaussian(2), [0], (torch.Generator, 1), np.random.default_rng(), torch.Generator],
+    "timesteps": [[], 900, "900", [NAN], [-1], [500, 900], [500, 500], [2000, 1], ["900"], np.eye(2), [None]],
+    "sigmas": [[], 0.5, "1", [NAN, 0.5], [2.0, 1.0], [0.5, 1.0], [1.0, -0.5], [[1.0], [0.5]], {1.0: 0.5}],
+    "eta": [-0.1, 1.5, None],
+    "generator": [0, [None], gaussian(2), [0], np.random.default_rng(), torch.Generator],
     "latents": [
         *(0, LATENTS[0], LATENTS[:, :3], LATENTS.expand(2, -1, -1, -1), LATENTS.long(), LATENTS.bool()),
         *(LATENTS.to(torch.complex64), LATENTS.numpy(), LATENTS.tolist(), zeros_but(NAN), zeros_but(-INF)),
         *(LATENTS.to_sparse(), torch.zeros(0, 4, 2, 2), torch.zeros(1, 4, 2, 2, device="meta")),
     ],
-    "output_type": ["jpeg", "PIL", "", None, 1, b"pil", ["pil"], "latents"],
+    "output_type": ["jpeg", "PIL", None, ["pil"]],
     "callback_on_step_end": [
         *(1, "print", lambda *given: 1, lambda *given: [LATENTS], lambda *given: LATENTS),
         *(lambda *given: {"latents": None}, lambda *given: {"latents": LATENTS[0]}, lambda *given: {"latents": 1.0}),
     ],
     "callback_on_step_end_tensor_inputs": [None, "latents", ["noise"], ["latents", 1], 1, {"latents"}, [None]],
-    "preview_scales": [0, 5, -1, 1.5, "1", True, NAN, [1], torch.tensor([1, 2])],
+    "preview_scales": [0, 5, 1.5],
 }
 
 
@@ -129,41 +114,22 @@ def test_arguments_that_do_not_go_together(pipe, given, message):
         pipe(**{"class_labels": [1], **given})
 
 
+UNET = diffusers.UNet2DModel(
+    block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+)
 PARTS = [
     ({"vae": "folder"}, "`vae` is a str"),
     ({"vae": torch.nn.Linear(1, 1)}, "`vae` is a Linear"),
     ({"vae": AutoencoderHieraTok}, "`vae`"),
     ({"vae": "transformer", "transformer": "vae"}, "`vae` is a DiTTransformer2DModel"),
-    (
-        {
-            "transformer": diffusers.UNet2DModel(
-                block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
-            )
-        },
-        "`transformer` is a UNet2DModel",
-    ),
+    ({"transformer": UNET}, "`transformer` is a UNet2DModel"),
     ({"transformer": 1}, "`transformer` is a int"),
     ({"scheduler": "ddim"}, "`scheduler` is a str"),
     ({"scheduler": diffusers.DDIMScheduler}, "`scheduler`"),
     ({"scheduler": diffusers.DDIMScheduler(), "prediction_type": "noise"}, "`prediction_type`"),
     ({"scheduler": None}, "`prediction_type`"),
     ({"prediction_type": ["epsilon"]}, "`prediction_type`"),
-    *(
-        ({"id2label": value}, "`id2label`")
-        for value in (
-            ["a"],
-            "a",
-            1,
-            {"a": "b"},
-            {1.5: "b"},
-            {None: "b"},
-            {3: "b"},
-            {-1: "b"},
-            {0: None},
-            {0: 1},
-            {0: ["b"]},
-        )
-    ),
+    *(({"id2label": x}, "`id2label`") for x in (["a"], "a", 1, {"a": "b"}, {1.5: "b"}, {-1: "b"}, {0: 1}, {0: ["b"]})),
 ]
 
 
@@ -186,33 +152,21 @@ def test_a_pipeline_without_a_part_says_so(missing):
             pipe([0], 1, output_type="latent", callback_on_step_end=ignore, preview_scales=1)
 
 
-@pytest.mark.parametrize("source", ["folder", None, 1, {}, diffusers.DDPMPipeline])
-def test_only_a_pipeline_becomes_another(source):
-    with pytest.raises(ValueError, match="`pipeline`"):
-        HieraTokDiTPipeline.from_pipe(source)
-
-
-def test_a_pipeline_without_the_parts_names_them(pipe):
-    other = diffusers.DDIMPipeline(
-        diffusers.UNet2DModel(
-            block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
-        ),
-        diffusers.DDIMScheduler(),
-    )
+def test_only_a_pipeline_with_the_parts_becomes_another():
+    for source in ("folder", None, 1, {}, diffusers.DDPMPipeline):
+        with pytest.raises(ValueError, match="`pipeline`"):
+            HieraTokDiTPipeline.from_pipe(source)
     with pytest.raises(ValueError, match=r"`pipeline` .*'vae'"):
-        HieraTokDiTPipeline.from_pipe(other)
+        HieraTokDiTPipeline.from_pipe(diffusers.DDIMPipeline(UNET, diffusers.DDIMScheduler()))
 
 
 SCHEDULERS = [
-    (diffusers.DDIMInverseScheduler(), {}),
     (diffusers.DPMSolverMultistepInverseScheduler(), {}),
-    (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {}),
     (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), {}),
     (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), {"timesteps": [1000, 500]}),
     (diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), {"timesteps": [1000, 600, 500]}),
     (diffusers.FlowMatchEulerDiscreteScheduler(shift_terminal=0.3), {"timesteps": [1000, 500]}),
     (diffusers.DPMSolverMultistepScheduler(**FLOW), {"timesteps": [999, 500]}),
-    (diffusers.DEISMultistepScheduler(**FLOW), {}),
     (diffusers.SASolverScheduler(**FLOW), {}),
     (diffusers.FlowMatchHeunDiscreteScheduler(), {"sigmas": [1.0, 0.5]}),
     (diffusers.DDIMScheduler(), {"timesteps": [900, 100]}),
@@ -239,36 +193,17 @@ def saved(tmp_path_factory):
 
 INDEX = "model_index.json"
 INDICES = {
-    "empty": "",
     "cut": '{"_class_name": "HieraTok',
     "list": "[]",
-    "text": '"HieraTokDiTPipeline"',
-    "null": "null",
     "nested": "[" * 10**5,
     "binary": "\udcff\udcfe\udc80",
     "not a pipeline": "{}",
 }
 CHANGES = [
-    {"_class_name": None},
-    {"_class_name": []},
-    {"_class_name": 1},
-    {"_class_name": {}},
-    {"vae": None},
-    {"vae": "hieratok_hf"},
-    {"vae": []},
-    {"vae": ["hieratok_hf"]},
-    {"vae": [1, 2]},
-    {"vae": {"AutoencoderHieraTok": 1}},
-    {"scheduler": 1},
-    {"id2label": ["a"]},
-    {"id2label": {"a": "b"}},
-    {"id2label": {"0": None}},
-    {"id2label": {"99": "b"}},
-    {"id2label": 1},
-    {"prediction_type": "noise"},
-    {"prediction_type": 1},
-    {"prediction_type": ["epsilon"]},
-    {"id2label": {"1" * 5000: "a"}},
+    *({"_class_name": value} for value in (None, [], {})),
+    *({"vae": value} for value in ("hieratok_hf", [], ["hieratok_hf"], [1, 2], {"AutoencoderHieraTok": 1})),
+    *({"id2label": value} for value in (["a"], {"a": "b"}, {"0": None}, {"99": "b"}, {"1" * 5000: "a"})),
+    *({"scheduler": 1}, {"prediction_type": "noise"}, {"prediction_type": ["epsilon"]}),
 ]
 FILES = {
     "vae/config.json": ["", "[]", "{}", '{"patch_size": "4"}'],
@@ -280,11 +215,11 @@ FILES = {
 
 
 def refuses_folder(folder, part):
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = tree(folder)
     with pytest.raises((ValueError, OSError, StrictDataclassError)) as caught:
         HieraTokDiTPipeline.from_pretrained(folder)
     assert part in str(caught.value), caught.value
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert tree(folder) == before
 
 
 @pytest.mark.parametrize("case", INDICES)
@@ -336,20 +271,7 @@ def test_an_index_of_windows_is_read(saved, tmp_path):
 
 
 NAMES = names_to_ids({0: "tench, Tinca tinca", 1: "cardigan", 2: "Cardigan", 3: "a b"})
-LABELS = [
-    "tench,",
-    "tinca",
-    "CARDIGAN",
-    "a\0b",
-    "\udcff",
-    "ab",
-    "a" * 10**6,
-    "0",
-    "-1",
-    "None",
-    ",",
-    "tench, Tinca tinca",
-]
+LABELS = ["tench,", "tinca", "\udcff", "ab", "a" * 10**6, "-1", ",", "tench, Tinca tinca"]
 
 
 @pytest.mark.parametrize("label", LABELS, ids=shown)
@@ -371,20 +293,11 @@ def test_names_of_classes_that_cannot_be_read(given, tmp_path, monkeypatch):
 PIXELS = torch.zeros(1, 3, 16, 16)
 METRICS = {
     "psnr": [
-        *((PIXELS, images(1, 3, 16, 8)), (PIXELS[0], PIXELS[0]), (PIXELS[:, :1], PIXELS[:, :1]), (PIXELS, None)),
-        *((PIXELS.numpy(), PIXELS), (PIXELS.byte(), PIXELS), (PIXELS * NAN, PIXELS), (PIXELS + 50, PIXELS)),
-        *(
-            (PIXELS[:0], PIXELS[:0]),
-            ([1.0], PIXELS),
-            (PIXELS.to(torch.complex64), PIXELS),
-            (PIXELS, PIXELS.to_sparse()),
-        ),
+        *((PIXELS, images(1, 3, 16, 8)), (PIXELS, None), (PIXELS.numpy(), PIXELS)),
+        *((PIXELS.to(torch.complex64), PIXELS), (PIXELS, PIXELS.to_sparse())),
     ],
     "ssim": [(PIXELS[..., :8, :], PIXELS[..., :8, :]), (PIXELS, "images"), (PIXELS, -INF * PIXELS)],
-    "border_steps": [
-        *((PIXELS, patch_size) for patch_size in (0, 1, -8, 16, 8.5, "8", None, True, NAN)),
-        (PIXELS.tolist(), 8),
-    ],
+    "border_steps": [(PIXELS, 0), (PIXELS, 16), (PIXELS, 8.5), (PIXELS.tolist(), 8)],
 }
 
 
@@ -398,14 +311,6 @@ def test_metrics_name_what_they_cannot_measure(name, given):
     metric = {"psnr": psnr, "ssim": ssim, "border_steps": border_steps}[name]
     with pytest.raises(ValueError, match=r"`(images|targets|patch_size)`"):
         metric(*given)
-
-
-@pytest.mark.parametrize("size", [0, -1, 1.5, "224", True, NAN])
-def test_a_frechet_distance_of_no_size(size):
-    pytest.importorskip("torchmetrics")
-    features = VisionFeatures(tiny_vision_model(), [0.5] * 3, [0.5] * 3)
-    with pytest.raises(ValueError, match="`size`"):
-        FrechetDistance(features, size=size)
 
 
 @pytest.mark.parametrize("rows", [[1.5], ["0"], [None], [-1], [True]])

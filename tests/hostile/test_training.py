@@ -1,7 +1,6 @@
 """Hostile and careless folders of trainings: states, records and options that are refused by name, unharmed."""
 
 import copy
-import json
 import os
 import pickle
 import re
@@ -10,6 +9,7 @@ import zipfile
 
 import pytest
 import torch
+from helpers import Bomb, tree
 from torch import nn
 
 from hieratok_hf.training.report import JsonLines
@@ -54,13 +54,6 @@ def test_it_goes_on_as_it_is(begun, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["losses.jsonl", NAME, "validation.jsonl"]
 
 
-class Bomb:
-    """What a hostile file may hold: unpickling it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("victim",)
-
-
 def content(change):
     def make(folder):
         path = folder / NAME
@@ -99,11 +92,6 @@ def in_place_of(make, name=NAME):
     return replace
 
 
-def flip(folder):
-    weights = torch.load(folder / NAME, weights_only=True)["average"]["core.weight"].numpy().tobytes()
-    content(lambda data: data.replace(weights, bytes([weights[0] ^ 1]) + weights[1:]))(folder)
-
-
 def compressed(folder):
     with zipfile.ZipFile(folder / NAME) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -122,26 +110,19 @@ STATE, NONE, FIT = (
     "The state does not fit|modules",
 )
 CASES = {
-    "empty": (content(lambda data: b""), STATE),
-    "half": (content(lambda data: data[: len(data) // 2]), STATE),
     "more at its end": (content(lambda data: data + bytes(70000)), STATE),
     "text": (content(lambda data: b"no state"), STATE),
-    "a flipped byte of weights": (flip, STATE),
     "a pickle": (content(lambda data: pickle.dumps(Bomb())), STATE),
-    "a bomb in a state": (state(parts=[Bomb()]), STATE),
     "compressed": (compressed, STATE),
     "an empty archive": (in_place_of(lambda path: zipfile.ZipFile(path, "w").close()), STATE),
     "a folder": (in_place_of(lambda path: path.mkdir()), STATE),
     "a link to nothing": (in_place_of(lambda path: path.symlink_to("nothing")), STATE),
     "a pipe": (in_place_of(os.mkfifo), STATE),
-    "a tensor": (in_place_of(lambda path: torch.save(torch.zeros(2), path)), NONE),
-    "a list": (in_place_of(lambda path: torch.save([1], path)), NONE),
     **{
         f"{key} {value!r}"[:40]: (state(**{key: value}), NONE)
         for key, value in [
-            ("step", ...), ("step", "2"), ("step", True), ("step", None), ("step", 2.0), ("step", -1), ("parts", ...),
-            ("parts", {}), ("parts", [[]]), ("parts", [{}]), ("parts", [None]), ("average", ...), ("average", []),
-            ("updates", ...), ("updates", "1"), ("config", []), ("config", "x"), ("options", []), ("options", {}),
+            ("step", ...), ("step", "2"), ("step", True), ("step", -1), ("parts", {}), ("parts", [[]]),
+            ("parts", [{}]), ("average", []), ("updates", "1"), ("config", []), ("options", []), ("options", {}),
             ("options", {**OPTIONS, "steps": "9"}), ("options", {**OPTIONS, "decay_steps": None}),
         ]
     },
@@ -154,17 +135,11 @@ CASES = {
     "a list for a model": (part(lambda part: part.update(model=[1])), FIT),
     "a list for an optimizer": (part(lambda part: part.update(optimizer=[1])), FIT),
     "an optimizer without groups": (part(lambda part: part["optimizer"].pop("param_groups")), FIT),
-    "another model": (state(config={"patch_size": 8}), "another configuration.*patch_size"),
     "no configuration": (state(config=...), "another configuration.*patch_size"),
-    "other data": (state(options={**OPTIONS, "data": "b"}), "--data"),
-    "another seed": (state(options={**OPTIONS, "seed": 1}), "--seed"),
     "another schedule": (state(options={**OPTIONS, "steps": 3}), "--steps"),
     **{
         f"records {text!r}"[:40]: (records(text), r"Line 1 of '.*losses\.jsonl'")
-        for text in (
-            b"{", b"[]", b"1", b"{}", b'{"step": "1"}', b'{"step": true}', b'{"step": 1.5}', b"\xff", b"\x00" * 99,
-            b"[" * 10**5, b'{"step": ' + b"9" * 5000 + b"}",
-        )
+        for text in (b'{"step": true}', b'{"step": 1.5}', b"\x00" * 99, b'{"step": ' + b"9" * 5000 + b"}")
     },
     "records in a folder": (in_place_of(lambda path: path.mkdir(), "losses.jsonl"), r"losses\.jsonl"),
     "records in a pipe": (in_place_of(os.mkfifo, "losses.jsonl"), r"losses\.jsonl"),
@@ -178,19 +153,8 @@ def test_hostile_folders_of_trainings(case, begun, tmp_path, monkeypatch, capsys
     make, message = CASES[case]
     make(tmp_path / "runs")
 
-    def tree():
-        return {path: path.read_bytes() if path.is_file() else None for path in sorted(tmp_path.rglob("*"))}
-
-    before = tree()
+    before = tree(tmp_path)
     with pytest.raises((ValueError, OSError)) as caught:
         resume(tmp_path / "runs")
     assert re.search(message, str(caught.value)) and "\n" not in str(caught.value), str(caught.value)
-    assert tree() == before
-
-
-@pytest.mark.parametrize("change", [{"data": "b"}, {"lr": 0.2}, {"seed": 1}, {"more": 1}])
-def test_a_changed_option_is_told_and_refused(change, begun, tmp_path, capsys):
-    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=rf"^--{next(iter(change))} changed"):
-        resume(tmp_path, **change)
-    assert json.dumps(next(iter(change.values()))).strip('"') in capsys.readouterr().out
+    assert tree(tmp_path) == before

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import random_core
+from helpers import random_core, tree
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import make_pipeline
 
@@ -19,21 +19,17 @@ CODE = "modeling_hieratok.py"
 TOKENIZER = {"config.json", "preprocessor_config.json", WEIGHTS, "model.safetensors.index.json", CODE}
 
 
-def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("saved_by", [AutoencoderHieraTok, HieraTokModel])
 def test_the_weights_go_once_for_both_libraries(saved_by, tmp_path):
     saved_by.from_core(random_core()).save_pretrained(tmp_path)
     HieraTokImageProcessorPil(size_divisor=4).save_pretrained(tmp_path)
-    before = contents(tmp_path)
+    before = tree(tmp_path)
     with prepare_folder(tmp_path) as stage:
         add_card(stage, "org/name")
-        files = contents(stage)
+        files = tree(stage)
         assert files.keys() == {*TOKENIZER, "README.md"}
         assert files[WEIGHTS] == before[WEIGHTS]
-    assert contents(tmp_path) == before and not stage.exists()
+    assert tree(tmp_path) == before and not stage.exists()
 
 
 STAYS = ["state-000000100.pt", "log.jsonl", "samples/1.png", ".hidden.json", "train.safetensors.tmp", ".env"]
@@ -58,7 +54,7 @@ def test_only_what_belongs_to_a_model_goes(saved, tmp_path):
     (saved / "shown.png").symlink_to("samples/1.png")  # within the folder
     (saved / "README.md").write_text("![](./shown.png) <img src='.hidden.png'> ![](samples/1.png) ![](preview.webp)")
     with prepare_folder(saved) as stage:
-        assert contents(stage).keys() == {*TOKENIZER, "LICENSE", "README.md", "shown.png"}
+        assert tree(stage).keys() == {*TOKENIZER, "LICENSE", "README.md", "shown.png"}
         assert not [path for path in stage.rglob("*") if path.is_symlink()]
     taken, left = select_files(saved)
     assert left == sorted([*STAYS, "linked", "preview.webp"])
@@ -71,7 +67,7 @@ def test_shards_and_variants_go_whole(saved, monkeypatch):
     vae.save_pretrained(saved, variant="fp16")
     vae.save_pretrained(saved, max_shard_size="40KB")
     with prepare_folder(saved) as stage:
-        files = contents(stage)
+        files = tree(stage)
     shards = {name for name in files if "-of-" in name}
     assert len(shards) > 2 and "diffusion_pytorch_model.fp16.safetensors" in files
     assert "diffusion_pytorch_model.safetensors.index.json" in files
@@ -84,7 +80,7 @@ def test_a_pipeline_goes_with_its_parts(tmp_path):
     (tmp_path / "other" / "config.json").write_text("{}")
     with prepare_folder(tmp_path) as stage:
         assert select_files(tmp_path)[1] == ["other/config.json"]
-        names = contents(stage).keys()
+        names = tree(stage).keys()
     assert {"vae/autoencoder_hieratok.py", "pipeline_hieratok_dit.py", f"vae/{WEIGHTS}"} <= names
     assert "transformer/model.safetensors.index.json" not in names
     assert not list(tmp_path.rglob("*.py"))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoModel as DiffusersAutoModel
 from diffusers import DDIMScheduler, DiTPipeline
-from helpers import images, random_core
+from helpers import images, random_core, tree
 from scripts import load_script
 from tiny_pipelines import make_pipeline
 from transformers import AutoImageProcessor, AutoModel
@@ -95,13 +95,13 @@ def test_every_name_of_the_file_has_one_meaning():
 
 
 def test_a_tokenizer_s_folder_loads_in_both_libraries(saved, tmp_path):
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    before = tree(saved)
     written = add_remote_code(saved)
     assert written == ["modeling_hieratok.py", "preprocessor_config.json", "config.json"]
-    after = {path.name: path.read_bytes() for path in saved.iterdir()}
+    after = tree(saved)
     assert {name for name in before if after[name] != before[name]} == {"preprocessor_config.json", "config.json"}
     add_remote_code(saved)
-    assert {path.name: path.read_bytes() for path in saved.iterdir()} == after
+    assert tree(saved) == after
 
     sample = images(1, 3, 16, 24)
     expected = AutoencoderHieraTok.from_pretrained(saved)

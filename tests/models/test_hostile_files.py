@@ -1,12 +1,11 @@
 """Folders made to do harm: no code in them is run, and nothing outside of them is opened."""
 
 import json
-import os
 import struct
 
 import pytest
 import torch
-from helpers import random_core
+from helpers import Bomb, random_core
 from transformers import AutoModel
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
@@ -61,14 +60,6 @@ def test_a_header_that_lies_is_refused(kind, lie, folder):
         kind.from_pretrained(folder)
 
 
-class Code:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "pytorch_model.bin"])
 def test_code_in_a_pickle_is_not_run(kind, name, folder, tmp_path):
@@ -76,7 +67,7 @@ def test_code_in_a_pickle_is_not_run(kind, name, folder, tmp_path):
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
         path.unlink()
     state = HieraTokModel.from_core(random_core()).state_dict()
-    torch.save({**state, "core.more": Code(made)}, folder / name)
+    torch.save({**state, "core.more": Bomb(made)}, folder / name)
     with pytest.raises(Exception):  # noqa: B017 - which type, depends on the library and on who looks for the name
         kind.from_pretrained(folder)
     assert not made.exists()

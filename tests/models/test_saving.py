@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from helpers import images, noise, random_core, tiny
+from helpers import images, noise, random_core, tiny, tree
 from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
@@ -183,11 +183,11 @@ def test_a_trainer_resumes(tmp_path):
 def test_an_interrupted_save_changes_nothing(existed, tmp_path, monkeypatch):
     if existed:
         HieraTokModel.from_core(random_core()).save_pretrained(tmp_path / "model")
-    before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    before = tree(tmp_path)
     monkeypatch.setattr("hieratok_hf.models.modeling_hieratok.share_between_libraries", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         HieraTokModel.from_core(random_core(seed=1)).save_pretrained(tmp_path / "model")
-    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
+    assert tree(tmp_path) == before
     assert (tmp_path / "model").exists() == existed
 
 
@@ -214,10 +214,10 @@ def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path):
 @pytest.mark.parametrize("cls", CLASSES.values())
 def test_only_the_main_process_touches_the_folder(cls, main, tmp_path):
     HieraTokModel.from_core(random_core()).save_pretrained(tmp_path / "old", max_shard_size="40KB")
-    before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    before = tree(tmp_path)
     for name in ("old", "new"):
         cls.from_core(random_core(seed=1)).save_pretrained(tmp_path / name, is_main_process=main)
-    assert ({path: path.read_bytes() for path in tmp_path.glob("*/*")} == before) is not main
+    assert (tree(tmp_path) == before) is not main
     assert (tmp_path / "new").exists() is main
 
 

@@ -1,10 +1,10 @@
 """A pipeline's folder that brings code of its own: the installed package has no need of it."""
 
 import json
-from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
+from helpers import tree
 from tiny_pipelines import make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
@@ -15,10 +15,6 @@ def made(pipe) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipe(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_its_class_loads_it_without_running_the_folder_s_code(tmp_path):
@@ -46,7 +42,7 @@ def test_a_pipeline_of_the_folder_s_code_keeps_it(tmp_path):
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", trust_remote_code=True)
     assert type(loaded) is not HieraTokDiTPipeline
     loaded.save_pretrained(tmp_path / "again")
-    first, second = (files_of(tmp_path / name) for name in ("pipeline", "again"))
+    first, second = (tree(tmp_path / name) for name in ("pipeline", "again"))
     assert second.keys() >= first.keys()  # the tokenizer alone loads by its code too
     for name in ("pipeline_hieratok_dit.py", "vae/autoencoder_hieratok.py"):
         assert second[name] == first[name]

@@ -202,7 +202,7 @@ def unpacked(latents: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SWAPS)
-def test_its_own_decoding_makes_the_image(name, monkeypatch, caplog):
+def test_its_own_decoding_makes_the_image_also_in_half_precision(name, monkeypatch, caplog):
     swap = SWAPS[name]
     with complaints(caplog) as messages:
         pipe = make_pipeline(swap)
@@ -219,6 +219,13 @@ def test_its_own_decoding_makes_the_image(name, monkeypatch, caplog):
         latents = run(pipe, swap, output_type="latent")
         # They arrive normalised: nothing is done to them on the way.
         assert torch.equal(unpacked(latents) if swap.packed else latents, decoded[0]) and len(decoded) == 1
+    pipe.to(torch.bfloat16)
+    decoded.clear()
+    made = run(pipe, swap)
+    assert pipe.vae.dtype == decoded[0].dtype == torch.bfloat16
+    with torch.no_grad():
+        expected = (make_vae(swap).decode(decoded[0].float()).sample / 2 + 0.5).clamp(0, 1)
+    assert (made.float() - expected).abs().mean() < 0.01
 
 
 @pytest.mark.parametrize("name", FROM_IMAGES)
@@ -232,19 +239,6 @@ def test_its_own_posterior_is_where_images_start(name, monkeypatch):
         posterior = pipe.vae.core.encode(image() * 2 - 1)
     assert torch.equal(noised[0], posterior.sample(torch.Generator().manual_seed(0)))
     assert made.shape == (1, 3, HEIGHT, WIDTH)
-
-
-@pytest.mark.filterwarnings("ignore:.*upcast_vae` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", ["SDXL", "SDXL img2img", "SDXL inpaint"])
-def test_a_half_pipeline_decodes_in_float32_where_the_tokenizer_asks_for_it(name, monkeypatch):
-    swap = SWAPS[name]
-    pipe = make_pipeline(swap).to(torch.float16)
-    pipe.vae.register_to_config(force_upcast=True)
-    decoded = watch(monkeypatch, pipe.vae.core.decoder, "forward")
-    encoded = watch(monkeypatch, pipe.vae.core.encoder, "forward")
-    assert torch.isfinite(run(pipe, swap)).all()
-    assert {x.dtype for x in decoded + encoded} == {torch.float32} and bool(encoded) == swap.from_image
-    assert pipe.vae.dtype == torch.float16
 
 
 @pytest.mark.parametrize("name", ["SD", "Flux"])
@@ -277,19 +271,7 @@ def test_it_takes_the_place_of_another(name, dtype):
     torch.testing.assert_close(run(pipe, swap), run(own, swap), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", SWAPS)
-def test_in_half_precision(name, monkeypatch):
-    swap = SWAPS[name]
-    pipe = make_pipeline(swap).to(torch.bfloat16)
-    decoded = watch(monkeypatch, pipe.vae, "decode")
-    made = run(pipe, swap)
-    assert pipe.vae.dtype == decoded[0].dtype == torch.bfloat16
-    with torch.no_grad():
-        expected = (make_vae(swap).decode(decoded[0].float()).sample / 2 + 0.5).clamp(0, 1)
-    assert (made.float() - expected).abs().mean() < 0.01
-
-
-@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*upcast_vae` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["SDXL", "SDXL img2img", "SDXL inpaint"])
 def test_half_pipelines_decode_in_float32_where_the_tokenizer_asks_for_it(name, monkeypatch):
     swap = SWAPS[name]
@@ -298,8 +280,10 @@ def test_half_pipelines_decode_in_float32_where_the_tokenizer_asks_for_it(name, 
     pipe.to(torch.float16)
     expected = make_vae(swap).to(torch.float16).float()
     decoded = watch(monkeypatch, pipe.vae, "decode")
+    encoded = watch(monkeypatch, pipe.vae.core.encoder, "forward")
     made = run(pipe, swap)
-    assert decoded[0].dtype == torch.float32 and pipe.vae.dtype == torch.float16
+    assert {x.dtype for x in decoded + encoded} == {torch.float32} and pipe.vae.dtype == torch.float16
+    assert bool(encoded) == swap.from_image
     with torch.no_grad():
         images = (expected.decode(decoded[0]).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(made.float(), images, atol=1e-3, rtol=0)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from full_disk import full_disk
-from helpers import images, noise, random_core, temporary_of
+from helpers import Bomb, images, noise, random_core, temporary_of
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -139,13 +139,6 @@ def test_a_save_to_a_full_disk_is_an_os_error_and_leaves_the_earlier_states(tmp_
         training.state.save(tmp_path, 2, keep=1)
     assert os.listdir(tmp_path) == ["state-000000001.pt"] and states_in(tmp_path)[0].read_bytes() == contents
     same(training.numbers(), before)
-
-
-class Bomb:
-    """What a hostile file may hold: unpickling it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("victim",)
 
 
 HOSTILE = {"step": 1, "parts": [Bomb()], "average": {}, "updates": 0}
