@@ -79,6 +79,12 @@ def test_large_panels_shrink_unless_full_and_small_ones_grow_by_whole_factors(ru
     assert contains(full, noise(64, 1032)) and full.width > 3 * 1032
 
 
+def test_of_a_pipeline_its_vae_is_taken(run, tmp_path, capsys):
+    paths = [save(tmp_path / "a.png", noise()), "--output", tmp_path / "out"]
+    assert run(*paths, "--model", "hieratok-dit-tiny") == 0
+    assert "a_reconstruction.png" in {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_size_crops_at_most_that_much(run, tmp_path, capsys):
     array = noise(300, 280)
     paths = [save(tmp_path / "big.png", array), save(tmp_path / "small.png", noise(16, 24))]

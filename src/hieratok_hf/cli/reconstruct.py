@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .. import AutoencoderHieraTok, HieraTokImageProcessorPil, open_image
 from ..evaluation.metrics import SSIM_WINDOW, psnr, ssim
+from ..models.autoencoder_adapter import load_codec
 from ..models.losses import image_pyramid
 from ..utils.extras import missing_extra
 from ..utils.files import write_whole
@@ -47,11 +48,13 @@ def find_images(sources: list[Path]) -> list[Path]:
 
 
 def load_model(name: str, device: str | torch.device, dtype: str) -> AutoencoderHieraTok:
-    """The model of a folder, of a name that ships with the package, or of the Hub, in this order."""
+    """The model of a folder, of a name that ships with the package, or of the Hub, in this order; a pipeline's VAE."""
     if Path(name).is_file():
         raise ValueError("it is a file, not a folder")
-    dtype = getattr(torch, dtype)
-    return AutoencoderHieraTok.from_pretrained(name, torch_dtype=dtype, use_safetensors=True).to(device)
+    model = load_codec(name, device).model
+    if not isinstance(model, AutoencoderHieraTok):
+        raise ValueError(f"it holds {type(model).__name__}, not AutoencoderHieraTok")
+    return model.to(getattr(torch, dtype))
 
 
 def timed(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> tuple[Any, float]:
