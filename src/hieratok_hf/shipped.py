@@ -81,7 +81,8 @@ def resolve_model(name_or_path: Any) -> Any:
 def no_weights(name: str) -> str:
     """Say of a size without trained weights which others have some, and how to make some."""
     return (
-        f"{name!r} is a size without trained weights: the package ships those of {list(SHIPPED)}. Weights of "
-        "hieratok-b can be made of l-DeTok's by `hieratok convert detok hieratok-b` and then `hieratok train "
-        "--model hieratok-b --scale_factors 8 4 2 1 --data IMAGES --output FOLDER`."
+        f"{name!r} is a size without trained weights: the package ships those of {', '.join(SHIPPED)}. "
+        f"`hieratok train --size {name}` begins with random ones. Weights of hieratok-b can be made of l-DeTok's by "
+        "`hieratok convert detok hieratok-b` and then `hieratok train --model hieratok-b --scale_factors 8 4 2 1 "
+        "--data IMAGES --output FOLDER`."
     )
