@@ -37,7 +37,7 @@ def test_help_tells_of_every_argument_and_its_default(parser, monkeypatch):
             found.append(parser)
             raise SystemExit
 
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", keep)
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", keep)
         with pytest.raises(SystemExit):
             parser.main([])
         (parser,) = found
@@ -70,6 +70,11 @@ def test_the_list_has_every_command_under_its_group(given, capsys):
     assert "--version" in told
 
 
+def test_the_page_of_commands_has_every_one():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    assert [name for name in COMMANDS if f"`hieratok {name}" not in page] == []
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -79,7 +84,8 @@ def test_the_list_has_every_command_under_its_group(given, capsys):
         ("convert detox", "convert has no command 'detox': did you mean 'detok'?"),
         ("zzz", "no command 'zzz': there are reconstruct, "),
         ("--model x", "no command '--model'"),
-        ("train --output x --modell y --data z", "unrecognized arguments: --modell"),
+        ("train --output x --modell y --data z", "unrecognized arguments: --modell y: did you mean --model?"),
+        ("train --output x", "the following arguments are required: --data"),
     ],
 )
 def test_what_is_unknown_is_one_line_with_the_nearest_name(given, told, capsys):
@@ -89,7 +95,7 @@ def test_what_is_unknown_is_one_line_with_the_nearest_name(given, told, capsys):
         assert stop.code == 2
     printed = capsys.readouterr()
     assert told in (printed.out if told == "usage" else printed.err)
-    assert printed.err.count("error") == (told != "usage")
+    assert printed.err.count("error") == printed.err.count("\n") == (told != "usage")
 
 
 def test_the_list_and_the_help_do_not_wait_for_torch():

@@ -5,6 +5,7 @@ Nothing here imports torch, so that `--help` and errors of typing come at once.
 """
 
 import contextlib
+import difflib
 import json
 import math
 import sys
@@ -109,8 +110,12 @@ class Parser(ArgumentParser):
         self.checks: list[Callable[[Namespace], None]] = []
 
     def parse_args(self, *given: Any, **options: Any) -> Any:
-        """Parse as argparse does, and run the checks."""
-        args = super().parse_args(*given, **options)
+        """Parse as argparse does, and run the checks; an option of no such name is told with the nearest one."""
+        args, unknown = self.parse_known_args(*given, **options)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         for check in self.checks:
             check(args)
         return args
@@ -145,6 +150,10 @@ class Parser(ArgumentParser):
 
         add(name, type=real(0, 1), nargs=2, default=default, metavar=("LO", "HI"), help=text)
         self.checks.append(check)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with one line of error, which a page of usage would hide."""
+        self.exit(2, f"error: {message} (`{self.prog} --help` lists the options)\n")
 
     def print_help(self, file: Any = None) -> None:
         """Print the help, or end the process with a line of error where the standard output is full."""
