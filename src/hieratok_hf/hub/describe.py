@@ -257,7 +257,7 @@ def _weights(folder: Path) -> Facts:
 
 
 def read_tensors(path: Path) -> dict[str, Facts]:
-    """Read shapes and dtypes of all tensors from the header of a file."""
+    """Read shapes and dtypes of all tensors from the header of a file; `ValueError` of what is no file."""
     if not path.is_file():  # to open a pipe would wait for ever
         raise ValueError(f"{str(path)!r} is no file.")
     tensors = {}
