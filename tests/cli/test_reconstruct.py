@@ -83,6 +83,7 @@ def test_of_a_pipeline_its_vae_is_taken(run, tmp_path, capsys):
     paths = [save(tmp_path / "a.png", noise()), "--output", tmp_path / "out"]
     assert run(*paths, "--model", "hieratok-dit-tiny") == 0
     assert "a_reconstruction.png" in {path.name for path in (tmp_path / "out").iterdir()}
+    assert capsys.readouterr().err == ""
 
 
 def test_size_crops_at_most_that_much(run, tmp_path, capsys):

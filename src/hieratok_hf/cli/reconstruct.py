@@ -51,10 +51,10 @@ def load_model(name: str, device: str | torch.device, dtype: str) -> Autoencoder
     """The model of a folder, of a name that ships with the package, or of the Hub, in this order; a pipeline's VAE."""
     if Path(name).is_file():
         raise ValueError("it is a file, not a folder")
-    model = load_codec(name, device).model
+    model = load_codec(name, device, getattr(torch, dtype)).model
     if not isinstance(model, AutoencoderHieraTok):
         raise ValueError(f"it holds {type(model).__name__}, not AutoencoderHieraTok")
-    return model.to(getattr(torch, dtype))
+    return model
 
 
 def timed(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> tuple[Any, float]:

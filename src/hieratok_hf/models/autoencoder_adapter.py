@@ -107,14 +107,17 @@ class Codec:
         return tuple(latents.shape[1:])
 
 
-def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Codec:
+def load_codec(
+    name_or_path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Codec:
     """
-    Load a HieraTok model or an autoencoder of diffusers in float32, from safetensors alone.
+    Load a HieraTok model or an autoencoder of diffusers, from safetensors alone.
 
     Args:
         name_or_path (`str` or `os.PathLike`): A name of `SHIPPED`, a folder, or a Hub id, also of a pipeline with a
             part `vae`.
         device (`torch.device` or `str`, defaults to `"cpu"`): The device that the weights are put on.
+        dtype (`torch.dtype`, defaults to `torch.float32`): The dtype that they get.
 
     Returns:
         `Codec`: The model in evaluation mode, its parameters without gradients.
@@ -142,6 +145,6 @@ def load_codec(name_or_path: str | os.PathLike[str], device: torch.device | str 
         raise ValueError(
             f"{name!r} must hold an autoencoder of HieraTok or diffusers, its config.json names {kind!r}."
         )
-    options = {"torch_dtype": torch.float32, "use_safetensors": True, "subfolder": subfolder}
+    options = {"torch_dtype": dtype, "use_safetensors": True, "subfolder": subfolder}
     model = model_class.from_pretrained(name, **options)
     return Codec(model.eval().requires_grad_(False).to(device))
