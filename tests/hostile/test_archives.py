@@ -188,7 +188,7 @@ def test_a_sheet_that_its_format_cannot_hold_is_an_error(place, capsys):
 def test_an_image_that_the_system_cannot_read_is_left_out(place, capsys):
     (place / "in" / "c.png").symlink_to("/proc/self/mem")  # whose first byte is an input error
     assert run("encode", "in", "out", "--model", "model") == 1
-    assert "2 images in 1 shards, 1 failed" in capsys.readouterr().out
+    assert ", 1 failed; 2 encoded now" in capsys.readouterr().out
 
 
 def test_a_pipe_that_is_named_as_what_a_killed_save_leaves_is_passed_over(place):
