@@ -69,7 +69,9 @@ print(main([hieratok_hf.example_image(), "--size", "64", "--device", "cpu", "--o
 
 
 def test_import_is_light_and_registers():
-    bases = "import torch; import transformers.modeling_utils"
+    # Modules of transformers that every model and image processor loads.
+    bases = "import torch, transformers.modeling_utils, transformers.modeling_layers, transformers.processing_utils"
+    bases += ", transformers.image_processing_backends"
     code = f"""
 import sys, time
 {bases}
