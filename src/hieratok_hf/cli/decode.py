@@ -95,6 +95,7 @@ def run(args: Namespace) -> tuple[list[str], int]:
     else:  # what is there is not of this decoding, and after a kill nobody could tell
         mark.unlink(missing_ok=True)
 
+    device = find_device(args)
     failures: dict[str, str] = {}
     made = 0
     entries = tqdm(zip(paths, archive), total=len(paths), unit="image", dynamic_ncols=True, leave=False)
@@ -103,7 +104,7 @@ def run(args: Namespace) -> tuple[list[str], int]:
             if is_begun and path.is_file():  # it is whole, as all that this command writes
                 continue
             try:
-                with autocast(args, find_device(args)):
+                with autocast(args, device):
                     image = decode_record(codec, record, latent, args.scales)
                 content = encode_image(image, path.name, quality=args.quality)
             except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError

@@ -17,7 +17,7 @@ def enable_tiling(codec: Codec) -> None:
     """Switch on tiling of a model; a `Problem` where it has none."""
     try:
         codec.model.enable_tiling()
-    except (AttributeError, NotImplementedError) as error:  # of diffusers' models not all can
+    except (AttributeError, NotImplementedError) as error:  # some models of diffusers have no tiles
         raise Problem(f"--tiling needs a model that can encode in tiles, got {type(codec.model).__name__}") from error
 
 

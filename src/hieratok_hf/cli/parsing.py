@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 MOST = 2**31 - 1
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
@@ -201,8 +202,7 @@ def add_buckets(parser: Parser, add: Callable[..., Any], size: str) -> None:
 
 def add_dtype(parser: Parser) -> None:
     """Add `--dtype` of a model that is run."""
-    dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="float32", choices=dtypes, help="dtype of the model")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="dtype of the model")
 
 
 def add_report(parser: Parser) -> None:

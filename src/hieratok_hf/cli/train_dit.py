@@ -17,10 +17,11 @@ from ..data.training_batches import BatchPlan
 from ..models.autoencoder_adapter import load_codec
 from ..pipelines.class_names import read_class_names
 from ..shipped import resolve_model
-from ..training.flow_matching import DIT_SIZES, VelocityTraining, dit_from_size, flow_draws
+from ..training.flow_matching import VelocityTraining, dit_from_size, flow_draws
 from ..training.report import TrainingReport
 from ..training.sample_sheets import class_grid
 from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume
+from ..utils.choices import DIT_SIZES
 from .command_line import begin_training, check_batch, check_memory, check_steps, load_or_explain, run_training
 from .main import parse
 from .terminal import Problem, one_line

@@ -448,8 +448,8 @@ class HieraTokCore(nn.Module):
         W' = W * d,  b' = b + (sum over a, b of W[:, :, a, b]) m
         ```
 
-        What the configuration told pipelines of the latents before, `scaling_factor`, `shift_factor`, `latents_mean`
-        and `latents_std`, is as for normalised latents then.
+        The entries of the configuration that tell pipelines of the latents, `scaling_factor`, `shift_factor`,
+        `latents_mean` and `latents_std`, become those of normalised latents.
 
         Args:
             mean, std (`torch.Tensor` of shape `(C,)`): Mean `m` and standard deviation `d` of each latent channel over

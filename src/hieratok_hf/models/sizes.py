@@ -53,7 +53,7 @@ def count_flops(config: Any, height: int, width: int) -> dict[str, Any]:
     """
     Count the floating-point operations for one image, two a multiply-add, as torch's `FlopCounterMode` counts them.
 
-    Those are the matrix products, convolutions and attention; where tokens see some scales alone, their pairs count.
+    Matrix products, convolutions and attention count; where tokens see some scales alone, their pairs count.
 
     Args:
         config (`HieraTokConfig`): A configuration, or any object with its `SIZE_FIELDS`.

@@ -103,7 +103,7 @@ ARCHIVE_FORMATS = {
 """Formats of an archive's shards, each with the dtypes of latents that it can hold."""
 
 ARCHIVE_FITS = ("pad", "crop")
-"""What may be done to a image whose sides are no multiples of a latent's cell before it is encoded."""
+"""Ways to encode an image whose sides are no multiples of a latent's cell: continue its border, or cut it."""
 
 DEFAULT_VISION_MODEL = "google/mobilenet_v2_1.0_224"
 """Hub id of the vision model that commands take unless another is named."""

@@ -13,7 +13,19 @@ from ...utils.choices import (
     PIXEL_LOSSES,
     SIZES,
 )
-from ..parsing import Parser, add_buckets, add_data, add_device, add_training, json_object, positive, real, seed, whole
+from ..parsing import (
+    DTYPES,
+    Parser,
+    add_buckets,
+    add_data,
+    add_device,
+    add_training,
+    json_object,
+    positive,
+    real,
+    seed,
+    whole,
+)
 from .images import TOKENIZER
 
 AUTOCAST = {"fp16": "float16", "bf16": "bfloat16"}
@@ -108,8 +120,7 @@ def add_train_dit(parser: Parser) -> None:
     report("--sample_steps", type=positive, default=25, help="steps of the scheduler, for the samples")
     report("--guidance_scale", type=real(1), default=4.0, help="strength of the guidance of the samples")
     report("--export_every", type=positive, help="steps between pipelines that are kept; none unless given")
-    dtypes = ("float32", "bfloat16", "float16")
-    report("--export_dtype", choices=dtypes, default="float32", help="dtype of the pipeline")
+    report("--export_dtype", choices=DTYPES, default="float32", help="dtype of the pipeline")
     encoded = ("split", "streaming", "image_size", "crop_scale", "num_workers", "aspect_buckets")
     parser.needs(**dict.fromkeys(encoded, "data"))
 

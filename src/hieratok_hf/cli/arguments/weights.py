@@ -4,10 +4,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from ...utils.choices import SHIPPED, SIZES
-from ..parsing import Parser, add_device, add_report, json_object, positive
+from ..parsing import DTYPES, Parser, add_device, add_report, json_object, positive
 from .images import TOKENIZER
 
-DTYPES = ("float32", "float16", "bfloat16")
 DETOK = "jjiaweiyang/l-DeTok/detok-BB-gamm3.0-m0.7.pth"
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 
