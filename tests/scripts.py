@@ -1,13 +1,10 @@
-"""What tests of several scripts share: the scripts as modules, processes that run or kill them, and their records."""
+"""What tests of several scripts share: the scripts as modules, calls of them, and their records."""
 
 import importlib
 import importlib.util
 import itertools
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +18,6 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import MobileNetV2Config, MobileNetV2Model
 
 ROOT = Path(__file__).parents[1]
-CHILD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-# What accelerate launch --use_fsdp sets, on CPUs.
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-FSDP |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-FSDP |= {"ACCELERATE_USE_CPU": "true"}
 
 
 def load_script(folder: str, name: str) -> ModuleType:
@@ -40,13 +32,6 @@ def load_script(folder: str, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def command_of(script: ModuleType) -> list[str]:
-    """What starts a script, or a command of the package, as a process."""
-    if script.__name__.startswith("hieratok_hf.cli."):
-        return [sys.executable, "-m", "hieratok_hf", script.__name__.rpartition(".")[2].replace("_", "-")]
-    return [sys.executable, str(script.__file__)]
 
 
 def forget_processes() -> None:
@@ -136,33 +121,3 @@ def save_vision_model(folder: Path, kind: type = MobileNetV2Model, **config: Any
             torch.nn.init.kaiming_normal_(module.weight)
     network.save_pretrained(folder)
     return folder
-
-
-def two_processes(script: ModuleType, arguments: list[Any], cache: Path) -> tuple[str, str]:
-    """What the first and the second of two processes of a script print; both must end well."""
-    command = [*command_of(script), *map(str, arguments)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        # What torchrun tells its processes; starting it as well would take as long as all else.
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    environment = {**os.environ, **CHILD, **group, "HF_DATASETS_CACHE": str(cache)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-        subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"
-    ]
-    try:
-        told = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "".join(errors for _, errors in told)
-    return told[0][0], told[1][0]
-
-
-def kill_and_go_on(script: ModuleType, watch: str, runs: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
-    """How runs of `kill_and_resume.py` ended, one after the other."""
-    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), script.__file__, watch, json.dumps(runs)]
-    environment = {**os.environ, **CHILD, "HF_DATASETS_CACHE": str(cache)}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout.splitlines()[-1])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import random_core, tree
 from latent_data import BROKEN, make_images, make_mixed_images, shards_in, tiny_kl, tiny_without_posterior
-from scripts import error_of, kill_and_go_on, load_script, with_defaults
+from processes import kill_and_go_on
+from scripts import error_of, load_script, with_defaults
 
 pytest.importorskip("datasets", reason="images are read through it")
 

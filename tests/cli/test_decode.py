@@ -13,7 +13,8 @@ from helpers import random_core, tree
 from image_files import noise
 from latent_data import make_images, tiny_kl
 from PIL import Image
-from scripts import error_of, kill_and_go_on, usage_error
+from processes import kill_and_go_on
+from scripts import error_of, usage_error
 
 from hieratok_hf import AutoencoderHieraTok, open_image
 from hieratok_hf.cli import decode as script

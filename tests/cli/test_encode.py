@@ -8,7 +8,8 @@ from archive_files import BROKEN, SIZES, write_images
 from diffusers import VQModel
 from helpers import random_core, tree
 from latent_data import make_images
-from scripts import error_of, kill_and_go_on, usage_error, with_defaults
+from processes import kill_and_go_on
+from scripts import error_of, usage_error, with_defaults
 
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.cli import encode as script

@@ -8,7 +8,8 @@ import pytest
 from helpers import random_core, tiny_vision_model
 from image_files import crop
 from latent_data import tiny_kl, tiny_without_posterior
-from scripts import error_of, load_script, tables_in, two_processes, usage_error, with_defaults
+from processes import two_processes
+from scripts import error_of, load_script, tables_in, usage_error, with_defaults
 
 pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from image_files import noise
 from PIL import Image
-from scripts import error_of, load_script, tables_in, two_processes, with_defaults
+from processes import two_processes
+from scripts import error_of, load_script, tables_in, with_defaults
 from tiny_pipelines import tiny_pipeline
 from transformers import ViTConfig, ViTForImageClassification
 

@@ -11,14 +11,13 @@ from full_disk import full_disk
 from helpers import TINY
 from latent_data import make_mixed_images
 from PIL import Image
+from processes import FSDP, kill_and_go_on
 from scripts import (
-    FSDP,
     ROOT,
     assert_close,
     error_of,
     forget_processes,
     interrupted,
-    kill_and_go_on,
     load_script,
     names_in,
     records,

@@ -9,13 +9,12 @@ from diffusers import DiTTransformer2DModel
 from helpers import TINY, random_core
 from latent_data import make_mixed_images
 from PIL import Image
+from processes import FSDP, kill_and_go_on
 from scripts import (
-    FSDP,
     assert_close,
     error_of,
     forget_processes,
     interrupted,
-    kill_and_go_on,
     load_script,
     names_in,
     records,
