@@ -23,7 +23,7 @@ SLOW = (
     "torch.distributed.fsdp",
     "torchmetrics.image",
 )
-# A server has no threads, which a fork would not copy; a test that has run torch has some.
+# A fork does not copy threads: the server runs no operation of torch, which would start some.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*SLOW, *(f"hieratok_hf.cli.{name}" for name in COMMANDS)])
 

@@ -200,8 +200,15 @@ def test_all_else_stays(empty_folder):
     assert resolve_model("hieratok-tiny") == hieratok_hf.pretrained("hieratok-tiny")
     for other in ("somebody/hieratok-b", "./hieratok-tiny", "", None, 3, Path("elsewhere")):
         assert resolve_model(other) is other
-    (empty_folder / "hieratok-b").mkdir()
-    assert resolve_model("hieratok-b") == "hieratok-b"
+    for name in ("hieratok-b", "hieratok-tinny"):
+        (empty_folder / name).mkdir()
+        assert resolve_model(name) == name
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest(empty_folder):
+    for name, near in (("hieratok_tiny", "hieratok-tiny"), ("hieratok-dit-tinny", "hieratok-dit-tiny")):
+        with pytest.raises(ValueError, match=f"'{name}'.* '{near}'"):
+            resolve_model(name)
 
 
 def test_an_installation_without_its_weights_says_so(empty_folder, monkeypatch):

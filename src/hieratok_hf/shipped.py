@@ -1,5 +1,6 @@
 """Find the trained weights that are part of the package."""
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,21 @@ def resolve_model(name_or_path: Any) -> Any:
 
     Raises:
         FileNotFoundError: The installation lacks the folder.
-        ValueError: It is a name of `SIZES` that has no trained weights.
+        ValueError: It is a name of `SIZES` that has no trained weights, or nearly one of the names.
     """
-    is_name = isinstance(name_or_path, (str, os.PathLike)) and os.fspath(name_or_path) in (*SHIPPED, *SIZES)
+    is_name = isinstance(name_or_path, (str, os.PathLike))
     if not is_name or OWN_CODE is not None or Path(name_or_path).is_dir():
         return name_or_path
     name = os.fspath(name_or_path)
-    if name not in SHIPPED:
+    if name in SHIPPED:
+        return pretrained(name)
+    if name in SIZES:
         raise ValueError(no_weights(name))
-    return pretrained(name)
+    # An id on the Hub has an owner before a slash.
+    near = difflib.get_close_matches(str(name), (*SHIPPED, *SIZES), n=1, cutoff=0.9)
+    if near and "/" not in str(name):
+        raise ValueError(f"There is no folder {name!r} and no model of that name: did you mean {near[0]!r}?")
+    return name_or_path
 
 
 def no_weights(name: str) -> str:

@@ -231,7 +231,7 @@ def test_folded_latents_are_normalised_and_images_stay(script, tmp_path, data, c
     file = published_file(tmp_path / "detok.pth", weights)
     assert run(script, file, tmp_path / "out", "--dry_run") == 0 and not (tmp_path / "out").exists()
     assert "decoder 1 x 128" in capsys.readouterr().out
-    assert run(script, file, tmp_path / "out", "--data", data, "--images", 24) == 0
+    assert run(script, file, tmp_path / "out", "--data", data, "--max_images", 24) == 0
     said = capsys.readouterr().out
     assert "encoder 2 x 64, decoder 1 x 128" in said and "24 images" in said
 
@@ -252,7 +252,7 @@ def test_folded_latents_are_normalised_and_images_stay(script, tmp_path, data, c
 
 def test_images_are_taken_from_all_over_the_data(script, tmp_path, data):
     def mean_of(count, folder):
-        args = parse("convert detok", ["out", "--data", str(folder), "--images", str(count)])
+        args = parse("convert detok", ["out", "--data", str(folder), "--max_images", str(count)])
         return script.fold(script.convert(random_weights()).core, args)[0]
 
     (tmp_path / "first").mkdir()
@@ -351,7 +351,7 @@ def test_options_that_cannot_be_followed_are_told(script, tmp_path, data, capsys
         error = capsys.readouterr().err.splitlines()[-1]  # after the bars of saving and loading
         assert error.startswith("error: ") and said in error
         assert not out.exists() and (tmp_path / "file").read_text() == "in the way"
-    for options in (["--images", "5"], ["--data", str(data), "--images", "0"]):
+    for options in (["--max_images", "5"], ["--data", str(data), "--max_images", "0"]):
         with pytest.raises(SystemExit, match="2"):
             run(script, file, out, *options)
 

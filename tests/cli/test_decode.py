@@ -110,7 +110,7 @@ def test_what_was_encoded_in_tiles_is_decoded_in_tiles(space, tmp_path):
 
 @pytest.mark.parametrize("scales", [1, 3])
 def test_scales_make_smaller_images_of_what_the_model_shows(scales, run, space, tmp_path):
-    assert run(tmp_path / "out", "--scales", scales, "--format", "png") == 0
+    assert run(tmp_path / "out", "--num_scales", scales, "--format", "png") == 0
     codec = Codec(random_core())
     factor = codec.core.config.scale_factors[scales - 1]
     sizes = {name.rpartition(".")[0] + ".png": size for name, size in SIZES.items()}
@@ -169,7 +169,7 @@ def test_only_the_same_decoding_goes_on(run, space, tmp_path, capsys, monkeypatc
 
     assert run(tmp_path / "whole") == 0
     out, plain = tmp_path / "out", script.decode_record
-    for made, others in ((1, ["--scales", 2]), (2, ["--format", "png"]), (3, ["--overwrite"])):
+    for made, others in ((1, ["--num_scales", 2]), (2, ["--format", "png"]), (3, ["--overwrite"])):
         calls = iter([plain] * made)
         monkeypatch.setattr(script, "decode_record", lambda *given: next(calls, die)(*given))  # noqa: B023
         with pytest.raises(KeyboardInterrupt):
@@ -202,13 +202,13 @@ def test_a_image_that_fails_is_named_and_the_others_go_on(run, space, tmp_path, 
 BAD = {
     "another tokenizer": (["--model", "{space}/other"], "--model .*other' is not that of the latents: .*encoder"),
     "a missing model": (["--model", "missing/model"], "--model 'missing/model' cannot be loaded"),
-    "too many scales": (["--scales", "5"], "--scales must be from 1 to 4, got 5"),
+    "too many scales": (["--num_scales", "5"], "--num_scales must be from 1 to 4, got 5"),
     "no archive": ({"archive": "in"}, r"ARCHIVE .*no archive of latents: it has no archive\.json"),
     "no folder": ({"archive": "missing"}, r"ARCHIVE .*archive\.json"),
     "into the archive": ({"folder": "{space}/archive/out"}, "must not lie in ARCHIVE"),
     "a file for a folder": ({"folder": "{space}/in/a.png"}, "FOLDER .*a.png' cannot be written"),
-    "one scale of another model": ({"archive": "archive of kl", "scales": 2}, "--scales must be 1, all that"),
-    "few scales of a dense model": ({"archive": "archive of dense", "scales": 2}, "--scales must be 4, all that"),
+    "one scale of another model": ({"archive": "archive of kl", "scales": 2}, "--num_scales must be 1, all that"),
+    "few scales of a dense model": ({"archive": "archive of dense", "scales": 2}, "--num_scales must be 4, all that"),
 }
 
 
@@ -218,7 +218,7 @@ def test_bad_input_is_one_line_and_no_file(given, message, run, space, tmp_path,
     if isinstance(given, dict):
         options = {"archive": given.get("archive", "archive")}
         folder = given.get("folder", str(tmp_path / "new")).format(space=space)
-        given = ["--scales", given["scales"]] if "scales" in given else []
+        given = ["--num_scales", given["scales"]] if "scales" in given else []
     else:
         folder, given = tmp_path / "new", [text.format(space=space) for text in given]
     assert run(folder, *given, **options) == 2
@@ -259,5 +259,5 @@ def test_a_folder_in_the_place_of_a_file_is_refused(run, tmp_path, capsys):
 
 
 def test_numbers_out_of_range_are_refused(tmp_path, capsys):
-    for option, value in (("--scales", 0), ("--quality", 101), ("--format", "gif")):
+    for option, value in (("--num_scales", 0), ("--quality", 101), ("--format", "gif")):
         assert option in usage_error(capsys, script.main, tmp_path / "archive", tmp_path / "out", option, value)

@@ -39,9 +39,9 @@ def run(space):
 
 def test_a_square_a_image(run, space, tmp_path, capsys):
     codec, entries = Codec(random_core()), list(LatentArchive(space / "archive"))
-    for given, scales in (([], 2), (["--scales", 4], 4)):
+    for given, scales in (([], 2), (["--num_scales", 4], 4)):
         sheet, side = tmp_path / "new" / "sheet.png", 64
-        assert run(sheet, "--side", side, "--limit", 5, "--columns", 3, "--overwrite", *given) == 0
+        assert run(sheet, "--side", side, "--max_images", 5, "--columns", 3, "--overwrite", *given) == 0
         assert capsys.readouterr().out == f"5 of {len(SIZES)} images on {str(sheet)!r}\n"
         pixels = np.asarray(Image.open(sheet))
         width, height = side + script.MARGIN, side + script.LABEL + script.MARGIN
@@ -73,7 +73,7 @@ def test_a_sheet_that_is_there_is_replaced_only_if_that_is_asked_for(run, tmp_pa
 
 
 BAD = {
-    "too many scales": ("sheet.png", ["--scales", 5], "archive", "--scales must be from 1 to 4, got 5"),
+    "too many scales": ("sheet.png", ["--num_scales", 5], "archive", "--num_scales must be from 1 to 4, got 5"),
     "no archive": ("sheet.png", [], "in", r"ARCHIVE .*archive\.json"),
     "no images": ("sheet.png", [], "nothing", "ARCHIVE .*holds no images"),
 }

@@ -94,7 +94,7 @@ ROWS = {
     "a folder in one that loops": (loop, "decode archive loop/out", "FOLDER 'loop/out'"),
     "a long folder": (None, f"decode archive {LONG}", "FOLDER"),
     "a long sheet": (None, f"preview archive {LONG}.png", "SHEET"),
-    "the second scale of one": (None, "decode archive\xa0of\xa0kl out --scales 2", "--scales must be 1"),
+    "the second scale of one": (None, "decode archive\xa0of\xa0kl out --num_scales 2", "--num_scales must be 1"),
     "infinite rows": (file("archive.json", ENTRIES("1e999")), "info m", "damaged"),
     "rows that no float holds": (file("cache.json", ENTRIES("9" * 400)), "info m", "damaged"),
     "a deep manifest": (file("export.json", DEEP), "info m", "cannot be shown"),
@@ -170,7 +170,7 @@ def test_two_decodings_at_a_time_both_end_well(place, monkeypatch):
 
 @pytest.mark.parametrize("command", ["decode", "preview"])
 def test_the_only_scale_of_another_autoencoder_may_be_named(command, place):
-    assert run(command, "archive of kl", "out.png", "--scales", 1) == 0
+    assert run(command, "archive of kl", "out.png", "--num_scales", 1) == 0
 
 
 def test_narrow_panels_have_no_names(place):
@@ -181,7 +181,7 @@ def test_a_sheet_that_its_format_cannot_hold_is_an_error(place, capsys):
     for index in range(16):
         shutil.copy(place / "in" / "b.png", place / "in" / f"{index}.png")
     run("encode", "in", "wide", "--model", "model")
-    assert run("preview", "wide", "sheet.webp", "--side", 1024, "--columns", 18, "--scales", 1) == 2
+    assert run("preview", "wide", "sheet.webp", "--side", 1024, "--columns", 18, "--num_scales", 1) == 2
     assert "sheet.webp" in error_of(capsys) and not (place / "sheet.webp").exists()
 
 

@@ -153,13 +153,13 @@ def fold(core: HieraTokCore, args: Namespace) -> tuple[Tensor, Tensor, list[str]
         images = load_images(args.data, split=args.split)
         # Data sets are often in the order of their classes.
         images.dataset = images.dataset.shuffle(seed=0)
-        batches = EvaluationBatches(images, core.config.sample_size, limit=args.images)
+        batches = EvaluationBatches(images, core.config.sample_size, limit=args.max_images)
         core.to(device)
         mean, std = latent_statistics(core, (batch["pixel_values"].to(device) for batch in batches))
         core.cpu().fold_latent_statistics(mean, std)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise Problem(f"--data {args.data}: {one_line(error)}") from error
-    count = min(args.images, len(images)) - len(batches.skipped)
+    count = min(args.max_images, len(images)) - len(batches.skipped)
     before = f"means from {mean.min():.3f} to {mean.max():.3f}, deviations from {std.min():.3f} to {std.max():.3f}"
     lines = [f"left out: {reason}" for reason in batches.skipped.values()]
     return mean, std, [*lines, f"latents of {count} images had {before}; that is folded into the weights"]

@@ -20,11 +20,11 @@ from .outputs import check_writable, lies_in, write_or_explain
 from .terminal import Problem, one_line, run_script, tell_failures
 
 MARK = ".hieratok-decode"  # a file that is there as long as others are missing
-OPTIONS = ("model", "scales", "format", "quality", "mixed_precision")  # those that decide what the files hold
+OPTIONS = ("model", "num_scales", "format", "quality", "mixed_precision")  # those that decide what the files hold
 
 
 def open_archive(args: Namespace) -> tuple[LatentArchive, Codec]:
-    """Open the archive of `args.archive`, and the autoencoder that decodes it by `args.scales` scales or all."""
+    """Open the archive of `args.archive`, and the autoencoder that decodes it by `args.num_scales` scales or all."""
     archive: LatentArchive = load_or_explain(LatentArchive, "ARCHIVE", str(args.archive))
     if not (name := args.model or archive.settings["model"]):
         raise Problem(f"--model is needed: ARCHIVE {str(args.archive)!r} names none")
@@ -37,11 +37,11 @@ def open_archive(args: Namespace) -> tuple[LatentArchive, Codec]:
         enable_tiling(codec)
     count = len(codec.core.config.scale_factors) if codec.core else 1
     is_free = codec.core is not None and codec.core.config.scale_causal
-    if args.scales and not (args.scales <= count if is_free else args.scales == count):
+    if args.num_scales and not (args.num_scales <= count if is_free else args.num_scales == count):
         expected = f"from 1 to {count}" if is_free else f"{count}, all that the model has"
-        raise Problem(f"--scales must be {expected}, got {args.scales}")
+        raise Problem(f"--num_scales must be {expected}, got {args.num_scales}")
     if codec.core is None:
-        args.scales = None
+        args.num_scales = None
     return archive, codec
 
 
@@ -105,7 +105,7 @@ def run(args: Namespace) -> tuple[list[str], int]:
                 continue
             try:
                 with autocast(args, device):
-                    image = decode_record(codec, record, latent, args.scales)
+                    image = decode_record(codec, record, latent, args.num_scales)
                 content = encode_image(image, path.name, quality=args.quality)
             except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
                 failures[record.name] = one_line(error)

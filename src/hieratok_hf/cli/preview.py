@@ -42,10 +42,10 @@ def run(args: Namespace) -> list[str]:
     if not archive.records:
         raise Problem(f"ARCHIVE {str(args.archive)!r} holds no images")
     check_writable("SHEET", args.sheet, overwrite=args.overwrite)
-    scales = args.scales
+    scales = args.num_scales
     if scales is None and codec.core is not None and codec.core.config.scale_causal:
         scales = -(-len(codec.core.config.scale_factors) // 2)
-    count = min(args.limit, len(archive))
+    count = min(args.max_images, len(archive))
     shown = tqdm(islice(archive, count), total=count, unit="image", dynamic_ncols=True, leave=False)
     try:
         records = [(record.name, decode_record(codec, record, latent, scales)) for record, latent in shown]

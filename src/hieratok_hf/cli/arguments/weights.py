@@ -52,11 +52,11 @@ def add_convert_detok(parser: Parser) -> None:
     )
     add("--data", nargs="+", help=data)
     add("--split", default="train", help="split of folders and data sets; data without splits is train")
-    add("--images", type=positive, default=2048, help="how many of them to take, from all over the data")
+    add("--max_images", type=positive, default=2048, help="most of them to take, from all over the data")
     add("--dtype", choices=DTYPES, default="float32", help="dtype of the weights that are written")
     add("--dry_run", action="store_true", help="check the weights and write nothing")
     add_device(parser)
-    parser.needs(split="data", images="data", device="data")
+    parser.needs(split="data", max_images="data", device="data")
 
 
 def add_export(parser: Parser) -> None:
