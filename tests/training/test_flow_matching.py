@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_velocity():
     latents, eps = noise(3, 4, 6, 6), noise(3, 4, 6, 6, seed=1)
     times, labels = torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0, 1, 3])
     perfect = Fixed(eps - latents)
-    assert VelocityTraining(perfect)(latents, eps, times, labels) == 0
+    assert VelocityTraining(perfect)(latents, eps, times, labels)["loss"] == 0
     assert torch.equal(perfect.asked["timestep"], times * FlowMatchEulerDiscreteScheduler().config.num_train_timesteps)
     assert torch.equal(perfect.asked["class_labels"], labels)
     # The line between the two, as diffusers' scheduler draws it.
@@ -80,8 +80,8 @@ def test_the_loss_is_that_of_the_velocity():
     torch.testing.assert_close(fed[1], 0.75 * latents[1] + 0.25 * eps[1])
     # The variance that a model may predict does not count.
     both = Fixed(torch.cat([eps - latents, noise(3, 4, 6, 6, seed=2)], dim=1))
-    assert VelocityTraining(both)(latents, eps, times, labels) == 0
-    off = VelocityTraining(Fixed(eps - latents + 2))(latents, eps, times, labels)
+    assert VelocityTraining(both)(latents, eps, times, labels)["loss"] == 0
+    off = VelocityTraining(Fixed(eps - latents + 2))(latents, eps, times, labels)["loss"]
     torch.testing.assert_close(off, torch.tensor(4.0))
 
 
@@ -91,10 +91,10 @@ def test_labels_are_not_dropped_inside():
         for parameter in model.parameters():
             parameter.add_(noise(*parameter.shape), alpha=0.1)
     given = noise(64, 4, 6, 6), noise(64, 4, 6, 6, seed=1), torch.full((64,), 0.5), torch.arange(64) % 4
-    losses = [model(*given) for _ in range(4)]
+    losses = [model(*given)["loss"] for _ in range(4)]
     assert all(torch.equal(loss, losses[0]) for loss in losses)
     assert model.training and model.transformer.training
-    assert not torch.equal(model(*given[:3], torch.full((64,), 3)), losses[0])
+    assert not torch.equal(model(*given[:3], torch.full((64,), 3))["loss"], losses[0])
 
 
 def test_draws_are_a_function_of_seed_and_step_however_divided():
