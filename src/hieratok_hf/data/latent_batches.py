@@ -66,8 +66,8 @@ def iterate_encoded(
         plan, first_step, options: What `training_loader` takes.
 
     Returns:
-        Iterator of dictionaries like those of `iterate_cached`, without features; `skipped` holds the reasons of images
-        left out.
+        Iterator of dictionaries like those of `iterate_cached`, without features; `skipped` holds the reasons of
+        images left out.
 
     Raises:
         ImageError: A hundred rows in a row cannot be decoded.
