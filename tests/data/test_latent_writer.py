@@ -19,6 +19,7 @@ from latent_data import (
     tiny_vision_features,
     tiny_without_posterior,
 )
+from transformers import ViTConfig, ViTModel
 
 pytest.importorskip("datasets", reason="images are read through it")
 
@@ -30,6 +31,7 @@ from hieratok_hf.data.image_dataset import Images, image_of, load_images
 from hieratok_hf.data.latent_cache import read_settings
 from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
+from hieratok_hf.evaluation.vision_features import VisionFeatures
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.utils.images import centre_crop, from_uint8
 
@@ -313,6 +315,14 @@ def test_feature_maps_that_are_missing_or_damaged_are_made_again_by_the_same_mod
 def test_layers_that_cannot_be_are_refused_before_any_file(layers, core, vision, images, tmp_path):
     with pytest.raises(ValueError, match="`vision_layers`"):
         write_latents(core, images(), tmp_path / "new", **SMALL, vision=vision, vision_layers=layers)
+    assert not (tmp_path / "new").exists()
+
+
+def test_images_that_the_vision_model_cannot_take_are_refused_before_any_file(core, images, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vit = ViTModel(ViTConfig(**sizes, image_size=64, patch_size=64))
+    with pytest.raises(ValueError, match="ViT cannot take images of 32 x 32 pixels"):
+        write_latents(core, images(), tmp_path / "new", **SMALL, vision=VisionFeatures(vit, [0.5] * 3, [0.5] * 3))
     assert not (tmp_path / "new").exists()
 
 

@@ -152,8 +152,7 @@ def write_latents(
     if vision is not None:
         settings["vision"] = _vision_facts(vision, vision_layers, size)
         for bucket, shape in [(settings, (size, size)), *zip(settings.get("buckets", []), shapes)]:
-            blank = vision.mean.new_zeros(1, 3, *shape)
-            maps = vision.feature_maps(blank, settings["vision"]["layers"])
+            maps = _see_blank(vision.feature_maps, vision, shape, settings["vision"]["layers"])
             bucket["feature_shapes"] = [list(x.shape[1:]) for x in maps]
     encode, folder, (rank, world) = _encoder(codec, vision, settings), Path(folder), process_place()
     # One process looks, so that none sees a folder half way.
@@ -191,9 +190,18 @@ def write_latents(
 
 
 @torch.inference_mode()
+def _see_blank(function: Callable[..., Any], vision: Any, shape: Shape, *more: Any) -> Any:
+    """Call a function of a vision model with a blank image; `ValueError` where it cannot take one of that shape."""
+    try:
+        return function(vision.mean.new_zeros(1, 3, *shape), *more)
+    except (RuntimeError, ValueError) as error:
+        what = f"{vision.name} cannot take images of {shape[0]} x {shape[1]} pixels"
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+
+
 def _vision_facts(vision: Any, layers: Sequence[int], size: int) -> dict[str, Any]:
     """Tell what decides the feature maps; `ValueError` for layers that the model does not have."""
-    count = len(vision(vision.mean.new_zeros(1, 3, size, size))[1])
+    count = len(_see_blank(vision, vision, (size, size))[1])
     if not layers or not all(-count <= layer < count for layer in layers):
         wanted = f"from {-count} to {count - 1}, or {vision.name} has none"
         raise ValueError(f"`vision_layers` must be {wanted}, got {list(layers)}.")
