@@ -3,8 +3,11 @@
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from helpers import tiny_vision_model
 from PIL import Image
 from safetensors.torch import load_file
+
+from hieratok_hf.evaluation.vision_features import VisionFeatures
 
 BROKEN = 5  # the row whose image cannot be decoded
 
@@ -44,6 +47,16 @@ def tiny_without_posterior():
     channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     torch.manual_seed(0)
     return AutoencoderTiny(**channels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+
+
+def tiny_vision_features(seed=0, mean=0.5):
+    """A vision model whose weights leave something of an image, unlike those that it begins with."""
+    model = tiny_vision_model(seed)
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return VisionFeatures(model, [mean] * 3, [0.3] * 3)
 
 
 def shards_in(folder):

@@ -7,7 +7,7 @@ import torch
 from helpers import random_core, tree
 from latent_data import BROKEN, make_images, make_mixed_images, shards_in, tiny_kl, tiny_without_posterior
 from processes import kill_and_go_on
-from scripts import error_of, load_script, with_defaults
+from scripts import error_of, load_script, save_vision_model, usage_error, with_defaults
 
 pytest.importorskip("datasets", reason="images are read through it")
 
@@ -25,6 +25,7 @@ def space(tmp_path_factory):
     AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "hieratok")
     tiny_kl().save_pretrained(folder / "kl")
     tiny_without_posterior().save_pretrained(folder / "tiny")
+    save_vision_model(folder / "vision")
     make_images(folder / "images")
     return folder
 
@@ -42,7 +43,8 @@ def run(space):
 
 def test_killed_at_any_moment_every_row_is_there_once(space, tmp_path):
     images = make_images(tmp_path / "images", 60)
-    squares = ["--data", images, "--kind", "sample"]
+    vision = save_vision_model(tmp_path / "vision")
+    squares = ["--data", images, "--kind", "sample", "--vision_model", vision, "--vision_layers", "3", "-1"]
     buckets = ["--data", make_mixed_images(tmp_path / "mixed"), "--size", "32"]
     buckets += ["--aspect_buckets", "--bucket_step", "8"]
 
@@ -97,6 +99,8 @@ BAD = {
     "a missing model": (["--model", "missing/model"], "--model 'missing/model' cannot be loaded: .*no folder or repo"),
     "a size that does not fit": (["--size", "30"], "cannot take images of 30 x 30 pixels: .*patch size 4"),
     "no posterior": (["--model", "{space}/tiny", "--size", "32"], "AutoencoderTiny has no posterior: `kind` must be"),
+    "a missing vision model": (["--vision_model", "missing/model"], "--vision_model 'missing/model' cannot be loaded"),
+    "a layer that is not there": (["--vision_model", "{space}/vision", "--vision_layers", "17"], "`vision_layers`"),
     "a step of buckets": (
         ["--aspect_buckets", "2", "--bucket_step", "24", "--size", "32"],
         "--bucket_step 24, got 32",
@@ -113,3 +117,8 @@ def test_bad_input_is_one_line_and_no_file(given, message, run, space, tmp_path,
     assert run(tmp_path / "new", *[text.format(space=space) for text in given]) == 2
     assert re.match(f"error: .*{message}", error_of(capsys))
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_without_a_vision_model_are_refused(capsys, tmp_path):
+    given = ["--data", "x", "--output", tmp_path / "new", "--vision_layers", 3]
+    assert "--vision_layers needs --vision_model" in usage_error(capsys, script.main, *given)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from helpers import TINY, random_core
-from latent_data import make_mixed_images
+from latent_data import make_mixed_images, tiny_vision_features
 from PIL import Image
 from processes import FSDP, kill_and_go_on
 from scripts import (
@@ -46,7 +46,9 @@ def space(tmp_path_factory):
             levels = rng.integers(0, 60, (PIXELS, PIXELS, 3), dtype=np.uint8)
             levels[..., channel] += 180
             Image.fromarray(levels).save(folder / "data" / name / f"{i}.png")
-    write_latents(model, load_images(str(folder / "data")), folder / "latents", size=PIXELS, shard_size=8)
+    vision = tiny_vision_features()
+    features = {"vision": vision, "vision_layers": [2, 8]}
+    write_latents(model, load_images(str(folder / "data")), folder / "latents", size=PIXELS, shard_size=8, **features)
     return folder
 
 
@@ -131,8 +133,9 @@ def test_with_buckets_it_goes_on_as_if_nothing_had_happened(tmp_path, run, argum
 
 
 def test_sharded_over_two_processes_it_trains_as_one(tmp_path, run, arguments):
-    one = run(tmp_path / "one", "--steps", 3)
-    given = arguments(tmp_path / "two", "--steps", 3, "--export_every", 3)
+    more = ["--steps", 3, "--alignment_weight", 0.5]
+    one = run(tmp_path / "one", *more)
+    given = arguments(tmp_path / "two", *more, "--export_every", 3)
     runs = [{"arguments": given, "world": 2, "environment": FSDP}]
     assert kill_and_go_on(train_dit, "losses.jsonl", runs, tmp_path / "cache")[0]["ended"]
     assert_close(records(tmp_path / "two"), one, rel=1e-4, abs=1e-5)
@@ -141,10 +144,31 @@ def test_sharded_over_two_processes_it_trains_as_one(tmp_path, run, arguments):
     torch.testing.assert_close(weights_of(tmp_path / "two" / "pipeline-000000003"), weights, rtol=0, atol=0)
 
 
+def test_aligned_it_goes_on_as_if_nothing_had_happened_and_gives_the_same_kind_of_pipeline(tmp_path, run, arguments):
+    more = ["--alignment_weight", 0.5, "--alignment_block", 2, "--steps", 8]
+    steps = run(tmp_path / "whole", *more)
+    for record in steps:
+        assert record["loss"] == pytest.approx(record["velocity"] + 0.5 * record["alignment"], rel=1e-5)
+    with interrupted(train_dit.VelocityTraining, "forward", 6):
+        forget_processes()
+        assert train_dit.main(arguments(tmp_path / "parts", *more)) == 130
+    assert run(tmp_path / "parts", *more, "--resume") == steps
+    weights = weights_of(tmp_path / "whole")
+    torch.testing.assert_close(weights_of(tmp_path / "parts"), weights, rtol=0, atol=0)
+    plain = run(tmp_path / "plain", "--steps", 8)
+    assert plain[0]["loss"] == steps[0]["velocity"] and plain[-1]["loss"] != steps[-1]["velocity"]
+    assert names_in(tmp_path / "plain") == names_in(tmp_path / "whole")
+    assert weights_of(tmp_path / "plain").keys() == weights.keys()
+    again = run(tmp_path / "again", *more, "--gradient_checkpointing", "--accumulate", 2)
+    assert_close(again, steps, rel=1e-4)
+    first = run(tmp_path / "first", "--alignment_weight", 0.5, "--steps", 1)  # by the middle block, of two the first
+    assert first[0]["norm"] != steps[0]["norm"]
+
+
 def test_all_labels_are_dropped_at_the_rate(tmp_path, run, monkeypatch):
     seen, forward = [], train_dit.VelocityTraining.forward
 
-    def watched(self, latents, noise, times, labels):
+    def watched(self, latents, noise, times, labels):  # and no features
         seen.extend(labels.tolist())
         return forward(self, latents, noise, times, labels)
 
@@ -188,6 +212,18 @@ def test_what_does_not_fit_is_named(tmp_path, capsys, arguments, run, space):
     assert "one is none" in failure(tmp_path / "g", *unnamed, "--class_names", "a", "b")
 
 
+def test_what_does_not_fit_an_alignment_is_named(tmp_path, capsys, arguments, space):
+    def failure(*more):
+        assert train_dit.main(arguments(tmp_path / "new", "--alignment_weight", 0.5, *more)) == 2
+        assert not (tmp_path / "new").exists()
+        return error_of(capsys)
+
+    assert "--alignment_block must be from 1 to 2" in failure("--alignment_block", 3)
+    vae = AutoencoderHieraTok.from_pretrained(space / "vae")
+    write_latents(vae, load_images(str(space / "data")), tmp_path / "latents", size=PIXELS)
+    assert "holds no features" in failure("--latents", tmp_path / "latents")
+
+
 def test_buckets_that_do_not_fit_are_named(tmp_path, capsys, arguments, space):
     def failure(*more):
         assert train_dit.main(arguments(tmp_path / "new", *more)) == 2
@@ -209,6 +245,9 @@ def test_buckets_that_do_not_fit_are_named(tmp_path, capsys, arguments, space):
 def test_arguments_that_cannot_be_are_named(tmp_path, capsys):
     given = ["--output", tmp_path, "--latents", "x"]
     assert "one of --latents and --data" in usage_error(capsys, train_dit.main, *given, "--data", "x")
+    assert "needs --alignment_weight" in usage_error(capsys, train_dit.main, *given, "--alignment_block", 1)
+    given = ["--output", tmp_path, "--data", "x", "--alignment_weight", 0.5]
+    assert "--alignment_weight needs --latents" in usage_error(capsys, train_dit.main, *given)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import random_core
-from latent_data import make_images, make_mixed_images, tiny_kl
+from latent_data import make_images, make_mixed_images, tiny_kl, tiny_vision_features
 
 from hieratok_hf.data import training_batches
 from hieratok_hf.data.aspect_buckets import aspect_buckets, group_by_aspect
@@ -34,6 +34,7 @@ def cache(data, tmp_path_factory):
     def make(kind="moments"):
         folder = tmp_path_factory.mktemp(kind)
         settings = {"size": SIZE, "kind": kind, "dtype": torch.float32, "shard_size": 4}
+        settings |= {"vision": tiny_vision_features(), "vision_layers": [1, 2]}
         write_latents(random_core(), load_images(str(data)), folder, **settings)
         return LatentCache(folder)
 
@@ -64,6 +65,17 @@ def test_every_image_comes_once_in_an_epoch_and_half_are_mirrored(cache):
     for start in range(0, len(rows), COUNT):
         assert sorted(rows[start : start + COUNT]) == list(range(COUNT))
     assert 0.4 < sum(sides) / len(sides) < 0.6
+
+
+def test_features_are_those_of_the_images_beside_them(cache):
+    data = cache("mode")
+    latents = torch.cat([data.batch(range(COUNT), [side] * COUNT)[0] for side in (False, True)])
+    maps = zip(data.features(range(COUNT)), data.features(range(COUNT), [True] * COUNT))
+    maps = [torch.cat(sides) for sides in maps]
+    for batch in iterate_cached(data, PLAN(), with_features=True):
+        images = [(latents == latent).flatten(1).all(1).nonzero().item() for latent in batch["latents"]]
+        assert all(torch.equal(found, every[images]) for found, every in zip(batch["features"], maps, strict=True))
+    assert all(batch["features"] == [] for batch in iterate_cached(data, PLAN()))
 
 
 def test_processes_and_parts_divide_the_same_images(batches):

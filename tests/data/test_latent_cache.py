@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import noise, random_core
-from latent_data import BROKEN, make_images, make_mixed_images, shards_in, tiny_kl
+from latent_data import BROKEN, make_images, make_mixed_images, shards_in, tiny_kl, tiny_vision_features
 from safetensors.torch import save_file
 
 pytest.importorskip("datasets", reason="images are read through it")
@@ -35,6 +35,8 @@ def space(tmp_path_factory):
         images = load_images(str(make_images(folder / "images")))
         write_latents(random_core(), images, folder / "moments", **SMALL)
         write_latents(random_core(), images, folder / "sample", kind="sample", flips=False, **SMALL)
+        vision = tiny_vision_features()
+        write_latents(random_core(), images, folder / "features", vision=vision, vision_layers=[2, 0], **SMALL)
         kl = tiny_kl(scaling_factor=0.5, shift_factor=0.25)
         write_latents(kl, images, folder / "kl", dtype=torch.bfloat16, **SMALL)
         write_latents(random_core(), load_images(str(folder / "images" / "hat")), folder / "unlabelled", **SMALL)
@@ -93,6 +95,29 @@ def test_draws_come_from_the_noise(space, stored):
     # What was drawn when it was written stays.
     samples = LatentCache(space / "sample")
     assert torch.equal(samples.batch([2], None, eps[:1])[0], stored("sample", "latents")[2:3])
+
+
+def test_feature_maps_are_read_beside_the_latents(space, stored):
+    cache = LatentCache(space / "features")
+    assert cache.has_features and not LatentCache(space / "moments").has_features
+    indices, flipped = [12, 3, 3, -1, 0], torch.tensor([True, False, True, False, True])
+    for name, found in zip(("features_2", "features_0"), cache.features(indices, flipped), strict=True):
+        sides = [stored("features", name)[indices], stored("features", f"{name}_flipped")[indices]]
+        assert torch.equal(found, torch.where(flipped[:, None, None, None], *reversed(sides)))
+        assert not torch.equal(*sides) and found.dtype == torch.float32
+    assert LatentCache(space / "moments").features([0]) == []
+    with pytest.raises(IndexError, match="13"):
+        cache.features([13])
+    with pytest.raises(ValueError, match="`flipped`"):
+        cache.features([0, 1], [True])
+
+
+def test_statistics_of_feature_maps_are_those_of_their_channels(space, stored):
+    found = LatentCache(space / "features").feature_statistics()
+    for name, (mean, std) in zip(("features_2", "features_0"), found, strict=True):
+        values = torch.cat([stored("features", name), stored("features", f"{name}_flipped")]).double()
+        expected = values.mean((0, 2, 3)), values.std((0, 2, 3), correction=0)
+        torch.testing.assert_close((mean.double(), std.double()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_cache_knows_its_encoder(space):

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_core, temporary_of, tree
-from latent_data import BROKEN, make_images, make_mixed_images, shards_in, tiny_kl, tiny_without_posterior
+from latent_data import (
+    BROKEN,
+    make_images,
+    make_mixed_images,
+    shards_in,
+    tiny_kl,
+    tiny_vision_features,
+    tiny_without_posterior,
+)
+from transformers import ViTConfig, ViTModel
 
 pytest.importorskip("datasets", reason="images are read through it")
 
@@ -22,6 +31,7 @@ from hieratok_hf.data.image_dataset import Images, image_of, load_images
 from hieratok_hf.data.latent_cache import read_settings
 from hieratok_hf.data.latent_writer import write_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
+from hieratok_hf.evaluation.vision_features import VisionFeatures
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.utils.images import centre_crop, from_uint8
 
@@ -44,6 +54,11 @@ def images(space, monkeypatch):
 @pytest.fixture(scope="module")
 def core():
     return random_core()
+
+
+@pytest.fixture
+def vision():
+    return tiny_vision_features()
 
 
 def directly(codec, data, kind):
@@ -259,6 +274,65 @@ def test_only_broken_images_make_an_empty_shard_and_no_rows_are_refused(core, im
         write_latents(core, stream, tmp_path / "stream", **SMALL)
 
 
+def test_feature_maps_are_those_of_each_image_and_of_the_mirrored_one(core, vision, images, tmp_path):
+    write_latents(core, images(), tmp_path / "with", **SMALL, vision=vision, vision_layers=(3, -2))
+    write_latents(core, images(), tmp_path / "without", **SMALL)
+    shards, plain = shards_in(tmp_path / "with").values(), shards_in(tmp_path / "without").values()
+    found = {name: torch.cat([x[name] for x in shards]) for name in next(iter(shards))}
+    (batch,) = EvaluationBatches(images(), 32, 100)
+    for suffix, pixel_values in (("", batch["pixel_values"]), ("_flipped", batch["pixel_values"].flip(-1))):
+        for name, expected in zip(("features_3", "features_15"), vision.feature_maps(pixel_values, [3, 15])):
+            stored = found.pop(name + suffix)
+            assert stored.dtype == torch.float16 and expected.std(0).mean() > 1e-3  # or all images were alike
+            torch.testing.assert_close(stored, expected.half(), rtol=2**-9, atol=1e-3)
+    for name, values in found.items():  # the latents are those of a cache without
+        assert torch.equal(values, torch.cat([x[name] for x in plain])), name
+    settings = read_settings(tmp_path / "with")
+    assert settings["vision"].pop("weights") and settings["vision"] == {"model": "MobileNetV2", "layers": [3, 15]}
+    write_latents(core, images(), tmp_path / "one side", **SMALL, flips=False, vision=vision)
+    for shard in shards_in(tmp_path / "one side").values():
+        assert set(shard) == {"moments", "features_16", "rows", "labels"}
+
+
+def test_feature_maps_that_are_missing_or_damaged_are_made_again_by_the_same_model(core, vision, images, tmp_path):
+    given = {**SMALL, "vision": vision, "vision_layers": [3]}
+    write_latents(core, images(), tmp_path, **given)
+    whole = tree(tmp_path)
+    (tmp_path / "shard-00001.safetensors").unlink()
+    content = bytearray(whole["shard-00002.safetensors"])
+    content[-1] ^= 1  # of the mirrored maps, the last of the tensors
+    (tmp_path / "shard-00002.safetensors").write_bytes(content)
+    assert write_latents(core, images(), tmp_path, **given)["written"] == 2 and tree(tmp_path) == whole
+    other = tiny_vision_features(1)
+    brighter = tiny_vision_features(mean=0.4)
+    for change in ({"vision": other}, {"vision": brighter}, {"vision": None}, {"vision_layers": [4]}):
+        with pytest.raises(ValueError, match=r"holds another cache: .*vision"):
+            write_latents(core, images(), tmp_path, **{**given, **change})
+    assert tree(tmp_path) == whole
+
+
+@pytest.mark.parametrize("layers", [[], [17], [-18], [3, 3], [16, -1]])
+def test_layers_that_cannot_be_are_refused_before_any_file(layers, core, vision, images, tmp_path):
+    with pytest.raises(ValueError, match="`vision_layers`"):
+        write_latents(core, images(), tmp_path / "new", **SMALL, vision=vision, vision_layers=layers)
+    assert not (tmp_path / "new").exists()
+
+
+def test_images_that_the_vision_model_cannot_take_are_refused_before_any_file(core, images, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vit = ViTModel(ViTConfig(**sizes, image_size=64, patch_size=64))
+    with pytest.raises(ValueError, match="ViT cannot take images of 32 x 32 pixels"):
+        write_latents(core, images(), tmp_path / "new", **SMALL, vision=VisionFeatures(vit, [0.5] * 3, [0.5] * 3))
+    assert not (tmp_path / "new").exists()
+
+
+def test_feature_maps_that_overflow_are_refused(core, vision, images, tmp_path):
+    vision.model.layer[3].reduce_1x1.normalization.bias.data[0] = 1e5
+    with pytest.raises(ValueError, match="features_3 of row 0 are not finite in float16; try other `vision_layers`"):
+        write_latents(core, images(), tmp_path, **SMALL, vision=vision, vision_layers=[3])
+    assert not shards_in(tmp_path)
+
+
 MIXED = {**SMALL, "max_aspect": 2.0, "multiple": 8}
 SHAPES = {(24, 40): 6, (32, 32): 9, (40, 24): 4}
 
@@ -293,6 +367,16 @@ def test_with_buckets_each_shard_is_of_one_shape(make, mixed, tmp_path):
             torch.testing.assert_close(torch.cat([x[name] for x in mine]), expected, atol=1e-4, rtol=1e-4)
         assert torch.cat([x["labels"] for x in mine]).tolist() == [mixed[row]["label"] for row in rows]
     assert sorted(seen) == [row for row in range(19) if row != BROKEN]
+
+
+def test_with_buckets_feature_maps_are_of_the_shape_of_their_images(core, vision, mixed, tmp_path):
+    write_latents(core, mixed, tmp_path, **MIXED, vision=vision, vision_layers=[2])
+    for shard in shards_in(tmp_path).values():
+        for row, found in zip(shard["rows"].tolist(), shard["features_2"]):
+            height, width = (4 * side for side in shard["moments"].shape[2:])
+            levels = torch.tensor(np.asarray(centre_crop(image_of(mixed[row]), (height, width))))
+            (expected,) = vision.feature_maps(from_uint8(levels.permute(2, 0, 1)[None]), [2])
+            torch.testing.assert_close(found, expected[0].half(), rtol=2**-9, atol=1e-3)
 
 
 def test_with_buckets_what_is_missing_or_damaged_is_written_anew(core, mixed, tmp_path):

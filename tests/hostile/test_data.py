@@ -253,6 +253,8 @@ VALUES = [
     ("kind", "mean"), ("kind", []), ("flips", 1), ("flips", True), ("dtype", "int8"), ("dtype", []),
     ("latent_shape", []), ("latent_shape", [4, -8, 8]), ("latent_shape", "488"), ("latent_shape", [2**39] * 3),
     ("classes", "ab"), ("classes", [1]), ("encoder", 7), ("scaling_factor", float("nan")), ("shift_factor", 1e300),
+    ("vision", []), ("vision", {}), ("vision", {"model": "a", "weights": "b", "layers": [0]}),
+    ("vision", {"model": "a", "weights": "b", "layers": [[]]}), ("vision", {"model": "a", "weights": 1, "layers": []}),
     ("data", 5), ("source", []), ("format", "2"), ("precision", ...), ("seed", 1.5), ("seed", 1),
 ]  # fmt: skip
 CACHES = {

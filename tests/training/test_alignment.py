@@ -8,7 +8,7 @@ import transformers
 from helpers import images, noise
 
 from hieratok_hf.evaluation.vision_features import VisionFeatures
-from hieratok_hf.training.alignment import LatentAlignment
+from hieratok_hf.training.alignment import BlockAlignment, LatentAlignment
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
 CONV = {
@@ -126,3 +126,40 @@ def test_it_is_float32_under_autocast():
 def test_models_whose_tokens_are_no_grid_of_patches_are_refused(kind, sizes, message):
     with pytest.raises(ValueError, match=message):
         LatentAlignment(4, vision_features(kind, **sizes, image_size=32))
+
+
+def block_alignment(width=6):
+    torch.manual_seed(2)
+    statistics = [(noise(n, seed=n), noise(n, seed=n + 1).abs() + 0.5) for n in (5, 3)]
+    return BlockAlignment(width, statistics, hidden_width=16), statistics
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+def test_the_loss_of_a_block_is_the_definition_place_by_place(grid):
+    module, statistics = block_alignment()
+    tokens, maps = noise(2, *grid, 6), [noise(2, 5, 4, 4), noise(2, 3, 2, 2, seed=1)]
+    projected = module.projector(tokens).detach().double().numpy()
+    expected, first = 0.0, 0
+    for features, (mean, std) in zip(maps, statistics):
+        resampled = F.interpolate(features, grid, mode="bilinear", antialias=True)
+        targets = (resampled.double() - mean[:, None, None]) / std[:, None, None]
+        distances = []
+        for i, row, column in np.ndindex(2, *grid):
+            y, f = projected[i, row, column, first : first + len(mean)], targets[i, :, row, column].numpy()
+            distances.append(1 - y @ f / np.linalg.norm(y) / np.linalg.norm(f))
+        expected, first = expected + np.mean(distances), first + len(mean)
+    loss = module(tokens, maps)
+    assert loss.shape == () and loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_maps_of_one_channel_that_is_always_zero_leave_the_loss_of_a_block_finite():
+    module = BlockAlignment(6, [(torch.tensor([0.1, 0.0]), torch.tensor([1.0, 0.0]))])
+    features = torch.stack([noise(2, 3, 3), torch.zeros(2, 3, 3)], 1)
+    tokens = noise(2, 3, 3, 6).requires_grad_()
+    module(tokens, [features]).backward()
+    assert tokens.grad.isfinite().all() and tokens.grad.any()
+
+
+def test_statistics_of_maps_are_no_weights():
+    module, _ = block_alignment()
+    assert all(name.startswith("projector.") for name in module.state_dict())

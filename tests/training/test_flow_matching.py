@@ -7,6 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from helpers import noise
 
+from hieratok_hf.training.alignment import BlockAlignment
 from hieratok_hf.training.flow_matching import VelocityTraining, dit_from_size, flow_draws
 from hieratok_hf.utils.choices import DIT_SIZES
 
@@ -70,7 +71,7 @@ def test_the_loss_is_that_of_the_velocity():
     latents, eps = noise(3, 4, 6, 6), noise(3, 4, 6, 6, seed=1)
     times, labels = torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0, 1, 3])
     perfect = Fixed(eps - latents)
-    assert VelocityTraining(perfect)(latents, eps, times, labels) == 0
+    assert VelocityTraining(perfect)(latents, eps, times, labels)["loss"] == 0
     assert torch.equal(perfect.asked["timestep"], times * FlowMatchEulerDiscreteScheduler().config.num_train_timesteps)
     assert torch.equal(perfect.asked["class_labels"], labels)
     # The line between the two, as diffusers' scheduler draws it.
@@ -80,8 +81,8 @@ def test_the_loss_is_that_of_the_velocity():
     torch.testing.assert_close(fed[1], 0.75 * latents[1] + 0.25 * eps[1])
     # The variance that a model may predict does not count.
     both = Fixed(torch.cat([eps - latents, noise(3, 4, 6, 6, seed=2)], dim=1))
-    assert VelocityTraining(both)(latents, eps, times, labels) == 0
-    off = VelocityTraining(Fixed(eps - latents + 2))(latents, eps, times, labels)
+    assert VelocityTraining(both)(latents, eps, times, labels)["loss"] == 0
+    off = VelocityTraining(Fixed(eps - latents + 2))(latents, eps, times, labels)["loss"]
     torch.testing.assert_close(off, torch.tensor(4.0))
 
 
@@ -91,10 +92,63 @@ def test_labels_are_not_dropped_inside():
         for parameter in model.parameters():
             parameter.add_(noise(*parameter.shape), alpha=0.1)
     given = noise(64, 4, 6, 6), noise(64, 4, 6, 6, seed=1), torch.full((64,), 0.5), torch.arange(64) % 4
-    losses = [model(*given) for _ in range(4)]
+    losses = [model(*given)["loss"] for _ in range(4)]
     assert all(torch.equal(loss, losses[0]) for loss in losses)
     assert model.training and model.transformer.training
-    assert not torch.equal(model(*given[:3], torch.full((64,), 3)), losses[0])
+    assert not torch.equal(model(*given[:3], torch.full((64,), 3))["loss"], losses[0])
+
+
+def aligned(weight, block=1, **overrides):
+    """A DiT whose weights are random, aligned with one map of 5 channels, and what it is given."""
+    model = small_dit(**overrides)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise(*parameter.shape), alpha=0.1)
+    given = noise(3, 4, 6, 6), noise(3, 4, 6, 6, seed=1), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 2, 3])
+    alignment = BlockAlignment(model.inner_dim, [(torch.zeros(5), torch.ones(5))])
+    return VelocityTraining(model, alignment, weight, block).train(), (*given, noise(3, 5, 4, 4))
+
+
+def gradients_of(module):
+    return {name: weight.grad for name, weight in module.named_parameters()}
+
+
+def test_an_alignment_of_no_weight_leaves_the_training_as_it_is_to_the_bit():
+    module, given = aligned(0.0)
+    losses = module(*given)
+    losses["loss"].backward()
+    found = gradients_of(module.transformer)
+    module.zero_grad()
+    plain = VelocityTraining(module.transformer).train()(*given[:4])["loss"]
+    plain.backward()
+    assert torch.equal(losses["loss"], plain) and torch.equal(losses["velocity"], plain) and losses["alignment"] > 0.1
+    torch.testing.assert_close(gradients_of(module.transformer), found, rtol=0, atol=0)
+
+
+def test_an_alignment_is_of_the_tokens_that_a_block_gives_and_adds_to_the_loss():
+    for block in (1, 2):
+        module, given = aligned(0.5, block, patch_size=2)
+        losses = module(*given)
+        noisy = torch.lerp(*given[:2], given[2][:, None, None, None])
+        tokens = module.transformer.pos_embed(noisy)
+        for layer in module.transformer.transformer_blocks[:block]:
+            tokens = layer(tokens, timestep=given[2] * 1000, class_labels=given[3])
+        expected = module.alignment(tokens.reshape(3, 3, 3, -1), given[4:])
+        torch.testing.assert_close(losses["alignment"], expected)
+        torch.testing.assert_close(losses["loss"], losses["velocity"] + 0.5 * losses["alignment"])
+
+
+def test_gradients_of_an_alignment_are_the_same_with_checkpoints():
+    found = []
+    for checkpointing in (False, True):
+        module, given = aligned(0.5)
+        if checkpointing:
+            module.transformer.enable_gradient_checkpointing()
+        module(*given)["loss"].backward()
+        found.append(gradients_of(module))
+    assert all(x is not None for x in found[0].values())  # DDP asks for the gradient of every weight
+    assert found[0]["alignment.projector.1.weight"].any()
+    torch.testing.assert_close(*found)
 
 
 def test_draws_are_a_function_of_seed_and_step_however_divided():

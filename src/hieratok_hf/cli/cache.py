@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from ..data.image_dataset import load_images
 from ..data.latent_writer import write_latents
+from ..evaluation.vision_features import VisionFeatures
 from ..models.autoencoder_adapter import load_codec
 from .command_line import autocast, check_steps, device_of_process, find_size, load_or_explain, run_on_processes
 from .main import parse
@@ -21,9 +22,13 @@ def run(args: Namespace, state: PartialState) -> list[str]:
     codec = load_or_explain(load_codec, "--model", args.model, device)
     size = find_size(args, codec)
     check_steps("--size", [size], 1, args.bucket_step)
+    vision = None
+    if args.vision_model is not None:
+        vision = load_or_explain(VisionFeatures.from_pretrained, "--vision_model", args.vision_model).to(device)
     images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
     settings = {name: getattr(args, name) for name in ("kind", "shard_size", "batch_size", "seed", "limit", "threads")}
     settings |= {"max_aspect": args.aspect_buckets, "multiple": args.bucket_step}
+    settings |= {"vision": vision, "vision_layers": args.vision_layers}
     settings |= {"size": size, "flips": not args.no_flips, "dtype": getattr(torch, args.dtype)}
     shown = {"unit": "image", "disable": not state.is_local_main_process, "dynamic_ncols": True, "leave": False}
     with tqdm(**shown) as bar, autocast(args, device):

@@ -17,6 +17,7 @@ from ..data.training_batches import BatchPlan
 from ..models.autoencoder_adapter import load_codec
 from ..pipelines.class_names import read_class_names
 from ..shipped import resolve_model
+from ..training.alignment import BlockAlignment
 from ..training.flow_matching import VelocityTraining, dit_from_size, flow_draws
 from ..training.report import TrainingReport
 from ..training.sample_sheets import class_grid
@@ -83,7 +84,10 @@ def train(args: Namespace) -> None:
             raise ValueError(f"--latents {str(args.latents)!r} holds images without labels.")
         if int(cache.labels.max()) >= num_classes:
             raise ValueError(f"The labels of --latents {str(args.latents)!r} must be from 0 to {num_classes - 1}.")
-        batches = partial(iterate_cached, cache)
+        if args.alignment_weight and not cache.has_features:
+            told = "no features to align with: write it anew with `hieratok cache --vision_model`"
+            raise ValueError(f"--latents {str(args.latents)!r} holds {told}.")
+        batches = partial(iterate_cached, cache, with_features=bool(args.alignment_weight))
     else:
         images = load_images(args.data, split=args.split, streaming=args.streaming)
         options["data"] = images.fingerprint
@@ -94,6 +98,9 @@ def train(args: Namespace) -> None:
         batches = partial(iterate_encoded, codec, shape, images, num_classes, **given)
 
     transformer = load_transformer(args, shape, num_classes)
+    blocks = len(transformer.transformer_blocks)
+    if (block := args.alignment_block or max(1, blocks // 2)) > blocks:
+        raise ValueError(f"--alignment_block must be from 1 to {blocks}, the transformer's blocks, got {block}.")
     buckets: tuple[Buckets, ...] = ()
     if args.latents is not None:
         buckets = (cache.buckets,) if cache.buckets else ()
@@ -117,7 +124,10 @@ def train(args: Namespace) -> None:
 
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    model = VelocityTraining(transformer).train()
+    alignment = None
+    if args.alignment_weight:
+        alignment = BlockAlignment(transformer.inner_dim, cache.feature_statistics())
+    model = VelocityTraining(transformer, alignment, args.alignment_weight, block).train()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     training = TrainingState(transformer, [(model, optimizer)], args.ema, "transformer")
@@ -147,12 +157,12 @@ def train(args: Namespace) -> None:
         noise, times, dropping = (x.to(device) for x in draws(step, **drawn))
         classes = torch.where(dropping < args.class_dropout, num_classes, batch["labels"].to(device))
         with accelerator.accumulate(model):
-            loss = model(latents, noise, times, classes)
-            accelerator.backward(loss)
+            losses = model(latents, noise, times, classes, *(x.to(device) for x in batch["features"]))
+            accelerator.backward(losses["loss"])
             norm = accelerator.clip_grad_norm_(model.parameters(), args.clip) if last_part else None
             optimizer.step()
             optimizer.zero_grad()
-        report.add({"loss": loss}, batch["skipped"])
+        report.add(losses, batch["skipped"])
         if not last_part:
             continue
         training.average.step(transformer.parameters())

@@ -17,7 +17,9 @@ __all__ = ["iterate_cached", "iterate_encoded"]
 # Shape letters: B images of this process in one part of a step, H W pixels, C latent channels, h w the latent's grid.
 
 
-def iterate_cached(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> Iterator[dict[str, Any]]:
+def iterate_cached(
+    cache: LatentCache, plan: BatchPlan, first_step: int = 0, *, with_features: bool = False
+) -> Iterator[dict[str, Any]]:
     """
     Read the batches of one process from a cache, mirrored half the time if it has flips, and drawn anew from moments.
 
@@ -25,10 +27,12 @@ def iterate_cached(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> 
         cache (`LatentCache`): The data.
         plan (`BatchPlan`): Decides what each step sees; of a cache with buckets, one with `cache.buckets`.
         first_step (`int`, defaults to 0): The step to begin with.
+        with_features (`bool`, defaults to `False`): Whether to read the cached feature maps too.
 
     Returns:
-        Iterator of dictionaries: `latents` `(B, C, h, w)` float32; `labels` `(B,)` int64; `step`, `part`, `count` and
-        `rows` as `training_loader` gives them; `skipped`, always empty.
+        Iterator of dictionaries: `latents` `(B, C, h, w)` float32; `labels` `(B,)` int64; `features`, those maps as
+        `LatentCache.features` gives them, or none; `step`, `part`, `count` and `rows` as `training_loader` gives them;
+        `skipped`, always empty.
     """
     for draws in plan_draws(len(cache), plan, first_step):
         step, count, rows = draws[0].step, draws[0].total, torch.tensor([draw.row for draw in draws])
@@ -36,9 +40,11 @@ def iterate_cached(cache: LatentCache, plan: BatchPlan, first_step: int = 0) -> 
         is_drawn = cache.settings["kind"] == "moments"
         shape = cache.latent_shapes.get(draws[0].shape, cache.latent_shape)
         noise = _posterior_noise(plan.seed, step, count, shape)[rows] if is_drawn else None
-        latents, labels = cache.batch([draw.data_row for draw in draws], flipped, noise)
+        images = [draw.data_row for draw in draws]
+        latents, labels = cache.batch(images, flipped, noise)
+        features = cache.features(images, flipped) if with_features else []
         facts = {"step": step, "part": draws[0].part, "count": count, "rows": rows, "skipped": []}
-        yield {**facts, "latents": latents, "labels": labels}
+        yield {**facts, "latents": latents, "labels": labels, "features": features}
 
 
 def iterate_encoded(
@@ -60,7 +66,8 @@ def iterate_encoded(
         plan, first_step, options: What `training_loader` takes.
 
     Returns:
-        Iterator of dictionaries like those of `iterate_cached`; `skipped` holds the reasons of images left out.
+        Iterator of dictionaries like those of `iterate_cached`, without features; `skipped` holds the reasons of
+        images left out.
 
     Raises:
         ImageError: A hundred rows in a row cannot be decoded.
@@ -76,7 +83,7 @@ def iterate_encoded(
         noise = _posterior_noise(plan.seed, batch["step"], batch["count"], (channels, *grid))[batch["rows"]]
         with torch.no_grad():
             latents = codec.normalise(codec.encode(to_pixel_values(batch), noise)).float()
-        yield {**batch, "latents": latents, "labels": labels}
+        yield {**batch, "latents": latents, "labels": labels, "features": []}
 
 
 def _posterior_noise(seed: int, step: int, count: int, latent_shape: tuple[int, ...]) -> Tensor:

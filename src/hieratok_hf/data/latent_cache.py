@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +22,13 @@ from .manifests import Settings, checksum_of, is_count, is_number, is_text, read
 
 __all__ = ["LatentCache", "encoder_facts"]
 
-# Shape letters: B batch, C latent channels, h w the latent's grid.
+# Shape letters: B batch, C channels of a latent or of a feature map, h w its grid.
 
 FORMAT = 2  # of `cache.json` and the shards; a cache of another one is refused
 SETTINGS_FILE = "cache.json"
+FEATURE_DTYPE = "float16"
+
+_SAMPLED_SHARDS, _SAMPLED_IMAGES = 8, 1024  # for the statistics of the feature maps
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -65,10 +68,21 @@ def stored_name(settings: Settings) -> str:
     return "moments" if settings["kind"] == "moments" else "latents"
 
 
-def stored_shape(settings: Settings, shard: int) -> tuple[int, ...]:
-    """Give `(2C, h, w)` of moments or `(C, h, w)` of latents."""
-    channels, *grid = buckets_of(settings)[bucket_of(settings, shard)[0]]["latent_shape"]
-    return (2 * channels if settings["kind"] == "moments" else channels, *grid)
+def feature_names(settings: Settings) -> list[str]:
+    """Name the feature maps of each image, none of a cache without a vision model."""
+    return [f"features_{layer}" for layer in settings["vision"]["layers"]] if "vision" in settings else []
+
+
+def stored_kinds(settings: Settings, shard: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Give the shape and the dtype of what a shard holds of each image and, with flips, of the mirrored one."""
+    bucket = buckets_of(settings)[bucket_of(settings, shard)[0]]
+    channels, *grid = bucket["latent_shape"]
+    shape = (2 * channels if settings["kind"] == "moments" else channels, *grid)
+    features = zip(feature_names(settings), bucket.get("feature_shapes", []))
+    return {
+        stored_name(settings): (shape, settings["dtype"]),
+        **{name: (tuple(shape), FEATURE_DTYPE) for name, shape in features},
+    }
 
 
 def number_of(path: Path) -> int:
@@ -101,6 +115,17 @@ _SCHEMA = {
 }
 
 
+def _has_features(settings: Settings) -> bool:
+    """Tell whether a vision model is described, with the shapes of its maps in every bucket."""
+    vision = settings.get("vision")
+    if not isinstance(vision, dict) or not all(is_text(vision.get(name)) for name in ("model", "weights")):
+        return False
+    layers, shapes = vision.get("layers"), [bucket.get("feature_shapes") for bucket in buckets_of(settings)]
+    if not isinstance(layers, list) or not all(map(is_count(0), layers)) or len({*layers}) != len(layers):
+        return False
+    return all(isinstance(x, list) and len(x) == len(layers) > 0 and all(map(_is_shape(3), x)) for x in shapes)
+
+
 def _are_buckets(value: Any) -> bool:
     are_objects = isinstance(value, list) and len(value) > 0 and all(isinstance(bucket, dict) for bucket in value)
     return are_objects and all(is_valid(bucket.get(name)) for bucket in value for name, is_valid in _BUCKET.items())
@@ -124,6 +149,8 @@ def read_settings(folder: Path) -> Settings:
     settings = read_manifest(folder / SETTINGS_FILE, "cache of latents", FORMAT, _SCHEMA)
     if "buckets" in settings and not _are_buckets(settings["buckets"]):
         raise ValueError(f"{str(folder / SETTINGS_FILE)!r} is damaged: it has no valid 'buckets'.")
+    if "vision" in settings and not _has_features(settings):
+        raise ValueError(f"{str(folder / SETTINGS_FILE)!r} is damaged: it has no valid 'vision'.")
     return settings
 
 
@@ -147,9 +174,11 @@ def read_header(path: Path, settings: Settings) -> Header:
         count = found["rows"][0][0]
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"The shard {str(path)!r} is damaged: {' '.join(str(error).split())}") from error
-    shape = stored_shape(settings, number_of(path))
-    names = [stored_name(settings), *([f"{stored_name(settings)}_flipped"] if settings["flips"] else [])]
-    expected = dict.fromkeys(names, ((count, *shape), LATENT_DTYPES[settings["dtype"]]))
+    expected = {
+        name + suffix: ((count, *shape), LATENT_DTYPES[dtype])
+        for name, (shape, dtype) in stored_kinds(settings, number_of(path)).items()
+        for suffix in ("", "_flipped")[: 1 + settings["flips"]]
+    }
     expected |= dict.fromkeys(("labels", "rows"), ((count,), "I64"))
     if found != expected:
         raise ValueError(f"The shard {str(path)!r} is damaged: it must hold {expected}, got {found}.")
@@ -171,19 +200,25 @@ def read_tensor(path: Path, name: str, checksums: dict[str, str]) -> Tensor:
     return values
 
 
+def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Take a SHA-256 of named tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights, key=lambda pair: pair[0]):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def encoder_facts(codec: Codec) -> dict[str, Any]:
     """
     Collect the facts of a model that decide its latents and what pipelines do to them: `encoder`, a SHA-256 of all its
     weights but the decoder's; `precision`, the dtype that it runs in; `scaling_factor` and `shift_factor`.
     """
-    digest, weight = hashlib.sha256(), next(codec.model.parameters())
-    for name, value in sorted((codec.core or codec.model).state_dict().items()):
-        if name.partition(".")[0] not in ("decoder", "post_quant_conv"):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    weight, weights = next(codec.model.parameters()), (codec.core or codec.model).state_dict().items()
+    encoder = digest_of(x for x in weights if x[0].partition(".")[0] not in ("decoder", "post_quant_conv"))
     kind = weight.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return {"encoder": digest.hexdigest(), "precision": str(precision).removeprefix("torch."), **codec.statistics}
+    return {"encoder": encoder, "precision": str(precision).removeprefix("torch."), **codec.statistics}
 
 
 def check_encoder(folder: Path, settings: Settings, codec: Codec) -> None:
@@ -233,7 +268,7 @@ class LatentCache(Dataset):
         )
         self._starts = np.cumsum([0] + [header.images for header in headers])
         self._paths, self._name = paths, stored_name(settings)
-        self._shapes = [stored_shape(settings, shard) for shard in shards]
+        self._kinds = [stored_kinds(settings, shard) for shard in shards]
         numbers = np.repeat([bucket_of(settings, shard)[0] for shard in shards], [header.images for header in headers])
         self.buckets: Buckets = {}
         self.latent_shapes: dict[Shape, tuple[int, ...]] = {}
@@ -242,7 +277,12 @@ class LatentCache(Dataset):
                 height, width = bucket["shape"]
                 self.buckets[height, width] = found
                 self.latent_shapes[height, width] = tuple(bucket["latent_shape"])
-        self._mapped: dict[tuple[int, bool], np.ndarray] = {}
+        self._mapped: dict[tuple[int, str], np.ndarray] = {}
+
+    @property
+    def has_features(self) -> bool:
+        """Tell whether the feature maps of a vision model were kept too."""
+        return "vision" in self.settings
 
     @property
     def fingerprint(self) -> str:
@@ -255,7 +295,7 @@ class LatentCache(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read `latents` `(C, h, w)` or `moments` `(2C, h, w)` as they are stored, float32; `label` and `row`."""
         label, row = int(self.labels[index]), int(self.rows[index])
-        return {self._name: self._read([index], [False])[0].float(), "label": label, "row": row}
+        return {self._name: self._read(self._name, [index])[0].float(), "label": label, "row": row}
 
     def batch(
         self,
@@ -281,13 +321,8 @@ class LatentCache(Dataset):
             ValueError: The images are of several shapes, `flipped` has another length, or asks for what was not
                 written, or a shard is damaged.
         """
-        chosen = torch.as_tensor(indices, dtype=torch.int64).tolist()
-        sides = [False] * len(chosen) if flipped is None else torch.as_tensor(flipped, dtype=torch.bool).tolist()
-        if len(sides) != len(chosen):
-            raise ValueError(f"`flipped` must have the length of `indices`, {len(chosen)}, got {len(sides)}.")
-        if any(sides) and not self.flips:
-            raise ValueError(f"`flipped` must be false throughout: {str(self.folder)!r} was written without flips.")
-        labels, values = self.labels[chosen], self._read(chosen, sides)
+        values = self._read(self._name, indices, flipped)
+        labels = self.labels[torch.as_tensor(indices, dtype=torch.int64)]
         if self._name == "moments" and noise is None:
             values = values[:, : self.latent_shape[0]]
         elif self._name == "moments":
@@ -295,22 +330,72 @@ class LatentCache(Dataset):
             values = posterior.mean + posterior.std * noise
         return (values.float() - self.settings["shift_factor"]) * self.settings["scaling_factor"], labels
 
-    def _read(self, indices: list[int], flipped: list[bool]) -> Tensor:
-        numbers = np.asarray(indices, dtype=np.int64) % max(len(self), 1)
+    def features(
+        self, indices: Sequence[int] | Tensor, flipped: Sequence[bool] | Tensor | None = None
+    ) -> list[Tensor]:
+        """
+        Read the feature maps of many images at once, as the vision model gave them; none of a cache without.
+
+        Args:
+            indices, flipped: What `batch` takes.
+
+        Returns:
+            A map `(B, C, h, w)`, float32, of each layer in the order of `settings["vision"]["layers"]`.
+
+        Raises:
+            IndexError, ValueError: As `batch`.
+        """
+        return [self._read(name, indices, flipped).float() for name in feature_names(self.settings)]
+
+    def feature_statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """
+        Compute mean and standard deviation `(C,)`, float32, of the channels of each layer's maps, over about a
+        thousand images of at most eight shards, with the mirrored ones.
+        """
+        names = feature_names(self.settings)
+        counts: list[float] = [0.0] * len(names)
+        sums, squares = ([torch.zeros(())] * len(names) for _ in range(2))
+        filled = np.flatnonzero(np.diff(self._starts))
+        shards = {*np.linspace(0, len(filled) - 1, _SAMPLED_SHARDS).astype(int).tolist()}
+        for shard in filled[sorted(shards)].tolist():
+            first, last = self._starts[shard], self._starts[shard + 1] - 1
+            indices = {*np.linspace(first, last, _SAMPLED_IMAGES // len(shards)).astype(int).tolist()}
+            for side in (False, True)[: 1 + self.flips]:
+                for i, values in enumerate(self.features(sorted(indices), [side] * len(indices))):
+                    values = values.double()
+                    counts[i] += values.numel() / values.shape[1]
+                    sums[i] = sums[i] + values.sum((0, 2, 3))
+                    squares[i] = squares[i] + values.square().sum((0, 2, 3))
+        means = [total / count for total, count in zip(sums, counts)]
+        spreads = [(x / count - mean**2).clamp(min=0).sqrt() for x, count, mean in zip(squares, counts, means)]
+        return [(mean.float(), spread.float()) for mean, spread in zip(means, spreads)]
+
+    def _read(
+        self, name: str, indices: Sequence[int] | Tensor, flipped: Sequence[bool] | Tensor | None = None
+    ) -> Tensor:
+        """Read the values of that name, of one shape, in the dtype that they are stored in."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        sides = [False] * len(chosen) if flipped is None else torch.as_tensor(flipped, dtype=torch.bool).tolist()
+        if len(sides) != len(chosen):
+            raise ValueError(f"`flipped` must have the length of `indices`, {len(chosen)}, got {len(sides)}.")
+        if any(sides) and not self.flips:
+            raise ValueError(f"`flipped` must be false throughout: {str(self.folder)!r} was written without flips.")
+        numbers = torch.arange(len(self))[chosen].numpy()
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         places = numbers - self._starts[shards]
-        shapes = {self._shapes[shard] for shard in set(shards.tolist())} or {stored_shape(self.settings, 0)}
-        if len(shapes) > 1:
-            raise ValueError(f"`indices` must be those of images of one shape, got {len(shapes)}.")
-        values = torch.empty(len(indices), *shapes.pop(), dtype=getattr(torch, self.settings["dtype"]))
+        kinds = {self._kinds[shard][name] for shard in {*shards.tolist()}} or {self._kinds[0][name]}
+        if len(kinds) > 1:
+            raise ValueError(f"`indices` must be those of images of one shape, got {len(kinds)}.")
+        shape, dtype = kinds.pop()
+        values = torch.empty(len(chosen), *shape, dtype=getattr(torch, dtype))
         # As bytes, which NumPy has for every dtype: to copy row by row, torch takes four times as long.
         levels = values.view(torch.uint8).numpy()
-        for i, (shard, place, side) in enumerate(zip(shards.tolist(), places.tolist(), flipped)):
-            if (shard, side) not in self._mapped:
-                name = self._name + "_flipped" * side
-                stored = read_tensor(self._paths[shard], name, self._checksums[shard])
-                self._mapped[shard, side] = stored.view(torch.uint8).numpy()
-            levels[i] = self._mapped[shard, side][place]
+        for i, (shard, place, side) in enumerate(zip(shards.tolist(), places.tolist(), sides)):
+            stored = name + "_flipped" * side
+            if (shard, stored) not in self._mapped:
+                tensor = read_tensor(self._paths[shard], stored, self._checksums[shard])
+                self._mapped[shard, stored] = tensor.view(torch.uint8).numpy()
+            levels[i] = self._mapped[shard, stored][place]
         return values
 
     def __getstate__(self) -> dict[str, Any]:

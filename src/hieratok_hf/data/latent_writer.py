@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ from ..utils.images import from_uint8
 from .aspect_buckets import Shape, buckets_of_sizes
 from .image_dataset import Images, Row, decode_ahead
 from .latent_cache import (
+    FEATURE_DTYPE,
     FORMAT,
     SETTINGS_FILE,
     bucket_of,
     checksum,
+    digest_of,
     encoder_facts,
+    feature_names,
     identity,
     number_of,
     read_header,
@@ -36,8 +39,8 @@ from .latent_cache import (
     rows_of,
     shard_path,
     shards_of,
+    stored_kinds,
     stored_name,
-    stored_shape,
 )
 from .manifests import Settings, settle, write_manifest
 
@@ -63,6 +66,8 @@ def write_latents(
     multiple: int | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     threads: int = 4,
+    vision: Any = None,
+    vision_layers: Sequence[int] = (-1,),
 ) -> dict[str, Any]:
     """
     Encode a data set into `folder`, for `LatentCache`; called again after a kill, it goes on with the missing shards.
@@ -76,6 +81,9 @@ def write_latents(
     With `max_aspect`, images are brought to the nearest of the shapes of `aspect_buckets` instead of a square. Each
     shard then holds rows of one shape, in their order, the shards of a shape follow each other, and `cache.json` lists
     the shapes with the number of their rows and a checksum of these.
+
+    With a vision model, a shard also holds its feature maps of each image, `features_L` and `features_L_flipped`
+    `(N, D, h', w')`, float16, of each layer `L` at its own grid.
 
     Args:
         codec_or_vae (`Codec` or `torch.nn.Module`): The autoencoder, or what `Codec` takes.
@@ -95,6 +103,10 @@ def write_latents(
         progress (callable, *optional*): Called after each batch with how many rows this process has done in this
             call and how many it has to do, `None` in a stream.
         threads (`int`, defaults to 4): Decode this many images at a time, a batch or two ahead.
+        vision (`VisionFeatures`, *optional*): A vision model whose feature maps are kept too; it sees the images as
+            they are encoded.
+        vision_layers (sequence of `int`, defaults to the last): Indices of the maps that `vision` gives; a negative
+            one counts from the end.
 
     Returns:
         `rows`, `images` and `shards` of the whole cache; `skipped`, the reason for each row whose image cannot be
@@ -102,8 +114,8 @@ def write_latents(
 
     Raises:
         ValueError: An argument is out of its range, the model cannot take images of that size or has no posterior,
-            the data has no rows, or with `max_aspect` is a stream, the latents are not finite in `dtype`, or `folder`
-            holds something else.
+            the data has no rows, or with `max_aspect` is a stream, the latents are not finite in `dtype`, the feature
+            maps not in float16, `vision` has no such layers, or `folder` holds something else.
         OSError: The folder cannot be written.
     """
     codec = codec_or_vae if isinstance(codec_or_vae, Codec) else Codec(codec_or_vae)
@@ -137,7 +149,12 @@ def write_latents(
             }
             for shape, rows in buckets.items()
         ]
-    encode, folder, (rank, world) = _encoder(codec, settings), Path(folder), process_place()
+    if vision is not None:
+        settings["vision"] = _vision_facts(vision, vision_layers, size)
+        for bucket, shape in [(settings, (size, size)), *zip(settings.get("buckets", []), shapes)]:
+            maps = _see_blank(vision.feature_maps, vision, shape, settings["vision"]["layers"])
+            bucket["feature_shapes"] = [list(x.shape[1:]) for x in maps]
+    encode, folder, (rank, world) = _encoder(codec, vision, settings), Path(folder), process_place()
     # One process looks, so that none sees a folder half way.
     settings, problem = gather(_settle(folder, settings) if rank == 0 else ({}, ""))[0]
     if problem:
@@ -170,6 +187,29 @@ def write_latents(
         "written": sum(written_by),
         "seconds": max(times),
     }
+
+
+@torch.inference_mode()
+def _see_blank(function: Callable[..., Any], vision: Any, shape: Shape, *more: Any) -> Any:
+    """Call a function of a vision model with a blank image; `ValueError` where it cannot take one of that shape."""
+    try:
+        return function(vision.mean.new_zeros(1, 3, *shape), *more)
+    except (RuntimeError, ValueError) as error:
+        what = f"{vision.name} cannot take images of {shape[0]} x {shape[1]} pixels"
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _vision_facts(vision: Any, layers: Sequence[int], size: int) -> dict[str, Any]:
+    """Tell what decides the feature maps; `ValueError` for layers that the model does not have."""
+    count = len(_see_blank(vision, vision, (size, size))[1])
+    if not layers or not all(-count <= layer < count for layer in layers):
+        wanted = f"from {-count} to {count - 1}, or {vision.name} has none"
+        raise ValueError(f"`vision_layers` must be {wanted}, got {list(layers)}.")
+    positive = [layer % count for layer in layers]
+    if len({*positive}) < len(positive):
+        raise ValueError(f"`vision_layers` must differ from each other, got {list(layers)}.")
+    weights = {**vision.state_dict(), "mean": vision.mean, "std": vision.std}
+    return {"model": vision.name, "weights": digest_of(weights.items()), "layers": positive}
 
 
 class _Layout:
@@ -211,24 +251,27 @@ def _settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
 
 
 def _write_shard(path: Path, batches: list[dict[str, Any]], settings: Settings) -> None:
-    """Write the batches of a shard, with what the encoder gave of them as `plain` and, with flips, `flipped`."""
+    """Write the batches of a shard, with what the encoder gave of them by name and, with flips, as `*_flipped`."""
     rows = [row for batch in batches for row in batch["rows"]]
     labels = [-1 if label is None else label for batch in batches for label in batch["labels"]]
     tensors = {"labels": torch.tensor(labels, dtype=torch.int64), "rows": torch.tensor(rows, dtype=torch.int64)}
     # By row, so that neither batches nor processes nor what was left out change an image's noise.
     noise = [np.random.default_rng((settings["seed"], row)) for row in rows] if settings["kind"] == "sample" else []
-    for side, suffix in (("plain", ""), ("flipped", "_flipped"))[: 1 + settings["flips"]]:
-        parts = [batch[side] for batch in batches if batch["rows"]]
-        values = torch.cat(parts).float().cpu() if parts else torch.empty(0, *stored_shape(settings, number_of(path)))
-        if noise:
+    kinds = stored_kinds(settings, number_of(path))
+    for suffix, (name, (shape, dtype)) in product(("", "_flipped")[: 1 + settings["flips"]], kinds.items()):
+        parts = [batch["values"][name + suffix] for batch in batches if batch["rows"]]
+        values = torch.cat(parts).float().cpu() if parts else torch.empty(0, *shape)
+        is_latent = name == stored_name(settings)
+        if noise and is_latent:
             posterior = posterior_of(values)
             drawn = [source.standard_normal(posterior.mean.shape[1:], np.float32) for source in noise]
             values = posterior.mean + posterior.std * torch.from_numpy(np.stack(drawn))
-        values = values.to(getattr(torch, settings["dtype"])).contiguous()
+        values = values.to(getattr(torch, dtype)).contiguous()
         if not (finite := torch.isfinite(values).flatten(1).all(1)).all():
+            what, advice = ("latents", "another `dtype`") if is_latent else (name, "other `vision_layers`")
             row = rows[int(finite.int().argmin())]
-            raise ValueError(f"The latents of row {row} are not finite in {settings['dtype']}; try another `dtype`.")
-        tensors[stored_name(settings) + suffix] = values
+            raise ValueError(f"The {what} of row {row} are not finite in {dtype}; try {advice}.")
+        tensors[name + suffix] = values
     skipped = {row: reason for batch in batches for row, _, reason in batch["skipped"]}
     with write_whole(path) as file:
         sums = {name: checksum(values) for name, values in tensors.items()}
@@ -284,7 +327,20 @@ def _missing_rows(
             yield batch
 
 
-def _encoder(codec: Codec, settings: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+def _encoder(codec: Codec, vision: Any, settings: Settings) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Make the function from images in float32 to what is stored of them, by name."""
+    encode, dtype = _latent_encoder(codec, settings), next(codec.model.parameters()).dtype
+    names, layers = feature_names(settings), settings.get("vision", {}).get("layers", [])
+
+    def encode_all(pixel_values: Tensor) -> dict[str, Tensor]:
+        maps = vision.feature_maps(pixel_values, layers) if layers else []
+        halves = {name: x.to(getattr(torch, FEATURE_DTYPE)) for name, x in zip(names, maps)}
+        return {stored_name(settings): encode(pixel_values.to(dtype)), **halves}
+
+    return encode_all
+
+
+def _latent_encoder(codec: Codec, settings: Settings) -> Callable[[Tensor], Tensor]:
     """Choose the function from images to moments or to modes; `ValueError` for a model without the former."""
     core, model = codec.core, codec.model
     if settings["kind"] == "mode":
@@ -301,7 +357,7 @@ def _encoder(codec: Codec, settings: dict[str, Any]) -> Callable[[Tensor], Tenso
 
 def _write_shards(
     batches: Iterator[dict[str, Any]],
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], dict[str, Tensor]],
     weight: Tensor,
     folder: Path,
     layout: _Layout,
@@ -324,11 +380,12 @@ def _write_shards(
                     levels = batch.pop("levels")
                     levels = levels.pin_memory() if weight.is_cuda else levels  # copied without waiting
                     levels = levels.to(weight.device, non_blocking=True)
-                    pixel_values = from_uint8(levels.permute(0, 3, 1, 2)).to(weight.dtype)
+                    pixel_values = from_uint8(levels.permute(0, 3, 1, 2))
                     # Left on the device: the writer fetches a whole shard, and this thread waits for nothing.
-                    batch["plain"] = encode(pixel_values)
+                    batch["values"] = encode(pixel_values)
                     if settings["flips"]:
-                        batch["flipped"] = encode(pixel_values.flip(-1))
+                        mirrored = encode(pixel_values.flip(-1))
+                        batch["values"] |= {f"{name}_flipped": values for name, values in mirrored.items()}
                 whole.append(batch)
                 encoded, done = encoded + len(batch["rows"]), done + len(batch["rows"]) + len(batch["skipped"])
                 if progress is not None:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -131,3 +132,33 @@ class VisionFeatures(FrozenVisionModel):
         maps = [x.transpose(1, 2) if x.ndim == 3 else x for x in (*outputs.hidden_states, outputs.last_hidden_state)]
         pooled = getattr(outputs, "pooler_output", None)
         return maps[-1].flatten(2).mean(2) if pooled is None else pooled.flatten(1), maps
+
+    def feature_maps(self, pixel_values: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """
+        Compute the maps `(B, C, h, w)` of some layers, float32, each at its own grid; of a ViT the patches' tokens,
+        which come after all others.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
+            layers (sequence of `int`): Indices of the maps that `forward` gives.
+
+        Raises:
+            ValueError: The model's layers hold tokens and it has no patch size, or fewer tokens than patches.
+        """
+        found = self(pixel_values)[1]
+        return [self._to_grid(found[layer], pixel_values.shape[2:]) for layer in layers]
+
+    def _to_grid(self, features: Tensor, image_shape: Sequence[int]) -> Tensor:
+        if features.ndim == 4:
+            return features
+        size = getattr(self.model.config, "patch_size", None)
+        if size is None:
+            raise ValueError(f"`features` must give maps, or have a `patch_size`; {self.name} has tokens and none.")
+        sizes = (size, size) if isinstance(size, int) else size
+        height, width = (side // cell for side, cell in zip(image_shape, sizes))
+        if not 0 < height * width <= features.shape[2]:
+            raise ValueError(
+                f"`features` must give a token a patch, got {features.shape[2]} of {self.name} for {height}x{width} "
+                "patches."
+            )
+        return features[:, :, -height * width :].unflatten(2, (height, width))

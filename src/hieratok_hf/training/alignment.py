@@ -1,4 +1,9 @@
-"""The alignment of a latent with a vision model's features: the VF loss of VA-VAE (arXiv 2501.01423)."""
+"""
+The alignment with a vision model's features: of a latent, the VF loss of VA-VAE (arXiv 2501.01423), and of the tokens
+in a DiT, REPA (arXiv 2410.06940).
+"""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +11,10 @@ from torch import Tensor, nn
 
 from ..evaluation.vision_features import VisionFeatures
 
-__all__ = ["LatentAlignment"]
+__all__ = ["BlockAlignment", "LatentAlignment"]
 
-# Shape letters: B batch, H W pixels, C latent channels, h w the latent's grid, D feature channels, N places (h * w).
+# Shape letters: B batch, H W pixels, C latent channels, h w the latent's or the tokens' grid, D feature channels,
+# N places (h * w), E channels of a token.
 
 
 class LatentAlignment(nn.Module):
@@ -78,16 +84,49 @@ class LatentAlignment(nn.Module):
         vision model's own grid; of a ViT the patches' tokens, which come after all others. `ValueError` for tokens
         without a patch size, or fewer than patches.
         """
-        last = self.features(pixel_values)[1][-1]
-        if last.ndim == 4:
-            return last
-        name, size = self.features.name, getattr(self.features.model.config, "patch_size", None)
-        if size is None:
-            raise ValueError(f"`features` must give maps, or have a `patch_size`; {name} has tokens and none.")
-        sizes = (size, size) if isinstance(size, int) else size
-        height, width = (side // cell for side, cell in zip(pixel_values.shape[2:], sizes))
-        if not 0 < height * width <= last.shape[2]:
-            raise ValueError(
-                f"`features` must give a token a patch, got {last.shape[2]} of {name} for {height}x{width} patches."
-            )
-        return last[:, :, -height * width :].unflatten(2, (height, width))
+        return self.features.feature_maps(pixel_values, [-1])[0]
+
+
+class BlockAlignment(nn.Module):
+    """
+    Measure how far a transformer's tokens are from a vision model's feature maps, as they are after a projection of
+    three layers: of each map the mean of `1 - cos(y_i, f_i)` over the places, and the sum of these over the maps.
+
+    Args:
+        width (`int`): Channels `E` of a token.
+        statistics (sequence of pairs of `torch.Tensor` of shape `(D,)`): Mean and standard deviation of each channel
+            of each map, which are taken out of it; they are not saved.
+        hidden_width (`int`, defaults to 512): Channels inside the projection.
+    """
+
+    def __init__(self, width: int, statistics: Sequence[tuple[Tensor, Tensor]], *, hidden_width: int = 512):
+        super().__init__()
+        means, spreads = zip(*statistics)
+        self.channels = [len(mean) for mean in means]
+        self.register_buffer("mean", torch.cat(means)[:, None, None], persistent=False)
+        # A channel that is always zero would be divided by zero.
+        self.register_buffer("std", torch.cat(spreads)[:, None, None].clamp(min=1e-6), persistent=False)
+        self.projector = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, hidden_width),
+            nn.SiLU(),
+            nn.Linear(hidden_width, sum(self.channels)),
+        )
+
+    def forward(self, tokens: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """
+        Compute the loss, float32 of shape `()`; gradients flow to the tokens and to the projection.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(B, h, w, E)`): The tokens in their places.
+            features (sequence of `torch.Tensor` of shape `(B, D, h', w')`): The maps, each at a grid of its own; they
+                are resampled to that of the tokens.
+        """
+        projected = self.projector(tokens).float().permute(0, 3, 1, 2)  # (B, sum of D, h, w)
+        grid = projected.shape[2:]
+        maps = [
+            x if x.shape[2:] == grid else F.interpolate(x, grid, mode="bilinear", antialias=True) for x in features
+        ]
+        targets = (torch.cat(maps, 1) - self.mean) / self.std
+        pairs = zip(projected.split(self.channels, 1), targets.split(self.channels, 1))
+        return torch.stack([1 - F.cosine_similarity(y, f, dim=1).mean() for y, f in pairs]).sum()

@@ -13,6 +13,7 @@ from ..data.training_batches import step_generator
 from ..models.dit_grids import allow_any_grid
 from ..utils.choices import DIT_SIZES
 from ..utils.numbers import whole_number
+from .alignment import BlockAlignment
 
 __all__ = ["VelocityTraining", "dit_from_size", "flow_draws"]
 
@@ -78,16 +79,30 @@ def dit_from_size(
 class VelocityTraining(nn.Module):
     """
     Hold the trained weights and compute their loss, so that one wrapper (DDP, FSDP, `torch.compile`) serves.
-    `transformer` is a `DiTTransformer2DModel`, or another model that is called as one.
+
+    Args:
+        transformer (`ModelMixin`): A `DiTTransformer2DModel`, or another model that is called as one.
+        alignment (`BlockAlignment`, *optional*): Pulls the tokens of a block towards a vision model's features; the
+            transformer then has `transformer_blocks`.
+        weight (`float`, defaults to 0.0): Weight of the alignment.
+        block (`int`, defaults to 1): The block whose output is aligned, counted from 1.
     """
 
     # What accelerate's FSDP wraps one by one, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`.
     _no_split_modules = ["BasicTransformerBlock"]
 
-    def __init__(self, transformer: ModelMixin):
+    def __init__(
+        self, transformer: ModelMixin, alignment: BlockAlignment | None = None, weight: float = 0.0, block: int = 1
+    ):
         super().__init__()
         allow_any_grid(transformer)
-        self.transformer = transformer
+        self.transformer, self.alignment, self.weight = transformer, alignment, weight
+        self._tokens: dict[str, Tensor] = {}
+        if alignment is not None:
+            transformer.transformer_blocks[block - 1].register_forward_hook(self._keep_tokens)
+
+    def _keep_tokens(self, module: nn.Module, args: Any, tokens: Tensor) -> None:
+        self._tokens["kept"] = tokens
 
     def train(self, mode: bool = True) -> "VelocityTraining":
         """Set the mode, but never drop labels inside: each block would drop others."""
@@ -97,22 +112,31 @@ class VelocityTraining(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, latents: Tensor, noise: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, noise: Tensor, times: Tensor, labels: Tensor, *features: Tensor
+    ) -> dict[str, Tensor]:
         """
-        Compute the loss, the mean square of the velocity's error, float32 of shape `()`.
+        Compute the `loss`, the mean square of the velocity's error; with an alignment, that is `velocity`, and the
+        `loss` is its sum with `weight` times the `alignment`. Each is float32 of shape `()`.
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): Clean latents of about unit variance.
             noise (`torch.Tensor` of shape `(B, C, h, w)`): Standard normal noise.
             times (`torch.Tensor` of shape `(B,)`): Times in [0, 1], from clean to noise alone.
             labels (`torch.Tensor` of shape `(B,)`): int64; the number of classes stands for no class.
+            features (`torch.Tensor` of shape `(B, D, h', w')`): The maps that the alignment was made for.
         """
         share = times[:, None, None, None]
         noisy = (1 - share) * latents + share * noise
         timestep = times * NUM_TRAIN_TIMESTEPS
         velocity = self.transformer(noisy, timestep=timestep, class_labels=labels, return_dict=False)[0]
         velocity = velocity[:, : latents.shape[1]].float()
-        return (velocity - (noise - latents)).square().mean()
+        loss = (velocity - (noise - latents)).square().mean()
+        if self.alignment is None:
+            return {"loss": loss}
+        grid = [side // self.transformer.config.patch_size for side in latents.shape[2:]]
+        alignment = self.alignment(self._tokens.pop("kept").unflatten(1, grid), features)
+        return {"loss": loss + self.weight * alignment, "velocity": loss, "alignment": alignment}
 
 
 def flow_draws(

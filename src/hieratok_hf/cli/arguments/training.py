@@ -115,6 +115,9 @@ def add_train_dit(parser: Parser) -> None:
     flow("--time_mean", type=real(-math.inf), default=0.0, help="mean of the logit of the timesteps")
     flow("--time_std", type=real(), default=1.0, help="std of the logit of the timesteps")
     flow("--time_shift", type=real(above=0), default=1.0, help="shift of all timesteps; above 1 for more noise")
+    aligned = "weight of the alignment with the vision model of `hieratok cache --vision_model`; 0 switches it off"
+    flow("--alignment_weight", type=real(), default=0.0, help=aligned)
+    flow("--alignment_block", type=positive, help="block whose output is aligned, counted from 1; the middle one")
     optim("--decay_steps", type=whole(0), default=0, help="steps of the cosine at the end")
     optim("--gradient_checkpointing", action="store_true", help="save memory, not time")
     report("--sample_steps", type=positive, default=25, help="steps of the scheduler, for the samples")
@@ -122,11 +125,13 @@ def add_train_dit(parser: Parser) -> None:
     report("--export_every", type=positive, help="steps between pipelines that are kept; none unless given")
     report("--export_dtype", choices=DTYPES, default="float32", help="dtype of the pipeline")
     encoded = ("split", "streaming", "image_size", "crop_scale", "num_workers", "aspect_buckets")
-    parser.needs(**dict.fromkeys(encoded, "data"))
+    parser.needs(**dict.fromkeys(encoded, "data"), alignment_block="alignment_weight")
 
     def check(args: Namespace) -> None:
         if (args.latents is None) == (args.data is None):
             parser.error("one of --latents and --data is needed")
+        if args.alignment_weight and args.data:
+            parser.error("--alignment_weight needs --latents, of `hieratok cache --vision_model`")
         if args.transformer and (args.size or args.config or args.patch_size != parser.get_default("patch_size")):
             parser.error("--size, --config and --patch_size are for a training from scratch, without --transformer")
 
@@ -150,4 +155,9 @@ def add_cache(parser: Parser) -> None:
     add("--threads", type=whole(1, 1024), default=4, help="images that each process decodes at a time")
     add("--seed", type=seed, default=0, help="seed of the samples")
     add("--mixed_precision", choices=("no", *AUTOCAST), default="no", help="encode under torch.autocast")
+    vision = "vision model whose feature maps are kept too, for `train-dit --alignment_weight`: a folder or Hub id"
+    add("--vision_model", help=vision)
+    layers = "feature maps that are kept, counted from 0, or from the end by -1, -2 and so on"
+    add("--vision_layers", type=int, nargs="+", default=[-1], help=layers)
+    parser.needs(vision_layers="vision_model")
     add_device(parser)
