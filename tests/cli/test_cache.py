@@ -73,7 +73,7 @@ def test_killed_at_any_moment_every_row_is_there_once(space, tmp_path):
 
 
 def test_what_it_prints_and_writes(run, tmp_path, capsys):
-    options = ["--shard_size", 5, "--dtype", "bfloat16", "--no_flips", "--limit", 12, "--size", 16]
+    options = ["--shard_size", 5, "--dtype", "bfloat16", "--no_flips", "--max_images", 12, "--size", 16]
     assert run(tmp_path / "new" / "latents", *options) == 0
     left_out, summary = capsys.readouterr().out.strip().splitlines()
     assert re.match(r"left out: '.*005\.png': cannot be decoded", left_out)

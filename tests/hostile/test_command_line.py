@@ -104,7 +104,7 @@ ROWS = [
         "--json {0}/notes.json",
     )],
     *[("cache", option, option.split()[0]) for option in (
-        "--threads 1000000000", "--seed -1", "--size 2147483647", "--shard_size 0", "--limit 0", "--device meta",
+        "--threads 1000000000", "--seed -1", "--size 2147483647", "--shard_size 0", "--max_images 0", "--device meta",
         "--bucket_step 16", "--aspect_buckets 0.5", "--bucket_step 48 --aspect_buckets 2",
     )],
     *[("app", option, option.split()[0]) for option in (

@@ -26,8 +26,8 @@ def run(args: Namespace, state: PartialState) -> list[str]:
     if args.vision_model is not None:
         vision = load_or_explain(VisionFeatures.from_pretrained, "--vision_model", args.vision_model).to(device)
     images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
-    settings = {name: getattr(args, name) for name in ("kind", "shard_size", "batch_size", "seed", "limit", "threads")}
-    settings |= {"max_aspect": args.aspect_buckets, "multiple": args.bucket_step}
+    settings = {name: getattr(args, name) for name in ("kind", "shard_size", "batch_size", "seed", "threads")}
+    settings |= {"max_aspect": args.aspect_buckets, "multiple": args.bucket_step, "limit": args.max_images}
     settings |= {"vision": vision, "vision_layers": args.vision_layers}
     settings |= {"size": size, "flips": not args.no_flips, "dtype": getattr(torch, args.dtype)}
     shown = {"unit": "image", "disable": not state.is_local_main_process, "dynamic_ncols": True, "leave": False}

@@ -143,7 +143,7 @@ def add_cache(parser: Parser) -> None:
     add("--model", default="hieratok-tiny", help=TOKENIZER)
     add_data(add, "encoding", required=True)
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the shards go; one that is begun goes on")
-    add("--limit", type=positive, help="take only the first rows of the data")
+    add("--max_images", type=positive, help="take only the first images of the data")
     add("--size", type=positive, help="side of the middle square; the model's own unless given")
     add_buckets(parser, add, "--size")
     kinds = "what is kept of a posterior: mean and log-variance, one sample, or the mode"
