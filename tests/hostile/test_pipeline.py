@@ -20,6 +20,7 @@ from hieratok_hf.pipelines.class_names import label_ids, names_to_ids, read_clas
 
 NAN, INF = math.nan, math.inf
 LATENTS = torch.zeros(1, 4, 2, 2)
+PIXELS = torch.zeros(1, 3, 8, 8)
 
 
 def ignore(pipe, step, timestep, tensors):
@@ -54,7 +55,21 @@ def pipe():
 
 CALLS = {
     "class_labels": [
-        *(3, NAN, 10**30, b"\x01\x02", bytearray(b"\x01"), {1: 2}, {1}, object(), 1j, [1, [2, 3]], "", "tench\0"),
+        *(
+            3,
+            NAN,
+            10**30,
+            b"\x01\x02",
+            bytearray(b"\x01"),
+            {1: 2},
+            {1: 0.5, 2: 0.6},
+            {1},
+            object(),
+            1j,
+            [1, [2, 3]],
+            "",
+            "tench\0",
+        ),
         *("x" * 10**5, np.array([True]), np.array("tench"), torch.tensor(True), iter([1])),
     ],
     "num_inference_steps": [0, 1.5, 10**9],  # tests/utils/test_numbers.py has what is no number
@@ -80,6 +95,24 @@ CALLS = {
     ],
     "callback_on_step_end_tensor_inputs": [None, "latents", ["noise"], ["latents", 1], 1, {"latents"}, [None]],
     "preview_scales": [0, 5, 1.5],
+    "strength": [-0.1, 1.1, NAN, "1", None],
+    "image": [
+        *(
+            0,
+            "photo.png",
+            b"",
+            [],
+            [None],
+            {},
+            PIXELS[0, 0],
+            PIXELS[:, :2],
+            PIXELS[..., :7],
+            PIXELS.expand(2, 3, 8, 8),
+        ),
+        *([PIXELS, PIXELS], PIXELS - 1, PIXELS * NAN, PIXELS + 2, PIXELS.long(), PIXELS.bool(), PIXELS.numpy()),
+        *(PIXELS.to(torch.complex64), PIXELS.to_sparse(), PIXELS.to("meta")),
+        *(np.full((8, 8, 3), "a"), np.zeros((8, 8, 4)), np.full((8, 8, 3), 65535, np.uint16), np.zeros(3), [[PIXELS]]),
+    ],
 }
 
 
@@ -290,14 +323,14 @@ def test_names_of_classes_that_cannot_be_read(given, tmp_path, monkeypatch):
         read_class_names(given)
 
 
-PIXELS = torch.zeros(1, 3, 16, 16)
+PICTURE = torch.zeros(1, 3, 16, 16)
 METRICS = {
     "psnr": [
-        *((PIXELS, images(1, 3, 16, 8)), (PIXELS, None), (PIXELS.numpy(), PIXELS)),
-        *((PIXELS.to(torch.complex64), PIXELS), (PIXELS, PIXELS.to_sparse())),
+        *((PICTURE, images(1, 3, 16, 8)), (PICTURE, None), (PICTURE.numpy(), PICTURE)),
+        *((PICTURE.to(torch.complex64), PICTURE), (PICTURE, PICTURE.to_sparse())),
     ],
-    "ssim": [(PIXELS[..., :8, :], PIXELS[..., :8, :]), (PIXELS, "images"), (PIXELS, -INF * PIXELS)],
-    "border_steps": [(PIXELS, 0), (PIXELS, 16), (PIXELS, 8.5), (PIXELS.tolist(), 8)],
+    "ssim": [(PICTURE[..., :8, :], PICTURE[..., :8, :]), (PICTURE, "images"), (PICTURE, -INF * PICTURE)],
+    "border_steps": [(PICTURE, 0), (PICTURE, 16), (PICTURE, 8.5), (PICTURE.tolist(), 8)],
 }
 
 

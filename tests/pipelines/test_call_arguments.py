@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import noise
+from PIL import Image
 from torch import nn
 
 from hieratok_hf.pipelines.call_arguments import (
     evaluating,
     take_falling,
     take_generators,
+    take_images,
     take_interval,
     take_latents,
 )
@@ -49,6 +51,39 @@ def test_latents_of_a_callback_get_the_dtype_of_the_step():
         assert take_latents(nothing, latents) is latents
     changed = take_latents({"latents": torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)}, latents)
     assert changed.dtype == torch.float32 and changed.eq(1).all()
+
+
+LEVELS = np.random.default_rng(0).integers(0, 256, (2, 6, 4, 3), dtype=np.uint8)
+SHARES = torch.from_numpy(LEVELS).permute(0, 3, 1, 2) / 255
+FORMS = {
+    "PIL": [Image.fromarray(image) for image in LEVELS],
+    "PIL with transparency": [Image.fromarray(image).convert("RGBA") for image in LEVELS],
+    "levels": LEVELS,
+    "arrays": list(LEVELS / 255),
+    "big-endian": (LEVELS / 255).astype(">f4"),
+    "tensor": SHARES,
+    "tensors": (SHARES[0], SHARES[1].double()),
+    "tensor of levels": torch.from_numpy(LEVELS).permute(0, 3, 1, 2),
+    "mixed": [Image.fromarray(LEVELS[0]), SHARES[1:]],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_images_is_the_same(form):
+    pixel_values = take_images(FORMS[form], 2, (6, 4))
+    assert pixel_values.dtype == torch.float32
+    torch.testing.assert_close(pixel_values, 2 * SHARES - 1, atol=1e-6, rtol=0)
+    first = take_images(FORMS[form][0], 2, (6, 4))
+    torch.testing.assert_close(first, 2 * SHARES[:1] - 1, atol=1e-6, rtol=0)
+
+
+def test_of_an_image_of_pil_the_middle_is_taken():
+    wide = Image.new("L", (60, 20))
+    wide.paste(255, (20, 0, 40, 20))
+    assert torch.equal(take_images(wide, 1, (20, 20)), torch.ones(1, 3, 20, 20))
+    assert take_images(wide, 1, (8, 40)).shape == (1, 3, 8, 40)
+    with pytest.raises(ValueError, match="image must have pixels"):
+        take_images(Image.new("RGB", (0, 8)), 1, (8, 8))
 
 
 def test_a_model_is_evaluated_and_gets_its_mode_back_after_an_error_too():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hieratok_hf.pipelines.class_names import label_ids, names_to_ids, read_class_names
+from hieratok_hf.pipelines.class_names import label_ids, label_shares, names_to_ids, read_class_names
 
 NAMES = names_to_ids({0: "tench, Tinca tinca", 1: "English_springer", 2: "church", 3: "French horn"})
 
@@ -31,6 +31,28 @@ def test_every_synonym_has_the_number_of_its_class():
 )
 def test_names_and_numbers(given, expected):
     assert label_ids(given, NAMES, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("church", [{2: 1}]),
+        (torch.tensor([3, 1]), [{3: 1}, {1: 1}]),
+        ({"church": 0.7, 0: 0.3}, [{2: 0.7, 0: 0.3}]),
+        ([1, {"tench": 0.5, "tinca_tinca": 0.5}, [{3: 1, 2: 0}]], [{1: 1}, {0: 1}, {3: 1}]),
+        (dict.fromkeys(range(3), 1 / 3), [{0: 1 / 3, 1: 1 / 3, 2: 1 / 3}]),
+    ],
+)
+def test_shares_of_classes(given, expected):
+    assert label_shares(given, NAMES, 4) == expected
+
+
+@pytest.mark.parametrize(
+    "given", [[], {}, {0: 1, 1: 1}, {0: 0.5}, {0: 1.5, 1: -0.5}, {0: "1"}, {4: 1}, [{"horn": 1}], {0: {1: 1}}, [0, []]]
+)
+def test_shares_that_are_refused(given):
+    with pytest.raises(ValueError, match="class_labels"):
+        label_shares(given, NAMES, 4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import torch
 from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from helpers import TINY, noise, random_core, tree
+from helpers import TINY, images, noise, random_core, tree
+from PIL import Image
 from tiny_pipelines import FLOW, FLOW_SCHEDULERS
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
@@ -77,6 +78,23 @@ SCHEDULERS = [
     diffusers.DDPMScheduler(clip_sample=False),
     diffusers.EulerDiscreteScheduler(),
 ]
+
+
+IMAGE_SCHEDULERS = [
+    *SCHEDULERS,
+    diffusers.DPMSolverMultistepScheduler(),
+    diffusers.EulerAncestralDiscreteScheduler(),
+    diffusers.HeunDiscreteScheduler(),
+    diffusers.UniPCMultistepScheduler(prediction_type="sample"),
+]
+SIZE = SIDE * TINY["patch_size"]
+PIXELS = images(2, 3, SIZE, SIZE)
+PIL = Image.linear_gradient("L")
+
+
+def latents_of(pipe, pixels) -> torch.Tensor:
+    with torch.no_grad():
+        return pipe.vae.encode(pixels).latent_dist.mode()
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
@@ -272,6 +290,16 @@ def test_previews_are_the_coarse_images_of_the_predicted_latents(scales):
         torch.testing.assert_close(previews[-1], final, atol=1e-4, rtol=0)
 
 
+def assert_begins_with(pipe, clean):
+    """The latents to which noise is added are those."""
+    seen, add = [], pipe.scheduler.scale_noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe.scheduler, "scale_noise", lambda sample, *given: seen.append(sample) or add(sample, *given))
+        size = clean.shape[-1] * pipe.image_processor.config.vae_scale_factor
+        pipe([0, 1], 2, image=(PIXELS[..., :size, :size] + 1) / 2, output_type="latent")
+    torch.testing.assert_close(seen[0], clean.detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_another_autoencoder_serves_without_previews():
     torch.manual_seed(0)
     sizes = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
@@ -282,6 +310,7 @@ def test_another_autoencoder_serves_without_previews():
     with torch.no_grad():
         expected = vae.decode(pipe.transformer.targets[:1] / 0.5 + 0.1).sample
     torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
+    assert_begins_with(pipe, (latents_of(pipe, PIXELS) - 0.1) * 0.5)
     with pytest.raises(ValueError, match="needs a tokenizer with scales, `vae` is a AutoencoderKL"):
         pipe([0], 3, preview_scales=1, callback_on_step_end=lambda *given: {})
 
@@ -293,8 +322,11 @@ def test_an_autoencoder_that_says_its_ratio_serves():
     multiscale = {"encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ())}
     torch.manual_seed(0)
     vae = diffusers.AutoencoderDC(latent_channels=CHANNELS, **blocks, **widths, **depths, **multiscale).eval()
-    images = oracle_pipeline(vae=vae)([0], 2, 1.0, output_type="pt").images
-    assert images.shape == (1, 3, SIDE * vae.spatial_compression_ratio, SIDE * vae.spatial_compression_ratio)
+    pipe = oracle_pipeline(vae=vae)
+    size = SIDE * vae.spatial_compression_ratio
+    assert pipe([0], 2, 1.0, output_type="pt").images.shape == (1, 3, size, size)
+    with torch.no_grad():
+        assert_begins_with(pipe, vae.encode(PIXELS[..., :size, :size]).latent)
 
 
 def test_without_a_tokenizer_there_are_latents(tmp_path):
@@ -333,6 +365,141 @@ def test_the_own_size_may_be_named_and_others_must_suit_the_parts():
     pipe.vae = None
     with pytest.raises(ValueError, match="`width` must be None without a `vae`"):
         pipe([0], output_type="latent", width=side)
+
+
+@pytest.mark.parametrize("scheduler", IMAGE_SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+def test_with_an_image_the_steps_that_are_left_begin_with_its_latents_and_their_noise(scheduler):
+    pipe, drawn = oracle_pipeline(scheduler), noise(2, CHANNELS, SIDE, SIDE, seed=3)
+    pipe.transformer.targets.data[:2] = latents_of(pipe, PIXELS)
+    settings = {"num_inference_steps": 6, "guidance_scale": 1.0, "latents": drawn, "output_type": "latent"}
+    pipe([0, 1], **settings)
+    asked, fed = pipe.transformer.asked[:], []
+    pipe.transformer.asked.clear()
+    pipe.transformer.register_forward_pre_hook(lambda module, inputs: fed.append(inputs[0]))
+    made = pipe([0, 1], image=(PIXELS + 1) / 2, strength=0.5, **settings).images
+    left = pipe.transformer.asked
+    assert left == asked[-len(left) :] and len(left) == pipe.num_timesteps
+    assert len(left) == (3 if scheduler.order == 1 else 5)  # the last step of the second order asks once
+    level = noise_levels(pipe.scheduler)[-len(left)]
+    expected = pipe.transformer.targets[:2].detach()
+    torch.testing.assert_close(fed[0], level.signal * expected + level.noise * drawn, atol=1e-4, rtol=1e-4)
+    # Who predicts the image gets it back, up to the little noise with which some end.
+    torch.testing.assert_close(made, expected, atol=0.05, rtol=0)
+    # The next call begins at the beginning.
+    fresh = oracle_pipeline(type(scheduler).from_config(scheduler.config))
+    fresh.transformer.targets = pipe.transformer.targets
+    plain, expected = (each([2, 0], **settings, generator=seeds(0, 1)).images for each in (pipe, fresh))
+    assert torch.equal(plain, expected)
+
+
+def test_the_strength_leads_from_the_image_to_none_of_it():
+    pipe = dit_pipeline()
+    settings = {"num_inference_steps": 20, "output_type": "latent"}
+
+    def made(**given):
+        return pipe([0, 1], generator=seeds(0, 1), **given, **settings).images
+
+    clean = latents_of(pipe, PIXELS)
+    strengths = (0.0, 0.25, 0.5, 1.0)
+    away = [(made(image=(PIXELS + 1) / 2, strength=strength) - clean).std().item() for strength in strengths]
+    assert away == sorted(away) and away[0] < 0.1 * away[-1]
+    assert torch.equal(made(image=(PIXELS + 1) / 2, strength=1), made())
+    pipe([0], strength=0, image=PIL, **settings)
+    assert pipe.num_timesteps == 1
+    pipe([0], strength=0.34, image=PIL, sigmas=[1.0, 0.6, 0.3], output_type="latent")
+    assert pipe.num_timesteps == 1
+
+
+def test_images_to_begin_with_are_one_for_all_or_one_for_each():
+    pipe, size = dit_pipeline(), (2, CHANNELS, SIDE, SIDE)
+    settings = {"num_inference_steps": 4, "strength": 0.5, "output_type": "latent"}
+    zeros, ones, drawn = torch.zeros(3, SIZE, SIZE), torch.ones(3, SIZE, SIZE), noise(*size)
+    each = [pipe([1], image=x, latents=drawn[:1], **settings).images for x in (zeros, ones)]
+    both = pipe([1, 1], image=[zeros, ones], latents=drawn[:1].expand(size), **settings).images
+    torch.testing.assert_close(both, torch.cat(each), atol=1e-4, rtol=0)
+    doubled = {"num_images_per_prompt": 2, "latents": drawn[:1].expand(4, -1, -1, -1)}
+    made = pipe([1, 1], image=torch.stack([zeros, ones]), **doubled, **settings).images
+    torch.testing.assert_close(made, both.repeat_interleave(2, 0), atol=1e-4, rtol=0)
+    made = pipe([1, 1], image=zeros, **doubled, **settings).images
+    torch.testing.assert_close(made, each[0].expand(4, -1, -1, -1), atol=1e-4, rtol=0)
+    wide = pipe([0], image=PIL, height=SIZE // 2, width=2 * SIZE, generator=seeds(0), **settings).images
+    assert wide.shape == (1, CHANNELS, SIDE // 2, 2 * SIDE)
+    pipe.vae = None
+    with pytest.raises(ValueError, match="`image` must be None without a `vae`"):
+        pipe([0], image=PIL, **settings)
+
+
+@pytest.mark.parametrize("shares", [{"church": 0.25, 0: 0.75}, {2: 0.25, 0: 0.75, 1: 0}])
+def test_an_image_between_classes_follows_the_mean_of_their_predictions(shares):
+    pipe = oracle_pipeline()
+    settings = {"num_inference_steps": 4, "output_type": "latent", "generator": seeds(0, 1, 2)}
+    made = pipe([1, shares, 2], **settings, guidance_scale=2.0).images
+    targets = pipe.transformer.targets.detach()
+    wanted = torch.stack([targets[1], 0.25 * targets[2] + 0.75 * targets[0], targets[2]])
+    torch.testing.assert_close(made, targets[3] + 2 * (wanted - targets[3]), atol=1e-4, rtol=1e-4)
+    # A class without a share is not asked for.
+    assert [sorted(labels) for _, labels in pipe.transformer.asked] == [[0, 1, 2, 2, 3, 3, 3]] * 4
+    single = pipe(shares, 4, 1.0, generator=seeds(1), output_type="latent").images
+    torch.testing.assert_close(single[0], wanted[1], atol=1e-4, rtol=1e-4)
+    whole = [pipe(x, 2, generator=seeds(0), output_type="latent").images for x in ("church", {"church": 1})]
+    assert torch.equal(*whole)
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
+def test_a_stream_ends_with_what_the_call_gives(kind):
+    pipe = dit_pipeline()
+    seen, settings = [], {"num_inference_steps": 5, "output_type": kind}
+    expected = pipe([0, {1: 0.5, 2: 0.5}], generator=seeds(0, 1), **settings).images
+
+    def keep(pipe, step, timestep, tensors):
+        seen.append(tensors["clean_latents"])
+
+    watched = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["clean_latents"]}
+    *previews, made = pipe.stream([0, {1: 0.5, 2: 0.5}], generator=seeds(0, 1), **settings, **watched)
+    assert len(previews) == 4 and len(seen) == 5
+    assert type(made) is type(expected) and all(map(np.array_equal, made, expected))
+    for preview, latents in zip(previews, seen):
+        if kind != "latent":
+            with torch.no_grad():
+                latents = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample, kind)
+        assert all(map(np.array_equal, preview, latents))
+
+
+def test_a_stream_previews_by_some_scales_and_keeps_gradients_out_of_its_steps_alone():
+    pipe = dit_pipeline()
+    stream = pipe.stream([0], 3, preview_scales=2, generator=seeds(0), output_type="pt")
+    shapes = []
+    for images_of_step in stream:
+        shapes.append(tuple(images_of_step.shape))
+        assert torch.is_grad_enabled() and not images_of_step.requires_grad
+    assert shapes == [(1, 3, SIZE // 4, SIZE // 4)] * 2 + [(1, 3, SIZE, SIZE)]
+    with pytest.raises(ValueError, match="`preview_scales` needs"):
+        next(pipe.stream([0], 3, preview_scales=2, output_type="latent"))
+    with pytest.raises(TypeError, match="stpes"):
+        pipe.stream([0], stpes=3)
+
+
+def test_who_leaves_a_stream_leaves_the_pipeline_as_it_was():
+    pipe, freed = dit_pipeline(), []
+    pipe.maybe_free_model_hooks = lambda: freed.append(True)
+    settings = {"num_inference_steps": 6, "output_type": "pt"}
+    expected = pipe([0], generator=seeds(0), **settings).images
+    pipe.transformer.train()
+    stream = pipe.stream([1], generator=seeds(1), image=PIL, **settings)
+    next(stream)
+    assert pipe.transformer.training
+    stream.close()
+    assert len(freed) == 2
+    assert torch.equal(pipe([0], generator=seeds(0), **settings).images, expected)
+    stream = pipe.stream([1], generator=seeds(1), **settings)
+    next(stream)
+    assert torch.equal(pipe([0], generator=seeds(0), **settings).images, expected)
+    with pytest.raises(RuntimeError, match="stream"):
+        next(stream)
+    stream = pipe.stream([0], generator=seeds(0), **settings)
+    next(stream)
+    pipe._interrupt = True
+    assert len(list(stream)) == 1  # the image as far as it got
 
 
 def test_labels_by_name():

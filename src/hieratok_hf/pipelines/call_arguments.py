@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from ..utils.images import centre_crop, convert_to_rgb, from_uint8
 from ..utils.numbers import real_number
 
-__all__ = ["evaluating", "take_falling", "take_generators", "take_interval", "take_latents"]
+__all__ = ["describe", "evaluating", "take_falling", "take_generators", "take_images", "take_interval", "take_latents"]
 
 
 def take_interval(guidance_interval: Any) -> tuple[float, float]:
@@ -68,6 +70,52 @@ def take_latents(returned: Any, latents: Tensor) -> Tensor:
             f"{tuple(latents.shape)}, got {getattr(changed, 'shape', returned)!r}."
         )
     return changed.to(latents)
+
+
+def take_images(image: Any, count: int, shape: tuple[int, int]) -> Tensor:
+    """
+    Convert images of any kind to `(1, 3, H, W)` or `(count, 3, H, W)` in float32 and [-1, 1].
+
+    Args:
+        image (`PIL.Image.Image`, `numpy.ndarray`, `torch.Tensor` or a list of them): One image, or `count`. Of a
+            `PIL.Image.Image` the middle is cut and resized to `shape`. An array `(H, W, 3)` or `(B, H, W, 3)` and a
+            tensor `(3, H, W)` or `(B, 3, H, W)` have that size, and are in [0, 1] or 8-bit levels in uint8.
+        count (`int`): Number of images where they are more than one.
+        shape (`tuple[int, int]`): Height and width in pixels.
+
+    Raises:
+        ValueError: `image` is none of these.
+    """
+    parts = []
+    for given in image if isinstance(image, list | tuple) else [image]:
+        pixels = given
+        if isinstance(given, Image.Image):
+            pixels = np.asarray(centre_crop(convert_to_rgb(given), shape))
+        if isinstance(pixels, np.ndarray) and pixels.ndim in (3, 4) and pixels.dtype.kind in "fu":
+            pixels = pixels.astype(np.uint8 if pixels.dtype == np.uint8 else np.float32)
+            pixels = torch.from_numpy(np.moveaxis(pixels, -1, -3))
+        is_usable = isinstance(pixels, Tensor) and pixels.layout == torch.strided and not pixels.is_meta
+        if not is_usable or pixels.ndim not in (3, 4) or pixels.shape[-3:] != (3, *shape):
+            height, width = shape
+            forms = f"an image of PIL, an array ({height}, {width}, 3) or a tensor (3, {height}, {width})"
+            raise ValueError(f"`image` must be {forms}, or several, got {describe(given)}.")
+        if pixels.dtype == torch.uint8:
+            pixels = from_uint8(pixels)
+        elif pixels.is_floating_point() and bool(((pixels >= 0) & (pixels <= 1)).all()):
+            pixels = 2 * pixels.float() - 1
+        else:
+            raise ValueError(f"`image` must be in [0, 1] or of uint8, got {describe(given)} with other values.")
+        parts.append(pixels.cpu() if pixels.ndim == 4 else pixels.cpu()[None])
+    if (number := sum(map(len, parts))) not in (1, count):
+        raise ValueError(f"`image` must be one image or one for each of {count} labels, got {number}.")
+    return torch.cat(parts)
+
+
+def describe(value: Any) -> str:
+    """Describe a value for a message: arrays and tensors by shape and dtype, others by their type."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} of {value.dtype} on {value.device}"
+    return f"{value.shape} of {value.dtype}" if isinstance(value, np.ndarray) else str(type(value))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..utils.numbers import whole_number
+from ..utils.numbers import real_number, whole_number
 
-__all__ = ["label_ids", "names_to_ids", "plain_name", "read_class_names"]
+__all__ = ["label_ids", "label_shares", "names_to_ids", "plain_name", "read_class_names"]
 
 _SHOWN = 10
 
@@ -82,6 +83,33 @@ def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[i
             raise ValueError("`class_labels` is empty, at least one class is needed.")
         return [key for label in labels for key in label_ids(label, names, num_classes)]
     return [whole_number("class_labels", labels, 0, num_classes - 1)]
+
+
+def label_shares(labels: Any, names: Mapping[str, int], num_classes: int) -> list[dict[int, float]]:
+    """
+    Find the classes of each image with their shares, which are 1 in all.
+
+    Args:
+        labels: Labels as `label_ids` takes them, where a dictionary of shares by label may stand for a label.
+        names, num_classes: As in `label_ids`.
+
+    Returns:
+        `list[dict[int, float]]`: The shares above 0 by the number of a class, for each image.
+
+    Raises:
+        ValueError: There is no label, one is no such class, or the shares of an image do not add up to 1.
+    """
+    if isinstance(labels, list | tuple) and labels:
+        return [shares for label in labels for shares in label_shares(label, names, num_classes)]
+    if not isinstance(labels, Mapping):
+        return [{key: 1.0} for key in label_ids(labels, names, num_classes)]
+    shares: dict[int, float] = {}
+    for label, share in labels.items():
+        for key in label_ids(label, names, num_classes):
+            shares[key] = shares.get(key, 0.0) + real_number("class_labels", share, 0, 1)
+    if not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
+        raise ValueError(f"`class_labels`: the shares of an image must add up to 1, got {labels!r}.")
+    return [{key: share for key, share in shares.items() if share}]
 
 
 def _find_name(label: str, names: Mapping[str, int]) -> int:

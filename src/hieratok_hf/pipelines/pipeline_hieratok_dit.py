@@ -3,7 +3,8 @@
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,16 @@ from torch import Tensor
 from ..models.dit_grids import allow_any_grid
 from ..models.saved_code import library_of
 from ..utils.numbers import real_number, whole_number
-from .call_arguments import evaluating, take_falling, take_generators, take_interval, take_latents
-from .class_names import label_ids, names_to_ids
+from .call_arguments import (
+    describe,
+    evaluating,
+    take_falling,
+    take_generators,
+    take_images,
+    take_interval,
+    take_latents,
+)
+from .class_names import label_ids, label_shares, names_to_ids
 from .noise_levels import PREDICTION_TYPES, NoiseLevel, noise_levels, prediction_type_of
 from .pipeline_folder import PipelineFolderMixin
 
@@ -128,10 +137,9 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         """Find the numbers of classes by name or number; a `ValueError` offers the names that are near a wrong one."""
         return label_ids(label, self.labels, self.num_classes)
 
-    @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str],
+        class_labels: int | str | Mapping[int | str, float] | Sequence[int | str | Mapping[int | str, float]],
         num_inference_steps: int = 50,
         guidance_scale: float = 4.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -148,15 +156,21 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         preview_scales: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Any = None,
+        strength: float = 0.6,
     ) -> ImagePipelineOutput | Any:
         """
-        Generate images of classes.
+        Generate images of classes, from noise or from images.
 
         With guidance (Ho and Salimans, arXiv 2207.12598), the prediction is
         `p(no class) + guidance_scale * (p(class) - p(no class))`.
 
+        An image between classes follows the mean of their predictions `p(class)`, weighted by their shares, for each
+        of which the transformer is asked (Liu et al., arXiv 2206.01714).
+
         Args:
-            class_labels (`int`, `str` or a list of them): Classes by number or name.
+            class_labels (`int`, `str`, `dict` or a list of them): Classes by number or name, and for an image between
+                classes a dictionary of their shares, which add up to 1, as `{"church": 0.7, "tench": 0.3}`.
             num_inference_steps (`int`, defaults to 50): Number of the scheduler's steps, at most its
                 `num_train_timesteps`.
             guidance_scale (`float`, defaults to 4.0): Scale of classifier-free guidance, at least 1. A scale of 1 is
@@ -170,8 +184,8 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 2010.02502).
             generator (`torch.Generator` or one for each image, *optional*): Source of all noise. With one for each,
                 an image does not depend on those beside it.
-            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to begin with; drawn
-                from `generator` unless given.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Standard normal noise to begin with, or to
+                add to `image`; drawn from `generator` unless given.
             output_type (`str`, defaults to `"pil"`): Form of the images: `"pil"`, `"np"` `(B, H, W, 3)` or `"pt"`
                 `(B, 3, H, W)`, both in [0, 1], or `"latent"` for latents that are not decoded.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` rather than a tuple.
@@ -187,6 +201,13 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             height, width (`int`, *optional*): Size of the images in pixels, multiples of the tokenizer's patch times
                 the transformer's; that of the transformer's `sample_size` unless given. A transformer that was trained
                 on squares alone makes poor images of other shapes.
+            image (`PIL.Image.Image`, `numpy.ndarray`, `torch.Tensor` or a list of them, *optional*): Images to begin
+                with rather than with noise alone: one for all labels, or one for each. Of a `PIL.Image.Image` the
+                middle is cut and resized to `height` and `width`. Arrays `(H, W, 3)` or `(B, H, W, 3)` and tensors
+                `(3, H, W)` or `(B, 3, H, W)` have that size, and are in [0, 1] or 8-bit levels in uint8.
+            strength (`float`, defaults to 0.6): Share of the steps, from 0 to 1, that are taken from `image` on, at
+                least one: the latents of `image`, without noise of their own, get the noise with which the first of
+                these steps begins (SDEdit, arXiv 2108.01073). With flow matching, 1 leaves nothing of `image`.
 
         Returns:
             `images`, `num_images_per_prompt` of each class.
@@ -194,29 +215,67 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         Raises:
             ValueError: An argument is not as above, or the scheduler is not of the transformer's kind.
         """
-        self.check_inputs(output_type)
-        ids = self.get_label_ids(class_labels)
+        call = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
+        *_, images = self._generate(SimpleNamespace(**call))
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """
+        Generate images as a call with the same arguments does, and show them while they are made.
+
+        Who stops early leaves the pipeline as it was. It makes one call at a time: another one ends the stream.
+
+        Args:
+            args, kwargs: Arguments of `__call__`. `preview_scales` needs no callback here; unless it is given,
+                previews are as large as the images.
+
+        Yields:
+            Previews in the form of `output_type`, one each time that the transformer was asked but the last: its
+            predicted clean latents, decoded. Then the images that the call returns.
+
+        Raises:
+            ValueError: An argument is not as the call takes it; raised with the first preview.
+            RuntimeError: The pipeline was called before the stream ended.
+        """
+        call = inspect.signature(self.__call__).bind(*args, **kwargs)
+        call.apply_defaults()
+        return self._generate(SimpleNamespace(**call.arguments), streams=True)
+
+    @torch.no_grad()
+    def _generate(self, call: SimpleNamespace, streams: bool = False) -> Iterator[Any]:
+        """Yield the previews of a stream, if it is one, and the images of a call with these arguments."""
+        self.check_inputs(call.output_type)
+        classes = label_shares(call.class_labels, self.labels, self.num_classes)
         most_steps = self.scheduler.config.num_train_timesteps
-        num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1, most_steps)
-        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt, 1)
-        guidance_scale, eta = real_number("guidance_scale", guidance_scale, 1), real_number("eta", eta, 0, 1)
-        lowest, highest = take_interval(guidance_interval)
-        times = take_falling("timesteps", timesteps, most_steps)
+        num_inference_steps = whole_number("num_inference_steps", call.num_inference_steps, 1, most_steps)
+        num_images_per_prompt = whole_number("num_images_per_prompt", call.num_images_per_prompt, 1)
+        guidance_scale, eta = real_number("guidance_scale", call.guidance_scale, 1), real_number("eta", call.eta, 0, 1)
+        strength = real_number("strength", call.strength, 0, 1)
+        lowest, highest = take_interval(call.guidance_interval)
+        times = take_falling("timesteps", call.timesteps, most_steps)
         # The noise of flow matching is a share.
-        noise = take_falling("sigmas", sigmas, 1 if self.config.prediction_type == "flow_prediction" else math.inf)
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if preview_scales is not None:
-            preview_scales = self._check_preview_scales(preview_scales, callback_on_step_end)
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        most_noise = 1 if self.config.prediction_type == "flow_prediction" else math.inf
+        noise = take_falling("sigmas", call.sigmas, most_noise)
+        callback, tensor_inputs = call.callback_on_step_end, call.callback_on_step_end_tensor_inputs
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            tensor_inputs = callback.tensor_inputs
+        self._check_callback(callback, tensor_inputs)
+        scales: dict[str, int] = {}
+        if call.preview_scales is not None:
+            is_seen = callback is not None or (streams and call.output_type != "latent")
+            scales["num_scales"] = self._check_preview_scales(call.preview_scales, is_seen)
 
         device, channels = self._execution_device, self.transformer.config.in_channels
-        labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
-        no_labels = torch.full_like(labels, self.num_classes)
-        generator = take_generators(generator, len(labels))
-        grid = self._take_grid(height, width)
-        latents = self.prepare_latents(len(labels), generator, latents, grid)
+        count = len(classes) * num_images_per_prompt
+        # An image between classes is asked for once for each of them: a row has its image, its class and the share.
+        rows = [(i, *pair) for i in range(count) for pair in classes[i // num_images_per_prompt].items()]
+        owners, labels, shares = (torch.tensor(column, device=device) for column in zip(*rows))
+        no_labels = torch.full((count,), self.num_classes, device=device)
+        generator = take_generators(call.generator, count)
+        grid = self._take_grid(call.height, call.width)
+        pixel_values = None if call.image is None else self._take_images(call.image, len(classes), grid)
+        latents = self.prepare_latents(count, generator, call.latents, grid)
+        steps = len(times or noise or range(num_inference_steps))
         if times is None and noise is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             # Its own last step would begin with hardly any noise; as in diffusers' pipelines, steps are even.
             noise = [1 - i / num_inference_steps for i in range(num_inference_steps)]
@@ -225,54 +284,71 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         # Some schedulers calculate with them.
         given_sigmas: Any = None if noise is None else np.array(noise, dtype=np.float32)
         retrieve_timesteps(self.scheduler, num_inference_steps, device, times, given_sigmas)
-        levels = noise_levels(self.scheduler)
+        levels, timesteps = noise_levels(self.scheduler), self.scheduler.timesteps
         if times is not None:
             self._check_given_timesteps(times, levels)
-        # Schedulers of the second order ask twice in a step.
-        self._num_timesteps = len(self.scheduler.timesteps)
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+        running = self._running = object()
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        try:
+            if pixel_values is None:
+                latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            else:
+                first = (steps - max(1, round(strength * steps))) * self.scheduler.order
+                levels, timesteps = levels[first:], timesteps[first:]
+                clean_latents = self._encode(pixel_values)
+                clean_latents = clean_latents.repeat_interleave(count // len(clean_latents), 0)
+                latents = self._add_noise(clean_latents, latents, first)
+            # Schedulers of the second order ask twice in a step.
+            self._num_timesteps = len(timesteps)
+            accepted = inspect.signature(self.scheduler.step).parameters
+            extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
 
-        for i, (t, level) in enumerate(zip(self.progress_bar(self.scheduler.timesteps), levels)):
-            if self.interrupt:
-                continue
-            scaled = latents
-            if hasattr(self.scheduler, "scale_model_input"):
-                scaled = self.scheduler.scale_model_input(latents, t)
-            guided = self.guidance_scale > 1 and lowest - _ROUNDING <= level.share <= highest + _ROUNDING
-            model_input = torch.cat([scaled] * 2) if guided else scaled
-            with evaluating(self.transformer):
-                prediction = self.transformer(
-                    model_input.to(self.transformer.dtype),
-                    timestep=t.to(device).expand(len(model_input)),
-                    class_labels=torch.cat([labels, no_labels]) if guided else labels,
-                    return_dict=False,
-                )[0]
-            if prediction.shape[2:] != latents.shape[2:]:
-                made = tuple(prediction.shape[2:])
-                raise ValueError(f"`height` and `width` do not suit `transformer`: of a grid {grid} it makes {made}.")
-            prediction = prediction[:, :channels].float()
-            if guided:
-                conditional, unconditional = prediction.chunk(2)
-                prediction = unconditional + self.guidance_scale * (conditional - unconditional)
-            latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
-
-            if callback_on_step_end is not None:
+            for i, (t, level) in enumerate(zip(self.progress_bar(timesteps), levels)):
+                if self.interrupt:
+                    continue
+                scaled = latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    scaled = self.scheduler.scale_model_input(latents, t)
+                guided = self.guidance_scale > 1 and lowest - _ROUNDING <= level.share <= highest + _ROUNDING
+                model_input = torch.cat([scaled[owners], scaled]) if guided else scaled[owners]
+                with evaluating(self.transformer):
+                    predictions = self.transformer(
+                        model_input.to(self.transformer.dtype),
+                        timestep=t.to(device).expand(len(model_input)),
+                        class_labels=torch.cat([labels, no_labels]) if guided else labels,
+                        return_dict=False,
+                    )[0]
+                if predictions.shape[2:] != latents.shape[2:]:
+                    made = tuple(predictions.shape[2:])
+                    raise ValueError(
+                        f"`height` and `width` do not suit `transformer`: of a grid {grid} it makes {made}."
+                    )
+                predictions = predictions[:, :channels].float()
+                weighted = shares[:, None, None, None] * predictions[: len(rows)]
+                prediction = torch.zeros_like(weighted[:count]).index_add(0, owners, weighted)
+                if guided:
+                    unconditional = predictions[len(rows) :]
+                    prediction = unconditional + self.guidance_scale * (prediction - unconditional)
+                latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
                 clean_latents = level.clean(scaled, prediction)
-                values = {"latents": latents, "clean_latents": clean_latents}
-                tensors = {name: values[name] for name in callback_on_step_end_tensor_inputs}
-                if preview_scales is not None:
-                    preview = self._decode(clean_latents, num_scales=preview_scales)
-                    tensors["preview"] = (preview / 2 + 0.5).clamp(0, 1)
-                latents = take_latents(callback_on_step_end(self, i, t, tensors), latents)
 
-        if output_type == "latent":
-            images = latents.to(self.transformer.dtype)
-        else:
-            images = self.image_processor.postprocess(self._decode(latents), output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+                if callback is not None:
+                    values = {"latents": latents, "clean_latents": clean_latents}
+                    tensors = {name: values[name] for name in tensor_inputs}
+                    if scales:
+                        preview = self._decode(clean_latents, **scales)
+                        tensors["preview"] = (preview / 2 + 0.5).clamp(0, 1)
+                    latents = take_latents(callback(self, i, t, tensors), latents)
+                if streams and i + 1 < self.num_timesteps:
+                    yield self._make_images(clean_latents, call.output_type, **scales)
+                    if self._running is not running:
+                        raise RuntimeError(
+                            "The pipeline was called again before its stream ended, which cannot go on."
+                        )
+
+            yield self._make_images(latents, call.output_type)
+        finally:
+            self.maybe_free_model_hooks()
 
     def check_inputs(self, output_type: str) -> None:
         """Raise `ValueError` with the name of the part, or of the argument of `__call__`, that cannot serve."""
@@ -299,9 +375,9 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         if not isinstance(tensor_inputs, list | tuple) or any(name not in known for name in tensor_inputs):
             raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {known}, got {tensor_inputs!r}.")
 
-    def _check_preview_scales(self, preview_scales: Any, callback: Any) -> int:
-        if callback is None:
-            raise ValueError("`preview_scales` needs a `callback_on_step_end`, which gets the previews.")
+    def _check_preview_scales(self, preview_scales: Any, is_seen: bool) -> int:
+        if not is_seen:
+            raise ValueError("`preview_scales` needs a `callback_on_step_end`, or a stream of images, to show them.")
         if self.vae is None or "num_scales" not in inspect.signature(self.vae.decode).parameters:
             raise ValueError(f"`preview_scales` needs a tokenizer with scales, `vae` is a {type(self.vae).__name__}.")
         return whole_number("preview_scales", preview_scales, 1, len(self.vae.config.scale_factors))
@@ -334,6 +410,12 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         allow_any_grid(self.transformer)
         return grid[0], grid[1]
 
+    def _take_images(self, image: Any, count: int, grid: tuple[int, int]) -> Tensor:
+        if self.vae is None:
+            raise ValueError("`image` must be None without a `vae`, which encodes it.")
+        factor = self.image_processor.config.vae_scale_factor
+        return take_images(image, count, (grid[0] * factor, grid[1] * factor))
+
     def prepare_latents(
         self,
         batch_size: int,
@@ -360,16 +442,34 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             return randn_tensor(shape, generator, self._execution_device, torch.float32)
         is_usable = isinstance(latents, Tensor) and latents.is_floating_point() and not latents.is_meta
         if not is_usable or latents.shape != shape:
-            got = (
-                f"{tuple(latents.shape)} of {latents.dtype} on {latents.device}"
-                if isinstance(latents, Tensor)
-                else type(latents)
+            raise ValueError(
+                f"`latents` must be a tensor of floating point of shape {shape}, got {describe(latents)}."
             )
-            raise ValueError(f"`latents` must be a tensor of floating point of shape {shape}, got {got}.")
         latents = latents.to(self._execution_device, torch.float32)
         if latents.layout != torch.strided or not latents.isfinite().all():
             raise ValueError("`latents` must be dense and finite.")
         return latents
+
+    def _add_noise(self, clean_latents: Tensor, noise: Tensor, first: int) -> Tensor:
+        """Add to clean latents `(B, C, h, w)` as much noise as the scheduler's step number `first` begins with."""
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        time = self.scheduler.timesteps[first : first + 1]
+        if hasattr(self.scheduler, "scale_noise"):  # of flow matching
+            return self.scheduler.scale_noise(clean_latents, time, noise)
+        return self.scheduler.add_noise(clean_latents, noise, time)
+
+    def _encode(self, pixel_values: Tensor) -> Tensor:
+        """Encode images `(B, 3, H, W)` in [-1, 1] to their likeliest latents, as the transformer knows them."""
+        config = self.vae.config
+        encoded = self.vae.encode(pixel_values.to(self._execution_device, self.vae.dtype), return_dict=False)[0]
+        raw = encoded if isinstance(encoded, Tensor) else encoded.mode()
+        return (raw.float() - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    def _make_images(self, latents: Tensor, output_type: str, **scales: int) -> Any:
+        if output_type == "latent":
+            return latents.to(self.transformer.dtype)
+        return self.image_processor.postprocess(self._decode(latents, **scales), output_type)
 
     def _decode(self, latents: Tensor, **scales: int) -> Tensor:
         """Decode latents, as the transformer knows them, to images of about [-1, 1]."""
