@@ -74,6 +74,19 @@ def test_images_do_not_depend_on_batch_size_previews_or_other_classes(run, tmp_p
             assert abs(array(tmp_path / name / file) - array(tmp_path / "whole" / file)).max() <= 1
 
 
+def test_images_begin_with_a_file_s_and_leave_it_as_it_was(run, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    Image.linear_gradient("L").resize((80, 40)).save(photo)
+    content, folder = photo.read_bytes(), tmp_path / "new"
+    assert run("church", "--image", photo, "--strength", 0.4, "--rows", 2, "--steps", 8, "--images", folder) == 0
+    settings = {"num_inference_steps": 8, "image": Image.open(photo), "strength": 0.4}
+    levels = number_images(make_pipeline(), [2, 5], 0, **settings).permute(0, 2, 3, 1)
+    for path, expected in zip(sorted(folder.iterdir()), levels.numpy().astype(int), strict=True):
+        assert abs(array(path) - expected).max() <= 1
+    assert run("church", "--image", photo, "--output", photo, "--overwrite") == 2
+    assert re.match("error: --output .* is an input", error_of(capsys)) and photo.read_bytes() == content
+
+
 def test_previews_end_with_the_image(run, tmp_path, capsys):
     assert run("--rows", 2, "--previews", 4, "--images", tmp_path / "all", "--steps", 9) == 0
     assert "previews of 4 scales: " in capsys.readouterr().out
@@ -132,6 +145,8 @@ BAD = {
     "another scheduler": (["--scheduler", "ddim"], "--scheduler must be one of euler, heun, dpm .*, got 'ddim'"),
     "no guidance": (["--guidance_scale", "0.5"], "`guidance_scale` must be .* at least 1"),
     "a folder for the sheet": (["--output", "{0}/a.png"], "--output '.*a.png' cannot be written: it is a folder"),
+    "no image": (["--image", "{0}/file"], "--image '.*file': "),
+    "no such image": (["--image", "{0}/none.png"], "--image '.*none.png': "),
     "a file for images": (["--images", "{0}/file"], "--images '.*file' cannot be written: "),
 }
 

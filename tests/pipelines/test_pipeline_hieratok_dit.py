@@ -17,6 +17,7 @@ from PIL import Image
 from tiny_pipelines import FLOW, FLOW_SCHEDULERS
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
+from hieratok_hf.pipelines.call_arguments import take_images
 from hieratok_hf.pipelines.noise_levels import noise_levels
 
 CLASSES = 3
@@ -390,6 +391,20 @@ def test_with_an_image_the_steps_that_are_left_begin_with_its_latents_and_their_
     fresh.transformer.targets = pipe.transformer.targets
     plain, expected = (each([2, 0], **settings, generator=seeds(0, 1)).images for each in (pipe, fresh))
     assert torch.equal(plain, expected)
+
+
+@pytest.mark.parametrize("kind", [diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler])
+def test_of_steps_at_one_time_the_right_one_is_the_first(kind):
+    pipe, fed = dit_pipeline(), []
+    pipe.scheduler = kind(**FLOW, flow_shift=9.0, num_train_timesteps=20)
+    pipe.transformer.register_forward_pre_hook(lambda module, inputs: fed.append(inputs[0]))
+    drawn = noise(1, CHANNELS, SIDE, SIDE)
+    pipe([0], 12, 1.0, image=PIL, strength=0.75, latents=drawn, output_type="latent")
+    levels, times = noise_levels(pipe.scheduler), pipe.scheduler.timesteps
+    assert len(fed) == 9 and times[2] == times[3] and levels[2] != levels[3]
+    clean = (fed[0] - levels[3].noise * drawn) / levels[3].signal
+    expected = latents_of(pipe, take_images(PIL, 1, (SIZE, SIZE)))
+    torch.testing.assert_close(clean, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_the_strength_leads_from_the_image_to_none_of_it():

@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .. import HieraTokDiTPipeline
 from ..evaluation.generation import image_size, number_images
-from ..utils.images import encode_image
+from ..utils.images import ImageError, encode_image, open_image
 from .command_line import check_batch, find_device, load_or_explain
 from .main import parse
-from .outputs import check_writable, write_or_explain
+from .outputs import check_writable, identify, write_or_explain
 from .terminal import Problem, one_line, run_script
 
 COLUMNS, MARGIN, SMALLEST_PANEL = 10, 8, 128
@@ -68,6 +68,14 @@ def read_class_ids(pipe: HieraTokDiTPipeline, given: list[str]) -> list[int]:
         raise Problem(one_line(error).removeprefix("`class_labels`: ")) from error
 
 
+def read_source(path: Path) -> Image.Image:
+    """Read the image to begin with; a `Problem` where it cannot be read."""
+    try:
+        return open_image(path)
+    except ImageError as error:
+        raise Problem(f"--image {one_line(error)}") from error
+
+
 class Previews:
     """A callback for the pipeline that keeps what it shows at some steps, evenly spread."""
 
@@ -93,11 +101,11 @@ def as_images(levels: torch.Tensor) -> list[Image.Image]:
 
 
 def make_images(
-    pipe: HieraTokDiTPipeline, ids: list[int], args: Namespace
+    pipe: HieraTokDiTPipeline, ids: list[int], source: Image.Image | None, args: Namespace
 ) -> tuple[dict[int, list[Image.Image]], Previews | None, float]:
-    """Images by class, previews of the first of each, and the seconds that it took."""
-    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    settings |= {"guidance_interval": tuple(args.guidance_interval)}
+    """Images by class, made of `source` if it is given, previews of the first of each, and the seconds they took."""
+    settings: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    settings |= {"guidance_interval": tuple(args.guidance_interval), "image": source, "strength": args.strength}
     previews = Previews() if args.previews else None
     watched = {"callback_on_step_end": previews, "preview_scales": args.previews} if previews else {}
     # The first images are in batches of their own, which alone are watched.
@@ -164,11 +172,13 @@ def run(args: Namespace) -> list[str]:
     """Make and write all that is asked for, and return the lines to print."""
     args.device = find_device(args)
     previews_sheet = args.output.with_name(f"{args.output.stem}_previews.png")
-    check_writable("--output", args.output, overwrite=args.overwrite)
+    guarded: dict[str, Any] = {"overwrite": args.overwrite, "inputs": identify([args.image] if args.image else [])}
+    check_writable("--output", args.output, **guarded)
     if args.previews:
-        check_writable("--previews", previews_sheet, overwrite=args.overwrite)
+        check_writable("--previews", previews_sheet, **guarded)
     if args.images:
         check_writable("--images", args.images, folder=True)
+    source = read_source(args.image) if args.image else None
     pipe = load_or_explain(load_pipeline, "--model", args.model, args.device, args.dtype)
     if args.scheduler:
         pipe.scheduler = other_scheduler(pipe, args.scheduler)
@@ -180,9 +190,9 @@ def run(args: Namespace) -> list[str]:
         stem = f"{key:04}_{re.sub(r'[^0-9A-Za-z-]+', '_', label)}"
         files |= {(key, row): args.images / f"{stem}_{row:03}.png" for row in range(args.rows)}
     for path in files.values():
-        check_writable("--images", path, overwrite=args.overwrite)
+        check_writable("--images", path, **guarded)
     try:
-        images, previews, seconds = make_images(pipe, ids, args)
+        images, previews, seconds = make_images(pipe, ids, source, args)
     except (ValueError, RuntimeError, MemoryError) as error:  # torch lacks memory with a RuntimeError
         raise Problem(one_line(error)) from error
 

@@ -27,12 +27,17 @@ def add_generate(parser: Parser) -> None:
     add("classes", nargs="*", metavar="CLASS", help="names or numbers of classes; all of the pipeline unless given")
     add_sampling(parser)
     add("--rows", type=positive, default=4, help="images of a class")
+    add("--image", type=Path, metavar="FILE", help="image to begin with, of which the middle is taken")
+    share = "share of the steps, from 0 to 1, that are taken from --image on: 1 leaves little of it, or nothing"
+    add("--strength", type=real(0, 1), default=0.6, help=share)
     add("--scheduler", choices=("euler", "heun", "dpm", "ddim"), help="scheduler; the pipeline's own unless given")
     add("--output", type=Path, default=Path("outputs/generated.png"), metavar="FILE", help="PNG file for the sheet")
     add("--images", type=Path, metavar="FOLDER", help="folder to write each image to as well")
     previews = "write a second sheet, of what the first K scales of the tokenizer show on the way"
     add("--previews", type=positive, metavar="K", help=previews)
     add("--overwrite", action="store_true", help="replace files that are there already")
+
+    parser.needs(strength="image")
 
     def check(args: Namespace) -> None:
         if args.output.suffix.lower() != ".png":
