@@ -147,6 +147,7 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch):
     assert names["preview"].shape == (1, 3, 64, 96)
     names = run_blocks(*of_generation)
     assert [image.size for image in names["images"]] == [(64, 64)] * 2
+    assert [len(names[name]) for name in ("shown", "edited", "between")] == [1, 1, 5]
     names = run_blocks(*of_attention)
     assert names["model"].config._attn_implementation == "hieratok_sdpa"
     assert {processor.backend for processor in names["vae"].attn_processors.values()} == {"sdpa"}

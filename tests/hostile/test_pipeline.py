@@ -206,6 +206,8 @@ SCHEDULERS = [
     (diffusers.DDPMScheduler(), {"timesteps": [900.5, 100]}),
     (diffusers.DDPMScheduler(num_train_timesteps=100), {"num_inference_steps": 101}),
     (diffusers.LCMScheduler(), {"num_inference_steps": 60}),
+    (diffusers.PNDMScheduler(), {"image": PIXELS}),
+    (diffusers.PNDMScheduler(skip_prk_steps=True), {"image": PIXELS}),
 ]
 
 
@@ -213,7 +215,7 @@ SCHEDULERS = [
 def test_a_scheduler_that_would_not_end_at_an_image_is_refused(pipe, scheduler, given, monkeypatch):
     own = HieraTokDiTPipeline(pipe.vae, pipe.transformer, scheduler)
     monkeypatch.setattr(own.transformer, "forward", None)
-    with pytest.raises(ValueError, match=r"scheduler|timesteps|num_inference_steps"):
+    with pytest.raises(ValueError, match=r"scheduler|timesteps|num_inference_steps|`image`"):
         own([0], **{"num_inference_steps": 8, **given})
 
 

@@ -207,7 +207,7 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 `(3, H, W)` or `(B, 3, H, W)` have that size, and are in [0, 1] or 8-bit levels in uint8.
             strength (`float`, defaults to 0.6): Share of the steps, from 0 to 1, that are taken from `image` on, at
                 least one: the latents of `image`, without noise of their own, get the noise with which the first of
-                these steps begins (SDEdit, arXiv 2108.01073). With flow matching, 1 leaves nothing of `image`.
+                these steps begins (SDEdit, arXiv 2108.01073). Flow matching by Euler leaves nothing of it at 1.
 
         Returns:
             `images`, `num_images_per_prompt` of each class.
@@ -287,18 +287,22 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         levels, timesteps = noise_levels(self.scheduler), self.scheduler.timesteps
         if times is not None:
             self._check_given_timesteps(times, levels)
+        # Schedulers of the second order ask twice in a step, but in the last.
+        order = getattr(self.scheduler, "order", 1)
+        if pixel_values is not None and len(timesteps) != (steps - 1) * order + 1:
+            name = type(self.scheduler).__name__
+            raise ValueError(f"`image` cannot be given to a {name}, which makes {len(timesteps)} steps of {steps}.")
         running = self._running = object()
         self._guidance_scale, self._interrupt = guidance_scale, False
         try:
             if pixel_values is None:
                 latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
             else:
-                first = (steps - max(1, round(strength * steps))) * self.scheduler.order
+                first = (steps - max(1, round(strength * steps))) * order
                 levels, timesteps = levels[first:], timesteps[first:]
                 clean_latents = self._encode(pixel_values)
                 clean_latents = clean_latents.repeat_interleave(count // len(clean_latents), 0)
                 latents = self._add_noise(clean_latents, latents, first)
-            # Schedulers of the second order ask twice in a step.
             self._num_timesteps = len(timesteps)
             accepted = inspect.signature(self.scheduler.step).parameters
             extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
