@@ -494,6 +494,13 @@ def test_a_stream_previews_by_some_scales_and_keeps_gradients_out_of_its_steps_a
         pipe.stream([0], stpes=3)
 
 
+def test_half_precision_begins_with_an_image_too():
+    pipe, half = dit_pipeline(), dit_pipeline().to(torch.bfloat16)
+    settings = {"num_inference_steps": 4, "image": PIL, "strength": 0.5, "output_type": "pt"}
+    expected, made = (each([{0: 0.5, 2: 0.5}], generator=seeds(0), **settings).images for each in (pipe, half))
+    assert (made.float() - expected).abs().mean() < 0.02
+
+
 def test_who_leaves_a_stream_leaves_the_pipeline_as_it_was():
     pipe, freed = dit_pipeline(), []
     pipe.maybe_free_model_hooks = lambda: freed.append(True)
@@ -568,3 +575,10 @@ def test_offload_on_a_gpu():
     expected, images = (x([0, 1], 4, generator=seeds(0, 1), output_type="pt").images for x in (pipe, offloaded))
     torch.testing.assert_close(images.cpu(), expected, atol=2e-2, rtol=0)
     assert offloaded.transformer.device.type == "cpu"
+    from_image, images = (
+        list(each.stream({0: 0.5, 1: 0.5}, 4, generator=seeds(0), image=PIL, output_type="pt"))
+        for each in (pipe, offloaded)
+    )
+    assert len(images) == len(from_image) == 2
+    torch.testing.assert_close(images[-1].cpu(), from_image[-1], atol=2e-2, rtol=0)
+    assert offloaded.vae.device.type == offloaded.transformer.device.type == "cpu"
