@@ -9,6 +9,7 @@ import pytest
 from full_disk import full_disk
 from helpers import temporary_of
 
+from hieratok_hf.utils import files
 from hieratok_hf.utils.files import read_json, write_whole
 
 
@@ -96,11 +97,11 @@ def test_a_pipe_or_a_device_is_written_to_and_stays(tmp_path):
 
 @pytest.mark.parametrize(("stream", "mode"), [("stdout", "wb"), ("stderr", "wb"), ("stdout", "ab")])
 def test_the_standard_output_keeps_what_was_printed(stream, mode, tmp_path):
+    # The file alone, without the package, which would be slow to import.
     code = f"""
-import sys
-from hieratok_hf.utils.files import write_whole
+import runpy, sys
 print("before", file=sys.{stream})
-with write_whole("/dev/{stream}") as file:
+with runpy.run_path({files.__file__!r})["write_whole"]("/dev/{stream}") as file:
     file.write(b"whole\\n")
 print("after", file=sys.{stream})
 """
