@@ -178,8 +178,11 @@ class ClassAccuracy:
 
     def update(self, pixel_values: Tensor, classes: Sequence[int]) -> None:
         """Add images as `pixel_values` `(B, 3, H, W)` in [-1, 1], and the class that each was made for."""
-        logits = self.classifier(pixel_values.to(self.device))
-        made_for = torch.tensor(classes, device=self.device)
+        self.count(self.classifier(pixel_values.to(self.device)), classes)
+
+    def count(self, logits: Tensor, classes: Sequence[int]) -> None:
+        """Add images by the logits `(B, L)` of the classifier, and the class that each was made for."""
+        logits, made_for = logits.to(self.device), torch.tensor(classes, device=self.device)
         among = logits[:, self.labels].argmax(1) == made_for
         first = logits.argmax(1) == self.labels[made_for]
         for counts, hits in zip(self._counts, (among, first, torch.ones_like(among))):
