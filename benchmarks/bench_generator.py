@@ -3,7 +3,6 @@
 import json
 import sys
 from argparse import Namespace
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,7 +130,7 @@ def summarise(distances: Tensor, held_out: Tensor) -> dict[str, float]:
 def judge_set(judge: Judge, pictures: Pictures, labels: list[int], reference: Tensor, what: str) -> dict[str, Any]:
     """What a judge says of a set of images."""
     features, logits = judge.look(pictures.batches(), what)
-    accuracy = ClassAccuracy(judge, labels)
+    accuracy = ClassAccuracy(judge, labels, judge.mean.device)
     accuracy.count(logits, pictures.labels)
     return {
         "images_of": what,
@@ -194,12 +193,12 @@ def run(args: Namespace) -> list[str]:
     device = find_device(args)
     if missing := [name for name in (TRAINING, VALIDATION, VISION) if not list(args.data.glob(name))]:
         raise Problem(f"--data {str(args.data)!r} lacks {missing[0]}")
-    if args.sheet:
-        check_writable("--sheet", args.sheet, overwrite=True)
-    if args.features:
-        check_writable("--features", args.features, folder=True)
     if args.sheet and args.sheet.suffix.lower() != ".png":
         raise Problem(f"--sheet must be a PNG file, got {str(args.sheet)!r}")
+    if args.sheet:
+        check_writable("--sheet", args.sheet)
+    if args.features:
+        check_writable("--features", args.features, folder=True)
     judges = load_judges(str(args.data / VISION), device)
     pipe = load_or_explain(load_pipeline, "--model", args.model, device, args.dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -213,11 +212,7 @@ def run(args: Namespace) -> list[str]:
     real = take_balanced(validation, args.samples, pipe.num_classes)
     held_out = torch.cat([to_uint8(reconstruct(codec, x["pixel_values"])) for x in real.batches()])
     samples = generate(pipe, args)
-    sets = {
-        "generated": samples,
-        "validation": real,
-        HELD_OUT: Pictures(held_out, real.labels),
-    }
+    sets = {"generated": samples, "validation": real, HELD_OUT: Pictures(held_out, real.labels)}
     rows = []
     for judge in judges:
         of_reference = judge.features(reference, "training images", args.features)
@@ -250,7 +245,6 @@ def run(args: Namespace) -> list[str]:
         "seed": args.seed,
         "reference_images": len(of_reference),
         "training_images": len(of_training),
-        "classes_of_validation": dict(sorted(Counter(real.labels).items())),
         "rows": rows,
         "neighbours": neighbours,
     }
