@@ -6,7 +6,7 @@ import pytest
 import torch
 from image_files import crop, write_shard
 from PIL import Image
-from scripts import error_of, report_in, save_vision_model
+from scripts import ROOT, error_of, load_script, report_in, save_vision_model
 from tiny_pipelines import NAMES, make_pipeline, tiny_pipeline
 from transformers import MobileNetV2ForImageClassification
 
@@ -108,3 +108,9 @@ def test_what_cannot_be_judged_is_said_in_a_line(bench, data, tmp_path, capsys):
     assert "--model must make the classes church" in error()
     (data / "mobilenet_v2_1.0_224").rename(data / "gone")
     assert error() == f"error: --data {str(data)!r} lacks mobilenet_v2_1.0_224"
+
+
+def test_the_tables_are_what_was_recorded():
+    found = json.loads((ROOT / "benchmarks" / "results" / "generator_dit128_cpu_avx512.json").read_text())
+    bench = load_script("benchmarks", "bench_generator")
+    assert bench.tables(found) in (ROOT / "benchmarks" / "README.md").read_text()
