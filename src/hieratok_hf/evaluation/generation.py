@@ -181,7 +181,7 @@ class ClassAccuracy:
         self.count(self.classifier(pixel_values.to(self.device)), classes)
 
     def count(self, logits: Tensor, classes: Sequence[int]) -> None:
-        """Add images by the logits `(B, L)` of the classifier, and the class that each was made for."""
+        """Add images by `logits` `(B, L)` of the classifier, and the class that each was made for."""
         logits, made_for = logits.to(self.device), torch.tensor(classes, device=self.device)
         among = logits[:, self.labels].argmax(1) == made_for
         first = logits.argmax(1) == self.labels[made_for]
