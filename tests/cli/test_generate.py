@@ -142,6 +142,7 @@ def test_schedulers_keep_the_shift_and_the_kind():
 BAD = {
     "a class with a near name": (["curch"], r"'curch' is no class of this pipeline; did you mean 'church'.*\?"),
     "a file": (["--model", "{0}/file"], "--model '.*file' cannot be loaded: .*not a folder"),
+    "a tokenizer": (["--model", "hieratok-tiny"], "--model .hieratok-tiny. cannot be loaded: .*not a pipeline"),
     "another scheduler": (["--scheduler", "ddim"], "--scheduler must be one of euler, heun, dpm .*, got 'ddim'"),
     "no guidance": (["--guidance_scale", "0.5"], "`guidance_scale` must be .* at least 1"),
     "a folder for the sheet": (["--output", "{0}/a.png"], "--output '.*a.png' cannot be written: it is a folder"),

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .. import HieraTokDiTPipeline
 from ..evaluation.generation import image_size, number_images
+from ..shipped import resolve_model
 from ..utils.images import ImageError, encode_image, open_image
 from .command_line import check_batch, find_device, load_or_explain
 from .main import parse
@@ -38,8 +39,11 @@ OTHER_SCHEDULERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}
 
 def load_pipeline(name: str, device: str | torch.device, dtype: str) -> HieraTokDiTPipeline:
     """Load the pipeline of a folder, of a name that ships with the package, or of the Hub, in this order."""
-    if Path(name).is_file():
+    folder = Path(resolve_model(name))
+    if folder.is_file():
         raise ValueError("it is a file, not a folder")
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        raise ValueError("it is a model, not a pipeline, which has a model_index.json")
     dtype = getattr(torch, dtype)
     return HieraTokDiTPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device)
 

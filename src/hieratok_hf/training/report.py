@@ -49,8 +49,9 @@ class JsonLines:
                     raise ValueError(f"Line {number} of {str(path)!r} is no record: mend or remove it.")
             elif step <= first_step:
                 kept.append(line + b"\n")
-        with write_whole(path) as file:
-            file.writelines(kept)
+        if path.exists():
+            with write_whole(path) as file:
+                file.writelines(kept)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; tensors become numbers, without rounding."""
