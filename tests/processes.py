@@ -6,7 +6,10 @@ import random
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,38 +59,51 @@ def run_command(module: str, arguments: list[str], log: Path, cut: int, environm
     raise SystemExit(import_module(module).main(arguments))
 
 
-def start(
+@contextmanager
+def running(
     script: ModuleType,
     arguments: list[Any],
     folder: Path,
     world: int = 1,
     cut: int = 0,
     environment: dict[str, str] | None = None,
-) -> list[Any]:
-    """Start a command in as many processes as torchrun would; what they print goes to `rank-N.out` in `folder`."""
+) -> Iterator[list[Any]]:
+    """
+    Start a command in as many processes as torchrun would; what they print goes to `rank-N.out` in `folder`. At the
+    end wait until all have ended; once one has failed the others are killed, and after an error here all are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     group = {}
     if world > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
-    processes = []
-    for rank in map(str, range(world)):
-        place = {"RANK": rank, "LOCAL_RANK": rank} if group else {}
-        given = {"HF_DATASETS_CACHE": str(folder / "datasets"), **group, **place, **(environment or {})}
-        log = folder / f"rank-{rank}"
-        task = (script.__name__, list(map(str, arguments)), log, cut, given)
-        processes.append(SERVER.Process(target=run_command, args=task))
-        processes[-1].start()
-    return processes
+    processes: list[Any] = []
+    try:
+        for rank in map(str, range(world)):
+            place = {"RANK": rank, "LOCAL_RANK": rank} if group else {}
+            given = {"HF_DATASETS_CACHE": str(folder / "datasets"), **group, **place, **(environment or {})}
+            log = folder / f"rank-{rank}"
+            task = (script.__name__, list(map(str, arguments)), log, cut, given)
+            process = SERVER.Process(target=run_command, args=task)
+            process.start()
+            processes.append(process)
+        yield processes
+        deadline = time.perf_counter() + 240
+        while not any(process.exitcode for process in processes) and time.perf_counter() < deadline:
+            if not (left := [process.sentinel for process in processes if process.is_alive()]):
+                break
+            wait(left, max(0, deadline - time.perf_counter()))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def two_processes(script: ModuleType, arguments: list[Any], folder: Path) -> tuple[str, str]:
     """What the first and the second of two processes of a command print; both must end well."""
-    processes = start(script, arguments, folder, world=2)
-    for process in processes:
-        process.join(240)
-        process.kill()
+    with running(script, arguments, folder, world=2) as processes:
+        pass
     errors = "".join(path.read_text() for path in sorted(folder.glob("*.err")))
     assert [process.exitcode for process in processes] == [0, 0], errors
     return (folder / "rank-0.out").read_text(), (folder / "rank-1.out").read_text()
@@ -110,16 +126,13 @@ def kill_and_go_on(script: ModuleType, watch: str, runs: list[dict[str, Any]], l
 
         before, deadline = size(), time.perf_counter() + 60
         options = {name: run[name] for name in ("world", "cut", "environment") if name in run}
-        processes = start(script, run["arguments"], logs / str(number), **options)
-        if "kill" in run:
-            while size() == before and time.perf_counter() < deadline:
-                time.sleep(0.001)
-            time.sleep(random.uniform(0, run["kill"]))
-            for process in processes:
-                process.kill()
-        for process in processes:
-            process.join(240)
-            process.kill()
+        with running(script, run["arguments"], logs / str(number), **options) as processes:
+            if "kill" in run:
+                while size() == before and processes[0].is_alive() and time.perf_counter() < deadline:
+                    time.sleep(0.001)
+                time.sleep(random.uniform(0, run["kill"]))
+                for process in processes:
+                    process.kill()
         ended = all(process.exitcode == 0 for process in processes)
         told.append({"ended": ended, "files": len(list(folder.glob(watch)))})
     return told
