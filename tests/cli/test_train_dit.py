@@ -144,7 +144,9 @@ def test_sharded_over_two_processes_it_trains_as_one(tmp_path, run, arguments):
     torch.testing.assert_close(weights_of(tmp_path / "two" / "pipeline-000000003"), weights, rtol=0, atol=0)
 
 
-def test_aligned_it_goes_on_as_if_nothing_had_happened_and_gives_the_same_kind_of_pipeline(tmp_path, run, arguments):
+def test_aligned_it_goes_on_as_if_nothing_had_happened_and_gives_the_same_kind_of_pipeline(
+    tmp_path, run, arguments, capsys
+):
     more = ["--alignment_weight", 0.5, "--alignment_block", 2, "--steps", 8]
     steps = run(tmp_path / "whole", *more)
     for record in steps:
@@ -163,6 +165,10 @@ def test_aligned_it_goes_on_as_if_nothing_had_happened_and_gives_the_same_kind_o
     assert_close(again, steps, rel=1e-4)
     first = run(tmp_path / "first", "--alignment_weight", 0.5, "--steps", 1)  # by the middle block, of two the first
     assert first[0]["norm"] != steps[0]["norm"]
+    for folder, options in (("first", []), ("plain", more)):
+        given = arguments(tmp_path / folder, *options, "--steps", 9, "--resume", "--allow_changes")
+        assert train_dit.main(given) == 2
+        assert "--alignment_weight cannot be switched on or off" in error_of(capsys)
 
 
 def test_all_labels_are_dropped_at_the_rate(tmp_path, run, monkeypatch):

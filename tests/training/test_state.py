@@ -269,7 +269,7 @@ OPTIONS = {"lr": 0.1, "steps": 10, "warmup_steps": 2, "decay_steps": 4, "seed": 
         ({"steps": 20}, []),  # no step was taken in which the rate fell
         ({"warmup_steps": 3}, ["warmup_steps"]),
         ({"decay_steps": 10, "keep": 5}, ["decay_steps"]),
-        ({"new_weight": 0.5}, ["new_weight"]),
+        ({"new_weight": 0.5}, ["new_weight"]),  # a state from before there was one
     ],
 )
 def test_what_changed_since_a_training_was_begun_is_said_and_refused_where_it_changes_the_training(
@@ -285,6 +285,13 @@ def test_what_changed_since_a_training_was_begun_is_said_and_refused_where_it_ch
         assert str(caught.value).startswith(", ".join(f"--{name}" for name in refused) + " changed")
     assert state_to_resume(tmp_path, True, {}, options, allow_changes=True, say=said.append)["step"] == 5
     assert all(f"--{name}" in said[-1] for name in changed)
+
+
+def test_an_option_that_a_state_is_older_than_changes_nothing_where_it_is_off(tmp_path):
+    Training().state.save(tmp_path, 5, keep=1, config={}, options=options_of(OPTIONS))
+    said: list[str] = []
+    options = options_of({**OPTIONS, "new_weight": 0.0, "new_place": None, "new_switch": False})
+    assert state_to_resume(tmp_path, True, {}, options, say=said.append)["step"] == 5 and not said
 
 
 def test_another_name_of_the_same_folder_changes_nothing(tmp_path, monkeypatch):

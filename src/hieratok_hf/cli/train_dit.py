@@ -121,6 +121,9 @@ def train(args: Namespace) -> None:
     facts = {name: value for name, value in facts.items() if not name.startswith("_")}
     state = state_to_resume(args.output, args.resume, facts, options, args.allow_changes, accelerator.print)
     first_step = state["step"] if state else 0
+    if state and bool(state.get("options", {}).get("alignment_weight")) != bool(args.alignment_weight):
+        told = "cannot be switched on or off in a training that is begun: take another --output"
+        raise ValueError(f"--alignment_weight {told}, and --transformer to begin with what was trained.")
 
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

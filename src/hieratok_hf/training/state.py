@@ -261,6 +261,8 @@ def state_to_resume(
     if state["step"] >= options["steps"]:
         say(f"{str(folder)!r} has taken all {options['steps']} steps: its model is written anew")
     changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
+    # A state from before there was an option was trained with what it switches on switched off.
+    changed = [name for name in changed if name in before or options[name]]
     shown = [name for name in changed if name not in ("resume", "allow_changes", "overwrite")]
     if shown:
         told = [f"--{name} {_told(options.get(name))} (was {_told(before.get(name))})" for name in shown]
