@@ -32,7 +32,7 @@ from hieratok_hf.utils.images import centre_square, encode_image, from_uint8, to
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 IMAGES = "imagenette_128"
-TRAINING, VALIDATION = f"{IMAGES}/train-*.tar", f"{IMAGES}/val-*.tar"
+TRAINING, VALIDATION, META = f"{IMAGES}/train-*.tar", f"{IMAGES}/val-*.tar", f"{IMAGES}/meta.json"
 VISION = "mobilenet_v2_1.0_224"
 HELD_OUT = "validation, through the tokenizer"
 SHEET_ROWS = 20
@@ -191,7 +191,7 @@ def check_classes(pipe: HieraTokDiTPipeline, names: list[str]) -> None:
 def run(args: Namespace) -> list[str]:
     """Judge, write what is asked for, and return the tables."""
     device = find_device(args)
-    if missing := [name for name in (TRAINING, VALIDATION, VISION) if not list(args.data.glob(name))]:
+    if missing := [name for name in (TRAINING, VALIDATION, META, VISION) if not list(args.data.glob(name))]:
         raise Problem(f"--data {str(args.data)!r} lacks {missing[0]}")
     if args.sheet and args.sheet.suffix.lower() != ".png":
         raise Problem(f"--sheet must be a PNG file, got {str(args.sheet)!r}")
@@ -202,7 +202,7 @@ def run(args: Namespace) -> list[str]:
     judges = load_judges(str(args.data / VISION), device)
     pipe = load_or_explain(load_pipeline, "--model", args.model, device, args.dtype)
     pipe.set_progress_bar_config(disable=True)
-    check_classes(pipe, json.loads((args.data / IMAGES / "meta.json").read_text())["classes"])
+    check_classes(pipe, json.loads((args.data / META).read_text())["classes"])
     size, codec = image_size(pipe), Codec(pipe.vae)
 
     images = load_images(str(args.data / TRAINING))

@@ -106,6 +106,9 @@ def test_what_cannot_be_judged_is_said_in_a_line(bench, data, tmp_path, capsys):
     assert "--sheet" in error("--sheet", "sheet.jpg")
     (data / "imagenette_128" / "meta.json").write_text(json.dumps({"classes": CLASSES[::-1]}))
     assert "--model must make the classes church" in error()
+    (data / "imagenette_128" / "meta.json").unlink()
+    assert error() == f"error: --data {str(data)!r} lacks imagenette_128/meta.json"
+    (data / "imagenette_128" / "meta.json").touch()
     (data / "mobilenet_v2_1.0_224").rename(data / "gone")
     assert error() == f"error: --data {str(data)!r} lacks mobilenet_v2_1.0_224"
 
