@@ -85,6 +85,8 @@ def test_the_page_of_commands_has_every_one():
         ("zzz", "no command 'zzz': there are reconstruct, "),
         ("--model x", "no command '--model'"),
         ("train --output x --modell y --data z", "unrecognized arguments: --modell y: did you mean --model?"),
+        ("decode a b --scales 2", "--scales 2: did you mean --num_scales? ("),
+        ("cache --data x --output y --limit 3", "unrecognized arguments: --limit 3 ("),
         ("train --output x", "the following arguments are required: --data"),
     ],
 )

@@ -114,8 +114,10 @@ class Parser(ArgumentParser):
         """Parse as argparse does, and run the checks; an option of no such name is told with the nearest one."""
         args, unknown = self.parse_known_args(*given, **options)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
-            hint = f": did you mean {near[0]}?" if near else ""
+            # Without the dashes, which all have in common.
+            names = [option.lstrip("-") for option in self._option_string_actions]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), names, 1, 0.65)
+            hint = f": did you mean --{near[0]}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         for check in self.checks:
             check(args)
