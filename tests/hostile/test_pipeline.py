@@ -208,6 +208,8 @@ SCHEDULERS = [
     (diffusers.LCMScheduler(), {"num_inference_steps": 60}),
     (diffusers.PNDMScheduler(), {"image": PIXELS}),
     (diffusers.PNDMScheduler(skip_prk_steps=True), {"image": PIXELS}),
+    (diffusers.LMSDiscreteScheduler(), {"image": PIXELS}),
+    (diffusers.SASolverScheduler(), {"image": PIXELS}),
 ]
 
 

@@ -524,6 +524,19 @@ def test_who_leaves_a_stream_leaves_the_pipeline_as_it_was():
     assert len(list(stream)) == 1  # the image as far as it got
 
 
+def test_a_call_that_fails_ends_a_stream_whose_steps_it_replaced():
+    pipe = oracle_pipeline(diffusers.LMSDiscreteScheduler())
+    stream = pipe.stream([1], 6, output_type="latent")
+    next(stream)
+    with pytest.raises(ValueError, match="`strength`"):
+        pipe([0], 3, strength=2)
+    next(stream)
+    with pytest.raises(ValueError, match="`image`"):
+        pipe([0], 3, image=PIL)
+    with pytest.raises(RuntimeError, match="stream"):
+        next(stream)
+
+
 def test_labels_by_name():
     pipe = dit_pipeline()
     assert pipe.get_label_ids(["Church", "tinca_tinca", 1]) == [2, 0, 1]

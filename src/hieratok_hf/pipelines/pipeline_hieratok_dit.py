@@ -41,6 +41,8 @@ __all__ = ["HieraTokDiTPipeline"]
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _ROUNDING = 1e-6  # of a scheduler's noise, which is float32
+# Begun in their midst they leave noise in images: LMS takes a step's number for that of the predictions that it has.
+_FROM_THE_FIRST = ("LMSDiscreteScheduler", "SASolverScheduler")
 
 
 class HieraTokDiTPipeline(PipelineFolderMixin):
@@ -283,16 +285,16 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
             raise ValueError("`timesteps` cannot be given to a scheduler with use_flow_sigmas=True: give it `sigmas`.")
         # Some schedulers calculate with them.
         given_sigmas: Any = None if noise is None else np.array(noise, dtype=np.float32)
+        running = self._running = object()  # the scheduler now forgets another stream
         retrieve_timesteps(self.scheduler, num_inference_steps, device, times, given_sigmas)
         levels, timesteps = noise_levels(self.scheduler), self.scheduler.timesteps
         if times is not None:
             self._check_given_timesteps(times, levels)
         # Schedulers of the second order ask twice in a step, but in the last.
         order = getattr(self.scheduler, "order", 1)
-        if pixel_values is not None and len(timesteps) != (steps - 1) * order + 1:
-            name = type(self.scheduler).__name__
-            raise ValueError(f"`image` cannot be given to a {name}, which makes {len(timesteps)} steps of {steps}.")
-        running = self._running = object()
+        name, has_all = type(self.scheduler).__name__, len(timesteps) == (steps - 1) * order + 1
+        if pixel_values is not None and (name in _FROM_THE_FIRST or not has_all):
+            raise ValueError(f"`image` cannot be given to a {name}, which must begin with its first step.")
         self._guidance_scale, self._interrupt = guidance_scale, False
         try:
             if pixel_values is None:
