@@ -133,6 +133,13 @@ def tiny_vision_model(seed: int = 0) -> MobileNetV2Model:
         return MobileNetV2Model(config)
 
 
+def leave_something(network: torch.nn.Module) -> None:
+    """Draw weights of convolutions that leave something of an image, unlike those that MobileNetV2 begins with."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+
+
 def recorded(name: str) -> dict[str, Any]:
     """
     A report of `benchmarks/results/`; in that of a fine-tuning, which is of earlier weights, the models have as many

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers import leave_something
 from transformers import MobileNetV2Config, MobileNetV2Model
 
 ROOT = Path(__file__).parents[1]
@@ -116,8 +117,6 @@ def save_vision_model(folder: Path, kind: type = MobileNetV2Model, **config: Any
     """A MobileNetV2 with weights that leave something of an image, unlike those that it begins with."""
     torch.manual_seed(0)
     network = kind(MobileNetV2Config(depth_multiplier=0.1, min_depth=4, image_size=32, **config))
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
+    leave_something(network)
     network.save_pretrained(folder)
     return folder

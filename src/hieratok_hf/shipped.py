@@ -78,9 +78,9 @@ def resolve_model(name_or_path: Any) -> Any:
         return pretrained(name)
     if name in SIZES:
         raise ValueError(no_weights(name))
-    # An id on the Hub has an owner before a slash.
-    near = difflib.get_close_matches(str(name), (*SHIPPED, *SIZES), n=1, cutoff=0.9)
-    if near and "/" not in str(name):
+    if "/" in name:  # as in an id on the Hub, between owner and name
+        return name_or_path
+    if near := difflib.get_close_matches(name, (*SHIPPED, *SIZES), n=1, cutoff=0.9):
         raise ValueError(f"There is no folder {name!r} and no model of that name: did you mean {near[0]!r}?")
     return name_or_path
 

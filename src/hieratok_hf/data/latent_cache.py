@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from ..models.autoencoder_adapter import Codec
 from ..models.core import posterior_of
+from ..utils.channel_statistics import add_sums, channel_statistics, channel_sums
 from ..utils.choices import LATENT_DTYPES, LATENT_KINDS
 from .aspect_buckets import Buckets, Shape
 from .manifests import Settings, checksum_of, is_count, is_number, is_text, read_manifest
@@ -352,23 +353,17 @@ class LatentCache(Dataset):
         Compute mean and standard deviation `(C,)`, float32, of the channels of each layer's maps, over about a
         thousand images of at most eight shards, with the mirrored ones.
         """
-        names = feature_names(self.settings)
-        counts: list[float] = [0.0] * len(names)
-        sums, squares = ([torch.zeros(())] * len(names) for _ in range(2))
+        sums: list[dict[str, Tensor]] = [{} for _ in feature_names(self.settings)]
         filled = np.flatnonzero(np.diff(self._starts))
         shards = {*np.linspace(0, len(filled) - 1, _SAMPLED_SHARDS).astype(int).tolist()}
         for shard in filled[sorted(shards)].tolist():
             first, last = self._starts[shard], self._starts[shard + 1] - 1
             indices = {*np.linspace(first, last, _SAMPLED_IMAGES // len(shards)).astype(int).tolist()}
             for side in (False, True)[: 1 + self.flips]:
-                for i, values in enumerate(self.features(sorted(indices), [side] * len(indices))):
-                    values = values.double()
-                    counts[i] += values.numel() / values.shape[1]
-                    sums[i] = sums[i] + values.sum((0, 2, 3))
-                    squares[i] = squares[i] + values.square().sum((0, 2, 3))
-        means = [total / count for total, count in zip(sums, counts)]
-        spreads = [(x / count - mean**2).clamp(min=0).sqrt() for x, count, mean in zip(squares, counts, means)]
-        return [(mean.float(), spread.float()) for mean, spread in zip(means, spreads)]
+                for layer, maps in zip(sums, self.features(sorted(indices), [side] * len(indices))):
+                    add_sums(layer, channel_sums(maps))
+        pairs = (channel_statistics(layer, correction=0) for layer in sums)
+        return [(mean.float(), std.float()) for mean, std in pairs]
 
     def _read(
         self, name: str, indices: Sequence[int] | Tensor, flipped: Sequence[bool] | Tensor | None = None

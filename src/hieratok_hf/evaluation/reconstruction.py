@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data.image_dataset import Images, Row, decode_ahead
 from ..models.autoencoder_adapter import Codec
 from ..models.losses import image_pyramid
+from ..utils.channel_statistics import add_sums, channel_statistics, channel_sums
 from ..utils.distributed import gather, process_place
 from ..utils.images import from_uint8, to_uint8
 from .metrics import FrechetDistance, psnr, ssim
@@ -21,9 +22,6 @@ from .perceptual import PerceptualDistance
 __all__ = [
     "EvaluationBatches",
     "ReconstructionMetrics",
-    "add_sums",
-    "channel_statistics",
-    "channel_sums",
     "evaluate",
     "throughput",
 ]
@@ -227,19 +225,6 @@ def throughput(codec: Codec, pixel_values: Tensor, seconds: float = 2.0) -> dict
     return rates
 
 
-def channel_sums(latents: Tensor) -> dict[str, Tensor]:
-    """Sum up the values and the squares of each channel of `latents` `(B, C, h, w)` in float64, and count them."""
-    values = latents.float().cpu().double().transpose(0, 1).flatten(1)  # (C, B * h * w)
-    return {"sum": values.sum(1), "squares": values.square().sum(1), "count": torch.tensor(values.shape[1])}
-
-
-def channel_statistics(sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Give the mean and the standard deviation `(C,)`, as `torch.std`, of all values that `channel_sums` saw."""
-    mean, count = sums["sum"] / sums["count"], sums["count"]
-    variance = (sums["squares"] / count - mean.square()) * count / (count - 1).clamp(min=1)
-    return mean, variance.clamp(min=0).sqrt()
-
-
 def _psnr_sums(images: Tensor, targets: Tensor) -> Tensor:
     """Sum up the finite PSNRs of images and count them, `(2,)` in float64."""
     values = psnr(images, targets).cpu().double()
@@ -250,12 +235,6 @@ def _psnr_sums(images: Tensor, targets: Tensor) -> Tensor:
 def _mean_psnr(sums: Tensor) -> float:
     """Average what `_psnr_sums` gave; infinite where every image equals its target."""
     return float(sums[0] / sums[1]) if sums[1] else math.inf
-
-
-def add_sums(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    """Add `more` to `sums` by name."""
-    for name, value in more.items():
-        sums[name] = sums[name] + value if name in sums else value
 
 
 def _total(sums: dict[str, Tensor]) -> dict[str, Tensor]:

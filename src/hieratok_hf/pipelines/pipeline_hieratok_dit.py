@@ -336,8 +336,10 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                     unconditional = predictions[len(rows) :]
                     prediction = unconditional + self.guidance_scale * (prediction - unconditional)
                 latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
-                clean_latents = level.clean(scaled, prediction)
+                if callback is None and not streams:
+                    continue
 
+                clean_latents = level.clean(scaled, prediction)
                 if callback is not None:
                     values = {"latents": latents, "clean_latents": clean_latents}
                     tensors = {name: values[name] for name in tensor_inputs}

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..evaluation.reconstruction import add_sums, channel_statistics, channel_sums
 from ..models.core import HieraTokCore, posterior_of
 from ..models.losses import tokenizer_losses
+from ..utils.channel_statistics import add_sums, channel_statistics, channel_sums
 
 __all__ = ["fit_linear_path", "latent_statistics", "start_from_principal_components"]
 
