@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hieratok_hf import HieraTokDiTPipeline
-from hieratok_hf.cli.arguments.generation import add_sampling
+from hieratok_hf.cli.arguments.generation import add_sampling, sampling_settings
 from hieratok_hf.cli.command_line import find_device, load_or_explain
 from hieratok_hf.cli.generate import as_images, load_pipeline, make_sheet
 from hieratok_hf.cli.outputs import check_writable
@@ -54,9 +54,8 @@ class Pictures(NamedTuple):
 
 def generate(pipe: HieraTokDiTPipeline, args: Namespace) -> Pictures:
     """Make images of all classes in turn."""
-    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    settings["guidance_interval"] = tuple(args.guidance_interval)
-    made = GeneratedBatches(pipe, range(args.samples), seed=args.seed, batch_size=args.batch_size, **settings)
+    call = {"seed": args.seed, "batch_size": args.batch_size, **sampling_settings(args)}
+    made = GeneratedBatches(pipe, range(args.samples), **call)
     batches = list(tqdm(made, desc="samples", leave=False))
     levels = torch.cat([to_uint8(batch["pixel_values"]) for batch in batches])
     return Pictures(levels, [label for batch in batches for label in batch["labels"]])
@@ -239,10 +238,8 @@ def run(args: Namespace) -> list[str]:
         "machine": describe_benchmark(device),
         "model": Path(args.model).name,
         "size": size,
-        "steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "guidance_interval": args.guidance_interval,
         "seed": args.seed,
+        **sampling_settings(args),
         "reference_images": len(of_reference),
         "training_images": len(of_training),
         "rows": rows,

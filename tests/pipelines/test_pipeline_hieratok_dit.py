@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
 from diffusers.models.modeling_utils import ModelMixin
 from helpers import TINY, images, noise, random_core, tree
 from PIL import Image
@@ -123,6 +124,17 @@ def test_guidance_leads_away_from_no_class():
     torch.testing.assert_close(latents[0], none + 3 * (wanted - none), atol=1e-4, rtol=1e-4)
     assert [labels for _, labels in pipe.transformer.asked] == [[1, 3]] * 4  # the null class is the last
     assert pipe.guidance_scale == 3.0
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+def test_guidance_is_projected_as_by_diffusers(scheduler, eta):
+    pipe = oracle_pipeline(scheduler)
+    latents = pipe([1], 6, 3.0, generator=seeds(0), output_type="latent", guidance_eta=eta).images
+    none, wanted = pipe.transformer.targets[3].detach(), pipe.transformer.targets[1].detach()
+    expected = normalized_guidance(wanted[None], none[None], 2.0, eta=eta, use_original_formulation=True)
+    torch.testing.assert_close(latents, expected, atol=0.1, rtol=0)
+    assert (latents - (none + 3 * (wanted - none))).abs().max() > 0.5
 
 
 @pytest.mark.parametrize(

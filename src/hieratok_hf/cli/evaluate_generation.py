@@ -23,6 +23,7 @@ from ..evaluation.generation import (
 from ..evaluation.reconstruction import EvaluationBatches
 from ..utils.distributed import gather
 from ..utils.files import write_whole
+from .arguments.generation import sampling_settings
 from .command_line import describe_machine, device_of_process, load_or_explain, run_on_processes
 from .evaluate import make_frechet
 from .generate import load_pipeline
@@ -98,10 +99,8 @@ def run(args: Namespace, state: PartialState) -> list[str]:
     # No process writes images before all have seen that the folder is empty.
     state.wait_for_everyone()
 
-    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    settings["guidance_interval"] = tuple(args.guidance_interval)
     mine = range(args.samples)[state.process_index :: state.num_processes]
-    samples = GeneratedBatches(pipe, mine, seed=args.seed, batch_size=args.batch_size, **settings)
+    samples = GeneratedBatches(pipe, mine, seed=args.seed, batch_size=args.batch_size, **sampling_settings(args))
     try:
         for batch in tqdm(samples, desc="samples", **bar):
             if frechet:
@@ -132,7 +131,8 @@ def run(args: Namespace, state: PartialState) -> list[str]:
         report["settings"] |= {"scheduler": type(pipe.scheduler).__name__, "fid_size": frechet and frechet.size}
         report |= {"machine": describe_machine(device, state.num_processes), "classes": names, "notes": notes, **facts}
         write_report(args.json, {**report, **figures})
-    guidance = f"guidance {args.guidance_scale:g} from {args.guidance_interval[0]:g} to {args.guidance_interval[1]:g}"
+    lowest, highest = args.guidance_interval
+    guidance = f"guidance {args.guidance_scale:g} with eta {args.guidance_eta:g} from {lowest:g} to {highest:g}"
     title = f"{args.samples} images of {args.model!r} at {size} x {size} pixels, balanced labels, {args.steps} steps"
     return [f"{title}, {guidance}", *tables(figures, names), *(f"note: {x}" for x in notes)]
 

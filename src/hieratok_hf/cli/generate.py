@@ -22,6 +22,7 @@ from .. import HieraTokDiTPipeline
 from ..evaluation.generation import image_size, number_images
 from ..shipped import resolve_model
 from ..utils.images import ImageError, encode_image, open_image
+from .arguments.generation import sampling_settings
 from .command_line import check_batch, find_device, load_or_explain
 from .main import parse
 from .outputs import check_writable, identify, write_or_explain
@@ -108,8 +109,7 @@ def make_images(
     pipe: HieraTokDiTPipeline, ids: list[int], source: Image.Image | None, args: Namespace
 ) -> tuple[dict[int, list[Image.Image]], Previews | None, float]:
     """Images by class, made of `source` if it is given, previews of the first of each, and the seconds they took."""
-    settings: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    settings |= {"guidance_interval": tuple(args.guidance_interval), "image": source, "strength": args.strength}
+    settings = {**sampling_settings(args), "image": source, "strength": args.strength}
     previews = Previews() if args.previews else None
     watched = {"callback_on_step_end": previews, "preview_scales": args.previews} if previews else {}
     # The first images are in batches of their own, which alone are watched.

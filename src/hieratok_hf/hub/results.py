@@ -108,6 +108,8 @@ def _of_generator(
         raise ValueError("`results`: the classes of a report are not the folder's: a report of another model.")
     size, samples, steps = (entry(settings, key, int) for key in ("size", "samples", "steps"))
     guidance, dtype = f"{_finite(settings, 'guidance_scale'):g}", line(settings.get("dtype"))
+    if "guidance_eta" in settings and (eta := _finite(settings, "guidance_eta")) != 1:
+        guidance += f" with eta {eta:g}"
     config = f"{samples} samples at {size}x{size}, {steps} steps, guidance {guidance}, {dtype}"
     where = {"task_type": TASKS["pipeline"], "dataset_config": config}
     judge = f"accuracy of {_place(settings.get('classifier'))}"

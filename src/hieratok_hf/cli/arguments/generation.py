@@ -3,6 +3,7 @@
 import math
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
+from typing import Any
 
 from ..parsing import Parser, add_device, add_dtype, add_report, positive, real, seed, whole
 from .images import GENERATOR
@@ -14,12 +15,20 @@ def add_sampling(parser: Parser) -> None:
     add("--model", default="hieratok-dit-tiny", help=GENERATOR)
     add("--steps", type=whole(1, 100_000), default=50, help="steps of the scheduler")
     add("--guidance_scale", type=real(-math.inf), default=4.0, help="strength of the guidance; 1 is none")
+    kept = "share that is kept of the guidance along the image itself; below 1, high scales keep colours natural"
+    add("--guidance_eta", type=real(0, 1), default=1.0, help=kept)
     interval = "shares of noise between which guidance acts, from 0, clean, to 1"
     parser.add_range(add, "--guidance_interval", (0.0, 1.0), interval)
     add("--seed", type=seed, default=0, help="seed of all noise")
     add("--batch_size", type=positive, default=16, help="images of a batch, in each process")
     add_device(parser)
     add_dtype(parser)
+
+
+def sampling_settings(args: Namespace) -> dict[str, Any]:
+    """The arguments of the pipeline's call that `add_sampling` reads."""
+    guidance = {"guidance_scale": args.guidance_scale, "guidance_eta": args.guidance_eta}
+    return {"num_inference_steps": args.steps, **guidance, "guidance_interval": tuple(args.guidance_interval)}
 
 
 def add_generate(parser: Parser) -> None:
