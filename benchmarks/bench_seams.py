@@ -62,7 +62,8 @@ def measure_pipeline(name: str, images: int, data: Path) -> dict[str, Any]:
     pipe = HieraTokDiTPipeline.from_pretrained(name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     patch_size, size = pipe.vae.spatial_compression_ratio, image_size(pipe)
-    made = GeneratedBatches(pipe, range(images), seed=0, batch_size=50, num_inference_steps=25, guidance_scale=3.0)
+    settings = {"num_inference_steps": 25, "guidance_scale": 8.0, "guidance_eta": 0.5}
+    made = GeneratedBatches(pipe, range(images), seed=0, batch_size=50, **settings)
     real = EvaluationBatches(load_images(str(data / REAL_IMAGES)), size, 50, limit=images)
     ratios = [border_ratio([border_steps(x["pixel_values"], patch_size) for x in batches]) for batches in (made, real)]
     keys = ("border_ratio", "border_ratio_of_real_images")

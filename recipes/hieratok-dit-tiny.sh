@@ -16,5 +16,5 @@ train=("$bin/python" -m hieratok_hf train-dit --resume --vae hieratok-tiny-16x -
 if [[ $# -gt 0 ]]; then
     "${train[@]}" --output runs/gpu/hieratok-dit-tiny --steps "$1" --decay_steps $(($1 / 3)) --ema 0.9998 --batch_size 256
 else
-    "${train[@]}" --output runs/hieratok-dit-tiny --steps 60000 --decay_steps 6000 --ema 0.9995 --batch_size 128
+    "${train[@]}" --output runs/hieratok-dit-tiny --steps 10000 --ema 0.9995 --batch_size 128
 fi

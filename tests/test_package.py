@@ -63,7 +63,7 @@ from hieratok_hf.cli.reconstruct import main
 print(main([hieratok_hf.example_image(), "--size", "64", "--device", "cpu", "--output", {str(tmp_path / "sheets")!r}]))
 """
     *_, size, header, figures, _, note, status = run(code, HF_HUB_OFFLINE="1")
-    assert size == "(64, 64)" and status == "0"
+    assert size == "(128, 128)" and status == "0"
     assert dict(zip(re.split("  +", header), re.split("  +", figures)))["SSIM"] == "-" and "[eval]" in note
     assert list((tmp_path / "sheets").glob("*.png"))
 
@@ -132,12 +132,12 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch):
         return names
 
     names = run_blocks(start)
-    assert [tuple(scale.shape[-2:]) for scale in names["scales"]] == [(8, 8), (16, 16), (32, 32), (64, 64)]
+    assert [tuple(scale.shape[-2:]) for scale in names["scales"]] == [(16, 16), (32, 32), (64, 64), (128, 128)]
     assert (tmp_path / "church.png").stat().st_size > 1_000
     names = run_blocks(*load_and_generate)
     assert names["output"].latents.shape == (1, 16, 32, 32)
     assert (tmp_path / "hat.png").stat().st_size > 10_000
-    assert [image.size for image in names["images"]] == [(64, 64)] * 2
+    assert [image.size for image in names["images"]] == [(128, 128)] * 2
 
     (tmp_path / "hat.png").unlink()
     names = run_blocks(*of_models)
@@ -146,7 +146,7 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch):
     assert names["latents"].shape == (1, 16, 32, 48) and names["image"].shape == (1, 3, 256, 384)
     assert names["preview"].shape == (1, 3, 64, 96)
     names = run_blocks(*of_generation)
-    assert [image.size for image in names["images"]] == [(64, 64)] * 2
+    assert [image.size for image in names["images"]] == [(128, 128)] * 2
     assert [len(names[name]) for name in ("shown", "edited", "between")] == [1, 1, 5]
     names = run_blocks(*of_attention)
     assert names["model"].config._attn_implementation == "hieratok_sdpa"

@@ -212,18 +212,18 @@ def test_previews_arrive_before_the_images(page):
     page.wait_for_timeout(500)
     seen = page.evaluate("window.seen")
     lines = [line for line, _ in seen if line]
-    found = (re.fullmatch(r"step (\d+) of 20: previews of 16 x 16 pixels", line) for line in lines)
+    found = (re.fullmatch(r"step (\d+) of 20: previews of 32 x 32 pixels", line) for line in lines)
     steps = [int(match[1]) for match in found if match]
     assert steps and steps == sorted(steps) and len(set(steps)) > 2
-    assert lines[-1] == "seed 7, 20 steps, guidance 3: images of 64 x 64 pixels"
+    assert lines[-1] == "seed 7, 20 steps, guidance 8: images of 128 x 128 pixels"
     # What was shown on the way were the previews.
     sources = list(dict.fromkeys(source for line, source in seen if source and line.startswith("step")))
     sizes = {fetched(page, source).size for source in sources}
-    assert (16, 16) in sizes
+    assert (32, 32) in sizes
     images = [fetched(page, x.get_attribute("src")) for x in page.locator("#generated img").all()]
     pipe = HieraTokDiTPipeline.from_pretrained(hieratok_hf.pretrained("hieratok-dit-tiny"))
     pipe.set_progress_bar_config(disable=True)
-    expected = number_images(pipe, [0, 10], 7, num_inference_steps=20, guidance_scale=3.0)
+    expected = number_images(pipe, [0, 10], 7, num_inference_steps=20, guidance_scale=8.0, guidance_eta=0.5)
     shown = np.stack([np.asarray(image).astype(int) for image in images])
     assert abs(shown - expected.permute(0, 2, 3, 1).numpy()).max() <= 2
 

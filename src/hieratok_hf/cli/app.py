@@ -166,7 +166,8 @@ def generate(
     scales: int,
 ) -> Iterator[tuple[list[Image.Image], str]]:
     """
-    Make images of a class, those of `generate.py` for that class and seed, and show them while they are made.
+    Make images of a class, those of `hieratok generate --guidance_eta 0.5` for that class and seed, and show them
+    while they are made.
 
     Yields:
         `count` images, and a line that says what they are: previews of the steps by so many scales of the tokenizer,
@@ -184,7 +185,7 @@ def generate(
         return {}
 
     def work() -> torch.Tensor:
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "guidance_eta": 0.5}
         with lock:
             return number_images(pipe, rows, seed, callback_on_step_end=show, preview_scales=scales, **settings)
 
@@ -210,7 +211,7 @@ def build(vae: AutoencoderHieraTok, pipe: HieraTokDiTPipeline, uploads: str) -> 
     lock, examples = threading.Lock(), [str(path) for path in sorted(BUNDLED.glob("*.webp"))]
     choices = [(class_label(pipe, key), key) for key in range(pipe.num_classes)]
     scales = list(range(1, len(pipe.vae.config.scale_factors) + 1))
-    first: dict[str, Any] = {"key": 0, "count": 4, "steps": 25, "guidance": 3.0, "seed": 0, "scales": scales[:2][-1]}
+    first: dict[str, Any] = {"key": 0, "count": 4, "steps": 25, "guidance": 8.0, "seed": 0, "scales": scales[:2][-1]}
     *_, (made, line) = generate(pipe, lock, **first)
     pair, images, figures = reconstruct(examples[0], vae) if examples else (None, None, None)
 
