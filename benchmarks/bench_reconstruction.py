@@ -19,7 +19,7 @@ from hieratok_hf import HieraTokImageProcessorPil
 from hieratok_hf.cli.command_line import find_device
 from hieratok_hf.cli.parsing import add_device, make_parser
 from hieratok_hf.data.image_dataset import Images, image_of, load_images
-from hieratok_hf.evaluation.metrics import FrechetDistance
+from hieratok_hf.evaluation.image_sets import FrechetDistance
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec

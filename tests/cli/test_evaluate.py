@@ -4,12 +4,15 @@ import importlib.util
 import json
 import re
 
+import numpy as np
 import pytest
+import torch
 from helpers import random_core, tiny_vision_model
 from image_files import crop
 from latent_data import tiny_kl, tiny_without_posterior
 from processes import two_processes
 from scripts import error_of, load_script, tables_in, usage_error, with_defaults
+from transformers import ViTConfig, ViTForImageClassification
 
 pytest.importorskip("datasets", reason="images are read through it")
 pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its own")
@@ -18,6 +21,7 @@ from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.models.autoencoder_adapter import load_codec
+from hieratok_hf.utils.images import to_uint8
 
 script = load_script("cli", "evaluate")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
@@ -33,6 +37,14 @@ def crops(folder, count):
     return folder
 
 
+def save_classifier(folder):
+    """A real one whose weights are so large that its answers vary."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(**sizes, image_size=16, patch_size=4, initializer_range=1.0, num_labels=5)
+    ViTForImageClassification(config).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
     """A folder with models, images, and a broken one among them."""
@@ -44,7 +56,9 @@ def space(tmp_path_factory):
     broken = crops(folder / "images", 8) / "hat" / "01.png"
     broken.write_bytes(broken.read_bytes()[:300])
     crops(folder / "train", 24)
+    save_classifier(folder / "classifier")
     (folder / "empty").mkdir()
+    np.savez(folder / "bad.npz", arr_0=np.zeros((2, 8, 8)))
     for name in ("broken/a.png", "other/a/a.png", "other/b/b.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"no image")
@@ -94,7 +108,8 @@ def test_models_side_by_side_and_the_json_equals_the_table(space, tmp_path, caps
 
 
 def test_two_processes_give_the_figures_of_one(space, tmp_path):
-    options = ["--fid_model", space / "vision", "--batch_size", 3, "--probe_data", space / "train"]
+    options = ["--fid_model", space / "vision", "--batch_size", 3, "--probe_data", space / "train", "--suite"]
+    options += ["--classifier", space / "classifier"]
     assert script.main(arguments(space, *options, "--json", tmp_path / "one.json")) == 0
     given = arguments(space, *options, "--json", tmp_path / "two.json")
     output, silent = two_processes(script, given, tmp_path / "cache")
@@ -125,7 +140,75 @@ def test_rfid_that_cannot_be_measured_becomes_a_note(space, capsys):
     assert "rFID" not in tables_in(output)[0][0] and "note: rFID was left out: it needs torch-fidelity" in output
 
 
+def test_the_suite_is_measured_beside_the_distance_and_again_by_the_protocol(space, tmp_path, capsys):
+    files = {name: tmp_path / f"{name}.npz" for name in ("save_npz", "save_statistics")}
+    more = ["--suite", "--fid_model", space / "vision", "--fid_size", 32, "--classifier", space / "classifier"]
+    more += ["--max_images", 7, *(x for name, path in files.items() for x in (f"--{name}", path))]
+    assert script.main(arguments(space, *more, "--compare", space / "kl", "--json", tmp_path / "a.json")) == 0
+    report, (rows,) = json.loads((tmp_path / "a.json").read_text()), tables_in(capsys.readouterr().out)
+    names = [f"{name}-MobileNetV2" for name in ("FD", "sFD", "precision", "recall")] + ["IS-ViT"]
+    for row, figures in zip(rows, report["models"]):
+        assert {name: row[name] for name in names} == {name: f"{figures[name]:.4f}" for name in names}
+    protocol = report["protocol"]
+    expected = {"crop": "the largest square in the middle", "size": 32, "images": 6, "seed": None}
+    assert {name: protocol[name] for name in expected} == expected and "Pillow" in protocol["resize"]["images"]
+    weights = {str(space / "hieratok"), str(space / "kl"), "frechet", "classifier"}
+    assert protocol["weights"].keys() == weights and len(set(protocol["weights"].values())) == 4
+
+    with np.load(files["save_npz"], allow_pickle=False) as file:
+        assert file.files == ["arr_0"] and file["arr_0"].shape == (6, 32, 32, 3)
+        codec = load_codec(space / "hieratok")
+        (batch,) = EvaluationBatches(load_images(str(space / "images")), 32, limit=7)
+        levels = to_uint8(codec.decode(codec.encode(batch["pixel_values"])))
+        assert abs(levels.permute(0, 2, 3, 1).numpy().astype(int) - file["arr_0"]).max() <= 1
+    given = ["--reference", files["save_statistics"], "--json", tmp_path / "b.json"]
+    assert script.main(arguments(space, *more[:7], *given)) == 0
+    (figures,) = json.loads((tmp_path / "b.json").read_text())["models"]
+    assert json.loads((tmp_path / "b.json").read_text())["protocol"]["reference_statistics"]
+    for name in names[:2]:  # of the same targets, by their statistics alone
+        assert figures[name] == pytest.approx(report["models"][0][name], rel=1e-9)
+    assert not {"precision-MobileNetV2", "recall-MobileNetV2"} & figures.keys()
+
+    capsys.readouterr()
+    assert script.main(["--protocol", str(tmp_path / "a.json"), "--json", str(tmp_path / "c.json")]) == 0
+    assert "note: all figures are those of --protocol, to the last digit" in capsys.readouterr().out
+    again = json.loads((tmp_path / "c.json").read_text())
+    for figures in [*report["models"], *again["models"]]:
+        assert figures.pop("images_per_second")
+    assert all(again[name] == report[name] for name in ("models", "protocol", "machine", "images", "skipped"))
+
+    assert script.main(["--protocol", str(tmp_path / "a.json"), "--no_ssim", "--model", str(space / "tiny")]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"note: models\.0\.ssim was [0-9.]+ in --protocol, is not there", output)
+
+
+def test_images_of_a_file_are_evaluated_as_those_of_a_folder(space, tmp_path):
+    (batch,) = EvaluationBatches(load_images(str(space / "images")), 32)
+    levels = to_uint8(batch["pixel_values"]).permute(0, 2, 3, 1).contiguous().numpy()
+    np.savez(tmp_path / "images.npz", levels, np.array(batch["labels"]))
+    figures = []
+    for data in (tmp_path / "images.npz", space / "images"):
+        given = ["--data", data, "--fid_model", space / "vision", "--json", tmp_path / "a.json", "--overwrite"]
+        assert script.main(arguments(space, *given)) == 0
+        figures += json.loads((tmp_path / "a.json").read_text())["models"]
+        assert figures[-1].pop("images_per_second")
+    assert figures[0].pop("images") == figures[1].pop("images") == 7
+    names = ("psnr", "ssim", "FD-MobileNetV2")
+    assert [figures[0][x] for x in names] == pytest.approx([figures[1][x] for x in names], rel=1e-4)
+
+
+def test_other_images_may_be_the_reference(space, tmp_path):
+    common = ["--no_ssim", "--fid_model", space / "vision", "--json", tmp_path / "a.json", "--overwrite"]
+    found = []
+    for reference in ([], ["--reference", space / "images"], ["--reference", space / "train"]):
+        assert script.main(arguments(space, *common, *reference)) == 0
+        found.append(json.loads((tmp_path / "a.json").read_text())["models"][0]["FD-MobileNetV2"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and abs(found[2] / found[0] - 1) > 1e-3
+
+
 BAD = {
+    "no images in a file": (["--data", "{space}/bad.npz"], "--data .*must hold images as `arr_0`"),
+    "no network for statistics": (["--save_statistics", "{space}/new.npz"], "--save_statistics .*torch-fidelity"),
     "a missing second model": (["--compare", "missing/model"], "--compare 'missing/model' cannot be loaded"),
     "an empty folder": (["--data", "{space}/empty"], "No images found in "),
     "only broken images": (["--data", "{space}/broken"], "cannot be evaluated .*no images to measure"),
@@ -141,7 +224,7 @@ BAD = {
 @pytest.mark.parametrize(("given", "message"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_line_and_no_file(given, message, space, capsys, tmp_path):
     given = [text.format(space=space) for text in given]
-    given += ["--no_ssim", *([] if "--fid_model" in given else ["--no_fid"])]
+    given += ["--no_ssim", *([] if {"--fid_model", "--save_statistics"} & {*given} else ["--no_fid"])]
     given = with_defaults(given, {"--json": tmp_path / "figures.json"})
     assert script.main(arguments(space, *given)) == 2
     assert re.match(f"error: .*{message}", error_of(capsys))
@@ -152,5 +235,9 @@ def test_bad_arguments_are_refused_by_the_command_line(capsys):
     for argv, message in (
         (["--fid_size", "64"], "--fid_size needs --fid_model"),
         (["--no_fid", "--fid_model", "x"], "--no_fid and --fid_model contradict"),
+        (["--no_fid", "--suite"], "--no_fid and --suite contradict"),
+        (["--save_npz", "a.npz", "--save_statistics", "a.npz"], "must be two files"),
+        (["--reference_split", "test"], "--reference_split needs --reference"),
+        (["--protocol", "missing.json"], "--protocol must be a report by --json of `hieratok evaluate`"),
     ):
         assert message in usage_error(capsys, script.main, "--data", "x", *argv)

@@ -205,3 +205,46 @@ def test_batches_are_decoded_ahead(tmp_path):
     second, third, _ = found
     assert second["rows"] == [] and second["levels"].shape == (0, 10, 10, 3)
     assert third["rows"] == [2, 3] and third["labels"] == [0, 1] and third["levels"].dtype == torch.uint8
+
+
+def test_an_npz_file_of_images_is_read_bit_for_bit(tmp_path):
+    path, levels = tmp_path / "samples.npz", np.stack([noise(6, 8, seed=i) for i in range(5)])
+    np.savez(path, levels, np.array([3, 0, 2, 1, 9]))
+    images = load_images(str(path))
+    assert len(images) == 5 and [row["label"] for row in images] == [3, 0, 2, 1, 9] and images.class_names == []
+    for row, expected in zip(images, levels):
+        np.testing.assert_array_equal(np.asarray(image_of(row)), expected)
+    assert images[1]["name"] == f"{str(path)!r}:1" and images.read_sizes().tolist() == [list(levels.shape[1:3])] * 5
+    fingerprint = images.fingerprint
+    np.savez(path, arr_0=levels[::-1])
+    again = load_images([str(path)])
+    assert again.fingerprint != fingerprint and again[0]["label"] is None
+    np.testing.assert_array_equal(np.asarray(image_of(again[4])), levels[0])
+
+
+NOT_IMAGES = {
+    "no images": {"arr_1": np.zeros(2, int)},
+    "floats": {"arr_0": np.zeros((2, 4, 4, 3))},
+    "grey": {"arr_0": np.zeros((2, 4, 4), np.uint8)},
+    "channels first": {"arr_0": np.zeros((2, 3, 4, 4), np.uint8)},
+    "none": {"arr_0": np.zeros((0, 4, 4, 3), np.uint8)},
+    "labels": {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(3, int)},
+    "names": {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.array(["a", "b"])},
+}
+
+
+@pytest.mark.parametrize("arrays", NOT_IMAGES.values(), ids=NOT_IMAGES)
+def test_an_npz_file_of_anything_else_is_refused(arrays, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=r"a\.npz' must hold .* as `arr_[01]`"):
+        load_images(str(tmp_path / "a.npz"))
+
+
+def test_an_npz_file_goes_alone_and_has_one_split(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, np.zeros((2, 4, 4, 3), np.uint8))
+    for source, split in (([str(path)] * 2, "train"), (str(path), "test")):
+        with pytest.raises(ValueError, match="must be the only source, and its split train"):
+            load_images(source, split=split)
+    with pytest.raises(ValueError, match="no such file"):
+        load_images(str(tmp_path / "b.npz"))

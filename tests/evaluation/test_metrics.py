@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import noise
-from transformers import ViTConfig, ViTModel
 
 from hieratok_hf import evaluation
 from hieratok_hf.evaluation import metrics
-from hieratok_hf.evaluation.metrics import SSIM_WINDOW, FrechetDistance, border_steps, psnr, ssim
-from hieratok_hf.evaluation.vision_features import VisionFeatures
+from hieratok_hf.evaluation.metrics import SSIM_WINDOW, border_steps, psnr, ssim
 
 
 def from_levels(levels):
@@ -92,75 +90,6 @@ def test_ssim_equals_the_definition():
     assert ssim(*[from_levels(first)] * 2).item() == pytest.approx(1, abs=1e-6)
 
 
-def small_features(seed=0):
-    """A real vision model whose features are so few that some tens of images have a covariance of full rank."""
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = ViTConfig(**sizes, image_size=16, patch_size=4, initializer_range=0.5)
-    return VisionFeatures(ViTModel(config), [0.5] * 3, [0.5] * 3)
-
-
-def frechet_by_hand(features, images, targets):
-    sqrtm = pytest.importorskip("scipy.linalg", reason="its matrix root is the independent computation").sqrtm
-    with torch.no_grad():
-        sets = [features(x, 16)[0].double().numpy() for x in (images, targets)]
-    (mean_a, mean_b), (a, b) = [x.mean(0) for x in sets], [np.cov(x, rowvar=False) for x in sets]
-    assert np.linalg.matrix_rank(a) == np.linalg.matrix_rank(b) == 8
-    return ((mean_a - mean_b) ** 2).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
-
-
-def test_the_frechet_distance_agrees_with_scipys_matrix_root():
-    pytest.importorskip("torchmetrics")
-    targets = from_levels(random_levels(48, 3, 20, 20))
-    images = from_levels(noisy(random_levels(31, 3, 24, 20, seed=2), 30))  # of another number and size
-    distance = FrechetDistance(small_features())
-    assert (distance.name, distance.size, distance.num_features) == ("FD-ViT", 16, 8)
-    for part in targets.split(20):
-        distance.update(None, part)
-    for part in images.split(9):
-        distance.update(part, None)
-    expected = frechet_by_hand(small_features(), images, targets)
-    assert expected > 0.01
-    assert distance.compute() == pytest.approx(expected, rel=1e-3)
-    distance.reset()
-    distance.update(targets, targets)
-    assert 0 <= distance.compute() < 1e-6 * expected
-
-
-def test_features_of_targets_that_stay_are_computed_once():
-    pytest.importorskip("torchmetrics")
-    features, seen = small_features(), []
-    targets = from_levels(random_levels(12, 3, 16, 16))
-    kept = FrechetDistance(features, same_targets=True)
-    features.register_forward_hook(lambda module, given, result: seen.append(len(given[0])))
-    for seed, asked in ((1, [12, 12]), (2, [12])):
-        images = from_levels(random_levels(12, 3, 16, 16, seed=seed))
-        once = FrechetDistance(small_features())
-        once.update(images, targets)
-        kept.reset()
-        seen.clear()
-        kept.update(images, targets)
-        assert seen == asked and kept.compute() == pytest.approx(once.compute(), rel=1e-9)
-    kept.reset()
-    kept.update(images[:8], targets[:8])
-    with pytest.raises(ValueError, match="`same_targets`"):
-        kept.compute()
-
-
-def test_a_frechet_distance_refuses_what_it_cannot_use():
-    pytest.importorskip("torchmetrics")
-    with pytest.raises(ValueError, match="`size`"):
-        FrechetDistance(size=224)
-    with pytest.raises(ValueError, match="`size`"):
-        FrechetDistance(small_features(), size=0)
-    distance = FrechetDistance(small_features())
-    with pytest.raises(ValueError, match="`targets`"):
-        distance.update(GOOD, GOOD + 200)
-    distance.update(GOOD, GOOD)
-    with pytest.raises(RuntimeError, match="More than one sample"):
-        distance.compute()
-
-
 GOOD = torch.zeros(1, 3, 16, 16)
 BAD = {
     "rank": GOOD[0],
@@ -196,7 +125,6 @@ def test_torchmetrics_is_imported_where_it_is_needed(monkeypatch):
     monkeypatch.delitem(sys.modules, metrics.__name__)
     monkeypatch.setattr(evaluation, "metrics", None)  # so that what is imported anew is taken back
     fresh = importlib.import_module(metrics.__name__)
-    for call in (lambda: fresh.ssim(GOOD, GOOD), fresh.FrechetDistance):
-        with pytest.raises(ImportError, match=r"pip install 'hieratok_hf\[eval\]'"):
-            call()
+    with pytest.raises(ImportError, match=r"pip install 'hieratok_hf\[eval\]'"):
+        fresh.ssim(GOOD, GOOD)
     assert fresh.psnr(GOOD, GOOD).item() == math.inf

@@ -16,7 +16,8 @@ pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its 
 import datasets
 
 from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.evaluation.metrics import FrechetDistance, psnr, ssim
+from hieratok_hf.evaluation.image_sets import FrechetDistance
+from hieratok_hf.evaluation.metrics import psnr, ssim
 from hieratok_hf.evaluation.perceptual import PerceptualDistance
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate, throughput
 from hieratok_hf.evaluation.vision_features import VisionFeatures

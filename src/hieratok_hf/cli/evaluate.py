@@ -1,26 +1,28 @@
 """Evaluate a tokenizer beside other autoencoders on the same images: a table, and all figures as JSON."""
 
-import importlib.util
+import re
 from argparse import Namespace
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel
 from datasets import disable_progress_bars as disable_data_progress_bars
 from tqdm import tqdm
 
 from ..data.image_dataset import Images, load_images
+from ..evaluation.generation import ImageClassifier
+from ..evaluation.image_sets import FrechetDistance, InceptionScore, RowCollector
 from ..evaluation.linear_probe import linear_probe, pool_features
-from ..evaluation.metrics import FrechetDistance
 from ..evaluation.perceptual import PerceptualDistance, load_lpips
 from ..evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate, throughput
 from ..evaluation.vision_features import VisionFeatures
 from ..models.autoencoder_adapter import Codec, load_codec
 from ..utils.distributed import gather
+from ..utils.npz import list_npz, write_npz
 from .command_line import describe_machine, device_of_process, find_size, load_or_explain, run_on_processes
 from .main import parse
 from .outputs import check_writable, identify, write_report
+from .protocol import compare_with_protocol, describe_protocol
 from .terminal import Problem, align_table, one_line
 
 
@@ -28,7 +30,7 @@ def make_frechet(
     args: Namespace, device: torch.device, notes: list[str], name: str, same_targets: bool
 ) -> FrechetDistance | None:
     """Make the Fréchet distance of the options, over Inception called by a name, or note why it cannot be measured."""
-    options: dict[str, Any] = {"same_targets": same_targets, "device": device}
+    options: dict[str, Any] = {"same_targets": same_targets, "suite": args.suite, "device": device}
     if args.fid_model:
         features = load_or_explain(VisionFeatures.from_pretrained, "--fid_model", args.fid_model)
         try:
@@ -38,15 +40,73 @@ def make_frechet(
             raise Problem(f"--fid_model {args.fid_model!r} at {at} pixels: {one_line(error)}") from error
     else:
         try:
-            if importlib.util.find_spec("torch_fidelity") is None:
-                raise ImportError("it needs torch-fidelity (pip install torch-fidelity)")
             frechet = FrechetDistance(**options)
         except (ImportError, OSError) as error:
-            notes.append(f"{name} was left out: {one_line(error)}; --fid_model takes another network")
+            left_out = f"{name} was left out: {one_line(error)}; --fid_model takes another network"
+            if args.save_statistics:
+                raise Problem(f"--save_statistics has nothing to write: {left_out}") from error
+            notes.append(left_out)
             return None
         frechet.name = name
     notes.append(f"{frechet.name} is taken of images resized to {frechet.size} x {frechet.size} pixels")
     return frechet
+
+
+def check_sets(args: Namespace, *inputs: list[str] | None) -> None:
+    """Raise a `Problem` where a file that `add_sets` names could not be written."""
+    files = {f"--{name}": getattr(args, name) for name in ("json", "save_npz", "save_statistics")}
+    known = identify([path for paths in inputs for path in paths or []] + [args.protocol] * bool(args.protocol))
+    for option, path in files.items():
+        if path:
+            check_writable(option, path, overwrite=args.overwrite, inputs=known)
+
+
+def show_reference(
+    args: Namespace, frechet: FrechetDistance, size: int, notes: list[str], bar: dict[str, Any]
+) -> tuple[EvaluationBatches | None, int]:
+    """Compare with the statistics or the images of `--reference`; give the batches of these and how many there are."""
+    (path, *others), statistics = args.reference, {}
+    if path.endswith(".npz") and not others:
+        statistics = load_or_explain(frechet.load_statistics, "--reference", path)
+    batches, count = None, 0
+    if not statistics or (args.suite and "arr_0" in list_npz(path)):
+        source = {"split": args.reference_split, "streaming": args.streaming}
+        images = load_or_explain(load_images, "--reference", args.reference, **source)
+        batches = EvaluationBatches(images, size, args.batch_size)
+        for batch in tqdm(batches, desc="reference", **bar):
+            frechet.update(None, batch["pixel_values"], batch["rows"])
+            count += len(batch["rows"])
+    elif args.suite:
+        notes.append(f"precision and recall were left out: {path!r} holds statistics and no images")
+    try:
+        frechet.fix_targets(statistics)
+    except ValueError as error:
+        raise Problem(f"--reference {path!r}: {one_line(error)}") from error
+    count = sum(gather(count))
+    if not statistics and count < 2:
+        raise Problem(f"a Fréchet distance needs two images or more of --reference {path!r}, got {count}")
+    return batches, count
+
+
+def save_sets(
+    args: Namespace, frechet: FrechetDistance | None, collector: RowCollector | None, state: PartialState
+) -> None:
+    """Write the files of `--save_npz` and `--save_statistics`; every process calls this."""
+    samples = collector.collect() if collector else {}
+    statistics = frechet.target_statistics() if frechet and args.save_statistics else {}
+    if not state.is_main_process:
+        return
+    option = "--save_npz"
+    try:
+        if samples:
+            arrays = {"arr_0": samples["levels"].permute(0, 2, 3, 1).contiguous().numpy()}
+            arrays |= {"arr_1": samples["labels"].numpy()} if "labels" in samples else {}
+            write_npz(args.save_npz, **arrays)
+        option = "--save_statistics"
+        if frechet and statistics:
+            frechet.save_statistics(args.save_statistics, statistics)
+    except OSError as error:
+        raise Problem(f"{option} cannot be written: {one_line(error)}") from error
 
 
 def make_metrics(args: Namespace, device: torch.device, notes: list[str]) -> ReconstructionMetrics:
@@ -62,12 +122,21 @@ def make_metrics(args: Namespace, device: torch.device, notes: list[str]) -> Rec
         perceptual = PerceptualDistance(features)
         notes.append(f"the perceptual distance is taken over {features.name}")
     frechet = None if args.no_fid else make_frechet(args, device, notes, "rFID", same_targets=True)
-    ssim = not args.no_ssim
-    return ReconstructionMetrics(ssim=ssim, lpips=lpips, perceptual=perceptual, frechet=frechet, device=device)
+    inception = None
+    if args.classifier:
+        classifier = load_or_explain(ImageClassifier.from_pretrained, "--classifier", args.classifier)
+        inception = InceptionScore(classifier.to(device))
+    networks: dict[str, Any] = {"lpips": lpips, "perceptual": perceptual, "frechet": frechet, "inception": inception}
+    return ReconstructionMetrics(ssim=not args.no_ssim, **networks, device=device)
 
 
 def evaluate_model(
-    name: str, codec: Codec, batches: EvaluationBatches, metrics: ReconstructionMetrics, state: PartialState
+    name: str,
+    codec: Codec,
+    batches: EvaluationBatches,
+    metrics: ReconstructionMetrics,
+    state: PartialState,
+    collector: RowCollector | None,
 ) -> dict[str, Any]:
     """The figures of one model; speed is measured in the main process while the others wait."""
     try:
@@ -75,7 +144,7 @@ def evaluate_model(
     except ValueError as error:
         raise Problem(f"--size {batches.size} does not suit {name!r}: {one_line(error)}") from error
     shown = tqdm(batches, desc=name, unit="batch", disable=not state.is_local_main_process, leave=False)
-    figures = evaluate(codec, shown, metrics)
+    figures = evaluate(codec, shown, metrics, collector)
     rates = {}
     if state.is_main_process and (batch := next(iter(batches), None)) is not None:
         rates = throughput(codec, batch["pixel_values"])
@@ -83,6 +152,12 @@ def evaluate_model(
     parameters = sum(parameter.numel() for parameter in codec.model.parameters())
     facts = {"model": name, "class": type(codec.model).__name__, "latent_shape": latent, "parameters": parameters}
     return {**facts, **figures, "images_per_second": rates}
+
+
+def set_columns(figures: dict[str, Any]) -> dict[str, str]:
+    """The figures of sets of images in a table, by name."""
+    known = r"[rgs]FID|IS|precision|recall|(s?FD|IS|precision|recall)-.*"
+    return {name: f"{value:.4f}" for name, value in figures.items() if re.fullmatch(known, name)}
 
 
 def columns(figures: dict[str, Any]) -> dict[str, str]:
@@ -94,8 +169,9 @@ def columns(figures: dict[str, Any]) -> dict[str, str]:
         "PSNR, dB": f"{figures['psnr']:.2f}",
     }
     for name, value in figures.items():
-        if name in ("ssim", "lpips", "perceptual") or name == "rFID" or name.startswith("FD-"):
+        if name in ("ssim", "lpips", "perceptual"):
             row[{"ssim": "SSIM", "lpips": "LPIPS"}.get(name, name)] = f"{value:.4f}"
+    row |= set_columns(figures)
     if "scales_psnr" in figures:
         row["coarser scales, dB"] = " ".join(f"{value:.2f}" for value in figures["scales_psnr"][:-1]) or "-"
     row["largest |mean|"] = f"{max(map(abs, figures['latent_mean'])):.3f}"
@@ -124,8 +200,7 @@ def load_data(args: Namespace) -> tuple[Images, Images | None]:
     for option, data in (("--data", images), ("--probe_data", train)):
         if data.label is None:
             raise Problem(f"a probe needs labels, and {option} {data.source} has none")
-    classes = [data.dataset.features[data.label] for data in (images, train)]
-    names = [feature.names for feature in classes if isinstance(feature, ClassLabel)]
+    names = [data.class_names for data in (images, train) if data.class_names]
     if len(names) == 2 and names[0] != names[1]:
         raise Problem(f"--data and --probe_data must have the same classes, got {names[0][:5]} and {names[1][:5]}")
     return images, train
@@ -134,23 +209,26 @@ def load_data(args: Namespace) -> tuple[Images, Images | None]:
 def run(args: Namespace, state: PartialState) -> list[str]:
     """Evaluate, write the JSON, and return the lines to print; every process runs all of it."""
     device = device_of_process(args, state)
-    if args.json:
-        inputs = identify([*args.data, *(args.probe_data or [])])
-        check_writable("--json", args.json, overwrite=args.overwrite, inputs=inputs)
+    check_sets(args, args.data, args.probe_data, args.reference)
     # All of them before any work, so that a wrong name is told at once.
     codecs = {args.model: load_or_explain(load_codec, "--model", args.model, device)}
     codecs |= {name: load_or_explain(load_codec, "--compare", name, device) for name in args.compare}
-    size = find_size(args, codecs[args.model])
+    args.size = size = find_size(args, codecs[args.model])
     notes: list[str] = []
     metrics = make_metrics(args, device, notes)
     images, train = load_data(args)
     batches = EvaluationBatches(images, size, args.batch_size, limit=args.max_images)
     probe_batches = EvaluationBatches(train, size, args.batch_size) if train else None
+    reference = None
+    if metrics.frechet and args.reference:
+        bar = {"unit": "batch", "disable": not state.is_local_main_process, "leave": False}
+        reference, _ = show_reference(args, metrics.frechet, size, notes, bar)
+    collector = RowCollector() if args.save_npz else None
 
     models: list[dict[str, Any]] = []
     for name, codec in codecs.items():
         try:
-            figures = evaluate_model(name, codec, batches, metrics, state)
+            figures = evaluate_model(name, codec, batches, metrics, state, None if models else collector)
             if probe_batches and codec.core is not None:
                 fitted = pool_features(codec, probe_batches)
                 figures["probe_accuracy"] = linear_probe(*fitted, *pool_features(codec, batches))
@@ -158,7 +236,8 @@ def run(args: Namespace, state: PartialState) -> list[str]:
             raise Problem(f"{name!r} cannot be evaluated on {images.source}: {one_line(error)}") from error
         models.append(figures)
 
-    mine = batches.skipped | (probe_batches.skipped if probe_batches else {})
+    read = {"data": batches, "probe_data": probe_batches, "reference": reference}
+    mine = {name: reason for found in read.values() if found for name, reason in found.skipped.items()}
     skipped = {name: reason for part in gather(mine) for name, reason in part.items()}
     if skipped:
         notes.append(f"images that could not be decoded and were skipped: {len(skipped)}")
@@ -166,10 +245,28 @@ def run(args: Namespace, state: PartialState) -> list[str]:
     if metrics.frechet and count <= metrics.frechet.num_features:
         few = f"few images for {metrics.frechet.num_features} features: it compares only on the same images"
         notes.append(f"{metrics.frechet.name} has {few}")
-    if args.json and state.is_main_process:
-        settings = {**vars(args), "size": size, "fid_size": metrics.frechet and metrics.frechet.size}
+    save_sets(args, metrics.frechet, collector, state)
+    if (args.json or args.protocol) and state.is_main_process:
+        weights = {name: codec.model for name, codec in codecs.items()} | metrics.networks
+        weights |= {"frechet": metrics.frechet.network} if metrics.frechet else {}
+        weights |= {"classifier": metrics.inception.classifier} if metrics.inception else {}
+        protocol = describe_protocol(
+            "evaluate",
+            args,
+            data={name: found.images for name, found in read.items() if found},
+            weights=weights,
+            frechet=metrics.frechet,
+            size=size,
+            images=count,
+            precision="float32",
+            latents="mode of the posterior",
+        )
+        settings = {**vars(args), "fid_size": metrics.frechet and metrics.frechet.size}
         report = {"settings": settings, "machine": describe_machine(device, state.num_processes), "images": count}
-        write_report(args.json, {**report, "notes": notes, "skipped": skipped, "models": models})
+        report |= {"protocol": protocol, "notes": notes, "skipped": skipped, "models": models}
+        notes += compare_with_protocol(args, report)
+        if args.json:
+            write_report(args.json, report)
     title = f"{count} images of {images.source} at {size} x {size} pixels, mode of the posterior, float32"
     return [title, table(models), *(f"note: {x}" for x in notes), *(f"skipped: {x}" for x in skipped.values())]
 

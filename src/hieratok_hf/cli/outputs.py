@@ -12,7 +12,7 @@ from typing import Any
 from ..utils.files import write_whole
 from .terminal import Problem, one_line
 
-__all__ = ["check_writable", "identify", "lies_in", "write_or_explain", "write_report"]
+__all__ = ["as_written", "check_writable", "identify", "lies_in", "write_or_explain", "write_report"]
 
 
 def check_writable(
@@ -66,6 +66,10 @@ def write_or_explain(option: str, path: Path, content: bytes) -> None:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write the file of `--json` by `write_or_explain`; what is infinite or no number becomes null."""
-    finite = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
-    write_or_explain("--json", path, f"{json.dumps(finite, indent=2)}\n".encode())
+    """Write the file of `--json` by `write_or_explain`, as `as_written` makes it."""
+    write_or_explain("--json", path, f"{json.dumps(as_written(report), indent=2)}\n".encode())
+
+
+def as_written(report: dict[str, Any]) -> dict[str, Any]:
+    """Give a report as JSON holds it; what is infinite or no number becomes null."""
+    return json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..utils.files import read_json
 from .terminal import complain, end, one_line, suit_terminal
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "add_data",
     "add_device",
     "add_dtype",
+    "add_protocol",
     "add_report",
     "add_training",
     "json_object",
@@ -110,9 +112,13 @@ class Parser(ArgumentParser):
         super().__init__(prog, formatter_class=_ShowDefaults, **options)
         self.checks: list[Callable[[Namespace], None]] = []
 
-    def parse_args(self, *given: Any, **options: Any) -> Any:
-        """Parse as argparse does, and run the checks; an option of no such name is told with the nearest one."""
-        args, unknown = self.parse_known_args(*given, **options)
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """
+        Parse as argparse does, and run the checks; an option of no such name is told with the nearest one. What is
+        not given is taken from the file of `--protocol`, if the command has that option.
+        """
+        given = list(sys.argv[1:] if args is None else args)
+        args, unknown = self.parse_known_args([*self._words_of_protocol(given), *given], namespace)
         if unknown:
             # Without the dashes, which all have in common.
             names = [option.lstrip("-") for option in self._option_string_actions]
@@ -122,6 +128,26 @@ class Parser(ArgumentParser):
         for check in self.checks:
             check(args)
         return args
+
+    def _words_of_protocol(self, given: list[str]) -> list[str]:
+        """Write the options that a protocol names and nobody gave, as they are typed."""
+        finder = Parser(self.prog, add_help=False)
+        finder.add_argument("--protocol", type=Path)
+        if "--protocol" not in self._option_string_actions or not (path := finder.parse_known_args(given)[0].protocol):
+            return []
+        try:
+            protocol = (read_json(path) or {})["protocol"]
+            known, options = protocol["command"] == self.prog, dict(protocol["options"])
+        except (KeyError, OSError, TypeError, ValueError):
+            known, options = False, {}
+        if not known:
+            self.error(f"--protocol must be a report by --json of `{self.prog}`, got {_short(str(path))}")
+        words: list[str] = []
+        for name, value in options.items():
+            if not any(word.partition("=")[0] == f"--{name}" for word in given):
+                values = value if isinstance(value, list) else [] if value is True else [value]
+                words += [f"--{name}", *map(str, values)]
+        return words
 
     def needs(self, **needed: str) -> None:
         """Refuse options that are given, as `fid_size="fid_model"`, without the one that they do nothing without."""
@@ -184,7 +210,7 @@ class _ShowDefaults(ArgumentDefaultsHelpFormatter):
 
 def add_data(add: Callable[..., Any], while_doing: str, **options: Any) -> None:
     """Add `--data`, `--split` and `--streaming` to a parser or a group by its `add_argument`."""
-    sources = "folders of images, tar shards in webdataset style, or data sets of the Hub"
+    sources = "folders of images, tar shards in webdataset style, data sets of the Hub, or an .npz file of images"
     add("--data", nargs="+", help=sources, **options)
     add("--split", default="train", help="split of folders and data sets; data without splits is train")
     copy = f"read while {while_doing} instead of first making a copy in the cache"
@@ -211,6 +237,12 @@ def add_report(parser: Parser) -> None:
     """Add `--json` and `--overwrite`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write all figures to")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+
+
+def add_protocol(parser: Parser) -> None:
+    """Add `--protocol`, the report whose options are taken where none are given."""
+    text = "report by --json of an earlier call, which is made again; options beside it go before its own"
+    parser.add_argument("--protocol", type=Path, metavar="FILE", help=text)
 
 
 def add_device(parser: Parser, default: str | None = None) -> None:

@@ -10,7 +10,7 @@ from .. import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageP
 from ..data.aspect_buckets import buckets_of_sizes
 from ..data.image_dataset import load_images
 from ..data.training_batches import BatchPlan, to_pixel_values, training_loader
-from ..evaluation.metrics import FrechetDistance
+from ..evaluation.image_sets import FrechetDistance
 from ..evaluation.perceptual import PerceptualDistance, load_lpips
 from ..evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from ..evaluation.vision_features import VisionFeatures

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..utils.extras import missing_extra
-from ..utils.images import ImageError, centre_crop, decode_image, open_image, read_size
+from ..utils.images import ImageError, centre_crop, decode_image, encode_image, open_image, read_size
+from ..utils.npz import read_npz
 from .local_images import LABELS, Listing, list_folder, list_shards
 
-__all__ = ["Images", "Row", "decode_ahead", "load_images", "image_of"]
+__all__ = ["Images", "Row", "SampleSet", "decode_ahead", "load_images", "image_of"]
 
 Row = dict[str, Any]
 """An image of a data set that is not decoded, an item of `Images`."""
@@ -139,9 +140,45 @@ class Images(Dataset):
         return {"image": image, "name": name, "label": label if isinstance(label, int) else None}
 
 
+class SampleSet(Images):
+    """
+    Give the rows of an `.npz` file of images, as evaluations exchange them: `arr_0` `(N, H, W, 3)` in uint8 and, where
+    the images have labels, `arr_1` `(N,)` of integers. All of it lies in memory.
+
+    Args:
+        path (`str`): The file.
+
+    Raises:
+        ValueError: There is no such file, or it holds no such arrays; the message names it.
+    """
+
+    def __init__(self, path: str):
+        import datasets
+
+        arrays = read_npz(path, ("arr_0", "arr_1"))
+        levels, labels = (arrays.get(name) for name in ("arr_0", "arr_1"))
+        if levels is None or levels.dtype != np.uint8 or levels.ndim != 4 or levels.shape[3] != 3 or 0 in levels.shape:
+            found = "none" if levels is None else f"{levels.dtype} {levels.shape}"
+            raise ValueError(f"{path!r} must hold images as `arr_0` (N, H, W, 3) in uint8, got {found}.")
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != levels.shape[:1]):
+            found = f"{labels.dtype} {labels.shape}"
+            raise ValueError(f"{path!r} must hold an integer for each image as `arr_1`, got {found}.")
+        self.levels, self.labels = levels, labels
+        self.source, self.streaming, self.parts = repr(path), False, (None,)
+        self.label = None if labels is None else "arr_1"
+        self.dataset = datasets.Dataset.from_dict({"row": range(len(levels))})  # which can be shuffled as any other
+
+    def _row(self, example: Row, index: int) -> Row:
+        row = example["row"]
+        image = {"bytes": encode_image(Image.fromarray(self.levels[row]), "image.bmp"), "path": None}
+        label = None if self.labels is None else int(self.labels[row])
+        return {"image": image, "name": f"{self.source}:{row}", "label": label}
+
+
 def load_images(source: str | Sequence[str], *, split: str = "train", streaming: bool = False) -> Images:
     """
-    Load images from a folder, webdataset tar shards (`"shards/train-*.tar"`), or a data set of the Hub.
+    Load images from a folder, webdataset tar shards (`"shards/train-*.tar"`), a data set of the Hub, or an `.npz` file
+    of images (see `SampleSet`), which has one split, `"train"`, and goes alone.
 
     Local images and shards are read where they lie. Of a folder only the images are looked at, not a `metadata.jsonl`
     or so beside them: their labels are the names of the folders that they lie in, where there are several. If only
@@ -172,6 +209,12 @@ def load_images(source: str | Sequence[str], *, split: str = "train", streaming:
     sources = [os.fspath(name) for name in ([source] if isinstance(source, str | os.PathLike) else source)]
     if not sources:
         raise ValueError("No images found: no source was given.")
+    if sources[0].endswith(".npz"):
+        if len(sources) > 1 or split != "train":
+            raise ValueError(
+                f"{sources[0]!r} must be the only source, and its split train, got {sources} and {split!r}."
+            )
+        return SampleSet(sources[0])
     parts: list[Images] = []
     for name in sources:
         try:

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,8 @@ from ..models.losses import image_pyramid
 from ..utils.channel_statistics import add_sums, channel_statistics, channel_sums
 from ..utils.distributed import gather, process_place
 from ..utils.images import from_uint8, to_uint8
-from .metrics import FrechetDistance, psnr, ssim
+from .image_sets import FrechetDistance, InceptionScore, RowCollector
+from .metrics import psnr, ssim
 from .perceptual import PerceptualDistance
 
 __all__ = [
@@ -93,7 +94,8 @@ class ReconstructionMetrics:
         ssim (`bool`, defaults to `True`): Whether to measure `ssim`, which is slow.
         lpips (`torch.nn.Module`, *optional*): The LPIPS of `load_lpips`.
         perceptual (`PerceptualDistance`, *optional*): The distance over a vision model.
-        frechet (`FrechetDistance`, *optional*): The distance of the sets of all images.
+        frechet (`FrechetDistance`, *optional*): The distance of the sets of all images, and what it measures beside.
+        inception (`InceptionScore`, *optional*): The score of all images by a classifier.
         device (`torch.device` or `str`, defaults to `"cpu"`): Where `lpips` and `perceptual` are put and images go.
     """
 
@@ -104,9 +106,10 @@ class ReconstructionMetrics:
         lpips: nn.Module | None = None,
         perceptual: PerceptualDistance | None = None,
         frechet: FrechetDistance | None = None,
+        inception: InceptionScore | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.ssim, self.frechet, self.device = ssim, frechet, torch.device(device)
+        self.ssim, self.frechet, self.inception, self.device = ssim, frechet, inception, torch.device(device)
         networks = {"lpips": lpips, "perceptual": perceptual}
         self.networks = {name: network.to(self.device) for name, network in networks.items() if network is not None}
         self._sums: dict[str, Tensor] = {}
@@ -114,13 +117,18 @@ class ReconstructionMetrics:
     def reset(self) -> None:
         """Begin anew."""
         self._sums.clear()
-        if self.frechet is not None:
-            self.frechet.reset()
+        for metric in (self.frechet, self.inception):
+            if metric is not None:
+                metric.reset()
 
     @torch.no_grad()
-    def update(self, images: Tensor, targets: Tensor) -> None:
+    def update(self, images: Tensor, targets: Tensor, rows: Sequence[int] | None = None) -> None:
         """
-        Add `images` `(B, 3, H, W)` and their `targets` `(B, 3, H, W)` in [-1, 1], which are measured on 8 bits.
+        Add images, which are measured on 8 bits.
+
+        Args:
+            images, targets (`torch.Tensor` of shape `(B, 3, H, W)`): Images and what they should be, in [-1, 1].
+            rows (`Sequence[int]`, *optional*): Numbers of the images, which put those of several processes in order.
 
         Raises:
             ValueError: `metrics.psnr` or `metrics.ssim` refuses them.
@@ -135,7 +143,9 @@ class ReconstructionMetrics:
         sums = {name: value.cpu().double().sum() for name, value in values.items()}
         add_sums(self._sums, {"psnr": _psnr_sums(images, targets), **sums, "images": torch.tensor(len(images))})
         if self.frechet is not None:
-            self.frechet.update(images, targets)
+            self.frechet.update(images, targets, rows)
+        if self.inception is not None:
+            self.inception.update(rounded[0], rows)
 
     def compute(self) -> dict[str, float]:
         """
@@ -143,8 +153,8 @@ class ReconstructionMetrics:
 
         Returns:
             `psnr` in decibels, the mean of each image's without those that equal their target, whose is infinite;
-            `ssim`, `lpips`, `perceptual` and the Fréchet distance under its name where they are measured; `images`,
-            how many there were, and where any equal their target `exact`, how many do.
+            `ssim`, `lpips`, `perceptual`, the figures of `frechet.compute_all()` and of `inception.compute()` where
+            they are measured; `images`, how many there were, and where any equal their target `exact`, how many do.
 
         Raises:
             ValueError: There were no images, or for a Fréchet distance fewer than two.
@@ -157,20 +167,28 @@ class ReconstructionMetrics:
         decibels = sums.pop("psnr")
         figures = {"psnr": _mean_psnr(decibels), **{name: float(value) / count for name, value in sums.items()}}
         if self.frechet is not None:
-            figures[self.frechet.name] = self.frechet.compute()
+            figures |= self.frechet.compute_all()
+        if self.inception is not None:
+            figures |= self.inception.compute()
         exact = count - int(decibels[1])
         return {**figures, "images": count, **({"exact": exact} if exact else {})}
 
 
 @torch.no_grad()
-def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: ReconstructionMetrics) -> dict[str, Any]:
+def evaluate(
+    codec: Codec,
+    batches: Iterable[dict[str, Any]],
+    metrics: ReconstructionMetrics,
+    collector: RowCollector | None = None,
+) -> dict[str, Any]:
     """
     Encode and decode all images and measure them; every process calls this with its share.
 
     Args:
         codec (`Codec`): The autoencoder.
-        batches (iterable of dictionaries): Images as `pixel_values` `(B, 3, S, S)` in [-1, 1].
+        batches (iterable of dictionaries): Images as `pixel_values` `(B, 3, S, S)` in [-1, 1], and their `rows`.
         metrics (`ReconstructionMetrics`): What to measure; it is reset first.
+        collector (`RowCollector`, *optional*): What is given the `levels` `(B, 3, S, S)` in uint8 of each batch.
 
     Returns:
         The figures of `metrics.compute()`; `scales_psnr`, the mean PSNR of each scale of a HieraTok model against the
@@ -182,7 +200,9 @@ def evaluate(codec: Codec, batches: Iterable[dict[str, Any]], metrics: Reconstru
         latents = codec.encode(batch["pixel_values"])
         images = [image.float().clamp(-1, 1) for image in codec.decode_scales(latents)]
         targets = batch["pixel_values"].to(latents.device)
-        metrics.update(images[-1], targets)
+        metrics.update(images[-1], targets, batch.get("rows"))
+        if collector is not None:
+            collector.add(batch.get("rows"), levels=to_uint8(images[-1]))
         if codec.core is not None:
             pairs = zip(images, image_pyramid(targets, codec.core.config))
             add_sums(sums, {"scales": torch.stack([_psnr_sums(*pair) for pair in pairs])})

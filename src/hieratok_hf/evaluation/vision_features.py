@@ -73,6 +73,11 @@ class FrozenVisionModel(nn.Module):
         return cls(model, settings.get("image_mean") or [0.5] * 3, settings.get("image_std") or [0.5] * 3)
 
     @property
+    def name(self) -> str:
+        """Name the network as figures made with it do, such as `"MobileNetV2"`."""
+        return type(self.model).__name__.removesuffix("Model").removesuffix("ForImageClassification")
+
+    @property
     def image_size(self) -> int:
         """Return the side in pixels of the images that the model was trained with, 224 if it does not say so."""
         size = getattr(self.model.config, "image_size", 224)
@@ -102,11 +107,6 @@ class VisionFeatures(FrozenVisionModel):
         # Some ViTs take images of other sizes only when told so.
         asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self._any_size = {"interpolate_pos_encoding": True} if asks else {}
-
-    @property
-    def name(self) -> str:
-        """Name the network as figures made with it do, such as `"MobileNetV2"`."""
-        return type(self.model).__name__.removesuffix("Model")
 
     def forward(self, pixel_values: Tensor, size: int | None = None) -> tuple[Tensor, list[Tensor]]:
         """
@@ -146,9 +146,19 @@ class VisionFeatures(FrozenVisionModel):
             ValueError: The model's layers hold tokens and it has no patch size, or fewer tokens than patches.
         """
         found = self(pixel_values)[1]
-        return [self._to_grid(found[layer], pixel_values.shape[2:]) for layer in layers]
+        return [self.to_grid(found[layer], pixel_values.shape[2:]) for layer in layers]
 
-    def _to_grid(self, features: Tensor, image_shape: Sequence[int]) -> Tensor:
+    def to_grid(self, features: Tensor, image_shape: Sequence[int]) -> Tensor:
+        """
+        Put a map of `forward` on its grid, `(B, C, h, w)`; of a ViT the patches' tokens.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, C, h, w)` or `(B, C, N)`): The map.
+            image_shape (sequence of `int`): Height and width in pixels of the images that it is of.
+
+        Raises:
+            ValueError: As `feature_maps`.
+        """
         if features.ndim == 4:
             return features
         size = getattr(self.model.config, "patch_size", None)

@@ -5,8 +5,8 @@ from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
-from ..parsing import Parser, add_device, add_dtype, add_report, positive, real, seed, whole
-from .images import GENERATOR
+from ..parsing import Parser, add_device, add_dtype, positive, real, seed, whole
+from .images import GENERATOR, add_sets
 
 
 def add_sampling(parser: Parser) -> None:
@@ -59,25 +59,34 @@ def add_evaluate_generation(parser: Parser) -> None:
     add = parser.add_argument
     add_sampling(parser)
     add("--samples", type=positive, default=5000, help="images to make, of all classes in turn")
-    data = "folders of images, tar shards in webdataset style, or a Hub data set: measure a Fréchet distance to them"
-    add("--reference", nargs="+", metavar="DATA", help=data)
-    add("--reference_split", default="train", help="split of folders and data sets; data without splits is train")
-    add("--streaming", action="store_true", help="read the reference images without first making a copy of them")
-    add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
-    add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
-    add("--classifier", metavar="MODEL", help="measure how often this image classifier finds the classes")
+    ready = (
+        "evaluate these images, of which the first is as large as all, instead of making some: folders, tar shards, "
+    )
+    add("--data", nargs="+", help=f"{ready}data sets of the Hub, or an .npz file")
+    add("--split", default="train", help="split of --data")
+    add("--streaming", action="store_true", help="read data sets of the Hub without first making a copy of them")
+    add(
+        "--classifier",
+        metavar="MODEL",
+        help="measure how often this image classifier finds the classes, and its score",
+    )
     labels = "label of --classifier for each class of the pipeline, as 0 217 or 0-999; found by name unless given"
     add("--classifier_labels", type=_numbers, nargs="+", metavar="ID", help=labels)
     add("--save", type=Path, metavar="FOLDER", help="write the images here, as PNG files in a new or empty folder")
-    add_report(parser)
-    parser.needs(fid_model="reference", fid_size="fid_model", classifier_labels="classifier")
-    parser.needs(reference_split="reference", streaming="reference")
+    add_sets(parser, "these images", "the images")
+    parser.needs(fid_model="reference", suite="reference", save_statistics="reference", classifier_labels="classifier")
+    parser.needs(split="data")
+    parser.contradict("data", "model", "steps", "guidance_scale", "guidance_eta", "guidance_interval")
+    parser.contradict("data", "seed", "samples", "dtype")
+    parser.contradict("data", "save", "save_npz", "classifier_labels")
 
-    def flatten(args: Namespace) -> None:
+    def check(args: Namespace) -> None:
+        if args.streaming and not (args.data or args.reference):
+            parser.error("--streaming needs --data or --reference")
         if args.classifier_labels:
             args.classifier_labels = [label for part in args.classifier_labels for label in part]
 
-    parser.checks.append(flatten)
+    parser.checks.append(check)
 
 
 def _numbers(text: str) -> range:

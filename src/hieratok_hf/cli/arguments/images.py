@@ -1,8 +1,9 @@
 """Name the arguments of the commands that work on images."""
 
+from argparse import Namespace
 from pathlib import Path
 
-from ..parsing import Parser, add_data, add_device, add_dtype, add_report, positive, whole
+from ..parsing import Parser, add_data, add_device, add_dtype, add_protocol, add_report, positive, whole
 
 TOKENIZER = "tokenizer: a name that ships with the package, a folder, or a Hub id; of a pipeline its VAE"
 GENERATOR = "pipeline: a name that ships with the package, a folder, or a Hub id"
@@ -32,14 +33,40 @@ def add_evaluate(parser: Parser) -> None:
     add("--no_ssim", action="store_true", help="leave SSIM out, which is slow")
     add("--lpips", action="store_true", help="measure LPIPS; needs the package lpips")
     add("--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this vision model")
+    add("--no_fid", action="store_true", help="leave the Fréchet distance out")
+    add("--classifier", metavar="MODEL", help="measure the Inception Score by this image classifier")
+    add_sets(parser, "these images instead of those of --data", "the reconstructions by --model")
+    add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled images")
+    add_device(parser)
+    parser.contradict("no_fid", "fid_model", "fid_size", "suite", "reference", "save_statistics")
+
+
+def add_sets(parser: Parser, reference: str, images: str) -> None:
+    """Add the options of comparing sets of images, and those of reports."""
+    add = parser.add_argument
+    data = f"measure the Fréchet distance to {reference}: folders, tar shards, a Hub data set, or an .npz file of "
+    add("--reference", nargs="+", metavar="DATA", help=f"{data}images or of statistics")
+    add("--reference_split", default="train", help="split of folders and data sets; data without splits is train")
     add("--fid_model", metavar="MODEL", help="take the Fréchet distance over this vision model, not over Inception")
     add("--fid_size", type=positive, help="side that images are resized to for --fid_model; its own unless given")
-    add("--no_fid", action="store_true", help="leave the Fréchet distance out")
-    add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled images")
+    suite = "measure sFID, precision and recall beside the Fréchet distance, and by Inception its score"
+    add("--suite", action="store_true", help=suite)
+    add("--save_npz", type=Path, metavar="FILE", help=f".npz file for {images}, as the suite of ADM takes it")
+    statistics = ".npz file for mean and covariance of the features that the Fréchet distance is measured to"
+    add("--save_statistics", type=Path, metavar="FILE", help=statistics)
     add_report(parser)
-    add_device(parser)
-    parser.contradict("no_fid", "fid_model", "fid_size")
-    parser.needs(fid_size="fid_model")
+    add_protocol(parser)
+    parser.needs(fid_size="fid_model", reference_split="reference")
+
+    def check(args: Namespace) -> None:
+        for option in ("save_npz", "save_statistics"):
+            path = getattr(args, option)
+            if path and path.suffix != ".npz":
+                parser.error(f"--{option} must be an .npz file, got {str(path)!r}")
+        if args.save_npz and args.save_npz == args.save_statistics:
+            parser.error(f"--save_npz and --save_statistics must be two files, got {str(args.save_npz)!r}")
+
+    parser.checks.append(check)
 
 
 def add_app(parser: Parser) -> None:
