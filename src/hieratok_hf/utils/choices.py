@@ -13,6 +13,7 @@ __all__ = [
     "PIXEL_LOSSES",
     "SHIPPED",
     "SIZES",
+    "TOKEN_BITS",
 ]
 
 SHIPPED: tuple[str, ...] = ("hieratok-tiny", "hieratok-tiny-16x", "hieratok-dit-tiny")
@@ -99,8 +100,12 @@ ARCHIVE_FORMATS = {
     "safetensors": ("float16", "bfloat16", "float32"),
     "webdataset": ("float16", "float32"),
     "parquet": ("float16", "float32"),
+    "tokens": ("uint8",),
 }
-"""Formats of an archive's shards, each with the dtypes of latents that it can hold."""
+"""Formats of an archive's shards, each with the dtypes that it can hold, of latents or of integers."""
+
+TOKEN_BITS = range(1, 9)
+"""Bits that the integers of a quantised latent may have."""
 
 ARCHIVE_FITS = ("pad", "crop")
 """Ways to encode an image whose sides are no multiples of a latent's cell: continue its border, or cut it."""
