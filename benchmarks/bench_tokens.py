@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hieratok_hf.cli.parsing import make_parser
-from hieratok_hf.data.archive_shards import FILE_FORMATS, ImageRecord
+from hieratok_hf.data.archive_shards import FILE_FORMATS, TOKENS_FORMAT, ImageRecord
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.perceptual import PerceptualDistance
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics
@@ -42,7 +42,7 @@ def photographs(data: Path, batch_size: int, limit: int | None) -> list[Tensor]:
 def file_bytes(tokens: Tensor) -> int:
     """Bytes of an archive's file of one image with the integers `(C, h, w)`."""
     record = ImageRecord("0.png", SIZE, SIZE, (0, 0, SIZE, SIZE))
-    return len(FILE_FORMATS["tokens"].pack([record], [tokens.to(torch.uint8)]))
+    return len(FILE_FORMATS[TOKENS_FORMAT].pack([record], [tokens.to(torch.uint8)]))
 
 
 def best_file(image: Image.Image, kind: str, most: int) -> bytes:

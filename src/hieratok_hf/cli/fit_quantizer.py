@@ -29,11 +29,11 @@ def run(args: Namespace) -> tuple[list[str], int]:
     size = find_size(args, codec)
     images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
     batches = EvaluationBatches(images, size, args.batch_size, limit=args.max_images)
-    shown = tqdm(batches, unit="batch", dynamic_ncols=True, leave=False)
-    try:
-        quantizer = LatentQuantizer.fit(codec.encode(batch["pixel_values"]) for batch in shown)
-    except (OSError, ValueError) as error:
-        raise Problem(f"--data {' '.join(args.data)!r} at {size} pixels: {one_line(error)}") from error
+    with tqdm(batches, unit="batch", dynamic_ncols=True, leave=False) as shown:
+        try:
+            quantizer = LatentQuantizer.fit(codec.encode(batch["pixel_values"]) for batch in shown)
+        except (OSError, ValueError) as error:
+            raise Problem(f"--data {' '.join(args.data)!r} at {size} pixels: {one_line(error)}") from error
     write_or_explain("FOLDER", path, quantizer.to_bytes())
     tell_failures(batches.skipped)
     return [f"levels written to {str(path)!r}"], 1 if batches.skipped else 0

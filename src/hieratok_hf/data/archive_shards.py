@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-__all__ = ["FILE_FORMATS", "FileFormat", "ImageRecord"]
+__all__ = ["FILE_FORMATS", "TOKENS_FORMAT", "FileFormat", "ImageRecord"]
 
 # Shape letters: C latent channels, h w the latent's grid.
+
+TOKENS_FORMAT = "tokens"
+"""The one format of integers."""
 
 # More than any shard that was packed here needs; a hostile one would fill the memory.
 _XZ_MEMORY = 2**26
@@ -131,7 +134,7 @@ FILE_FORMATS = {
     "safetensors": FileFormat(".safetensors", _pack_safetensors, _unpack_safetensors),
     "webdataset": FileFormat(".tar", _pack_tar, _unpack_tar),
     "parquet": FileFormat(".parquet", _pack_parquet, _unpack_parquet),
-    "tokens": FileFormat(".xz", _pack_tokens, _unpack_tokens),
+    TOKENS_FORMAT: FileFormat(".xz", _pack_tokens, _unpack_tokens),
 }
 """
 The formats by name: tensors under the images' names; tar files of `000000.json` and `000000.npy`; rows of columns

@@ -25,7 +25,7 @@ from ..models.quantizing import QUANTIZER_FILE, LatentQuantizer
 from ..utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES, TOKEN_BITS
 from ..utils.files import write_whole
 from ..utils.images import ImageError, from_uint8, open_image, to_uint8
-from .archive_shards import FILE_FORMATS, ImageRecord
+from .archive_shards import FILE_FORMATS, TOKENS_FORMAT, ImageRecord
 from .latent_cache import check_encoder, encoder_facts, rows_of, shards_of
 from .local_images import is_image, list_images
 from .manifests import Settings, checksum_of, is_count, is_number, is_text, read_manifest, settle, write_manifest
@@ -42,7 +42,7 @@ _SAMPLED = 1000  # images whose content tells one folder from another
 _LONGEST_NAME = 255  # bytes of a file's name that every system takes
 
 _SCHEMA = {
-    "file_format": lambda value: value in tuple(ARCHIVE_FORMATS),
+    "file_format": lambda value: value in tuple(FILE_FORMATS),
     "dtype": lambda value: value in (*LATENT_DTYPES, "uint8"),
     "fit": lambda value: value in ARCHIVE_FITS,
     "cell": is_count(1),
@@ -131,8 +131,8 @@ def write_archive(
         model (`str`, defaults to `""`): A name to record, from which readers can load the autoencoder.
         file_format (`str`, defaults to `"safetensors"`): One of `ARCHIVE_FORMATS` for latents.
         dtype (`torch.dtype`, defaults to `torch.float16`): What is stored; also float32, and bfloat16 in safetensors.
-        bits (`int`, *optional*): Bits of the integers to store in the place of latents, 1 to 8, in files of the format
-            `"tokens"` and with the model's levels beside them.
+        bits (`int`, *optional*): Bits of the integers to store in the place of latents, 1 to 8, compressed and with
+            the model's levels beside them; `file_format` and `dtype` are those of latents alone.
         fit (`str`, defaults to `"pad"`): What to do where sides are no multiples of a cell: `"pad"` continues the
             right and lower border, and what is decoded is cut to the size of the image; `"crop"` takes the middle.
         shard_size (`int`, defaults to 128): Images of a shard.
@@ -151,11 +151,7 @@ def write_archive(
         OSError: `source` cannot be read, or `folder` cannot be written.
     """
     codec = codec_or_vae if isinstance(codec_or_vae, Codec) else Codec(codec_or_vae)
-    source, folder = Path(source), Path(folder)
-    quantizer = None if bits is None else _quantizer_of(codec, bits)
-    if quantizer is not None:
-        file_format, dtype = "tokens", torch.uint8
-    stored = str(dtype).removeprefix("torch.")
+    source, folder, stored = Path(source), Path(folder), str(dtype).removeprefix("torch.")
     for name, value in (("shard_size", shard_size), ("threads", threads)):
         if value < 1:
             raise ValueError(f"`{name}` must be positive, got {value}.")
@@ -164,6 +160,9 @@ def write_archive(
             raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}.")
     if stored not in (dtypes := ARCHIVE_FORMATS[file_format]):
         raise ValueError(f"`dtype` must be one of {dtypes} in {file_format}, got {stored!r}.")
+    quantizer = None if bits is None else _quantizer_of(codec, bits)
+    if quantizer is not None:
+        file_format, stored = TOKENS_FORMAT, "uint8"
     _check_packages(file_format)
     names = list_images(source)
     if not names:
@@ -256,7 +255,7 @@ def _digest_of(source: Path, names: Sequence[str]) -> str:
 
 def _read_settings(folder: Path) -> Settings:
     settings = read_manifest(folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA)
-    if settings["file_format"] == "tokens":
+    if settings["file_format"] == TOKENS_FORMAT:
         settings = read_manifest(folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA | _TOKENS_SCHEMA)
     return settings
 
@@ -395,7 +394,7 @@ class LatentArchive:
         self.folder = Path(folder)
         self.settings = settings = _read_settings(self.folder)
         _check_packages(settings["file_format"])
-        self._quantizer = self._read_quantizer() if settings["file_format"] == "tokens" else None
+        self._quantizer = self._read_quantizer() if settings["file_format"] == TOKENS_FORMAT else None
         self._facts: list[Settings] = []
         for shard in shards_of(settings):
             try:
@@ -457,6 +456,9 @@ class LatentArchive:
                 if (tuple(latent.shape), latent.dtype) != expected:
                     got = f"got {(tuple(latent.shape), latent.dtype)}"
                     raise ValueError(f"The shard {str(path)!r} is damaged: {record.name!r} must be {expected}, {got}.")
+                if self._quantizer is not None and (got := int(latent.max())) >= 2 ** settings["bits"]:
+                    what = f"{record.name!r} must be integers of {settings['bits']} bits, got {got}"
+                    raise ValueError(f"The shard {str(path)!r} is damaged: {what}.")
                 yield record, latent
 
     def check_encoder(self, codec: Codec) -> None:

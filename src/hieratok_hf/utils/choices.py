@@ -100,9 +100,8 @@ ARCHIVE_FORMATS = {
     "safetensors": ("float16", "bfloat16", "float32"),
     "webdataset": ("float16", "float32"),
     "parquet": ("float16", "float32"),
-    "tokens": ("uint8",),
 }
-"""Formats of an archive's shards, each with the dtypes that it can hold, of latents or of integers."""
+"""Formats of an archive's shards, each with the dtypes of latents that it can hold."""
 
 TOKEN_BITS = range(1, 9)
 """Bits that the integers of a quantised latent may have."""

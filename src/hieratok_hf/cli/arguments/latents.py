@@ -31,8 +31,7 @@ def add_encode(parser: Parser) -> None:
     add("folder", type=Path, metavar="FOLDER", help="a folder of images, also in folders below it")
     add("archive", type=Path, metavar="ARCHIVE", help="folder of the archive; one that is begun goes on")
     add("--model", default="hieratok-tiny", help=TOKENIZER)
-    formats = [name for name in ARCHIVE_FORMATS if name != "tokens"]
-    add("--format", choices=formats, default="safetensors", help="format of the files")
+    add("--format", choices=ARCHIVE_FORMATS, default="safetensors", help="format of the files")
     add("--dtype", choices=LATENT_DTYPES, default="float16", help="dtype of what is stored")
     bits = "store integers of this many bits in the place of latents, compressed, by the levels of the model"
     add("--bits", type=whole(TOKEN_BITS[0], TOKEN_BITS[-1]), help=bits)
