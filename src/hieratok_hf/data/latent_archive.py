@@ -456,8 +456,8 @@ class LatentArchive:
                 if (tuple(latent.shape), latent.dtype) != expected:
                     got = f"got {(tuple(latent.shape), latent.dtype)}"
                     raise ValueError(f"The shard {str(path)!r} is damaged: {record.name!r} must be {expected}, {got}.")
-                if self._quantizer is not None and (got := int(latent.max())) >= 2 ** settings["bits"]:
-                    what = f"{record.name!r} must be integers of {settings['bits']} bits, got {got}"
+                if self._quantizer is not None and (largest := int(latent.max())) >= 2 ** settings["bits"]:
+                    what = f"{record.name!r} must be integers of {settings['bits']} bits, got {largest}"
                     raise ValueError(f"The shard {str(path)!r} is damaged: {what}.")
                 yield record, latent
 
