@@ -145,14 +145,13 @@ def tables(report: dict[str, Any]) -> str:
         places.setdefault((row["model"], row["bits"]), {})[row["code"]] = row
     curves = []
     for (model, bits), codes in places.items():
-        own = codes.get("integers") or codes["latents"]
-        kilobytes = f"{own['bytes'] / 1000:.1f}" if "bytes" in own else ""
-        cells = [model, "latents in float32" if bits is None else bits, kilobytes]
+        found = list(codes.values())  # latents alone, or integers, JPEG and WebP
+        cells = [model, "latents in float32" if bits is None else bits]
+        cells.append(", ".join(f"{row['bytes'] / 1000:.1f}" for row in found if "bytes" in row))
         for key, digits in (("psnr", 2), ("ssim", 3), ("perceptual", 3)):
-            told = [f"{codes[code][key]:.{digits}f}" for code in ("integers", *KINDS) if code in codes]
-            cells.append(", ".join(told) or f"{own[key]:.{digits}f}")
+            cells.append(", ".join(f"{row[key]:.{digits}f}" for row in found))
         curves.append(cells)
-    head = "| tokenizer | bits | kB an image | PSNR, dB: integers, JPEG, WebP | SSIM | perceptual distance |"
+    head = "| tokenizer | bits | kB: integers, JPEG, WebP | PSNR, dB | SSIM | perceptual distance |"
     changes = [
         [x["model"], x["bits"], x["change"], f"{x['differing']} of {x['numbers']}", x["largest"]]
         for x in report["changes"]
@@ -179,6 +178,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                     for row, size in zip(points, sizes):
                         place = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 8}
                         axis.annotate(f"{row['bits']}", (size, row[key]), **place)
+            ticks = [size for size in (5, 10, 20, 50, 100) if axis.get_xlim()[0] <= size <= axis.get_xlim()[1]]
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.set_xticks([], minor=True)
             axis.set(xlabel="kB an image of 512x512 pixels", ylabel=label)
             axis.grid(alpha=0.3, which="both")
         axes[0].legend()
