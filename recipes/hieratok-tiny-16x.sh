@@ -27,3 +27,4 @@ source "$(dirname "$0")/tokenizer.sh"
     --steps 1500 --decay_steps 1480 --warmup_steps 20 --lr 4e-4 --batch_size 16 --crop_sizes 128 128 256 \
     --coarse_weight 0.7 --border_weight 0.07 --latent_jitter 0.12 --linear_lr_factor 0.3 --ema 0.99 \
     --perceptual_weight 2e-4 --vision_model "$data"/mobilenet_v2_1.0_224
+"$bin/python" -m hieratok_hf fit-quantizer runs/hieratok-tiny-16x --data "$data"/imagenette_128/train-*.tar --overwrite

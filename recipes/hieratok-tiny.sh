@@ -25,3 +25,4 @@ train+=(--freeze_encoder --coarse_weight 1 --border_weight 0.01 --latent_jitter 
 # What ships is the state after 100 of these steps.
 "${train[@]}" --output runs/hieratok-tiny --model runs/hieratok-tiny-6 --steps 200 --decay_steps 150 \
     --warmup_steps 10 --lr 1e-4 --batch_size 16 --crop_sizes 128 --ema 0.98 --adversarial_weight 0.05
+"$bin/python" -m hieratok_hf fit-quantizer runs/hieratok-tiny --data "$data"/imagenette_128/train-*.tar --overwrite

@@ -20,7 +20,7 @@ def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Let links from a page of docs/ to one of those begin in docs/, the site's root; plain names of languages."""
-    pages = "|".join(map(re.escape, PAGES))
+    pages = "|".join([*map(re.escape, PAGES), r"benchmarks/results/[\w-]+\.png"])
     markdown = re.sub(rf"\]\(\.\./(?=(?:{pages})[)#])", "](", markdown)
     # GitHub takes the first word for the language, here more of them make it no block of code.
     return re.sub(r"^(```\w+) no-run$", r"\1", markdown, flags=re.MULTILINE)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from archive_files import SIZES, write_images
-from helpers import random_core, tree
+from helpers import images, random_core, tree
 from image_files import noise
 from latent_data import make_images, tiny_kl
 from PIL import Image
@@ -19,11 +19,11 @@ from scripts import error_of, usage_error
 from hieratok_hf import AutoencoderHieraTok, open_image
 from hieratok_hf.cli import decode as script
 from hieratok_hf.cli import reconstruct
-from hieratok_hf.data.archive_shards import FILE_FORMATS
 from hieratok_hf.data.latent_archive import LatentArchive, decode_record, write_archive
 from hieratok_hf.evaluation.metrics import psnr
 from hieratok_hf.models.autoencoder_adapter import Codec
-from hieratok_hf.utils.images import from_uint8
+from hieratok_hf.utils.choices import ARCHIVE_FORMATS
+from hieratok_hf.utils.images import from_uint8, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_files_have_the_names_sizes_and_formats_of_the_images(archive, run, spac
         assert Image.open(out / name).format == kind
 
 
-@pytest.mark.parametrize("file_format", FILE_FORMATS)
+@pytest.mark.parametrize("file_format", ARCHIVE_FORMATS)
 def test_the_figures_are_those_of_reconstruct(file_format, space, tmp_path):
     if file_format == "parquet":
         pytest.importorskip("pyarrow")
@@ -106,6 +106,20 @@ def test_what_was_encoded_in_tiles_is_decoded_in_tiles(space, tmp_path):
     found = np.asarray(Image.open(tmp_path / "out" / "a.png"))
     assert np.array_equal(found, np.asarray(decode_record(Codec(vae), record, latent)))
     assert not np.array_equal(found, np.asarray(decode_record(Codec(vae.core), record, latent)))
+
+
+def test_integers_become_what_their_levels_stand_for(space, tmp_path):
+    model = AutoencoderHieraTok.from_core(random_core())
+    model.fit_quantizer([images(2, 3, 48, 48)])
+    # The levels of the archive count, which a model may have lost since.
+    write_archive(model, space / "in", tmp_path / "archive", bits=3, model=str(space / "hieratok"))
+    assert script.main([str(tmp_path / "archive"), str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert sizes_in(tmp_path / "out") == SIZES
+    (record, tokens), *_ = LatentArchive(tmp_path / "archive").iterate_stored()
+    with torch.no_grad():
+        decoded = model.detokenize(tokens[None], 3).sample[:, :, : record.height, : record.width]
+    found = values_of(Image.open(tmp_path / "out" / record.name))
+    assert torch.equal(found, from_uint8(to_uint8(decoded)))
 
 
 @pytest.mark.parametrize("scales", [1, 3])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from archive_files import BROKEN, SIZES, write_images
 from diffusers import VQModel
-from helpers import random_core, tree
+from helpers import images, random_core, tree
 from latent_data import make_images
 from processes import kill_and_go_on
 from scripts import error_of, usage_error, with_defaults
@@ -21,6 +21,9 @@ def space(tmp_path_factory):
     """A folder with models and images."""
     folder = tmp_path_factory.mktemp("encoding")
     AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "hieratok")
+    fitted = AutoencoderHieraTok.from_core(random_core())
+    fitted.fit_quantizer([images(2, 3, 48, 48)])
+    fitted.save_pretrained(folder / "fitted")
     channels = {"block_out_channels": (8,), "norm_num_groups": 4, "num_vq_embeddings": 4}
     VQModel(**channels).save_pretrained(folder / "no tiles")
     write_images(folder / "in")
@@ -69,6 +72,20 @@ def test_what_it_prints_and_writes(run, space, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("; 0 encoded now\n")
 
 
+def test_bits_make_integers_of_the_latents(run, space, tmp_path):
+    sizes = {}
+    for bits in (2, 6):
+        assert run(tmp_path / str(bits), "--bits", bits, "--model", space / "fitted") == 1
+        archive = LatentArchive(tmp_path / str(bits))
+        assert {record.name for record in archive.records} == {*SIZES} and archive.settings["bits"] == bits
+        largest = max(int(tokens.max()) for _, tokens in archive.iterate_stored())
+        assert 2 ** (bits - 1) <= largest < 2**bits
+        sizes[bits] = (tmp_path / str(bits) / "shard-00000.xz").stat().st_size
+    assert run(tmp_path / "latents") == 1
+    whole = (tmp_path / "latents" / "shard-00000.safetensors").stat().st_size
+    assert sizes[2] < sizes[6] < 0.6 * whole
+
+
 def test_mixed_precision_is_recorded_and_close(run, space, tmp_path):
     for name, options in (("plain", []), ("mixed", ["--mixed_precision", "bf16"])):
         assert run(tmp_path / name, *options) == 1
@@ -81,6 +98,7 @@ def test_mixed_precision_is_recorded_and_close(run, space, tmp_path):
 BAD = {
     "a missing model": ({"--model": "missing/model"}, "--model 'missing/model' cannot be loaded"),
     "a model without tiles": ({"--model": "{space}/no tiles", "--tiling": None}, "--tiling needs .* got VQModel"),
+    "no levels": ({"--bits": "6"}, "`bits` needs .*quantizer.safetensors"),
     "a missing folder": ({"folder": "missing"}, "FOLDER .*missing' to ARCHIVE .*No such file"),
     "a file for a folder": ({"folder": "in/a.png"}, "FOLDER .*Not a directory"),
     "a folder without images": ({"folder": "empty"}, "FOLDER .*No images found in .*empty"),
@@ -108,6 +126,16 @@ def test_bad_input_is_one_line_and_no_file(given, message, run, space, tmp_path,
 def test_a_link_into_the_folder_is_seen_through(run, space, tmp_path, capsys):
     (tmp_path / "link").symlink_to(space / "in")
     assert run(tmp_path / "link" / "archive") == 2 and "must not lie in" in error_of(capsys)
+
+
+def test_bits_are_from_1_to_8_and_stand_alone(tmp_path, capsys):
+    for given, message in (
+        (["--bits", "9"], "--bits: must be a whole number from 1 to 8, got '9'"),
+        (["--bits", "6", "--format", "parquet"], "--bits and --format contradict"),
+        (["--bits", "6", "--dtype", "float32"], "--bits and --dtype contradict"),
+    ):
+        assert message in usage_error(capsys, script.main, "in", tmp_path / "new", *given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_dtypes_that_a_format_has_not_are_refused(tmp_path, capsys):

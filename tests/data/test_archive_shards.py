@@ -2,7 +2,9 @@
 
 import io
 import json
+import lzma
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from helpers import noise
 from safetensors import safe_open
 
-from hieratok_hf.data.archive_shards import FILE_FORMATS, ImageRecord
+from hieratok_hf.data.archive_shards import FILE_FORMATS, TOKENS_FORMAT, ImageRecord
 from hieratok_hf.utils.choices import ARCHIVE_FORMATS
 
 PICTURES = [ImageRecord("a.png", 12, 8, (0, 0, 12, 8)), ImageRecord("b/c.d.jpg", 21, 9, (0, 0, 20, 8))]
@@ -59,3 +61,33 @@ def test_datasets_reads_parquet(tmp_path, monkeypatch):
     assert [{name: row[name] for name in ImageRecord._fields} for row in rows] == TEXTS
     for row, latent in zip(rows, LATENTS):
         assert np.array_equal(np.float32(row["latents"]).reshape(row["shape"]), latent)
+
+
+def test_integers_take_about_their_entropy_and_other_programs_read_them():
+    generator = torch.Generator().manual_seed(0)
+    # As likely as 1/2, 1/4, ..., so that an integer takes about 2 bits.
+    tokens = torch.empty(16, 64, 64).geometric_(0.5, generator=generator).clamp(max=64).to(torch.uint8)
+    record = ImageRecord("a.png", 512, 512, (0, 0, 512, 512))
+    content = FILE_FORMATS[TOKENS_FORMAT].pack([record], [tokens])
+    assert 2.0 < 8 * len(content) / tokens.numel() < 2.5  # LZMA takes a fifth more for so few different ones
+    (found,) = FILE_FORMATS[TOKENS_FORMAT].unpack(content, [record])
+    assert found.dtype == torch.uint8 and torch.equal(found, tokens)
+    assert lzma.decompress(content) == FILE_FORMATS["safetensors"].pack([record], [tokens])
+
+
+HOSTILE = {
+    "more than its images": lzma.compress(bytes(10**8)),
+    "a large dictionary": lzma.compress(b"x", preset=9),
+    "no compression": b"levels",
+    "cut": lzma.compress(bytes(range(256)) * 9)[:-9],
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_integers_are_an_error_and_fill_no_memory(content):
+    tracemalloc.start()
+    with pytest.raises(Exception):  # noqa: B017 (any, which the archive tells as damage)
+        FILE_FORMATS[TOKENS_FORMAT].unpack(content, PICTURES)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

@@ -1,6 +1,7 @@
 """Tests of `latent_archive`: latents and images come back, runs go on, and what is damaged or foreign is refused."""
 
 import json
+import lzma
 import math
 import shutil
 import sys
@@ -19,11 +20,12 @@ from hieratok_hf.data.archive_shards import FILE_FORMATS
 from hieratok_hf.data.latent_archive import LatentArchive, decode_record, write_archive
 from hieratok_hf.data.manifests import write_manifest
 from hieratok_hf.models.autoencoder_adapter import Codec
+from hieratok_hf.utils.choices import ARCHIVE_FORMATS
 from hieratok_hf.utils.images import from_uint8, to_uint8
 
 PATCH = 4
 SMALL = {"shard_size": 4, "dtype": torch.float32}
-FORMATS = [*FILE_FORMATS]
+FORMATS = [*ARCHIVE_FORMATS]
 
 
 @pytest.fixture(scope="module")
@@ -343,3 +345,65 @@ def test_contents_that_are_damaged_or_of_other_shapes_are_named(file_format, cod
     shard.write_bytes(b"x")
     with pytest.raises(ValueError, match="another checksum"):
         list(archive)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    model = AutoencoderHieraTok.from_core(random_core())
+    model.fit_quantizer([torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1])
+    return model
+
+
+@pytest.mark.parametrize("bits", [1, 5, 8])
+def test_integers_are_those_of_the_model_and_come_back(bits, tokenizer, records, tmp_path):
+    summary = write_archive(tokenizer, records, tmp_path, bits=bits, shard_size=4)
+    assert (summary["records"], summary["shards"]) == (7, 3)
+    archive = LatentArchive(tmp_path)
+    assert (archive.settings["bits"], archive.settings["dtype"]) == (bits, "uint8")
+    for (record, stored), (_, latent) in zip(archive.iterate_stored(), archive, strict=True):
+        expected = tokenizer.tokenize(pixel_values_of(records / record.name), bits)
+        assert stored.dtype == torch.uint8 and torch.equal(stored, expected[0])
+        assert torch.equal(latent, tokenizer.quantizer.dequantize(expected, bits)[0])
+    before = tree(tmp_path)
+    assert write_archive(tokenizer, records, tmp_path, bits=bits, shard_size=4)["encoded"] == 0
+    assert tree(tmp_path) == before
+    with pytest.raises(ValueError, match=f"another archive.*bits {bits}, not 2"):
+        write_archive(tokenizer, records, tmp_path, bits=2, shard_size=4)
+
+
+@pytest.mark.parametrize("model", [tiny_kl, random_core])
+def test_integers_need_levels(model, records, tmp_path):
+    with pytest.raises(ValueError, match=r"`bits` needs .*`hieratok fit-quantizer`"):
+        write_archive(model(), records, tmp_path / "new", bits=6)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bits_out_of_range_are_named(tokenizer, records, tmp_path):
+    with pytest.raises(ValueError, match=r"`bits` must be one of .*got 9"):
+        write_archive(tokenizer, records, tmp_path / "new", bits=9)
+    assert not list(tmp_path.iterdir())
+
+
+def test_integers_with_other_levels_or_damage_are_refused(tokenizer, records, tmp_path):
+    write_archive(tokenizer, records, tmp_path, bits=6)
+    levels, shard = tmp_path / "quantizer.safetensors", tmp_path / "shard-00000.xz"
+    for path, content, message in (
+        (levels, AutoencoderHieraTok.from_pretrained("hieratok-tiny").quantizer.to_bytes(), "levels of another"),
+        (levels, b"levels", "no file of levels"),
+        (levels, None, "cannot be read"),
+        (shard, shard.read_bytes()[:-1], "another checksum"),
+    ):
+        whole = path.read_bytes()
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{path.name}' .*{message}|{message}"):
+            list(LatentArchive(tmp_path))
+        path.write_bytes(whole)
+    # Whoever changes a shard can also change the checksum beside it.
+    archive = LatentArchive(tmp_path)
+    stored = [tokens for _, tokens in archive.iterate_stored()]
+    too_large = FILE_FORMATS["tokens"].pack(archive.records, [torch.full_like(stored[0], 64), *stored[1:]])
+    for content, message in ((too_large, "integers of 6 bits, got 64"), (lzma.compress(b"no tensors"), "")):
+        shard.write_bytes(content)
+        change_facts(tmp_path, content=f"{zlib.crc32(content):08x}")
+        with pytest.raises(ValueError, match=rf"shard-00000\.xz' is damaged.*{message}"):
+            list(LatentArchive(tmp_path))

@@ -7,7 +7,7 @@ import shutil
 import sys
 
 import pytest
-from helpers import random_core
+from helpers import images, random_core
 from image_files import noise
 from latent_data import tiny_kl
 from PIL import Image
@@ -34,13 +34,17 @@ def run(name, *given):
 def made(tmp_path_factory):
     """Images, models, and an archive by each."""
     folder = tmp_path_factory.mktemp("made")
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "model")
+    model = AutoencoderHieraTok.from_core(random_core())
+    model.fit_quantizer([images(1, 3, 48, 48)])
+    model.save_pretrained(folder / "model")
     tiny_kl().save_pretrained(folder / "kl")
     (folder / "in").mkdir()
     for name, (width, height) in {"a.png": (40, 24), "b.png": (9, 30)}.items():
         Image.fromarray(noise(height, width)).save(folder / "in" / name)
     for model, archive in (("model", "archive"), ("kl", "archive of kl")):
         assert run("encode", folder / "in", folder / archive, "--model", folder / model, "--device", "cpu") == 0
+    given = [folder / "in", folder / "tokens", "--model", folder / "model", "--device", "cpu", "--bits", "6"]
+    assert run("encode", *given) == 0
     return folder
 
 
@@ -74,6 +78,20 @@ def file(name, content):
     return make
 
 
+def tokens(path, **changes):
+    """Change the facts of an archive of integers, with the right checksum, or spoil one of its files."""
+
+    def change(folder):
+        if not changes:
+            (folder / "tokens" / path).write_bytes(b"levels")
+            return
+        facts = json.loads((folder / "tokens" / path).read_text())
+        del facts["checksum"]
+        write_manifest(folder / "tokens" / path, {**facts, **changes})
+
+    return change
+
+
 def loop(folder):
     (folder / "loop").symlink_to("loop")
 
@@ -87,6 +105,12 @@ ROWS = {
     "a name for the mark": (record(name=f"{MARK}/a.png"), "decode archive out", "'records'"),
     "a name that is no text": (record(name="\ud800.png"), "decode archive out", "'records'"),
     "a long name": (record(name=f"{LONG}.png"), "decode archive out", "'records'"),
+    "no levels": (tokens("quantizer.safetensors"), "decode tokens out", "is no file of levels"),
+    "other levels": (tokens("archive.json", quantizer="0"), "decode tokens out", "quantizer.safetensors"),
+    "other bits": (tokens("archive.json", bits=99), "decode tokens out", "'bits'"),
+    "bits that are text": (tokens("archive.json", bits="6"), "preview tokens sheet.png", "'bits'"),
+    "another dtype": (tokens("archive.json", dtype="float16"), "decode tokens out", "'dtype'"),
+    "another format": (tokens("archive.json", file_format="safetensors"), "decode tokens out", "damaged"),
     "an input that loops": (loop, "encode loop out", "FOLDER 'loop'"),
     "an output that loops": (loop, "encode in loop", "ARCHIVE 'loop'"),
     "an archive that loops": (loop, "decode loop out", "ARCHIVE 'loop'"),

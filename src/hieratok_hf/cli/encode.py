@@ -1,4 +1,4 @@
-"""Encode the images in a folder to an archive of latents, from which `hieratok decode` makes files again."""
+"""Encode the images in a folder to an archive, from which `hieratok decode` makes files again."""
 
 from argparse import Namespace
 
@@ -30,7 +30,7 @@ def run(args: Namespace) -> tuple[list[str], int]:
     codec: Codec = load_or_explain(load_codec, "--model", args.model, device)
     if args.tiling:
         enable_tiling(codec)
-    settings = {name: getattr(args, name) for name in ("model", "fit", "shard_size", "threads")}
+    settings = {name: getattr(args, name) for name in ("model", "fit", "bits", "shard_size", "threads")}
     settings |= {"file_format": args.format, "dtype": getattr(torch, args.dtype)}
     with tqdm(unit="image", dynamic_ncols=True, leave=False) as bar, autocast(args, device):
         try:

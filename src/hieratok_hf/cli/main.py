@@ -34,6 +34,9 @@ COMMANDS = {
     ),
     "app": Command("Images", "Serve a page to try tokenizer and generator in a browser.", images.add_app),
     "encode": Command("Latents", "Encode a folder of images to an archive of latents.", latents.add_encode),
+    "fit-quantizer": Command(
+        "Latents", "Fit the levels by which latents become integers to training images.", latents.add_fit_quantizer
+    ),
     "decode": Command("Latents", "Decode an archive to images of the same names and sizes.", latents.add_decode),
     "preview": Command("Latents", "Show the images of an archive on one sheet.", latents.add_preview),
     "generate": Command("Generation", "Make images of classes, on one sheet.", generation.add_generate),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import lzma
 import tarfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,9 +12,16 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-__all__ = ["FILE_FORMATS", "FileFormat", "ImageRecord"]
+__all__ = ["FILE_FORMATS", "TOKENS_FORMAT", "FileFormat", "ImageRecord"]
 
 # Shape letters: C latent channels, h w the latent's grid.
+
+TOKENS_FORMAT = "tokens"
+"""The one format of integers."""
+
+# More than any shard that was packed here needs; a hostile one would fill the memory.
+_XZ_MEMORY = 2**26
+_BYTES_A_RECORD, _BYTES_A_PIXEL = 2**15, 64
 
 
 class ImageRecord(NamedTuple):
@@ -34,7 +42,8 @@ class ImageRecord(NamedTuple):
 
 class FileFormat(NamedTuple):
     """
-    Hold what turns images and their latents, tensors `(C, h, w)` of a dtype of the format, into a file and back.
+    Hold what turns images and their latents, tensors `(C, h, w)` of a dtype of the format, or integers of quantised
+    ones, into a file and back.
 
     Attributes:
         suffix (`str`): How names of such files end.
@@ -107,12 +116,27 @@ def _unpack_parquet(content: bytes, records: Sequence[ImageRecord]) -> list[Tens
     return [torch.tensor(values.values.to_numpy()).reshape(shape) for values, shape in rows]
 
 
+def _pack_tokens(records: Sequence[ImageRecord], tokens: Sequence[Tensor]) -> bytes:
+    return lzma.compress(_pack_safetensors(records, tokens))
+
+
+def _unpack_tokens(content: bytes, records: Sequence[ImageRecord]) -> list[Tensor]:
+    pixels = sum((right - left) * (bottom - top) for left, top, right, bottom in (record.box for record in records))
+    most = _BYTES_A_RECORD * (1 + len(records)) + _BYTES_A_PIXEL * pixels
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+    unpacked = decompressor.decompress(content, max_length=most)
+    if not decompressor.eof:
+        raise ValueError("it is cut, or holds more than its images")
+    return _unpack_safetensors(unpacked, records)
+
+
 FILE_FORMATS = {
     "safetensors": FileFormat(".safetensors", _pack_safetensors, _unpack_safetensors),
     "webdataset": FileFormat(".tar", _pack_tar, _unpack_tar),
     "parquet": FileFormat(".parquet", _pack_parquet, _unpack_parquet),
+    TOKENS_FORMAT: FileFormat(".xz", _pack_tokens, _unpack_tokens),
 }
 """
 The formats by name: tensors under the images' names; tar files of `000000.json` and `000000.npy`; rows of columns
-`name`, `width`, `height`, `box`, `shape` and `latents`.
+`name`, `width`, `height`, `box`, `shape` and `latents`; and, of integers, the file of tensors compressed by LZMA.
 """

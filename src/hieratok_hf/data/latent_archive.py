@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.autoencoder_adapter import Codec
-from ..utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES
+from ..models.quantizing import QUANTIZER_FILE, LatentQuantizer
+from ..utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES, TOKEN_BITS
 from ..utils.files import write_whole
 from ..utils.images import ImageError, from_uint8, open_image, to_uint8
-from .archive_shards import FILE_FORMATS, ImageRecord
+from .archive_shards import FILE_FORMATS, TOKENS_FORMAT, ImageRecord
 from .latent_cache import check_encoder, encoder_facts, rows_of, shards_of
 from .local_images import is_image, list_images
 from .manifests import Settings, checksum_of, is_count, is_number, is_text, read_manifest, settle, write_manifest
@@ -41,8 +42,8 @@ _SAMPLED = 1000  # images whose content tells one folder from another
 _LONGEST_NAME = 255  # bytes of a file's name that every system takes
 
 _SCHEMA = {
-    "file_format": lambda value: value in tuple(ARCHIVE_FORMATS),
-    "dtype": lambda value: value in tuple(LATENT_DTYPES),
+    "file_format": lambda value: value in tuple(FILE_FORMATS),
+    "dtype": lambda value: value in (*LATENT_DTYPES, "uint8"),
     "fit": lambda value: value in ARCHIVE_FITS,
     "cell": is_count(1),
     "channels": is_count(1),
@@ -55,6 +56,13 @@ _SCHEMA = {
     "tiling": lambda value: isinstance(value, bool),
     "scaling_factor": is_number,
     "shift_factor": is_number,
+}
+
+# Of an archive of integers, beside the others.
+_TOKENS_SCHEMA = {
+    "dtype": lambda value: value == "uint8",
+    "bits": lambda value: type(value) is int and value in TOKEN_BITS,
+    "quantizer": is_text,
 }
 
 Given = TypeVar("Given")
@@ -102,6 +110,7 @@ def write_archive(
     model: str = "",
     file_format: str = "safetensors",
     dtype: torch.dtype = torch.float16,
+    bits: int | None = None,
     fit: str = "pad",
     shard_size: int = 128,
     threads: int = 4,
@@ -120,8 +129,10 @@ def write_archive(
         source (`str` or `Path`): The folder of images. Hidden files, and files of other kinds, are passed over.
         folder (`str` or `Path`): The folder of the archive; made if it is not there.
         model (`str`, defaults to `""`): A name to record, from which readers can load the autoencoder.
-        file_format (`str`, defaults to `"safetensors"`): One of `ARCHIVE_FORMATS`.
+        file_format (`str`, defaults to `"safetensors"`): One of `ARCHIVE_FORMATS` for latents.
         dtype (`torch.dtype`, defaults to `torch.float16`): What is stored; also float32, and bfloat16 in safetensors.
+        bits (`int`, *optional*): Bits of the integers to store in the place of latents, 1 to 8, compressed and with
+            the model's levels beside them; `file_format` and `dtype` are those of latents alone.
         fit (`str`, defaults to `"pad"`): What to do where sides are no multiples of a cell: `"pad"` continues the
             right and lower border, and what is decoded is cut to the size of the image; `"crop"` takes the middle.
         shard_size (`int`, defaults to 128): Images of a shard.
@@ -136,7 +147,7 @@ def write_archive(
     Raises:
         ImportError: Parquet needs pyarrow.
         ValueError: An argument is out of its range, the folder has no images, the latents are not finite in `dtype`,
-            the model cannot take an image, or `folder` holds something else.
+            the model has no levels or cannot take an image, or `folder` holds something else.
         OSError: `source` cannot be read, or `folder` cannot be written.
     """
     codec = codec_or_vae if isinstance(codec_or_vae, Codec) else Codec(codec_or_vae)
@@ -149,6 +160,9 @@ def write_archive(
             raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}.")
     if stored not in (dtypes := ARCHIVE_FORMATS[file_format]):
         raise ValueError(f"`dtype` must be one of {dtypes} in {file_format}, got {stored!r}.")
+    quantizer = None if bits is None else _quantizer_of(codec, bits)
+    if quantizer is not None:
+        file_format, stored = TOKENS_FORMAT, "uint8"
     _check_packages(file_format)
     names = list_images(source)
     if not names:
@@ -160,10 +174,14 @@ def write_archive(
         "channels": probe.shape[1], "rows": len(names), "shard_size": shard_size,
         "images": _digest_of(source, names), "model": model, "tiling": codec.is_tiled, **encoder_facts(codec),
     }  # fmt: skip
+    if quantizer is not None:
+        settings |= {"bits": bits, "quantizer": _digest_levels(quantizer)}
     old = _read_settings(folder) if (folder / SETTINGS_FILE).exists() else None
     if old is not None:
         settings["model"] = old["model"]  # one folder has many names
     settle(folder / SETTINGS_FILE, "archive", old, settings)
+    if quantizer is not None:
+        quantizer.write(folder / QUANTIZER_FILE)
     missing = [shard for shard in shards_of(settings) if not _is_whole(folder, settings, shard)]
     wanted = [[names[row] for row in rows_of(settings, shard)] for shard in missing]
     todo, done, encoded = sum(map(len, wanted)), 0, 0
@@ -186,7 +204,7 @@ def write_archive(
                     skipped[name] = str(error)
                 else:
                     records.append(record)
-                    latents.append(_encode(codec, image, record, settings))
+                    latents.append(_encode(codec, image, record, settings, quantizer))
                 done += 1
                 if progress is not None:
                     progress(done, todo)
@@ -206,6 +224,21 @@ def _check_packages(file_format: str) -> None:
         raise ImportError('Parquet needs pyarrow: pip install "hieratok_hf[eval]"')
 
 
+def _quantizer_of(codec: Codec, bits: int) -> LatentQuantizer:
+    quantizer = getattr(codec.model, "quantizer", None)
+    if quantizer is None:
+        raise ValueError(
+            f"`bits` needs a HieraTok model with a {QUANTIZER_FILE}, which `hieratok fit-quantizer` makes; this "
+            f"{type(codec.model).__name__} has none."
+        )
+    quantizer.check_bits(bits)
+    return quantizer
+
+
+def _digest_levels(quantizer: LatentQuantizer) -> str:
+    return hashlib.sha256(quantizer.to_bytes()).hexdigest()
+
+
 def _digest_of(source: Path, names: Sequence[str]) -> str:
     """Take a SHA-256 of the names and sizes of all images, and of the content of some spread over them."""
     sampled = {*np.linspace(0, len(names) - 1, min(len(names), _SAMPLED)).round().astype(int).tolist()}
@@ -221,7 +254,10 @@ def _digest_of(source: Path, names: Sequence[str]) -> str:
 
 
 def _read_settings(folder: Path) -> Settings:
-    return read_manifest(folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA)
+    settings = read_manifest(folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA)
+    if settings["file_format"] == TOKENS_FORMAT:
+        settings = read_manifest(folder / SETTINGS_FILE, "archive of latents", FORMAT, _SCHEMA | _TOKENS_SCHEMA)
+    return settings
 
 
 def _map_ahead(
@@ -249,8 +285,10 @@ def _fit(name: str, image: Image.Image | ImageError, settings: Settings) -> Imag
     return ImageRecord(name, width, height, (left, top, left + width - width % cell, top + height - height % cell))
 
 
-def _encode(codec: Codec, image: Any, record: ImageRecord, settings: Settings) -> Tensor:
-    """Encode the part of an image that was chosen to a latent `(C, h, w)` of the stored dtype."""
+def _encode(
+    codec: Codec, image: Any, record: ImageRecord, settings: Settings, quantizer: LatentQuantizer | None
+) -> Tensor:
+    """Encode the part of an image that was chosen to a latent `(C, h, w)` of the stored dtype, or to integers."""
     part = image.crop(record.box)
     pixel_values = from_uint8(torch.from_numpy(np.array(part)).permute(2, 0, 1)[None])
     right, bottom = (-side % settings["cell"] for side in part.size)
@@ -261,10 +299,10 @@ def _encode(codec: Codec, image: Any, record: ImageRecord, settings: Settings) -
         raise ValueError(f"{record.name!r} cannot be encoded: {' '.join(str(error).split())}") from error
     if (got := tuple(latent.shape)) != (expected := _latent_shape(record, settings)):
         raise ValueError(f"{record.name!r} cannot be encoded: its latent must have the shape {expected}, got {got}.")
-    latent = latent.to("cpu", getattr(torch, settings["dtype"])).contiguous()
+    latent = latent.to("cpu", torch.float32 if quantizer else getattr(torch, settings["dtype"])).contiguous()
     if not latent.isfinite().all():
         raise ValueError(f"The latent of {record.name!r} is not finite in {settings['dtype']}: try another `dtype`.")
-    return latent
+    return latent if quantizer is None else quantizer.quantize(latent[None], settings["bits"])[0].to(torch.uint8)
 
 
 def _latent_shape(record: ImageRecord, settings: Settings) -> tuple[int, int, int]:
@@ -337,11 +375,12 @@ def _is_whole(folder: Path, settings: Settings, shard: int) -> bool:
 class LatentArchive:
     """
     Read what `write_archive` wrote to `folder`. Iterating gives each image with its latent, `ImageRecord` and a tensor
-    `(C, h, w)` of the stored dtype, shard by shard; nothing is unpickled.
+    `(C, h, w)` of the stored dtype, or in float32 by the levels of the stored integers, shard by shard; nothing is
+    unpickled.
 
     Attributes:
         settings (`dict`): The content of `archive.json`; `model`, the name recorded, is what the writer said.
-        images (`list[Image]`): The images in their order; a name is a path below a folder, and is there once.
+        records (`list[ImageRecord]`): The images in their order; a name is a path below a folder, and is there once.
         skipped (`dict[str, str]`): Names of images that were left out, and why.
 
     Raises:
@@ -355,6 +394,7 @@ class LatentArchive:
         self.folder = Path(folder)
         self.settings = settings = _read_settings(self.folder)
         _check_packages(settings["file_format"])
+        self._quantizer = self._read_quantizer() if settings["file_format"] == TOKENS_FORMAT else None
         self._facts: list[Settings] = []
         for shard in shards_of(settings):
             try:
@@ -382,7 +422,26 @@ class LatentArchive:
     def __len__(self) -> int:
         return len(self.records)
 
+    def _read_quantizer(self) -> LatentQuantizer:
+        path = self.folder / QUANTIZER_FILE
+        try:
+            quantizer = LatentQuantizer.read(path)
+        except OSError as error:
+            raise ValueError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+        sizes = {len(values) for values in quantizer.levels.values()}
+        if _digest_levels(quantizer) != self.settings["quantizer"] or sizes != {self.settings["channels"]}:
+            raise ValueError(f"{str(path)!r} is damaged, or the levels of another archive.")
+        return quantizer
+
     def __iter__(self) -> Iterator[tuple[ImageRecord, Tensor]]:
+        for record, stored in self.iterate_stored():
+            if self._quantizer is None:
+                yield record, stored
+            else:
+                yield record, self._quantizer.dequantize(stored[None], self.settings["bits"])[0]
+
+    def iterate_stored(self) -> Iterator[tuple[ImageRecord, Tensor]]:
+        """Iterate over what is stored, of an archive of integers these: `(C, h, w)` in uint8."""
         settings, unpack = self.settings, FILE_FORMATS[self.settings["file_format"]].unpack
         for shard, facts in enumerate(self._facts):
             path, records = _shard_path(self.folder, settings, shard), facts["records"]
@@ -397,6 +456,9 @@ class LatentArchive:
                 if (tuple(latent.shape), latent.dtype) != expected:
                     got = f"got {(tuple(latent.shape), latent.dtype)}"
                     raise ValueError(f"The shard {str(path)!r} is damaged: {record.name!r} must be {expected}, {got}.")
+                if self._quantizer is not None and (largest := int(latent.max())) >= 2 ** settings["bits"]:
+                    what = f"{record.name!r} must be integers of {settings['bits']} bits, got {largest}"
+                    raise ValueError(f"The shard {str(path)!r} is damaged: {what}.")
                 yield record, latent
 
     def check_encoder(self, codec: Codec) -> None:

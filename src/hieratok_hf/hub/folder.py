@@ -12,6 +12,7 @@ import torch
 
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..models.modeling_hieratok import HieraTokModel
+from ..models.quantizing import QUANTIZER_FILE
 from ..models.saved_code import PIPELINE_CLASSES, to_json
 from ..models.saving import WEIGHTS_STEM, finish_save, index_for_transformers, link_or_copy, variant_of
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
@@ -26,6 +27,7 @@ __all__ = ["add_card", "prepare_folder", "select_files"]
 _PARTS = re.compile(
     r"(config|model_index|preprocessor_config|scheduler_config)\.json|README\.md|LICEN[CS]E(\.md|\.txt)?"
     rf"|(model|{WEIGHTS_STEM})((\.[\w-]+)?(-\d{{5}}-of-\d{{5}})?\.safetensors|\.safetensors\.index(\.[\w-]+)?\.json)"
+    rf"|{re.escape(QUANTIZER_FILE)}"
 )
 _PICTURE = re.compile(r"\w[\w.-]*\.(png|jpe?g|webp)")
 

@@ -66,6 +66,7 @@ def push_model(
             model.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         else:
             vae = model if isinstance(model, AutoencoderHieraTok) else AutoencoderHieraTok.from_core(model.core)
+            vae.quantizer = model.quantizer
             vae.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             HieraTokImageProcessorPil(size_divisor=vae.config.patch_size).save_pretrained(folder)
         if subfolder:

@@ -24,6 +24,7 @@ from ..shipped import resolve_model
 from .configuration_hieratok import OF_PIPELINES, HieraTokConfig, complete_saved, refuse_misspelt
 from .core import HieraTokCore, check_latents, check_pixel_values
 from .layers import HieraTokAttention
+from .quantizing import TokensMixin
 from .saved_code import library_of
 from .saving import HubUploadMixin, check_indices, check_kind, load_whole, name_in_errors, share_between_libraries
 from .tiling import TilingMixin, run_in_tiles
@@ -72,7 +73,9 @@ class AutoencoderHieraTokOutput(DecoderOutput):
     scales: tuple[Tensor, ...] | None = None
 
 
-class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class AutoencoderHieraTok(
+    HubUploadMixin, TokensMixin, ModelMixin, TilingMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
+):
     """
     Encode images and decode latents by the multi-scale visual tokenizer HieraTok, as the VAE of diffusers pipelines.
 
@@ -322,7 +325,9 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
             folder = Path(pretrained_model_name_or_path, subfolder or "")
             check_kind(folder, needs_config="config" not in kwargs)
             check_indices(folder)
-            return load()
+            model, info = load()
+            model._read_quantizer(pretrained_model_name_or_path, kwargs)
+            return model, info
 
         with name_in_errors(pretrained_model_name_or_path):
             model, info = load_whole(pretrained_model_name_or_path, subfolder, load_checked)
@@ -368,6 +373,7 @@ class AutoencoderHieraTok(HubUploadMixin, ModelMixin, TilingMixin, AttentionMixi
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, save_function, safe_serialization, **kwargs)
             share_between_libraries(stage, config)
+            self._write_quantizer(stage)
 
     def _own_config(self) -> HieraTokConfig:
         """Make the configuration to save: the registered one, which must describe the core."""

@@ -21,6 +21,7 @@ from .configuration_hieratok import HieraTokConfig
 from .core import HieraTokCore, HieraTokDecoder, posterior_of
 from .layers import HieraTokAttention, HieraTokBlock, init_weights
 from .losses import tokenizer_losses
+from .quantizing import TokensMixin
 from .saving import (
     HubUploadMixin,
     check_indices,
@@ -125,7 +126,7 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class HieraTokModel(HubUploadMixin, PreTrainedModel):
+class HieraTokModel(HubUploadMixin, TokensMixin, PreTrainedModel):
     """
     Encode images and decode latents by the multi-scale visual tokenizer HieraTok, as a transformers model.
 
@@ -205,7 +206,10 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         def load_checked() -> Any:
             check_kind(folder, needs_config=kwargs.get("config") is None)
             check_indices(folder)
-            return load()
+            loaded = load()
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # beside the info that was asked for
+            model._read_quantizer(pretrained_model_name_or_path, kwargs)
+            return loaded
 
         with name_in_errors(pretrained_model_name_or_path):
             return load_whole(pretrained_model_name_or_path, kwargs.get("subfolder"), load_checked)
@@ -348,6 +352,7 @@ class HieraTokModel(HubUploadMixin, PreTrainedModel):
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, is_main_process, **kwargs)
             share_between_libraries(stage, self.config, for_transformers=True)
+            self._write_quantizer(stage)
 
     def _to_own_dtype(self, tensor: Tensor) -> Tensor:
         """Cast a floating-point tensor to the dtype of the weights; leave anything else for the core to refuse."""

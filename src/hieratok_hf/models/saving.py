@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from ..utils.files import name_when_full, read_json
 from .configuration_hieratok import HieraTokConfig, complete_saved, pipeline_hint
+from .quantizing import QUANTIZER_FILE
 from .saved_code import OWN_CODE, add_code, to_json
 
 __all__ = [
@@ -256,7 +257,7 @@ def _stamps(folder: Path) -> set[tuple[Path, int, int]]:
     """Tell files of weights and configurations from those that another save puts in their place."""
     stamps = set()
     for path in (*folder.glob("*"), *folder.glob("[!.]*/*")):  # stages of saves come and go
-        if path.name in _LAST or _WEIGHTS.fullmatch(path.name):
+        if path.name in (*_LAST, QUANTIZER_FILE) or _WEIGHTS.fullmatch(path.name):
             with suppress(FileNotFoundError):
                 stat = path.stat()
                 stamps.add((path, stat.st_ino, stat.st_mtime_ns))
@@ -264,11 +265,17 @@ def _stamps(folder: Path) -> set[tuple[Path, int, int]]:
 
 
 def stale_weights(there: Iterable[AnyPath], written: Iterable[AnyPath]) -> list[AnyPath]:
-    """Find the weights that a save which wrote `written` makes obsolete: those beside it of the same variant."""
-    weights = {path for path in written if _WEIGHTS.fullmatch(path.name)}
+    """
+    Find what a save which wrote `written` makes obsolete: weights beside it of the same variant, and levels of latents
+    beside weights that have none.
+    """
+    there, new = list(there), set(written)
+    weights = {path for path in new if _WEIGHTS.fullmatch(path.name)}
     replaced = {(path.parent, variant_of(path.name)) for path in weights}
     others = [path for path in there if _WEIGHTS.fullmatch(path.name) and path not in weights]
-    return [path for path in others if (path.parent, variant_of(path.name)) in replaced]
+    stale = [path for path in others if (path.parent, variant_of(path.name)) in replaced]
+    folders = {path.parent for path in weights}
+    return stale + [x for x in there if x.name == QUANTIZER_FILE and x not in new and x.parent in folders]
 
 
 def variant_of(name: str) -> str:

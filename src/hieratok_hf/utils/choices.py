@@ -13,6 +13,7 @@ __all__ = [
     "PIXEL_LOSSES",
     "SHIPPED",
     "SIZES",
+    "TOKEN_BITS",
 ]
 
 SHIPPED: tuple[str, ...] = ("hieratok-tiny", "hieratok-tiny-16x", "hieratok-dit-tiny")
@@ -101,6 +102,9 @@ ARCHIVE_FORMATS = {
     "parquet": ("float16", "float32"),
 }
 """Formats of an archive's shards, each with the dtypes of latents that it can hold."""
+
+TOKEN_BITS = range(1, 9)
+"""Bits that the integers of a quantised latent may have."""
 
 ARCHIVE_FITS = ("pad", "crop")
 """Ways to encode an image whose sides are no multiples of a latent's cell: continue its border, or cut it."""

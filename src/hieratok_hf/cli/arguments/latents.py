@@ -3,8 +3,8 @@
 from argparse import Namespace
 from pathlib import Path
 
-from ...utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES
-from ..parsing import Parser, add_device, positive, whole
+from ...utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES, TOKEN_BITS
+from ..parsing import Parser, add_data, add_device, positive, whole
 from .images import TOKENIZER
 from .training import AUTOCAST
 
@@ -33,6 +33,8 @@ def add_encode(parser: Parser) -> None:
     add("--model", default="hieratok-tiny", help=TOKENIZER)
     add("--format", choices=ARCHIVE_FORMATS, default="safetensors", help="format of the files")
     add("--dtype", choices=LATENT_DTYPES, default="float16", help="dtype of what is stored")
+    bits = "store integers of this many bits in the place of latents, compressed, by the levels of the model"
+    add("--bits", type=whole(TOKEN_BITS[0], TOKEN_BITS[-1]), help=bits)
     fits = "what to do to sides that are no multiples of the model's patches: continue the border, or take the middle"
     add("--fit", choices=ARCHIVE_FITS, default="pad", help=fits)
     tiles = "encode and decode large images in tiles, in time that grows with their pixels instead of the square"
@@ -40,12 +42,24 @@ def add_encode(parser: Parser) -> None:
     add("--shard_size", type=positive, default=128, help="images of a file")
     add("--threads", type=whole(1, 1024), default=4, help="images to read at a time")
     _add_precision(parser)
+    parser.contradict("bits", "format", "dtype")
 
     def check(args: Namespace) -> None:
         if args.dtype not in (dtypes := ARCHIVE_FORMATS[args.format]):
             parser.error(f"--dtype must be one of {', '.join(dtypes)} with --format {args.format}, got {args.dtype}")
 
     parser.checks.append(check)
+
+
+def add_fit_quantizer(parser: Parser) -> None:
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="a folder of a tokenizer, which gets the levels as one more file")
+    add_data(add, "fitting", required=True)
+    add("--max_images", type=positive, default=3000, help="take only the first images of the data")
+    add("--size", type=positive, help="side of the middle square; the model's own unless given")
+    add("--batch_size", type=positive, default=16, help="images of a batch")
+    add("--overwrite", action="store_true", help="replace levels that are there already")
+    add_device(parser)
 
 
 def add_decode(parser: Parser) -> None:

@@ -1,0 +1,45 @@
+"""Fit the levels by which the latents of a tokenizer become integers, and put them beside its weights."""
+
+from argparse import Namespace
+
+from datasets import disable_progress_bars as disable_data_progress_bars
+from tqdm import tqdm
+
+from ..data.image_dataset import load_images
+from ..evaluation.reconstruction import EvaluationBatches
+from ..models.autoencoder_adapter import Codec, load_codec
+from ..models.quantizing import QUANTIZER_FILE, LatentQuantizer
+from .command_line import find_device, find_size, load_or_explain
+from .main import parse
+from .outputs import check_writable, write_or_explain
+from .terminal import Problem, one_line, run_script, tell_failures
+
+
+def run(args: Namespace) -> tuple[list[str], int]:
+    """Write the levels, and return the line to print and the exit status, 1 where an image was left out."""
+    args.model = str(args.folder)
+    if not (args.folder / "config.json").is_file():
+        raise Problem(f"FOLDER {args.model!r} must be that of a tokenizer: it has no config.json")
+    path = args.folder / QUANTIZER_FILE
+    check_writable("FOLDER", path, overwrite=args.overwrite)
+    device = find_device(args)
+    codec: Codec = load_or_explain(load_codec, "FOLDER", args.model, device)
+    if codec.core is None:
+        raise Problem(f"FOLDER {args.model!r} must be that of a HieraTok model, got {type(codec.model).__name__}")
+    size = find_size(args, codec)
+    images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
+    batches = EvaluationBatches(images, size, args.batch_size, limit=args.max_images)
+    with tqdm(batches, unit="batch", dynamic_ncols=True, leave=False) as shown:
+        try:
+            quantizer = LatentQuantizer.fit(codec.encode(batch["pixel_values"]) for batch in shown)
+        except (OSError, ValueError) as error:
+            raise Problem(f"--data {' '.join(args.data)!r} at {size} pixels: {one_line(error)}") from error
+    write_or_explain("FOLDER", path, quantizer.to_bytes())
+    tell_failures(batches.skipped)
+    return [f"levels written to {str(path)!r}"], 1 if batches.skipped else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse("fit-quantizer", argv)
+    disable_data_progress_bars()
+    return run_script(run, args)
