@@ -16,7 +16,8 @@ help: ## list these targets
 
 demo: $(DEMO) ## reconstruct two images and generate a sheet, into outputs/; a minute or two after the installation
 	$(BIN)/hieratok reconstruct --output outputs --overwrite
-	$(BIN)/hieratok generate --steps 25 --guidance_scale 8 --guidance_eta 0.5 --output outputs/generated.png --overwrite
+	$(BIN)/hieratok generate --steps 25 --guidance_scale 8 --guidance_eta 0.5 \
+		--guidance_interval 0.3 1 --output outputs/generated.png --overwrite
 
 app: $(READY) ## serve a page to try it in a browser, on this machine alone
 	$(BIN)/hieratok app
@@ -79,7 +80,8 @@ package: $(READY) ## build sdist and wheel into dist/, and run the demo from the
 	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		"$$(echo dist/*.whl)[eval]"
 	cd build/package && HF_HUB_OFFLINE=1 venv/bin/hieratok reconstruct --output outputs
-	cd build/package && HF_HUB_OFFLINE=1 venv/bin/hieratok generate --steps 25 --guidance_scale 8 --guidance_eta 0.5 --output outputs/generated.png
+	cd build/package && HF_HUB_OFFLINE=1 venv/bin/hieratok generate --steps 25 --guidance_scale 8 --guidance_eta 0.5 \
+		--guidance_interval 0.3 1 --output outputs/generated.png
 
 # What only a GPU can say: the tests on the device, and the times that `auto` follows. On a machine that has all the
 # packages already: make gpu BIN=$$(dirname $$(which python3)) READY=

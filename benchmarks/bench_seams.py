@@ -63,6 +63,7 @@ def measure_pipeline(name: str, images: int, data: Path) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     patch_size, size = pipe.vae.spatial_compression_ratio, image_size(pipe)
     settings = {"num_inference_steps": 25, "guidance_scale": 8.0, "guidance_eta": 0.5}
+    settings["guidance_interval"] = (0.3, 1.0)
     made = GeneratedBatches(pipe, range(images), seed=0, batch_size=50, **settings)
     real = EvaluationBatches(load_images(str(data / REAL_IMAGES)), size, 50, limit=images)
     ratios = [border_ratio([border_steps(x["pixel_values"], patch_size) for x in batches]) for batches in (made, real)]

@@ -106,7 +106,7 @@ def as_levels(images):
 def test_previews_come_before_the_images_of_the_script(app):
     pipe, scales = make_pipeline(), 3
     *previews, (images, line) = app.generate(pipe, threading.Lock(), 1, 3, 6, 2.0, 5, scales)
-    settings = {"num_inference_steps": 6, "guidance_scale": 2.0, "guidance_eta": 0.5}
+    settings = {"num_inference_steps": 6, "guidance_scale": 2.0, **app.GUIDANCE}
     expected = number_images(make_pipeline(), [1, 4, 7], 5, **settings).permute(0, 2, 3, 1).numpy()
     assert abs(as_levels(images) - expected.astype(int)).max() <= 1
     assert "seed 5, 6 steps, guidance 2" in line and "8 x 8 pixels" in line

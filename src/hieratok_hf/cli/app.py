@@ -37,6 +37,8 @@ from .terminal import Problem, one_line, run_script
 
 MAX_BYTES, MAX_PIXELS, MAX_SIDE = 20 * 2**20, 32_000_000, 768
 MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE, MAX_SEED = 100, 8, 10.0, 2**31 - 1
+# Colours stay natural, and flat areas smooth, with much guidance.
+GUIDANCE: dict[str, Any] = {"guidance_eta": 0.5, "guidance_interval": (0.3, 1.0)}
 WAITING, AT_ONCE = 40, 2
 SWEEP_EVERY, KEEP_FILES, KEEP_UNREAD = 600, 3600, 900
 """Seconds: how often files are looked through, and how old those grow that a visitor got, or sent to no end."""
@@ -166,8 +168,7 @@ def generate(
     scales: int,
 ) -> Iterator[tuple[list[Image.Image], str]]:
     """
-    Make images of a class, those of `hieratok generate --guidance_eta 0.5` for that class and seed, and show them
-    while they are made.
+    Make images of a class, those of `hieratok generate` for that class, seed and guidance, and show them on the way.
 
     Yields:
         `count` images, and a line that says what they are: previews of the steps by so many scales of the tokenizer,
@@ -185,7 +186,7 @@ def generate(
         return {}
 
     def work() -> torch.Tensor:
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "guidance_eta": 0.5}
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, **GUIDANCE}
         with lock:
             return number_images(pipe, rows, seed, callback_on_step_end=show, preview_scales=scales, **settings)
 
