@@ -151,7 +151,7 @@ def test_the_figures_of_generation_are_those_recorded():
     assert f"shards at {cached['caching_over_encoding']:.2f} of the speed" in NUMBERS
     assert cached["caching_over_encoding"] >= 0.9
     judged = recorded("hieratok-dit-tiny")
-    assert judged["settings"]["samples"] == 1000 and judged["settings"]["guidance_scale"] == 4
+    assert judged["settings"]["samples"] == 1000 and judged["settings"]["guidance_scale"] == 8
     for name, accuracy in zip(judged["classes"].values(), judged["class_accuracy_per_class"]):
         assert f"| {name} | {100 * accuracy:.0f} |" in CARD
     assert f"| all | {100 * judged['class_accuracy']:.1f} |" in CARD
