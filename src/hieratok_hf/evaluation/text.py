@@ -36,7 +36,7 @@ PASSAGE = (
 )
 """The text of all pages, from the end of Darwin's Origin of Species (1859)."""
 
-_LONGEST_LINE = 11  # characters of several words: what fits on a page at every height, as does each longer word
+_LONGEST_LINE = 11  # characters: what fits on a page at every height, and no word is longer
 _MARGIN = 4
 
 
@@ -58,7 +58,7 @@ class TextPages:
         font: Any = ImageFont.load_default(height)
         # Raqm, which is not on every machine, places letters otherwise.
         font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)
-        self.lines = textwrap.wrap(PASSAGE, _LONGEST_LINE, break_long_words=False)
+        self.lines = textwrap.wrap(PASSAGE, _LONGEST_LINE)
         self._widths = [round(font.getlength(line)) + 2 * _MARGIN for line in self.lines]
         self._width = max(self._widths)
         self._height = round(1.5 * height)
