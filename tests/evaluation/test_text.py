@@ -86,23 +86,25 @@ def test_a_model_with_random_weights_leaves_nothing_to_read():
     assert figures == {"12": {"characters": 0, "lines": 0}}
 
 
-def test_processes_share_the_pages(monkeypatch):
+@pytest.mark.parametrize("world", [3, 20])
+def test_processes_share_the_pages(world, monkeypatch):
     reading, parts = TextReading(template_reader(16), heights=[16]), []
-    monkeypatch.setattr(reading, "read", lambda strip, read=reading.read: read(strip)[1:])
-    alone = reading.measure()
-    assert 0 < alone["16"]["characters"] < 1 and len(reading.pages[16].levels) > 3
-    for rank in range(3):
+    read, pages = reading.read, range(len(reading.pages[16].levels))
+    monkeypatch.setattr(reading, "read", lambda strip: read(strip)[1:])
+    codec = Codec(Shift(0.0))
+    alone = reading.measure(codec)
+    assert 0 < alone["16"]["characters"] < 1 and 3 < len(pages) < 20
 
-        def gather(mine):
-            parts.append(mine)
-            return parts if len(parts) == 3 else [mine, {0: []}]
+    def gather(mine):
+        parts.append(mine)
+        return parts if len(parts) == world else [dict.fromkeys(pages, ("",))]
 
-        monkeypatch.setattr(text, "process_place", lambda rank=rank: (rank, 3))
-        monkeypatch.setattr(text, "gather", gather)
-        together = reading.measure()
+    monkeypatch.setattr(text, "gather", gather)
+    for rank in range(world):
+        monkeypatch.setattr(text, "process_place", lambda rank=rank: (rank, world))
+        together = reading.measure(codec)
     assert together == alone
-    numbers = [number for part in parts for number in part]
-    assert sorted(numbers) == list(range(len(reading.pages[16].levels)))
+    assert sorted(number for part in parts for number in part) == list(pages)
 
 
 @pytest.mark.parametrize("height", [min(LETTER_HEIGHTS), max(LETTER_HEIGHTS)])

@@ -125,11 +125,13 @@ class TextReading:
         figures = {}
         for height, pages in self.pages.items():
             mine: dict[int, list[str]] = {}
-            for numbers in torch.arange(rank, len(pages.levels), world).split(batch_size):
+            share = range(len(pages.levels))[rank::world]
+            for start in range(0, len(share), batch_size):
+                numbers = list(share[start : start + batch_size])
                 levels = pages.levels[numbers]
                 if codec is not None:
                     levels = to_uint8(codec.decode(codec.encode(from_uint8(levels)))).cpu()
-                for page, number in zip(levels, numbers.tolist()):
+                for page, number in zip(levels, numbers):
                     mine[number] = [self.read(strip) for strip in pages.cut_lines(page, number)]
             read = {number: lines for part in gather(mine) for number, lines in part.items()}
             found = [line.replace(" ", "") for number in sorted(read) for line in read[number]]
