@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from helpers import leave_something, tiny_vision_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -47,6 +47,15 @@ def tiny_without_posterior():
     channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     torch.manual_seed(0)
     return AutoencoderTiny(**channels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+
+
+def tiny_dc():
+    side = {"block_types": ("ResBlock",) * 2, "block_out_channels": (8, 16), "qkv_multiscales": ((),) * 2}
+    sides = {f"{name}_{key}": value for name in ("encoder", "decoder") for key, value in side.items()}
+    layers = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "attention_head_dim": 4}
+    steps = {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
+    torch.manual_seed(0)
+    return AutoencoderDC(**sides, **layers, **steps, latent_channels=4).eval()
 
 
 def tiny_vision_features(seed=0, mean=0.5):

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import time
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from scripts import ROOT, load_script, report_in
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import SIZES, HieraTokConfig, PyramidLayout, scale_causal_attention
+from hieratok_hf.cli.protocol import describe_text
+from hieratok_hf.evaluation.text import LETTER_HEIGHTS, TextReading
 from hieratok_hf.ops.attention import FASTEST
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,6 +52,28 @@ TABLES = sorted(path.stem for kind in SCRIPTS for path in RESULTS.glob(f"{kind}_
 def test_a_table_is_what_was_recorded(name):
     (script,) = (script for kind, script in SCRIPTS.items() if name.startswith(kind))
     assert load_script("benchmarks", script).table(recorded(name)) in NUMBERS
+
+
+def test_the_text_that_is_read_is_what_was_recorded():
+    report = recorded("text")
+    assert [figures["model"] for figures in report["models"]] == ["hieratok-tiny", "hieratok-tiny-16x"]
+    rows = {"pages as drawn": report["text_of_originals"]}
+    rows |= {figures["model"]: figures["text"] for figures in report["models"]}
+    shown = {}
+    for name, read in rows.items():
+        cells = [f"{100 * found['characters']:.1f}, {100 * found['lines']:.1f}" for found in read.values()]
+        shown[name] = f"| {' | '.join([name, *cells])} |"
+    heights = " | ".join(f"{height} px" for height in LETTER_HEIGHTS)
+    head = f"| characters, lines read right, % | {heights} |\n|{'---|' * (1 + len(LETTER_HEIGHTS))}"
+    assert "\n".join([head, *shown.values()]) in PAGES
+    for name in ("hieratok-tiny", "hieratok-tiny-16x"):
+        section = CARD.partition(f"\n# {name}\n")[2].partition("\n# ")[0]
+        assert "\n".join([head, shown["pages as drawn"], shown[name]]) in section
+    described, text = report["protocol"]["text"], TextReading(str)
+    lines = text.pages[12].lines
+    assert f"({len(lines)} of each height, {sum(map(len, ''.join(lines).split()))} characters" in PROSE
+    if report["protocol"]["versions"]["pillow"] == version("pillow"):
+        assert described["pages"] == describe_text(text)["pages"]
 
 
 def test_the_figures_of_the_weights_their_seams_and_noise_are_those_recorded():

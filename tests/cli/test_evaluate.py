@@ -3,15 +3,19 @@
 import importlib.util
 import json
 import re
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from helpers import random_core, tiny_vision_model
 from image_files import crop
-from latent_data import tiny_kl, tiny_without_posterior
+from latent_data import tiny_dc, tiny_kl, tiny_without_posterior
 from processes import two_processes
 from scripts import error_of, load_script, tables_in, usage_error, with_defaults
+from text_reader import template_reader
 from transformers import ViTConfig, ViTForImageClassification
 
 pytest.importorskip("datasets", reason="images are read through it")
@@ -20,6 +24,7 @@ pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its 
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
+from hieratok_hf.evaluation.text import TextReading
 from hieratok_hf.models.autoencoder_adapter import load_codec
 from hieratok_hf.utils.images import to_uint8
 
@@ -180,6 +185,52 @@ def test_the_suite_is_measured_beside_the_distance_and_again_by_the_protocol(spa
     assert script.main(["--protocol", str(tmp_path / "a.json"), "--no_ssim", "--model", str(space / "tiny")]) == 0
     output = capsys.readouterr().out
     assert re.search(r"note: models\.0\.ssim was [0-9.]+ in --protocol, is not there", output)
+
+
+@pytest.fixture
+def stand_in_ocr(monkeypatch):
+    """What reads lines that look as they were drawn, of two heights with few pages."""
+    monkeypatch.setattr(script, "TextReading", partial(TextReading, heights=(8, 12)))
+    monkeypatch.setattr(script, "load_reader", lambda: template_reader(8, 12))
+
+
+def test_text_is_read_of_any_autoencoder_and_again_by_the_protocol(stand_in_ocr, space, tmp_path, capsys):
+    given = ["--no_ssim", "--no_fid", "--max_images", 1, "--text", "--batch_size", 3, "--json", tmp_path / "a.json"]
+    tiny_dc().save_pretrained(tmp_path / "dc")
+    tiny_kl(mid_block_add_attention=False).save_pretrained(tmp_path / "kl")  # attention over a page takes minutes
+    more = ["--compare", tmp_path / "kl", space / "tiny", tmp_path / "dc"]
+    assert script.main(arguments(space, *given, *more)) == 0
+    report, (_, table) = json.loads((tmp_path / "a.json").read_text()), tables_in(capsys.readouterr().out)
+    all_and_nothing = [dict.fromkeys(("characters", "lines"), share) for share in (1, 0)]
+    assert report["text_of_originals"] == dict.fromkeys(("8", "12"), all_and_nothing[0])
+    rows = [{"characters, lines right, %": "pages as drawn", "8 px": "100.0, 100.0", "12 px": "100.0, 100.0"}]
+    for figures in report["models"]:
+        assert figures["text"] == dict.fromkeys(("8", "12"), all_and_nothing[1])  # their weights are random
+        rows.append({"characters, lines right, %": figures["model"], "8 px": "0.0, 0.0", "12 px": "0.0, 0.0"})
+    assert table == rows and len(rows) == 5
+    described = report["protocol"]["text"]
+    assert described["page_size"] == 256 and len(described["pages"]) == 64 and report["protocol"]["options"]["text"]
+    assert described["versions"].keys() >= {"rapidocr-onnxruntime"}
+
+    assert script.main(["--protocol", str(tmp_path / "a.json")]) == 0
+    assert "note: all figures are those of --protocol, to the last digit" in capsys.readouterr().out
+    assert script.main(arguments(space, *given[:4], "--json", tmp_path / "b.json")) == 0
+    plain = json.loads((tmp_path / "b.json").read_text())
+    assert not [x for x in (plain, plain["protocol"], plain["models"][0]) for name in x if name.startswith("text")]
+
+
+def test_text_needs_an_ocr_and_a_model_that_takes_pages(space, stand_in_ocr, tmp_path, monkeypatch, capsys):
+    sides = {f"{side}_block_out_channels": (2,) * 10 for side in ("encoder", "decoder")}
+    blocks = {f"num_{side}_blocks": (1,) * 10 for side in ("encoder", "decoder")}
+    AutoencoderTiny(**sides, **blocks).save_pretrained(tmp_path / "coarse")  # makes 512 pixels of a latent
+    given = ["--no_ssim", "--no_fid", "--text", "--json", tmp_path / "new" / "a.json"]
+    assert script.main(arguments(space, *given, "--compare", tmp_path / "coarse")) == 2
+    assert re.search(r"--text: .*makes images of shape .3, 512, 512. of those of .3, 256, 256", error_of(capsys))
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
+    assert script.main(arguments(space, *given)) == 2
+    assert re.search(r"--text: .*pip install 'hieratok_hf\[ocr\]'", error_of(capsys))
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_images_of_a_file_are_evaluated_as_those_of_a_folder(space, tmp_path):

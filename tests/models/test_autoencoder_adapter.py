@@ -4,33 +4,26 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, UNet2DModel, VQModel
 from helpers import images, random_core
 from huggingface_hub import constants
+from latent_data import tiny_dc
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, **BLOCKS}
-SIDE = {"block_types": ("ResBlock",) * 2, "block_out_channels": (8, 16), "qkv_multiscales": ((),) * 2}
-SIDES = [{f"{side}_{name}": value for name, value in SIDE.items()} for side in ("encoder", "decoder")]
 
 
 def kl():
     return AutoencoderKL(**SMALL, latent_channels=4, sample_size=32)
 
 
-def dc():
-    layers = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "attention_head_dim": 4}
-    steps = {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
-    return AutoencoderDC(**SIDES[0], **SIDES[1], **layers, **steps, latent_channels=4)
-
-
 OTHERS = {
     "kl": (kl, lambda output: output.latent_dist.mode(), 4),
     "vq": (lambda: VQModel(**SMALL, latent_channels=3, num_vq_embeddings=16), lambda output: output.latents, 3),
-    "dc": (dc, lambda output: output.latent, 4),
+    "dc": (tiny_dc, lambda output: output.latent, 4),
 }
 
 

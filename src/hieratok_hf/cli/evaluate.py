@@ -15,6 +15,7 @@ from ..evaluation.image_sets import FrechetDistance, InceptionScore, RowCollecto
 from ..evaluation.linear_probe import linear_probe, pool_features
 from ..evaluation.perceptual import PerceptualDistance, load_lpips
 from ..evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate, throughput
+from ..evaluation.text import PAGE_SIZE, TextReading, load_reader
 from ..evaluation.vision_features import VisionFeatures
 from ..models.autoencoder_adapter import Codec, load_codec
 from ..utils.distributed import gather
@@ -22,7 +23,7 @@ from ..utils.npz import list_npz, write_npz
 from .command_line import describe_machine, device_of_process, find_size, load_or_explain, run_on_processes
 from .main import parse
 from .outputs import check_writable, identify, write_report
-from .protocol import compare_with_protocol, describe_protocol
+from .protocol import compare_with_protocol, describe_protocol, describe_text
 from .terminal import Problem, align_table, one_line
 
 
@@ -191,6 +192,28 @@ def table(models: list[dict[str, Any]]) -> str:
     return align_table([header, *([row.get(name, "-") for name in header] for row in rows)])
 
 
+def make_text(codecs: dict[str, Codec]) -> TextReading:
+    """Make what reads the pages of `--text`, which all models must take."""
+    try:
+        text = TextReading(load_reader())
+        for codec in codecs.values():
+            codec.latent_shape(PAGE_SIZE)
+    except (ImportError, ValueError) as error:
+        raise Problem(f"--text: {one_line(error)}") from error
+    return text
+
+
+def text_table(originals: dict[str, Any], models: list[dict[str, Any]]) -> str:
+    """The characters and lines that were read right, by letter height, in aligned columns."""
+    rows = {"pages as drawn": originals} | {figures["model"]: figures["text"] for figures in models}
+    header = ["characters, lines right, %", *(f"{height} px" for height in originals)]
+    shown = [
+        [name, *(f"{100 * read['characters']:.1f}, {100 * read['lines']:.1f}" for read in figures.values())]
+        for name, figures in rows.items()
+    ]
+    return align_table([header, *shown])
+
+
 def load_data(args: Namespace) -> tuple[Images, Images | None]:
     """The images to evaluate on, and those to fit a probe to."""
     images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
@@ -216,6 +239,7 @@ def run(args: Namespace, state: PartialState) -> list[str]:
     args.size = size = find_size(args, codecs[args.model])
     notes: list[str] = []
     metrics = make_metrics(args, device, notes)
+    text = make_text(codecs) if args.text else None
     images, train = load_data(args)
     batches = EvaluationBatches(images, size, args.batch_size, limit=args.max_images)
     probe_batches = EvaluationBatches(train, size, args.batch_size) if train else None
@@ -232,10 +256,13 @@ def run(args: Namespace, state: PartialState) -> list[str]:
             if probe_batches and codec.core is not None:
                 fitted = pool_features(codec, probe_batches)
                 figures["probe_accuracy"] = linear_probe(*fitted, *pool_features(codec, batches))
+            if text:
+                figures["text"] = text.measure(codec, args.batch_size)
         except ValueError as error:
             raise Problem(f"{name!r} cannot be evaluated on {images.source}: {one_line(error)}") from error
         models.append(figures)
 
+    originals = text.measure() if text else {}
     read = {"data": batches, "probe_data": probe_batches, "reference": reference}
     mine = {name: reason for found in read.values() if found for name, reason in found.skipped.items()}
     skipped = {name: reason for part in gather(mine) for name, reason in part.items()}
@@ -260,15 +287,18 @@ def run(args: Namespace, state: PartialState) -> list[str]:
             images=count,
             precision="float32",
             latents="mode of the posterior",
+            **({"text": describe_text(text)} if text else {}),
         )
         settings = {**vars(args), "fid_size": metrics.frechet and metrics.frechet.size}
         report = {"settings": settings, "machine": describe_machine(device, state.num_processes), "images": count}
         report |= {"protocol": protocol, "notes": notes, "skipped": skipped, "models": models}
+        report |= {"text_of_originals": originals} if text else {}
         notes += compare_with_protocol(args, report)
         if args.json:
             write_report(args.json, report)
     title = f"{count} images of {images.source} at {size} x {size} pixels, mode of the posterior, float32"
-    return [title, table(models), *(f"note: {x}" for x in notes), *(f"skipped: {x}" for x in skipped.values())]
+    tables = [table(models), *(["", text_table(originals, models)] if text else [])]
+    return [title, *tables, *(f"note: {x}" for x in notes), *(f"skipped: {x}" for x in skipped.values())]
 
 
 def main(argv: list[str] | None = None) -> int:

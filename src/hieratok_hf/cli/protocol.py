@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..data.image_dataset import Images
 from ..evaluation.image_sets import FrechetDistance
+from ..evaluation.text import PAGE_SIZE, TextReading
 from ..utils.files import read_json
 from .outputs import as_written
 
-__all__ = ["compare_with_protocol", "describe_protocol", "digest_tensors"]
+__all__ = ["compare_with_protocol", "describe_protocol", "describe_text", "digest_tensors"]
 
 _LIBRARIES = ("hieratok_hf", "torch", "numpy", "pillow", "diffusers", "transformers", "torchmetrics", "torch-fidelity")
 # What says where figures go.
@@ -85,6 +86,17 @@ def describe_protocol(
         **facts,
         "versions": {name: _version(name) for name in _LIBRARIES},
         "weights": {name: digest_tensors(model.state_dict()) for name, model in weights.items()},
+    }
+
+
+def describe_text(text: TextReading) -> dict[str, Any]:
+    """Describe what was read of `--text`, and by what; nothing of it is random."""
+    return {
+        "pages": digest_tensors({f"{height} px": pages.levels for height, pages in text.pages.items()}),
+        "page_size": PAGE_SIZE,
+        "lines": len(next(iter(text.pages.values())).lines),
+        "characters": "without spaces",
+        "versions": {name: _version(name) for name in ("rapidocr-onnxruntime", "onnxruntime", "opencv-python")},
     }
 
 

@@ -11,6 +11,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "gradio": "app",
+    "rapidocr-onnxruntime": "ocr",
 }
 """Packages that the core does without, each with the extra that brings it."""
 

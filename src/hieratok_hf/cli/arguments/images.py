@@ -33,6 +33,7 @@ def add_evaluate(parser: Parser) -> None:
     add("--no_ssim", action="store_true", help="leave SSIM out, which is slow")
     add("--lpips", action="store_true", help="measure LPIPS; needs the package lpips")
     add("--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this vision model")
+    add("--text", action="store_true", help="read pages of text by an OCR, by letter height; needs the extra ocr")
     add("--no_fid", action="store_true", help="leave the Fréchet distance out")
     add("--classifier", metavar="MODEL", help="measure the Inception Score by this image classifier")
     add_sets(parser, "these images instead of those of --data", "the reconstructions by --model")
