@@ -22,7 +22,7 @@ def strips_of(pages):
 
 @pytest.fixture(scope="module")
 def ocr():
-    pytest.importorskip("rapidocr_onnxruntime", reason="the extra ocr is not installed")
+    pytest.importorskip("rapidocr_onnxruntime", exc_type=ImportError, reason="the extra ocr is not installed")
     return load_reader()
 
 

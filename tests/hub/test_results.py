@@ -42,8 +42,10 @@ def test_the_figures_of_a_generator_are_those_recorded():
     figures, classes = report_results(report, "pipeline", DIT)
     judge = "accuracy of mobilenet_v2_1.0_224 among"
     found = {figure.metric_name: figure.metric_value for figure in figures}
-    assert found == {f"{judge} the classes of the model": 0.644, f"{judge} all its labels": 0.064}
-    assert {figure.dataset_config for figure in figures} == {"1000 samples at 128x128, 25 steps, guidance 8 with eta 0.5, float32"}
+    assert found == {f"{judge} the classes of the model": 0.851, f"{judge} all its labels": 0.188}
+    assert {figure.dataset_config for figure in figures} == {
+        "1000 samples at 128x128, 25 steps, guidance 8 with eta 0.5, float32"
+    }
     assert {figure.dataset_type for figure in figures} == {"generated"}
     assert all(" --seed 0 --batch_size 50 " in figure.metric_args["command"] for figure in figures)
     shares = zip(report["class_accuracy_per_class"], report["top1_accuracy_per_class"])
