@@ -13,7 +13,6 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderT
 from diffusers.utils import logging
 from measuring import (
     describe_benchmark,
-    draw,
     first_line,
     in_fresh_process,
     markdown_table,
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hieratok_hf import SIZES, AutoencoderHieraTok
 from hieratok_hf.cli.command_line import find_device
 from hieratok_hf.cli.parsing import add_device, make_parser
+from hieratok_hf.utils.plots import draw
 
 RESULTS = Path(__file__).parent / "results"
 # What tells one row from another.

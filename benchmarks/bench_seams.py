@@ -12,10 +12,9 @@ from tqdm import tqdm
 from hieratok_hf import HieraTokDiTPipeline
 from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.data.training_batches import step_generator
 from hieratok_hf.evaluation.generation import GeneratedBatches, image_size
 from hieratok_hf.evaluation.metrics import border_steps, psnr
-from hieratok_hf.evaluation.reconstruction import EvaluationBatches
+from hieratok_hf.evaluation.reconstruction import EvaluationBatches, perturb
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,15 +32,14 @@ def border_ratio(steps: list[Tensor]) -> float:
 def measure_tokenizer(name: str, codec: Codec, batches: EvaluationBatches, deviations: list[float]) -> dict[str, Any]:
     """The figures of a tokenizer on photographs: decibels by noise on the latents, and seams."""
     channels, side, _ = codec.latent_shape(batches.size)
+    std = torch.ones(channels)  # that of the latents of images that they were trained on
     patch_size = batches.size // side
     sums, count, steps, original_steps = torch.zeros(1 + len(deviations)), 0, [], []
     for batch in tqdm(batches, desc=name, leave=False):
         pixel_values = batch["pixel_values"]
         latents = codec.encode(pixel_values)
-        noise = torch.stack(
-            [torch.randn(channels, side, side, generator=step_generator(0, row)) for row in batch["rows"]]
-        )
-        made = [codec.decode(latents + deviation * noise).float().clamp(-1, 1) for deviation in (0.0, *deviations)]
+        wrong = [perturb(latents, batch["rows"], deviation, std)["noise"] for deviation in (0.0, *deviations)]
+        made = [codec.decode(x).float().clamp(-1, 1) for x in wrong]
         sums += torch.stack([psnr(images, pixel_values).sum() for images in made])
         count += len(pixel_values)
         steps.append(border_steps(made[0], patch_size))

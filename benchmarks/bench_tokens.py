@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import describe_benchmark, draw, in_fresh_process, markdown_table, print_machine, record_report
+from measuring import describe_benchmark, in_fresh_process, markdown_table, print_machine, record_report
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from hieratok_hf.evaluation.reconstruction import EvaluationBatches, Reconstruct
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 from hieratok_hf.models.autoencoder_adapter import load_codec
 from hieratok_hf.utils.images import from_uint8, to_uint8
+from hieratok_hf.utils.plots import draw
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from compare_scales import DISTANCE, README, ROOT, ROWS, steps_to_reach
-from latent_space import IMAGES, NOISE, figures, latents_of, white_noise
+from latent_space import NOISE, latents_of
 from latent_space import plot as plot_spaces
 from latent_space import table as table_of_spaces
-from measuring import describe_benchmark, draw, fill_section, markdown_table
+from measuring import describe_benchmark, fill_section, markdown_table
 
 from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.data.latent_cache import LatentCache
+from hieratok_hf.evaluation.latent_statistics import describe_latents, white_noise
 from hieratok_hf.utils.files import write_whole
+from hieratok_hf.utils.plots import draw
 
 RESULTS = ROOT / "benchmarks" / "results" / "compare_generation.json"
 PLOT = RESULTS.with_suffix(".png")
@@ -213,9 +215,9 @@ def collect(args: argparse.Namespace) -> None:
     # Whose run has finished, its cache has, unless it was removed since.
     done = {run["tokenizer"] for run in runs.values()}
     if all(name in done and folder.exists() for name, folder in folders.items()):
-        spaces = {name: figures(latents_of(folder)[0]) for name, folder in folders.items()}
-        spaces[NOISE] = figures(white_noise(tuple(spaces[args.pair[0]]["shape"])))
-        images = {name: latents_of(folder, IMAGES) for name, folder in folders.items()}
+        spaces = {name: describe_latents(latents_of(folder)[0]) for name, folder in folders.items()}
+        spaces[NOISE] = describe_latents(white_noise(tuple(spaces[args.pair[0]]["shape"])))
+        images = {name: latents_of(folder, some=True) for name, folder in folders.items()}
         classes = json.loads((args.data / "imagenette_128" / "meta.json").read_text())["classes"]
         plot_spaces(spaces, images, classes, SPACES_PLOT)
     results = {"machine": describe_benchmark(torch.device("cpu")), "runs": runs, "latent_spaces": spaces}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import describe_benchmark, draw, fill_section, markdown_table
+from measuring import describe_benchmark, fill_section, markdown_table
 from safetensors.torch import load_file
 from variants import VARIANTS
 
@@ -20,6 +20,7 @@ from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.utils.files import write_whole
+from hieratok_hf.utils.plots import draw
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compare_scales.json"

@@ -10,8 +10,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -294,17 +293,3 @@ def fill_section(text: str, begin: str, content: str) -> str:
         raise ValueError(f"The text must hold {begin!r} once.")
     before, _, rest = text.partition(begin)
     return f"{before}{begin}\n{content}\n{END}{rest.partition(END)[2]}"
-
-
-@contextmanager
-def draw(path: Path, columns: int = 1, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """Give a figure and its axes side by side, and write it as a PNG file at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, squeeze=False, layout="constrained", **options)
-    yield figure, axes[0]
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

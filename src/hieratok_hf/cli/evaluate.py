@@ -2,6 +2,7 @@
 
 import re
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ from ..evaluation.generation import ImageClassifier
 from ..evaluation.image_sets import FrechetDistance, InceptionScore, RowCollector
 from ..evaluation.linear_probe import linear_probe, pool_features
 from ..evaluation.perceptual import PerceptualDistance, load_lpips
-from ..evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate, throughput
+from ..evaluation.reconstruction import (
+    EvaluationBatches,
+    ReconstructionMetrics,
+    evaluate,
+    evaluate_perturbed,
+    throughput,
+)
 from ..evaluation.text import PAGE_SIZE, TextReading, load_reader
 from ..evaluation.vision_features import VisionFeatures
 from ..models.autoencoder_adapter import Codec, load_codec
@@ -138,6 +145,7 @@ def evaluate_model(
     metrics: ReconstructionMetrics,
     state: PartialState,
     collector: RowCollector | None,
+    perturb: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The figures of one model; speed is measured in the main process while the others wait."""
     try:
@@ -146,6 +154,8 @@ def evaluate_model(
         raise Problem(f"--size {batches.size} does not suit {name!r}: {one_line(error)}") from error
     shown = tqdm(batches, desc=name, unit="batch", disable=not state.is_local_main_process, leave=False)
     figures = evaluate(codec, shown, metrics, collector)
+    if perturb:
+        figures |= evaluate_perturbed(codec, batches, perturb, torch.tensor(figures["latent_std"]))
     rates = {}
     if state.is_main_process and (batch := next(iter(batches), None)) is not None:
         rates = throughput(codec, batch["pixel_values"])
@@ -172,6 +182,9 @@ def columns(figures: dict[str, Any]) -> dict[str, str]:
     for name, value in figures.items():
         if name in ("ssim", "lpips", "perceptual"):
             row[{"ssim": "SSIM", "lpips": "LPIPS"}.get(name, name)] = f"{value:.4f}"
+        if name.startswith("psnr_with_"):
+            kind = name.removeprefix("psnr_with_").replace("_", " ")
+            row |= {f"{kind} {amount}, dB": f"{decibels:.2f}" for amount, decibels in value.items()}
     row |= set_columns(figures)
     if "scales_psnr" in figures:
         row["coarser scales, dB"] = " ".join(f"{value:.2f}" for value in figures["scales_psnr"][:-1]) or "-"
@@ -252,7 +265,7 @@ def run(args: Namespace, state: PartialState) -> list[str]:
     models: list[dict[str, Any]] = []
     for name, codec in codecs.items():
         try:
-            figures = evaluate_model(name, codec, batches, metrics, state, None if models else collector)
+            figures = evaluate_model(name, codec, batches, metrics, state, None if models else collector, args.perturb)
             if probe_batches and codec.core is not None:
                 fitted = pool_features(codec, probe_batches)
                 figures["probe_accuracy"] = linear_probe(*fitted, *pool_features(codec, batches))

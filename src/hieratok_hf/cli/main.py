@@ -39,6 +39,9 @@ COMMANDS = {
     ),
     "decode": Command("Latents", "Decode an archive to images of the same names and sizes.", latents.add_decode),
     "preview": Command("Latents", "Show the images of an archive on one sheet.", latents.add_preview),
+    "latents": Command(
+        "Latents", "Describe the latents of autoencoders: tails, spectrum, equivariance, a probe.", latents.add_latents
+    ),
     "generate": Command("Generation", "Make images of classes, on one sheet.", generation.add_generate),
     "evaluate-generation": Command(
         "Generation", "Evaluate a generator: Fréchet distance and class accuracy.", generation.add_evaluate_generation

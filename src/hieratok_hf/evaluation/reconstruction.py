@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.image_dataset import Images, Row, decode_ahead
+from ..data.training_batches import step_generator
 from ..models.autoencoder_adapter import Codec
 from ..models.losses import image_pyramid
+from ..models.quantizing import LatentQuantizer
 from ..utils.channel_statistics import add_sums, channel_statistics, channel_sums
 from ..utils.distributed import gather, process_place
 from ..utils.images import from_uint8, to_uint8
@@ -24,12 +26,15 @@ __all__ = [
     "EvaluationBatches",
     "ReconstructionMetrics",
     "evaluate",
+    "evaluate_perturbed",
+    "perturb",
     "throughput",
 ]
 
 # Shape letters: B batch, H W pixels, S side of a square image in pixels, C latent channels, h w the latent's grid.
 
 _MOST_REPEATS = 20
+_PERTURBED_BITS = 8
 
 
 class EvaluationBatches:
@@ -213,6 +218,67 @@ def evaluate(
         figures["scales_psnr"] = [_mean_psnr(decibels) for decibels in sums["scales"]]
     mean, std = channel_statistics(sums)
     return {**figures, "latent_mean": mean.tolist(), "latent_std": std.tolist()}
+
+
+def perturb(
+    latents: Tensor, rows: Sequence[int], amount: float, std: Tensor, quantizer: LatentQuantizer | None = None
+) -> dict[str, Tensor]:
+    """
+    Make latents wrong, as those of a generator are, by random numbers that depend on the images' rows alone.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents of images.
+        rows (`Sequence[int]`): Numbers of the images.
+        amount (`float`): How wrong they get, from 0 to 1.
+        std (`torch.Tensor` of shape `(C,)`): The standard deviation of each channel.
+        quantizer (`LatentQuantizer`, *optional*): The levels of the model, if it has some.
+
+    Returns:
+        Latents `(B, C, h, w)` by the kind of error: `noise` with normal noise of `amount * std`; and with a
+        `quantizer` `replaced_levels`, of integers of 8 bits of which that share is replaced by random ones.
+    """
+    shape, sources = latents.shape[1:], [step_generator(0, row) for row in rows]
+    noise = torch.stack([torch.randn(shape, generator=source) for source in sources]).to(latents)
+    made = {"noise": latents + amount * std.to(latents)[:, None, None] * noise}
+    if quantizer is not None:
+        chance = torch.stack([torch.rand(shape, generator=source) for source in sources])
+        other = torch.stack([torch.randint(2**_PERTURBED_BITS, shape, generator=source) for source in sources])
+        tokens = quantizer.quantize(latents, _PERTURBED_BITS).cpu()
+        tokens = torch.where(chance < amount, other, tokens)
+        made["replaced_levels"] = quantizer.dequantize(tokens, _PERTURBED_BITS).to(latents)
+    return made
+
+
+@torch.no_grad()
+def evaluate_perturbed(
+    codec: Codec, batches: Iterable[dict[str, Any]], amounts: Sequence[float], std: Tensor
+) -> dict[str, dict[str, float]]:
+    """
+    Measure images that are decoded from latents which `perturb` made wrong; every process calls this with its share.
+
+    Args:
+        codec (`Codec`): The autoencoder.
+        batches (iterable of dictionaries): Batches of `EvaluationBatches`.
+        amounts (`Sequence[float]`): How wrong the latents get, each from 0 to 1.
+        std (`torch.Tensor` of shape `(C,)`): The standard deviation of each channel.
+
+    Returns:
+        The mean PSNR in decibels by the amount, `psnr_with_noise` and, of a model with levels,
+        `psnr_with_replaced_levels`.
+    """
+    quantizer = getattr(codec.model, "quantizer", None)
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        latents = codec.encode(batch["pixel_values"])
+        targets = batch["pixel_values"].to(latents.device)
+        found: dict[str, list[Tensor]] = {}
+        for amount in amounts:
+            for kind, wrong in perturb(latents, batch["rows"], amount, std, quantizer).items():
+                images = codec.decode(wrong).float().clamp(-1, 1)
+                found.setdefault(f"psnr_with_{kind}", []).append(_psnr_sums(images, targets))
+        add_sums(sums, {name: torch.stack(decibels) for name, decibels in found.items()})
+    names = list(map(str, amounts))
+    return {name: dict(zip(names, map(_mean_psnr, decibels))) for name, decibels in _total(sums).items()}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ __all__ = ["EXTRAS", "MissingExtra", "missing_extra"]
 EXTRAS = {
     "datasets": "eval",
     "torchmetrics": "eval",
+    "matplotlib": "eval",
     "tensorboard": "train",
     "peft": "train",
     "onnx": "export",

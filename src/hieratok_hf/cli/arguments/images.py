@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from ..parsing import Parser, add_data, add_device, add_dtype, add_protocol, add_report, positive, whole
+from ..parsing import Parser, add_data, add_device, add_dtype, add_protocol, add_report, positive, real, whole
 
 TOKENIZER = "tokenizer: a name that ships with the package, a folder, or a Hub id; of a pipeline its VAE"
 GENERATOR = "pipeline: a name that ships with the package, a folder, or a Hub id"
@@ -37,6 +37,11 @@ def add_evaluate(parser: Parser) -> None:
     add("--no_fid", action="store_true", help="leave the Fréchet distance out")
     add("--classifier", metavar="MODEL", help="measure the Inception Score by this image classifier")
     add_sets(parser, "these images instead of those of --data", "the reconstructions by --model")
+    perturb = (
+        "measure PSNR from wrong latents too: with noise of these shares of their deviation, and where the model "
+    )
+    perturb += "has levels with these shares of its integers replaced at random"
+    add("--perturb", type=real(most=1, above=0), nargs="+", default=[], metavar="SHARE", help=perturb)
     add("--probe_data", nargs="+", help="fit a linear probe to the encoder's features of these labelled images")
     add_device(parser)
     parser.contradict("no_fid", "fid_model", "fid_size", "suite", "reference", "save_statistics")

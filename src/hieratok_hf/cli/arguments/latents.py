@@ -1,10 +1,10 @@
-"""Name the arguments of the commands that turn images into archives of latents, and back."""
+"""Name the arguments of the commands that turn images into latents and back, and that describe latents."""
 
 from argparse import Namespace
 from pathlib import Path
 
 from ...utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES, TOKEN_BITS
-from ..parsing import Parser, add_data, add_device, positive, whole
+from ..parsing import Parser, add_data, add_device, add_report, positive, whole
 from .images import TOKENIZER
 from .training import AUTOCAST
 
@@ -89,5 +89,24 @@ def add_preview(parser: Parser) -> None:
     def check(args: Namespace) -> None:
         if args.sheet.suffix.lower() not in SHEETS:
             parser.error(f"SHEET must end with one of {', '.join(SHEETS)}, got {str(args.sheet)!r}")
+
+    parser.checks.append(check)
+
+
+def add_latents(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--model", default="hieratok-tiny", help=TOKENIZER)
+    add("--compare", nargs="+", default=[], metavar="MODEL", help="further models, also diffusers' own")
+    add_data(add, "measuring", required=True)
+    add("--max_images", type=positive, default=2000, help="take only the first images of the data")
+    add("--size", type=positive, help="side of the middle square; the model's own unless given")
+    add("--batch_size", type=positive, default=16, help="images of a batch")
+    add("--plot", type=Path, metavar="FILE", help="PNG file for spectra, tails and errors of equivariance")
+    add_device(parser)
+    add_report(parser)
+
+    def check(args: Namespace) -> None:
+        if args.plot and args.plot.suffix.lower() != ".png":
+            parser.error(f"--plot must be a .png file, got {str(args.plot)!r}")
 
     parser.checks.append(check)
