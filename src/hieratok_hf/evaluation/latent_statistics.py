@@ -231,9 +231,9 @@ def measure_latents(codec: Codec, batches: Iterable[dict[str, Any]], size: int) 
           `upside_down`, `shifted` by a cell both ways or `halved` in size from its latents after the same, over the
           variance of their channel: 0 where they are equal, about 2 where they have nothing in common; without those
           that make a size which the model cannot take;
-        - `probe_accuracy`: where images have labels, the share of every second image whose label `linear_probe` finds,
-          fitted to the others, of latents averaged to at most 4 x 4 cells; and `probe_chance`, the share of the
-          commonest label among the former.
+        - `probe_accuracy`: where images have labels, the share of a random half of them whose label `linear_probe`
+          finds, fitted to the others, in latents averaged to at most 4 x 4 cells; and `probe_chance`, the share of
+          the commonest label among that half.
 
     Raises:
         ValueError: The model cannot take images of that size, there are none, or `describe_latents` refuses latents.
@@ -269,7 +269,9 @@ def measure_latents(codec: Codec, batches: Iterable[dict[str, Any]], size: int) 
     if None not in labels:
         cells = (min(_PROBE_CELLS, height), min(_PROBE_CELLS, width))
         features, known = F.adaptive_avg_pool2d(latents, cells).flatten(1), torch.tensor(labels)
+        # At random, because data may be in the order of its labels, or name them in turn.
+        fit, test = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).tensor_split(2)
         with suppress(ValueError):  # of too few images, or labels
-            figures["probe_accuracy"] = linear_probe(features[::2], known[::2], features[1::2], known[1::2])
-            figures["probe_chance"] = known[1::2].bincount().max().item() / len(known[1::2])
+            figures["probe_accuracy"] = linear_probe(features[fit], known[fit], features[test], known[test])
+            figures["probe_chance"] = known[test].unique(return_counts=True)[1].max().item() / len(test)
     return figures
