@@ -23,9 +23,15 @@ pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its 
 
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data.image_dataset import load_images
-from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
+from hieratok_hf.evaluation.reconstruction import (
+    EvaluationBatches,
+    ReconstructionMetrics,
+    evaluate,
+    evaluate_perturbed,
+)
 from hieratok_hf.evaluation.text import TextReading
 from hieratok_hf.models.autoencoder_adapter import load_codec
+from hieratok_hf.models.quantizing import QUANTIZER_FILE
 from hieratok_hf.utils.images import to_uint8
 
 script = load_script("cli", "evaluate")
@@ -114,7 +120,7 @@ def test_models_side_by_side_and_the_json_equals_the_table(space, tmp_path, caps
 
 def test_two_processes_give_the_figures_of_one(space, tmp_path):
     options = ["--fid_model", space / "vision", "--batch_size", 3, "--probe_data", space / "train", "--suite"]
-    options += ["--classifier", space / "classifier"]
+    options += ["--classifier", space / "classifier", "--perturb", 0.5]
     assert script.main(arguments(space, *options, "--json", tmp_path / "one.json")) == 0
     given = arguments(space, *options, "--json", tmp_path / "two.json")
     output, silent = two_processes(script, given, tmp_path / "cache")
@@ -233,6 +239,30 @@ def test_text_needs_an_ocr_and_a_model_that_takes_pages(space, stand_in_ocr, tmp
     assert not list((tmp_path / "new").iterdir())
 
 
+def test_wrong_latents_have_columns_and_come_again_by_the_protocol(space, tmp_path, capsys):
+    AutoencoderHieraTok.from_pretrained(space / "hieratok").save_pretrained(tmp_path / "levels")
+    (batch,) = EvaluationBatches(load_images(str(space / "images")), 32)
+    codec = load_codec(tmp_path / "levels")
+    codec.model.fit_quantizer([batch["pixel_values"]]).write(tmp_path / "levels" / QUANTIZER_FILE)
+    given = ["--model", tmp_path / "levels", "--compare", space / "tiny", "--no_fid", "--no_ssim"]
+    more = ["--perturb", 0.1, 1, "--json", tmp_path / "a.json"]
+    assert script.main(arguments(space, *given, *more)) == 0
+    rows, models = tables_in(capsys.readouterr().out)[0], json.loads((tmp_path / "a.json").read_text())["models"]
+    for row, figures in zip(rows, models):
+        for kind in ("noise", "replaced_levels"):
+            decibels = figures.get(f"psnr_with_{kind}", {})
+            for amount in ("0.1", "1.0"):
+                cell = f"{decibels[amount]:.2f}" if decibels else "-"
+                assert row[f"{kind.replace('_', ' ')} {amount}, dB"] == cell
+    assert "psnr_with_replaced_levels" in models[0] and "psnr_with_replaced_levels" not in models[1]
+    std = torch.tensor(models[1]["latent_std"])
+    batches = EvaluationBatches(load_images(str(space / "images")), 32, 3)
+    expected = evaluate_perturbed(load_codec(space / "tiny"), batches, [0.1, 1.0], std)
+    assert models[1]["psnr_with_noise"] == pytest.approx(expected["psnr_with_noise"], rel=1e-4)
+    assert script.main(["--protocol", str(tmp_path / "a.json")]) == 0
+    assert "note: all figures are those of --protocol, to the last digit" in capsys.readouterr().out
+
+
 def test_images_of_a_file_are_evaluated_as_those_of_a_folder(space, tmp_path):
     (batch,) = EvaluationBatches(load_images(str(space / "images")), 32)
     levels = to_uint8(batch["pixel_values"]).permute(0, 2, 3, 1).contiguous().numpy()
@@ -289,6 +319,7 @@ def test_bad_arguments_are_refused_by_the_command_line(capsys):
         (["--no_fid", "--suite"], "--no_fid and --suite contradict"),
         (["--save_npz", "a.npz", "--save_statistics", "a.npz"], "must be two files"),
         (["--reference_split", "test"], "--reference_split needs --reference"),
+        (["--perturb", "1.5"], "--perturb: must be a finite number"),
         (["--protocol", "missing.json"], "--protocol must be a report by --json of `hieratok evaluate`"),
     ):
         assert message in usage_error(capsys, script.main, "--data", "x", *argv)

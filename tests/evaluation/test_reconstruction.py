@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import images, random_core, tiny_vision_model
+from helpers import images, noise, random_core, tiny_vision_model
 from PIL import Image
 from torch.nn import functional as F
 
@@ -15,13 +15,22 @@ pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its 
 
 import datasets
 
+from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.image_sets import FrechetDistance
 from hieratok_hf.evaluation.metrics import psnr, ssim
 from hieratok_hf.evaluation.perceptual import PerceptualDistance
-from hieratok_hf.evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate, throughput
+from hieratok_hf.evaluation.reconstruction import (
+    EvaluationBatches,
+    ReconstructionMetrics,
+    evaluate,
+    evaluate_perturbed,
+    perturb,
+    throughput,
+)
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 from hieratok_hf.models.autoencoder_adapter import Codec
+from hieratok_hf.models.quantizing import LatentQuantizer
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +181,38 @@ def test_speed_is_images_over_the_time_that_they_take():
     rates = throughput(SlowCodec(random_core()), images(2, 3, 16, 16), seconds=0.05)
     assert 1 < rates["encode"] <= 2 / 0.01
     assert 1 < rates["decode"] <= 2 / 0.03
+
+
+def test_wrong_latents_have_noise_in_units_of_their_channel_and_replaced_levels():
+    std = torch.tensor([0.5, 4.0])
+    latents = noise(6, 2, 16, 16) * std[:, None, None]
+    quantizer = LatentQuantizer.fit([latents])
+    for amount in (0.1, 0.3):
+        made = perturb(latents, range(6), amount, std, quantizer)
+        assert list(made) == ["noise", "replaced_levels"]
+        added = (made["noise"] - latents).std((0, 2, 3))
+        torch.testing.assert_close(added, amount * std, rtol=0.05, atol=0)
+        exact = quantizer.dequantize(quantizer.quantize(latents, 8), 8)
+        assert (made["replaced_levels"] != exact).double().mean().item() == pytest.approx(amount, rel=0.15)
+        last = perturb(latents[3:5], [3, 4], amount, std, quantizer)  # whatever batch they are in
+        assert all(torch.equal(made[name][3:5], last[name]) for name in made)
+    assert list(perturb(latents, range(6), 0.1, std)) == ["noise"]
+    assert torch.equal(perturb(latents, range(6), 0.0, std)["noise"], latents)
+
+
+@torch.no_grad()
+def test_images_of_wrong_latents_are_means_over_images_however_they_are_divided():
+    vae, pixel_values = AutoencoderHieraTok.from_core(random_core()).eval(), images(5, 3, 32, 32)
+    std, amounts = torch.tensor([0.2, 0.4, 0.6, 0.8]), [0.1, 0.5]
+    rows = [{"pixel_values": x, "rows": list(r)} for x, r in zip(pixel_values.split([2, 3]), (range(2), range(2, 5)))]
+    plain = evaluate_perturbed(Codec(vae), rows, amounts, std)
+    assert list(plain) == ["psnr_with_noise"]  # without levels
+    vae.fit_quantizer([pixel_values])
+    found = evaluate_perturbed(Codec(vae), rows, amounts, std)
+    assert found["psnr_with_noise"] == plain["psnr_with_noise"]
+    latents = vae.encode(pixel_values).latent_dist.mode()
+    for amount in amounts:
+        for name, wrong in perturb(latents, range(5), amount, std, vae.quantizer).items():
+            expected = psnr(vae.decode(wrong).sample.clamp(-1, 1), pixel_values).mean().item()
+            assert found[f"psnr_with_{name}"][str(amount)] == pytest.approx(expected, rel=1e-4)
+    assert all(values["0.5"] < values["0.1"] for values in found.values())

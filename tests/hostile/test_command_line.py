@@ -19,6 +19,7 @@ SCRIPTS = {
     "generate": ("cli", "generate", "--output {0}/out/sheet.png"),
     "evaluate": ("cli", "evaluate", "--data {0}/images --no_fid --no_ssim"),
     "evaluate_dit": ("cli", "evaluate_generation", "--samples 2"),
+    "latents": ("cli", "latents", "--data {0}/images"),
     "cache": ("cli", "cache", "--data {0}/images --output {0}/out"),
     "app": ("cli", "app", ""),
     "convert": ("cli", "convert_checkpoint", "{0}/model {0}/out"),
@@ -97,7 +98,11 @@ ROWS = [
     )],
     *[("evaluate", option, option.split()[0]) for option in (
         "--size 2147483647", "--json {0}/notes.json", "--max_images 0", "--fid_size 9", "--device meta",
-        "--compare hieratok-l",
+        "--compare hieratok-l", "--perturb 0", "--perturb 0.1 nan",
+    )],
+    *[("latents", option, option.split()[0]) for option in (
+        "--size 2147483647", "--json {0}/notes.json", "--max_images 0", "--device meta", "--compare hieratok-l",
+        "--plot {0}/notes.png", "--plot {0}/x.jpg", "--plot {0}/images/a.png --overwrite --data {0}/images/a.png",
     )],
     *[("evaluate_dit", option, option.split()[0]) for option in (
         "--classifier_labels 5-3", "--fid_size 9", "--reference_split x", "--streaming", "--save {0}/images",
