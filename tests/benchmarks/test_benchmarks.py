@@ -117,6 +117,22 @@ def test_the_trade_off_of_the_losses_and_the_gain_of_fine_tuning_are_those_recor
     assert after["psnr"] > before["psnr"] and after["FD-MobileNetV2"] < before["FD-MobileNetV2"]
 
 
+def test_the_figures_of_latents_and_of_wrong_ones_are_those_recorded():
+    report = recorded("latents")
+    cells = load_script("cli", "latents").cells
+    columns = [cells(figures) for figures in (*report["models"], report["white_noise"])]
+    for name in columns[0]:
+        row = " | ".join(column.get(name, "-") for column in columns)
+        assert f" | {row} |" in PAGES, name
+    for figures, column in zip(report["models"], columns):
+        assert figures["images"] == 2000 and figures["model"] in ("hieratok-tiny", "hieratok-tiny-16x")
+        assert all(column[name] in CARD for name in ("excess kurtosis", "99.9 % are below", "the largest is"))
+    for figures in recorded("perturbed")["models"]:
+        for kind in ("noise", "replaced_levels"):
+            decibels = [figures["psnr"], *figures[f"psnr_with_{kind}"].values()]
+            assert f" | {' | '.join(f'{value:.2f}' for value in decibels)} |" in PAGES
+
+
 def test_the_speeds_of_decoding_and_beside_other_autoencoders_are_those_recorded():
     ways = [f"{name}{how}" for name in ("sdpa_mask", "sdpa", "auto") for how in ("", ", compiled")]
     for path in RESULTS.glob("decode_*_cpu_*.json"):

@@ -152,10 +152,11 @@ def evaluate_model(
         latent = codec.latent_shape(batches.size)
     except ValueError as error:
         raise Problem(f"--size {batches.size} does not suit {name!r}: {one_line(error)}") from error
-    shown = tqdm(batches, desc=name, unit="batch", disable=not state.is_local_main_process, leave=False)
-    figures = evaluate(codec, shown, metrics, collector)
+    bar: dict[str, Any] = {"unit": "batch", "disable": not state.is_local_main_process, "leave": False}
+    figures = evaluate(codec, tqdm(batches, desc=name, **bar), metrics, collector)
     if perturb:
-        figures |= evaluate_perturbed(codec, batches, perturb, torch.tensor(figures["latent_std"]))
+        again, std = tqdm(batches, desc=f"{name}, perturbed", **bar), torch.tensor(figures["latent_std"])
+        figures |= evaluate_perturbed(codec, again, perturb, std)
     rates = {}
     if state.is_main_process and (batch := next(iter(batches), None)) is not None:
         rates = throughput(codec, batch["pixel_values"])
