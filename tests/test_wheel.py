@@ -16,7 +16,7 @@ SIDES = [(40, 64), (65, 48), (64, 64), (96, 33), (50, 50)]
 COMMANDS = """
 reconstruct images --output sheets --json sheets/figures.json
 evaluate --data images --size 32 --no_fid --no_ssim --json evaluation.json
-latents --data images --size 32 --json latents.json
+latents --data images --size 32
 info hieratok-tiny
 info hieratok-tiny-16x
 encode images archive

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from helpers import random_core, tree
-from latent_data import make_images, tiny_kl, tiny_without_posterior
+from latent_data import make_images, tiny_dc, tiny_kl, tiny_without_posterior
 from PIL import Image
 from scripts import error_of, load_script, usage_error, with_defaults
 
@@ -18,6 +18,7 @@ from hieratok_hf.evaluation.reconstruction import EvaluationBatches
 from hieratok_hf.models.autoencoder_adapter import load_codec
 
 script = load_script("cli", "latents")
+OTHERS = ("kl", "tiny", "dc")
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 
 
@@ -28,8 +29,8 @@ def space(tmp_path_factory):
     AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "hieratok")
     tiny_kl().save_pretrained(folder / "kl")
     tiny_without_posterior().save_pretrained(folder / "tiny")
+    tiny_dc().save_pretrained(folder / "dc")
     make_images(folder / "images", count=24)
-    make_images(folder / "few", count=8)
     (folder / "empty").mkdir()
     return folder
 
@@ -40,12 +41,14 @@ def arguments(space, *given):
 
 def test_models_side_by_side_in_a_table_a_file_and_a_plot(space, tmp_path, capsys):
     files = ["--json", tmp_path / "figures.json", "--plot", tmp_path / "plot.png"]
-    assert script.main(arguments(space, "--compare", space / "kl", space / "tiny", "--batch_size", 5, *files)) == 0
+    assert (
+        script.main(arguments(space, "--compare", *(space / name for name in OTHERS), "--batch_size", 5, *files)) == 0
+    )
     title, header, *lines, skipped = capsys.readouterr().out.splitlines()
     assert title.startswith("23 images of ") and "at 32 x 32 pixels" in title and "005.png" in skipped
     report = json.loads((tmp_path / "figures.json").read_text())
     models = {figures["model"]: figures for figures in report["models"]}
-    assert list(models) == [str(space / name) for name in ("hieratok", "kl", "tiny")] and not report["notes"]
+    assert list(models) == [str(space / name) for name in ("hieratok", *OTHERS)] and not report["notes"]
     assert len({tuple(figures) for figures in models.values()}) == 1
     columns = re.split(r"\s{2,}", header.strip())
     assert columns == [*models, "white noise"]

@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderDC
 from helpers import images, noise, random_core
-from latent_data import tiny_kl, tiny_without_posterior
+from latent_data import tiny_dc, tiny_kl, tiny_without_posterior
 from torch import nn
 from torch.nn import functional as F
 
@@ -180,15 +179,6 @@ def test_the_probe_is_fitted_to_a_half():
     assert figures["probe_chance"] == known[test].bincount().max().item() / 15
     unlabelled = space.measure_latents(Codec(core), batches_of(pixel_values, [*labels[:-1], None]), 24)
     assert {name for name in figures if name not in unlabelled} == {"probe_accuracy", "probe_chance"}
-
-
-def tiny_dc():
-    sides = {"block_types": ("ResBlock",) * 2, "block_out_channels": (8, 16), "qkv_multiscales": ((),) * 2}
-    both = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
-    layers = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "attention_head_dim": 4}
-    torch.manual_seed(0)
-    steps = {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
-    return AutoencoderDC(**both, **layers, **steps, latent_channels=4).eval()
 
 
 def test_every_autoencoder_has_the_same_figures():

@@ -90,7 +90,7 @@ def radii(height: int, width: int) -> Tensor:
 
 
 def radial_spectrum(spectrum: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the mean of `radii` in each ring `(R,)`, rising, and the mean of `power` `(C, h, w)` in it `(C, R)`."""
+    """Give of a `spectrum` `(C, h, w)` the mean of `radii` in each ring `(R,)`, rising, and its own mean `(C, R)`."""
     size = spectrum.shape[1:]
     distance = radii(*size).flatten()
     rings = (distance * min(size)).round().long()
@@ -100,7 +100,10 @@ def radial_spectrum(spectrum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def upper_half_share(spectrum: Tensor) -> Tensor:
-    """Give the share `(C,)` of the energy `(C, h, w)` at `radii` of a half and more; white noise has that of these."""
+    """
+    Give the share `(C,)` of a `spectrum` `(C, h, w)` at `radii` of a half and more; of white noise it is the share of
+    the frequencies that lie there.
+    """
     upper = radii(*spectrum.shape[1:]) >= 0.5
     return spectrum[:, upper].sum(1) / spectrum.sum((1, 2))
 
