@@ -200,7 +200,10 @@ def test_a_protocol_gives_the_same_figures_again(space, tmp_path, capsys):
 
 BAD = {
     "no images": (["--reference", "{space}/bad.npz"], "--reference .*must hold images as `arr_0`"),
-    "statistics of another": (["--reference", "{space}/statistics.npz"], "--reference .*must be of 4 features, got 2"),
+    "statistics of another": (
+        ["--reference", "{space}/statistics.npz"],
+        "--reference .*must be of 4 pooled features, got 2",
+    ),
     "too few for neighbours": (["--suite", "--samples", "3"], "more than 3 images in each set, got 3"),
     "no pipeline": (["--model", "{space}/empty"], "--model .* cannot be loaded: .*model_index.json"),
     "no reference": (["--reference", "missing/folder"], "--reference .* cannot be loaded: No images found in "),

@@ -1,12 +1,23 @@
 """Tests of parsers: values of every type, and options that need or contradict each other."""
 
 import argparse
+import json
 
 import pytest
 import torch
 
 from hieratok_hf.cli.command_line import find_device
-from hieratok_hf.cli.parsing import add_device, json_object, make_parser, positive, real, seed, whole
+from hieratok_hf.cli.parsing import (
+    Parser,
+    add_device,
+    add_protocol,
+    json_object,
+    make_parser,
+    positive,
+    real,
+    seed,
+    whole,
+)
 
 HUGE = "9" * 400
 
@@ -60,3 +71,16 @@ def test_options_that_need_or_contradict_each_other(capsys):
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args(given.split())
         assert told in capsys.readouterr().err
+
+
+def test_a_protocol_does_not_say_where_to_write(tmp_path):
+    parser = Parser("hieratok measure")
+    for option in ("--size", "--json", "--save_npz"):
+        parser.add_argument(option)
+    parser.add_argument("--overwrite", action="store_true")
+    add_protocol(parser)
+    options = {"size": 8, "json": "a.json", "save_npz": "b.npz", "overwrite": True, "help": True}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"protocol": {"command": "hieratok measure", "options": options}}))
+    args = parser.parse_args(["--protocol", str(path)])
+    assert (args.size, args.json, args.save_npz, args.overwrite) == ("8", None, None, False)

@@ -287,14 +287,18 @@ def test_statistics_go_out_and_come_in_again(tmp_path):
     plain = distance.load_statistics(tmp_path / "plain.npz")
     assert list(plain) == ["pooled"] and plain["pooled"].mu.dtype == torch.float64
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
-    with pytest.raises(ValueError, match="`statistics` must be of 8 features, got 3"):
+    with pytest.raises(ValueError, match="`statistics` must be of 8 pooled features, got 3"):
         distance.fix_targets(read_statistics(tmp_path / "other.npz"))
+    with pytest.raises(ValueError, match="`statistics` must be of .* spatial features, got 3"):
+        distance.fix_targets({**found, "spatial": read_statistics(tmp_path / "other.npz")["pooled"]})
 
 
 BAD = {
     "shape": {"mu": np.zeros(3), "sigma": np.zeros((3, 2))},
     "no covariance": {"mu": np.zeros(3)},
     "nan": {"mu": np.full(2, np.nan), "sigma": np.zeros((2, 2))},
+    "negative": {"mu": np.zeros(2), "sigma": -np.eye(2)},
+    "no symmetry": {"mu": np.zeros(2), "sigma": np.triu(np.ones((2, 2)))},
     "integers": {"mu": np.zeros(2, int), "sigma": np.zeros((2, 2), int)},
     "pickles": {"mu": np.array([print]), "sigma": np.zeros((1, 1))},
 }
@@ -303,7 +307,7 @@ BAD = {
 @pytest.mark.parametrize("arrays", BAD.values(), ids=BAD)
 def test_files_that_are_no_statistics_are_refused(arrays, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(ValueError, match=r"a\.npz' (must hold finite numbers|cannot be read)"):
+    with pytest.raises(ValueError, match=r"a\.npz' (must hold (finite numbers|a covariance)|cannot be read)"):
         read_statistics(tmp_path / "a.npz")
 
 

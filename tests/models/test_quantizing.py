@@ -1,5 +1,6 @@
 """Tests of `quantizing`: integers are the nearest levels, come back exactly, and are stored with a model."""
 
+import os
 import shutil
 
 import numpy as np
@@ -47,6 +48,7 @@ def test_a_latent_becomes_the_number_of_its_nearest_level(bits, quantizer):
     found = quantizer.dequantize(tokens, bits)
     assert torch.equal((found - latents).abs(), chosen)
     assert torch.equal(quantizer.quantize(found, bits), tokens)
+    assert torch.equal(quantizer.dequantize(tokens.to(torch.uint16), bits), found)
 
 
 def test_levels_lie_as_densely_as_a_power_of_the_density():
@@ -208,6 +210,29 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         LatentQuantizer.read(tmp_path / QUANTIZER_FILE)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / QUANTIZER_FILE)
+    with pytest.raises(ValueError, match="is no file"):
+        LatentQuantizer.read(tmp_path / QUANTIZER_FILE)
+
+
+@pytest.mark.parametrize("cls", CLASSES.values())
+def test_levels_of_other_channels_are_refused(cls, tmp_path):
+    cls.from_core(random_core()).save_pretrained(tmp_path)
+    LatentQuantizer.fit([heavy_latents()[:, :3]]).write(tmp_path / QUANTIZER_FILE)
+    with pytest.raises(ValueError, match=f"{QUANTIZER_FILE}' must have levels of 4 channels, got 3; delete it"):
+        cls.from_pretrained(tmp_path)
+
+
+def test_a_folder_in_the_place_of_levels_stays_and_does_no_harm(tmp_path):
+    (tmp_path / QUANTIZER_FILE).mkdir()
+    for _ in range(2):
+        HieraTokModel.from_core(random_core()).save_pretrained(tmp_path)
+        assert HieraTokModel.from_pretrained(tmp_path).quantizer is None
+    with pytest.raises(ValueError, match=f"room for the file '{QUANTIZER_FILE}'"):
+        fitted(HieraTokModel).save_pretrained(tmp_path)
+
+
 BAD = {
     "no integers": (torch.zeros(1, CHANNELS, 2, 2), 6, "`tokens` must be a tensor of integers, got torch.float32"),
     "booleans": (torch.zeros(1, CHANNELS, 2, 2).bool(), 6, "`tokens`.*torch.bool"),
@@ -216,7 +241,9 @@ BAD = {
     "nothing": (torch.zeros(0, CHANNELS, 2, 2, dtype=torch.long), 6, "`tokens`.*got"),
     "too large": (torch.full((1, CHANNELS, 2, 2), 64), 6, "`tokens` of 6 bits must be from 0 to 63, got 64 to 64"),
     "negative": (torch.full((1, CHANNELS, 2, 2), -1), 6, "`tokens` of 6 bits.*got -1"),
-    "no such bits": (torch.zeros(1, CHANNELS, 2, 2, dtype=torch.long), 9, r"`bits` must be one of \[1, .*got 9"),
+    "no such bits": (torch.zeros(1, CHANNELS, 2, 2, dtype=torch.long), 9, "`bits`.*from 1 to 8, got 9"),
+    "bits that are no number": (torch.zeros(1, CHANNELS, 2, 2, dtype=torch.long), True, "`bits`.*got True"),
+    "a share of bits": (torch.zeros(1, CHANNELS, 2, 2, dtype=torch.long), 6.0, "`bits`.*got 6.0"),
 }
 
 
@@ -239,6 +266,9 @@ def test_bad_arguments_of_fitting_and_tokenizing():
         ([torch.zeros(1, 4, 5, 5)], "several values"),
         ([torch.randn(1, 4, 1, 1)], "several values"),
         ([torch.randint(0, 2, (9, 4, 9, 9)) + 2.0**23], "more different values"),
+        (torch.randn(2, 4, 9, 9), r"shape \(B, C, h, w\), got \(4, 9, 9\)"),
+        ([torch.randn(2, 4, 9, 9), torch.randn(2, 3, 9, 9)], r"shape \(B, 4, h, w\), got \(2, 3, 9, 9\)"),
+        ([torch.full((1, 4, 9, 9), torch.inf)], "finite"),
     ):
         with pytest.raises(ValueError, match=message):
             LatentQuantizer.fit(latents)

@@ -103,6 +103,10 @@ def make_parser(description: str | None, prog: str | None = None) -> "Parser":
     return Parser(prog, description=description)
 
 
+OUTPUT_OPTIONS = ("json", "overwrite", "protocol", "save", "save_npz", "save_statistics")
+"""Options of an evaluation that say where figures and images go, which a protocol says nothing of."""
+
+
 class Parser(ArgumentParser):
     """
     Parse arguments and run `checks` on what was given, each a function of the parsed arguments that calls `error`.
@@ -143,8 +147,10 @@ class Parser(ArgumentParser):
         if not known:
             self.error(f"--protocol must be a report by --json of `{self.prog}`, got {_short(str(path))}")
         words: list[str] = []
+        typed = {word.partition("=")[0] for word in given}
         for name, value in options.items():
-            if not any(word.partition("=")[0] == f"--{name}" for word in given):
+            # A file of somebody else does not say where to write.
+            if f"--{name}" not in typed and name not in (*OUTPUT_OPTIONS, "help"):
                 values = value if isinstance(value, list) else [] if value is True else [value]
                 words += [f"--{name}", *map(str, values)]
         return words

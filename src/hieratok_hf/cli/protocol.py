@@ -14,12 +14,11 @@ from ..evaluation.image_sets import FrechetDistance
 from ..evaluation.text import PAGE_SIZE, TextReading
 from ..utils.files import read_json
 from .outputs import as_written
+from .parsing import OUTPUT_OPTIONS
 
 __all__ = ["compare_with_protocol", "describe_protocol", "describe_text", "digest_tensors"]
 
 _LIBRARIES = ("hieratok_hf", "torch", "numpy", "pillow", "diffusers", "transformers", "torchmetrics", "torch-fidelity")
-# What says where figures go.
-_OUTPUTS = ("json", "overwrite", "protocol", "save", "save_npz", "save_statistics")
 # What may differ although nothing else does, and what is not compared but read by people.
 _FREE = {"settings", "options", "notes", "skipped", "images_per_second"}
 
@@ -50,7 +49,7 @@ def describe_protocol(
         facts: What else there is to say: `seed`, `sampler` and `guidance` of generated images, none of them unless
             given, and more.
     """
-    options = {name: value for name, value in vars(args).items() if name not in _OUTPUTS}
+    options = {name: value for name, value in vars(args).items() if name not in OUTPUT_OPTIONS}
     resize = {"images": f"bicubic with antialiasing, Pillow {version('pillow')}"}
     if args.classifier:
         resize["classifier"] = f"bicubic with antialiasing, PyTorch {torch.__version__}"

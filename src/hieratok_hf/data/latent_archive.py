@@ -160,7 +160,9 @@ def write_archive(
             raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}.")
     if stored not in (dtypes := ARCHIVE_FORMATS[file_format]):
         raise ValueError(f"`dtype` must be one of {dtypes} in {file_format}, got {stored!r}.")
-    quantizer = None if bits is None else _quantizer_of(codec, bits)
+    if bits is not None:
+        bits = LatentQuantizer.check_bits(bits)
+    quantizer = None if bits is None else _quantizer_of(codec)
     if quantizer is not None:
         file_format, stored = TOKENS_FORMAT, "uint8"
     _check_packages(file_format)
@@ -224,14 +226,13 @@ def _check_packages(file_format: str) -> None:
         raise ImportError('Parquet needs pyarrow: pip install "hieratok_hf[eval]"')
 
 
-def _quantizer_of(codec: Codec, bits: int) -> LatentQuantizer:
+def _quantizer_of(codec: Codec) -> LatentQuantizer:
     quantizer = getattr(codec.model, "quantizer", None)
     if quantizer is None:
         raise ValueError(
             f"`bits` needs a HieraTok model with a {QUANTIZER_FILE}, which `hieratok fit-quantizer` makes; this "
             f"{type(codec.model).__name__} has none."
         )
-    quantizer.check_bits(bits)
     return quantizer
 
 
@@ -358,6 +359,8 @@ def _read_facts(folder: Path, settings: Settings, shard: int) -> Settings:
 
 def _read_content(folder: Path, settings: Settings, shard: int, facts: Settings) -> bytes:
     path = _shard_path(folder, settings, shard)
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError(f"The shard {str(path)!r} is damaged: it is no file.")
     content = path.read_bytes()
     if f"{zlib.crc32(content):08x}" != facts["content"]:
         raise ValueError(f"The shard {str(path)!r} is damaged: it has another checksum.")

@@ -232,10 +232,11 @@ class FrechetDistance:
         self.network = network.to(self.device)
         blank = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self.device)
         try:
-            self.num_features: int = self.network(blank)["pooled"].shape[1]
+            self._sizes = {kind: found.shape[1] for kind, found in self.network(blank).items()}
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.name} takes no images of {self.size} x {self.size} pixels: {reason}") from error
+        self.num_features: int = self._sizes["pooled"]
         self._sets = {"images": _FeatureSet(suite), "targets": _FeatureSet(suite)}
         self.given: Mapping[str, Statistics] = {}
         self._knows_targets = self._is_fixed = False
@@ -269,10 +270,11 @@ class FrechetDistance:
         Raises:
             ValueError: The statistics are of another number of features.
         """
-        if statistics and len(statistics["pooled"].mu) != self.num_features:
-            found = len(statistics["pooled"].mu)
-            raise ValueError(f"`statistics` must be of {self.num_features} features, got {found}.")
-        self.given, self._knows_targets, self._is_fixed = statistics or {}, True, True
+        statistics = statistics or {}
+        for kind in self._sizes.keys() & statistics.keys():
+            if (found := len(statistics[kind].mu)) != self._sizes[kind]:
+                raise ValueError(f"`statistics` must be of {self._sizes[kind]} {kind} features, got {found}.")
+        self.given, self._knows_targets, self._is_fixed = statistics, True, True
 
     def target_statistics(self) -> dict[str, Statistics]:
         """Give the statistics of the targets of all processes, each of which must call this, by kind of feature."""
@@ -388,7 +390,17 @@ def read_statistics(path: str | os.PathLike[str], network: str | None = None) ->
                 expected = f"finite numbers as `mu{suffix}` (F,) and `sigma{suffix}` (F, F)"
                 raise ValueError(f"{os.fspath(path)!r} must hold {expected}, got {shapes}.")
             statistics[kind] = Statistics(*(torch.from_numpy(x.astype(np.float64)) for x in (mu, sigma)))
+            if not _is_covariance(statistics[kind].sigma):
+                raise ValueError(f"{os.fspath(path)!r} must hold a covariance as `sigma{suffix}`, which it is not.")
     return statistics
+
+
+def _is_covariance(sigma: Tensor) -> bool:
+    """Whether a matrix is symmetric and, but for rounding of float32, positive semidefinite."""
+    if not torch.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6):
+        return False
+    values = torch.linalg.eigvalsh(sigma)
+    return bool(values[0] >= -1e-4 * values[-1].clamp(min=0) - 1e-6)
 
 
 class _FeatureSet:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..ops.pyramid import PyramidLayout
 from ..utils.choices import TOKEN_BITS
 from ..utils.files import write_whole
+from ..utils.numbers import whole_number
 
 __all__ = ["QUANTIZER_FILE", "LatentQuantizer", "TokensMixin", "coarser_tokens"]
 
@@ -76,7 +77,14 @@ class LatentQuantizer:
         Raises:
             ValueError: There are none, or a channel takes too few values for 256 levels.
         """
-        parts = [part.detach().float().cpu().transpose(0, 1).flatten(1) for part in latents]
+        parts: list[Tensor] = []
+        for part in latents:
+            if part.ndim != 4 or (parts and part.shape[1] != len(parts[0])):
+                expected = f"(B, {len(parts[0]) if parts else 'C'}, h, w)"
+                raise ValueError(f"`latents` must be batches of shape {expected}, got {tuple(part.shape)}.")
+            if not part.isfinite().all():
+                raise ValueError("`latents` must be finite.")
+            parts.append(part.detach().float().cpu().transpose(0, 1).flatten(1))
         if not parts:
             raise ValueError("`latents` must not be empty.")
         channels = np.sort(torch.cat(parts, dim=1).double().numpy())  # (C, n)
@@ -84,10 +92,10 @@ class LatentQuantizer:
             {bits: torch.from_numpy(np.stack([_fit_levels(x, 2**bits) for x in channels])) for bits in TOKEN_BITS}
         )
 
-    def check_bits(self, bits: int) -> None:
-        """Raise `ValueError` unless there are levels of `bits`."""
-        if bits not in self.levels:
-            raise ValueError(f"`bits` must be one of {list(self.levels)}, got {bits!r}.")
+    @staticmethod
+    def check_bits(bits: int) -> int:
+        """Return `bits` as an `int`, or raise `ValueError` unless it is a whole number from 1 to 8."""
+        return whole_number("bits", bits, min(TOKEN_BITS), max(TOKEN_BITS))
 
     def quantize(self, latents: Tensor, bits: int) -> Tensor:
         """
@@ -103,8 +111,7 @@ class LatentQuantizer:
         Raises:
             ValueError: There are no levels of `bits`, or those are of another number of channels.
         """
-        self.check_bits(bits)
-        levels = self.levels[bits]
+        levels = self.levels[self.check_bits(bits)]
         if latents.ndim != 4 or latents.shape[1] != len(levels):
             raise ValueError(f"`latents` must have shape (B, {len(levels)}, h, w), got {tuple(latents.shape)}.")
         borders = ((levels[:, 1:] + levels[:, :-1]) / 2).to(latents.device)
@@ -126,17 +133,17 @@ class LatentQuantizer:
         Raises:
             ValueError: There are no levels of `bits`, or the tokens are no integers below `2**bits` of such a shape.
         """
-        self.check_bits(bits)
-        levels = self.levels[bits]
+        levels = self.levels[self.check_bits(bits)]
         kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         if not isinstance(tokens, Tensor) or kind == torch.bool or tokens.is_floating_point() or tokens.is_complex():
             raise ValueError(f"`tokens` must be a tensor of integers, got {kind}.")
         if tokens.ndim != 4 or tokens.shape[1] != len(levels) or not tokens.numel():
             raise ValueError(f"`tokens` must have shape (B, {len(levels)}, h, w), got {tuple(tokens.shape)}.")
+        tokens = tokens.long()
         low, high = (int(x) for x in torch.aminmax(tokens))
         if low < 0 or high >= 2**bits:
             raise ValueError(f"`tokens` of {bits} bits must be from 0 to {2**bits - 1}, got {low} to {high}.")
-        rows = tokens.long().transpose(0, 1).flatten(1)  # (C, B * h * w)
+        rows = tokens.transpose(0, 1).flatten(1)  # (C, B * h * w)
         values = levels.to(tokens.device).gather(1, rows)
         return values.unflatten(1, (len(tokens), *tokens.shape[2:])).transpose(0, 1).contiguous()
 
@@ -161,9 +168,13 @@ class LatentQuantizer:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "LatentQuantizer":
         """Read levels from a file; `OSError` where it cannot be read, `ValueError` where it is none."""
-        if os.path.getsize(path) > _LARGEST_FILE:
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
+            raise ValueError(f"{str(path)!r} is no file of levels: it is no file.")
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
             raise ValueError(f"{str(path)!r} is no file of levels: it is too large.")
-        return cls.from_bytes(Path(path).read_bytes(), repr(str(path)))
+        return cls.from_bytes(content, repr(str(path)))
 
 
 def _fit_levels(values: np.ndarray, count: int) -> np.ndarray:
@@ -297,13 +308,24 @@ class TokensMixin:
         subfolder = options.get("subfolder") or ""
         if os.path.isdir(name_or_path):
             path = Path(name_or_path, subfolder, QUANTIZER_FILE)
-            self.quantizer = LatentQuantizer.read(path) if path.is_file() else None
+            self.quantizer = self._read_levels(path) if path.is_file() else None
             return
         names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
         given = {name: options[name] for name in names if options.get(name) is not None}
         with suppress(EntryNotFoundError):  # also where the Hub cannot be asked and the cache has none
             found = hf_hub_download(os.fspath(name_or_path), QUANTIZER_FILE, subfolder=subfolder or None, **given)
-            self.quantizer = LatentQuantizer.read(found)
+            self.quantizer = self._read_levels(found)
+
+    def _read_levels(self, path: str | os.PathLike[str]) -> LatentQuantizer:
+        hint = "delete it, and `hieratok fit-quantizer FOLDER --data IMAGES` makes another"
+        try:
+            quantizer = LatentQuantizer.read(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {hint}") from error
+        found, needed = len(quantizer.levels[1]), self.core.config.latent_channels  # type: ignore[attr-defined]
+        if found != needed:
+            raise ValueError(f"{str(path)!r} must have levels of {needed} channels, got {found}; {hint}")
+        return quantizer
 
     def _write_quantizer(self, folder: Path) -> None:
         if self.quantizer is not None:

@@ -180,7 +180,10 @@ def _put_in_place(folder: Path) -> None:
     if _is_own(whole):
         new = _files(whole)
         there = [
-            path.relative_to(folder) for part in {path.parent for path in new} for path in (folder / part).glob("*")
+            path.relative_to(folder)
+            for part in {path.parent for path in new}
+            for path in (folder / part).glob("*")
+            if not _is_own(path)  # a folder is nothing that a save wrote
         ]
         # Without an index, nobody takes new shards and old ones for one model.
         old = [*filter(_is_index, new), *stale_weights(there, new)]
