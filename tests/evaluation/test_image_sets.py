@@ -289,7 +289,7 @@ def test_statistics_go_out_and_come_in_again(tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
     with pytest.raises(ValueError, match="`statistics` must be of 8 pooled features, got 3"):
         distance.fix_targets(read_statistics(tmp_path / "other.npz"))
-    with pytest.raises(ValueError, match="`statistics` must be of .* spatial features, got 3"):
+    with pytest.raises(ValueError, match=r"`statistics` must be of .* spatial features, got 3"):
         distance.fix_targets({**found, "spatial": read_statistics(tmp_path / "other.npz")["pooled"]})
 
 
