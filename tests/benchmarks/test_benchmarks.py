@@ -188,6 +188,10 @@ def test_the_figures_of_generation_are_those_recorded():
     large = next(row for row in report["decoders"] if row["size"] == "hieratok-b")["of_full_decode"]["2"]
     assert f"({100 * large:.1f} % of hieratok-b at 256x256 pixels)" in PROSE and large < 0.1
     assert_costs_are_printed(report)
+    newer = recorded("generation_cpu_avx512")
+    large_now = next(row for row in newer["decoders"] if row["size"] == "hieratok-b")["of_full_decode"]["2"]
+    shares = f"{100 * newer['decode_share']:.1f} % of the time, {100 * newer['preview_of_decode']:.1f} % of a decoding"
+    assert f"{shares} ({100 * large_now:.1f} % of hieratok-b)" in PROSE
     cached = recorded("cache_hieratok-tiny_cpu_avx512")
     assert f"shards at {cached['caching_over_encoding']:.2f} of the speed" in NUMBERS
     assert cached["caching_over_encoding"] >= 0.9

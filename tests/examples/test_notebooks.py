@@ -22,6 +22,8 @@ FIGURE = re.compile(r"(\d+(?:\.\d+)?) ?(?:dB|%|[kMG]i?B|bytes|m?s|seconds?|minut
 """A number with a unit: what somebody measured."""
 SHORTER = {
     "num_inference_steps=25": "num_inference_steps=3",
+    '"num_inference_steps": 25, **guidance': '"num_inference_steps": 3, **guidance',
+    "steps = [1, 4, 8, 12, 18, 25]": "steps = [1, 2, 3]",
     "--steps 100 --lr 2e-3 --warmup_steps 10": "--steps 11 --lr 2e-3 --warmup_steps 2",
 }
 """Fewer steps give outputs of the same kinds."""
