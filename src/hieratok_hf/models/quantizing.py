@@ -283,7 +283,7 @@ class TokensMixin:
             options: Further arguments of `decode`, such as `num_scales`.
 
         Returns:
-            What `decode` returns.
+            The decoded images, in the form in which the model's `decode` returns them.
 
         Raises:
             ValueError: The model has no levels, or the tokens are not as above.

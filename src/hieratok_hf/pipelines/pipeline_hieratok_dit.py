@@ -341,12 +341,12 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
                 if guided:
                     unconditional = predictions[len(rows) :]
                     difference = prediction - unconditional
-                    clean_latents = level.clean(scaled, prediction)
-                    prediction = unconditional + self.guidance_scale * difference
+                    combined = unconditional + self.guidance_scale * difference
                     if guidance_eta < 1:
                         # Clean latents are linear in predictions, so their differences have one direction.
-                        parallel = _part_along(difference, clean_latents)
-                        prediction -= (self.guidance_scale - 1) * (1 - guidance_eta) * parallel
+                        parallel = _part_along(difference, level.clean(scaled, prediction))
+                        combined -= (self.guidance_scale - 1) * (1 - guidance_eta) * parallel
+                    prediction = combined
                 latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
                 if callback is None and not streams:
                     continue
