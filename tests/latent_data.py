@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
-from helpers import leave_something, tiny_vision_model
+from helpers import leave_something, random_core, tiny_vision_model
 from PIL import Image
 from safetensors.torch import load_file
 
+from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.evaluation.vision_features import VisionFeatures
 
 BROKEN = 5  # the row whose image cannot be decoded
@@ -47,6 +48,13 @@ def tiny_without_posterior():
     channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     torch.manual_seed(0)
     return AutoencoderTiny(**channels, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+
+
+def save_autoencoders(folder):
+    """Save one of ours as `hieratok`, and two of diffusers: `kl`, and `tiny`, which has no posterior."""
+    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "hieratok")
+    tiny_kl().save_pretrained(folder / "kl")
+    tiny_without_posterior().save_pretrained(folder / "tiny")
 
 
 def tiny_dc():

@@ -4,14 +4,13 @@ import re
 
 import pytest
 import torch
-from helpers import random_core, tree
-from latent_data import BROKEN, make_images, make_mixed_images, shards_in, tiny_kl, tiny_without_posterior
+from helpers import tree
+from latent_data import BROKEN, make_images, make_mixed_images, save_autoencoders, shards_in
 from processes import kill_and_go_on
 from scripts import error_of, load_script, save_vision_model, usage_error, with_defaults
 
 pytest.importorskip("datasets", reason="images are read through it")
 
-from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data.latent_cache import LatentCache
 
 script = load_script("cli", "cache")
@@ -22,9 +21,7 @@ pytestmark = pytest.mark.usefixtures("script_surroundings")
 def space(tmp_path_factory):
     """A folder with models and images, a broken one among them."""
     folder = tmp_path_factory.mktemp("caching")
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "hieratok")
-    tiny_kl().save_pretrained(folder / "kl")
-    tiny_without_posterior().save_pretrained(folder / "tiny")
+    save_autoencoders(folder)
     save_vision_model(folder / "vision")
     make_images(folder / "images")
     return folder

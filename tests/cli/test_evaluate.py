@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from helpers import random_core, tiny_vision_model
+from helpers import tiny_vision_model
 from image_files import crop
-from latent_data import tiny_dc, tiny_kl, tiny_without_posterior
+from latent_data import save_autoencoders, tiny_dc, tiny_kl
 from processes import two_processes
 from scripts import error_of, load_script, tables_in, usage_error, with_defaults
 from text_reader import template_reader
@@ -60,9 +60,7 @@ def save_classifier(folder):
 def space(tmp_path_factory):
     """A folder with models, images, and a broken one among them."""
     folder = tmp_path_factory.mktemp("evaluation")
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "hieratok")
-    tiny_kl().save_pretrained(folder / "kl")
-    tiny_without_posterior().save_pretrained(folder / "tiny")
+    save_autoencoders(folder)
     tiny_vision_model().save_pretrained(folder / "vision")
     broken = crops(folder / "images", 8) / "hat" / "01.png"
     broken.write_bytes(broken.read_bytes()[:300])

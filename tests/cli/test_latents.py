@@ -4,14 +4,13 @@ import json
 import re
 
 import pytest
-from helpers import random_core, tree
-from latent_data import make_images, tiny_dc, tiny_kl, tiny_without_posterior
+from helpers import tree
+from latent_data import make_images, save_autoencoders, tiny_dc
 from PIL import Image
 from scripts import error_of, load_script, usage_error, with_defaults
 
 pytest.importorskip("datasets", reason="images are read through it")
 
-from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.latent_statistics import measure_latents
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
@@ -26,9 +25,7 @@ pytestmark = pytest.mark.usefixtures("script_surroundings")
 def space(tmp_path_factory):
     """A folder with models, images, and a broken one among them."""
     folder = tmp_path_factory.mktemp("latents")
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(folder / "hieratok")
-    tiny_kl().save_pretrained(folder / "kl")
-    tiny_without_posterior().save_pretrained(folder / "tiny")
+    save_autoencoders(folder)
     tiny_dc().save_pretrained(folder / "dc")
     make_images(folder / "images", count=24)
     (folder / "empty").mkdir()
