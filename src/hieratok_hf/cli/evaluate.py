@@ -2,7 +2,7 @@
 
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from datasets import disable_progress_bars as disable_data_progress_bars
 from tqdm import tqdm
 
 from ..data.image_dataset import Images, load_images
+from ..evaluation.faces import SQUARE_SIZE, FaceDistances, FaceNetworks
 from ..evaluation.generation import ImageClassifier
 from ..evaluation.image_sets import FrechetDistance, InceptionScore, RowCollector
 from ..evaluation.linear_probe import linear_probe, pool_features
@@ -30,7 +31,7 @@ from ..utils.npz import list_npz, write_npz
 from .command_line import describe_machine, device_of_process, find_size, load_or_explain, run_on_processes
 from .main import parse
 from .outputs import check_writable, identify, write_report
-from .protocol import compare_with_protocol, describe_protocol, describe_text
+from .protocol import compare_with_protocol, describe_faces, describe_protocol, describe_text
 from .terminal import Problem, align_table, one_line
 
 
@@ -217,15 +218,41 @@ def make_text(codecs: dict[str, Codec]) -> TextReading:
     return text
 
 
+def make_faces(codecs: dict[str, Codec], batches: EvaluationBatches, state: PartialState) -> FaceDistances:
+    """Find the faces of `--faces`, in squares that all models must take."""
+    try:
+        networks = FaceNetworks()
+        for codec in codecs.values():
+            codec.latent_shape(SQUARE_SIZE)
+        bar: dict[str, Any] = {"unit": "batch", "disable": not state.is_local_main_process, "leave": False}
+        return FaceDistances(tqdm(batches.numbered_rows(), desc="faces", **bar), networks)
+    except (ImportError, ValueError) as error:
+        raise Problem(f"--faces in {batches.images.source}: {one_line(error)}") from error
+
+
 def text_table(originals: dict[str, Any], models: list[dict[str, Any]]) -> str:
     """The characters and lines that were read right, by letter height, in aligned columns."""
     rows = {"pages as drawn": originals} | {figures["model"]: figures["text"] for figures in models}
-    header = ["characters, lines right, %", *(f"{height} px" for height in originals)]
-    shown = [
-        [name, *(f"{100 * read['characters']:.1f}, {100 * read['lines']:.1f}" for read in figures.values())]
+    shown = {
+        name: [f"{100 * read['characters']:.1f}, {100 * read['lines']:.1f}" for read in figures.values()]
         for name, figures in rows.items()
-    ]
-    return align_table([header, *shown])
+    }
+    return table_by_height("characters, lines right, %", originals, shown)
+
+
+def faces_table(originals: dict[str, Any], models: list[dict[str, Any]]) -> str:
+    """How far faces are from what they were, and how many are still of one person, by face height, in columns."""
+    rows = {"faces as scaled": originals} | {figures["model"]: figures["faces"] for figures in models}
+    shown = {"number of faces": [str(face["faces"]) for face in originals.values()]}
+    for name, figures in rows.items():
+        shown[name] = [f"{face['distance']:.3f}, {100 * face['same']:.0f}" for face in figures.values()]
+    return table_by_height("distance, same person, %", originals, shown)
+
+
+def table_by_height(corner: str, heights: Iterable[str], rows: dict[str, list[str]]) -> str:
+    """Put names before rows and heights above them, in aligned columns."""
+    header = [corner, *(f"{height} px" for height in heights)]
+    return align_table([header, *([name, *shown] for name, shown in rows.items())])
 
 
 def load_data(args: Namespace) -> tuple[Images, Images | None]:
@@ -256,6 +283,7 @@ def run(args: Namespace, state: PartialState) -> list[str]:
     text = make_text(codecs) if args.text else None
     images, train = load_data(args)
     batches = EvaluationBatches(images, size, args.batch_size, limit=args.max_images)
+    faces = make_faces(codecs, batches, state) if args.faces else None
     probe_batches = EvaluationBatches(train, size, args.batch_size) if train else None
     reference = None
     if metrics.frechet and args.reference:
@@ -272,11 +300,14 @@ def run(args: Namespace, state: PartialState) -> list[str]:
                 figures["probe_accuracy"] = linear_probe(*fitted, *pool_features(codec, batches))
             if text:
                 figures["text"] = text.measure(codec, args.batch_size)
+            if faces:
+                figures["faces"] = faces.measure(codec, args.batch_size)
         except ValueError as error:
             raise Problem(f"{name!r} cannot be evaluated on {images.source}: {one_line(error)}") from error
         models.append(figures)
 
-    originals = text.measure() if text else {}
+    originals = {"text": text.measure()} if text else {}
+    originals |= {"faces": faces.measure()} if faces else {}
     read = {"data": batches, "probe_data": probe_batches, "reference": reference}
     mine = {name: reason for found in read.values() if found for name, reason in found.skipped.items()}
     skipped = {name: reason for part in gather(mine) for name, reason in part.items()}
@@ -302,16 +333,19 @@ def run(args: Namespace, state: PartialState) -> list[str]:
             precision="float32",
             latents="mode of the posterior",
             **({"text": describe_text(text)} if text else {}),
+            **({"faces": describe_faces(faces)} if faces else {}),
         )
         settings = {**vars(args), "fid_size": metrics.frechet and metrics.frechet.size}
         report = {"settings": settings, "machine": describe_machine(device, state.num_processes), "images": count}
         report |= {"protocol": protocol, "notes": notes, "skipped": skipped, "models": models}
-        report |= {"text_of_originals": originals} if text else {}
+        report |= {f"{name}_of_originals": figures for name, figures in originals.items()}
         notes += compare_with_protocol(args, report)
         if args.json:
             write_report(args.json, report)
     title = f"{count} images of {images.source} at {size} x {size} pixels, mode of the posterior, float32"
-    tables = [table(models), *(["", text_table(originals, models)] if text else [])]
+    tables = [table(models)]
+    for name, show in (("text", text_table), ("faces", faces_table)):
+        tables += ["", show(originals[name], models)] if name in originals else []
     return [title, *tables, *(f"note: {x}" for x in notes), *(f"skipped: {x}" for x in skipped.values())]
 
 

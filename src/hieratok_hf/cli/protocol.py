@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..data.image_dataset import Images
+from ..evaluation.faces import SAME_PERSON, SQUARE_SIZE, FaceDistances
 from ..evaluation.image_sets import FrechetDistance
 from ..evaluation.text import PAGE_SIZE, TextReading
 from ..utils.files import read_json
 from .outputs import as_written
 from .parsing import OUTPUT_OPTIONS
 
-__all__ = ["compare_with_protocol", "describe_protocol", "describe_text", "digest_tensors"]
+__all__ = ["compare_with_protocol", "describe_faces", "describe_protocol", "describe_text", "digest_tensors"]
 
 _LIBRARIES = ("hieratok_hf", "torch", "numpy", "pillow", "diffusers", "transformers", "torchmetrics", "torch-fidelity")
 # What may differ although nothing else does, and what is not compared but read by people.
@@ -96,6 +97,18 @@ def describe_text(text: TextReading) -> dict[str, Any]:
         "lines": len(next(iter(text.pages.values())).lines),
         "characters": "without spaces",
         "versions": {name: _version(name) for name in ("rapidocr-onnxruntime", "onnxruntime", "opencv-python")},
+    }
+
+
+def describe_faces(faces: FaceDistances) -> dict[str, Any]:
+    """Describe where the faces of `--faces` were found, and by what; nothing of it is random."""
+    files = faces.networks.files
+    return {
+        "found": [dict(zip(("row", "x", "y", "height"), face)) for face in faces.found],
+        "square_size": SQUARE_SIZE,
+        "same_person_below": SAME_PERSON,
+        "networks": {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        "versions": {name: _version(name) for name in ("dlib-bin", "face_recognition_models")},
     }
 
 

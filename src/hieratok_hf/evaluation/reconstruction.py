@@ -74,13 +74,14 @@ class EvaluationBatches:
         return range(length if self.limit is None else min(self.limit, length))[rank::world]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in decode_ahead(self._numbered(), (self.size, self.size), self.threads):
+        for batch in decode_ahead(self.numbered_rows(), (self.size, self.size), self.threads):
             self.skipped |= {name: reason for _, name, reason in batch["skipped"]}
             if batch["rows"]:
                 pixel_values = from_uint8(batch["levels"].permute(0, 3, 1, 2))
                 yield {"pixel_values": pixel_values, "rows": batch["rows"], "labels": batch["labels"]}
 
-    def _numbered(self) -> Iterator[list[tuple[int, Row]]]:
+    def numbered_rows(self) -> Iterator[list[tuple[int, Row]]]:
+        """Iterate over the rows of the batches with their numbers, of broken images too, without decoding any."""
         entries: Iterator[tuple[int, Row]]
         if self.images.streaming:
             rank, world = process_place()

@@ -13,6 +13,8 @@ EXTRAS = {
     "onnxscript": "export",
     "gradio": "app",
     "rapidocr-onnxruntime": "ocr",
+    "dlib-bin": "faces",
+    "face_recognition_models": "faces",
 }
 """Packages that the core does without, each with the extra that brings it."""
 

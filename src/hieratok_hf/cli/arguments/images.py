@@ -34,6 +34,8 @@ def add_evaluate(parser: Parser) -> None:
     add("--lpips", action="store_true", help="measure LPIPS; needs the package lpips")
     add("--perceptual_model", metavar="MODEL", help="measure a perceptual distance over this vision model")
     add("--text", action="store_true", help="read pages of text by an OCR, by letter height; needs the extra ocr")
+    faces = "compare embeddings of the faces in the images by dlib, by face height; needs the extra faces"
+    add("--faces", action="store_true", help=faces)
     add("--no_fid", action="store_true", help="leave the Fréchet distance out")
     add("--classifier", metavar="MODEL", help="measure the Inception Score by this image classifier")
     add_sets(parser, "these images instead of those of --data", "the reconstructions by --model")
