@@ -15,6 +15,7 @@ from image_files import crop
 from latent_data import save_autoencoders, tiny_dc, tiny_kl
 from processes import two_processes
 from scripts import error_of, load_script, tables_in, usage_error, with_defaults
+from stand_in_faces import StandInNetworks
 from text_reader import template_reader
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -23,6 +24,7 @@ pytest.importorskip("torchmetrics", reason="SSIM and Fréchet distances are its 
 
 from hieratok_hf import AutoencoderHieraTok
 from hieratok_hf.data.image_dataset import load_images
+from hieratok_hf.evaluation.faces import FaceDistances
 from hieratok_hf.evaluation.reconstruction import (
     EvaluationBatches,
     ReconstructionMetrics,
@@ -223,17 +225,67 @@ def test_text_is_read_of_any_autoencoder_and_again_by_the_protocol(stand_in_ocr,
     assert not [x for x in (plain, plain["protocol"], plain["models"][0]) for name in x if name.startswith("text")]
 
 
-def test_text_needs_an_ocr_and_a_model_that_takes_pages(space, stand_in_ocr, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def stand_in_networks(monkeypatch):
+    """What takes a place that is the same in all images for a face, and two heights of it."""
+    monkeypatch.setattr(script, "FaceDistances", partial(FaceDistances, heights=(12, 16, 20)))
+    monkeypatch.setattr(script, "FaceNetworks", lambda: StandInNetworks((16, 18, 16)))
+
+
+def test_faces_are_compared_by_any_autoencoder_and_again_by_the_protocol(stand_in_networks, space, tmp_path, capsys):
+    given = ["--no_ssim", "--no_fid", "--max_images", 3, "--faces", "--batch_size", 2, "--json", tmp_path / "a.json"]
+    tiny_kl(mid_block_add_attention=False).save_pretrained(tmp_path / "kl")
+    assert script.main(arguments(space, *given, "--compare", tmp_path / "kl")) == 0
+    report, (_, table) = json.loads((tmp_path / "a.json").read_text()), tables_in(capsys.readouterr().out)
+    corner, (count, scaled, *rows) = "distance, same person, %", table
+    assert count == {corner: "number of faces", "12 px": "2", "16 px": "2"}  # the second image is broken
+    originals = report["faces_of_originals"]
+    assert scaled == {corner: "faces as scaled"} | shown_faces(originals)
+    assert originals.keys() == {"12", "16"} and originals["12"]["distance"] > originals["16"]["distance"]
+    for figures, row in zip(report["models"], rows, strict=True):
+        assert row == {corner: figures["model"]} | shown_faces(figures["faces"])
+        assert all(face["faces"] == 2 and face["distance"] > 1 for face in figures["faces"].values())
+    described = report["protocol"]["faces"]
+    assert described["found"] == [{"row": i, "x": 16, "y": 18, "height": 16} for i in (0, 2)]
+    assert len(described["networks"]["stand_in_faces"]) == 64 and described["versions"].keys() >= {"dlib-bin"}
+
+    assert script.main(["--protocol", str(tmp_path / "a.json")]) == 0
+    assert "note: all figures are those of --protocol, to the last digit" in capsys.readouterr().out
+    assert script.main(arguments(space, *given[:4], "--json", tmp_path / "b.json")) == 0
+    plain = json.loads((tmp_path / "b.json").read_text())
+    assert not [x for x in (plain, plain["protocol"], plain["models"][0]) for name in x if name.startswith("faces")]
+
+
+def shown_faces(figures):
+    return {f"{size} px": f"{face['distance']:.3f}, {100 * face['same']:.0f}" for size, face in figures.items()}
+
+
+@pytest.mark.parametrize("option", ["text", "faces"])
+def test_text_and_faces_need_what_reads_them_and_a_model_that_takes_their_size(
+    option, space, stand_in_ocr, stand_in_networks, tmp_path, monkeypatch, capsys
+):
     sides = {f"{side}_block_out_channels": (2,) * 10 for side in ("encoder", "decoder")}
     blocks = {f"num_{side}_blocks": (1,) * 10 for side in ("encoder", "decoder")}
     AutoencoderTiny(**sides, **blocks).save_pretrained(tmp_path / "coarse")  # makes 512 pixels of a latent
-    given = ["--no_ssim", "--no_fid", "--text", "--json", tmp_path / "new" / "a.json"]
+    given = ["--no_ssim", "--no_fid", f"--{option}", "--json", tmp_path / "new" / "a.json"]
     assert script.main(arguments(space, *given, "--compare", tmp_path / "coarse")) == 2
-    assert re.search(r"--text: .*makes images of shape .3, 512, 512. of those of .3, 256, 256", error_of(capsys))
+    assert re.search(
+        rf"--{option}.*: .*makes images of shape .3, 512, 512. of those of .3, 256, 256", error_of(capsys)
+    )
     monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
+    package, extra = {"text": ("rapidocr_onnxruntime", "ocr"), "faces": ("dlib", "faces")}[option]
+    monkeypatch.setitem(sys.modules, package, None)
     assert script.main(arguments(space, *given)) == 2
-    assert re.search(r"--text: .*pip install 'hieratok_hf\[ocr\]'", error_of(capsys))
+    assert re.search(rf"--{option}.*: .*pip install 'hieratok_hf\[{extra}\]'", error_of(capsys))
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_images_without_faces_are_refused(stand_in_networks, space, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "FaceNetworks", lambda: StandInNetworks((16, 18, 4)))
+    assert (
+        script.main(arguments(space, "--no_ssim", "--no_fid", "--faces", "--json", tmp_path / "new" / "a.json")) == 2
+    )
+    assert re.search("--faces in .*images.*: no faces of 12 pixels", error_of(capsys))
     assert not list((tmp_path / "new").iterdir())
 
 

@@ -44,6 +44,10 @@ def rows_of(*images, batch=2):
     return [rows[start : start + batch] for start in range(0, len(rows), batch)]
 
 
+def unchanged(count, *heights):
+    return {height: {"faces": count, "distance": 0, "same": 1} for height in heights}
+
+
 def ramps(height, width):
     """An image whose red is 4 times the column, and whose green is 4 times the row."""
     rows, columns = np.mgrid[:height, :width]
@@ -84,12 +88,12 @@ def test_distances_are_those_of_the_embeddings():
     found = FaceDistances(rows_of(grey, grey, grey), StandInNetworks(), [12, 24])
     for batch_size in (1, 2, 9):
         same = found.measure(Codec(Change()), batch_size)
-        assert same == found.measure() == dict.fromkeys(("12", "24"), {"faces": 3, "distance": 0, "same": 1})
+        assert same == found.measure() == unchanged(3, "12", "24")
         for levels, share in ((5, 1), (20, 0)):
             # An embedding has 8 * 8 * 3 numbers.
             expected = {"faces": 3, "distance": pytest.approx(levels / 255 * 192**0.5), "same": share}
             model = Change(lambda images, levels=levels: images - levels / 127.5)
-            assert found.measure(Codec(model), batch_size) == dict.fromkeys(("12", "24"), expected)
+            assert found.measure(Codec(model), batch_size) == {"12": expected, "24": expected}
 
 
 def test_scaled_faces_differ_from_what_they_were_and_a_random_model_leaves_none():
@@ -120,12 +124,14 @@ def test_processes_share_the_faces(world, monkeypatch):
         together = FaceDistances(share, StandInNetworks(), [12, 24])
         measured = [together.measure(), together.measure(codec)]
     assert together.found == alone.found and measured == alone_measured
-    assert [number for part in parts for number, *_ in part[0]] == [i for r in range(world) for i in range(4)[r::world]]
+    assert [number for part in parts for number, *_ in part[0]] == [
+        i for r in range(world) for i in range(4)[r::world]
+    ]
 
 
 @pytest.fixture(scope="module")
 def astronaut():
-    """A photograph of NASA, in the public domain: one face, and badges that are like some; see there for the source."""
+    """A photograph by NASA, which is in the public domain, of one face and of badges that are like some."""
     return pytest.importorskip("skimage.data", reason="the photograph comes with scikit-image").astronaut()
 
 
@@ -140,7 +146,7 @@ def test_dlib_finds_the_face_alone_and_knows_it_the_better_the_larger(astronaut,
     ((number, x, y, height),) = found.found
     assert number == 0 and abs(x - 140) < 15 and abs(y - 120) < 20 and 80 <= height <= 110
     heights = [str(height) for height in FACE_HEIGHTS if height <= 80]
-    assert found.measure(Codec(Change())) == dict.fromkeys(heights, {"faces": 1, "distance": 0, "same": 1})
+    assert found.measure(Codec(Change())) == unchanged(1, *heights)
     blurred = Codec(Change(lambda images: F.interpolate(F.avg_pool2d(images, 8), scale_factor=8, mode="bicubic")))
     for measured in (found.measure(), found.measure(blurred)):
         distances = [measured[height]["distance"] for height in heights]
