@@ -2,15 +2,17 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
-from helpers import random_core, tree
-from latent_data import make_images, tiny_kl
+from helpers import tree
+from latent_data import make_images, save_autoencoders, tiny_dc
 from scripts import error_of
 
 pytest.importorskip("datasets", reason="images are read through it")
 
-from hieratok_hf import AutoencoderHieraTok
+from hieratok_hf import AutoencoderHieraTok, open_image
+from hieratok_hf.cli import decode, encode
 from hieratok_hf.cli import fit_quantizer as script
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
@@ -20,8 +22,8 @@ from hieratok_hf.models.quantizing import QUANTIZER_FILE
 @pytest.fixture
 def space(tmp_path):
     """A folder with models and images."""
-    AutoencoderHieraTok.from_core(random_core()).save_pretrained(tmp_path / "model")
-    tiny_kl().save_pretrained(tmp_path / "kl")
+    save_autoencoders(tmp_path)
+    tiny_dc().save_pretrained(tmp_path / "dc")
     make_images(tmp_path / "images")
     (tmp_path / "empty").mkdir()
     return tmp_path
@@ -33,34 +35,56 @@ def run(space, folder, *given, data="images"):
 
 
 def test_levels_are_those_of_the_images_and_lie_beside_the_weights(space, capsys):
-    before = tree(space / "model")
-    assert run(space, "model", "--size", "16", "--max_images", "9", "--batch_size", "2") == 1
+    before = tree(space / "hieratok")
+    assert run(space, "hieratok", "--size", "16", "--max_images", "9", "--batch_size", "2") == 1
     out, err = capsys.readouterr()
-    path = space / "model" / QUANTIZER_FILE
+    path = space / "hieratok" / QUANTIZER_FILE
     assert out == f"levels written to {str(path)!r}\n" and len(re.findall("failed: ", err)) == 1
-    after = tree(space / "model")
+    after = tree(space / "hieratok")
     assert after.pop(QUANTIZER_FILE) == path.read_bytes() and after == before
-    model = AutoencoderHieraTok.from_pretrained(space / "model")
+    model = AutoencoderHieraTok.from_pretrained(space / "hieratok")
     batches = EvaluationBatches(load_images(str(space / "images")), 16, 2, limit=9)
     found = model.quantizer
     expected = model.fit_quantizer(batch["pixel_values"] for batch in batches)
     assert all(torch.equal(found.levels[bits], expected.levels[bits]) for bits in expected.levels)
 
 
+@pytest.mark.parametrize("folder", ["hieratok", "kl", "tiny", "dc"])
+def test_integers_of_any_autoencoder_go_to_a_file_and_back(folder, space):
+    assert run(space, folder, "--size", "32", "--max_images", "4") == 0
+    (space / "images/hat/005.png").unlink()  # the one that is broken
+    options = ["--model", str(space / folder), "--device", "cpu"]
+    decoded = {}
+    for bits in (2, 8, None):
+        archive, out = space / f"{bits}.tokens", space / f"{bits} again"
+        given = [*options, *(["--dtype", "float32"] if bits is None else ["--bits", str(bits)])]
+        assert encode.main([str(space / "images"), str(archive), *given]) == 0
+        assert decode.main([str(archive), str(out), "--device", "cpu"]) == 0
+        decoded[bits] = [np.array(open_image(path), float) for path in sorted(out.rglob("*.png"))]
+    errors = {
+        bits: sum(np.square(x - whole).mean() for x, whole in zip(images, decoded[None], strict=True))
+        for bits, images in decoded.items()
+    }
+    assert len(decoded[8]) == 13 and 0 < errors[8] < errors[2] / 10
+
+
 def test_levels_are_replaced_only_if_that_is_asked_for(space, capsys):
-    assert run(space, "model", "--max_images", "4") == 0
-    first = (space / "model" / QUANTIZER_FILE).read_bytes()
-    assert run(space, "model") == 2 and "is there already: add --overwrite" in error_of(capsys)
-    assert (space / "model" / QUANTIZER_FILE).read_bytes() == first
-    assert run(space, "model", "--max_images", "5", "--overwrite") == 0
-    assert (space / "model" / QUANTIZER_FILE).read_bytes() != first
+    assert run(space, "hieratok", "--max_images", "4") == 0
+    first = (space / "hieratok" / QUANTIZER_FILE).read_bytes()
+    assert run(space, "hieratok") == 2 and "is there already: add --overwrite" in error_of(capsys)
+    assert (space / "hieratok" / QUANTIZER_FILE).read_bytes() == first
+    assert run(space, "hieratok", "--max_images", "5", "--overwrite") == 0
+    assert (space / "hieratok" / QUANTIZER_FILE).read_bytes() != first
 
 
 BAD = {
-    "no folder": ({"folder": "missing"}, "FOLDER .*missing' must be that of a tokenizer"),
-    "another autoencoder": ({"folder": "kl"}, "FOLDER .*kl' must be that of a HieraTok model, got AutoencoderKL"),
-    "no images": ({"folder": "model", "data": "empty"}, "--data .*empty"),
-    "a size that the model cannot take": ({"folder": "model", "given": ["--size", "15"]}, "--data .*at 15 pixels"),
+    "no folder": ({"folder": "missing"}, "FOLDER .*missing' must be that of an autoencoder"),
+    "a size that another library's model cannot take": (
+        {"folder": "kl", "given": ["--size", "1"]},
+        "--data .*at 1 pix",
+    ),
+    "no images": ({"folder": "hieratok", "data": "empty"}, "--data .*empty"),
+    "a size that the model cannot take": ({"folder": "hieratok", "given": ["--size", "15"]}, "--data .*at 15 pixels"),
 }
 
 

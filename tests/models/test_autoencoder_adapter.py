@@ -11,6 +11,7 @@ from latent_data import tiny_dc
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
+from hieratok_hf.models.quantizing import QUANTIZER_FILE, LatentQuantizer
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, **BLOCKS}
@@ -67,6 +68,22 @@ def test_shipped_names_and_the_vae_of_a_pipeline_load(tmp_path):
     kl().save_pretrained(tmp_path / "vae")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     assert isinstance(load_codec(tmp_path).model, AutoencoderKL)
+
+
+@pytest.mark.parametrize("place", ["", "vae"])
+@torch.no_grad()
+def test_levels_beside_the_weights_are_taken(place, tmp_path):
+    model = kl().eval()
+    model.save_pretrained(tmp_path / place)
+    assert load_codec(tmp_path).quantizer is None
+    levels = LatentQuantizer.fit([model.encode(images(2, 3, 64, 64)).latent_dist.mode()])
+    levels.write(tmp_path / place / QUANTIZER_FILE)
+    assert torch.equal(load_codec(tmp_path).quantizer.levels[8], levels.levels[8])
+    LatentQuantizer({bits: values[:3] for bits, values in levels.levels.items()}).write(
+        tmp_path / place / QUANTIZER_FILE
+    )
+    with pytest.raises(ValueError, match=f"{QUANTIZER_FILE}' must have levels of 4 channels, got 3"):
+        load_codec(tmp_path)
 
 
 def test_what_is_no_autoencoder_is_refused(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Fit the levels by which the latents of a tokenizer become integers, and put them beside its weights."""
+"""Fit the levels by which the latents of an autoencoder become integers, and put them beside its weights."""
 
 from argparse import Namespace
 
@@ -19,18 +19,17 @@ def run(args: Namespace) -> tuple[list[str], int]:
     """Write the levels, and return the line to print and the exit status, 1 where an image was left out."""
     args.model = str(args.folder)
     if not (args.folder / "config.json").is_file():
-        raise Problem(f"FOLDER {args.model!r} must be that of a tokenizer: it has no config.json")
+        raise Problem(f"FOLDER {args.model!r} must be that of an autoencoder: it has no config.json")
     path = args.folder / QUANTIZER_FILE
     check_writable("FOLDER", path, overwrite=args.overwrite)
     device = find_device(args)
     codec: Codec = load_or_explain(load_codec, "FOLDER", args.model, device)
-    if codec.core is None:
-        raise Problem(f"FOLDER {args.model!r} must be that of a HieraTok model, got {type(codec.model).__name__}")
     size = find_size(args, codec)
     images = load_or_explain(load_images, "--data", args.data, split=args.split, streaming=args.streaming)
     batches = EvaluationBatches(images, size, args.batch_size, limit=args.max_images)
     with tqdm(batches, unit="batch", dynamic_ncols=True, leave=False) as shown:
         try:
+            codec.latent_shape(size)  # or other libraries' errors would tell that the size does not suit
             quantizer = LatentQuantizer.fit(codec.encode(batch["pixel_values"]) for batch in shown)
         except (OSError, ValueError) as error:
             raise Problem(f"--data {' '.join(args.data)!r} at {size} pixels: {one_line(error)}") from error

@@ -160,10 +160,15 @@ def write_archive(
             raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}.")
     if stored not in (dtypes := ARCHIVE_FORMATS[file_format]):
         raise ValueError(f"`dtype` must be one of {dtypes} in {file_format}, got {stored!r}.")
+    quantizer = None
     if bits is not None:
-        bits = LatentQuantizer.check_bits(bits)
-    quantizer = None if bits is None else _quantizer_of(codec)
-    if quantizer is not None:
+        bits, quantizer = LatentQuantizer.check_bits(bits), codec.quantizer
+        if quantizer is None:
+            kind = type(codec.model).__name__
+            what = (
+                f"levels of the {kind}, which `hieratok fit-quantizer` puts into {QUANTIZER_FILE} beside its weights"
+            )
+            raise ValueError(f"`bits` needs {what}.")
         file_format, stored = TOKENS_FORMAT, "uint8"
     _check_packages(file_format)
     names = list_images(source)
@@ -171,6 +176,8 @@ def write_archive(
         raise ValueError(f"No images found in {str(source)!r}.")
     with torch.inference_mode():
         probe = codec.encode(torch.zeros(1, 3, *[cell_of(codec)] * 2))
+    if quantizer is not None:
+        quantizer.quantize(probe, 1)  # which refuses latents of other channels
     settings: Settings = {
         "format": FORMAT, "file_format": file_format, "dtype": stored, "fit": fit, "cell": cell_of(codec),
         "channels": probe.shape[1], "rows": len(names), "shard_size": shard_size,
@@ -224,16 +231,6 @@ def write_archive(
 def _check_packages(file_format: str) -> None:
     if file_format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ImportError('Parquet needs pyarrow: pip install "hieratok_hf[eval]"')
-
-
-def _quantizer_of(codec: Codec) -> LatentQuantizer:
-    quantizer = getattr(codec.model, "quantizer", None)
-    if quantizer is None:
-        raise ValueError(
-            f"`bits` needs a HieraTok model with a {QUANTIZER_FILE}, which `hieratok fit-quantizer` makes; this "
-            f"{type(codec.model).__name__} has none."
-        )
-    return quantizer
 
 
 def _digest_levels(quantizer: LatentQuantizer) -> str:

@@ -267,14 +267,13 @@ def evaluate_perturbed(
         The mean PSNR in decibels by the amount, `psnr_with_noise` and, of a model with levels,
         `psnr_with_replaced_levels`.
     """
-    quantizer = getattr(codec.model, "quantizer", None)
     sums: dict[str, Tensor] = {}
     for batch in batches:
         latents = codec.encode(batch["pixel_values"])
         targets = batch["pixel_values"].to(latents.device)
         found: dict[str, list[Tensor]] = {}
         for amount in amounts:
-            for kind, wrong in perturb(latents, batch["rows"], amount, std, quantizer).items():
+            for kind, wrong in perturb(latents, batch["rows"], amount, std, codec.quantizer).items():
                 images = codec.decode(wrong).float().clamp(-1, 1)
                 found.setdefault(f"psnr_with_{kind}", []).append(_psnr_sums(images, targets))
         add_sums(sums, {name: torch.stack(decibels) for name, decibels in found.items()})

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..shipped import resolve_model
 from .core import HieraTokCore
+from .quantizing import LatentQuantizer, read_quantizer
 
 __all__ = ["Codec", "load_codec"]
 
@@ -21,13 +22,16 @@ class Codec:
 
     Args:
         model (`torch.nn.Module`): A `HieraTokCore`, a model around one, or an image autoencoder of diffusers.
+        quantizer (`LatentQuantizer`, *optional*): Levels for the latents; those of a HieraTok model unless given.
 
     Attributes:
         core (`HieraTokCore` or `None`): The core of a HieraTok model, `None` for another autoencoder.
+        quantizer (`LatentQuantizer` or `None`): The levels, if there are any.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, quantizer: LatentQuantizer | None = None):
         self.model = model
+        self.quantizer: LatentQuantizer | None = quantizer or getattr(model, "quantizer", None)
         core = model if isinstance(model, HieraTokCore) else getattr(model, "core", None)
         self.core: HieraTokCore | None = core if isinstance(core, HieraTokCore) else None
 
@@ -120,12 +124,12 @@ def load_codec(
         dtype (`torch.dtype`, defaults to `torch.float32`): The dtype that they get.
 
     Returns:
-        `Codec`: The model in evaluation mode, its parameters without gradients.
+        `Codec`: The model in evaluation mode, its parameters without gradients, and the levels beside its weights.
 
     Raises:
         OSError: There is no such folder or repository, no network to reach it, or it holds no safetensors.
-        ValueError: The configuration names no autoencoder that this package or diffusers has, or its weights do not
-            suit it.
+        ValueError: The configuration names no autoencoder that this package or diffusers has, or its weights or
+            levels do not suit it.
     """
     import diffusers
 
@@ -147,4 +151,6 @@ def load_codec(
         )
     options = {"torch_dtype": dtype, "use_safetensors": True, "subfolder": subfolder}
     model = model_class.from_pretrained(name, **options)
-    return Codec(model.eval().requires_grad_(False).to(device))
+    # The classes of diffusers know nothing of levels.
+    others = None if is_own else read_quantizer(name, config.get("latent_channels"), {"subfolder": subfolder})
+    return Codec(model.eval().requires_grad_(False).to(device), others)

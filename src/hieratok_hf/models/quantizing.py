@@ -1,8 +1,7 @@
 """Make integers of latents and back, by levels that are fitted after training (after arXiv 2503.16430)."""
 
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..utils.choices import TOKEN_BITS
 from ..utils.files import write_whole
 from ..utils.numbers import whole_number
 
-__all__ = ["QUANTIZER_FILE", "LatentQuantizer", "TokensMixin", "coarser_tokens"]
+__all__ = ["QUANTIZER_FILE", "LatentQuantizer", "TokensMixin", "coarser_tokens", "read_quantizer"]
 
 # Shape letters: B batch, H W pixels, C latent channels, h w the latent's grid, n_h n_w that of a scale, n values.
 
@@ -193,6 +192,43 @@ def _fit_levels(values: np.ndarray, count: int) -> np.ndarray:
     return levels
 
 
+def read_quantizer(
+    name_or_path: str | os.PathLike[str], channels: int | None, options: Mapping[str, Any]
+) -> LatentQuantizer | None:
+    """
+    Read the levels that lie in a folder or in a repository of the Hub, if there are any.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): The folder or the repository.
+        channels (`int` or `None`): The channels that they must have, where these are known.
+        options (`Mapping`): Arguments of `from_pretrained` that say where, such as `subfolder` and `revision`.
+
+    Raises:
+        ValueError: The file is damaged, or its levels are of other channels.
+    """
+    subfolder = options.get("subfolder") or ""
+    if os.path.isdir(name_or_path):
+        path = Path(name_or_path, subfolder, QUANTIZER_FILE)
+        if not path.is_file():
+            return None
+    else:
+        names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+        given = {name: options[name] for name in names if options.get(name) is not None}
+        try:
+            found = hf_hub_download(os.fspath(name_or_path), QUANTIZER_FILE, subfolder=subfolder or None, **given)
+        except EntryNotFoundError:  # also where the Hub cannot be asked and the cache has none
+            return None
+        path = Path(found)
+    hint = "delete it, and `hieratok fit-quantizer FOLDER --data IMAGES` makes another"
+    try:
+        quantizer = LatentQuantizer.read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {hint}") from error
+    if channels not in (None, got := len(quantizer.levels[1])):
+        raise ValueError(f"{str(path)!r} must have levels of {channels} channels, got {got}; {hint}")
+    return quantizer
+
+
 def coarser_tokens(tokens: Tensor, scale_factors: tuple[int, ...]) -> tuple[Tensor, ...]:
     """
     Sum up tokens at the scales of a pyramid, so that a model can predict them scale by scale, coarse ones first.
@@ -304,28 +340,9 @@ class TokensMixin:
         return self.quantizer
 
     def _read_quantizer(self, name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> None:
-        """Take the levels that lie in a folder or in a repository of the Hub, if there are any."""
-        subfolder = options.get("subfolder") or ""
-        if os.path.isdir(name_or_path):
-            path = Path(name_or_path, subfolder, QUANTIZER_FILE)
-            self.quantizer = self._read_levels(path) if path.is_file() else None
-            return
-        names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-        given = {name: options[name] for name in names if options.get(name) is not None}
-        with suppress(EntryNotFoundError):  # also where the Hub cannot be asked and the cache has none
-            found = hf_hub_download(os.fspath(name_or_path), QUANTIZER_FILE, subfolder=subfolder or None, **given)
-            self.quantizer = self._read_levels(found)
-
-    def _read_levels(self, path: str | os.PathLike[str]) -> LatentQuantizer:
-        hint = "delete it, and `hieratok fit-quantizer FOLDER --data IMAGES` makes another"
-        try:
-            quantizer = LatentQuantizer.read(path)
-        except ValueError as error:
-            raise ValueError(f"{error}; {hint}") from error
-        found, needed = len(quantizer.levels[1]), self.core.config.latent_channels  # type: ignore[attr-defined]
-        if found != needed:
-            raise ValueError(f"{str(path)!r} must have levels of {needed} channels, got {found}; {hint}")
-        return quantizer
+        """Take the levels that lie beside the weights, if there are any."""
+        channels = self.core.config.latent_channels  # type: ignore[attr-defined]
+        self.quantizer = read_quantizer(name_or_path, channels, options)
 
     def _write_quantizer(self, folder: Path) -> None:
         if self.quantizer is not None:

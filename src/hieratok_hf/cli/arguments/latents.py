@@ -53,7 +53,12 @@ def add_encode(parser: Parser) -> None:
 
 def add_fit_quantizer(parser: Parser) -> None:
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="a folder of a tokenizer, which gets the levels as one more file")
+    add(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder of an autoencoder, which gets the levels as one more file",
+    )
     add_data(add, "fitting", required=True)
     add("--max_images", type=positive, default=3000, help="take only the first images of the data")
     add("--size", type=positive, help="side of the middle square; the model's own unless given")
