@@ -42,7 +42,8 @@ def test_the_figures_of_a_generator_are_those_recorded():
     figures, classes = report_results(report, "pipeline", DIT)
     judge = "accuracy of mobilenet_v2_1.0_224 among"
     found = {figure.metric_name: figure.metric_value for figure in figures}
-    assert found == {f"{judge} the classes of the model": 0.851, f"{judge} all its labels": 0.188}
+    right = {f"{judge} the classes of the model": 0.851, f"{judge} all its labels": 0.188}
+    assert found == {**right, "IS-MobileNetV2": round(report["IS-MobileNetV2"], 4)}
     assert {figure.dataset_config for figure in figures} == {
         "1000 samples at 128x128, 25 steps, guidance 8 with eta 0.5, float32"
     }
@@ -63,12 +64,60 @@ def test_a_distance_of_a_generator_is_to_its_reference_images():
     assert {figure.dataset_type for figure in figures} == {"generated", "imagenette_128/val-0000.tar"}
 
 
+SUITE = {"rFID": 1.5, "sFID": 2.5, "IS": 3.5, "IS_std": 0.5, "precision": 0.5, "recall": 0.25, "gFID": 4.5}
+SUITE |= {"FD-Net": 6.5, "sFD-Net": 7.5, "IS-Net": 8.5, "precision-Net": 0.75, "recall-Net": 0.125, "strange": 1.0}
+TYPES = {"rFID": "fid", "gFID": "fid", "sFID": "sfid", "IS": "inception_score", "IS-Net": "inception_score"}
+TYPES |= {"precision": "precision", "precision-Net": "precision", "recall": "recall", "recall-Net": "recall"}
+TYPES |= {"FD-Net": "frechet_distance", "sFD-Net": "frechet_distance"}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_figures_of_a_suite_are_told_with_what_they_compare(kind):
+    report, known = (recorded("trade_off"), TINY) if kind == "tokenizer" else (recorded("hieratok-dit-tiny"), DIT)
+    (report["models"][0] if kind == "tokenizer" else report).update(SUITE)
+    report["settings"] |= {"reference": ["/data/mine/val-0000.tar"], "fid_size": 64}
+    figures, _ = report_results(report, kind, known)
+    found = {figure.metric_name.split()[0]: figure for figure in figures if figure.metric_name[0] != "P"}
+    assert {key: figure.metric_type for key, figure in found.items() if key in SUITE} == TYPES
+    for key in TYPES:
+        scored = "kodak" if kind == "tokenizer" else "its own images, each class as often"
+        assert found[key].metric_value == SUITE[key]
+        assert found[key].dataset_name == (scored if "IS" in key else "mine/val-0000.tar")
+        assert found[key].metric_name == key if "IS" in key else "of images resized to 64x64" in found[key].metric_name
+
+
+def test_psnr_from_wrong_latents_is_a_figure_an_amount():
+    report = recorded("perturbed")
+    report["models"][0]["psnr_with_noise"]["0.2"] = None  # as what is infinite is written
+    figures, _ = report_results(report, "tokenizer", TINY)
+    found = {figure.metric_name: figure.metric_value for figure in figures if figure.metric_type == "psnr"}
+    noise, replaced = (report["models"][0][f"psnr_with_{kind}"] for kind in ("noise", "replaced_levels"))
+    expected = {f"PSNR with noise of {x} of the latents' deviation, dB": noise[x] for x in ("0.01", "0.1", "0.3")}
+    expected |= {f"PSNR with {x} of the latents' integers of 8 bits replaced, dB": y for x, y in replaced.items()}
+    assert found == {"PSNR, dB": round(report["models"][0]["psnr"], 4)} | {x: round(y, 4) for x, y in expected.items()}
+
+
+def test_text_is_a_figure_a_height_beside_the_originals():
+    report = recorded("text")
+    figures, _ = report_results(report, "tokenizer", TINY)
+    read = {figure.dataset_config: figure for figure in figures if figure.dataset_type == "generated"}
+    assert {place: figure.metric_value for place, figure in read.items()} == {
+        f"letters of {height} pixels": round(shares["characters"], 4)
+        for height, shares in report["models"][0]["text"].items()
+    }
+    assert "0.9950 of the pages as drawn" in read["letters of 12 pixels"].metric_name
+    assert {figure.metric_type for figure in read.values()} == {"accuracy"}
+
+
 def as_json(value):
     return json.loads(json.dumps(value, default=str))
 
 
 FIRST = "--model mine --data /a/b/kodak --lpips --streaming --no_fid --size 64 --batch_size 3"
 SECOND = "--model mine --reference /a/x.tar --fid_model some/net --fid_size 32 --classifier c --classifier_labels 0-2"
+
+
+THIRD = "--data x --reference /a/b/x.npz --suite --classifier c --text --perturb 0.1 0.2 --size 64"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +127,7 @@ SECOND = "--model mine --reference /a/x.tar --fid_model some/net --fid_size 32 -
         ("tokenizer", "--data a/images --fid_model some/net --fid_size 32 --compare x y --size 64", {}),
         ("pipeline", "--model mine --samples 4 --seed 0 --guidance_scale 1 --guidance_interval 0 0.5", {}),
         ("pipeline", SECOND, {"reference": ["a/x.tar"]}),
+        ("tokenizer", THIRD, {"reference": ["x.npz"]}),
     ],
 )
 def test_the_command_means_the_settings(kind, options, shortened):
@@ -145,6 +195,10 @@ def changed(*path, value):
         (changed("settings", value=[]), "tokenizer", TINY, "'settings'"),
         (recorded("hieratok-dit-tiny"), "tokenizer", TINY, "'models'"),
         ([], "tokenizer", TINY, "'settings'"),
+        (changed("models", 0, "psnr_with_noise", value=[30.0]), "tokenizer", TINY, "'psnr_with_noise'"),
+        (changed("models", 0, "psnr_with_noise", value={"0.1": "much"}), "tokenizer", TINY, "'0.1'"),
+        (changed("models", 0, "text", value={"12": {"characters": 0.5}}), "tokenizer", TINY, "'text_of_originals'"),
+        (changed("models", 0, "text", value={}), "tokenizer", TINY, "'text_of_originals'"),
         (recorded("hieratok-dit-tiny"), "pipeline", {"names": {**DIT["names"], "9": "kite"}}, "another model"),
     ],
 )

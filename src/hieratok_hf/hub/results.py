@@ -19,14 +19,28 @@ TASKS = {"tokenizer": "image-to-image", "pipeline": "unconditional-image-generat
 _SHARES = ("images_per_class", "class_accuracy_per_class", "top1_accuracy_per_class")
 
 
+_OVER_INCEPTION = {"rFID": "fid", "gFID": "fid", "sFID": "sfid", "precision": "precision", "recall": "recall"}
+_OVER_A_NETWORK = {
+    "FD": "frechet_distance",
+    "sFD": "frechet_distance",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+_PERTURBED = {
+    "psnr_with_noise": "noise of {} of the latents' deviation",
+    "psnr_with_replaced_levels": "{} of the latents' integers of 8 bits replaced",
+}
+
+
 def report_results(
     report: Mapping[str, Any], kind: str, known: Mapping[str, Any], name: str | None = None
 ) -> tuple[list[EvalResult], list[tuple[Any, ...]]]:
     """
     Read the figures of one model out of a report, and for a pipeline a row for each class that was judged.
 
-    Paths of a machine are cut to their last name; speeds, latent statistics, coarser scales and figures that are
-    null are left out.
+    Paths of a machine are cut to their last name; speeds, latent statistics, coarser scales, deviations of scores,
+    whole lines of text, figures that are null and those of an unknown name are left out.
 
     Args:
         report (`Mapping`): A report of `hieratok evaluate` (`kind` `"tokenizer"`), or of `hieratok
@@ -97,7 +111,16 @@ def _of_tokenizer(
         "perceptual": ("perceptual_distance", f"perceptual distance over {_place(settings.get('perceptual_model'))}"),
         "probe_accuracy": ("accuracy", "accuracy of a linear probe"),
     }
-    return [*_figures(model, kinds, where), *_distances(model, settings, where)]
+    sets = where
+    if settings.get("reference"):  # which the sets of images are compared with in the place of the data
+        sets = {**where, **_dataset(entry(settings, "reference", list))}
+    return [
+        *_figures(model, kinds, where),
+        *_perturbed(model, where),
+        *_text(model, report),
+        *_scores(model, where),
+        *_distances(model, settings, sets),
+    ]
 
 
 def _of_generator(
@@ -118,7 +141,7 @@ def _of_generator(
         "top1_accuracy": ("accuracy", f"{judge} among all its labels"),
     }
     generated = {"dataset_name": "its own images, each class as often", "dataset_type": "generated"}
-    figures = _figures(report, kinds, {**where, **generated})
+    figures = _figures(report, kinds, {**where, **generated}) + _scores(report, {**where, **generated})
     if settings.get("reference"):
         figures += _distances(report, settings, {**where, **_dataset(entry(settings, "reference", list))})
     shares = [entry(report, key, list) for key in _SHARES if key in report]
@@ -139,12 +162,45 @@ def _figures(
 
 
 def _distances(found: Mapping[str, Any], settings: Mapping[str, Any], where: Mapping[str, Any]) -> list[EvalResult]:
-    """Take Fréchet distances under the name of their network; only Inception's are FIDs."""
+    """Take what compares two sets of images, under the name of its network; only Inception's distances are FIDs."""
     side = line(settings.get("fid_size"))
     resized = f"of images resized to {side}x{side}"
-    kinds = {key: ("fid", f"{key} {resized}") for key in ("rFID", "gFID")}
-    kinds |= {key: ("frechet_distance", f"{line(key)} {resized}") for key in found if key.startswith("FD-")}
+    kinds = {}
+    for key in found:
+        name, _, network = key.partition("-")
+        if metric_type := (_OVER_A_NETWORK if network else _OVER_INCEPTION).get(name):
+            kinds[key] = (metric_type, f"{line(key)} {resized}")
     return _figures(found, kinds, where)
+
+
+def _scores(found: Mapping[str, Any], where: Mapping[str, Any]) -> list[EvalResult]:
+    """Take Inception Scores, that of a classifier under its name."""
+    kinds = {key: ("inception_score", line(key)) for key in found if key.partition("-")[0] == "IS"}
+    return _figures(found, kinds, where)
+
+
+def _perturbed(model: Mapping[str, Any], where: Mapping[str, Any]) -> list[EvalResult]:
+    """Take the PSNR from wrong latents, a figure for each amount."""
+    figures = []
+    for kind, what in _PERTURBED.items():
+        decibels = entry(model, kind, dict) if kind in model else {}
+        kinds = {amount: ("psnr", f"PSNR with {what.format(line(amount))}, dB") for amount in decibels}
+        figures += _figures(decibels, kinds, where)
+    return figures
+
+
+def _text(model: Mapping[str, Any], report: Mapping[str, Any]) -> list[EvalResult]:
+    """Take the characters that were read right, a figure for each height of letters beside that of the originals."""
+    if "text" not in model:
+        return []
+    originals = entry(report, "text_of_originals", dict)
+    where = {"task_type": TASKS["tokenizer"], "dataset_name": "pages of drawn text", "dataset_type": "generated"}
+    figures = []
+    for height, shares in entry(model, "text", dict).items():
+        drawn = _finite(entry(originals, height, dict), "characters")
+        kinds = {"characters": ("accuracy", f"characters that an OCR reads right, {drawn:.4f} of the pages as drawn")}
+        figures += _figures(shares, kinds, {**where, "dataset_config": f"letters of {line(height)} pixels"})
+    return figures
 
 
 def _dataset(data: Sequence[Any]) -> dict[str, str]:
