@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -250,6 +251,30 @@ def test_archives_that_name_no_model_or_are_damaged(space, tmp_path, capsys):
     assert re.search(r"ARCHIVE .* cannot be read: .*shard-00000\.safetensors' is damaged", error_of(capsys))
     (tmp_path / "archive" / "shard-00000.json").unlink()
     assert script.main(given) == 2 and "is unfinished" in error_of(capsys)
+
+
+def test_a_damaged_archive_writes_nothing_and_changes_nothing(space, tmp_path, capsys, monkeypatch):
+    archive, out = tmp_path / "archive", tmp_path / "out"
+    write_archive(random_core(), space / "in", archive, shard_size=2, model=str(space / "hieratok"))
+    given = [str(archive), str(out), "--device", "cpu"]
+    shard = archive / "shard-00002.safetensors"  # others come before it
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    assert script.main(given) == 2 and "shard-00002.safetensors' is damaged" in error_of(capsys)
+    assert not out.exists()
+    shard.write_bytes(whole)
+    plain, calls = script.decode_record, iter(range(3))
+    monkeypatch.setattr(script, "decode_record", lambda *x: plain(*x) if next(calls) < 2 else sys.exit(9))
+    with pytest.raises(SystemExit):
+        script.main(given)
+    monkeypatch.setattr(script, "decode_record", plain)
+    begun = tree(out)
+    assert script.MARK in begun and len([content for content in begun.values() if content]) == 3
+    shard.write_bytes(whole[:-1])
+    assert script.main(given) == 2 and "is damaged" in error_of(capsys)
+    assert tree(out) == begun
+    shard.write_bytes(whole)
+    assert script.main(given) == 0 and sizes_in(out) == SIZES
 
 
 @pytest.mark.parametrize("option", [[], ["--overwrite"]])

@@ -88,6 +88,13 @@ def run(args: Namespace) -> tuple[list[str], int]:
     is_begun = is_own and not args.overwrite
     if there and not (is_own or args.overwrite):
         raise Problem(f"{where}: {str(there[0])!r} is there already: add --overwrite, or take another folder")
+    bar = {"total": len(paths), "unit": "image", "dynamic_ncols": True, "leave": False}
+    damage = f"ARCHIVE {str(args.archive)!r} cannot be read"
+    try:  # all of it before anything is written, in little time beside that of decoding
+        for _ in tqdm(archive.iterate_stored(), desc="checking", **bar):
+            pass
+    except (OSError, ValueError) as error:
+        raise Problem(f"{damage}: {one_line(error)}") from error
     for folder in dict.fromkeys([args.folder, *(path.parent for path in paths)]):
         check_writable("FOLDER", folder, folder=True)
     if is_own or not there:
@@ -98,9 +105,8 @@ def run(args: Namespace) -> tuple[list[str], int]:
     device = find_device(args)
     failures: dict[str, str] = {}
     made = 0
-    entries = tqdm(zip(paths, archive), total=len(paths), unit="image", dynamic_ncols=True, leave=False)
     try:
-        for path, (record, latent) in entries:
+        for path, (record, latent) in tqdm(zip(paths, archive), **bar):
             if is_begun and path.is_file():  # it is whole, as all that this command writes
                 continue
             try:
@@ -113,7 +119,7 @@ def run(args: Namespace) -> tuple[list[str], int]:
                 write_or_explain("FOLDER", path, content)
                 made += 1
     except (OSError, ValueError) as error:
-        raise Problem(f"ARCHIVE {str(args.archive)!r} cannot be read: {one_line(error)}") from error
+        raise Problem(f"{damage}: {one_line(error)}") from error
     if not failures:
         mark.unlink(missing_ok=True)  # another process may have decoded the rest
     tell_failures(failures)
