@@ -33,7 +33,7 @@ from hieratok_hf.evaluation.reconstruction import (
 )
 from hieratok_hf.evaluation.text import TextReading
 from hieratok_hf.models.autoencoder_adapter import load_codec
-from hieratok_hf.models.quantizing import QUANTIZER_FILE
+from hieratok_hf.utils.choices import QUANTIZER_FILE
 from hieratok_hf.utils.images import to_uint8
 
 script = load_script("cli", "evaluate")

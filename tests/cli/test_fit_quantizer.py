@@ -16,7 +16,7 @@ from hieratok_hf.cli import decode, encode
 from hieratok_hf.cli import fit_quantizer as script
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
-from hieratok_hf.models.quantizing import QUANTIZER_FILE
+from hieratok_hf.utils.choices import QUANTIZER_FILE
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def test_a_tokenizer_in_lines_and_in_json(told, tmp_path):
         x[:2] for x in lines
     ]
     assert ["model", "card", "lacks", "README.md"] in lines
+    assert ["levels", "16", "channels,", "for", "1", "to", "8", "bits"] in lines
     assert f"{facts['parameters']['total'] / 1e6:.1f} M: encoder" in printed and "float32, 5.9 MB" in printed
     assert "there already" in told("hieratok-tiny", "--json", tmp_path / "facts.json", status=2)
     told("hieratok-tiny", "--json", tmp_path / "facts.json", "--overwrite")

@@ -14,9 +14,19 @@ from safetensors.torch import save_file
 from tiny_pipelines import make_pipeline
 
 import hieratok_hf
-from hieratok_hf import SHIPPED, SIZES, HieraTokConfig, HieraTokImageProcessor, HieraTokModel
+from hieratok_hf import (
+    SHIPPED,
+    SIZES,
+    AutoencoderHieraTok,
+    HieraTokConfig,
+    HieraTokImageProcessor,
+    HieraTokModel,
+)
+from hieratok_hf.data.latent_archive import write_archive
 from hieratok_hf.hub.describe import describe
 from hieratok_hf.hub.remote_code import add_remote_code
+from hieratok_hf.models.quantizing import LatentQuantizer
+from hieratok_hf.utils.choices import QUANTIZER_FILE, TOKEN_BITS
 
 
 @pytest.fixture
@@ -134,6 +144,53 @@ def test_latents_whole_and_unfinished(tmp_path):
     write_latents(random_core(), mixed, tmp_path / "buckets", size=32, shard_size=4, max_aspect=2.0, multiple=8)
     shards = describe(str(tmp_path / "buckets"))["shards"]
     assert shards["there"] == shards["wanted"] == 2 + 3 + 1  # 6, 9 and 4 images
+
+
+def levels(channels=4):
+    return LatentQuantizer({bits: torch.arange(2.0**bits).repeat(channels, 1) for bits in TOKEN_BITS})
+
+
+@pytest.mark.parametrize("place", [".", "vae"])
+def test_levels_are_told_with_their_channels_and_bits(place, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path) if place == "vae" else pipe.vae.save_pretrained(tmp_path)
+
+    def told():
+        facts = describe(str(tmp_path), 8)
+        return (facts["parts"]["vae"] if place == "vae" else facts).get("levels")
+
+    assert told() is None
+    path = tmp_path / place / QUANTIZER_FILE
+    levels().write(path)
+    assert told() == {"channels": 4, "bits": [1, 2, 3, 4, 5, 6, 7, 8]}
+    for tensors in ({}, {"levels_1": torch.zeros(4, 2)}, {"levels_1": torch.tensor(1.0)}):
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=f"{QUANTIZER_FILE}' is no file of levels: .* bits"):
+            told()
+    path.write_bytes(b"levels")
+    with pytest.raises(ValueError, match=f"{QUANTIZER_FILE}' is no file of levels"):
+        told()
+
+
+def test_an_archive_is_told_by_settings_that_are_whole(tmp_path):
+    vae = AutoencoderHieraTok.from_core(random_core())
+    vae.quantizer = levels()
+    images = make_images(tmp_path / "images", count=3, broken=None)
+    write_archive(vae, images, tmp_path / "tokens", bits=6, shard_size=2)
+    facts = describe(str(tmp_path / "tokens"))
+    assert facts["kind"] == "archive of latents" and facts["manifest"]["bits"] == 6
+    assert facts["levels"]["channels"] == 4 and facts["shards"]["there"] == facts["shards"]["wanted"] == 2
+    (tmp_path / "tokens" / QUANTIZER_FILE).unlink()
+    with pytest.raises(ValueError, match=f"damaged: it lacks the {QUANTIZER_FILE}"):
+        describe(str(tmp_path / "tokens"))
+    path = tmp_path / "tokens" / "archive.json"
+    for old, new in (('"bits": 6', '"bits": 5'), ('"checksum"', '"checks"')):
+        content = path.read_text()
+        assert old in content
+        path.write_text(content.replace(old, new))
+        with pytest.raises(ValueError, match=r"archive\.json' is damaged: its checksum is another"):
+            describe(str(tmp_path / "tokens"))
+        path.write_text(content)
 
 
 def test_a_training_is_told_by_its_states_and_last_records(saved, tmp_path):

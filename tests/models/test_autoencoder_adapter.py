@@ -11,7 +11,8 @@ from latent_data import tiny_dc
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.models.autoencoder_adapter import Codec, load_codec
-from hieratok_hf.models.quantizing import QUANTIZER_FILE, LatentQuantizer
+from hieratok_hf.models.quantizing import LatentQuantizer
+from hieratok_hf.utils.choices import QUANTIZER_FILE
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, **BLOCKS}

@@ -10,8 +10,8 @@ from helpers import images, random_core
 from safetensors.torch import save
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel, pretrained
-from hieratok_hf.models.quantizing import QUANTIZER_FILE, LatentQuantizer, coarser_tokens
-from hieratok_hf.utils.choices import TOKEN_BITS
+from hieratok_hf.models.quantizing import LatentQuantizer, coarser_tokens
+from hieratok_hf.utils.choices import QUANTIZER_FILE, TOKEN_BITS
 
 CLASSES = {"transformers": HieraTokModel, "diffusers": AutoencoderHieraTok}
 CHANNELS = 4

@@ -8,7 +8,8 @@ from tqdm import tqdm
 from ..data.image_dataset import load_images
 from ..evaluation.reconstruction import EvaluationBatches
 from ..models.autoencoder_adapter import Codec, load_codec
-from ..models.quantizing import QUANTIZER_FILE, LatentQuantizer
+from ..models.quantizing import LatentQuantizer
+from ..utils.choices import QUANTIZER_FILE
 from .command_line import find_device, find_size, load_or_explain
 from .main import parse
 from .outputs import check_writable, write_or_explain

@@ -44,7 +44,7 @@ def show(facts: Facts) -> list[str]:
 
 
 def _show_model(facts: Facts) -> list[str]:
-    """Lay out sizes, statistics and weights, and the table of scales."""
+    """Lay out sizes, statistics, weights and levels, and the table of scales."""
     config, pairs = facts.get("configuration", {}), []
     if "image" in facts:
         total, encoder, decoder = (_millions(facts["parameters"][name]) for name in ("total", "encoder", "decoder"))
@@ -60,6 +60,8 @@ def _show_model(facts: Facts) -> list[str]:
         numbers = f"{_millions(weights['numbers'])} numbers in {weights['num_tensors']} tensors"
         told = [numbers, *weights["dtypes"]] if weights["num_tensors"] else ["a pickle, which is not opened"]
         pairs += [(name, ", ".join([*told, f"{size / 1e6:.1f} MB" + (f" in {files} files" if files > 1 else "")]))]
+    if levels := facts.get("levels"):
+        pairs += [("levels", f"{levels['channels']} channels, for {levels['bits'][0]} to {levels['bits'][-1]} bits")]
     lines = ["", *_align(pairs)] if pairs else []
     if "image" in facts:
         image, scales = facts["image"], facts["image"]["scales"]

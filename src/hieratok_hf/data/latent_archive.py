@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.autoencoder_adapter import Codec
-from ..models.quantizing import QUANTIZER_FILE, LatentQuantizer
-from ..utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES, TOKEN_BITS
+from ..models.quantizing import LatentQuantizer
+from ..utils.choices import ARCHIVE_FITS, ARCHIVE_FORMATS, LATENT_DTYPES, QUANTIZER_FILE, TOKEN_BITS
 from ..utils.files import write_whole
 from ..utils.images import ImageError, from_uint8, open_image, to_uint8
 from .archive_shards import FILE_FORMATS, TOKENS_FORMAT, ImageRecord

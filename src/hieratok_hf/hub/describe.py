@@ -19,9 +19,10 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from ..data.manifests import checksum_of
 from ..models.sizes import SIZE_FIELDS, count_flops, count_parameters, scale_grids
 from ..shipped import no_weights, resolve_model
-from ..utils.choices import SHIPPED, SIZES
+from ..utils.choices import QUANTIZER_FILE, SHIPPED, SIZES, TOKEN_BITS
 from ..utils.files import read_json
 
 __all__ = ["Facts", "describe", "read_tensors"]
@@ -56,7 +57,8 @@ def describe(name: str, size: int | None = None) -> Facts:
 
     Returns:
         `kind`, and what that has of `configuration`, `statistics`, `parameters`, `image`, `weights`, `parts`,
-        `classes`, `tensors`, `manifest`, `shards`, `training`, `libraries` and `note`.
+        `classes`, `levels` for integers of latents, `tensors`, `manifest`, `shards`, `training`, `libraries` and
+        `note`.
 
     Raises:
         OSError: There is no such thing, or it cannot be read.
@@ -102,7 +104,8 @@ def _describe_folder(folder: Path, size: int | None) -> Facts:
     elif manifest is not None:
         facts = _manifest(manifest)
     elif config is not None:
-        facts = {**_configuration(config, size), **weights, "libraries": _libraries(folder, config)}
+        levels = _levels(folder)
+        facts = {**_configuration(config, size), **weights, **levels, "libraries": _libraries(folder, config)}
     elif weights:
         facts = {"kind": "weights without a configuration", **weights}
     if "libraries" in facts:
@@ -198,7 +201,7 @@ def _pipeline(folder: Path, index: Facts, size: int | None) -> Facts:
         place = folder / name
         config, weights = read_json(place / "config.json"), _weights(place)
         described = _configuration(config, size) if config is not None and "_class_name" in config else {}
-        parts[name] = {**described, **weights, "kind": kind, "library": library}
+        parts[name] = {**described, **weights, **_levels(place), "kind": kind, "library": library}
         # A scheduler or a tokenizer of text has no weights.
         files[name] = place.is_dir() and (bool(weights) or config is None)
         if kind == "AutoencoderHieraTok":
@@ -278,10 +281,33 @@ def _sum_up(paths: Iterable[Path], tensors: dict[str, Facts]) -> Facts:
     return {"files": files, "num_tensors": len(tensors), "numbers": numbers.total(), "dtypes": dict(numbers)}
 
 
+def _levels(folder: Path) -> Facts:
+    """Tell of the levels in a folder, if there are any, how many channels they have, and for which bits they are."""
+    path = folder / QUANTIZER_FILE
+    if not path.is_file():
+        return {}
+    try:
+        tensors = read_tensors(path)
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is no file of levels: {' '.join(str(error).split())}") from error
+    shapes = {bits: tensors.get(f"levels_{bits}", {}).get("shape") for bits in TOKEN_BITS}
+    channels = math.prod(shapes[1] or [0]) // 2
+    if wrong := [bits for bits, shape in shapes.items() if shape != [channels, 2**bits]]:
+        raise ValueError(f"{str(path)!r} is no file of levels: it has none for {wrong[0]} bits, or of other channels.")
+    return {"levels": {"channels": channels, "bits": [*TOKEN_BITS]}}
+
+
 def _manifest(path: Path) -> Facts:
     """Describe latents or programs by the file that lies beside them, and count the shards that it asks for."""
     entries = read_json(path) or {}
+    has_checksum = path.name == "archive.json" or "checksum" in entries  # which older caches lack
+    if has_checksum and entries.pop("checksum", None) != checksum_of(entries):
+        raise ValueError(f"{str(path)!r} is damaged: its checksum is another.")
     facts = {"kind": _MANIFESTS[path.name], "manifest": entries}
+    if "bits" in entries:
+        facts |= _levels(path.parent)
+        if "levels" not in facts:
+            raise ValueError(f"{str(path.parent)!r} is damaged: it lacks the {QUANTIZER_FILE} of its integers.")
     if "shard_size" in entries:
         shards = [shard for shard in sorted(path.parent.glob("shard-*")) if _SHARD.fullmatch(shard.name)]
         groups = [group["rows"] for group in entries.get("buckets", [entries])]  # a shard holds one bucket's alone

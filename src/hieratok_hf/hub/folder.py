@@ -12,10 +12,10 @@ import torch
 
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..models.modeling_hieratok import HieraTokModel
-from ..models.quantizing import QUANTIZER_FILE
 from ..models.saved_code import PIPELINE_CLASSES, to_json
 from ..models.saving import WEIGHTS_STEM, finish_save, index_for_transformers, link_or_copy, variant_of
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
+from ..utils.choices import QUANTIZER_FILE
 from ..utils.files import read_json
 from .card import card_for
 from .remote_code import add_remote_code

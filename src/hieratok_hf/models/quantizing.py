@@ -14,16 +14,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..ops.pyramid import PyramidLayout
-from ..utils.choices import TOKEN_BITS
+from ..utils.choices import QUANTIZER_FILE, TOKEN_BITS
 from ..utils.files import write_whole
 from ..utils.numbers import whole_number
 
-__all__ = ["QUANTIZER_FILE", "LatentQuantizer", "TokensMixin", "coarser_tokens", "read_quantizer"]
+__all__ = ["LatentQuantizer", "TokensMixin", "coarser_tokens", "read_quantizer"]
 
 # Shape letters: B batch, H W pixels, C latent channels, h w the latent's grid, n_h n_w that of a scale, n values.
-
-QUANTIZER_FILE = "quantizer.safetensors"
-"""Name of the levels beside a model's weights, which either library passes over."""
 
 _DENSITY_POWER = 0.2
 _MOST_BINS = 4096

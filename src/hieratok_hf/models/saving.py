@@ -15,9 +15,9 @@ from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 
+from ..utils.choices import QUANTIZER_FILE
 from ..utils.files import name_when_full, read_json
 from .configuration_hieratok import HieraTokConfig, complete_saved, pipeline_hint
-from .quantizing import QUANTIZER_FILE
 from .saved_code import OWN_CODE, add_code, to_json
 
 __all__ = [

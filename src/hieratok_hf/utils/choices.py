@@ -11,6 +11,7 @@ __all__ = [
     "LATENT_DTYPES",
     "LATENT_KINDS",
     "PIXEL_LOSSES",
+    "QUANTIZER_FILE",
     "SHIPPED",
     "SIZES",
     "TOKEN_BITS",
@@ -105,6 +106,9 @@ ARCHIVE_FORMATS = {
 
 TOKEN_BITS = range(1, 9)
 """Bits that the integers of a quantised latent may have."""
+
+QUANTIZER_FILE = "quantizer.safetensors"
+"""Name of the levels beside a model's weights, which either library passes over."""
 
 ARCHIVE_FITS = ("pad", "crop")
 """Ways to encode an image whose sides are no multiples of a latent's cell: continue its border, or cut it."""
