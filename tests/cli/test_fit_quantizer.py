@@ -16,6 +16,7 @@ from hieratok_hf.cli import decode, encode
 from hieratok_hf.cli import fit_quantizer as script
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.evaluation.reconstruction import EvaluationBatches
+from hieratok_hf.models.quantizing import LatentQuantizer
 from hieratok_hf.utils.choices import QUANTIZER_FILE
 
 
@@ -26,6 +27,8 @@ def space(tmp_path):
     tiny_dc().save_pretrained(tmp_path / "dc")
     make_images(tmp_path / "images")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.png").write_bytes(b"no image")
     return tmp_path
 
 
@@ -39,7 +42,9 @@ def test_levels_are_those_of_the_images_and_lie_beside_the_weights(space, capsys
     assert run(space, "hieratok", "--size", "16", "--max_images", "9", "--batch_size", "2") == 1
     out, err = capsys.readouterr()
     path = space / "hieratok" / QUANTIZER_FILE
-    assert out == f"levels written to {str(path)!r}\n" and len(re.findall("failed: ", err)) == 1
+    assert out == f"levels written to {str(path)!r}\n" and re.findall("failed: (.*): cannot", err) == [
+        f"'{space}/images/hat/005.png'"
+    ]
     after = tree(space / "hieratok")
     assert after.pop(QUANTIZER_FILE) == path.read_bytes() and after == before
     model = AutoencoderHieraTok.from_pretrained(space / "hieratok")
@@ -71,10 +76,21 @@ def test_integers_of_any_autoencoder_go_to_a_file_and_back(folder, space):
 def test_levels_are_replaced_only_if_that_is_asked_for(space, capsys):
     assert run(space, "hieratok", "--max_images", "4") == 0
     first = (space / "hieratok" / QUANTIZER_FILE).read_bytes()
-    assert run(space, "hieratok") == 2 and "is there already: add --overwrite" in error_of(capsys)
+    assert run(space, "hieratok") == 2 and error_of(capsys).endswith("is there already: add --overwrite to replace it")
     assert (space / "hieratok" / QUANTIZER_FILE).read_bytes() == first
     assert run(space, "hieratok", "--max_images", "5", "--overwrite") == 0
     assert (space / "hieratok" / QUANTIZER_FILE).read_bytes() != first
+
+
+@pytest.mark.parametrize("folder", ["hieratok", "kl"])
+def test_damaged_levels_are_replaced(folder, space, capsys):
+    path = space / folder / QUANTIZER_FILE
+    path.write_bytes(b"levels")
+    given = [folder, "--size", "32", "--max_images", "4"]
+    assert run(space, *given) == 2 and "--overwrite" in error_of(capsys)
+    assert path.read_bytes() == b"levels"
+    assert run(space, *given, "--overwrite") == 0
+    assert len(LatentQuantizer.read(path).levels[8]) == 4
 
 
 BAD = {
@@ -83,6 +99,7 @@ BAD = {
         {"folder": "kl", "given": ["--size", "1"]},
         "--data .*at 1 pix",
     ),
+    "no images that can be read": ({"folder": "hieratok", "data": "broken"}, "--data .*broken.*none .*read.*0.png"),
     "no images": ({"folder": "hieratok", "data": "empty"}, "--data .*empty"),
     "a size that the model cannot take": ({"folder": "hieratok", "given": ["--size", "15"]}, "--data .*at 15 pixels"),
 }

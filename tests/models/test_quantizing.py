@@ -201,6 +201,7 @@ def test_damaged_files_are_refused_by_name(content, tmp_path):
         with pytest.raises(ValueError, match=f"{QUANTIZER_FILE}' is no file of levels") as caught:
             cls.from_pretrained(tmp_path)
         assert "\n" not in str(caught.value)
+        assert cls.from_pretrained(tmp_path, load_quantizer=False).quantizer is None
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):

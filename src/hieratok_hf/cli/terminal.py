@@ -85,7 +85,9 @@ def show_on(bar: Any) -> Callable[[int, int | None], None]:
 
 def tell_failures(failures: Mapping[str, str]) -> None:
     """Write to the standard error, a line each, which images failed, and why."""
-    complain("".join(f"failed: {name!r}: {reason}\n" for name, reason in failures.items()))
+    # Some of the reasons begin with the name.
+    reasons = {f"{name!r}: ": reason for name, reason in failures.items()}
+    complain("".join(f"failed: {name}{reason.removeprefix(name)}\n" for name, reason in reasons.items()))
 
 
 def run_script(run: Callable[[Namespace], list[str] | tuple[list[str], int]], args: Namespace, where: str = "") -> int:

@@ -112,7 +112,10 @@ class Codec:
 
 
 def load_codec(
-    name_or_path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    load_quantizer: bool = True,
 ) -> Codec:
     """
     Load a HieraTok model or an autoencoder of diffusers, from safetensors alone.
@@ -122,9 +125,10 @@ def load_codec(
             part `vae`.
         device (`torch.device` or `str`, defaults to `"cpu"`): The device that the weights are put on.
         dtype (`torch.dtype`, defaults to `torch.float32`): The dtype that they get.
+        load_quantizer (`bool`, defaults to `True`): Whether to take the levels beside the weights.
 
     Returns:
-        `Codec`: The model in evaluation mode, its parameters without gradients, and the levels beside its weights.
+        `Codec`: The model in evaluation mode, its parameters without gradients.
 
     Raises:
         OSError: There is no such folder or repository, no network to reach it, or it holds no safetensors.
@@ -149,8 +153,11 @@ def load_codec(
         raise ValueError(
             f"{name!r} must hold an autoencoder of HieraTok or diffusers, its config.json names {kind!r}."
         )
-    options = {"torch_dtype": dtype, "use_safetensors": True, "subfolder": subfolder}
+    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "subfolder": subfolder}
+    levels = None
+    if is_own:
+        options["load_quantizer"] = load_quantizer
+    elif load_quantizer:
+        levels = read_quantizer(name, config.get("latent_channels"), options)
     model = model_class.from_pretrained(name, **options)
-    # The classes of diffusers know nothing of levels.
-    others = None if is_own else read_quantizer(name, config.get("latent_channels"), {"subfolder": subfolder})
-    return Codec(model.eval().requires_grad_(False).to(device), others)
+    return Codec(model.eval().requires_grad_(False).to(device), levels)

@@ -306,7 +306,8 @@ class AutoencoderHieraTok(
         """
         Load a model from a folder, the package or the Hub, with the arguments of `ModelMixin.from_pretrained`.
 
-        A name of `SHIPPED` is that of weights in the package, unless a folder here has it.
+        A name of `SHIPPED` is that of weights in the package, unless a folder here has it. With
+        `load_quantizer=False` the levels beside the weights are passed over, such as damaged ones.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
@@ -318,6 +319,7 @@ class AutoencoderHieraTok(
         if is_offline_mode():  # in spite of which diffusers asks the Hub for the list of shards
             kwargs["local_files_only"] = True
         return_info = kwargs.pop("output_loading_info", False)
+        has_levels = kwargs.pop("load_quantizer", True)
         load = partial(super().from_pretrained, pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         subfolder = kwargs.get("subfolder")
 
@@ -326,7 +328,8 @@ class AutoencoderHieraTok(
             check_kind(folder, needs_config="config" not in kwargs)
             check_indices(folder)
             model, info = load()
-            model._read_quantizer(pretrained_model_name_or_path, kwargs)
+            if has_levels:
+                model._read_quantizer(pretrained_model_name_or_path, kwargs)
             return model, info
 
         with name_in_errors(pretrained_model_name_or_path):

@@ -188,7 +188,8 @@ class HieraTokModel(HubUploadMixin, TokensMixin, PreTrainedModel):
         """
         Load a model from a folder, the package or the Hub, with the arguments of `PreTrainedModel.from_pretrained`.
 
-        A name of `SHIPPED` is that of weights in the package, unless a folder here has it.
+        A name of `SHIPPED` is that of weights in the package, unless a folder here has it. With
+        `load_quantizer=False` the levels beside the weights are passed over, such as damaged ones.
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
@@ -198,6 +199,7 @@ class HieraTokModel(HubUploadMixin, TokensMixin, PreTrainedModel):
         pretrained_model_name_or_path = resolve_model(pretrained_model_name_or_path)
         if kwargs.get("subfolder", "") is None:  # diffusers has it as the default, transformers fails at it
             del kwargs["subfolder"]
+        has_levels = kwargs.pop("load_quantizer", True)
         load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is None:
             return load()
@@ -208,7 +210,8 @@ class HieraTokModel(HubUploadMixin, TokensMixin, PreTrainedModel):
             check_indices(folder)
             loaded = load()
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # beside the info that was asked for
-            model._read_quantizer(pretrained_model_name_or_path, kwargs)
+            if has_levels:
+                model._read_quantizer(pretrained_model_name_or_path, kwargs)
             return loaded
 
         with name_in_errors(pretrained_model_name_or_path):
