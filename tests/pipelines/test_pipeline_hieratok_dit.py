@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 import warnings
 from unittest.mock import Mock
 
@@ -534,6 +536,23 @@ def test_who_leaves_a_stream_leaves_the_pipeline_as_it_was():
     next(stream)
     pipe._interrupt = True
     assert len(list(stream)) == 1  # the image as far as it got
+
+
+def test_an_unfinished_stream_ends_with_its_program_in_silence():
+    code = """
+import sys
+sys.path += {path!r}
+from tiny_pipelines import make_pipeline
+pipe = make_pipeline()
+stream = pipe.stream([0], 4, output_type="latent")
+next(stream)
+free = pipe.maybe_free_model_hooks
+pipe.maybe_free_model_hooks = lambda: (free(), print("freed"))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code.format(path=sys.path)], capture_output=True, text=True, check=True
+    )
+    assert (ended.stdout, ended.stderr) == ("freed\n", "")
 
 
 def test_a_call_that_fails_ends_a_stream_whose_steps_it_replaced():

@@ -1,9 +1,12 @@
 """Generate images of classes by a DiT (Peebles and Xie, arXiv 2212.09748) in the latents of HieraTok."""
 
+import atexit
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +47,7 @@ _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _ROUNDING = 1e-6  # of a scheduler's noise, which is float32
 # Begun in their midst they leave noise in images: LMS takes a step's number for that of the predictions that it has.
 _FROM_THE_FIRST = ("LMSDiscreteScheduler", "SASolverScheduler")
+_STREAMS: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
 class HieraTokDiTPipeline(PipelineFolderMixin):
@@ -246,10 +250,12 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         """
         call = inspect.signature(self.__call__).bind(*args, **kwargs)
         call.apply_defaults()
-        return self._generate(SimpleNamespace(**call.arguments), streams=True)
+        stream = self._generate(SimpleNamespace(**call.arguments), streams=True)
+        _STREAMS.add(stream)
+        return stream
 
     @torch.no_grad()
-    def _generate(self, call: SimpleNamespace, streams: bool = False) -> Iterator[Any]:
+    def _generate(self, call: SimpleNamespace, streams: bool = False) -> Generator[Any, None, None]:
         """Yield the previews of a stream, if it is one, and the images of a call with these arguments."""
         self.check_inputs(call.output_type)
         classes = label_shares(call.class_labels, self.labels, self.num_classes)
@@ -496,6 +502,14 @@ class HieraTokDiTPipeline(PipelineFolderMixin):
         config = self.vae.config
         raw = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return self.vae.decode(raw.to(self.vae.dtype), return_dict=False, **scales)[0]
+
+
+@atexit.register
+def _close_streams() -> None:
+    """Close the streams that were not read to their end, while what they clean up by is still there."""
+    for stream in list(_STREAMS):
+        with suppress(ValueError):  # of one that another thread is in
+            stream.close()
 
 
 def _part_along(difference: Tensor, direction: Tensor) -> Tensor:
