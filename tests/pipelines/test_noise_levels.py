@@ -1,6 +1,7 @@
 """The noise of a scheduler's steps, and the clean latents that a perfect model predicts from them."""
 
 import math
+import re
 
 import diffusers
 import pytest
@@ -66,8 +67,8 @@ def test_clean_latents_and_noise_alone():
     ("scheduler", "message"),
     [
         (diffusers.EDMEulerScheduler(), "EDMEulerScheduler"),
-        (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "needs use_flow_sigmas=True"),
-        (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "needs use_flow_sigmas=False"),
+        (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=False"),
+        (diffusers.DDIMScheduler(prediction_type="flow_prediction"), "DDIMScheduler, which cannot do flow matching"),
         (diffusers.IPNDMScheduler(), "prediction type None"),
         (diffusers.CogVideoXDPMScheduler(), "CogVideoXDPMScheduler, which asks for"),
         (object(), "is a object"),
@@ -76,6 +77,14 @@ def test_clean_latents_and_noise_alone():
 def test_a_scheduler_that_fits_no_transformer_is_refused(scheduler, message):
     with pytest.raises(ValueError, match=message):
         prediction_type_of(scheduler)
+
+
+def test_what_flow_matching_needs_is_told_by_the_call_that_makes_it():
+    config = diffusers.FlowMatchEulerDiscreteScheduler().config
+    with pytest.raises(ValueError, match=r"use_flow_sigmas=True and prediction_type='epsilon'") as caught:
+        prediction_type_of(diffusers.DPMSolverMultistepScheduler.from_config(config, use_flow_sigmas=True))
+    (call,) = re.findall(r"\w+\.from_config\(.*\)", str(caught.value))
+    assert prediction_type_of(eval(call, vars(diffusers) | {"config": config})) == "flow_prediction"
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,13 @@ def prediction_type_of(scheduler: Any) -> str:
     if name.startswith("FlowMatch"):  # made for flow matching alone, which its configuration does not say
         return "flow_prediction"
     kind: Any = config.get("prediction_type")
-    is_flow = kind == "flow_prediction"
-    if bool(config.get("use_flow_sigmas")) != is_flow:
+    is_flow, has_flow_sigmas = kind == "flow_prediction", config.get("use_flow_sigmas")
+    if is_flow and has_flow_sigmas is None:
+        raise ValueError(f"`scheduler` is a {name}, which cannot do flow matching: take another scheduler.")
+    if bool(has_flow_sigmas) != is_flow:
         raise ValueError(
-            f"`scheduler` is a {name} of prediction type {kind!r}, which needs use_flow_sigmas={is_flow}."
+            f"`scheduler` is a {name} with use_flow_sigmas={has_flow_sigmas} and prediction_type={kind!r}, where flow "
+            f"matching needs {name}.from_config(config, use_flow_sigmas=True, prediction_type='flow_prediction')."
         )
     if not is_flow and (kind not in PREDICTION_TYPES or not hasattr(scheduler, "alphas_cumprod")):
         raise ValueError(
