@@ -348,7 +348,10 @@ BAD = {
     "a size that does not fit": (["--size", "30"], "--size 30 does not suit .*multiples of the patch size 4"),
     "no vision model": (["--fid_model", "{space}/kl"], "--fid_model .* cannot be loaded: "),
     "a file for a folder": (["--json", "{space}/kl/config.json/x.json"], "--json .* cannot be written: "),
-    "one image for a distance": (["--fid_model", "{space}/vision", "--max_images", "1"], "needs two images or more"),
+    "one image for a distance": (
+        ["--fid_model", "{space}/vision", "--max_images", "1"],
+        "on --data .*two images or more",
+    ),
 }
 
 

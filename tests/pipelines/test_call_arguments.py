@@ -77,6 +77,22 @@ def test_every_form_of_images_is_the_same(form):
     torch.testing.assert_close(first, 2 * SHARES[:1] - 1, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (LEVELS.astype(np.int64), r"in uint8 or of floating point.* \(2, 6, 4, 3\) of int64"),
+        (LEVELS.astype(np.uint16), "in uint8 or of floating point.* of uint16"),
+        (torch.from_numpy(LEVELS).permute(0, 3, 1, 2).int(), r"in uint8 or of floating point.* of torch\.int32"),
+        (LEVELS.astype(np.float32), r"of uint8 or lie in \[0, 1\].*float32 with values from 0 to 2"),
+        (SHARES.permute(0, 2, 3, 1), r"\(3, 6, 4\), or several.*got \(2, 6, 4, 3\) of torch.float32"),
+        (SHARES * torch.nan, r"of uint8 or lie in \[0, 1\].*nan"),
+    ],
+)
+def test_images_of_other_dtypes_and_values_are_told_from_those_that_serve(image, message):
+    with pytest.raises(ValueError, match=f"`image` must be .*{message}"):
+        take_images(image, 2, (6, 4))
+
+
 def test_of_an_image_of_pil_the_middle_is_taken():
     wide = Image.new("L", (60, 20))
     wide.paste(255, (20, 0, 40, 20))

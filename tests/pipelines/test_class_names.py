@@ -55,6 +55,12 @@ def test_shares_that_are_refused(given):
         label_shares(given, NAMES, 4)
 
 
+@pytest.mark.parametrize("share", [-0.5, 1.5, "half", float("nan")])
+def test_the_share_that_cannot_be_is_named(share):
+    with pytest.raises(ValueError, match=r"`class_labels`: the share of 'church' must be .* from 0 to 1, got"):
+        label_shares([{0: 1}, {1: 0.5, "church": share}], NAMES, 4)
+
+
 @pytest.mark.parametrize(
     "given", [4, -1, 1.0, None, True, [0, 4], "4", torch.tensor([1.5]), [], [[]], torch.tensor([])]
 )

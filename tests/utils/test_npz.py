@@ -42,6 +42,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"is no \.npz file|cannot be read"):
             read_npz(tmp_path / name, ["a"])
     assert not (tmp_path / "victim").exists()
+    np.savez(tmp_path / "large.npz", a=np.zeros(1, [(f"field {i}", "f4") for i in range(1000)]))
+    with pytest.raises(ValueError, match=r"large\.npz' cannot be read: Header[^.\n]*large[^.\n]*\.?$"):
+        read_npz(tmp_path / "large.npz", ["a"])
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": 5000}))
     with pytest.raises(ValueError, match=r"good\.npz.*'a' needs .* of memory"):
         read_npz(tmp_path / "good.npz", ["a"])

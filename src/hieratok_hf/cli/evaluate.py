@@ -303,7 +303,7 @@ def run(args: Namespace, state: PartialState) -> list[str]:
             if faces:
                 figures["faces"] = faces.measure(codec, args.batch_size)
         except ValueError as error:
-            raise Problem(f"{name!r} cannot be evaluated on {images.source}: {one_line(error)}") from error
+            raise Problem(f"{name!r} cannot be evaluated on --data {images.source}: {one_line(error)}") from error
         models.append(figures)
 
     originals = {"text": text.measure()} if text else {}

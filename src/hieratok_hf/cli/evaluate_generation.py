@@ -151,7 +151,7 @@ def run(args: Namespace, state: PartialState) -> list[str]:
     try:
         figures: dict[str, Any] = frechet.compute_all() if frechet else {}
     except ValueError as error:
-        raise Problem(one_line(error)) from error
+        raise Problem(f"{'--samples' if pipe else '--data'} and --reference: {one_line(error)}") from error
     for metric in (scores, accuracy):
         figures |= metric.compute() if metric else {}
     if isinstance(samples, GeneratedBatches):

@@ -384,10 +384,13 @@ def read_statistics(path: str | os.PathLike[str], network: str | None = None) ->
     for kind, suffix in (("pooled", ""), ("spatial", "_s")):
         if f"mu{suffix}" in arrays:
             mu, sigma = (np.asarray(arrays.get(f"{name}{suffix}", 0)) for name in ("mu", "sigma"))
-            is_real = mu.dtype.kind == sigma.dtype.kind == "f" and np.isfinite(mu).all() and np.isfinite(sigma).all()
-            if not is_real or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            for name, array in ((f"mu{suffix}", mu), (f"sigma{suffix}", sigma)):
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    expected = f"finite numbers as `{name}`, got NaN or infinity"
+                    raise ValueError(f"{os.fspath(path)!r} must hold {expected}.")
+            if not mu.dtype.kind == sigma.dtype.kind == "f" or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
                 shapes = f"{mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}"
-                expected = f"finite numbers as `mu{suffix}` (F,) and `sigma{suffix}` (F, F)"
+                expected = f"floating point as `mu{suffix}` (F,) and `sigma{suffix}` (F, F)"
                 raise ValueError(f"{os.fspath(path)!r} must hold {expected}, got {shapes}.")
             statistics[kind] = Statistics(*(torch.from_numpy(x.astype(np.float64)) for x in (mu, sigma)))
             if not _is_covariance(statistics[kind].sigma):

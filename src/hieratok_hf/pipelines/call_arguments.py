@@ -91,20 +91,24 @@ def take_images(image: Any, count: int, shape: tuple[int, int]) -> Tensor:
         pixels = given
         if isinstance(given, Image.Image):
             pixels = np.asarray(centre_crop(convert_to_rgb(given), shape))
-        if isinstance(pixels, np.ndarray) and pixels.ndim in (3, 4) and pixels.dtype.kind in "fu":
+        is_array = isinstance(pixels, np.ndarray) and pixels.ndim in (3, 4)
+        if is_array and (pixels.dtype == np.uint8 or pixels.dtype.kind == "f"):
             pixels = pixels.astype(np.uint8 if pixels.dtype == np.uint8 else np.float32)
             pixels = torch.from_numpy(np.moveaxis(pixels, -1, -3))
         is_usable = isinstance(pixels, Tensor) and pixels.layout == torch.strided and not pixels.is_meta
+        is_usable = is_usable and (pixels.dtype == torch.uint8 or pixels.is_floating_point())
         if not is_usable or pixels.ndim not in (3, 4) or pixels.shape[-3:] != (3, *shape):
             height, width = shape
             forms = f"an image of PIL, an array ({height}, {width}, 3) or a tensor (3, {height}, {width})"
-            raise ValueError(f"`image` must be {forms}, or several, got {describe(given)}.")
+            kinds = "in uint8 or of floating point in [0, 1]"
+            raise ValueError(f"`image` must be {forms}, or several, {kinds}, got {describe(given)}.")
         if pixels.dtype == torch.uint8:
             pixels = from_uint8(pixels)
-        elif pixels.is_floating_point() and bool(((pixels >= 0) & (pixels <= 1)).all()):
+        elif bool(((pixels >= 0) & (pixels <= 1)).all()):
             pixels = 2 * pixels.float() - 1
         else:
-            raise ValueError(f"`image` must be in [0, 1] or of uint8, got {describe(given)} with other values.")
+            values = f"values from {float(pixels.min()):g} to {float(pixels.max()):g}"
+            raise ValueError(f"`image` must be of uint8 or lie in [0, 1], got {describe(given)} with {values}.")
         parts.append(pixels.cpu() if pixels.ndim == 4 else pixels.cpu()[None])
     if (number := sum(map(len, parts))) not in (1, count):
         raise ValueError(f"`image` must be one image or one for each of {count} labels, got {number}.")

@@ -104,9 +104,14 @@ def label_shares(labels: Any, names: Mapping[str, int], num_classes: int) -> lis
     if not isinstance(labels, Mapping):
         return [{key: 1.0} for key in label_ids(labels, names, num_classes)]
     shares: dict[int, float] = {}
-    for label, share in labels.items():
+    for label, given in labels.items():
+        try:
+            share = real_number("class_labels", given, 0, 1)
+        except ValueError as error:
+            expected = f"the share of {label!r} must be a number from 0 to 1"
+            raise ValueError(f"`class_labels`: {expected}, got {given!r}.") from error
         for key in label_ids(label, names, num_classes):
-            shares[key] = shares.get(key, 0.0) + real_number("class_labels", share, 0, 1)
+            shares[key] = shares.get(key, 0.0) + share
     if not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
         raise ValueError(f"`class_labels`: the shares of an image must add up to 1, got {labels!r}.")
     return [{key: share for key, share in shares.items() if share}]

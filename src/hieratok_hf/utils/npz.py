@@ -49,7 +49,7 @@ def read_npz(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, np
                 arrays[name] = array
             return arrays
     except Exception as error:  # zipfile, zlib and NumPy raise many types
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__  # NumPy goes on with advice
         raise ValueError(f"{os.fspath(path)!r} cannot be read: {reason}") from error
 
 
