@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import images, noise, random_core, tiny_vision_model
+from latent_data import tiny_kl
 from PIL import Image
 from torch.nn import functional as F
 
@@ -216,3 +217,10 @@ def test_images_of_wrong_latents_are_means_over_images_however_they_are_divided(
             expected = psnr(vae.decode(wrong).sample.clamp(-1, 1), pixel_values).mean().item()
             assert found[f"psnr_with_{name}"][str(amount)] == pytest.approx(expected, rel=1e-4)
     assert all(values["0.5"] < values["0.1"] for values in found.values())
+    other = tiny_kl()
+    latents = other.encode(pixel_values).latent_dist.mode()
+    levels = LatentQuantizer.fit([latents])
+    found = evaluate_perturbed(Codec(other, levels), rows, [0.5], std)
+    wrong = perturb(latents, range(5), 0.5, std, levels)["replaced_levels"]
+    expected = psnr(other.decode(wrong).sample.clamp(-1, 1), pixel_values).mean().item()
+    assert found["psnr_with_replaced_levels"]["0.5"] == pytest.approx(expected, rel=1e-4)
