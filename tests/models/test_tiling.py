@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import images, noise, random_core
 from PIL import Image
+from processes import SERVER
 
 from hieratok_hf import AutoencoderHieraTok, pretrained
 from hieratok_hf.evaluation.metrics import psnr
@@ -147,3 +149,63 @@ def test_the_shipped_weights_tile_without_a_seam():
     # No more error where tiles meet than elsewhere: rows 192 to 256 of the first two tiles.
     error = (tiled - whole).square().mean(dim=(0, 1, 3))
     assert error[192:256].mean() < 2 * error.mean()
+
+
+# More tiles than processes, and fewer.
+PROCESSES = 3
+SHARED = {"decode": (1, 4, 20, 43), "encode": (2, 3, 96, 64)}
+
+
+def run_shared(rank: int, folder: Path) -> None:
+    """What a process does: decode and encode what all others do, and save what it got."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    vae = AutoencoderHieraTok.from_core(random_core()).eval()
+    vae.enable_tiling(64, 64)
+    vae.enable_parallel_tiling()
+    scales = vae.decode(noise(*SHARED["decode"]), return_scales=True).scales
+    moments = vae.encode(images(*SHARED["encode"])).latent_dist.parameters
+    torch.save([*scales, moments], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_that_share_tiles_all_get_the_image_of_one_to_the_bit(vae, tmp_path):
+    processes = [SERVER.Process(target=run_shared, args=(rank, tmp_path)) for rank in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    vae.enable_tiling(64, 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            expected = [*vae.decode(noise(*SHARED["decode"]), return_scales=True).scales]
+            expected.append(vae.encode(images(*SHARED["encode"])).latent_dist.parameters)
+    finally:
+        torch.set_num_threads(threads)
+    for rank, process in enumerate(processes):
+        process.join(120)
+        assert process.exitcode == 0
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert not any(tensor.requires_grad for tensor in found)
+
+
+def test_parallel_tiling_needs_processes_and_ends_with_tiling(vae, tmp_path):
+    with pytest.raises(ValueError, match="init_process_group"):
+        vae.enable_parallel_tiling()
+    sample = images(1, 3, 96, 64)
+    with torch.no_grad():
+        whole = vae.encode(sample).latent_dist.parameters
+        dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            with pytest.raises(ValueError, match="`group`"):
+                vae.enable_parallel_tiling(dist.GroupMember.NON_GROUP_MEMBER)
+            vae.enable_tiling(64, 64)
+            tiled = vae.encode(sample).latent_dist.parameters
+            vae.enable_parallel_tiling(dist.group.WORLD)
+            assert torch.equal(vae.encode(sample).latent_dist.parameters, tiled)
+        finally:
+            dist.destroy_process_group()
+        vae.disable_tiling()
+        assert not vae.use_parallel_tiling
+        assert torch.equal(vae.encode(sample).latent_dist.parameters, whole)

@@ -27,7 +27,7 @@ from .layers import HieraTokAttention
 from .quantizing import TokensMixin
 from .saved_code import library_of
 from .saving import HubUploadMixin, check_indices, check_kind, load_whole, name_in_errors, share_between_libraries
-from .tiling import TilingMixin, run_in_tiles
+from .tiling import TilingMixin
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec, Self
@@ -271,7 +271,7 @@ class AutoencoderHieraTok(
             return encode(x)
         check_pixel_values(x, self.core.config)
         patch_size = self.core.config.patch_size
-        return run_in_tiles(encode, x, *self.tiles(1), (1, patch_size), patch_size)
+        return self._run_in_tiles(encode, x, 1, (1, patch_size), patch_size)
 
     def _decode(self, z: Tensor, num_scales: int | None, all_scales: bool) -> list[Tensor]:
         """Decode to the last scale that runs or to all, in tiles where they are on and the latent larger than one."""
@@ -292,7 +292,7 @@ class AutoencoderHieraTok(
         for k in range(1 if all_scales else last, last + 1):
             factor = config.scale_factors[k - 1]
             of_scale = partial(decode, num_scales=k)
-            images.append(run_in_tiles(of_scale, z, *self.tiles(patch_size), (patch_size, factor), factor))
+            images.append(self._run_in_tiles(of_scale, z, patch_size, (patch_size, factor), factor))
         return images
 
     def _slices(self, batch: Tensor) -> Sequence[Tensor]:

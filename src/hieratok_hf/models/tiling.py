@@ -1,9 +1,11 @@
 """Run a model on large images in overlapping tiles, weighted so that they sum to one image without a seam."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import Tensor
 
@@ -52,6 +54,7 @@ def run_in_tiles(
     stride: tuple[int, int],
     ratio: tuple[int, int],
     unit: int = 1,
+    group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """
     Run a function of maps tile by tile, and add the weighted results to `(B, K, H * ratio, W * ratio)`.
@@ -64,6 +67,8 @@ def run_in_tiles(
         ratio (`tuple[int, int]`): Sides of the result over those of the map, as numerator and denominator.
         unit (`int`, defaults to 1): Number of cells of which every tile's beginning is a multiple, so that it lies at
             a whole cell of the result.
+        group (`torch.distributed.ProcessGroup`, *optional*): Processes that share the tiles. Each calls this with the
+            same map and gets the whole result, to the bit that of one process, without gradients.
 
     Raises:
         ValueError: Tiles of these sizes and steps do not cover the map.
@@ -74,17 +79,53 @@ def run_in_tiles(
         whole = [(start, -(-end // unit) * unit) for start, end in spans]
         made = [(start * ratio[0] // ratio[1], end * ratio[0] // ratio[1]) for start, end in whole]
         sides.append(list(zip(spans, made, tile_weights(made, tensor.device))))
-    rows, columns = sides
+    tiles = list(itertools.product(*sides))
+
+    def run_tile(number: int) -> Tensor:
+        ((top, bottom), *_), ((left, right), *_) = tiles[number]
+        return function(tensor[:, :, top:bottom, left:right])
+
+    parts: Iterator[Tensor]
+    if group is None:
+        parts = map(run_tile, range(len(tiles)))
+    else:
+        shapes = [(row[1] - row[0], column[1] - column[0]) for (_, row, _), (_, column, _) in tiles]
+        parts = _share_tiles(run_tile, shapes, tensor.device, group)
+    height, width = (made[-1][1][1] for made in sides)
     result = None
-    for (top, bottom), (first_row, end_row), row_weight in rows:
-        for (left, right), (first_column, end_column), column_weight in columns:
-            part = function(tensor[:, :, top:bottom, left:right])
-            if result is None:
-                result = part.new_zeros(*part.shape[:2], rows[-1][1][1], columns[-1][1][1])
-            # Weights of half precision would not sum to 1.
-            result[:, :, first_row:end_row, first_column:end_column] += part * row_weight[:, None] * column_weight
+    for part, (row, column) in zip(parts, tiles):
+        (_, (first_row, end_row), row_weight), (_, (first_column, end_column), column_weight) = row, column
+        if result is None:
+            result = part.new_zeros(*part.shape[:2], height, width)
+        # Weights of half precision would not sum to 1.
+        result[:, :, first_row:end_row, first_column:end_column] += part * row_weight[:, None] * column_weight
     assert result is not None
     return result
+
+
+def _share_tiles(
+    run_tile: Callable[[int], Tensor],
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+    group: "dist.ProcessGroup",
+) -> Iterator[Tensor]:
+    """Run the tiles of these heights and widths in turn by the processes of a group, and give each of them all."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    with torch.no_grad():
+        mine = {number: run_tile(number).contiguous() for number in range(rank, len(shapes), world)}
+    # A process that has no tile learns what they are of.
+    told = [(mine[0].shape[:2], mine[0].dtype) if rank == 0 else None]
+    dist.broadcast_object_list(told, group=group, group_src=0)
+    assert told[0] is not None
+    batch_and_channels, dtype = told[0]
+    for number, shape in enumerate(shapes):
+        source = number % world
+        if source == rank:
+            part = mine.pop(number)
+        else:
+            part = torch.empty(*batch_and_channels, *shape, dtype=dtype, device=device)
+        dist.broadcast(part, group=group, group_src=source)
+        yield part
 
 
 class TilingMixin(AutoencoderMixin):
@@ -92,7 +133,8 @@ class TilingMixin(AutoencoderMixin):
 
     def init_tiling(self, patch_size: int, side: int) -> None:
         """Leave tiling off; once switched on, it has square tiles of `side` pixels, every three quarters of a side."""
-        self.use_tiling = False
+        self.use_tiling = self.use_parallel_tiling = False
+        self._tile_group: dist.ProcessGroup | None = None
         self._tile_unit = patch_size
         self.tile_sample_min_height = self.tile_sample_min_width = side
         self.tile_sample_stride_height = self.tile_sample_stride_width = _default_stride(side, patch_size)
@@ -138,6 +180,32 @@ class TilingMixin(AutoencoderMixin):
             setattr(self, name, value)
         super().enable_tiling()
 
+    def enable_parallel_tiling(self, group: "dist.ProcessGroup | None" = None) -> None:
+        """
+        Encode and decode images larger than a tile in tiles that several processes share.
+
+        Each process calls `encode` and `decode` with the same batch, and gets the whole result, to the bit that of
+        `enable_tiling` in one process, without gradients. Sides of tiles are those of the last `enable_tiling`;
+        `disable_tiling` ends it.
+
+        Args:
+            group (`torch.distributed.ProcessGroup`, *optional*): The processes that share the tiles; all unless given.
+
+        Raises:
+            ValueError: `torch.distributed` is not initialised, or this process is none of the group.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("Parallel tiling needs processes; call `torch.distributed.init_process_group` before it.")
+        if dist.get_rank(group) < 0:
+            raise ValueError("`group` must hold this process, which is none of its own.")
+        self.enable_tiling()
+        self.use_parallel_tiling, self._tile_group = True, group
+
+    def disable_tiling(self) -> None:
+        """Encode and decode images whole again, each process its own."""
+        super().disable_tiling()
+        self.use_parallel_tiling, self._tile_group = False, None
+
     def tiles(self, pixels: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return height and width of a tile, and of the step between tiles, in cells of `pixels` a side."""
         size = (self.tile_sample_min_height // pixels, self.tile_sample_min_width // pixels)
@@ -148,6 +216,13 @@ class TilingMixin(AutoencoderMixin):
         (height, width), _ = self.tiles(pixels)
         is_map = isinstance(batch, Tensor) and not batch.is_nested and batch.ndim == 4
         return self.use_tiling and is_map and (batch.shape[2] > height or batch.shape[3] > width)
+
+    def _run_in_tiles(
+        self, function: Callable[[Tensor], Tensor], tensor: Tensor, pixels: int, ratio: tuple[int, int], unit: int
+    ) -> Tensor:
+        """Run a function of maps in tiles as they are set, in cells of `pixels` a side, as `run_in_tiles` does."""
+        group = (self._tile_group or dist.group.WORLD) if self.use_parallel_tiling else None
+        return run_in_tiles(function, tensor, *self.tiles(pixels), ratio, unit, group)
 
     def _take_multiple(self, name: str, value: Any) -> int:
         number = whole_number(name, value, self._tile_unit)
