@@ -13,8 +13,9 @@ import torch
 from diffusers import AutoencoderKL
 from full_disk import full_disk
 from helpers import DETOK, images, noise, random_core
+from local_data import write_folder
 from safetensors.torch import save_file
-from scripts import error_of, load_script
+from scripts import error_of, load_script, usage_error
 
 from hieratok_hf import HieraTokModel
 from hieratok_hf.models.autoencoder_adapter import load_codec
@@ -94,8 +95,10 @@ def test_programs_of_two_scales(tmp_path, num_scales, shape):
     # The scale to make must have two rows, so of the coarse one two tokens are too few.
     assert least == {1: 3, 2: 2}[num_scales]
     sizes = [(1, least, least), SIZES[0], SIZES[2]]
-    assert max(differences(tmp_path / "programs" / "decoder.pt2", core, num_scales, sizes)) < 1e-5
-    assert facts["num_scales"] == num_scales
+    name = {1: "decoder-1.pt2", 2: "decoder.pt2"}[num_scales]
+    assert facts["programs"][0]["files"] == [name]
+    assert max(differences(tmp_path / "programs" / name, core, num_scales, sizes)) < 1e-5
+    assert facts["programs"][0]["num_scales"] == num_scales
     assert facts["programs"][0]["output"]["shape"] == ["batch", 3, *shape]
 
 
@@ -147,12 +150,15 @@ def test_facts_are_those_of_the_files(exported):
     assert sorted(name for program in facts["programs"] for name in program["files"]) == written[:-1]
     for program in facts["programs"]:
         assert 0 <= program["largest_difference"] < 1e-4
+        assert abs(program["psnr_lost"]) < 1e-3
         if program["format"] == "onnx":
             model = onnx.load(folder / program["files"][0])
+            assert program["operators"] == {"ai.onnx": sorted({node.op_type for node in model.graph.node})}
             assert {entry.domain: entry.version for entry in model.opset_import}[""] == program["opset"]
             for end, value in (("input", model.graph.input[0]), ("output", model.graph.output[0])):
                 shape = [entry.dim_param or entry.dim_value for entry in value.type.tensor_type.shape.dim]
                 assert (value.name, shape) == (program[end]["name"], program[end]["shape"])
+    assert facts["psnr_images"] == 2
     for key in ("patch_size", "latent_channels", "scaling_factor", "shift_factor"):
         assert facts[key] == getattr(core.config, key)
     assert facts["scale_factors"] == [4, 1]
@@ -161,19 +167,54 @@ def test_facts_are_those_of_the_files(exported):
     assert weights and all(name.startswith("core.encoder.") for name in weights)
 
 
-def test_half_precision_and_weights_in_a_second_file(small_model, tmp_path, monkeypatch):
+def test_half_precision_newer_operators_and_weights_in_a_second_file(small_model, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX programs need onnxruntime")
     pytest.importorskip("onnxscript", reason="export to ONNX needs onnxscript")
     monkeypatch.setattr(export, "ONE_FILE_BYTES", 0)
-    options = ["--format", "onnx", "--parts", "encoder", "--dtype", "float16"]
+    options = ["--format", "onnx", "--parts", "encoder", "--dtype", "float16", "--opset", "23"]
     assert export.main([small_model, str(tmp_path / "made"), *options]) == 0
     shutil.move(tmp_path / "made", tmp_path / "moved")
     facts = json.loads((tmp_path / "moved" / "export.json").read_text())
     assert facts["dtype"] == "float16"
+    assert facts["programs"][0]["opset"] == 23
+    assert "Attention" in facts["programs"][0]["operators"]["ai.onnx"]  # as one operator
     assert facts["programs"][0]["files"] == ["encoder.onnx", "encoder.onnx.data"]
     session = onnxruntime.InferenceSession(tmp_path / "moved" / "encoder.onnx")
     assert session.get_inputs()[0].type == session.get_outputs()[0].type == "tensor(float16)"
     assert session.run(None, {"pixel_values": images(1, 3, 6, 4).half().numpy()})[0].shape == (1, 8, 3, 2)
+
+
+def test_integers_lose_little_and_all_scales_can_be_asked_for_in_one_call(tmp_path, capsys):
+    onnx = pytest.importorskip("onnx", reason="reads ONNX programs")
+    pytest.importorskip("onnxscript", reason="export to ONNX needs onnxscript")
+    save_model(tmp_path / "model", **{**ONE_SCALE, "scale_factors": (2, 1), "sample_size": 32})
+    made = tmp_path / "made"
+    write_folder(tmp_path / "data", cat=[1, 2, 3])
+    options = [
+        "--dtype",
+        "int8",
+        "--parts",
+        "decoder",
+        "--num_scales",
+        "2",
+        "1",
+        "2",
+        "--data",
+        str(tmp_path / "data"),
+    ]
+    assert export.main([str(tmp_path / "model"), str(made), *options, "--max_images", "2"]) == 0
+    printed = capsys.readouterr().out
+    facts = json.loads((made / "export.json").read_text())
+    names = ["decoder.onnx", "decoder-1.onnx"]
+    assert [program["files"] for program in facts["programs"]] == [[name] for name in names]
+    assert [program.get("num_scales") for program in facts["programs"]] == [2, 1]
+    assert facts["dtype"] == "int8" and facts["psnr_images"] == 2
+    for name, program in zip(names, facts["programs"]):
+        weights = {x.name: x.data_type for x in onnx.load(made / name).graph.initializer if len(x.dims) == 2}
+        assert onnx.TensorProto.INT8 in weights.values()
+        assert program["largest_difference"] > 1e-4  # it was rounded
+        assert abs(program["psnr_lost"]) < 0.3
+        assert f"{name}: within" in printed
 
 
 @pytest.mark.parametrize(
@@ -241,6 +282,13 @@ def test_what_cannot_be_done_is_said_before_the_work(small_model, tmp_path, monk
     assert (tmp_path / "full" / "encoder.onnx").read_text() == "mine"
 
 
-def test_scales_without_a_decoder_are_refused():
-    with pytest.raises(SystemExit, match="2"):
-        export.main(["hieratok-tiny", "made", "--parts", "encoder", "--num_scales", "1"])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--parts", "encoder", "--num_scales", 1], "--num_scales"),
+        (["--dtype", "int8", "--format", "onnx", "torch"], "--format onnx"),
+        (["--max_images", 3], "--data"),
+    ],
+)
+def test_options_that_contradict_are_refused(capsys, options, named):
+    assert named in usage_error(capsys, export.main, "hieratok-tiny", "made", *options)

@@ -109,6 +109,16 @@ def test_text_is_a_figure_a_height_beside_the_originals():
     assert {figure.metric_type for figure in read.values()} == {"accuracy"}
 
 
+def test_faces_are_a_figure_a_height_that_some_have():
+    report = recorded("faces")
+    faces = report["models"][0]["faces"]
+    faces["128"] = {**faces["128"], "faces": 0, "distance": None}
+    figures, _ = report_results(report, "tokenizer", TINY)
+    found = [figure for figure in figures if figure.metric_type == "face_distance"]
+    assert [figure.metric_value for figure in found] == [round(x["distance"], 4) for x in faces.values() if x["faces"]]
+    assert "5 faces" in found[0].metric_name and "24 pixels" in found[0].metric_name and len(found) == len(faces) - 1
+
+
 def as_json(value):
     return json.loads(json.dumps(value, default=str))
 

@@ -1,6 +1,7 @@
 """
 Export encoder and decoder as programs that run without this package: ONNX, for onnxruntime and others, and PyTorch's
-own `.pt2`. Batch, height and width stay free; each program is run and compared with the model before it is kept.
+own `.pt2`. Batch, height and width stay free; before a program is kept, its numbers and the PSNR of images are
+compared with the model's.
 """
 
 import copy
@@ -8,31 +9,36 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import HieraTokConfig, HieraTokCore
+from .. import HieraTokConfig, HieraTokCore, example_image
+from ..data.image_dataset import load_images
+from ..evaluation.metrics import psnr
+from ..evaluation.reconstruction import EvaluationBatches
 from ..models.autoencoder_adapter import load_codec
 from ..models.saving import stage_folder
 from ..utils.extras import missing_extra
 from .arguments.weights import EXPORT_SUFFIXES
 from .command_line import load_or_explain
 from .main import parse
-from .terminal import Problem, one_line, run_script
+from .terminal import Problem, one_line, run_script, tell_failures
 
 # Shape letters: B batch, H W pixels, p patch size, C latent channels, h w the latent's grid (H / p, W / p).
 
-OPSET = 18
 PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "torch": ()}
-# How far rounding may take what a program computes from what the model computes in float32.
-TOLERANCES = {"float32": 1e-4, "float16": 5e-2}
+# How far rounding may take what a program computes from what the model computes in float32; what integers do to
+# single numbers says little.
+TOLERANCES = {"float32": 1e-4, "float16": 5e-2, "int8": math.inf}
 # A file of protobuf, which ONNX is, ends at 2 GiB; the graph takes a little beside the weights.
 ONE_FILE_BYTES = 2_000_000_000
 FACTS = "export.json"
@@ -113,13 +119,20 @@ def trace(
     )
 
 
-def save_onnx(program: torch.export.ExportedProgram, path: Path, names: dict[str, dict[str, Any]]) -> None:
-    """Write a program as ONNX; its weights go to a second file, `path` and `.data`, where one cannot hold them."""
+def save_onnx(
+    program: torch.export.ExportedProgram, path: Path, names: dict[str, dict[str, Any]], opset: int, integers: bool
+) -> None:
+    """
+    Write a program as ONNX; its weights go to a second file, `path` and `.data`, where one cannot hold them.
+
+    As integers, the weights of each channel have a scale of their own, and what they are multiplied with gets its
+    scale from its own range in each call: scales that are fixed beforehand lost five times as many decibels.
+    """
     ends = names["input"], names["output"]
     exported = torch.onnx.export(
         program,
         dynamo=True,
-        opset_version=OPSET,
+        opset_version=opset,
         input_names=[ends[0]["name"]],
         output_names=[ends[1]["name"]],
         verbose=False,
@@ -129,7 +142,23 @@ def save_onnx(program: torch.export.ExportedProgram, path: Path, names: dict[str
     for value, end in zip((graph.inputs[0], graph.outputs[0]), ends):
         value.shape = type(value.shape)(end["shape"])
     weights = sum(x.numel() * x.element_size() for x in program.state_dict.values())
-    exported.save(path, external_data=weights > ONE_FILE_BYTES)
+    two_files = weights > ONE_FILE_BYTES
+    exported.save(path, external_data=two_files)
+    if integers:
+        from onnxruntime.quantization import quantize_dynamic
+
+        products = ["MatMul"]  # those with weights; convolutions and attention stay in float32
+        quantize_dynamic(path, path, products, per_channel=True, use_external_data_format=two_files)
+
+
+def list_operators(path: Path) -> dict[str, list[str]]:
+    """List the operators of an ONNX program by their domain, which is `ai.onnx` for ONNX's own."""
+    import onnx
+
+    operators: dict[str, set[str]] = {}
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        operators.setdefault(node.domain or "ai.onnx", set()).add(node.op_type)
+    return {domain: sorted(names) for domain, names in operators.items()}
 
 
 def open_program(path: Path) -> Callable[[Tensor], Tensor]:
@@ -151,7 +180,13 @@ def check_sizes(config: HieraTokConfig, factor: int) -> Iterator[tuple[int, int,
 
 
 def largest_difference(
-    path: Path, part: str, reference: nn.Module, config: HieraTokConfig, factor: int, dtype: torch.dtype
+    path: Path,
+    part: str,
+    reference: nn.Module,
+    config: HieraTokConfig,
+    factor: int,
+    dtype: torch.dtype,
+    limit: float,
 ) -> float:
     """
     Measure how far a written program is from the model in float32 at several sizes and batches.
@@ -159,8 +194,7 @@ def largest_difference(
     Raises:
         Problem: It has another shape, gives what is no number, or is further away than rounding takes it.
     """
-    run, limit = open_program(path), TOLERANCES[str(dtype).removeprefix("torch.")]
-    largest = 0.0
+    run, largest = open_program(path), 0.0
     for sizes in check_sizes(config, factor):
         x = make_inputs(part, config, *sizes).to(dtype)
         found, expected = run(x).float(), reference(x.float())
@@ -168,35 +202,67 @@ def largest_difference(
         if found.shape != expected.shape:
             raise Problem(f"{at} gives {tuple(found.shape)}, the model {tuple(expected.shape)}")
         difference = (found - expected).abs().max().item()
-        if not difference <= limit:
+        if not (math.isfinite(difference) and difference <= limit):
             raise Problem(f"{at} differs from the model by {difference:.2g}, more than {limit:g}")
         largest = max(largest, difference)
     return largest
 
 
-def export_part(part: str, core: HieraTokCore, args: Namespace, folder: Path) -> list[dict[str, Any]]:
+def mean_psnr(
+    run: Callable[[Tensor], Tensor], part: str, core: HieraTokCore, images: Sequence[Tensor], dtype: torch.dtype
+) -> float:
+    """Average the PSNR in dB of images of which `run` computes a part; of fewer scales that of smaller images."""
+    found = []
+    for pixel_values in images:
+        if part == "encoder":
+            made = core.decode(run(pixel_values.to(dtype)).float().chunk(2, dim=1)[0])
+        else:
+            made = run(core.encode(pixel_values).mode().to(dtype)).float()
+        found.append(psnr(made, F.interpolate(pixel_values, made.shape[2:], mode="area")))
+    return torch.cat(found).mean().item()
+
+
+def export_part(
+    part: str, num_scales: int | None, core: HieraTokCore, args: Namespace, images: Sequence[Tensor], folder: Path
+) -> list[dict[str, Any]]:
     """Write and check the programs of a part, and give what there is to say of each."""
-    dtype, config = getattr(torch, args.dtype), core.config
-    reference = (Encoder(core) if part == "encoder" else Decoder(core, args.num_scales)).eval()
+    config, integers = core.config, args.dtype == "int8"
+    dtype = torch.float32 if integers else getattr(torch, args.dtype)
+    reference = (Encoder(core) if part == "encoder" else Decoder(core, num_scales)).eval()
     module = reference if dtype == torch.float32 else copy.deepcopy(reference).to(dtype)
-    # Of the grid that the part gives.
-    factor = config.scale_factors[args.num_scales - 1] if args.num_scales and part == "decoder" else 1
+    factor = config.scale_factors[num_scales - 1] if num_scales else 1  # of the grid that the part gives
     program = trace(part, module, config, factor, dtype)
     names = interface(part, config, factor)
+    of_model = mean_psnr(reference, part, core, images, torch.float32)
     facts = []
-    for kind in dict.fromkeys(args.format):
-        path = folder / f"{part}{EXPORT_SUFFIXES[kind]}"
+    for kind in args.format:
+        path = folder / file_name(part, num_scales, kind)
         if kind == "onnx":
-            save_onnx(program, path, names)
+            save_onnx(program, path, names, args.opset, integers)
         else:
             content = io.BytesIO()  # PyTorch's own writer ends the process where the disk is full
             torch.export.save(program, content)
             path.write_bytes(content.getbuffer())
-        difference = largest_difference(path, part, reference, config, factor, dtype)
-        more = {"opset": OPSET} if kind == "onnx" else {}
-        files = sorted(found.name for found in folder.glob(f"{path.name}*"))
-        facts.append({"files": files, "part": part, "format": kind, **more, **names, "largest_difference": difference})
+        difference = largest_difference(path, part, reference, config, factor, dtype, TOLERANCES[args.dtype])
+        lost = of_model - mean_psnr(open_program(path), part, core, images, dtype)
+        facts.append(
+            {
+                "files": sorted(found.name for found in folder.glob(f"{path.name}*")),
+                "part": part,
+                **({"num_scales": num_scales or len(config.scale_factors)} if part == "decoder" else {}),
+                "format": kind,
+                **({"opset": args.opset, "operators": list_operators(path)} if kind == "onnx" else {}),
+                **names,
+                "largest_difference": difference,
+                "psnr_lost": round(lost, 4),
+            }
+        )
     return facts
+
+
+def file_name(part: str, num_scales: int | None, kind: str) -> str:
+    """Name the file of a program: `decoder-2.onnx` decodes two scales, `decoder.onnx` all."""
+    return f"{part}{f'-{num_scales}' if num_scales else ''}{EXPORT_SUFFIXES[kind]}"
 
 
 def prepare(args: Namespace) -> HieraTokCore:
@@ -211,33 +277,47 @@ def prepare(args: Namespace) -> HieraTokCore:
     core = load_or_explain(load_codec, "MODEL", args.model).core
     if core is None:
         raise Problem(f"MODEL {args.model!r} is no HieraTok tokenizer")
-    if args.num_scales:
+    for num_scales in args.num_scales or []:
         try:
-            core.decode(torch.zeros(1, core.config.latent_channels, 1, 1), args.num_scales)
+            core.decode(torch.zeros(1, core.config.latent_channels, 1, 1), num_scales)
         except ValueError as error:
-            raise Problem(f"--num_scales {args.num_scales}: {one_line(error)}") from error
+            raise Problem(f"--num_scales {num_scales}: {one_line(error)}") from error
     return core
+
+
+def take_images(args: Namespace, config: HieraTokConfig) -> list[Tensor]:
+    """Take batches of the images whose loss is measured, in the size that the model was made for."""
+    data = args.data or [str(Path(example_image()).parent)]
+    size = max(config.sample_size // config.patch_size, 2) * config.patch_size
+    batches = EvaluationBatches(load_or_explain(load_images, "--data", data), size, limit=args.max_images)
+    images = [batch["pixel_values"] for batch in batches]
+    tell_failures(batches.skipped)
+    if not images:
+        raise Problem(f"--data {' '.join(data)!r} must hold images, got none that can be read")
+    return images
 
 
 @torch.no_grad()
 def run(args: Namespace) -> list[str]:
     """Export, check, write, and return the lines to print."""
     core = prepare(args)
-    config = core.config
-    parts = list(dict.fromkeys(args.parts))
+    config, last = core.config, len(core.config.scale_factors)
+    scales = [None if k == last else k for k in dict.fromkeys(args.num_scales or [last])]
+    parts = [(part, k) for part in dict.fromkeys(args.parts) for k in (scales if part == "decoder" else [None])]
     if args.dry_run:
-        names = [f"{part}{EXPORT_SUFFIXES[kind]}" for part in parts for kind in dict.fromkeys(args.format)]
+        names = [file_name(part, k, kind) for part, k in parts for kind in args.format]
         return [f"would write {', '.join([*names, FACTS])} to {str(args.output)!r}; nothing was written"]
+    images = take_images(args, config)
     try:
         with stage_folder(args.output) as stage:
-            programs = [facts for part in parts for facts in export_part(part, core, args, stage)]
-            packages = ["hieratok_hf", "torch", *dict.fromkeys(x for kind in args.format for x in PACKAGES[kind])]
+            programs = [facts for part, k in parts for facts in export_part(part, k, core, args, images, stage)]
+            packages = ["hieratok_hf", "torch", *(x for kind in args.format for x in PACKAGES[kind])]
             report = {
                 "model": args.model,
                 "dtype": args.dtype,
                 **{key: getattr(config, key) for key in ("patch_size", "latent_channels", "in_channels")},
                 **{key: getattr(config, key) for key in ("scaling_factor", "shift_factor", "scale_factors")},
-                "num_scales": args.num_scales or len(config.scale_factors),
+                "psnr_images": sum(len(batch) for batch in images),
                 "programs": programs,
                 "versions": {name: version(name) for name in packages},
             }
@@ -246,7 +326,8 @@ def run(args: Namespace) -> list[str]:
         raise
     except Exception as error:  # the exporters and onnxruntime raise many types
         raise Problem(f"{args.model!r} cannot be exported to {str(args.output)!r}: {one_line(error)}") from error
-    lines = [f"{' + '.join(x['files'])}: within {x['largest_difference']:.1e} of the model" for x in programs]
+    found = "{}: within {:.1e} of the model, {:.3f} dB lost"
+    lines = [found.format(" + ".join(x["files"]), x["largest_difference"], x["psnr_lost"]) for x in programs]
     return [*lines, f"{len(programs)} programs in {args.dtype} and {FACTS} are in {str(args.output)!r}"]
 
 

@@ -118,6 +118,7 @@ def _of_tokenizer(
         *_figures(model, kinds, where),
         *_perturbed(model, where),
         *_text(model, report),
+        *_faces(model, where),
         *_scores(model, where),
         *_distances(model, settings, sets),
     ]
@@ -200,6 +201,16 @@ def _text(model: Mapping[str, Any], report: Mapping[str, Any]) -> list[EvalResul
         drawn = _finite(entry(originals, height, dict), "characters")
         kinds = {"characters": ("accuracy", f"characters that an OCR reads right, {drawn:.4f} of the pages as drawn")}
         figures += _figures(shares, kinds, {**where, "dataset_config": f"letters of {line(height)} pixels"})
+    return figures
+
+
+def _faces(model: Mapping[str, Any], where: Mapping[str, Any]) -> list[EvalResult]:
+    """Take the distances of faces from what they were, a figure for each height of faces that there were."""
+    figures = []
+    for height, found in (entry(model, "faces", dict) if "faces" in model else {}).items():
+        if count := entry(found, "faces", int):
+            name = f"distance of {count} faces from the originals by dlib's network, {line(height)} pixels high"
+            figures += _figures(found, {"distance": ("face_distance", name)}, where)
     return figures
 
 

@@ -64,19 +64,30 @@ def add_export(parser: Parser) -> None:
     add("model", metavar="MODEL", help=TOKENIZER)
     add("output", type=Path, metavar="OUTPUT", help="folder to write; must not be there yet, or be empty")
     formats = list(EXPORT_SUFFIXES)
-    add("--format", nargs="+", choices=formats, default=formats, help="kinds of programs")
+    add("--format", nargs="+", choices=formats, help="kinds of programs; both unless given, of int8 onnx alone")
     add(
         "--parts", nargs="+", choices=("encoder", "decoder"), default=["encoder", "decoder"], help="parts of the model"
     )
-    add("--num_scales", type=positive, help="decode only this many scales, to a smaller image; all unless given")
-    add("--dtype", choices=("float32", "float16"), default="float32", help="dtype of weights, inputs and outputs")
+    scales = "numbers of scales to make a decoder of each for, of smaller images; all scales alone unless given"
+    add("--num_scales", type=positive, nargs="+", help=scales)
+    dtype = "dtype of weights, inputs and outputs; of int8 the weights alone, and products with them"
+    add("--dtype", choices=("float32", "float16", "int8"), default="float32", help=dtype)
+    opset = "version of ONNX's operators: 18 is the most widely read, 23 is faster, with attention as one operator"
+    add("--opset", type=int, choices=(18, 23), default=18, help=opset)
+    images = "folders of images whose PSNR is compared; two images of the package unless given"
+    add("--data", nargs="+", help=images)
+    add("--max_images", type=positive, default=64, help="take only the first images of the data")
     add("--dry_run", action="store_true", help="say what would be written, and write nothing")
 
     def check(args: Namespace) -> None:
         if args.num_scales and "decoder" not in args.parts:
             parser.error("--num_scales needs the decoder among --parts")
+        args.format = list(dict.fromkeys(args.format or (["onnx"] if args.dtype == "int8" else formats)))
+        if args.dtype == "int8" and "torch" in args.format:
+            parser.error("--dtype int8 needs --format onnx")
 
     parser.checks.append(check)
+    parser.needs(max_images="data")
 
 
 def add_push(parser: Parser) -> None:
