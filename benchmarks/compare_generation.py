@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 200,
     "ema": 0.999,
     "mixed_precision": "bf16",
-    "samples": 5000,
+    "samples": 2000,
     "sample_steps": 20,
     "sample_dtype": "bfloat16",
 }
@@ -236,11 +236,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     add("--tokenizers", type=Path, default=ROOT / "runs" / "compare_scales", help="the --output of compare_scales.py")
     add("--output", type=Path, default=ROOT / "runs" / "compare_generation", help="folder for the runs")
-    pair, seed_help = ("single", "multi"), "seed of the tokenizers, which all generators share"
+    pair, seed_help = ("single", "learned"), "seed of the tokenizers, which all generators share"
     add("--pair", nargs=2, choices=ROWS, metavar=("SINGLE", "MULTI"), default=pair, help="rows of compare_scales.py")
     add("--tokenizer_seed", type=int, default=0, help=seed_help)
     add("--rows", nargs="+", choices=("single", "multi"), default=("single", "multi"), help="rows of the pair to run")
-    add("--seeds", type=int, nargs="+", default=[0], help="seeds of the generators")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the generators")
     add("--only_collect", action="store_true", help="run nothing; add what has finished to the results")
     memory = "images that are made and judged at a time; they do not depend on it"
     add("--sample_batch_size", type=int, default=50, help=memory)

@@ -22,7 +22,7 @@ DIT = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 TINY = [
     *("--image_size", 16, "--dit_config", json.dumps(DIT), "--steps", 4, "--export_every", 2, "--batch_size", 4),
     *("--lr", 1e-2, "--warmup_steps", 1, "--ema", 0.5, "--mixed_precision", "no"),
-    *("--samples", 6, "--sample_steps", 2, "--sample_batch_size", 4),
+    *("--samples", 6, "--sample_steps", 2, "--sample_batch_size", 4, "--seeds", 0),
 ]
 
 
@@ -41,7 +41,7 @@ def world(tmp_path, monkeypatch):
     config = {"id2label": dict(enumerate(["background", "tench", "English springer", "golf ball"]))}
     config |= {"depth_divisible_by": 4, "finegrained_output": False}
     save_vision_model(data / "mobilenet_v2_1.0_224", MobileNetV2ForImageClassification, **config)
-    for row, factors in (("single", (1,)), ("multi", (2, 1))):
+    for row, factors in (("single", (1,)), ("learned", (2, 1))):
         vae = AutoencoderHieraTok.from_core(random_core(scale_factors=factors))
         vae.save_pretrained(tmp_path / "tokenizers" / f"{row}-0")
     (tmp_path / "results").mkdir()
@@ -70,7 +70,7 @@ def test_both_rows_from_images_to_the_table(world, capsys, monkeypatch):
     stages = ["cache", "train-dit", "evaluate-generation", "evaluate-generation"]
     assert calls == stages
     assert compare.main(arguments) == 0 and calls == 2 * stages  # the first row is kept
-    multi = folder / "runs" / "multi-0"
+    multi = folder / "runs" / "learned-0"
 
     # What is lost is made again, and nothing else.
     lost = multi / "seed-0" / "evaluation-000000002.json"
@@ -87,12 +87,12 @@ def test_both_rows_from_images_to_the_table(world, capsys, monkeypatch):
     capsys.readouterr()
     assert compare.main([*arguments, "--only_collect"]) == 0
     results = json.loads(compare.RESULTS.read_text())
-    assert list(results["runs"]) == ["single-0/seed-0", "multi-0/seed-0"]
-    recorded = results["runs"]["multi-0/seed-0"]
+    assert list(results["runs"]) == ["single-0/seed-0", "learned-0/seed-0"]
+    recorded = results["runs"]["learned-0/seed-0"]
     curve = recorded["curve"]
     assert recorded["class_accuracy"] == last["class_accuracy"]
     assert [point["step"] for point in curve] == [2, 4] and curve[0][compare.DISTANCE] == after[compare.DISTANCE]
-    assert list(results["latent_spaces"]) == ["single-0", "multi-0", "white noise"]
+    assert list(results["latent_spaces"]) == ["single-0", "learned-0", "white noise"]
     text, printed = compare.README.read_text(), capsys.readouterr().out
     assert "old" not in text and text.startswith("before") and "0 kept" in text and text.endswith("1 kept\n")
     for begin, content in compare.sections(results).items():
