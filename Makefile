@@ -7,8 +7,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TRITON := triton==3.7.1
 
 SPACE ?= user/hieratok
+WEB ?= build/web
+WEB_MODEL ?= hieratok-tiny
+WEB_DTYPE ?= float32
 
-.PHONY: help demo app space test lint docs notebooks badges package clean \
+.PHONY: help demo app space web test lint docs notebooks badges package clean \
 	gpu has_cuda gpu_tests gpu_attention gpu_model gpu_autoencoders gpu_sizes
 
 help: ## list these targets
@@ -31,6 +34,24 @@ space: $(READY) ## collect what a Hugging Face Space needs in build/space: make 
 	cd build/space && for wheel in *.whl; do \
 		echo "hieratok_hf @ https://huggingface.co/spaces/$(SPACE)/resolve/main/$$wheel" >> requirements.txt; done
 	@echo "ready: $(BIN)/hf upload --repo-type space $(SPACE) build/space ."
+
+# Programs of fewer scales are there for what a visitor sees first. The service worker goes by the checksum of all files.
+web: $(READY) web/node_modules ## build a page that needs no server in build/web: make web WEB_DTYPE=int8
+	rm -rf $(WEB)
+	mkdir -p $(WEB)/ort $(WEB)/images
+	cp web/*.html web/*.css web/*.js web/*.svg web/README.md $(WEB)
+	cp src/hieratok_hf/example_images/*.webp $(WEB)/images
+	cd web/node_modules/onnxruntime-web/dist && cp ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm \
+		ort.webgpu.min.mjs ort-wasm-simd-threaded.asyncify.mjs ort-wasm-simd-threaded.asyncify.wasm $(abspath $(WEB))/ort
+	$(BIN)/hieratok export $(WEB_MODEL) $(WEB)/model --format onnx --dtype $(WEB_DTYPE) --opset 23 --num_scales 1 2 3 4
+	cd $(WEB) && sed -i "s/^const VERSION = .*/const VERSION = \"$$(find . -type f | sort | xargs cat | cksum | tr ' ' -)\";/" sw.js
+	@du -sh $(WEB)
+	@echo "ready: python3 -m http.server --directory $(WEB), then http://localhost:8000"
+	@echo "as a Space: $(BIN)/hf upload --repo-type space $(SPACE) $(WEB) ."
+
+web/node_modules: web/package.json web/package-lock.json
+	npm ci --prefix web --ignore-scripts --no-audit --no-fund
+	touch web/node_modules
 
 # A test keeps one core busy, so as many run at once as there are cores, up to four.
 test: export OMP_NUM_THREADS := 1
