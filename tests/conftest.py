@@ -24,7 +24,7 @@ from scripts import forget_processes, load_script
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil
 
 # Files whose fixtures take half a minute to make.
-ON_ONE_WORKER = {"test_app_browser.py", "test_docs.py", "test_export.py", "test_gpu_launches.py"}
+ON_ONE_WORKER = {"test_app_browser.py", "test_docs.py", "test_export.py", "test_gpu_launches.py", "test_page.py"}
 
 
 @pytest.hookimpl(optionalhook=True)

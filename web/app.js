@@ -144,7 +144,9 @@ function showScale({ scale, levels, width, height, milliseconds, isLast, device,
   canvas.className = isLast ? "" : "coarse";
   put(canvas, levels, width, height);
   const caption = document.createElement("figcaption");
-  caption.textContent = `scale ${scale}: ${width} x ${height}, ${time(milliseconds)}`;
+  for (const text of [`scale ${scale}`, `${width} x ${height}`, time(milliseconds)]) {
+    caption.append(Object.assign(document.createElement("span"), { textContent: text }));
+  }
   const figure = document.createElement("figure");
   figure.append(canvas, caption);
   find("scales").append(figure);

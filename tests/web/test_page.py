@@ -142,6 +142,11 @@ def pixels(page, canvas):
     return np.asarray(image.convert("RGB")).astype(int)
 
 
+def captions(page):
+    """Number, size and time below each scale."""
+    return [text.splitlines() for text in page.locator("figcaption").all_inner_texts()]
+
+
 def milliseconds(text):
     value, unit = text.removeprefix("after ").split()
     return float(value) * {"ms": 1, "s": 1000}[unit]
@@ -180,9 +185,9 @@ def test_scales_arrive_coarse_to_fine_and_soon(page):
     tries = [choose(page, "hat") for _ in range(3)]  # the machine may have other work
     widths = page.evaluate("window.widths")
     assert [width for width in widths if width < 256] == 3 * [32, 64, 128] and widths[-1] == 256
-    captions = [text.split(":") for text in page.locator("figcaption").all_inner_texts()]
-    assert [text[0] for text in captions] == [f"scale {k}" for k in (1, 2, 3, 4)]
-    assert all(0 < milliseconds(text[1].rpartition(", ")[2]) < 3000 for text in captions)
+    numbers, _, times = zip(*captions(page))
+    assert numbers == ("scale 1", "scale 2", "scale 3", "scale 4")
+    assert all(0 < milliseconds(text) < 3000 for text in times)
     assert min(milliseconds(found["first scale"]) for found in tries) < 1000
     assert min(milliseconds(found["all scales"]) for found in tries) < 3000
 
@@ -260,14 +265,14 @@ def test_files_that_cannot_be_used_are_named_with_the_reason(page, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
     whole = saved(tmp_path, Image.fromarray(noise(64, 64)), "whole.png")
     (tmp_path / "half.png").write_bytes(whole.read_bytes()[:20])
+    large = saved(tmp_path, Image.new("1", (8000, 6250)), "large.png")
+    flat = saved(tmp_path, Image.new("RGB", (300, 15)), "flat.png")
     reasons = {
-        tmp_path / "notes.txt": "is no image",
-        tmp_path / "notes.png": "is no image",
-        tmp_path / "half.png": "is no image",
-        saved(tmp_path, Image.new("1", (8000, 6250)), "large.png"): "is too large for the limit of 32 megapixels, got 8000 x 6250",
-        saved(tmp_path, Image.new("RGB", (300, 15)), "flat.png"): "must have sides of 16 pixels or more",
+        **{tmp_path / name: "is no image" for name in ("notes.txt", "notes.png", "half.png")},
+        large: "is too large for the limit of 32 megapixels, got 8000 x 6250",
+        flat: "must have sides of 16 pixels or more",
         **dict(broken_latents(tmp_path)),
-    }  # fmt: skip
+    }
     for path, reason in reasons.items():
         upload(page, path)
         told = page.inner_text("#message")
@@ -282,8 +287,7 @@ def test_an_image_of_any_size_is_shrunk_and_cut_to_whole_patches(page, tmp_path)
     upload(page, saved(tmp_path, image, "odd.png"))
     assert figures(page)["encoded"].startswith("248 x 128 pixels")
     np.testing.assert_array_equal(pixels(page, "#original"), np.asarray(image.crop((1, 1, 249, 129))))
-    sides = page.locator("figcaption").all_inner_texts()
-    assert [text.split(", ")[0] for text in sides] == [f"scale {k}: {248 // f} x {128 // f}" for k, f in zip((1, 2, 3, 4), (8, 4, 2, 1))]  # fmt: skip
+    assert [size for _, size, _ in captions(page)] == [f"{248 // factor} x {128 // factor}" for factor in (8, 4, 2, 1)]
 
     tall = image.resize((600, 1200))
     upload(page, saved(tmp_path, tall, "tall.png"))
@@ -307,11 +311,12 @@ def test_all_of_it_works_by_keyboard(page):
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.innerHTML.slice(0, 4)"))
     assert reached[1:7] == ["file", "<img", "<img", "longest", "slider", "download"]  # after the link of the header
     page.focus("#slider")
-    covered = []
+    hidden = []
     for key in ("Home", "ArrowRight", "ArrowRight", "End"):
         page.keyboard.press(key)
-        covered.append(page.locator("#reconstruction").evaluate("x => getComputedStyle(x).clipPath"))
-    assert covered == ["inset(0px 0px 0px 0%)", "inset(0px 0px 0px 1%)", "inset(0px 0px 0px 2%)", "inset(0px 0px 0px 100%)"]  # fmt: skip
+        clip = page.locator("#reconstruction").evaluate("x => getComputedStyle(x).clipPath")
+        hidden.append(clip.removeprefix("inset(0px 0px 0px ").removesuffix(")"))
+    assert hidden == ["0%", "1%", "2%", "100%"]
     assert page.locator("#pair").evaluate("x => getComputedStyle(x).outlineStyle") == "solid"
     page.focus("#examples button:last-child")
     page.keyboard.press("Enter")
