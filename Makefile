@@ -10,6 +10,7 @@ SPACE ?= user/hieratok
 WEB ?= build/web
 WEB_MODEL ?= hieratok-tiny
 WEB_DTYPE ?= float32
+WEB_SCALES ?= 1 2 3 4
 
 .PHONY: help demo app space web test lint docs notebooks badges package clean \
 	gpu has_cuda gpu_tests gpu_attention gpu_model gpu_autoencoders gpu_sizes
@@ -43,8 +44,8 @@ web: $(READY) web/node_modules ## build a page that needs no server in build/web
 	cp src/hieratok_hf/example_images/*.webp $(WEB)/images
 	cd web/node_modules/onnxruntime-web/dist && cp ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm \
 		ort.webgpu.min.mjs ort-wasm-simd-threaded.asyncify.mjs ort-wasm-simd-threaded.asyncify.wasm $(abspath $(WEB))/ort
-	$(BIN)/hieratok export $(WEB_MODEL) $(WEB)/model --format onnx --dtype $(WEB_DTYPE) --opset 23 --num_scales 1 2 3 4
-	cd $(WEB) && sed -i "s/^const VERSION = .*/const VERSION = \"$$(find . -type f | sort | xargs cat | cksum | tr ' ' -)\";/" sw.js
+	$(BIN)/hieratok export $(WEB_MODEL) $(WEB)/model --format onnx --dtype $(WEB_DTYPE) --opset 23 --num_scales $(WEB_SCALES)
+	sed "s/^const VERSION = .*/const VERSION = \"$$(find $(WEB) -type f | sort | xargs cat | cksum | tr ' ' -)\";/" web/sw.js > $(WEB)/sw.js
 	@du -sh $(WEB)
 	@echo "ready: python3 -m http.server --directory $(WEB), then http://localhost:8000"
 	@echo "as a Space: $(BIN)/hf upload --repo-type space $(SPACE) $(WEB) ."

@@ -102,6 +102,8 @@ function fromBrainHalf(bits) {
   return view.getFloat32(0);
 }
 
+const SUFFIXES = /.\.(apng|bmp|dib|gif|jfif|jpe|jpeg|jpg|png|tif|tiff|webp)$/i;
+
 /** Bytes of a number and its reader, by the names of dtypes in a safetensors file. */
 const READERS = {
   F16: [2, (data, at) => fromHalf(data.getUint16(at, true))],
@@ -114,9 +116,10 @@ const READERS = {
  * the tensor has the image's name, and the `records` beside it say its size.
  */
 export function writeLatent(name, latent, shape, width, height, model) {
-  const records = JSON.stringify([{ name, width, height, box: [0, 0, width, height] }]);
+  const key = SUFFIXES.test(name) ? name : `${name}.png`; // of which `hieratok decode` makes a file
+  const records = JSON.stringify([{ name: key, width, height, box: [0, 0, width, height] }]);
   const header = { __metadata__: { records, model } };
-  header[name] = { dtype: "F16", shape, data_offsets: [0, 2 * latent.length] };
+  header[key] = { dtype: "F16", shape, data_offsets: [0, 2 * latent.length] };
   let head = new TextEncoder().encode(JSON.stringify(header));
   const padded = new Uint8Array(Math.ceil(head.length / 8) * 8).fill(32); // what follows begins at a multiple of 8
   padded.set(head);

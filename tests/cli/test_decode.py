@@ -300,3 +300,9 @@ def test_a_folder_in_the_place_of_a_file_is_refused(run, tmp_path, capsys):
 def test_numbers_out_of_range_are_refused(tmp_path, capsys):
     for option, value in (("--num_scales", 0), ("--quality", 101), ("--format", "gif")):
         assert option in usage_error(capsys, script.main, tmp_path / "archive", tmp_path / "out", option, value)
+
+
+def test_a_shard_alone_gives_the_same_files(space, run, tmp_path):
+    assert run(tmp_path / "whole") == 0
+    assert run(tmp_path / "alone", "--model", space / "hieratok", archive="archive/shard-00000.safetensors") == 0
+    assert tree(tmp_path / "alone") == tree(tmp_path / "whole")

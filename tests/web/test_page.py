@@ -24,6 +24,7 @@ from scripts import ROOT
 
 import hieratok_hf
 from hieratok_hf import AutoencoderHieraTok, open_image
+from hieratok_hf.cli import decode
 from hieratok_hf.cli.reconstruct import encode_and_decode
 from hieratok_hf.data.latent_archive import write_archive
 
@@ -217,6 +218,9 @@ def test_a_latent_goes_to_a_file_and_back(page, vae, tmp_path):
         expected = vae.encode(image).latent_dist.mode()[0]
     assert latent.dtype == torch.float16 and latent.shape == (16, 32, 32)
     assert (latent - expected).abs().mean() < 5e-3
+
+    assert decode.main([str(path), str(tmp_path / "again"), "--format", "png", "--device", "cpu"]) == 0
+    np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "again" / "hat.png")).astype(int), made, atol=2)
 
     upload(page, path)
     assert "PSNR" not in figures(page) and not page.is_visible("#slider") and not page.is_visible("#download")

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from tqdm import tqdm
 
 from ..data.latent_archive import LatentArchive, decode_record
+from ..data.latent_file import LatentFile
 from ..models.autoencoder_adapter import Codec, load_codec
 from ..utils.images import encode_image
 from .command_line import autocast, find_device, load_or_explain
@@ -25,7 +26,8 @@ OPTIONS = ("model", "num_scales", "format", "quality", "mixed_precision")  # tho
 
 def open_archive(args: Namespace) -> tuple[LatentArchive, Codec]:
     """Open the archive of `args.archive`, and the autoencoder that decodes it by `args.num_scales` scales or all."""
-    archive: LatentArchive = load_or_explain(LatentArchive, "ARCHIVE", str(args.archive))
+    kind = LatentFile if os.path.isfile(args.archive) else LatentArchive
+    archive: LatentArchive = load_or_explain(kind, "ARCHIVE", str(args.archive))
     if not (name := args.model or archive.settings["model"]):
         raise Problem(f"--model is needed: ARCHIVE {str(args.archive)!r} names none")
     codec: Codec = load_or_explain(load_codec, "--model", name, find_device(args))

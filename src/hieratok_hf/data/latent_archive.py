@@ -30,7 +30,7 @@ from .latent_cache import check_encoder, encoder_facts, rows_of, shards_of
 from .local_images import is_image, list_images
 from .manifests import Settings, checksum_of, is_count, is_number, is_text, read_manifest, settle, write_manifest
 
-__all__ = ["LatentArchive", "cell_of", "decode_record", "write_archive"]
+__all__ = ["LatentArchive", "cell_of", "decode_record", "read_records", "write_archive"]
 
 # Shape letters: C latent channels, h w the latent's grid.
 
@@ -87,6 +87,31 @@ def _is_record(value: Any) -> bool:
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_count(0), (width, height, *box))):
         return False
     return _is_name(value["name"]) and box[0] < box[2] <= width and box[1] < box[3] <= height
+
+
+def _to_records(rows: list[Any]) -> list[ImageRecord]:
+    return [ImageRecord(**{**row, "box": tuple(row["box"])}) for row in rows]
+
+
+def _check_names(records: list[ImageRecord], source: str | Path) -> None:
+    names = {record.name for record in records}
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    if len(names) < len(records) or names & folders:
+        raise ValueError(f"{str(source)!r} is damaged: two of its images would be one file, or a file and a folder.")
+
+
+def read_records(rows: Any, source: str | Path) -> list[ImageRecord]:
+    """
+    Make records of what the JSON in a file `source` holds.
+
+    Raises:
+        ValueError: It is no list of records, a name leads out of a folder, or two images would be one file.
+    """
+    if not isinstance(rows, list) or not all(map(_is_record, rows)):
+        raise ValueError(f"{str(source)!r} is no file of latents, or is damaged: it has no valid 'records'.")
+    records = _to_records(rows)
+    _check_names(records, source)
+    return records
 
 
 _SHARD_SCHEMA = {
@@ -350,7 +375,7 @@ def _read_facts(folder: Path, settings: Settings, shard: int) -> Settings:
     rows, got = len(rows_of(settings, shard)), len(facts["records"]) + len(facts["skipped"])
     if got != rows:
         raise ValueError(f"{str(path)!r} is damaged: it must have {rows} rows, got {got}.")
-    facts["records"] = [ImageRecord(**{**row, "box": tuple(row["box"])}) for row in facts["records"]]
+    facts["records"] = _to_records(facts["records"])
     return facts
 
 
@@ -406,12 +431,7 @@ class LatentArchive:
         self.skipped: dict[str, str] = {
             name: reason for facts in self._facts for name, reason in facts["skipped"].items()
         }
-        names = {record.name for record in self.records}
-        folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-        if len(names) < len(self.records) or names & folders:
-            raise ValueError(
-                f"{str(folder)!r} is damaged: two of its images would be one file, or a file and a folder."
-            )
+        _check_names(self.records, folder)
 
     @property
     def fingerprint(self) -> str:

@@ -19,7 +19,8 @@ def _add_precision(parser: Parser) -> None:
 
 
 def _add_archive(parser: Parser) -> None:
-    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="a folder that `hieratok encode` has written")
+    text = "a folder that `hieratok encode` has written, or one file of latents in safetensors"
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help=text)
 
 
 def _add_model(parser: Parser) -> None:
