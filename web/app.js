@@ -92,10 +92,12 @@ async function take(file, name) {
 
 function refuse(name, error) {
   const message = find("message");
-  message.textContent = `This file cannot be used. '${name}': ${error.message}.`;
+  const isItsFault = error instanceof Refused;
+  const what = isItsFault ? "This file cannot be used." : "This browser cannot compute it.";
+  message.textContent = `${what} '${name}': ${error.message}.`;
   message.hidden = false;
   find("result").hidden = true; // nothing stands there that could be taken for its result
-  if (!(error instanceof Refused)) console.error(error);
+  if (!isItsFault) console.error(error);
 }
 
 // ---- what is shown

@@ -2,7 +2,7 @@
 
 import { toLevels } from "./core.js";
 
-const MOST_THREADS = 4; // more gain little with matrices of this size
+const MOST_THREADS = 4; // other cores are left to the visitor
 const MODEL = new URL("model/", import.meta.url);
 
 let ort;
@@ -48,6 +48,7 @@ function openPrograms() {
 
 async function start(wanted) {
   const answer = await fetch(new URL("export.json", MODEL));
+  if (!answer.ok) throw new Error(`export.json cannot be loaded (${answer.status})`);
   const report = await answer.json();
   const programs = report.programs.filter((program) => program.format === "onnx");
   facts = {
