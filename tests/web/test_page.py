@@ -328,6 +328,30 @@ def test_all_of_it_works_by_keyboard(page):
     assert "jacket.webp" in figures(page)
 
 
+DROP = """async () => {
+    const answer = await fetch("images/jacket.webp");
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([await answer.blob()], "dropped.webp"));
+    document.querySelector("#drop").dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true}));
+}"""
+
+
+def test_files_are_dropped_and_the_edge_is_dragged(page, of_pytorch):
+    page.evaluate(DROP)
+    page.wait_for_selector("#figures :text-is('dropped.webp')")
+    assert float(figures(page)["PSNR"].split()[0]) == pytest.approx(of_pytorch["jacket"][2]["psnr_db"], abs=0.05)
+    page.locator("#pair").scroll_into_view_if_needed()
+    box = page.locator("#pair").bounding_box()
+    y, found = box["y"] + box["height"] / 2, []
+    page.mouse.move(box["x"] + 0.25 * box["width"], y)
+    page.mouse.down()
+    found.append(page.locator("#slider").input_value())
+    page.mouse.move(box["x"] + 0.75 * box["width"], y)
+    page.mouse.up()
+    page.mouse.move(box["x"], y)
+    assert [*found, page.locator("#slider").input_value()] == ["25", "75"]
+
+
 def test_it_fits_a_narrow_window_and_is_dark_where_that_is_asked_for(page):
     choose(page, "hat")
     levels = {}
