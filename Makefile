@@ -155,4 +155,4 @@ $(READY): $(DEMO)
 	touch $(READY)
 
 clean: ## delete what the other targets made
-	rm -rf $(VENV) outputs build dist site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) outputs build dist site web/node_modules .pytest_cache .ruff_cache .mypy_cache

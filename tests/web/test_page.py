@@ -33,9 +33,16 @@ quantization = pytest.importorskip("onnxruntime.quantization", reason="it makes 
 
 BUILT = ROOT / "build" / "web"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def built_dtype():
+    path = BUILT / "model" / "export.json"
+    return json.loads(path.read_text())["dtype"] if path.exists() else None
+
+
 pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome"),
-    pytest.mark.skipif(not (BUILT / "model" / "export.json").exists(), reason="needs what `make web` builds"),
+    pytest.mark.skipif(built_dtype() != "float32", reason="needs what `make web` builds, in float32"),
 ]
 
 PATIENCE = 60_000  # milliseconds, for machines with other work
@@ -72,7 +79,6 @@ def build(tmp_path_factory):
         for kind in ("html", "css", "js", "svg"):
             for path in (ROOT / "web").glob(f"*.{kind}"):
                 shutil.copy(path, folder)
-        assert json.loads((folder / "model" / "export.json").read_text())["dtype"] == "float32"
         if dtype == "int8":  # as `hieratok export --dtype int8` does
             for path in (folder / "model").glob("*.onnx"):
                 quantization.quantize_dynamic(path, path, ["MatMul"], per_channel=True)
@@ -153,6 +159,13 @@ def milliseconds(text):
     return float(value) * {"ms": 1, "s": 1000}[unit]
 
 
+def check_times(tries):
+    """The best of some tries is in time; `pytest -rP` shows all of them."""
+    first, whole = ([milliseconds(found[name]) for found in tries] for name in ("first scale", "all scales"))
+    print(f"{tries[0]['computed by']}: first scale after {first} ms, all after {whole} ms")
+    assert min(first) < 1000 and min(whole) < 3000
+
+
 @pytest.fixture(scope="module")
 def vae():
     return AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny")).eval()
@@ -189,8 +202,7 @@ def test_scales_arrive_coarse_to_fine_and_soon(page):
     numbers, _, times = zip(*captions(page))
     assert numbers == ("scale 1", "scale 2", "scale 3", "scale 4")
     assert all(0 < milliseconds(text) < 3000 for text in times)
-    assert min(milliseconds(found["first scale"]) for found in tries) < 1000
-    assert min(milliseconds(found["all scales"]) for found in tries) < 3000
+    check_times(tries)
 
 
 def test_programs_of_integers_lose_little(browser, build, of_pytorch):
@@ -403,8 +415,9 @@ def test_after_the_first_visit_it_needs_no_network(browser, build):
     before = figures(page)
     site.stop()
     page.reload()
-    after = figures(page)
-    assert after["PSNR"] == before["PSNR"] and "jacket.webp" in choose(page, "jacket")
+    after, tries = figures(page), [choose(page, name) for name in ("hat", "jacket", "hat")]
+    assert after["PSNR"] == tries[0]["PSNR"] == before["PSNR"] and "jacket.webp" in tries[1]
+    check_times(tries)
     # What the service worker sends along lends the page threads.
     assert page.evaluate("crossOriginIsolated") and before["computed by"] == "WASM, 1 thread"
     cores = page.evaluate("navigator.hardwareConcurrency")
@@ -418,7 +431,10 @@ def test_what_a_host_lacks_is_told(browser, build):
     (folder / "model" / "decoder.onnx").unlink()
     site = Site(folder)
     page = visit(browser, site.url)
-    assert page.inner_text("#message") == "This browser cannot compute it. 'hat.webp': decoder.onnx cannot be loaded (404)."
+    assert (
+        page.inner_text("#message")
+        == "This browser cannot compute it. 'hat.webp': decoder.onnx cannot be loaded (404)."
+    )
     assert not page.is_visible("#result")
     page.context.close()
     site.stop()
