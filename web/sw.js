@@ -3,12 +3,13 @@
 // `make web` puts a checksum of all files here: a browser takes another text of this file for a new version.
 const VERSION = "development";
 const FIRST = ["./", "style.css", "app.js", "core.js", "worker.js", "icon.svg", "images/hat.webp", "images/jacket.webp"];
+// Other pages may share the origin and its caches.
+const OURS = `hieratok ${self.registration.scope} `;
+const CACHE = OURS + VERSION;
 // With these a browser lends a page threads, which a static host seldom sends.
 const ISOLATION = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
 
-self.addEventListener("install", (event) => {
-  event.waitUntil(Promise.all(FIRST.map((path) => keep(new Request(path, { cache: "no-cache" })))));
-});
+self.addEventListener("install", (event) => event.waitUntil(keepAll()));
 
 self.addEventListener("activate", (event) => {
   event.waitUntil(Promise.all([dropOthers(), self.clients.claim()]));
@@ -21,13 +22,27 @@ self.addEventListener("fetch", (event) => {
   }
 });
 
+async function findCaches() {
+  return (await caches.keys()).filter((name) => name.startsWith(OURS));
+}
+
+/** Keep what the page begins with, and of a new version what was kept of the one before. */
+async function keepAll() {
+  const urls = new Set(FIRST.map((path) => new URL(path, self.location).href));
+  for (const name of await findCaches()) {
+    const cache = await caches.open(name);
+    for (const { url } of await cache.keys()) urls.add(url);
+  }
+  await Promise.all([...urls].map((url) => keep(new Request(url, { cache: "no-cache" }))));
+}
+
 async function dropOthers() {
-  const names = await caches.keys();
-  await Promise.all(names.filter((name) => name !== VERSION).map((name) => caches.delete(name)));
+  const names = await findCaches();
+  await Promise.all(names.filter((name) => name !== CACHE).map((name) => caches.delete(name)));
 }
 
 async function answer(request) {
-  const kept = await caches.match(request, { cacheName: VERSION, ignoreSearch: true });
+  const kept = await caches.match(request, { cacheName: CACHE, ignoreSearch: true });
   return kept ?? keep(request);
 }
 
@@ -39,7 +54,7 @@ async function keep(request) {
   const response = new Response(found.body, { status: found.status, statusText: found.statusText, headers });
   const url = new URL(request.url);
   url.search = "";
-  const cache = await caches.open(VERSION);
+  const cache = await caches.open(CACHE);
   await cache.put(url.href, response.clone());
   return response;
 }

@@ -438,3 +438,25 @@ def test_what_a_host_lacks_is_told(browser, build):
     assert not page.is_visible("#result")
     page.context.close()
     site.stop()
+
+
+def test_a_new_version_takes_over_with_all_its_files(browser, build):
+    site = Site(build("float32"))
+    page = visit(browser, site.url)
+    title, worker = site.folder / "index.html", site.folder / "sw.js"
+    title.write_text(title.read_text().replace("<h1>HieraTok", "<h1>HieraTok anew"))
+    worker.write_text(worker.read_text().replace("const VERSION = ", "const VERSION = 1 + "))
+    page.evaluate("""async () => {
+        await caches.open("of another page");
+        const registration = await navigator.serviceWorker.ready;
+        await registration.update();
+        const next = registration.installing ?? registration.waiting;
+        while (next.state === "installing") await new Promise((resolve) => setTimeout(resolve, 50));
+    }""")
+    site.stop()
+    page.goto("about:blank")  # once no page is left of the old version, the new one is taken
+    page.wait_for_timeout(500)
+    page.goto(site.url)
+    assert "PSNR" in figures(page) and page.inner_text("h1") == "HieraTok anew"
+    assert len(page.evaluate("caches.keys()")) == 2
+    page.context.close()
