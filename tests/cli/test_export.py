@@ -153,6 +153,7 @@ def test_facts_are_those_of_the_files(exported):
         assert abs(program["psnr_lost"]) < 1e-3
         if program["format"] == "onnx":
             model = onnx.load(folder / program["files"][0])
+            assert not any(node.metadata_props for node in model.graph.node)
             assert program["operators"] == {"ai.onnx": sorted({node.op_type for node in model.graph.node})}
             assert {entry.domain: entry.version for entry in model.opset_import}[""] == program["opset"]
             for end, value in (("input", model.graph.input[0]), ("output", model.graph.output[0])):

@@ -142,6 +142,8 @@ def save_onnx(
     for value, end in zip((graph.inputs[0], graph.outputs[0]), ends):
         value.shape = type(value.shape)(end["shape"])
     weights = sum(x.numel() * x.element_size() for x in program.state_dict.values())
+    for node in graph.all_nodes():
+        node.metadata_props.clear()  # traces of calls, which name folders of this machine
     two_files = weights > ONE_FILE_BYTES
     exported.save(path, external_data=two_files)
     if integers:
