@@ -114,9 +114,12 @@ def trace(
     sides = (rows, columns) if unit == 1 else (unit * rows, unit * columns)
     shapes = ({0: batch, 2: sides[0], 3: sides[1]},)
     # What the tracer cannot prove of every size, such as that a side is not 0 modulo four times itself, is asserted.
-    return torch.export.export(
+    program = torch.export.export(
         module, (example,), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
     )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names folders of this machine
+    return program
 
 
 def save_onnx(
@@ -143,7 +146,7 @@ def save_onnx(
         value.shape = type(value.shape)(end["shape"])
     weights = sum(x.numel() * x.element_size() for x in program.state_dict.values())
     for node in graph.all_nodes():
-        node.metadata_props.clear()  # traces of calls, which name folders of this machine
+        node.metadata_props.clear()  # what the exporter knew of modules, a fifth of the file
     two_files = weights > ONE_FILE_BYTES
     exported.save(path, external_data=two_files)
     if integers:
