@@ -192,6 +192,7 @@ def test_integers_lose_little_and_all_scales_can_be_asked_for_in_one_call(tmp_pa
     save_model(tmp_path / "model", **{**ONE_SCALE, "scale_factors": (2, 1), "sample_size": 32})
     made = tmp_path / "made"
     write_folder(tmp_path / "data", cat=[1, 2, 3])
+    (tmp_path / "data" / "cat" / "0.png").write_bytes(b"broken")
     options = [
         "--dtype",
         "int8",
@@ -204,8 +205,9 @@ def test_integers_lose_little_and_all_scales_can_be_asked_for_in_one_call(tmp_pa
         "--data",
         str(tmp_path / "data"),
     ]
-    assert export.main([str(tmp_path / "model"), str(made), *options, "--max_images", "2"]) == 0
-    printed = capsys.readouterr().out
+    assert export.main([str(tmp_path / "model"), str(made), *options, "--max_images", "3"]) == 1
+    printed, failed = capsys.readouterr()
+    assert "0.png" in failed and "WARNING" not in failed
     facts = json.loads((made / "export.json").read_text())
     names = ["decoder.onnx", "decoder-1.onnx"]
     assert [program["files"] for program in facts["programs"]] == [[name] for name in names]

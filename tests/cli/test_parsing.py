@@ -1,6 +1,7 @@
 """Tests of parsers: values of every type, and options that need or contradict each other."""
 
 import argparse
+import math
 import json
 
 import pytest
@@ -30,10 +31,11 @@ HUGE = "9" * 400
         (seed, {"9007199254740993": 2**53 + 1}, ["-1", HUGE]),
         (real(), {"0": 0, "1e-3": 0.001}, ["-1", "nan", "inf", "1e400", "-0.1", "one", ""]),
         (real(above=0, below=1), {"0.5": 0.5}, ["0", "1", "-1"]),
+        (real(-math.inf), {"-1": -1}, ["nan", "inf"]),
         (real(0, 1), {"0": 0, "1": 1}, ["1.01"]),
         (json_object, {'{"a": [1]}': {"a": [1]}}, ["[]", "3", "null", "{", "", '{"a": NaN}', "[" * 9999, f"[{HUGE}]"]),
     ],
-    ids=["positive", "whole", "seed", "real", "open", "share", "json"],
+    ids=["positive", "whole", "seed", "real", "open", "any", "share", "json"],
 )
 def test_what_a_user_types_becomes_a_value_or_one_line(kind, taken, refused):
     assert {text: kind(text) for text in taken} == taken
@@ -41,6 +43,7 @@ def test_what_a_user_types_becomes_a_value_or_one_line(kind, taken, refused):
         with pytest.raises(argparse.ArgumentTypeError, match=r"^must be .*, got ") as caught:
             kind(text)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+        assert ", ," not in str(caught.value) and "at least 0 and above" not in str(caught.value)
 
 
 def test_devices(capsys):

@@ -125,7 +125,7 @@ ROWS = [
         "--split x", "--images 5", "--device cpu", "--revision x",
     )],
     *[("export", option, option.split()[0]) for option in (
-        "--num_scales 0", f"--num_scales {HUGE}", "--num_scales 9", "--dtype int8",
+        "--num_scales 0", f"--num_scales {HUGE}", "--num_scales 9", "--dtype int4",
     )],
     *[("push", option, option.split()[0]) for option in (
         "--no_card --license mit", "--no_card --tags x", "--result_name x",

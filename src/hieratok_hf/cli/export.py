@@ -153,7 +153,11 @@ def save_onnx(
         from onnxruntime.quantization import quantize_dynamic
 
         products = ["MatMul"]  # those with weights; convolutions and attention stay in float32
-        quantize_dynamic(path, path, products, per_channel=True, use_external_data_format=two_files)
+        logging.disable(logging.WARNING)  # it advises to optimise a graph beforehand that is as it should be
+        try:
+            quantize_dynamic(path, path, products, per_channel=True, use_external_data_format=two_files)
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def list_operators(path: Path) -> dict[str, list[str]]:
@@ -290,8 +294,8 @@ def prepare(args: Namespace) -> HieraTokCore:
     return core
 
 
-def take_images(args: Namespace, config: HieraTokConfig) -> list[Tensor]:
-    """Take batches of the images whose loss is measured, in the size that the model was made for."""
+def take_images(args: Namespace, config: HieraTokConfig) -> tuple[list[Tensor], int]:
+    """Take batches of the images whose loss is measured, in the model's size, and the exit status, 1 for lost ones."""
     data = args.data or [str(Path(example_image()).parent)]
     size = max(config.sample_size // config.patch_size, 2) * config.patch_size
     batches = EvaluationBatches(load_or_explain(load_images, "--data", data), size, limit=args.max_images)
@@ -299,20 +303,20 @@ def take_images(args: Namespace, config: HieraTokConfig) -> list[Tensor]:
     tell_failures(batches.skipped)
     if not images:
         raise Problem(f"--data {' '.join(data)!r} must hold images, got none that can be read")
-    return images
+    return images, 1 if batches.skipped else 0
 
 
 @torch.no_grad()
-def run(args: Namespace) -> list[str]:
-    """Export, check, write, and return the lines to print."""
+def run(args: Namespace) -> tuple[list[str], int]:
+    """Export, check, write, and return the lines to print and the exit status, 1 where an image was left out."""
     core = prepare(args)
     config, last = core.config, len(core.config.scale_factors)
     scales = [None if k == last else k for k in dict.fromkeys(args.num_scales or [last])]
     parts = [(part, k) for part in dict.fromkeys(args.parts) for k in (scales if part == "decoder" else [None])]
     if args.dry_run:
         names = [file_name(part, k, kind) for part, k in parts for kind in args.format]
-        return [f"would write {', '.join([*names, FACTS])} to {str(args.output)!r}; nothing was written"]
-    images = take_images(args, config)
+        return [f"would write {', '.join([*names, FACTS])} to {str(args.output)!r}; nothing was written"], 0
+    images, status = take_images(args, config)
     try:
         with stage_folder(args.output) as stage:
             programs = [facts for part, k in parts for facts in export_part(part, k, core, args, images, stage)]
@@ -333,7 +337,7 @@ def run(args: Namespace) -> list[str]:
         raise Problem(f"{args.model!r} cannot be exported to {str(args.output)!r}: {one_line(error)}") from error
     found = "{}: within {:.1e} of the model, {:.3f} dB lost"
     lines = [found.format(" + ".join(x["files"]), x["largest_difference"], x["psnr_lost"]) for x in programs]
-    return [*lines, f"{len(programs)} programs in {args.dtype} and {FACTS} are in {str(args.output)!r}"]
+    return [*lines, f"{args.dtype} programs: {len(programs)}, in {str(args.output)!r} with {FACTS}"], status
 
 
 def main(argv: list[str] | None = None) -> int:

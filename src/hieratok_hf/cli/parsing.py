@@ -65,15 +65,18 @@ def real(
     Make a type of argparse: a finite number from `least` to `most`, greater than `above` and less than `below`;
     `ArgumentTypeError` of any other text.
     """
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    bounds = {"above": above, "at least": least, "at most": most, "below": below}
+    if above >= least:
+        del bounds["at least"]
     told = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound))
+    wanted = f"a finite number, {told}" if told else "a finite number"
 
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
             number = float(text)
             if math.isfinite(number) and least <= number <= most and above < number < below:
                 return number
-        raise ArgumentTypeError(f"must be a finite number, {told}, got {_short(text)}")
+        raise ArgumentTypeError(f"must be {wanted}, got {_short(text)}")
 
     return read
 
