@@ -1,8 +1,8 @@
 """Tests of parsers: values of every type, and options that need or contradict each other."""
 
 import argparse
-import math
 import json
+import math
 
 import pytest
 import torch
