@@ -189,7 +189,8 @@ def check_sizes(config: HieraTokConfig, factor: int) -> Iterator[tuple[int, int,
 
 
 def largest_difference(
-    path: Path,
+    run: Callable[[Tensor], Tensor],
+    name: str,
     part: str,
     reference: nn.Module,
     config: HieraTokConfig,
@@ -203,11 +204,11 @@ def largest_difference(
     Raises:
         Problem: It has another shape, gives what is no number, or is further away than rounding takes it.
     """
-    run, largest = open_program(path), 0.0
+    largest = 0.0
     for sizes in check_sizes(config, factor):
         x = make_inputs(part, config, *sizes).to(dtype)
         found, expected = run(x).float(), reference(x.float())
-        at = f"{path.name} at batch {sizes[0]} and {sizes[1]} x {sizes[2]} tokens"
+        at = f"{name} at batch {sizes[0]} and {sizes[1]} x {sizes[2]} tokens"
         if found.shape != expected.shape:
             raise Problem(f"{at} gives {tuple(found.shape)}, the model {tuple(expected.shape)}")
         difference = (found - expected).abs().max().item()
@@ -252,8 +253,9 @@ def export_part(
             content = io.BytesIO()  # PyTorch's own writer ends the process where the disk is full
             torch.export.save(program, content)
             path.write_bytes(content.getbuffer())
-        difference = largest_difference(path, part, reference, config, factor, dtype, TOLERANCES[args.dtype])
-        lost = of_model - mean_psnr(open_program(path), part, core, images, dtype)
+        run = open_program(path)
+        difference = largest_difference(run, path.name, part, reference, config, factor, dtype, TOLERANCES[args.dtype])
+        lost = of_model - mean_psnr(run, part, core, images, dtype)
         facts.append(
             {
                 "files": sorted(found.name for found in folder.glob(f"{path.name}*")),
