@@ -11,6 +11,7 @@ from torch.backends import mkldnn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hieratok_hf import AutoencoderHieraTok, PyramidLayout
+from hieratok_hf.models.core import _warn_of_slow_bfloat16
 from hieratok_hf.models.layers import rotary_tables
 from hieratok_hf.models.losses import image_pyramid
 from hieratok_hf.ops.pyramid import flatten_pyramid
@@ -338,6 +339,21 @@ def test_gradients_reach_every_parameter_and_the_latent_from_every_scale(overrid
     for name, parameter in core.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_bfloat16_is_warned_of_once_where_the_processor_lacks_it(lacks, monkeypatch, caplog):
+    monkeypatch.setattr("hieratok_hf.models.core.lacks_bfloat16", lambda: lacks)
+    _warn_of_slow_bfloat16.cache_clear()
+    core = random_core()
+    with torch.no_grad():
+        core.encode(images(1, 3, 32, 32))
+        assert not caplog.records
+        core.bfloat16()
+        for _ in range(2):
+            core.decode(core.encode(images(1, 3, 32, 32).bfloat16()).mode())
+    assert ["bfloat16" in record.message for record in caplog.records] == [True] * lacks
+    _warn_of_slow_bfloat16.cache_clear()
 
 
 @every_variant

@@ -10,7 +10,7 @@ from helpers import DETOK, noise, random_core, tiny
 from torch.nn import functional as F
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel, PyramidLayout
-from hieratok_hf.models.layers import HieraTokSwiGLU, apply_rotary, rotary_tables
+from hieratok_hf.models.layers import HieraTokBlockEmbed, HieraTokSwiGLU, apply_rotary, rotary_tables
 
 FACTORS = (8, 4, 2, 1)
 GRIDS = [(7, 5), (1, 3), (1, 1), (16, 16)]
@@ -138,3 +138,15 @@ def test_both_wrappers_start_from_the_same_distribution():
             assert abs(weight.std() - std) < tolerance, name
     image = noise(1, 3, 6, 7)
     assert torch.equal(cores[0].decoder.output_conv(image), image)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_blocks_are_embedded_as_by_a_strided_convolution(factor, dtype, tolerance):
+    # The channels and sides with which oneDNN is wrong in bfloat16 on processors with AMX.
+    layer, maps = HieraTokBlockEmbed(16, 32, factor, stride=factor), noise(2, 16, 3 * factor, 2 * factor)
+    with torch.no_grad():
+        expected = F.conv2d(maps, layer.weight, layer.bias, stride=factor)
+        made = layer.to(dtype)(maps.to(dtype)).float()
+    assert made.shape == (2, 32, 3, 2)
+    assert (made - expected).norm() < tolerance * expected.norm()

@@ -5,7 +5,6 @@ import platform
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from ..models.autoencoder_adapter import Codec
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.sizes import count_parameters
+from ..ops.processor import processor_field
 from ..training.state import hold_folder, states_in
 from .arguments.training import AUTOCAST
 from .outputs import check_writable
@@ -88,10 +88,7 @@ def check_config(option: str, config: HieraTokConfig) -> None:
 
 def describe_machine(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """Describe the machine and the software that figures of speed come from."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        names = (line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name"))
-        cpu = next(names, cpu).strip()
+    cpu = processor_field("model name") or platform.processor() or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     software = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     return {"platform": platform.platform(), "cpu": cpu, "device": name, **software, "processes": processes}

@@ -1,6 +1,8 @@
 """Compose HieraTok (after arXiv 2509.23736): encoder, latent, pyramid and decoder."""
 
 import copy
+import functools
+import logging
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -11,11 +13,19 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..ops.onednn_linear import HieraTokLinear
+from ..ops.processor import lacks_bfloat16
 from ..ops.pyramid import PyramidLayout, check_scale_factors, continue_border, convolve_pyramid, flatten_pyramid
 from ..ops.torch_compat import is_watched, mode_of
 from ..utils.choices import DOWNSAMPLING
 from .configuration_hieratok import HieraTokConfig
-from .layers import HieraTokDecoderBlock, HieraTokEncoderBlock, HieraTokPositions, init_weights, rotary_tables
+from .layers import (
+    HieraTokBlockEmbed,
+    HieraTokDecoderBlock,
+    HieraTokEncoderBlock,
+    HieraTokPositions,
+    init_weights,
+    rotary_tables,
+)
 
 __all__ = ["HieraTokCore", "HieraTokDecoder", "HieraTokEncoder", "PIXEL_LIMIT", "posterior_of"]
 
@@ -119,7 +129,8 @@ class HieraTokDecoder(nn.Module):
         self.embed = HieraTokLinear(config.latent_channels, hidden_size)
         learned_factors = config.scale_factors[:-1] if config.downsampling == "learned" else ()
         self.coarse_embed = nn.ModuleList(
-            nn.Conv2d(config.latent_channels, hidden_size, factor, stride=factor) for factor in learned_factors
+            HieraTokBlockEmbed(config.latent_channels, hidden_size, factor, stride=factor)
+            for factor in learned_factors
         )
         self.scale_embedding = nn.Parameter(torch.zeros(len(config.scale_factors), hidden_size))
         self.positions = HieraTokPositions(config, hidden_size) if config.learned_positions else None
@@ -524,6 +535,15 @@ def _check_map(tensor: Tensor, name: str, channels: int, limit: float = math.inf
             raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
         if low < -limit or high > limit:
             raise ValueError(f"`{name}` must lie in [-1, 1], got values from {low:g} to {high:g}.")
+        if tensor.dtype == torch.bfloat16:
+            _warn_of_slow_bfloat16()
+
+
+@functools.cache
+def _warn_of_slow_bfloat16() -> None:
+    if lacks_bfloat16():
+        message = "This processor has no instructions for bfloat16, in which models are slower than in float32."
+        logging.getLogger(__name__).warning(message)
 
 
 def _name_dtype_in_errors(name: str, module: nn.Module, tensor: Tensor, *args: Any) -> Any:

@@ -18,6 +18,7 @@ __all__ = [
     "HieraTokAttention",
     "HieraTokAttnProcessor",
     "HieraTokBlock",
+    "HieraTokBlockEmbed",
     "HieraTokDecoderBlock",
     "HieraTokEncoderBlock",
     "HieraTokPositions",
@@ -246,6 +247,15 @@ class HieraTokDecoderBlock(HieraTokBlock):
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], layout: PyramidLayout) -> Tensor:
         """Map `hidden_states` `(B, N, D)` to `(B, N, D)`, as `HieraTokBlock.forward`."""
         return super().forward(hidden_states, rotary, layout)
+
+
+class HieraTokBlockEmbed(nn.Conv2d):
+    """Embed blocks of `f x f` cells by a convolution whose kernel and stride are both `f`."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Map `maps` `(B, C, n * f, m * f)` to `(B, D, n, m)`."""
+        # As cells of more channels: of bfloat16, oneDNN 3.12 computes the strided convolution wrongly on AMX.
+        return F.conv2d(F.pixel_unshuffle(maps, self.stride[0]), self.weight.flatten(1)[..., None, None], self.bias)
 
 
 class HieraTokPositions(nn.Module):

@@ -1,10 +1,9 @@
 """Compute linear layers in float32 on a CPU by oneDNN, where PyTorch's own choice is slow at them."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
+from .processor import processor_field
 from .torch_compat import NAMESPACE, has_tangents, is_exporting, is_watched
 
 __all__ = ["HieraTokLinear", "prefers_onednn"]
@@ -17,10 +16,9 @@ def prefers_onednn() -> bool:
     PyTorch leaves such products to MKL, which keeps its fastest code for Intel's processors; convolutions, which
     other autoencoders are made of, it leaves to oneDNN, which goes by the instructions that there are.
     """
-    path = Path("/proc/cpuinfo")
-    vendor = path.read_text().partition("vendor_id")[2].split("\n")[0] if path.exists() else ""
+    is_amd = processor_field("vendor_id") == "AuthenticAMD"
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return "AuthenticAMD" in vendor and has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return is_amd and has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 # The operator is private, see CONTRIBUTING.md.
