@@ -4,19 +4,21 @@ import argparse
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_cpu import converted, save_programs
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny
 from diffusers.utils import logging
 from measuring import (
+    best_rate,
     describe_benchmark,
     first_line,
     in_fresh_process,
     markdown_table,
-    matrix_rate,
     peak_memory,
     print_machine,
     record_report,
@@ -27,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok_hf import SIZES, AutoencoderHieraTok
 from hieratok_hf.cli.command_line import find_device
+from hieratok_hf.cli.export import open_program
 from hieratok_hf.cli.parsing import add_device, make_parser
 from hieratok_hf.utils.plots import draw
 
@@ -34,6 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 # What tells one row from another.
 ROW = ("model", "pixels", "images", "direction")
 BASELINE = "AutoencoderKL"
+TILES = "tiles"
 NO_MEMORY = "out of memory"
 DIRECTIONS = ("encode", "decode")
 MODES = ("eager", "compiled")
@@ -47,6 +51,7 @@ def kl(block_out_channels: tuple[int, ...], latent_channels: int) -> nn.Module:
         block_out_channels=block_out_channels,
         layers_per_block=2,
         latent_channels=latent_channels,
+        sample_size=512,  # Stable Diffusion's, the side of a tile
     )
 
 
@@ -69,13 +74,47 @@ MODELS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
 }
 
 
-def encode(vae: nn.Module, pixel_values: Tensor) -> Tensor:
+class Programs:
+    """A tokenizer as programs in onnxruntime, called as the model is."""
+
+    def __init__(self, vae: AutoencoderHieraTok, kind: str):
+        with tempfile.TemporaryDirectory() as name:
+            save_programs(vae, Path(name), [kind])
+            self.encoder, self.decoder = (
+                open_program(Path(name) / kind / f"{x}.onnx") for x in ("encoder", "decoder")
+            )
+
+    def encode(self, pixel_values: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (self.encoder(pixel_values).chunk(2, dim=1)[0],)
+
+    def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (self.decoder(latents),)
+
+
+def in_tiles(vae: nn.Module) -> nn.Module:
+    vae.enable_tiling()
+    return vae
+
+
+# Name: what a model of which the name ends with it is computed by, and the dtype whose peak it is compared with.
+WAYS: dict[str, tuple[Callable[[Any], Any], str | None]] = {
+    "bfloat16": (lambda vae: converted(vae, "bfloat16"), "bfloat16"),
+    "int8": (lambda vae: converted(vae, "int8"), "int8"),
+    "onnxruntime": (lambda vae: Programs(vae, "float32, opset 23"), "float32"),
+    "onnxruntime int8": (lambda vae: Programs(vae, "int8, opset 23"), "int8"),
+    TILES: (in_tiles, None),
+}
+EAGER_ONLY = ("onnxruntime", "onnxruntime int8", TILES)
+VARIANTS = [f"{size}, {way}" for size in SIZES for way in WAYS] + [f"{BASELINE}, {way}" for way in ("bfloat16", TILES)]
+
+
+def encode(vae: Any, pixel_values: Tensor) -> Tensor:
     """Images `(B, 3, H, W)` to their latent `(B, C, h, w)`, the mode where an autoencoder gives a distribution."""
     encoded = vae.encode(pixel_values, return_dict=False)[0]
     return encoded if isinstance(encoded, Tensor) else encoded.mode()
 
 
-def decode(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode(vae: Any, latents: Tensor) -> Tensor:
     """Latents `(B, C, h, w)` to images `(B, 3, H, W)`."""
     return vae.decode(latents, return_dict=False)[0]
 
@@ -83,11 +122,25 @@ def decode(vae: nn.Module, latents: Tensor) -> Tensor:
 CALLS = {"encode": encode, "decode": decode}
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """The model and the way that a name stands for, which is empty for what PyTorch computes in `--dtype`."""
+    model, _, way = name.partition(", ")
+    return model, way
+
+
+def baseline_of(name: str) -> str:
+    """What a model is compared with: whole images with whole ones, tiles with tiles."""
+    return f"{BASELINE}, {TILES}" if split_name(name)[1] == TILES else BASELINE
+
+
 @torch.no_grad()
 def count(name: str, pixels: int, images: int) -> dict[str, Any]:
     """Parameters, the latent's shape `(B, C, h, w)`, and FLOPs (two a multiply-add) of both directions of a batch."""
+    model, way = split_name(name)
     with torch.device("meta"):
-        vae = MODELS[name][1](pixels).eval()
+        vae = MODELS[model][1](pixels).eval()
+        if way == TILES:
+            vae = in_tiles(vae)
         pixel_values = torch.empty(images, 3, pixels, pixels)
     with FlopCounterMode(display=False) as encoding:
         latents = encode(vae, pixel_values)
@@ -106,7 +159,12 @@ def prepared(
 ) -> tuple[Callable[[], Tensor], tuple[int, ...]]:
     """One direction of a model with random weights on random input, and the shape that it must return."""
     torch.manual_seed(0)
-    vae = MODELS[name][1](pixels).eval().to(device, dtype)
+    model, way = split_name(name)
+    vae = MODELS[model][1](pixels).eval().to(device, dtype)
+    if way:
+        vae = WAYS[way][0](vae)
+    if way == "bfloat16":
+        dtype = torch.bfloat16
     image = (latent[0], 3, pixels, pixels)
     if direction == "encode":
         given, expected = torch.rand(image, device=device) * 2 - 1, latent
@@ -123,7 +181,7 @@ def compiled(name: str, call: Callable[[], Tensor], expected: Tensor) -> Callabl
     run = torch.compile(call, fullgraph=name.startswith("hieratok"), dynamic=False)
     error = ((run().float() - expected.float()).norm() / expected.float().norm()).item()
     # Eager layers round anew where compiled ones are fused.
-    if not error < (1e-4 if expected.dtype == torch.float32 else 5e-2):
+    if not error < (1e-4 if expected.dtype == torch.float32 and not split_name(name)[1] else 5e-2):
         raise ValueError(f"{name} compiled is off by {error:.1e}")
     return run
 
@@ -155,7 +213,7 @@ def measure(
             if expected.shape != shape or not expected.isfinite().all():
                 raise ValueError(f"{name} should {direction} to finite numbers {shape}, got {tuple(expected.shape)}")
             mine = {"eager": call}
-            if "compiled" in modes:
+            if "compiled" in modes and split_name(name)[1] not in EAGER_ONLY:
                 mine["compiled"] = compiled(name, call, expected)
             del expected
             if device.type == "cuda":
@@ -165,9 +223,14 @@ def measure(
         except Exception as error:  # compilers raise all kinds, and one model that fails says nothing of the others
             reasons[name] = first_line(error)
         else:
-            calls |= {(name, mode): mine[mode] for mode in modes}
-    # Names are what it reports by.
-    found = side_by_side({" ".join(key): call for key, call in calls.items()}, device, seconds, graphs=False)
+            calls |= {(name, mode): mine[mode] for mode in modes if mode in mine}
+    # Programs come last, each alone: threads of onnxruntime that wait for work would take the cores from the others.
+    alone = [key for key in calls if "onnxruntime" in key[0]]
+    found: dict[str, float] = {}
+    for keys in ([key for key in calls if key not in alone], *([key] for key in alone)):
+        if keys:
+            # Names are what it reports by.
+            found |= side_by_side({" ".join(key): calls[key] for key in keys}, device, seconds, graphs=False)
     times: dict[str, dict[str, float]] = {}
     for name, mode in calls:
         times.setdefault(name, {})[mode] = found[f"{name} {mode}"]
@@ -176,17 +239,20 @@ def measure(
 
 
 def figures(
-    times: dict[str, dict[str, float]], flops: dict[str, int], images: int, rate: float, on_gpu: bool
+    times: dict[str, dict[str, float]],
+    flops: dict[str, int],
+    images: int,
+    rate_of: Callable[[str], float],
+    on_gpu: bool,
 ) -> dict[str, dict[str, Any]]:
     """Each model's figures from the seconds of a call by mode, like compared with like: compiled with compiled."""
     rows: dict[str, dict[str, Any]] = {}
     for name, seconds in times.items():
         rows[name] = {"gflop": round(flops[name] / 1e9, 2)}
-        if BASELINE in times:
-            ratios = {mode: round(times[BASELINE][mode] / value, 3) for mode, value in seconds.items()}
-            rows[name]["times_as_fast"] = ratios
-        shares = {mode: round(flops[name] / value / rate, 4) for mode, value in seconds.items()}
-        rows[name]["share_of_the_matrix_rate"] = shares
+        if (first := times.get(baseline_of(name))) is not None:
+            rows[name]["times_as_fast"] = {mode: round(first[mode] / value, 3) for mode, value in seconds.items()}
+        shares = {mode: round(flops[name] / value / rate_of(name), 4) for mode, value in seconds.items()}
+        rows[name]["share_of_the_peak"] = shares
         if on_gpu:
             rows[name]["images_per_second"] = {mode: round(images / value, 1) for mode, value in seconds.items()}
     return rows
@@ -210,7 +276,7 @@ def table(report: dict[str, Any]) -> str:
     modes = ", ".join(report["modes"])
     header = ["images", "model", "parameters, M", "latent", "GFLOP: encode, decode"]
     header += [f"{direction}: {modes}" for direction in (*DIRECTIONS, "both")]
-    header += ["of the rate of `@`: encode, decode"]
+    header += ["of the peak: encode, decode"]
     rows = {(row["pixels"], row["images"], row["model"], row["direction"]): row for row in report["rows"]}
     has_peaks = any("peak_mib" in row for row in report["rows"])
     has_rates = any("images_per_second" in row for row in report["rows"])
@@ -228,7 +294,7 @@ def table(report: dict[str, Any]) -> str:
         cells = [batch_of({"pixels": pixels, "images": images}), name, f"{about['parameters'] / 1e6:.1f}"]
         cells += [about["latent"], ", ".join(f"{row['gflop']:.1f}" if row else "-" for row in both)]
         cells += [by_mode(row, "times_as_fast", ".2f") for row in found.values()]
-        shares = [row.get("share_of_the_matrix_rate", {}).get(report["modes"][0]) for row in both]
+        shares = [row.get("share_of_the_peak", {}).get(report["modes"][0]) for row in both]
         cells += [", ".join("-" if share is None else f"{100 * share:.0f} %" for share in shares)]
         cells += [", ".join(f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-" for row in both)] * has_peaks
         cells += [by_mode(row, "images_per_second", ".1f") for row in both] * has_rates
@@ -242,6 +308,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     mode = report["modes"][0]
     rows = [row for row in report["rows"] if "times_as_fast" in row and row["direction"] in DIRECTIONS]
+    rows = [row for row in rows if not split_name(row["model"])[1]]
     images = min(row["images"] for row in rows)
     rows = [row for row in rows if row["images"] == images]
     least = min(row["pixels"] for row in rows)
@@ -290,7 +357,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add_device(parser)
     add("--dtype", help="dtype of the weights; bfloat16 on a GPU, float32 on a CPU unless given")
-    add("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL", help="models to time")
+    what = f"models to time, all unless given; with a way to compute, as '{VARIANTS[0]}': {', '.join(WAYS)}"
+    add("--models", nargs="+", default=list(MODELS), choices=[*MODELS, *VARIANTS], metavar="MODEL", help=what)
     add("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the images")
     add("--batches", type=int, nargs="+", default=[1, 16], help="numbers of images at a time")
     add("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS, help="calls to time")
@@ -315,13 +383,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     limit = (float("inf") if on_gpu else 3.0) if args.limit is None else args.limit
     modes = args.modes or list(MODES)
-    names = [name for name in MODELS if name in args.models]
-    if BASELINE not in names:
-        parser.error(f"--models must name {BASELINE}, which the others are compared with")
+    names = list(dict.fromkeys(args.models))
+    for name in names:
+        if baseline_of(name) not in names:
+            parser.error(f"--models must name {baseline_of(name)}, which {name} is compared with")
     if not all(pixels > 0 and pixels % 32 == 0 for pixels in args.sizes) or not all(x > 0 for x in args.batches):
         parser.error("--sizes must be multiples of 32, the largest factor of a model, and --batches positive")
 
-    rate = matrix_rate(device, dtype)
+    rates: dict[str, float] = {}
+
+    def rate_of(name: str) -> float:
+        way = split_name(name)[1]
+        compared = (WAYS[way][1] if way else None) or str(dtype).removeprefix("torch.")
+        if compared not in rates:
+            rates[compared] = best_rate(device, getattr(torch, compared))
+        return rates[compared]
+
     about = describe_benchmark(device)
     print_machine(about)
     rows: list[dict[str, Any]] = []
@@ -333,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         group = {"pixels": pixels, "images": images}
         for name, found in counted.items():
             channels, height = found["latent"][1:3]
-            about_model = {"what": MODELS[name][0], "parameters": found["parameters"]}
+            about_model = {"what": MODELS[split_name(name)[0]][0], "parameters": found["parameters"]}
             models[name] = {**about_model, "latent": f"{channels} of 1/{pixels // height}"}
         timed: dict[str, dict[str, dict[str, float]]] = {}
         for direction in args.directions:
@@ -343,8 +420,9 @@ def main(argv: list[str] | None = None) -> int:
                 for name, x in flops.items()
                 if x > limit * 1e12
             }
-            if BASELINE in reasons and not on_gpu:
-                reasons |= {name: f"{BASELINE} is left out" for name in names if name not in reasons}
+            if not on_gpu:
+                without = {name: baseline_of(name) for name in names if baseline_of(name) in reasons}
+                reasons |= {name: f"{first} is left out" for name, first in without.items() if name not in reasons}
             latents = {name: counted[name]["latent"] for name in names if name not in reasons}
             peaks: dict[str, int] = {}
             if latents:
@@ -354,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
                 reasons |= failures
                 wrong += [f"{name}: {why}" for name, why in failures.items() if why != NO_MEMORY]
             left_out += [{"model": name, **group, "direction": direction, "why": why} for name, why in reasons.items()]
-            for name, row in figures(timed.get(direction, {}), flops, images, rate, on_gpu).items():
+            for name, row in figures(timed.get(direction, {}), flops, images, rate_of, on_gpu).items():
                 rows.append({"model": name, **group, "direction": direction, **row})
                 if args.memory and not on_gpu:
                     given = ["--peak_of", name, pixels, images, direction, "--device", "cpu", "--dtype"]
@@ -365,9 +443,9 @@ def main(argv: list[str] | None = None) -> int:
                     rows[-1]["peak_mib"] = round(peaks[name] / 2**20, 1)
         if len(timed) == len(DIRECTIONS):
             first, second = timed.values()
-            both = {n: {m: first[n][m] + second[n][m] for m in modes} for n in first if n in second}
+            both = {n: {m: first[n][m] + second[n][m] for m in first[n]} for n in first if n in second}
             flops = {name: found["encode"] + found["decode"] for name, found in counted.items()}
-            for name, row in figures(both, flops, images, rate, on_gpu).items():
+            for name, row in figures(both, flops, images, rate_of, on_gpu).items():
                 rows.append({"model": name, **group, "direction": "both", **row})
         report = {
             "machine": about, "dtype": str(dtype).removeprefix("torch."), "modes": modes, "baseline": BASELINE,

@@ -11,6 +11,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,33 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / side_by_side({"product": lambda: left @ right}, device, 0.5)["product"]
+
+
+@torch.inference_mode()
+def best_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """
+    Measured operations a second of the best of several large products and, on a CPU, convolutions of random numbers.
+
+    PyTorch leaves products on a CPU to MKL or oneDNN and convolutions to oneDNN; one of kernel 1 is oneDNN's product.
+    """
+    if device.type == "cuda":
+        return matrix_rate(device, dtype)
+    size = 2048
+    flops: dict[str, int] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    if dtype == torch.int8:
+        left, right = (torch.randint(-127, 128, (size, size), dtype=dtype) for _ in range(2))
+        flops["product"], calls["product"] = 2 * size**3, lambda: torch._int_mm(left, right)
+    else:
+        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+        flops["product"], calls["product"] = 2 * size**3, lambda: left @ right
+        for kernel, channels, side in ((1, size, 32), (3, 512, 64), (3, 256, 128)):
+            layer = torch.nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False).to(dtype)
+            name = f"convolution of {channels} channels"
+            flops[name] = 2 * side**2 * layer.weight.numel()
+            calls[name] = partial(layer, torch.randn(1, channels, side, side).to(dtype))
+    times = side_by_side(calls, device, 1.5)
+    return max(flops[name] / times[name] for name in calls)
 
 
 def copy_rate(device: torch.device) -> float:

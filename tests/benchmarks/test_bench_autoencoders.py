@@ -8,16 +8,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--batches", "1", "--seconds", "0"]
+RATES = {torch.float32: 1e11, torch.bfloat16: 4e11, torch.int8: 8e11}
 PAIR = ["--models", "hieratok-tiny", "small"]
 
 
 @pytest.fixture
 def bench(bench, monkeypatch):
     # Rates of this machine take seconds to measure and do not matter here.
-    monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(bench, "best_rate", lambda device, dtype: RATES[dtype])
     # Stands in for the baseline, whose smallest call takes a second.
     monkeypatch.setitem(bench.MODELS, "small", ("small", lambda pixels: bench.kl((32, 32), 4)))
     monkeypatch.setattr(bench, "BASELINE", "small")
+    monkeypatch.setattr(bench, "VARIANTS", [*bench.VARIANTS, "small, tiles"])
     return bench
 
 
@@ -84,7 +86,7 @@ def test_ratios_and_shares_are_those_of_the_times(bench, times, tmp_path, capsys
         row = rows["hieratok-tiny", direction]
         assert row["times_as_fast"] == {"eager": 6}
         assert "images_per_second" not in row and "peak_mib" not in row  # speeds of a CPU are ratios
-        assert row["share_of_the_matrix_rate"]["eager"] == round(flops[direction] / seconds / 1e11, 4)
+        assert row["share_of_the_peak"]["eager"] == round(flops[direction] / seconds / 1e11, 4)
     assert report["models"]["hieratok-tiny"]["latent"] == "16 of 1/8"
     assert bench.table(report).splitlines()[-1] in capsys.readouterr().out
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -93,11 +95,37 @@ def test_ratios_and_shares_are_those_of_the_times(bench, times, tmp_path, capsys
 def test_like_is_compared_with_like(bench):
     times = {"small": {"eager": 4.0, "compiled": 2.0}, "ours": {"eager": 1.0, "compiled": 0.25}}
     flops = {"small": 8e9, "ours": 2e9}
-    ours = bench.figures(times, flops, 16, 1e10, on_gpu=True)["ours"]
+    ours = bench.figures(times, flops, 16, lambda name: 1e10, on_gpu=True)["ours"]
     assert ours["times_as_fast"] == {"eager": 4, "compiled": 8}
-    assert ours["share_of_the_matrix_rate"] == {"eager": 0.2, "compiled": 0.8}
+    assert ours["share_of_the_peak"] == {"eager": 0.2, "compiled": 0.8}
     assert ours["images_per_second"] == {"eager": 16, "compiled": 64}
-    assert "times_as_fast" not in bench.figures({"ours": times["ours"]}, flops, 16, 1e10, on_gpu=True)["ours"]
+    assert (
+        "times_as_fast"
+        not in bench.figures({"ours": times["ours"]}, flops, 16, lambda name: 1e10, on_gpu=True)["ours"]
+    )
+
+
+def test_other_ways_are_compared_with_the_peaks_of_their_dtypes_and_tiles_with_tiles(bench, times, tmp_path):
+    pytest.importorskip("onnxscript", reason="export to ONNX needs onnxscript")
+    times |= {"small eager": 3.0, "small, tiles eager": 2.0}
+    ours = [f"hieratok-tiny, {way}" for way in ("bfloat16", "onnxruntime", "onnxruntime int8", "tiles")]
+    given = ["--sizes", "64", "--eager", "--json", "--models", *ours, "small", "small, tiles"]
+    assert bench.main([*SMALL, *given]) == 0
+    report = report_in(tmp_path / "results")
+    flops = bench.count("hieratok-tiny", 64, 1)["encode"]
+    rows = {row["model"]: row for row in report["rows"] if row["direction"] == "encode"}
+    assert rows["small, tiles"]["times_as_fast"] == rows["small"]["times_as_fast"] == {"eager": 1}
+    for name, dtype in zip(ours, (torch.bfloat16, torch.float32, torch.int8, torch.float32)):
+        assert rows[name]["times_as_fast"] == {"eager": 2 if "tiles" in name else 3}
+        assert rows[name]["share_of_the_peak"]["eager"] == round(flops / RATES[dtype], 4)
+
+
+def test_tiles_are_counted_with_what_they_share(bench):
+    whole, tiles = (bench.count(name, 512, 1) for name in ("hieratok-b", "hieratok-b, tiles"))
+    one = bench.count("hieratok-b", 256, 1)
+    assert tiles["latent"] == whole["latent"]
+    for direction in bench.DIRECTIONS:
+        assert 4 * one[direction] < tiles[direction] <= 9 * one[direction]
 
 
 def test_what_costs_too_much_is_named_until_it_is_measured(bench, times, tmp_path, capsys):
@@ -163,6 +191,7 @@ def test_a_peak_is_that_of_one_call(bench, capsys):
 def test_bad_arguments_are_refused(bench, capsys):
     for argv, message in (
         (["--models", "hieratok-tiny"], "--models must name small"),
+        ([*PAIR, "hieratok-tiny, tiles"], "--models must name small, tiles"),
         ([*PAIR, "--sizes", "100"], "--sizes must be multiples of 32"),
         ([*PAIR, "--batches", "0"], "--batches positive"),
     ):
