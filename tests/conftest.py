@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -132,3 +133,16 @@ def reached(monkeypatch) -> list[str]:
 
         watch(attention_triton, "prefix_attention", lambda kwargs: "triton")
     return backends
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, without a window."""
+    driver = pytest.importorskip("playwright.sync_api", reason="it drives the browser")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs chromium or google-chrome")
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

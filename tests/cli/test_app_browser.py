@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,10 +25,7 @@ from hieratok_hf.evaluation.generation import number_images
 
 pytest.importorskip("gradio", reason="it is a page of Gradio")
 pytest.importorskip("torchmetrics", reason="it computes the SSIM")
-playwright = pytest.importorskip("playwright.sync_api", reason="it drives the browser")
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")
 
 PATIENCE = 60_000  # milliseconds, for machines with other work
 OBSERVER = """() => {
@@ -122,14 +118,6 @@ def site(tmp_path_factory):
         yield site
     finally:
         site.process.kill()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -134,3 +134,12 @@ def test_a_shell_completes_names(line, expected, tmp_path):
 
 def test_arguments_of_another_command_are_parsed_alone():
     assert parse("cache", ["--data", "x", "--output", "y"]).kind == "moments"
+
+
+def test_an_interrupted_command_ends_with_one_line(monkeypatch, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hieratok_hf.cli.info.main", interrupt)
+    assert main(["info", "hieratok-tiny"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

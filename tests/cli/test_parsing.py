@@ -87,3 +87,15 @@ def test_a_protocol_does_not_say_where_to_write(tmp_path):
     path.write_text(json.dumps({"protocol": {"command": "hieratok measure", "options": options}}))
     args = parser.parse_args(["--protocol", str(path)])
     assert (args.size, args.json, args.save_npz, args.overwrite) == ("8", None, None, False)
+
+
+@pytest.mark.parametrize("options", [{"size": "many"}, {"sise": 8}])
+def test_an_error_beside_a_protocol_names_its_file(options, tmp_path, capsys):
+    parser = Parser("hieratok measure")
+    parser.add_argument("--size", type=int)
+    add_protocol(parser)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"protocol": {"command": "hieratok measure", "options": options}}))
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--protocol", str(path)])
+    assert "report.json" in capsys.readouterr().err

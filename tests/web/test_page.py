@@ -28,11 +28,9 @@ from hieratok_hf.cli import decode
 from hieratok_hf.cli.reconstruct import encode_and_decode
 from hieratok_hf.data.latent_archive import write_archive
 
-playwright = pytest.importorskip("playwright.sync_api", reason="it drives the browser")
 quantization = pytest.importorskip("onnxruntime.quantization", reason="it makes integers of the programs")
 
 BUILT = ROOT / "build" / "web"
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def built_dtype():
@@ -40,10 +38,7 @@ def built_dtype():
     return json.loads(path.read_text())["dtype"] if path.exists() else None
 
 
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome"),
-    pytest.mark.skipif(built_dtype() != "float32", reason="needs what `make web` builds, in float32"),
-]
+pytestmark = pytest.mark.skipif(built_dtype() != "float32", reason="needs what `make web` builds, in float32")
 
 PATIENCE = 60_000  # milliseconds, for machines with other work
 EXAMPLES = ROOT / "src" / "hieratok_hf" / "example_images"
@@ -92,14 +87,6 @@ def site(build):
     site = Site(build("float32"))
     yield site
     site.stop()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def visit(browser, url, **settings):

@@ -210,7 +210,9 @@ def run(args: Namespace) -> list[str]:
         lines.append(f"image: {save(images[key][row], path, '--images')}")
     count = len(ids) * args.rows
     more = ", previews included" if previews else ""
-    lines.append(f"{count} images in {seconds:.1f} s{more}: {count / seconds:.2f} images/s on {args.device}")
+    lines.append(
+        f"{count} image{'s' * (count > 1)} in {seconds:.1f} s{more}: {count / seconds:.2f} images/s on {args.device}"
+    )
     return lines
 
 

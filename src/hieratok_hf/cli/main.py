@@ -105,11 +105,19 @@ def main(argv: Sequence[str] | None = None, load_package: Callable[[], None] | N
         load_package (callable): What has to run before any part of the package that needs torch is imported.
 
     Returns:
-        The exit status: 2 after an error of the user.
+        The exit status: 2 after an error of the user, 130 where the user interrupts it.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:
         _complete()
+    try:
+        return _run(given, load_package)
+    except KeyboardInterrupt:
+        complain("interrupted\n")
+        return end([], 130)
+
+
+def _run(given: list[str], load_package: Callable[[], None] | None) -> int:
     for words in (2, 1):
         if (name := " ".join(given[:words])) in COMMANDS:
             parse(name, given[words:])  # --help and errors end here, before torch is imported

@@ -118,6 +118,7 @@ class Parser(ArgumentParser):
     def __init__(self, prog: str | None = None, **options: Any):
         super().__init__(prog, formatter_class=_ShowDefaults, **options)
         self.checks: list[Callable[[Namespace], None]] = []
+        self._beside = ""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """
@@ -149,6 +150,7 @@ class Parser(ArgumentParser):
             known, options = False, {}
         if not known:
             self.error(f"--protocol must be a report by --json of `{self.prog}`, got {_short(str(path))}")
+        self._beside = f", with the options of {_short(str(path))}"
         words: list[str] = []
         typed = {word.partition("=")[0] for word in given}
         for name, value in options.items():
@@ -191,7 +193,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process with one line of error, which a page of usage would hide."""
-        self.exit(2, f"error: {message} (`{self.prog} --help` lists the options)\n")
+        self.exit(2, f"error: {message}{self._beside} (`{self.prog} --help` lists the options)\n")
 
     def print_help(self, file: Any = None) -> None:
         """Print the help, or end the process with a line of error where the standard output is full."""

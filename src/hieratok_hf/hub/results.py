@@ -1,7 +1,5 @@
 """Figures for a model card, from the reports that `--json` of `hieratok evaluate` writes."""
 
-import contextlib
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,8 @@ TASKS = {"tokenizer": "image-to-image", "pipeline": "unconditional-image-generat
 _SHARES = ("images_per_class", "class_accuracy_per_class", "top1_accuracy_per_class")
 
 
+# Beyond every decibel, distance and score that images can have.
+_LARGEST = 1e6
 _OVER_INCEPTION = {"rFID": "fid", "gFID": "fid", "sFID": "sfid", "precision": "precision", "recall": "recall"}
 _OVER_A_NETWORK = {
     "FD": "frechet_distance",
@@ -76,13 +76,25 @@ def entry(mapping: Any, key: str, kind: type) -> Any:
     return value
 
 
-def _finite(mapping: Any, key: str) -> float:
+def _figure(mapping: Any, key: str) -> float:
     value = entry(mapping, key, Real)
-    # Of more digits than a float has room for, there is no other way to know.
-    with contextlib.suppress(OverflowError):
-        if math.isfinite(number := float(value)):
-            return number
-    raise ValueError(f"`results`: {key!r} must be finite, got {value!r}.")
+    if abs(value) <= _LARGEST:  # not so of NaN
+        return float(value)
+    raise ValueError(f"`results`: {key!r} must be a number of at most {_LARGEST:g} in size, got {value!r}.")
+
+
+def _count(mapping: Any, key: str) -> int:
+    value = entry(mapping, key, int)
+    if value < 0:
+        raise ValueError(f"`results`: {key!r} must not be negative, got {value!r}.")
+    return value
+
+
+def _pixels(height: str) -> str:
+    """Name a height that figures are told for, or raise a `ValueError` unless it is a number of pixels."""
+    if not height.isdecimal():
+        raise ValueError(f"`results`: heights must be numbers of pixels, got {height!r}.")
+    return f"{height} pixels"
 
 
 def line(value: Any) -> str:
@@ -101,9 +113,9 @@ def _of_tokenizer(
     found = entry(model, "parameters", int), entry(model, "latent_shape", list)[:1]
     if found != (known["parameters"], [known["channels"]]):
         raise ValueError(f"`results`: {name!r} has other parameters or channels than the folder: another model.")
-    size = entry(settings, "size", int)
+    size = _count(settings, "size")
     where = {"task_type": TASKS["tokenizer"], **_dataset(entry(settings, "data", list))}
-    where["dataset_config"] = f"{entry(report, 'images', int)} images at {size}x{size}"
+    where["dataset_config"] = f"{_count(report, 'images')} images at {size}x{size}"
     kinds = {
         "psnr": ("psnr", "PSNR, dB"),
         "ssim": ("ssim", "SSIM"),
@@ -130,9 +142,9 @@ def _of_generator(
     names = entry(report, "classes", dict)
     if names != known["names"]:
         raise ValueError("`results`: the classes of a report are not the folder's: a report of another model.")
-    size, samples, steps = (entry(settings, key, int) for key in ("size", "samples", "steps"))
-    guidance, dtype = f"{_finite(settings, 'guidance_scale'):g}", line(settings.get("dtype"))
-    if "guidance_eta" in settings and (eta := _finite(settings, "guidance_eta")) != 1:
+    size, samples, steps = (_count(settings, key) for key in ("size", "samples", "steps"))
+    guidance, dtype = f"{_figure(settings, 'guidance_scale'):g}", line(settings.get("dtype"))
+    if "guidance_eta" in settings and (eta := _figure(settings, "guidance_eta")) != 1:
         guidance += f" with eta {eta:g}"
     config = f"{samples} samples at {size}x{size}, {steps} steps, guidance {guidance}, {dtype}"
     where = {"task_type": TASKS["pipeline"], "dataset_config": config}
@@ -157,7 +169,7 @@ def _figures(
     for key, (metric_type, name) in kinds.items():
         if found.get(key) is None:
             continue
-        rounded = round(_finite(found, key), 4)
+        rounded = round(_figure(found, key), 4)
         figures.append(EvalResult(metric_type=metric_type, metric_name=name, metric_value=rounded, **where))
     return figures
 
@@ -198,9 +210,9 @@ def _text(model: Mapping[str, Any], report: Mapping[str, Any]) -> list[EvalResul
     where = {"task_type": TASKS["tokenizer"], "dataset_name": "pages of drawn text", "dataset_type": "generated"}
     figures = []
     for height, shares in entry(model, "text", dict).items():
-        drawn = _finite(entry(originals, height, dict), "characters")
+        drawn = _figure(entry(originals, height, dict), "characters")
         kinds = {"characters": ("accuracy", f"characters that an OCR reads right, {drawn:.4f} of the pages as drawn")}
-        figures += _figures(shares, kinds, {**where, "dataset_config": f"letters of {line(height)} pixels"})
+        figures += _figures(shares, kinds, {**where, "dataset_config": f"letters of {_pixels(height)}"})
     return figures
 
 
@@ -208,8 +220,8 @@ def _faces(model: Mapping[str, Any], where: Mapping[str, Any]) -> list[EvalResul
     """Take the distances of faces from what they were, a figure for each height of faces that there were."""
     figures = []
     for height, found in (entry(model, "faces", dict) if "faces" in model else {}).items():
-        if count := entry(found, "faces", int):
-            name = f"distance of {count} faces from the originals by dlib's network, {line(height)} pixels high"
+        if count := _count(found, "faces"):
+            name = f"distance of {count} faces from the originals by dlib's network, {_pixels(height)} high"
             figures += _figures(found, {"distance": ("face_distance", name)}, where)
     return figures
 
