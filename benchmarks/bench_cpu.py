@@ -31,6 +31,8 @@ from hieratok_hf.cli.parsing import make_parser
 from hieratok_hf.utils.choices import SHIPPED
 
 Model = TypeVar("Model", bound=nn.Module)
+# What tells one row from another.
+ROW = ("model", "part", "program", "dtype")
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "kodak"
 CPU = torch.device("cpu")
@@ -168,7 +170,8 @@ def profile_part(core: HieraTokCore, part: str, dtype: str, rate: float, copied:
     with FlopCounterMode(display=False) as counter:
         call_of(part, counted)(x.to("meta"))
     flops = counter.get_total_flops()
-    linear = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    of_operators = counter.get_flop_counts()["Global"]
+    linear = sum(of_operators.get(operator, 0) for operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
     return {
         "part": part,
         "dtype": dtype,
@@ -243,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         report["ways"] += [{"model": model, **row} for row in found]
     print(tables(report))
     if args.json:
-        record_report(RESULTS, "cpu", report)
+        record_report(RESULTS, "cpu", report, ROW, lists=("ways", "programs", "time"))
     return 0
 
 
