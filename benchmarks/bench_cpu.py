@@ -183,7 +183,7 @@ def profile_part(core: HieraTokCore, part: str, dtype: str, rate: float, copied:
     }
 
 
-def tables(report: dict[str, Any]) -> str:
+def table(report: dict[str, Any]) -> str:
     """How fast the ways are and what they lose, what programs weigh, and where the time goes, in Markdown."""
     columns = [(row["model"], row["part"]) for row in report["ways"]]
     heads = " | ".join(f"{model}, {part}" for model, part in columns)
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
             report["programs"] += [{"model": model, **row} for row in sizes]
             found = measure_ways(core, images, Path(name), args.seconds)
         report["ways"] += [{"model": model, **row} for row in found]
-    print(tables(report))
+    print(table(report))
     if args.json:
         record_report(RESULTS, "cpu", report, ROW, lists=("ways", "programs", "time"))
     return 0

@@ -37,4 +37,4 @@ def test_ways_are_timed_beside_the_plain_one_and_time_is_divided(bench, monkeypa
         shares = row["share_of_time"]
         assert sum(shares.values()) == pytest.approx(1, abs=0.01) and min(shares.values()) > 0
         assert row["whole_of_peak"] > 0 and row["products_of_peak"] > 0 and row["reading_weights_of_time"] > 0
-    assert bench.tables(report) in capsys.readouterr().out
+    assert bench.table(report) in capsys.readouterr().out

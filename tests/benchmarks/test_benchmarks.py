@@ -44,7 +44,8 @@ def test_the_table_of_sizes_is_what_is_counted(tmp_path, capsys):
     assert row["decode_flops_2"] < 0.06 * row["decode_flops_4"]
 
 
-SCRIPTS = {"autoencoders": "bench_autoencoders", "image_sizes": "bench_image_sizes", "positions": "compare_positions"}
+SCRIPTS = {"autoencoders": "bench_autoencoders", "cpu": "bench_cpu", "image_sizes": "bench_image_sizes"}
+SCRIPTS |= {"positions": "compare_positions"}
 TABLES = sorted(path.stem for kind in SCRIPTS for path in RESULTS.glob(f"{kind}_*.json"))
 
 

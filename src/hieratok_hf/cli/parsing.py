@@ -150,7 +150,7 @@ class Parser(ArgumentParser):
             known, options = False, {}
         if not known:
             self.error(f"--protocol must be a report by --json of `{self.prog}`, got {_short(str(path))}")
-        self._beside = f", with the options of {_short(str(path))}"
+        self._beside = f", with the options of {str(path)!r}"
         words: list[str] = []
         typed = {word.partition("=")[0] for word in given}
         for name, value in options.items():
