@@ -47,21 +47,25 @@ PROGRAMS = {
 }
 # Programs and the precision that OpenVINO may compute in; left to itself it takes bfloat16 where it can.
 IN_OPENVINO = {"float32": ("float32", "f32"), "bfloat16": ("float32", "bf16"), "int8": ("int8", "f32")}
-# What the operators of a kind are called, of which the time includes all that they call.
+# What the operator of a kind is called, of which the time includes all that it calls.
 OPERATORS = {
-    "products": ("aten::linear",),
-    "attention": ("aten::scaled_dot_product_attention",),
-    "convolutions": ("aten::conv2d",),
-    "norms": ("aten::rms_norm",),
+    "products": "aten::linear",
+    "attention": "aten::scaled_dot_product_attention",
+    "convolutions": "aten::conv2d",
+    "norms": "aten::rms_norm",
 }
+
+
+def has_random_weights(model: str) -> bool:
+    """Tell whether a model is a named size without weights, of which images say nothing."""
+    return model in SIZES and model not in SHIPPED
 
 
 def load(model: str) -> HieraTokCore:
     """Load a tokenizer that ships or lies in a folder; a named size otherwise gets random weights."""
     torch.manual_seed(0)
-    is_size = model in SIZES and model not in SHIPPED
-    vae = AutoencoderHieraTok.from_size(model) if is_size else AutoencoderHieraTok.from_pretrained(model)
-    return vae.eval().core
+    make = AutoencoderHieraTok.from_size if has_random_weights(model) else AutoencoderHieraTok.from_pretrained
+    return make(model).eval().core
 
 
 def call_of(part: str, core: HieraTokCore, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
@@ -158,10 +162,7 @@ def profile_part(core: HieraTokCore, part: str, dtype: str, rate: float, copied:
             call(x)
     events = {event.key: event for event in profiled.key_averages()}
     whole = sum(event.self_cpu_time_total for event in events.values())
-    shares = {
-        kind: sum(events[name].cpu_time_total for name in names if name in events) / whole
-        for kind, names in OPERATORS.items()
-    }
+    shares = {kind: events[name].cpu_time_total / whole if name in events else 0.0 for kind, name in OPERATORS.items()}
     shares["the rest"] = 1 - sum(shares.values())
     module = core.encoder if part == "encoder" else core.decoder
     weights = sum(parameter.numel() for parameter in module.parameters()) * getattr(torch, dtype).itemsize
@@ -233,9 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     report |= {"ways": [], "programs": [], "time": []}
     for model in args.models:
         core = load(model)
-        has_random_weights = model in SIZES and model not in SHIPPED  # of which images say nothing
         wanted = Namespace(data=[str(args.data)], max_images=None)
-        images = [] if has_random_weights else export.take_images(wanted, core.config)[0]
+        images = [] if has_random_weights(model) else export.take_images(wanted, core.config)[0]
         for dtype in ("float32", "bfloat16"):
             for part in PARTS:
                 report["time"].append({"model": model, **profile_part(core, part, dtype, peaks[dtype], copied)})
