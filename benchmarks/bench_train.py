@@ -30,7 +30,7 @@ def model_flops(config: HieraTokConfig, pixels: int) -> int:
     noise = torch.zeros(2, 1, config.latent_channels, side, side)
     pixel_values = torch.zeros(1, 3, pixels, pixels)
     with FlopCounterMode(display=False) as counted:
-        made, moments, _ = training(pixel_values, noise, noise[0, :, :1, :1, :1])
+        made, moments, *_ = training(pixel_values, noise, noise[0, :, :1, :1, :1])
         tokenizer_losses(made, pixel_values, moments, config)["loss"].backward()
     return counted.get_total_flops()
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def step(model: torch.nn.Module) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            made, moments, _ = model(pixel_values, noise, mix)
+            made, moments, *_ = model(pixel_values, noise, mix)
         tokenizer_losses(made, pixel_values, moments, config)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(training.parameters(), 1.0)
         optimizer.step()

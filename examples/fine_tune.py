@@ -15,6 +15,7 @@ from tqdm import tqdm
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
+from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.models.core import posterior_of
 from hieratok_hf.models.losses import tokenizer_losses
 from hieratok_hf.training.pca_init import latent_statistics
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     # Latents of mean 0 and deviation 1 are what generators train on; the statistics go into the weights.
     first = training_loader(images, BatchPlan(args.batch_size, (args.crop_size,), 16, args.seed + 1))
     core.fold_latent_statistics(
-        *latent_statistics(core, (to_pixel_values(batch).to(accelerator.device) for batch in first))
+        *latent_statistics(Codec(core), (to_pixel_values(batch).to(accelerator.device) for batch in first))
     )
     AutoencoderHieraTok.from_core(core.eval()).save_pretrained(args.output)
     HieraTokImageProcessorPil(size_divisor=config.patch_size).save_pretrained(args.output)

@@ -25,6 +25,7 @@ _LAZY = {
     "AutoencoderHieraTok": "hieratok_hf.models.autoencoder_hieratok",
     "AutoencoderHieraTokOutput": "hieratok_hf.models.autoencoder_hieratok",
     "HieraTokDiTPipeline": "hieratok_hf.pipelines.pipeline_hieratok_dit",
+    "HieraTokPreviewer": "hieratok_hf.pipelines.previewer",
     # A saved pipeline looks its components' base class up on the library that it names.
     "ModelMixin": "diffusers.models.modeling_utils",
 }
@@ -47,6 +48,7 @@ __all__ = [
     "HieraTokAttnProcessor",
     "HieraTokCore",
     "HieraTokDiTPipeline",
+    "HieraTokPreviewer",
     "PyramidLayout",
     "SHIPPED",
     "add_remote_code",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 
     from .models.autoencoder_hieratok import AutoencoderHieraTok, AutoencoderHieraTokOutput
     from .pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
+    from .pipelines.previewer import HieraTokPreviewer
 
 AutoConfig.register(HieraTokConfig.model_type, HieraTokConfig)
 AutoModel.register(HieraTokConfig, HieraTokModel)

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from full_disk import full_disk
 from helpers import TINY
 from latent_data import make_mixed_images
@@ -28,6 +29,7 @@ from scripts import (
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.training_batches import BatchPlan, to_pixel_values, training_loader
+from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.training.pca_init import latent_statistics
 from hieratok_hf.training.state import hold_folder, latest_state, states_in
 
@@ -91,7 +93,7 @@ def test_training_ends_in_a_folder_for_both_libraries(first):
     assert vae.config.scale_factors == (4, 2, 1)
     plan = BatchPlan(8, (32, 64), 4, seed=1)
     batches = list(map(to_pixel_values, training_loader(load_images(IMAGES), plan)))
-    mean, std = latent_statistics(vae.core, batches)
+    mean, std = latent_statistics(Codec(vae), batches)
     torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-4)
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-4)
     assert torch.equal(vae(batches[0]).sample, model(batches[0]).reconstruction)
@@ -220,6 +222,82 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(first, tmp_path, capsys
     torch.testing.assert_close(learned(pixel_values).sample, mean(pixel_values).sample, rtol=0, atol=1e-4)
     message = failure(capsys, tmp_path / "back", "--model", tmp_path / "learned", "--downsampling", "mean")
     assert "`downsampling` must be one of ['learned']" in message
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """An autoencoder of diffusers, trained for a few seconds, with statistics of its latents."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    sizes = {"block_out_channels": (16, 16, 16), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**blocks, **sizes, scaling_factor=0.5, shift_factor=0.1)
+    optimizer = torch.optim.Adam(vae.parameters(), 3e-3)
+    for batch in training_loader(load_images(IMAGES), BatchPlan(8, (32,), 120)):
+        pixel_values = to_pixel_values(batch)
+        (vae(pixel_values).sample - pixel_values).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("teacher")
+    vae.eval().save_pretrained(folder)
+    return folder
+
+
+def psnr(images, targets):
+    return -10 * torch.log10((images.clamp(-1, 1) - targets).square().mean() / 4).item()
+
+
+def test_it_learns_a_teachers_latents_and_speaks_them(teacher, tmp_path):
+    more = ["--teacher", teacher, "--steps", 160, "--decay_steps", 160, "--lr", 3e-3, "--ema", 0.9, "--log_every", 40]
+    more += ["--crop_sizes", 32, "--linear_lr_factor", 1, "--statistics_batches", 16, "--latent_jitter", 0.2]
+    more += ["--validation_data", IMAGES, "--save_every", 80]
+    vae = train(tmp_path, *more)
+    theirs = AutoencoderKL.from_pretrained(teacher)
+    assert (vae.config.patch_size, vae.config.latent_channels) == (4, 4)
+    assert (vae.config.scaling_factor, vae.config.shift_factor) == (0.5, 0.1)
+    assert records(tmp_path)[-1]["latents"] < records(tmp_path)[0]["latents"]
+    assert records(tmp_path, "validation.jsonl")[-1]["latents_r2"] > 0.9
+    (batch,) = training_loader(load_images(IMAGES), BatchPlan(32, (32,), 1, seed=5))
+    pixel_values = to_pixel_values(batch)
+    with torch.no_grad():
+        latents, own = theirs.encode(pixel_values).latent_dist.mode(), vae.encode(pixel_values).latent_dist.mode()
+        centred = latents - latents.mean((0, 2, 3), keepdim=True)
+        explained = 1 - ((own - latents).square().mean((0, 2, 3)) / centred.square().mean((0, 2, 3)))
+        assert explained.mean() > 0.9
+        for given in (latents, own):
+            assert psnr(vae.decode(given).sample, pixel_values) > psnr(theirs.decode(latents).sample, pixel_values) - 1
+    # It goes on, with its decoder alone, from what it has learned.
+    further = train(tmp_path / "further", "--model", tmp_path, *more[:2], "--decoder_only", "--steps", 1, "--lr", 0)
+    torch.testing.assert_close(further.encode(pixel_values).latent_dist.mode(), own, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(further.decode(latents).sample, vae.decode(latents).sample, atol=1e-3, rtol=1e-3)
+    assert "latents" not in records(tmp_path / "further")[0]
+
+
+def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, teacher, tmp_path):
+    wider = AutoencoderKL.from_pretrained(teacher).config
+    folder = tmp_path / "wider"
+    AutoencoderKL.from_config({**wider, "latent_channels": 6}).save_pretrained(folder)
+    more = ["--teacher", folder, "--model", first, "--crop_sizes", 32, "--latent_noise", 0.5]
+    whole = run(tmp_path / "whole", *more)
+    with interrupted(train_tokenizer.TrainingLoss, "__call__", 5):
+        forget_processes()
+        assert train_tokenizer.main(arguments(tmp_path / "parts", *more)) == 130
+    assert run(tmp_path / "parts", *more, "--resume") == whole
+    torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+    assert AutoencoderHieraTok.from_pretrained(tmp_path / "parts").config.latent_channels == 6
+
+
+def test_a_teacher_that_does_not_suit_is_named(first, teacher, tmp_path, capsys):
+    coarse = tmp_path / "coarse"
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=1, latent_channels=4).save_pretrained(coarse)
+    for more, message in (
+        (["--teacher", tmp_path / "missing"], "--teacher"),
+        (["--teacher", coarse, "--model", first], "`patch_size` must be 1"),
+        (["--teacher", coarse, "--config", '{"latent_channels": 3}'], "`latent_channels` must be 4"),
+    ):
+        assert message in failure(capsys, tmp_path / "new", *more)
+    with pytest.raises(SystemExit):
+        failure(capsys, tmp_path / "new", "--teacher", teacher, "--kl_weight", 1)
+    assert "--kl_weight" in capsys.readouterr().err
 
 
 def test_the_tracker_gets_losses_and_samples(tmp_path):

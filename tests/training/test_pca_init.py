@@ -7,6 +7,7 @@ from helpers import images, noise, random_core, tiny
 from torch.nn import functional as F
 
 from hieratok_hf import HieraTokCore
+from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.models.losses import image_pyramid
 from hieratok_hf.training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
 
@@ -122,7 +123,7 @@ def test_latent_statistics_are_those_of_all_values_together_also_beside_a_large_
         core.encoder.head.bias[:4] += offset
         batches = [images(3, 3, 16, 16), images(1, 3, 28, 20, seed=1), images(5, 3, 4, 4, seed=2)]
         values = torch.cat([core.encode(x).mode().transpose(0, 1).flatten(1) for x in batches], 1).double()
-    mean, std = latent_statistics(core, iter(batches))
+    mean, std = latent_statistics(Codec(core), iter(batches))
     assert mean.dtype == std.dtype == torch.float32 and not mean.requires_grad
     torch.testing.assert_close(mean, values.mean(1).float(), atol=0 if offset else 1e-6, rtol=1e-6)
     torch.testing.assert_close(std, values.std(1).float(), atol=0, rtol=tolerance)
@@ -131,4 +132,4 @@ def test_latent_statistics_are_those_of_all_values_together_also_beside_a_large_
 @pytest.mark.parametrize("batches", [[], [images(1, 3, 4, 4)]])
 def test_statistics_of_too_little_are_refused(batches):
     with pytest.raises(ValueError, match=rf"`batches` must hold at least two latent positions, got {len(batches)}"):
-        latent_statistics(random_core(), batches)
+        latent_statistics(Codec(random_core()), batches)

@@ -50,7 +50,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = 1e-3 * group["factor"] / (step + 1)
             pixel_values = images(2, 3, 8, 8, seed=step)
-            made, moments, _ = self.model(pixel_values, noise(2, 2, 4, 2, 2, seed=step), torch.zeros(2, 1, 1, 1))
+            made, moments, *_ = self.model(pixel_values, noise(2, 2, 4, 2, 2, seed=step), torch.zeros(2, 1, 1, 1))
             (sum(image.square().mean() for image in made) + moments.square().mean()).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -62,7 +62,7 @@ def losses_of(core, weights, step=0, made=None, **modules):
 )
 def test_the_forward_pass_is_the_tokenizers_with_the_noise_it_is_given(vision, latent_noise, latent_jitter, mix):
     core, pixel_values, alignment = random_core(), images(2, 3, 16, 12), LatentAlignment(4, vision)
-    (made, moments, aligned), normal = forward(core, pixel_values, alignment, latent_noise, mix, latent_jitter)
+    (made, moments, aligned, _), normal = forward(core, pixel_values, alignment, latent_noise, mix, latent_jitter)
     posterior = core.encode(pixel_values)
     assert torch.equal(moments, core.encode_moments(pixel_values)[0])
     latents = posterior.mean + (0.5 * posterior.logvar).exp() * normal[0]
@@ -79,7 +79,7 @@ def test_every_part_counts_with_its_weight(vision, discriminator, pixel):
     core = random_core(kl_weight=0.3, coarse_weight=0.7)
     alignment, perceptual = LatentAlignment(4, vision), PerceptualDistance(vision)
     pixel_values = images(2, 3, 16, 16)
-    made, moments, aligned = whole = forward(core, pixel_values, alignment)[0]
+    made, moments, aligned, _ = whole = forward(core, pixel_values, alignment)[0]
     weights = LossWeights(pixel, border=0.8, perceptual=0.2, lpips=1.5, alignment=0.4, adversarial=0.6)
     modules = {"perceptual": perceptual, "lpips": Lpips(), "discriminator": discriminator}
     losses = losses_of(core, weights, made=whole, **modules)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil, HieraTokModel
 from ..data.image_dataset import load_images
 from ..evaluation.reconstruction import EvaluationBatches
+from ..models.autoencoder_adapter import Codec
 from ..models.saving import stage_folder
 from ..training.pca_init import latent_statistics
 from .command_line import find_device, load_or_explain
@@ -155,7 +156,7 @@ def fold(core: HieraTokCore, args: Namespace) -> tuple[Tensor, Tensor, list[str]
         images.dataset = images.dataset.shuffle(seed=0)
         batches = EvaluationBatches(images, core.config.sample_size, limit=args.max_images)
         core.to(device)
-        mean, std = latent_statistics(core, (batch["pixel_values"].to(device) for batch in batches))
+        mean, std = latent_statistics(Codec(core), (batch["pixel_values"].to(device) for batch in batches))
         core.cpu().fold_latent_statistics(mean, std)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise Problem(f"--data {args.data}: {one_line(error)}") from error

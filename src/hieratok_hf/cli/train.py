@@ -1,10 +1,12 @@
 """Train a HieraTok tokenizer, from scratch or from weights that exist; alone, or under `accelerate launch`."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
 from ..data.aspect_buckets import buckets_of_sizes
@@ -14,13 +16,14 @@ from ..evaluation.image_sets import FrechetDistance
 from ..evaluation.perceptual import PerceptualDistance, load_lpips
 from ..evaluation.reconstruction import EvaluationBatches, ReconstructionMetrics, evaluate
 from ..evaluation.vision_features import VisionFeatures
-from ..models.autoencoder_adapter import Codec
+from ..models.autoencoder_adapter import Codec, load_codec
 from ..training.alignment import LatentAlignment
 from ..training.discriminator import PatchDiscriminator, discriminator_hinge_loss
 from ..training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
 from ..training.report import TrainingReport
 from ..training.sample_sheets import sample_grid
 from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume
+from ..training.teacher import LatentTeacher, TaughtCodec, agreement, start_from_teacher, teacher_fields
 from ..training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
 from .arguments.training import needs_vision_model
 from .command_line import begin_training, check_batch, check_config, check_steps, load_or_explain, run_training
@@ -28,16 +31,17 @@ from .main import parse
 from .terminal import one_line
 
 
-def load_core(args: Namespace) -> HieraTokCore:
-    """The tokenizer to begin with, random or pretrained."""
+def load_core(args: Namespace, taught: dict[str, int]) -> HieraTokCore:
+    """The tokenizer to begin with, random or pretrained, with the fields that a teacher asks for."""
     weights = {name: getattr(args, name) for name in ("kl_weight", "coarse_weight")}
     given = {name: value for name, value in weights.items() if value is not None}
     scales = {"scale_factors": tuple(args.scale_factors)} if args.scale_factors else {}
     if args.downsampling is not None:
         scales["downsampling"] = args.downsampling
     if args.model is None:
+        fields = {**taught, **args.config, **given, **scales}
         try:
-            config = HieraTokConfig.from_size(args.size or "hieratok-tiny", **{**args.config, **given, **scales})
+            config = HieraTokConfig.from_size(args.size or "hieratok-tiny", **fields)
         except Exception as error:  # huggingface_hub's own types for a value of another type
             raise ValueError(f"--config makes no model: {one_line(error)}") from error
         check_config("--config and --scale_factors", config)
@@ -81,7 +85,19 @@ def train(args: Namespace) -> None:
     device, is_main = accelerator.device, accelerator.is_main_process
     world = {"world_size": accelerator.num_processes, "rank": accelerator.process_index}
 
-    core = load_core(args)
+    teacher: LatentTeacher | None = None
+    taught: dict[str, int] = {}
+    if args.teacher is not None:
+        codec = load_or_explain(partial(load_codec, load_quantizer=False), "--teacher", args.teacher)
+        taught = teacher_fields(codec, largest)
+        codec.model.to(device)
+        teacher = LatentTeacher(codec, taught["latent_channels"])
+    core = load_core(args, taught)
+    for name, value in taught.items():
+        # Other channels than those of trained weights are what these are translated to.
+        if (found := getattr(core.config, name)) != value and (args.model is None or name == "patch_size"):
+            raise ValueError(f"`{name}` must be {value}, as --teacher has it, got {found}.")
+    fields = {**core.config.model_fields, **taught}
     multiple = check_steps("--crop_sizes", args.crop_sizes, core.config.patch_size, args.bucket_step)
     # The plan says what each step sees, however many processes share it.
     images = load_images(args.data, split=args.split, streaming=args.streaming)
@@ -97,10 +113,19 @@ def train(args: Namespace) -> None:
 
     options["data"] = images.fingerprint  # wherever it lies
     given = (options, args.allow_changes, accelerator.print)
-    state = state_to_resume(args.output, args.resume, core.config.model_fields, *given)
-    if state is None and args.model is None and core.config.linear_path:
+    state = state_to_resume(args.output, args.resume, fields, *given)
+
+    def first_batches() -> Iterator[Tensor]:
         first = batches(plan(args.statistics_batches, seed=args.seed + 1))
-        start_from_principal_components(core, map(to_pixel_values, first))
+        return map(to_pixel_values, first)
+
+    if teacher is not None:
+        if state is None:
+            core = start_from_teacher(core, teacher, first_batches, pretrained=args.model is not None)
+        elif core.config.latent_channels != fields["latent_channels"]:
+            core = HieraTokCore(HieraTokConfig(**fields)).train()
+    elif state is None and args.model is None and core.config.linear_path:
+        start_from_principal_components(core, first_batches())
         fitting = batches(plan(args.linear_steps, seed=args.seed))
         fit_linear_path(core, map(to_pixel_values, fitting), args.linear_steps, args.lr)
     core.encoder.requires_grad_(not args.freeze_encoder)
@@ -110,7 +135,7 @@ def train(args: Namespace) -> None:
     if needs_vision_model(args):
         vision = load_or_explain(VisionFeatures.from_pretrained, "--vision_model", args.vision_model).to(device)
     alignment = LatentAlignment(core.config.latent_channels, vision) if args.alignment_weight else None
-    model = TokenizerTraining(core, alignment, args.latent_noise, args.latent_jitter)
+    model = TokenizerTraining(core, alignment, args.latent_noise, args.latent_jitter, teacher)
     groups = parameter_groups(model, args.linear_lr_factor)
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -135,7 +160,7 @@ def train(args: Namespace) -> None:
     if state:
         training.restore(state)
     save = partial(training.save, args.output, keep=args.keep, write=is_main)
-    save = partial(save, config=core.config.model_fields, options=options)
+    save = partial(save, config=fields, options=options)
 
     report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every)
     accelerator.init_trackers("tokenizer", {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)})
@@ -179,12 +204,19 @@ def train(args: Namespace) -> None:
 
         done = step + 1
         if args.validation_data and (done % args.validation_every == 0 or done == args.steps):
-            figures = evaluate(Codec(averaged().to(device)), validation, measured)
+            student = averaged().to(device)
+            codec = Codec(student) if teacher is None else TaughtCodec(student, teacher)
+            figures = evaluate(codec, validation, measured)
+            if teacher is not None:
+                seen = (batch["pixel_values"].to(device) for batch in validation)
+                figures["latents_r2"] = agreement(student, teacher, seen)
             report.validated(done, {"size": validation.size, **figures})
         if done % args.sample_every == 0 or done == args.steps:
             sample = averaged().to(device)
             if is_main:
-                report.sampled(done, sample_grid(sample, pixel_values[:8]))
+                shown = pixel_values[:8]
+                latents = None if teacher is None else teacher(shown)
+                report.sampled(done, sample_grid(sample, shown, latents))
         if done % args.save_every == 0 or done == args.steps:
             report.check()
             save(done)
@@ -192,9 +224,10 @@ def train(args: Namespace) -> None:
 
     core = averaged()
     if is_main:
-        if not args.freeze_encoder:  # a generator of its latents must still fit the decoder
-            first = batches(plan(args.statistics_batches, seed=args.seed + 1))
-            core.fold_latent_statistics(*latent_statistics(core, map(to_pixel_values, first)))
+        if teacher is not None:
+            teacher.cpu().hand_over(core)
+        elif not args.freeze_encoder:  # a generator of its latents must still fit the decoder
+            core.fold_latent_statistics(*latent_statistics(Codec(core), first_batches()))
         AutoencoderHieraTok.from_core(core).save_pretrained(args.output)
         HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(args.output)
     accelerator.end_training()

@@ -79,7 +79,7 @@ def steps_at_borders(values: Tensor, patch_size: int) -> Tensor:
 
 
 def tokenizer_losses(
-    images: list[Tensor], pixel_values: Tensor, moments: Tensor, config: HieraTokConfig, kind: str = "mse"
+    images: list[Tensor], pixel_values: Tensor, moments: Tensor | None, config: HieraTokConfig, kind: str = "mse"
 ) -> dict[str, Tensor]:
     """
     Compute the parts of the loss and their weighted sum, in float32.
@@ -89,22 +89,26 @@ def tokenizer_losses(
     Args:
         images (`list[torch.Tensor]`): The images of all scales, as `HieraTokCore.decode_scales` gives them.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images that were encoded, in [-1, 1].
-        moments (`torch.Tensor` of shape `(B, 2C, h, w)`): Mean and log-variance of their latents.
+        moments (`torch.Tensor` of shape `(B, 2C, h, w)` or `None`): Mean and log-variance of their latents, `None`
+            where their distribution does not count.
         config (`HieraTokConfig`): Its `kl_weight` and `coarse_weight`.
         kind (`str`, defaults to `"mse"`): The difference of pixels, one of `PIXEL_LOSSES`.
 
     Returns:
-        Scalars: the difference of the finest scale, by the name of its kind; `kl`, divergence a latent number; `loss`,
-        the weighted sum; and `coarse`, the mean over coarser scales, if any, of their difference times their factor.
+        Scalars: the difference of the finest scale, by the name of its kind; `kl`, divergence a latent number, if
+        there are moments; `coarse`, the mean over coarser scales, if any, of their difference times their factor; and
+        `loss`, the weighted sum.
 
     Raises:
         ValueError: `kind` is not one of `PIXEL_LOSSES`.
     """
     pairs = zip(images, image_pyramid(pixel_values.float(), config))
     *coarse, finest = [pixel_loss(image, target, kind) for image, target in pairs]
-    mean, logvar = moments.float().chunk(2, dim=1)
-    logvar = logvar.clamp(-30, 20)  # as diffusers' distribution does, which takes a second to import
-    losses = {kind: finest, "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()}
+    losses = {kind: finest}
+    if moments is not None:
+        mean, logvar = moments.float().chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)  # as diffusers' distribution does, which takes a second to import
+        losses["kl"] = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     if coarse:
         # What averages lose falls about as the factor rises, and each scale is to count alike.
         losses["coarse"] = torch.stack([f * loss for f, loss in zip(config.scale_factors, coarse)]).mean()
@@ -113,8 +117,8 @@ def tokenizer_losses(
 
 
 def add_weighted(reconstruction: Tensor, losses: dict[str, Tensor], config: HieraTokConfig, factor: int = 1) -> Tensor:
-    """Add the parts `kl` and, where there is one, `factor` times `coarse`, to `reconstruction` `()`."""
-    loss = reconstruction + config.kl_weight * losses["kl"]
+    """Add `kl` and `factor` times `coarse`, where they are, to `reconstruction` `()`."""
+    loss = reconstruction + config.kl_weight * losses["kl"] if "kl" in losses else reconstruction
     return loss + config.coarse_weight * factor * losses["coarse"] if "coarse" in losses else loss
 
 

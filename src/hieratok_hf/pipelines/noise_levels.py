@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-__all__ = ["PREDICTION_TYPES", "NoiseLevel", "noise_levels", "prediction_type_of"]
+__all__ = ["PREDICTION_TYPES", "NoiseLevel", "noise_levels", "prediction_type_of", "read_noise_levels"]
 
 PREDICTION_TYPES = ("flow_prediction", "epsilon", "v_prediction", "sample")
 """Names of predictions: the velocity of flow matching, the noise, `v`, or the clean sample."""
@@ -96,17 +96,10 @@ def noise_levels(scheduler: Any) -> list[NoiseLevel]:
         ValueError: `scheduler` is of no kind that `prediction_type_of` knows, its noise rises from one step to the
             next, or it ends with noise.
     """
-    name, kind = type(scheduler).__name__, prediction_type_of(scheduler)
+    name, levels = type(scheduler).__name__, read_noise_levels(scheduler)
     left = 0.0
     if hasattr(scheduler, "sigmas"):
-        # All at once: a GPU would have to wait for each.
-        sigmas = scheduler.sigmas.tolist()
-        left = _level(sigmas[-1], kind).share
-        sigmas = sigmas[: len(scheduler.timesteps)]
-    else:
-        kept = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps.tolist()]
-        sigmas = [math.sqrt((1 - share) / share) if share else math.inf for share in kept]
-    levels = [_level(sigma, kind) for sigma in sigmas]
+        left = _level(float(scheduler.sigmas[-1]), prediction_type_of(scheduler)).share
     if any(following.share > level.share + 1e-4 for level, following in pairwise(levels)):
         raise ValueError(f"`scheduler` is a {name} whose noise rises from one step to the next.")
     if left > _LEFT:
@@ -115,6 +108,23 @@ def noise_levels(scheduler: Any) -> list[NoiseLevel]:
             "take more steps or another scheduler."
         )
     return levels
+
+
+def read_noise_levels(scheduler: Any) -> list[NoiseLevel]:
+    """
+    Read what `noise_levels` computes, of schedulers too that do not end with clean latents.
+
+    Raises:
+        ValueError: `scheduler` is of no kind that `prediction_type_of` knows.
+    """
+    kind = prediction_type_of(scheduler)
+    if hasattr(scheduler, "sigmas"):
+        # All at once: a GPU would have to wait for each.
+        sigmas = scheduler.sigmas.tolist()[: len(scheduler.timesteps)]
+    else:
+        kept = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps.tolist()]
+        sigmas = [math.sqrt((1 - share) / share) if share else math.inf for share in kept]
+    return [_level(sigma, kind) for sigma in sigmas]
 
 
 def _level(sigma: float, kind: str) -> NoiseLevel:

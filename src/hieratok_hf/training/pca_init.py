@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.autoencoder_adapter import Codec
 from ..models.core import HieraTokCore, posterior_of
 from ..models.losses import tokenizer_losses
 from ..utils.channel_statistics import add_sums, channel_statistics, channel_sums
@@ -53,14 +54,14 @@ def fit_linear_path(core: HieraTokCore, batches: Iterable[Tensor], steps: int, l
 
 
 @torch.no_grad()
-def latent_statistics(core: HieraTokCore, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def latent_statistics(codec: Codec, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """
-    Measure the mean and standard deviation `(C,)`, float32, of each channel of the posterior's mode over images
-    `(B, 3, H, W)` in [-1, 1]; `ValueError` for fewer than two latent positions.
+    Measure the mean and standard deviation `(C,)`, float32, of each channel of the latents, a posterior's mode, over
+    images `(B, 3, H, W)` in [-1, 1]; `ValueError` for fewer than two latent positions.
     """
     sums: dict[str, Tensor] = {}
     for batch in batches:
-        add_sums(sums, channel_sums(core.encode(batch).mode()))
+        add_sums(sums, channel_sums(codec.encode(batch)))
     if (count := int(sums.get("count", 0))) < 2:
         raise ValueError(f"`batches` must hold at least two latent positions, got {count}.")
     mean, std = channel_statistics(sums)

@@ -16,13 +16,14 @@ _GAP = 2
 
 
 @torch.no_grad()
-def sample_grid(core: HieraTokCore, pixel_values: Tensor) -> Image.Image:
+def sample_grid(core: HieraTokCore, pixel_values: Tensor, latents: Tensor | None = None) -> Image.Image:
     """
-    Show each image of `pixel_values` `(B, 3, H, W)` in [-1, 1] in a row: the image, then the decoded image of every
-    scale, coarse to fine, at the image's size, with white gaps. `core` is on the device of the images.
+    Show each image of `pixel_values` `(B, 3, H, W)` in [-1, 1] in a row: the image, then what every scale decodes of
+    its latent, coarse to fine, at the image's size, with white gaps. `core` is on the device of the images; it encodes
+    them where `latents` `(B, C, h, w)` are not given.
     """
     size = pixel_values.shape[2:]
-    scales = core.decode_scales(core.encode(pixel_values).mode())
+    scales = core.decode_scales(core.encode(pixel_values).mode() if latents is None else latents)
     # Nearest, so that a coarse scale shows as coarse as it is; its last cell may reach beyond the image.
     columns = [pixel_values]
     for image, factor in zip(scales, core.config.scale_factors):

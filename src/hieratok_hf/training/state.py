@@ -41,7 +41,7 @@ _HARMLESS |= {"gradient_checkpointing", "log_every", "sample_every", "save_every
 _HARMLESS |= {"sample_steps", "guidance_scale", "export_dtype", "validation_data", "validation_split"}
 _HARMLESS |= {"validation_every", "validation_size", "validation_fid", "fid_size"}
 # These may be folders, which have several names.
-_PLACES = ("model", "vae", "transformer", "vision_model")
+_PLACES = ("model", "vae", "teacher", "transformer", "vision_model")
 # These count where they change the learning rate of a step that was taken.
 _SCHEDULE = ("steps", "warmup_steps", "decay_steps")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -16,12 +17,13 @@ from ..models.losses import add_weighted, border_loss, tokenizer_losses
 from ..utils.choices import PIXEL_LOSSES
 from .alignment import LatentAlignment
 from .discriminator import adaptive_weight, generator_hinge_loss
+from .teacher import LatentTeacher
 
 __all__ = ["LossWeights", "TokenizerTraining", "TrainingLoss", "step_noise"]
 
 # Shape letters: B batch, H W pixels, C latent channels, h w latent grid.
 
-TrainingOutputs = tuple[list[Tensor], Tensor, Tensor | None]
+TrainingOutputs = tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class TokenizerTraining(nn.Module):
         latent_jitter (`float`, defaults to 0.0): Largest standard deviation of noise that is added to latents before
             they are decoded, because those of a generator are never exact; that of a latent is this times the fourth
             power of its `mix`, so that half of them stay nearly exact.
+        teacher (`LatentTeacher`, *optional*): Gives the latents that the encoder, unless it is frozen, learns and that
+            the decoder reads.
     """
 
     # What accelerate's FSDP wraps one by one, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`.
@@ -81,30 +85,40 @@ class TokenizerTraining(nn.Module):
         alignment: LatentAlignment | None = None,
         latent_noise: float = 0.0,
         latent_jitter: float = 0.0,
+        teacher: LatentTeacher | None = None,
     ):
         super().__init__()
-        self.core, self.alignment = core, alignment
+        self.core, self.alignment, self.teacher = core, alignment, teacher
         self.latent_noise, self.latent_jitter = latent_noise, latent_jitter
 
     def forward(self, pixel_values: Tensor, noise: Tensor, mix: Tensor) -> TrainingOutputs:
         """
-        Encode, add noise and decode: the images of all scales, the moments `(B, 2C, h, w)`, and the alignment loss.
+        Encode, add noise and decode: the images of all scales; the moments `(B, 2C, h, w)`, if their distribution
+        counts, which a teacher's does not; the alignment loss; and the mean squared distance to a teacher's latents.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
             noise (`torch.Tensor` of shape `(2, B, C, h, w)`): Standard normal: for the posterior, and for the mixing.
             mix (`torch.Tensor` of shape `(B, 1, 1, 1)`): Share in [0, 1] of a latent that the noise replaces.
         """
-        moments, _ = self.core.encode_moments(pixel_values)
-        posterior = posterior_of(moments)
-        latents = posterior.mean + posterior.std * noise[0]
+        moments: Tensor | None = None
+        distance: Tensor | None = None
+        if self.teacher is None:
+            moments, _ = self.core.encode_moments(pixel_values)
+            posterior = posterior_of(moments)
+            latents = posterior.mean + posterior.std * noise[0]
+        else:
+            latents = self.teacher(pixel_values)
+            if self.core.encoder.head.weight.requires_grad:
+                mean = self.core.encode_moments(pixel_values)[0].chunk(2, dim=1)[0]
+                distance = F.mse_loss(mean.float(), latents)
         decoded = latents
         if self.latent_noise:
             decoded = (1 - mix) * latents + mix * self.latent_noise * noise[1]
         if self.latent_jitter:
             decoded = decoded + mix**4 * self.latent_jitter * noise[1]
         aligned = self.alignment(latents, pixel_values) if self.alignment is not None else None
-        return self.core.decode_scales(decoded), moments, aligned
+        return self.core.decode_scales(decoded), moments, aligned, distance
 
 
 def step_noise(batch: dict[str, Any], config: HieraTokConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -161,10 +175,10 @@ class TrainingLoss:
         Args:
             config (`HieraTokConfig`): The tokenizer's configuration.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images that `TokenizerTraining` was given.
-            outputs (`tuple`): The images of all scales, moments and alignment loss that it returned.
+            outputs (`tuple`): What it returned.
             step (`int`): Step of the training, from 0.
         """
-        weights, (images, moments, aligned) = self.weights, outputs
+        weights, (images, moments, aligned, distance) = self.weights, outputs
         parts = tokenizer_losses(images, pixel_values, moments, config, weights.pixel)
         image = images[-1].float()
         reconstruction = parts[weights.pixel]
@@ -180,6 +194,9 @@ class TrainingLoss:
         if aligned is not None:
             parts["alignment"] = aligned.float()
             loss = loss + weights.alignment * parts["alignment"]
+        if distance is not None:
+            parts["latents"] = distance
+            loss = loss + distance
         if self.is_adversarial(step) and self.discriminator is not None:
             # Detached, or this loss would leave its gradient for the discriminator's own step.
             frozen = {name: x.detach() for name, x in self.discriminator.named_parameters()}

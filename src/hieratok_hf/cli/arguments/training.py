@@ -39,7 +39,8 @@ def add_train(parser: Parser) -> None:
     model("--config", type=json_object, default={}, help="JSON of configuration values of --size")
     model("--scale_factors", type=positive, nargs="+", help="scales, as 8 4 2 1; the model's own unless given")
     model("--downsampling", choices=DOWNSAMPLING, help="way to coarser scales; the model's own unless given")
-    model("--freeze_encoder", action="store_true", help="train the decoder alone")
+    model("--teacher", help="autoencoder whose latents to learn: a folder or Hub id, also of a pipeline")
+    model("--freeze_encoder", "--decoder_only", action="store_true", help="train the decoder alone")
     model("--linear_steps", type=whole(0), default=600, help="steps of the linear path alone, from scratch")
     data = parser.add_argument_group("data").add_argument
     add_data(data, "training", required=True)
@@ -82,6 +83,8 @@ def add_train(parser: Parser) -> None:
             parser.error("--size, --config and --linear_steps are for a training from scratch, without --model")
         if args.vision_model != DEFAULT_VISION_MODEL and not needs_vision_model(args):
             parser.error("--vision_model needs --perceptual_weight, --alignment_weight or --validation_fid")
+        if args.teacher and (args.kl_weight is not None or args.alignment_weight):
+            parser.error("--kl_weight and --alignment_weight are for latents of its own, without --teacher")
         args.decay_steps = args.steps if args.decay_steps is None else args.decay_steps
 
     parser.checks.append(check)
