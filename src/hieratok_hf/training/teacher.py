@@ -109,8 +109,8 @@ class TaughtCodec(Codec):
 
     def encode(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
         """
-        Encode `pixel_values` `(B, 3, H, W)` in [-1, 1] to the teacher's normalised latents `(B, C, h, w)`, whatever the
-        `noise` `(B, C, h, w)`.
+        Encode `pixel_values` `(B, 3, H, W)` in [-1, 1] to the teacher's normalised latents `(B, C, h, w)`, whatever
+        the `noise` `(B, C, h, w)`.
         """
         return self.teacher(pixel_values)
 
