@@ -138,7 +138,7 @@ class HieraTokPreviewer:
         level = read_noise_levels(scheduler)[timesteps.index(float(timestep))]
         if hasattr(scheduler, "scale_model_input"):
             sample = scheduler.scale_model_input(sample, timestep)
-        clean = level.clean(sample, model_output)
+        clean = level.clean(sample.float(), model_output.float())
         if isinstance(pipe, DiTPipeline) and len(clean) % 2 == 0:
             # Its guidance denoises everything twice.
             clean = clean.chunk(2)[0] if torch.equal(*sample.chunk(2)) else clean
