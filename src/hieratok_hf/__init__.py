@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel
 
 from .hub.remote_code import add_remote_code
+from .models.attention_dispatch import register_attention_backend
 from .models.backbone_hieratok import HieraTokBackbone
 from .models.configuration_hieratok import HieraTokConfig
 from .models.core import HieraTokCore
@@ -56,6 +57,7 @@ __all__ = [
     "add_remote_code",
     "example_image",
     "pretrained",
+    "register_attention_backend",
     "scale_causal_attention",
 ]
 

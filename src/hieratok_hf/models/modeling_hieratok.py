@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import ModelOutput, TransformersKwargs
 
+from ..ops.attention import REGISTERED_BACKENDS
 from ..shipped import resolve_model
 from .attention_dispatch import ATTENTION_IMPLEMENTATIONS
 from .configuration_hieratok import HieraTokConfig
@@ -182,7 +183,8 @@ class HieraTokPreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Check a name of `ATTENTION_IMPLEMENTATIONS` as transformers does; any other is a `ValueError`."""
         # The names of this package stay out of the library's registry, whose functions are given no layout.
-        if requested_attention in ATTENTION_IMPLEMENTATIONS and requested_attention.startswith("hieratok_"):
+        is_own = str(requested_attention).startswith("hieratok_") or requested_attention in REGISTERED_BACKENDS
+        if requested_attention in ATTENTION_IMPLEMENTATIONS and is_own:
             return requested_attention
         implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
         if implementation not in ATTENTION_IMPLEMENTATIONS:
