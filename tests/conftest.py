@@ -23,6 +23,8 @@ from hub_server import hub_here as hub_here
 from scripts import forget_processes, load_script
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokImageProcessorPil
+from hieratok_hf.models.attention_dispatch import ATTENTION_IMPLEMENTATIONS
+from hieratok_hf.ops.attention import REGISTERED_BACKENDS
 
 # Files whose fixtures take half a minute to make.
 ON_ONE_WORKER = {"test_app_browser.py", "test_docs.py", "test_export.py", "test_gpu_launches.py", "test_page.py"}
@@ -39,6 +41,15 @@ def pytest_xdist_make_scheduler(config, log):
             return file if Path(file).name in ON_ONE_WORKER else nodeid
 
     return Scheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
+@pytest.fixture(autouse=True)
+def registered_backends():
+    """Forgets the attention backends that a test has registered for its process."""
+    yield
+    for name in REGISTERED_BACKENDS:
+        del ATTENTION_IMPLEMENTATIONS[name]
+    REGISTERED_BACKENDS.clear()
 
 
 @pytest.fixture

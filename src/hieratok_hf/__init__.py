@@ -4,9 +4,11 @@ import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel
 
 from .hub.remote_code import add_remote_code
+from .models.attention_dispatch import register_attention_backend
+from .models.backbone_hieratok import HieraTokBackbone
 from .models.configuration_hieratok import HieraTokConfig
 from .models.core import HieraTokCore
 from .models.image_processing_hieratok import HieraTokImageProcessor, HieraTokImageProcessorPil
@@ -32,6 +34,7 @@ _LAZY = {
 
 __all__ = [
     "SIZES",
+    "HieraTokBackbone",
     "HieraTokConfig",
     "HieraTokDecoderOutput",
     "HieraTokEncoderOutput",
@@ -54,6 +57,7 @@ __all__ = [
     "add_remote_code",
     "example_image",
     "pretrained",
+    "register_attention_backend",
     "scale_causal_attention",
 ]
 
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
 
 AutoConfig.register(HieraTokConfig.model_type, HieraTokConfig)
 AutoModel.register(HieraTokConfig, HieraTokModel)
+AutoBackbone.register(HieraTokConfig, HieraTokBackbone)
 with contextlib.suppress(ImportError):  # in transformers 5.17 AutoImageProcessor itself needs torchvision
     AutoImageProcessor.register(
         HieraTokConfig,

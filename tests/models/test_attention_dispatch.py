@@ -9,9 +9,17 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from helpers import images, noise, random_core
 from torch.nn.attention import SDPBackend
 
-from hieratok_hf import AutoencoderHieraTok
+from hieratok_hf import (
+    AutoencoderHieraTok,
+    HieraTokAttnProcessor,
+    HieraTokModel,
+    PyramidLayout,
+    register_attention_backend,
+    scale_causal_attention,
+)
 from hieratok_hf.models import layers
 from hieratok_hf.models.attention_dispatch import DIFFUSERS_BACKENDS, backend_of
+from hieratok_hf.ops.attention import reference_attention
 
 NATIVE = [name for name in DIFFUSERS_BACKENDS if name.startswith("_native")]
 
@@ -98,3 +106,58 @@ def test_a_preferred_kernel_compiles_without_a_break(vae):
         torch.compiler.reset()
         compiled = torch.compile(vae, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(sample).sample, expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def mine():
+    """Registers the reference as "mine", and gives the numbers of tokens that it was called with."""
+    lengths = []
+
+    def attend(query, key, value, layout):
+        lengths.append(layout.num_tokens)
+        return reference_attention(query, key, value, layout, query.shape[-1] ** -0.5)[0]
+
+    register_attention_backend("mine", attend)
+    return lengths
+
+
+def test_a_registered_backend_serves_by_its_name_everywhere(vae, mine, tmp_path):
+    sample = images(2, 3, 28, 20)
+    vae.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = vae(sample).sample
+        vae.set_attn_processor(HieraTokAttnProcessor(backend="mine"))
+        torch.testing.assert_close(vae(sample).sample, expected, rtol=0, atol=1e-5)
+        assert mine == [35, 35, 52, 52]  # two blocks a side
+        for model in (
+            HieraTokModel.from_pretrained(tmp_path, attn_implementation="mine"),
+            HieraTokModel(vae.core.config),
+        ):
+            model.set_attn_implementation("mine")
+            mine.clear()
+            model(sample)
+            assert mine == [35, 35, 52, 52]
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_a_registered_backend_heeds_the_scale_and_must_keep_the_shape(mine, scale):
+    layout = PyramidLayout.from_grid(3, 5, (2, 1))
+    tokens = [noise(2, 2, layout.num_tokens, 8, seed=seed) for seed in range(3)]
+    expected = scale_causal_attention(*tokens, layout, backend="reference", scale=scale)
+    found = scale_causal_attention(*tokens, layout, backend="mine", scale=scale)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    register_attention_backend("short", lambda query, key, value, layout: value[:, :, 1:])
+    with pytest.raises(ValueError, match="short"):
+        scale_causal_attention(*tokens, layout, backend="short")
+    with pytest.raises(ValueError, match="mine"):
+        scale_causal_attention(*tokens, layout, backend="mine", return_weights=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["mine", "auto", "eager", "hieratok_sdpa", "_native_math", "flash_attention_2", "", "a b", 3]
+)
+def test_a_name_that_is_taken_or_none_is_refused(mine, name):
+    with pytest.raises(ValueError, match="`name`"):
+        register_attention_backend(name, len)
+    with pytest.raises(ValueError, match="`function`"):
+        register_attention_backend("new", "sdpa")

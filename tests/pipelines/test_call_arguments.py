@@ -41,6 +41,8 @@ def test_generators():
     assert take_generators(None, 2) is None and take_generators(one, 2) is one
     for given in ([one, other], (one, other)):
         assert take_generators(given, 2) == [one, other]
+    with pytest.raises(ValueError, match=r"`generator` .*`torch\.Generator\(\)\.manual_seed\(7\)`"):
+        take_generators(7, 1)
     with pytest.raises(ValueError, match=r"`generator` .* 3 images, got 2"):
         take_generators([one, other], 3)
 

@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..ops.attention import ATTENTION_BACKENDS
+from ..ops.attention import ATTENTION_BACKENDS, REGISTERED_BACKENDS, AttentionFunction
 
-__all__ = ["ATTENTION_IMPLEMENTATIONS", "DIFFUSERS_BACKENDS", "preferring", "backend_of"]
+__all__ = [
+    "ATTENTION_IMPLEMENTATIONS",
+    "DIFFUSERS_BACKENDS",
+    "backend_of",
+    "preferring",
+    "register_attention_backend",
+]
 
 _ORDER_LOCK = threading.Lock()
 _KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
@@ -19,7 +26,10 @@ _KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 ATTENTION_IMPLEMENTATIONS = {"eager": "reference", "sdpa": "auto", "flex_attention": "flex"} | {
     f"hieratok_{backend}": backend for backend in ATTENTION_BACKENDS
 }
-"""Backend of each name that transformers' `attn_implementation` may have; the library's default is `"sdpa"`."""
+"""
+Backend of each name that transformers' `attn_implementation` may have, those that were registered among them; the
+library's default is `"sdpa"`.
+"""
 
 DIFFUSERS_BACKENDS: dict[str, tuple[str, SDPBackend | None]] = {
     "native": ("sdpa", None),
@@ -33,6 +43,45 @@ DIFFUSERS_BACKENDS: dict[str, tuple[str, SDPBackend | None]] = {
 Backend of each name that diffusers' `set_attention_backend` and `attention_backend` may have, and the kernel that
 PyTorch's attention takes where it can. Some kernels cannot serve under a mask, which compiled graphs have.
 """
+
+
+def register_attention_backend(name: str, function: AttentionFunction) -> None:
+    """
+    Add a scale-causal attention of one's own to those that are known by name, for as long as the process lives.
+
+    The name is then a `backend` of `scale_causal_attention` and of `HieraTokAttnProcessor`, and an
+    `attn_implementation` of `HieraTokModel`. `"auto"` never chooses it.
+
+    Args:
+        name (`str`): A name that no attention of this package, transformers or diffusers has.
+        function (`Callable[[Tensor, Tensor, Tensor, PyramidLayout], Tensor]`): A function of the query, key and value,
+            each of shape `(B, A, N, d)`, and the layout. It returns the attended values `(B, A, N, d)`, and multiplies
+            scores by `d ** -0.5`; for another `scale` it is given a query that makes up for it.
+
+    Raises:
+        ValueError: The name is taken or no identifier, or the function cannot be called.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hieratok_hf import PyramidLayout, register_attention_backend, scale_causal_attention
+    >>> register_attention_backend("no_attention", lambda query, key, value, layout: value)
+    >>> tokens, layout = torch.rand(1, 2, 5, 8), PyramidLayout.from_grid(2, 2, (2, 1))
+    >>> torch.equal(scale_causal_attention(tokens, tokens, tokens, layout, backend="no_attention"), tokens)
+    True
+
+    ```
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"`name` must be an identifier, got {name!r}.")
+    taken = {*ATTENTION_BACKENDS, *ATTENTION_IMPLEMENTATIONS, *DIFFUSERS_BACKENDS, *ALL_ATTENTION_FUNCTIONS}
+    if name in taken:
+        raise ValueError(f"`name` must be a new one, got {name!r}, which is taken.")
+    if not callable(function):
+        raise ValueError(f"`function` must be callable, got {function!r}.")
+    REGISTERED_BACKENDS[name] = function
+    ATTENTION_IMPLEMENTATIONS[name] = name
 
 
 def backend_of(

@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..ops.onednn_linear import HieraTokLinear
 from ..ops.pyramid import PyramidLayout
 from ..shipped import resolve_model
-from .configuration_hieratok import OF_PIPELINES, HieraTokConfig, complete_saved, refuse_misspelt
+from .configuration_hieratok import OF_BACKBONES, OF_PIPELINES, HieraTokConfig, complete_saved, refuse_misspelt
 from .core import HieraTokCore, check_latents, check_pixel_values
 from .layers import HieraTokAttention
 from .quantizing import TokensMixin
@@ -180,7 +180,7 @@ class AutoencoderHieraTok(
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Sort the entries of a `config.json` as `ConfigMixin` does, with no warning of those of transformers."""
         facts = HieraTokConfig().pipeline_facts
-        foreign = {*PreTrainedConfig().to_dict(), *facts, "auto_map"}
+        foreign = {*PreTrainedConfig().to_dict(), *OF_BACKBONES, *facts, "auto_map"}
         own = {key: value for key, value in complete_saved(config_dict).items() if key not in foreign}
         refuse_misspelt(kwargs, HieraTokConfig.__annotations__, cls.__name__)
         init, unused, hidden = super().extract_init_dict(own, **kwargs)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops.pyramid import check_scale_factors
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OF_PIPELINES",
+    "OF_BACKBONES",
     "HieraTokConfig",
     "complete_saved",
     "misspelt",
@@ -34,6 +36,9 @@ OF_PIPELINES = {
     *("kl_weight", "coarse_weight", "initializer_range"),
 }
 """Fields that a loaded model does not compute with: facts for pipelines and for training."""
+
+OF_BACKBONES = ("out_features", "out_indices")
+"""Arguments that choose the blocks whose feature maps a backbone returns."""
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
@@ -73,7 +78,7 @@ def _with_plain_numbers(config: type[Config]) -> type[Config]:
 
 @_with_plain_numbers
 @strict
-class HieraTokConfig(PreTrainedConfig):
+class HieraTokConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Hold and check the sizes and options of a HieraTok tokenizer. The defaults are `hieratok-b`.
 
@@ -116,6 +121,8 @@ class HieraTokConfig(PreTrainedConfig):
         scaling_factor, shift_factor (`float`, default to 1.0 and 0.0): Factor and offset by which diffusers pipelines
             normalise latents. Those of a trained checkpoint are normalised already.
         force_upcast (`bool`, defaults to `False`): Whether diffusers pipelines must run the model in float32.
+        out_features, out_indices (`list[str]` or `list[int]`, *optional*): Names in `stage_names`, or their numbers,
+            of the feature maps that a `HieraTokBackbone` returns; the last one unless given.
 
     Raises:
         ValueError: A value is out of its range, a size is above 65536, or there is no such argument; the message
@@ -172,8 +179,12 @@ class HieraTokConfig(PreTrainedConfig):
     scaling_factor: float | int = 1.0
     shift_factor: float | int = 0.0
     force_upcast: bool = False
+    # Not fields, which describe the tokenizer in both libraries; `None` until a choice is made.
+    _out_features = None
+    _out_indices = None
 
     def __post_init__(self, **kwargs: Any):
+        chosen = {name: kwargs.pop(name, None) for name in OF_BACKBONES}
         unknown = [name for name in kwargs if not _is_foreign(name)]
         refuse_misspelt(unknown, type(self).__annotations__, "HieraTokConfig")
         if unknown:
@@ -215,6 +226,8 @@ class HieraTokConfig(PreTrainedConfig):
                 )
             if int(2 / 3 * self.mlp_ratio * hidden_size) < 1:
                 raise ValueError(f"`mlp_ratio` must leave a width of at least 1, got {self.mlp_ratio!r}.")
+        if any(value is not None for value in chosen.values()):
+            self.set_output_features_output_indices(**chosen)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "Self":
@@ -254,6 +267,11 @@ class HieraTokConfig(PreTrainedConfig):
             raise OSError(f"{where!r} has no config.json{pipeline_hint(Path(where))}.")
         return values, unused
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values by name, with `out_features` and `out_indices` only where they were chosen."""
+        values = super().to_dict()
+        return {name: value for name, value in values.items() if name not in OF_BACKBONES or value is not None}
+
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what differs from the defaults, and `downsampling`, whose absence means `"mean"`."""
         return {**super().to_diff_dict(), "downsampling": self.downsampling}
@@ -267,6 +285,11 @@ class HieraTokConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Count the blocks of the encoder and the decoder together."""
         return self.encoder_num_layers + self.decoder_num_layers
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Name the feature maps of a backbone: `"stem"`, the input of the first block, and `"stage1"` and so on."""
+        return ["stem", *(f"stage{number}" for number in range(1, self.encoder_num_layers + 1))]
 
     @property
     def model_fields(self) -> dict[str, Any]:

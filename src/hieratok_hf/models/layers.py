@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..ops.attention import ATTENTION_BACKENDS, scale_causal_attention, why_not
+from ..ops.attention import ATTENTION_BACKENDS, REGISTERED_BACKENDS, scale_causal_attention, why_not
 from ..ops.onednn_linear import HieraTokLinear
 from ..ops.pyramid import PyramidLayout, keep_by_size
 from .attention_dispatch import backend_of, preferring
@@ -114,21 +114,22 @@ class HieraTokAttnProcessor:
     Compute the attention of a `HieraTokAttention`: projections, rotary positions, and the one attention function.
 
     Args:
-        backend (`str`, *optional*): One of `ATTENTION_BACKENDS`. Unless given, the model's `attn_implementation`
-            decides (see `ATTENTION_IMPLEMENTATIONS`), and without one it is `"auto"`.
+        backend (`str`, *optional*): One of `ATTENTION_BACKENDS` or a registered one. Unless given, the model's
+            `attn_implementation` decides (see `ATTENTION_IMPLEMENTATIONS`), and without one it is `"auto"`.
         fused_rotary (`bool`, *optional*): Whether to compute QK-norm and rotary positions in one Triton kernel; unless
             given, where it was measured to be faster: on a CUDA device, without gradients and `torch.compile`.
 
     Raises:
-        ValueError: `backend` is not one of `ATTENTION_BACKENDS`, or, when called, cannot serve.
+        ValueError: `backend` is unknown, or, when called, cannot serve.
     """
 
     # A name of diffusers' `set_attention_backend`.
     _attention_backend = None
 
     def __init__(self, backend: str | None = None, fused_rotary: bool | None = None):
-        if backend is not None and backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"`backend` must be one of {list(ATTENTION_BACKENDS)} or None, got {backend!r}.")
+        if backend not in (None, *ATTENTION_BACKENDS, *REGISTERED_BACKENDS):
+            known = [*ATTENTION_BACKENDS, *REGISTERED_BACKENDS]
+            raise ValueError(f"`backend` must be one of {known} or None, got {backend!r}.")
         self.backend = backend
         self.fused_rotary = fused_rotary
 

@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import ModelOutput, TransformersKwargs
 
+from ..ops.attention import REGISTERED_BACKENDS
 from ..shipped import resolve_model
 from .attention_dispatch import ATTENTION_IMPLEMENTATIONS
 from .configuration_hieratok import HieraTokConfig
@@ -126,31 +127,8 @@ class HieraTokOutput(_HasPosterior, ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class HieraTokModel(HubUploadMixin, TokensMixin, PreTrainedModel):
-    """
-    Encode images and decode latents by the multi-scale visual tokenizer HieraTok, as a transformers model.
-
-    The method is that of Chen et al. (arXiv 2509.23736), `HieraTokCore` computes it. The class loads the same folders
-    as `AutoencoderHieraTok`, and takes images and latents of any floating dtype.
-
-    Args:
-        config (`HieraTokConfig`): Sizes and options.
-
-    Raises:
-        ValueError: A method was given images, latents or a `num_scales` that the model cannot take.
-
-    Example:
-
-    ```python
-    >>> import torch, hieratok_hf
-    >>> from transformers import AutoModel
-    >>> model = AutoModel.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
-    >>> output = model(torch.zeros(1, 3, 64, 96))
-    >>> output.latents.shape, output.reconstruction.shape
-    (torch.Size([1, 16, 8, 12]), torch.Size([1, 3, 64, 96]))
-
-    ```
-    """
+class HieraTokPreTrainedModel(PreTrainedModel):
+    """Hold what the models of transformers share: flags, loading, attention implementations and random weights."""
 
     config_class = HieraTokConfig
     base_model_prefix = "hieratok"
@@ -165,21 +143,6 @@ class HieraTokModel(HubUploadMixin, TokensMixin, PreTrainedModel):
     def __init__(self, config: HieraTokConfig):
         HieraTokConfig(**config.model_fields)  # checks values that were set since it was made
         super().__init__(config)
-        self.core = HieraTokCore(config)
-        self.post_init()
-
-    @classmethod
-    def from_size(cls, size: str, **overrides: Any) -> "Self":
-        """Make a model of a named size, with random weights and the arguments of `HieraTokConfig.from_size`."""
-        return cls(HieraTokConfig.from_size(size, **overrides)).eval()
-
-    @classmethod
-    def from_core(cls, core: HieraTokCore) -> "Self":
-        """Make a model around a core that exists; the weights are shared, not copied."""
-        with torch.device("meta"):
-            model = cls(core.config)
-        model.core = core
-        return model.train(core.training)
 
     @classmethod
     def from_pretrained(
@@ -210,7 +173,7 @@ class HieraTokModel(HubUploadMixin, TokensMixin, PreTrainedModel):
             check_indices(folder)
             loaded = load()
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # beside the info that was asked for
-            if has_levels:
+            if has_levels and isinstance(model, TokensMixin):
                 model._read_quantizer(pretrained_model_name_or_path, kwargs)
             return loaded
 
@@ -220,7 +183,8 @@ class HieraTokModel(HubUploadMixin, TokensMixin, PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Check a name of `ATTENTION_IMPLEMENTATIONS` as transformers does; any other is a `ValueError`."""
         # The names of this package stay out of the library's registry, whose functions are given no layout.
-        if requested_attention in ATTENTION_IMPLEMENTATIONS and requested_attention.startswith("hieratok_"):
+        is_own = str(requested_attention).startswith("hieratok_") or requested_attention in REGISTERED_BACKENDS
+        if requested_attention in ATTENTION_IMPLEMENTATIONS and is_own:
             return requested_attention
         implementation = super().get_correct_attn_implementation(requested_attention, is_init_check)
         if implementation not in ATTENTION_IMPLEMENTATIONS:
@@ -241,7 +205,56 @@ class HieraTokModel(HubUploadMixin, TokensMixin, PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the convolution that embeds the patches by another of the same shapes."""
-        self.core.encoder.patch_embed = value  # type: ignore[assignment]
+        self.core.encoder.patch_embed = value
+
+    def _to_own_dtype(self, tensor: Tensor) -> Tensor:
+        """Cast a floating-point tensor to the dtype of the weights; leave anything else for the core to refuse."""
+        return tensor.to(self.dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
+
+
+class HieraTokModel(HubUploadMixin, TokensMixin, HieraTokPreTrainedModel):
+    """
+    Encode images and decode latents by the multi-scale visual tokenizer HieraTok, as a transformers model.
+
+    The method is that of Chen et al. (arXiv 2509.23736), `HieraTokCore` computes it. The class loads the same folders
+    as `AutoencoderHieraTok`, and takes images and latents of any floating dtype.
+
+    Args:
+        config (`HieraTokConfig`): Sizes and options.
+
+    Raises:
+        ValueError: A method was given images, latents or a `num_scales` that the model cannot take.
+
+    Example:
+
+    ```python
+    >>> import torch, hieratok_hf
+    >>> from transformers import AutoModel
+    >>> model = AutoModel.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
+    >>> output = model(torch.zeros(1, 3, 64, 96))
+    >>> output.latents.shape, output.reconstruction.shape
+    (torch.Size([1, 16, 8, 12]), torch.Size([1, 3, 64, 96]))
+
+    ```
+    """
+
+    def __init__(self, config: HieraTokConfig):
+        super().__init__(config)
+        self.core = HieraTokCore(config)
+        self.post_init()
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> "Self":
+        """Make a model of a named size, with random weights and the arguments of `HieraTokConfig.from_size`."""
+        return cls(HieraTokConfig.from_size(size, **overrides)).eval()
+
+    @classmethod
+    def from_core(cls, core: HieraTokCore) -> "Self":
+        """Make a model around a core that exists; the weights are shared, not copied."""
+        with torch.device("meta"):
+            model = cls(core.config)
+        model.core = core
+        return model.train(core.training)
 
     @capture_outputs
     def encode(self, pixel_values: Tensor, **kwargs: Any) -> HieraTokEncoderOutput:
@@ -356,7 +369,3 @@ class HieraTokModel(HubUploadMixin, TokensMixin, PreTrainedModel):
             super().save_pretrained(stage, is_main_process, **kwargs)
             share_between_libraries(stage, self.config, for_transformers=True)
             self._write_quantizer(stage)
-
-    def _to_own_dtype(self, tensor: Tensor) -> Tensor:
-        """Cast a floating-point tensor to the dtype of the weights; leave anything else for the core to refuse."""
-        return tensor.to(self.dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor

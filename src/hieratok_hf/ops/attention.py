@@ -1,5 +1,7 @@
 """Compute scale-causal attention: a token sees its own scale and every coarser one (HieraTok, arXiv 2509.23736)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,7 @@ from .torch_compat import has_tangents, is_exporting
 __all__ = [
     "ATTENTION_BACKENDS",
     "FASTEST",
+    "REGISTERED_BACKENDS",
     "fastest_backend",
     "reference_attention",
     "scale_causal_attention",
@@ -91,7 +94,12 @@ def fastest_backend(query: Tensor, needs_gradient: bool) -> str:
 
 
 ATTENTION_BACKENDS = ("auto", "reference", "sdpa", "sdpa_mask", "flex", "triton")
-"""The values that `scale_causal_attention` takes as its `backend`."""
+"""The values that `scale_causal_attention` takes as its `backend`, besides those of `REGISTERED_BACKENDS`."""
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, PyramidLayout], Tensor]
+
+REGISTERED_BACKENDS: dict[str, AttentionFunction] = {}
+"""Functions by the names that `register_attention_backend` gave them."""
 
 
 def why_not(backend: str, query: Tensor, scale: float, needs_gradient: bool) -> str | None:
@@ -141,6 +149,7 @@ def scale_causal_attention(
             - `"flex"`: PyTorch's `flex_attention`; on a CPU forward only.
             - `"triton"`: one launch on a CUDA device, for heads of at most 128 channels.
             - `"auto"`: the one that was fastest where it was measured, `"sdpa"` elsewhere.
+            - any name that was given to `register_attention_backend`.
         scale (`float`, *optional*): Factor of the scores before the softmax, `d ** -0.5` unless given.
         return_weights (`bool`, defaults to `False`): Whether to return the weights `(B, A, N, N)` in float32 as well,
             which only `"reference"` (and thus `"auto"`) can.
@@ -150,7 +159,8 @@ def scale_causal_attention(
         if they were asked for.
 
     Raises:
-        ValueError: The backend is unknown, shapes or dtypes disagree, or a backend that was named cannot serve.
+        ValueError: The backend is unknown, shapes or dtypes disagree, a backend that was named cannot serve, or one
+            that was registered returns another shape.
 
     Example:
 
@@ -168,8 +178,9 @@ def scale_causal_attention(
 
     ```
     """
-    if backend not in ATTENTION_BACKENDS:
-        raise ValueError(f"`backend` must be one of {list(ATTENTION_BACKENDS)}, got {backend!r}.")
+    if backend not in ATTENTION_BACKENDS and backend not in REGISTERED_BACKENDS:
+        known = [*ATTENTION_BACKENDS, *REGISTERED_BACKENDS]
+        raise ValueError(f"`backend` must be one of {known}, got {backend!r}.")
     if query.ndim != 4 or query.shape != key.shape or query.shape != value.shape:
         raise ValueError(
             "`query`, `key` and `value` must have one shape (batch, heads, tokens, head channels), got "
@@ -179,7 +190,8 @@ def scale_causal_attention(
         raise ValueError(f"`layout` has {layout.num_tokens} tokens, but `query` has {query.shape[2]}.")
     if return_weights and backend not in ("auto", "reference"):
         raise ValueError(f"`backend={backend!r}` cannot return weights; use `backend='reference'`.")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    usual_scale = query.shape[-1] ** -0.5
+    scale = usual_scale if scale is None else scale
 
     if backend == "auto" and has_tangents():
         backend = "reference"  # the kernels have no forward-mode derivatives
@@ -205,6 +217,14 @@ def scale_causal_attention(
     elif (reason := why_not(backend, query, scale, needs_gradient)) is not None:
         raise ValueError(f"`backend={backend!r}` cannot serve here: {reason}.")
 
+    if backend in REGISTERED_BACKENDS:
+        scaled = query if scale == usual_scale else query * (scale / usual_scale)
+        attended = REGISTERED_BACKENDS[backend](scaled, key, value, layout)
+        if attended.shape != query.shape:
+            raise ValueError(
+                f"`backend={backend!r}` must return the shape {tuple(query.shape)}, got {tuple(attended.shape)}."
+            )
+        return attended
     if backend == "sdpa_mask":
         mask = scale_causal_mask(layout, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

@@ -41,6 +41,9 @@ def take_generators(generator: Any, batch_size: int) -> Any:
     """Give a scheduler one generator, or a list of one for each image; `ValueError` for anything else."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
+    if isinstance(generator, int):
+        made = f"torch.Generator().manual_seed({int(generator)})"
+        raise ValueError(f"`generator` must be a torch.Generator, such as `{made}`, got {generator!r}.")
     generators = list(generator) if _is_list(generator) else []
     if len(generators) != batch_size or not all(isinstance(each, torch.Generator) for each in generators):
         raise ValueError(
