@@ -291,6 +291,7 @@ def test_a_teacher_that_does_not_suit_is_named(first, teacher, tmp_path, capsys)
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=1, latent_channels=4).save_pretrained(coarse)
     for more, message in (
         (["--teacher", tmp_path / "missing"], "--teacher"),
+        (["--teacher", teacher, "--crop_sizes", 34], "--teacher"),
         (["--teacher", coarse, "--model", first], "`patch_size` must be 1"),
         (["--teacher", coarse, "--config", '{"latent_channels": 3}'], "`latent_channels` must be 4"),
     ):

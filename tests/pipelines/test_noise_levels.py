@@ -9,7 +9,7 @@ import torch
 from helpers import noise
 from tiny_pipelines import FLOW, FLOW_SCHEDULERS
 
-from hieratok_hf.pipelines.noise_levels import NoiseLevel, noise_levels, prediction_type_of
+from hieratok_hf.pipelines.noise_levels import NoiseLevel, noise_levels, prediction_type_of, read_noise_levels
 
 # Latents of the latter are not of unit variance, until they are scaled.
 PLAIN = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
@@ -49,6 +49,15 @@ def test_a_perfect_prediction_gives_the_clean_latents(name, kind):
         given = {"epsilon": eps, "v_prediction": velocity, "sample": clean}[kind]
         torch.testing.assert_close(level.clean(fed, given), clean, atol=2e-2, rtol=1e-3)
     assert shares == sorted(shares, reverse=True) and 0 <= shares[-1] < shares[0] <= 1
+
+
+@pytest.mark.parametrize("name", ["HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"])
+def test_schedulers_of_the_second_order_feed_the_model_what_the_signal_says(name):
+    scheduler = getattr(diffusers, f"{name}Scheduler")()
+    scheduler.set_timesteps(5)
+    for t, level in zip(scheduler.timesteps, read_noise_levels(scheduler)):
+        assert float(scheduler.scale_model_input(torch.ones(1), t)) == pytest.approx(level.signal, rel=1e-5)
+        scheduler.step(torch.zeros(1), t, torch.ones(1))
 
 
 def test_clean_latents_and_noise_alone():

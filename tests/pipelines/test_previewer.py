@@ -1,6 +1,8 @@
 """Previews of pipelines at work: they show what the pipeline makes, in every one that packs or scales its latents."""
 
 import sys
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import diffusers
@@ -123,6 +125,49 @@ def test_every_scheduler_tells_of_its_clean_latents(name, monkeypatch):
     assert correlation(previewer.images[0], made[0]) > 0.9, decoded
 
 
+def test_several_watch_and_end_in_any_order():
+    (pipe, swap), calls = make_pipeline("SD"), []
+    one, other = (HieraTokPreviewer(pipe.vae, every=1, show=lambda images, step, n=n: calls.append(n)) for n in (1, 2))
+    first = one.watch(pipe)
+    first.__enter__()
+    with other.watch(pipe):
+        run(pipe, swap)
+        first.__exit__(None, None, None)
+        run(pipe, swap)
+    assert calls == [1, 2, 1, 2, 2, 2] and "step" not in vars(pipe.scheduler)
+    with other.watch(pipe):  # a call with a callback of its own takes none of the steps away
+        for previewer in (one, other):
+            run(pipe, swap, callback_on_step_end=previewer)
+    assert calls[6:] == [2, 2, 1, 2, 2] and "step" not in vars(pipe.scheduler)
+    pipe.scheduler.step = step = partial(pipe.scheduler.step)
+    with other.watch(pipe):
+        pass
+    assert vars(pipe.scheduler)["step"] is step  # what another tool had put there
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, "_interrupt"])
+def test_an_interrupted_run_leaves_the_next_ones_alone(interruption):
+    (pipe, swap), shown = make_pipeline("SD"), []
+    previewer = HieraTokPreviewer(pipe.vae, every=1, show=lambda images, step: shown.append(step))
+
+    def interrupt(pipe, step, timestep, values):
+        values = previewer(pipe, step, timestep, values)
+        if step == 1:
+            if interruption is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            pipe._interrupt = True
+        return values
+
+    for again in ({}, {"callback_on_step_end": previewer}):
+        with pytest.raises(KeyboardInterrupt) if interruption is KeyboardInterrupt else nullcontext():
+            run(pipe, swap, num_inference_steps=4, callback_on_step_end=interrupt)
+        assert shown == [1]
+        run(pipe, swap, num_inference_steps=4, **again)
+        assert shown == ([1, 1, 2, 3] if again else [1]) and "step" not in vars(pipe.scheduler)
+        assert not pipe.unet._forward_pre_hooks
+        shown.clear()
+
+
 def test_guidance_and_batches_give_an_image_each():
     pipe, swap = make_pipeline("DiT")
     previewer = HieraTokPreviewer(pipe.vae)
@@ -150,6 +195,10 @@ def test_a_notebook_shows_them_in_one_place(monkeypatch):
     with HieraTokPreviewer(pipe.vae, every=1).watch(pipe):
         run(pipe, swap, num_inference_steps=3)
     assert [update for _, update in shown] == [False, True, True] and len({name for name, _ in shown}) == 1
+    shown.clear()
+    # The first that a callback shows is of the second step.
+    run(pipe, swap, num_inference_steps=3, callback_on_step_end=HieraTokPreviewer(pipe.vae, every=1))
+    assert [update for _, update in shown] == [False, True]
 
 
 def test_what_cannot_be_shown_is_named():
@@ -161,6 +210,12 @@ def test_what_cannot_be_shown_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             HieraTokPreviewer(pipe.vae, **arguments)
+    with pytest.raises(ValueError, match="`vae`"):
+        HieraTokPreviewer(diffusers.AutoencoderTiny())
+    pipe.scheduler = diffusers.SCMScheduler()
+    with pytest.raises(ValueError, match="SCMScheduler"), HieraTokPreviewer(pipe.vae).watch(pipe):
+        pass
+    pipe.scheduler = diffusers.DDIMScheduler()
     other = AutoencoderHieraTok.from_core(random_core())
     step_of = pipe.scheduler.step
     with pytest.raises(ValueError, match="`latents` must have 4 channels"), HieraTokPreviewer(other).watch(pipe):

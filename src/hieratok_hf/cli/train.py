@@ -57,6 +57,12 @@ def load_core(args: Namespace, taught: dict[str, int]) -> HieraTokCore:
     return core
 
 
+def load_teacher(name: str, size: int) -> tuple[Codec, dict[str, int]]:
+    """The autoencoder, and the fields that images of `size` show it to ask for."""
+    codec = load_codec(name, load_quantizer=False)
+    return codec, teacher_fields(codec, size)
+
+
 def parameter_groups(model: TokenizerTraining, linear_factor: float) -> list[dict]:
     """The trained parameters, those of the linear path with a learning rate of their own."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -88,8 +94,8 @@ def train(args: Namespace) -> None:
     teacher: LatentTeacher | None = None
     taught: dict[str, int] = {}
     if args.teacher is not None:
-        codec = load_or_explain(partial(load_codec, load_quantizer=False), "--teacher", args.teacher)
-        taught = teacher_fields(codec, largest)
+        # The smallest crop says as much of it as the largest, which may be slow on a CPU.
+        codec, taught = load_or_explain(load_teacher, "--teacher", args.teacher, min(args.crop_sizes))
         codec.model.to(device)
         teacher = LatentTeacher(codec, taught["latent_channels"])
     core = load_core(args, taught)

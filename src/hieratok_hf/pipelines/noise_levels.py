@@ -121,6 +121,10 @@ def read_noise_levels(scheduler: Any) -> list[NoiseLevel]:
     if hasattr(scheduler, "sigmas"):
         # All at once: a GPU would have to wait for each.
         sigmas = scheduler.sigmas.tolist()[: len(scheduler.timesteps)]
+        if hasattr(scheduler, "sigmas_interpol"):
+            # KDPM2 asks a second time between two steps; its ancestral twin counts from the step before.
+            first = 0 if "Ancestral" in type(scheduler).__name__ else 1
+            sigmas[1::2] = scheduler.sigmas_interpol.tolist()[first : len(sigmas) - 1 + first : 2]
     else:
         kept = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps.tolist()]
         sigmas = [math.sqrt((1 - share) / share) if share else math.inf for share in kept]

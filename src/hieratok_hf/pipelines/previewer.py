@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..models.autoencoder_hieratok import AutoencoderHieraTok
 from ..utils.files import write_whole
 from ..utils.images import to_uint8
-from .noise_levels import read_noise_levels
+from .noise_levels import prediction_type_of, read_noise_levels
 
 __all__ = ["HieraTokPreviewer"]
 
@@ -46,8 +46,8 @@ class HieraTokPreviewer:
         images (`list[PIL.Image.Image]`): The newest images, one for each of the batch.
 
     Raises:
-        ValueError: A number is out of range, or later, the latents have another number of channels, or the pipeline
-            has a scheduler that `noise_levels` does not know.
+        ValueError: `vae` is no such tokenizer, a number is out of range, or later, the latents have another number of
+            channels, or the pipeline has a scheduler that `noise_levels` does not know.
 
     Example:
 
@@ -74,7 +74,10 @@ class HieraTokPreviewer:
         every: int = 5,
         show: Callable[[list[Image.Image], int], Any] | str | os.PathLike[str] | None = None,
     ):
-        most = len(vae.config["scale_factors"])
+        config = getattr(vae, "config", None)
+        if not isinstance(config, dict) or "scale_factors" not in config:
+            raise ValueError(f"`vae` must be an AutoencoderHieraTok, got a {type(vae).__name__}.")
+        most = len(config["scale_factors"])
         if not 1 <= num_scales <= most:
             raise ValueError(f"`num_scales` must be from 1 to {most}, got {num_scales}.")
         if every < 1:
@@ -83,13 +86,16 @@ class HieraTokPreviewer:
         self.images: list[Image.Image] = []
         self._hooks = ExitStack()
         self._watched: Any = None
+        self._timesteps: Tensor | None = None  # of the one run that is watched as a callback
         self._places: Tensor | None = None
+        self._display_id = ""
 
     def __call__(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Serve as `callback_on_step_end`: watch the pipeline until its last step."""
         if self._watched is not pipe.scheduler:
             self._attach(pipe)
-        if step + 1 >= pipe.num_timesteps:
+            self._timesteps = pipe.scheduler.timesteps
+        if step + 1 >= pipe.num_timesteps and self._timesteps is not None:
             self._detach()
         return callback_kwargs
 
@@ -106,30 +112,37 @@ class HieraTokPreviewer:
         """Look at what the scheduler is given in each step, and at the places of packed tokens."""
         self._detach()
         scheduler = self._watched = pipe.scheduler
-        take_step = scheduler.step
+        prediction_type_of(scheduler)
+        if not hasattr(scheduler.step, "looks"):
+            scheduler.step = _with_looks(scheduler.step)
+        step, look = scheduler.step, partial(self._look, pipe)
+        step.looks.append(look)
 
-        @wraps(take_step)  # pipelines look at which arguments it has
-        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            # First, because some schedulers count their steps.
-            self._look(pipe, model_output, timestep, sample)
-            return take_step(model_output, timestep, sample, *args, **kwargs)
+        def leave() -> None:
+            step.looks.remove(look)
+            if not step.looks:
+                del scheduler.step
+                if scheduler.step != step.__wrapped__:  # which another tool had put there
+                    scheduler.step = step.__wrapped__
 
         def keep_places(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             self._places = kwargs.get("img_ids")
 
+        self._hooks.callback(leave)
         denoiser = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
         self._hooks.callback(denoiser.register_forward_pre_hook(keep_places, with_kwargs=True).remove)
-        scheduler.step = step
-        self._hooks.callback(delattr, scheduler, "step")
 
     def _detach(self) -> None:
         self._hooks.close()
-        self._watched = self._places = None
+        self._watched = self._timesteps = self._places = None
 
     @torch.no_grad()
     def _look(self, pipe: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> None:
         """Show a step if it is one of those to show, from what `scheduler.step` is given."""
         scheduler = pipe.scheduler
+        if self._timesteps is not None and self._timesteps is not scheduler.timesteps:
+            self._detach()  # an interrupted run had not come to its last step
+            return
         timesteps = scheduler.timesteps.tolist()
         steps = list(dict.fromkeys(timesteps))  # a step of two calls of the model stands there twice
         number = steps.index(float(timestep))
@@ -188,4 +201,19 @@ class HieraTokPreviewer:
         elif "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
             from IPython.display import display
 
-            display(sheet, display_id=f"{id(self)}-{shell.execution_count}", update=number >= self.every)
+            last, self._display_id = self._display_id, f"{id(self)}-{shell.execution_count}"
+            display(sheet, display_id=self._display_id, update=self._display_id == last)
+
+
+def _with_looks(take_step: Callable[..., Any]) -> Any:
+    """Wrap `scheduler.step` once for all who watch, so that they may end in any order."""
+
+    @wraps(take_step)  # pipelines look at which arguments it has
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # First, because some schedulers count their steps.
+        for look in tuple(looks):
+            look(model_output, timestep, sample)
+        return take_step(model_output, timestep, sample, *args, **kwargs)
+
+    looks = step.looks = []  # type: ignore[attr-defined]
+    return step
