@@ -103,6 +103,22 @@ def test_training_ends_in_a_folder_for_both_libraries(first):
     assert sheet.size in {(4 * 32 + 6, 8 * 32 + 14), (4 * 64 + 6, 2 * 64 + 2)} and np.asarray(sheet).std() > 10
 
 
+def test_what_the_training_was_lies_beside_the_model(first, tmp_path):
+    images = shutil.copytree(IMAGES, tmp_path / "images")
+    more = ["--model", first, "--data", images, "--crop_sizes", 32, "--steps"]
+    run(tmp_path / "mine", *more, 4, "--decay_steps", 0)
+    text = (tmp_path / "mine" / "training.json").read_text()
+    record = json.loads(text)
+    assert str(tmp_path) not in text and str(first) not in text
+    fingerprint = load_images(IMAGES).fingerprint
+    assert record["data"] == {"names": ["images"], "images": 2, "fingerprint": fingerprint}
+    assert (record["parents"], record["steps"], record["seed"]) == ({"model": "first"}, 4, 0)
+    state = latest_state(tmp_path / "mine")
+    assert 0 < state["report"]["seconds"] <= record["hours"] * 3600 + 0.2
+    run(tmp_path / "mine", *more, 5, "--decay_steps", 0, "--resume")
+    assert latest_state(tmp_path / "mine")["report"]["seconds"] > state["report"]["seconds"]
+
+
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path, vision_model):
     more = [*all_losses(vision_model), "--border_weight", 1, "--latent_jitter", 0.2]
     more += ["--steps", "14", "--save_every", "2", "--crop_sizes", "32"]

@@ -14,11 +14,15 @@ from accelerate.utils import TorchDynamoPlugin, get_int_from_env
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ..data.image_dataset import Images
+from ..data.latent_cache import LatentCache
 from ..models.autoencoder_adapter import Codec
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.sizes import count_parameters
 from ..ops.processor import processor_field
-from ..training.state import hold_folder, states_in
+from ..training.record import write_record
+from ..training.report import TrainingReport
+from ..training.state import hold_folder, options_of, states_in
 from .arguments.training import AUTOCAST
 from .outputs import check_writable
 from .terminal import Problem, end, one_line, run_script
@@ -35,6 +39,7 @@ __all__ = [
     "find_device",
     "find_size",
     "load_or_explain",
+    "record_training",
     "run_on_processes",
     "run_training",
 ]
@@ -133,6 +138,22 @@ def begin_training(args: Namespace, dynamic: bool | None = None) -> Accelerator:
     )
     torch.manual_seed(args.seed)
     return accelerator
+
+
+def record_training(
+    command: str,
+    args: Namespace,
+    accelerator: Accelerator,
+    report: TrainingReport,
+    names: list[Any],
+    data: Images | LatentCache,
+) -> None:
+    """Write what the training by a command was, with the data of these names, beside its model."""
+    is_stream = isinstance(data, Images) and data.streaming
+    found = {"names": list(map(str, names)), "images": None if is_stream else len(data)}
+    machine = describe_machine(accelerator.device, accelerator.num_processes)
+    facts = {**found, "fingerprint": data.fingerprint}
+    write_record(args.output, f"hieratok {command}", options_of(vars(args)), facts, report.seconds, machine)
 
 
 def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:

@@ -26,7 +26,15 @@ from ..training.state import TrainingState, learning_rate_factor, options_of, st
 from ..training.teacher import LatentTeacher, TaughtCodec, agreement, start_from_teacher, teacher_fields
 from ..training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
 from .arguments.training import needs_vision_model
-from .command_line import begin_training, check_batch, check_config, check_steps, load_or_explain, run_training
+from .command_line import (
+    begin_training,
+    check_batch,
+    check_config,
+    check_steps,
+    load_or_explain,
+    record_training,
+    run_training,
+)
 from .main import parse
 from .terminal import one_line
 
@@ -162,7 +170,8 @@ def train(args: Namespace) -> None:
     save = partial(training.save, args.output, keep=args.keep, write=is_main)
     save = partial(save, config=fields, options=options)
 
-    report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every)
+    progress = state["report"] if state else None
+    report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every, progress)
     accelerator.init_trackers("tokenizer", {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)})
     if args.validation_data:
         held_out = load_images(args.validation_data, split=args.validation_split)
@@ -219,7 +228,7 @@ def train(args: Namespace) -> None:
                 report.sampled(done, sample_grid(sample, shown, latents))
         if done % args.save_every == 0 or done == args.steps:
             report.check()
-            save(done)
+            save(done, report=report.progress())
     report.close()
 
     core = averaged()
@@ -230,6 +239,7 @@ def train(args: Namespace) -> None:
             core.fold_latent_statistics(*latent_statistics(Codec(core), first_batches()))
         AutoencoderHieraTok.from_core(core).save_pretrained(args.output)
         HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(args.output)
+        record_training("train", args, accelerator, report, args.data, images)
     accelerator.end_training()
 
 

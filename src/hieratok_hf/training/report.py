@@ -63,10 +63,19 @@ class JsonLines:
 class TrainingReport:
     """
     Show losses, averaged over all processes, on a progress bar, in `losses.jsonl` of a folder and in the accelerator's
-    tracker, from `first_step` to the last of `steps`, `every` so many: looking at a loss makes a GPU wait.
+    tracker, from `first_step` to the last of `steps`, `every` so many: looking at a loss makes a GPU wait. What
+    `progress` gave of an earlier run, it goes on with.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, first_step: int, steps: int, every: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        first_step: int,
+        steps: int,
+        every: int,
+        progress: dict[str, Any] | None = None,
+    ):
         self.accelerator, self.folder, self.every, self.steps = accelerator, folder, every, steps
         is_main = accelerator.is_main_process
         self.records = JsonLines(folder / "losses.jsonl", first_step) if is_main else None
@@ -78,6 +87,7 @@ class TrainingReport:
         # Counted on the device, so that no step has to wait for its own loss.
         self.bad_step = torch.full((), -1, device=accelerator.device)
         self.start = time.perf_counter()
+        self.seconds_before = (progress or {}).get("seconds", 0.0)
 
     def add(self, losses: dict[str, Tensor], skipped: list[str]) -> None:
         """Take in the losses of one part of a step, and the reasons of images that were left out."""
@@ -114,6 +124,15 @@ class TrainingReport:
             self.bar.set_postfix({"images/s": f"{speed:.1f}"} | {name: f"{record[name]:.4g}" for name in names})
             self.accelerator.log({**record, "images_per_second": speed}, step=step + 1)
         self.sums, self.parts = {}, 0
+
+    @property
+    def seconds(self) -> float:
+        """Give the time since the training began, of all its runs."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def progress(self) -> dict[str, Any]:
+        """Give what a state keeps, for a report that goes on."""
+        return {"seconds": self.seconds}
 
     def validated(self, step: int, figures: dict[str, Any]) -> None:
         """Write the figures of a validation after `step` steps."""
