@@ -21,7 +21,7 @@ from ..training.alignment import LatentAlignment
 from ..training.discriminator import PatchDiscriminator, discriminator_hinge_loss
 from ..training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
 from ..training.report import TrainingReport
-from ..training.sample_sheets import sample_grid
+from ..training.sample_sheets import first_images, sample_grid
 from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume
 from ..training.teacher import LatentTeacher, TaughtCodec, agreement, start_from_teacher, teacher_fields
 from ..training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
@@ -180,10 +180,13 @@ def train(args: Namespace) -> None:
         if size % core.config.patch_size:
             raise ValueError(f"--validation_size must be a multiple of {core.config.patch_size}, got {size}.")
         validation = EvaluationBatches(held_out, size, args.batch_size)
+        shown = first_images(held_out, size)
         frechet = None
         if args.validation_fid:
             frechet = FrechetDistance(vision, size=args.fid_size, same_targets=True, device=device)
         measured = ReconstructionMetrics(ssim=False, frechet=frechet, device=device)
+    else:
+        shown = first_images(images, largest)
 
     for batch in batches(steps, first_step=first_step):
         step, last_part = batch["step"], batch["part"] + 1 == args.accumulate
@@ -221,11 +224,12 @@ def train(args: Namespace) -> None:
                 figures["latents_r2"] = agreement(student, teacher, seen)
             report.validated(done, {"size": validation.size, **figures})
         if done % args.sample_every == 0 or done == args.steps:
+            report.check()
             sample = averaged().to(device)
             if is_main:
-                shown = pixel_values[:8]
-                latents = None if teacher is None else teacher(shown)
-                report.sampled(done, sample_grid(sample, shown, latents))
+                originals = shown.to(device)
+                latents = None if teacher is None else teacher(originals)
+                report.sampled(done, sample_grid(sample, originals, done, latents))
         if done % args.save_every == 0 or done == args.steps:
             report.check()
             save(done, report=report.progress())
