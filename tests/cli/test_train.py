@@ -151,7 +151,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path, vi
 def test_with_buckets_it_goes_on_as_if_nothing_had_happened(tmp_path, vision_model):
     data, shapes = make_mixed_images(tmp_path / "data"), set()
     more = [*all_losses(vision_model), "--border_weight", 1, "--data", data, "--aspect_buckets", "--bucket_step", 8]
-    more += ["--crop_sizes", 32, "--steps", 12, "--save_every", 2]
+    more += ["--crop_sizes", 32, "--steps", 12, "--save_every", 2, "--log_every", 3]  # of which a state cuts some
     objective = train_tokenizer.TrainingLoss.__call__
 
     def watched(self, config, pixel_values, *others):
@@ -187,7 +187,8 @@ def test_another_training_and_other_data_are_refused_in_a_folder_that_is_begun(t
     moved = ["--data", images.rename(tmp_path / "moved"), *more[2:], "--overwrite", "--resume"]
     capsys.readouterr()
     assert run(tmp_path / "runs", *moved) == run(tmp_path / "runs", *moved)
-    assert capsys.readouterr().out.count(f"The model is in {str(tmp_path / 'runs')!r}") == 2
+    told = f"The model is in {str(tmp_path / 'runs')!r}: hieratok reconstruct photo.jpg --model {tmp_path / 'runs'}\n"
+    assert capsys.readouterr().out.count(told) == 2
     shutil.copy(tmp_path / "moved" / "hat.webp", tmp_path / "moved" / "jacket.webp")
     assert "--data changed" in failure(capsys, tmp_path / "runs", *moved)
     assert run(tmp_path / "runs", *moved, "--allow_changes", "--steps", 3)[-1]["step"] == 3

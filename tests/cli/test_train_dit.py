@@ -75,8 +75,10 @@ def weights_of(folder):
     return DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer").state_dict()
 
 
-def test_training_ends_in_a_pipeline_that_training_goes_on_from(tmp_path, run, space):
+def test_training_ends_in_a_pipeline_that_training_goes_on_from(tmp_path, run, space, capsys):
     steps = run(tmp_path / "first")
+    told = f"The model is in {str(tmp_path / 'first')!r}: hieratok generate --model {tmp_path / 'first'}\n"
+    assert capsys.readouterr().out.endswith(told)
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     pipe = HieraTokDiTPipeline.from_pretrained(tmp_path / "first")
     assert pipe.config.id2label == dict(enumerate(NAMES)) and pipe.config.prediction_type == "flow_prediction"

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -156,9 +157,9 @@ def record_training(
     write_record(args.output, f"hieratok {command}", options_of(vars(args)), facts, report.seconds, machine)
 
 
-def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
+def run_training(train: Callable[[Namespace], None], args: Namespace, next_command: str = "hieratok info {}") -> int:
     """
-    Run a training, the only one in the folder `args.output`.
+    Run a training, the only one in the folder `args.output`; `next_command` takes that folder, quoted, for its `{}`.
 
     Returns:
         The exit status: 0, or 2 after an error that is said in one line, beside the progress bar.
@@ -175,7 +176,8 @@ def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
         with contextlib.suppress(OSError):
             tqdm.write("interrupted: --resume goes on from the last state, one in --save_every steps", file=sys.stderr)
         return end([], 130)
-    return end([f"The model is in {str(args.output)!r}."] if is_main else [])
+    todo = next_command.format(shlex.quote(str(args.output)))
+    return end([f"The model is in {str(args.output)!r}: {todo}"] if is_main else [])
 
 
 def run_on_processes(run: Callable[[Namespace, PartialState], list[str]], args: Namespace) -> int:

@@ -212,7 +212,8 @@ def train(args: Namespace) -> None:
         if not last_part:
             continue
         training.average.step(core.parameters())
-        report.end_step(step, norm, batch["count"], rate)
+        height, width = pixel_values.shape[2:]
+        report.end_step(step, norm, batch["count"], rate, (height, width))
 
         done = step + 1
         if args.validation_data and (done % args.validation_every == 0 or done == args.steps):
@@ -248,4 +249,4 @@ def train(args: Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_training(train, parse("train", argv))
+    return run_training(train, parse("train", argv), "hieratok reconstruct photo.jpg --model {}")

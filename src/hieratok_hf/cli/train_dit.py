@@ -206,4 +206,4 @@ def train(args: Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_training(train, parse("train-dit", argv))
+    return run_training(train, parse("train-dit", argv), "hieratok generate --model {}")

@@ -48,7 +48,7 @@ _SCHEDULE = ("steps", "warmup_steps", "decay_steps")
 _PATTERN = "state-{:09d}.pt"
 _SCHEMA = {"step": int, "parts": list, "average": dict, "updates": int}
 # What a report of the training goes on with; a state from before it was kept has none.
-_PROGRESS = {"seconds": float}
+_PROGRESS = {"seconds": float, "sums": dict, "counts": dict, "crop_sizes": list}
 _LOCK = ".training.lock"
 _GLOB = "state-" + "[0-9]" * 9 + ".pt"
 
