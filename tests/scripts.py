@@ -68,9 +68,12 @@ def records(output: Path, name: str = "losses.jsonl") -> list[dict[str, Any]]:
 
 
 def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], *names: str, **tolerance: float) -> None:
-    """The records of two trainings are alike, in all or in some numbers."""
+    """The records of two trainings are alike, in all or in some numbers, and the same in words."""
     for mine, other in zip(ours, theirs, strict=True):
-        chosen = names or mine.keys() | other.keys()
+        chosen = set(names or mine.keys() | other.keys())
+        words = {x for x in chosen if isinstance(mine[x], str)}
+        assert {x: mine[x] for x in words} == {x: other[x] for x in words}
+        chosen -= words
         assert {x: mine[x] for x in chosen} == pytest.approx({x: other[x] for x in chosen}, **tolerance)
 
 

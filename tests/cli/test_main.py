@@ -117,7 +117,9 @@ sys.exit(main())
 
 
 def test_the_package_is_whole_once_a_command_runs(tmp_path):
-    ended = subprocess.run([HIERATOK, "push", tmp_path, "me/x", "--dry_run"], capture_output=True, text=True)
+    ended = subprocess.run(
+        [HIERATOK, "push", tmp_path, "me/x", "--dry_run", "--license", "mit"], capture_output=True, text=True
+    )
     assert ended.returncode == 2 and re.fullmatch(r"error: .*load test.*\n", ended.stderr), ended.stderr
 
 

@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 from tiny_pipelines import make_pipeline
 
+from hieratok_hf.cli.main import parse
+from hieratok_hf.cli.push import card_of
+from hieratok_hf.hub.card import license_of
+
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+MIT = ["--license", "mit"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -17,7 +22,7 @@ def push(load_conversion):
 
 def test_a_dry_run_prints_the_plan_and_sends_nothing(hub_here, push, saved, capsys):
     (saved / "log.jsonl").write_text("{}")
-    assert push([str(saved), "org/name", "--dry_run"]) == 0
+    assert push([str(saved), "org/name", "--dry_run", *MIT]) == 0
     printed = capsys.readouterr().out
     size = (saved / WEIGHTS).stat().st_size
     assert printed.startswith("6 files, ") and "to org/name in one commit" in printed
@@ -40,14 +45,24 @@ def test_options_reach_the_hub_and_the_card(hub_here, push, saved, tmp_path, cap
 
 def test_figures_of_the_evaluation_are_in_the_card(hub_here, push):
     report = RESULTS / "trade_off.json"
-    assert push(["hieratok-tiny", "org/hieratok-tiny", "--results", str(report)]) == 0
+    assert push(["hieratok-tiny", "org/hieratok-tiny", "--results", str(report), *MIT]) == 0
     card = hub_here.files("org/hieratok-tiny")["README.md"].decode()
     assert "model-index" in card and "30.8471" in card and "PSNR" in card
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("README.md", "---\nlicense: other\n---\n# Mine\n"), ("training.json", '{"license": "other"}')]
+)
+def test_a_licence_that_the_folder_names_need_not_be_given(name, text, push, saved):
+    (saved / name).write_text(text)
+    assert license_of(saved) == "other"
+    assert card_of(parse("push", [str(saved), "org/name"]), saved)["license"] == "other"
+    assert card_of(parse("push", [str(saved), "org/name", *MIT]), saved)["license"] == "mit"
+
+
 def test_a_pipeline_goes_to_a_branch_or_a_pull_request(hub_here, push, tmp_path, capsys):
     make_pipeline().save_pretrained(tmp_path / "pipe")
-    assert push([str(tmp_path / "pipe"), "org/pipe", "--revision", "next"]) == 0
+    assert push([str(tmp_path / "pipe"), "org/pipe", "--revision", "next", *MIT]) == 0
     assert set(hub_here.files("org/pipe")) == {".gitattributes"}
     assert json.loads(hub_here.files("org/pipe", "next")["model_index.json"])["vae"][0] == "autoencoder_hieratok"
     assert push([str(tmp_path / "pipe"), "org/pipe", "--create_pr", "--no_code", "--no_card"]) == 0
@@ -60,11 +75,12 @@ def test_a_pipeline_goes_to_a_branch_or_a_pull_request(hub_here, push, tmp_path,
     ("options", "message"),
     [
         (["{none}", "org/name"], "is not a folder"),
-        (["{folder}", "org/na me"], "Repo id"),
+        (["{folder}", "org/na me", *MIT], "Repo id"),
         (["{folder}", "org/name", "--results", "{text}"], "--results"),
-        (["{folder}", "org/name", "--results", "{other}"], "another"),
+        (["{folder}", "org/name", "--results", "{other}", *MIT], "another"),
         (["{folder}", "org/name", "--training", "{none}"], "--training"),
-        (["{folder}", "org/name", "--token", "hf_wrong"], "hf auth login"),
+        (["{folder}", "org/name", "--token", "hf_wrong", *MIT], "hf auth login"),
+        (["{folder}", "org/name"], "--license"),
     ],
 )
 def test_problems_are_one_line_and_leave_the_hub_alone(options, message, hub_here, push, saved, tmp_path, capsys):

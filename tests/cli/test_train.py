@@ -99,8 +99,39 @@ def test_training_ends_in_a_folder_for_both_libraries(first):
     assert torch.equal(vae(batches[0]).sample, model(batches[0]).reconstruction)
     assert (vae(batches[0]).sample - batches[0]).square().mean() < 0.02
     sheet = Image.open(first / "samples" / "step-000000006.png")
-    # The image and three scales side by side; eight images of 32 pixels below each other, or two of 64.
-    assert sheet.size in {(4 * 32 + 6, 8 * 32 + 14), (4 * 64 + 6, 2 * 64 + 2)} and np.asarray(sheet).std() > 10
+    # The image and three scales side by side; the two images of the data below each other, and text around them.
+    assert sheet.width > 4 * 64 + 6 and sheet.height > 2 * 64 + 2 and np.asarray(sheet).std() > 10
+
+
+def test_sheets_show_the_same_images_every_time(tmp_path):
+    held_out = tmp_path / "held out"
+    held_out.mkdir()
+    for level in (50, 200):
+        Image.new("RGB", (40, 48), (level,) * 3).save(held_out / f"{level:03d}.png")
+    for more, side in (([], 64), (["--validation_data", held_out, "--validation_size", 32], 32)):
+        run(tmp_path / str(side), *more, "--steps", 2, "--sample_every", 1)
+        sheets = [np.asarray(Image.open(path)) for path in sorted((tmp_path / str(side) / "samples").iterdir())]
+        left, top = 4 * side + 6, 2 * side + 2
+        first, second = (sheet[-top:, -left : side - left] for sheet in sheets)
+        assert (first == second).all()
+        if more:
+            assert (first[:side] == 50).all() and (first[-side:] == 200).all()
+
+
+def test_what_the_training_was_lies_beside_the_model(first, tmp_path):
+    images = shutil.copytree(IMAGES, tmp_path / "images")
+    more = ["--model", first, "--data", images, "--crop_sizes", 32, "--steps"]
+    run(tmp_path / "mine", *more, 4, "--decay_steps", 0)
+    text = (tmp_path / "mine" / "training.json").read_text()
+    record = json.loads(text)
+    assert str(tmp_path) not in text and str(first) not in text
+    fingerprint = load_images(IMAGES).fingerprint
+    assert record["data"] == {"names": ["images"], "images": 2, "fingerprint": fingerprint}
+    assert (record["parents"], record["steps"], record["seed"]) == ({"model": "first"}, 4, 0)
+    state = latest_state(tmp_path / "mine")
+    assert 0 < state["report"]["seconds"] <= record["hours"] * 3600 + 0.2
+    run(tmp_path / "mine", *more, 5, "--decay_steps", 0, "--resume")
+    assert latest_state(tmp_path / "mine")["report"]["seconds"] > state["report"]["seconds"]
 
 
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path, vision_model):
@@ -120,7 +151,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path, vi
 def test_with_buckets_it_goes_on_as_if_nothing_had_happened(tmp_path, vision_model):
     data, shapes = make_mixed_images(tmp_path / "data"), set()
     more = [*all_losses(vision_model), "--border_weight", 1, "--data", data, "--aspect_buckets", "--bucket_step", 8]
-    more += ["--crop_sizes", 32, "--steps", 12, "--save_every", 2]
+    more += ["--crop_sizes", 32, "--steps", 12, "--save_every", 2, "--log_every", 3]  # of which a state cuts some
     objective = train_tokenizer.TrainingLoss.__call__
 
     def watched(self, config, pixel_values, *others):
@@ -156,7 +187,8 @@ def test_another_training_and_other_data_are_refused_in_a_folder_that_is_begun(t
     moved = ["--data", images.rename(tmp_path / "moved"), *more[2:], "--overwrite", "--resume"]
     capsys.readouterr()
     assert run(tmp_path / "runs", *moved) == run(tmp_path / "runs", *moved)
-    assert capsys.readouterr().out.count(f"The model is in {str(tmp_path / 'runs')!r}") == 2
+    told = f"The model is in {str(tmp_path / 'runs')!r}: hieratok reconstruct photo.jpg --model {tmp_path / 'runs'}\n"
+    assert capsys.readouterr().out.count(told) == 2
     shutil.copy(tmp_path / "moved" / "hat.webp", tmp_path / "moved" / "jacket.webp")
     assert "--data changed" in failure(capsys, tmp_path / "runs", *moved)
     assert run(tmp_path / "runs", *moved, "--allow_changes", "--steps", 3)[-1]["step"] == 3

@@ -24,6 +24,7 @@ from scripts import (
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
 from hieratok_hf.data.image_dataset import load_images
+from hieratok_hf.data.latent_cache import LatentCache
 from hieratok_hf.data.latent_writer import write_latents
 
 train_dit = load_script("cli", "train_dit")
@@ -74,8 +75,10 @@ def weights_of(folder):
     return DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer").state_dict()
 
 
-def test_training_ends_in_a_pipeline_that_training_goes_on_from(tmp_path, run, space):
+def test_training_ends_in_a_pipeline_that_training_goes_on_from(tmp_path, run, space, capsys):
     steps = run(tmp_path / "first")
+    told = f"The model is in {str(tmp_path / 'first')!r}: hieratok generate --model {tmp_path / 'first'}\n"
+    assert capsys.readouterr().out.endswith(told)
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     pipe = HieraTokDiTPipeline.from_pretrained(tmp_path / "first")
     assert pipe.config.id2label == dict(enumerate(NAMES)) and pipe.config.prediction_type == "flow_prediction"
@@ -84,6 +87,13 @@ def test_training_ends_in_a_pipeline_that_training_goes_on_from(tmp_path, run, s
     torch.testing.assert_close(pipe.vae.state_dict(), expected, rtol=0, atol=0)
     sheet = Image.open(tmp_path / "first" / "samples" / "step-000000006.png")
     assert sheet.size == (3 * PIXELS + 4, 4 * PIXELS + 6) and np.asarray(sheet).std() > 10
+    record = json.loads((tmp_path / "first" / "training.json").read_text())
+    assert (record["command"], record["parents"], record["steps"]) == ("hieratok train-dit", {"vae": "vae"}, 6)
+    assert record["data"] == {
+        "names": ["latents"],
+        "images": 21,
+        "fingerprint": LatentCache(space / "latents").fingerprint,
+    }
     run(tmp_path / "second", "--transformer", tmp_path / "first", "--steps", 1, "--lr", 0)
     torch.testing.assert_close(weights_of(tmp_path / "second"), weights_of(tmp_path / "first"), rtol=0, atol=0)
 

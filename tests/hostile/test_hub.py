@@ -155,7 +155,7 @@ PIPELINES = {
 def test_a_folder_that_does_harm_does_not_go(spoil, named, folder, hub_here, load_conversion, tmp_path, capsys):
     spoil(folder)
     push = load_conversion("push").main
-    told = assert_refused(lambda: push([str(folder), "org/name"]), capsys, named, tmp_path)
+    told = assert_refused(lambda: push([str(folder), "org/name", "--license", "mit"]), capsys, named, tmp_path)
     assert not hub_here.requests and tempfile.gettempdir() not in told
 
 
@@ -177,7 +177,7 @@ REPORTS = {
 def test_a_report_that_is_none_is_named(content, hub_here, load_conversion, tmp_path, capsys):
     write("report.json", content)(tmp_path)
     push = load_conversion("push").main
-    options = ["hieratok-tiny", "org/hieratok-tiny", "--results", str(tmp_path / "report.json")]
+    options = ["hieratok-tiny", "org/hieratok-tiny", "--license", "mit", "--results", str(tmp_path / "report.json")]
     assert_refused(lambda: push(options), capsys, "results", tmp_path)
     assert not hub_here.requests
 

@@ -177,6 +177,49 @@ def test_what_is_not_known_is_said_and_what_is_given_stands(tokenizer):
         assert f"(https://huggingface.co/{link})" in told
 
 
+RECORD = {
+    "command": "hieratok train",
+    "arguments": {},
+    "data": {"names": ["clothes/train-0.tar", "b"], "images": 3068, "fingerprint": "0"},
+    "machine": {"cpu": "A processor"},
+    "hours": 1.25,
+    "steps": 2000,
+    "seed": 3,
+    "parents": {"model": "org/base", "teacher": "sd"},
+}
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "pipeline"])
+def test_what_a_training_wrote_beside_its_model_is_told(kind, request, tmp_path):
+    folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
+    (folder / "training.json").write_text(json.dumps(RECORD))
+    card = model_card(folder, repo_id="me/mine")
+    for text in ("2,000 steps of hieratok train with seed 3", "3,068 images: clothes/train-0.tar, b", "teacher sd"):
+        assert text in section(card, "Training")
+    assert card.data.base_model == "org/base" and "1.25 hours on A processor" in section(card, "Environment")
+    given = model_card(folder, repo_id="me/mine", training="Mine.", hardware="A lamp.", base_model="my/own")
+    assert section(given, "Environment") == "A lamp.\n\n" and "2,000" not in given.text
+    assert given.data.base_model == "my/own"
+
+
+def test_a_hostile_training_stays_text(tokenizer, tmp_path):
+    folder = shutil.copytree(tokenizer, tmp_path / "model")
+    hostile = {"command": HOSTILE, "data": {"names": [HOSTILE]}, "parents": {HOSTILE: HOSTILE}}
+    hostile["machine"] = dict.fromkeys(("cpu", "torch", "device"), HOSTILE)
+    (folder / "training.json").write_text(json.dumps({**RECORD, **hostile}))
+    card = model_card(folder, repo_id="me/tok")
+    assert yaml.safe_load(card.data.to_yaml())["license"] == "apache-2.0" and "base_model" not in card.data.to_dict()
+    markdown = pytest.importorskip("markdown_it", reason="it renders Markdown as the Hub does")
+    tokens = markdown.MarkdownIt("gfm-like", {"linkify": False}).parse(card.text)
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not {"html_inline", "image", "em", "strong"} & {child.type for child in inline}
+    assert not {"html_block", "hr"} & {token.type for token in tokens}
+    for name, value in (("steps", "many"), ("hours", None), ("data", {"names": 3}), ("machine", [])):
+        (folder / "training.json").write_text(json.dumps({**RECORD, name: value}))
+        with pytest.raises(ValueError, match=r"training\.json"):
+            model_card(folder, repo_id="me/tok")
+
+
 def test_hostile_names_stay_names(pipeline, tmp_path):
     names = {"0": HOSTILE, "1": "---", "2": "b"}
     folder = edited(pipeline, tmp_path / "hostile", "model_index.json", id2label=names, prediction_type=HOSTILE)

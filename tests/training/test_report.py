@@ -1,6 +1,7 @@
 """Tests of `report`: records of resumed runs, averages over parts, and the step where a loss went wrong."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ def make(tmp_path):
     """Reports of a training of 10 steps, which go to one folder and are closed in the end."""
     reports = []
 
-    def made(first_step=0, every=1):
-        reports.append(TrainingReport(Accelerator(cpu=True), tmp_path, first_step, 10, every))
+    def made(first_step=0, every=1, progress=None):
+        reports.append(TrainingReport(Accelerator(cpu=True), tmp_path, first_step, 10, every, progress))
         return reports[-1]
 
     yield made
@@ -71,12 +72,12 @@ def test_numbers_come_back_exactly(tmp_path):
     assert math.isnan(last["tensor"])
 
 
-def test_losses_are_averaged_over_the_parts_of_their_step(tmp_path, make):
+def test_losses_are_averaged_over_the_parts_and_steps_since_the_last_record(tmp_path, make):
     report = make(every=2)
     for step in range(4):
         take(report, step, 10 * step, 10 * step + 1, 10 * step + 5, norm=step + 0.5, kl=step)
     found = records(tmp_path)
-    assert [(x["step"], x["loss"], x["norm"], x["kl"]) for x in found] == [(2, 12, 1.5, 1), (4, 32, 3.5, 3)]
+    assert [(x["step"], x["loss"], x["norm"], x["kl"]) for x in found] == [(2, 7, 1.5, 0.5), (4, 27, 3.5, 2.5)]
     assert [x["lr"] for x in found] == [0.1 / 2, 0.1 / 4]
 
 
@@ -84,7 +85,7 @@ def test_the_last_step_has_a_record(tmp_path, make):
     report = make(first_step=7, every=50)
     for step in range(7, 10):
         take(report, step, step)
-    assert [(x["step"], x["loss"]) for x in records(tmp_path)] == [(10, 9)]
+    assert [(x["step"], x["loss"]) for x in records(tmp_path)] == [(10, 8)]
 
 
 def test_a_part_that_begins_later_appears_then_and_no_graph_is_held(tmp_path, make):
@@ -95,6 +96,32 @@ def test_a_part_that_begins_later_appears_then_and_no_graph_is_held(tmp_path, ma
     take(report, 1, 2, adversarial=-0.25)
     first, second = records(tmp_path)
     assert "adversarial" not in first and (second["adversarial"], second["loss"]) == (-0.25, 2)
+
+
+def test_a_record_has_the_crop_sizes_and_a_part_is_averaged_over_the_steps_that_had_it(tmp_path, make):
+    report = make(every=3)
+    for step, crop in enumerate([(64, 64), (32, 40), (64, 64), (32, 32)]):
+        report.add({"loss": torch.tensor(1.0), **({"late": torch.tensor(float(step))} if step else {})}, [])
+        report.end_step(step, torch.tensor(1.0), 4, 0.1, crop)
+    (record,) = records(tmp_path)
+    assert record["crop_sizes"] == "32x40 64x64" and record["late"] == 1.5
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_a_report_that_goes_on_writes_what_one_without_a_stop_does(tmp_path, make, cut):
+    def steps(report, first, last):
+        for step in range(first, last):
+            report.add({"loss": torch.tensor(1 / (step + 3))}, [])
+            report.end_step(step, torch.tensor(1.0), 4, 0.1, (8 * step, 8))
+        return report
+
+    steps(make(every=5), 0, 5)
+    whole = records(tmp_path)
+    (tmp_path / "losses.jsonl").unlink()
+    progress = steps(make(every=5), 0, cut).progress()
+    time.sleep(0.01)
+    resumed = steps(make(cut, every=5, progress=progress), cut, 5)
+    assert records(tmp_path) == whole and resumed.seconds > progress["seconds"] > 0
 
 
 BAD = pytest.mark.parametrize("bad", [{"loss": math.nan}, {"loss": -math.inf}, {"norm": math.inf}], ids=str)

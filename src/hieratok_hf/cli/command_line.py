@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -14,11 +15,15 @@ from accelerate.utils import TorchDynamoPlugin, get_int_from_env
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ..data.image_dataset import Images
+from ..data.latent_cache import LatentCache
 from ..models.autoencoder_adapter import Codec
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.sizes import count_parameters
 from ..ops.processor import processor_field
-from ..training.state import hold_folder, states_in
+from ..training.record import write_record
+from ..training.report import TrainingReport
+from ..training.state import hold_folder, options_of, states_in
 from .arguments.training import AUTOCAST
 from .outputs import check_writable
 from .terminal import Problem, end, one_line, run_script
@@ -35,6 +40,7 @@ __all__ = [
     "find_device",
     "find_size",
     "load_or_explain",
+    "record_training",
     "run_on_processes",
     "run_training",
 ]
@@ -135,9 +141,25 @@ def begin_training(args: Namespace, dynamic: bool | None = None) -> Accelerator:
     return accelerator
 
 
-def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
+def record_training(
+    command: str,
+    args: Namespace,
+    accelerator: Accelerator,
+    report: TrainingReport,
+    names: list[Any],
+    data: Images | LatentCache,
+) -> None:
+    """Write what the training by a command was, with the data of these names, beside its model."""
+    is_stream = isinstance(data, Images) and data.streaming
+    found = {"names": list(map(str, names)), "images": None if is_stream else len(data)}
+    machine = describe_machine(accelerator.device, accelerator.num_processes)
+    facts = {**found, "fingerprint": data.fingerprint}
+    write_record(args.output, f"hieratok {command}", options_of(vars(args)), facts, report.seconds, machine)
+
+
+def run_training(train: Callable[[Namespace], None], args: Namespace, next_command: str = "hieratok info {}") -> int:
     """
-    Run a training, the only one in the folder `args.output`.
+    Run a training, the only one in the folder `args.output`; `next_command` takes that folder, quoted, for its `{}`.
 
     Returns:
         The exit status: 0, or 2 after an error that is said in one line, beside the progress bar.
@@ -154,7 +176,8 @@ def run_training(train: Callable[[Namespace], None], args: Namespace) -> int:
         with contextlib.suppress(OSError):
             tqdm.write("interrupted: --resume goes on from the last state, one in --save_every steps", file=sys.stderr)
         return end([], 130)
-    return end([f"The model is in {str(args.output)!r}."] if is_main else [])
+    todo = next_command.format(shlex.quote(str(args.output)))
+    return end([f"The model is in {str(args.output)!r}: {todo}"] if is_main else [])
 
 
 def run_on_processes(run: Callable[[Namespace, PartialState], list[str]], args: Namespace) -> int:

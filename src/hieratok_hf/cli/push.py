@@ -1,11 +1,13 @@
 """Upload a saved tokenizer or pipeline to the Hugging Face Hub, tested first and in one commit."""
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import transformers
 
+from ..hub.card import license_of
 from ..hub.folder import add_card, prepare_folder, select_files
 from ..hub.push import HubError, push_folder
 from ..shipped import resolve_model
@@ -14,8 +16,8 @@ from .main import parse
 from .terminal import Problem, one_line, run_script
 
 
-def card_of(args: Namespace) -> dict[str, Any]:
-    """Collect what the options say for the model card."""
+def card_of(args: Namespace, folder: Path) -> dict[str, Any]:
+    """Collect what the options and the folder say for the model card."""
     reports = []
     for path in args.results:
         try:
@@ -29,16 +31,18 @@ def card_of(args: Namespace) -> dict[str, Any]:
         training = args.training.read_text(encoding="utf-8") if args.training else None
     except (OSError, ValueError) as error:
         raise Problem(f"--training {str(args.training)!r} cannot be read: {one_line(error)}") from error
-    facts = {name: getattr(args, name) for name in ("result_name", "license", "base_model", "datasets", "hardware")}
-    return {**facts, "results": reports, "training": training}
+    if (license := args.license or license_of(folder)) is None:
+        raise Problem("--license is needed, such as mit: neither README.md nor training.json in the folder names one")
+    facts = {name: getattr(args, name) for name in ("result_name", "base_model", "datasets", "hardware")}
+    return {**facts, "license": license, "results": reports, "training": training}
 
 
 def run(args: Namespace) -> list[str]:
     """Push, or with `--dry_run` only prepare, and return the lines to print."""
     folder = resolve_model(args.folder)
-    card = None if args.no_card else card_of(args)
     try:
         left_out = [f"  left out: {name}" for name in select_files(folder)[1]]
+        card = None if args.no_card else card_of(args, Path(folder))
         if args.dry_run:
             with prepare_folder(folder, not args.no_code) as stage:
                 if card is not None:

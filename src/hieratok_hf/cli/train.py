@@ -21,12 +21,20 @@ from ..training.alignment import LatentAlignment
 from ..training.discriminator import PatchDiscriminator, discriminator_hinge_loss
 from ..training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
 from ..training.report import TrainingReport
-from ..training.sample_sheets import sample_grid
+from ..training.sample_sheets import first_images, sample_grid
 from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume
 from ..training.teacher import LatentTeacher, TaughtCodec, agreement, start_from_teacher, teacher_fields
 from ..training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
 from .arguments.training import needs_vision_model
-from .command_line import begin_training, check_batch, check_config, check_steps, load_or_explain, run_training
+from .command_line import (
+    begin_training,
+    check_batch,
+    check_config,
+    check_steps,
+    load_or_explain,
+    record_training,
+    run_training,
+)
 from .main import parse
 from .terminal import one_line
 
@@ -168,7 +176,8 @@ def train(args: Namespace) -> None:
     save = partial(training.save, args.output, keep=args.keep, write=is_main)
     save = partial(save, config=fields, options=options)
 
-    report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every)
+    progress = state["report"] if state else None
+    report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every, progress)
     accelerator.init_trackers("tokenizer", {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)})
     if args.validation_data:
         held_out = load_images(args.validation_data, split=args.validation_split)
@@ -177,10 +186,13 @@ def train(args: Namespace) -> None:
         if size % core.config.patch_size:
             raise ValueError(f"--validation_size must be a multiple of {core.config.patch_size}, got {size}.")
         validation = EvaluationBatches(held_out, size, args.batch_size)
+        shown = first_images(held_out, size)
         frechet = None
         if args.validation_fid:
             frechet = FrechetDistance(vision, size=args.fid_size, same_targets=True, device=device)
         measured = ReconstructionMetrics(ssim=False, frechet=frechet, device=device)
+    else:
+        shown = first_images(images, largest)
 
     for batch in batches(steps, first_step=first_step):
         step, last_part = batch["step"], batch["part"] + 1 == args.accumulate
@@ -206,7 +218,8 @@ def train(args: Namespace) -> None:
         if not last_part:
             continue
         training.average.step(core.parameters())
-        report.end_step(step, norm, batch["count"], rate)
+        height, width = pixel_values.shape[2:]
+        report.end_step(step, norm, batch["count"], rate, (height, width))
 
         done = step + 1
         if args.validation_data and (done % args.validation_every == 0 or done == args.steps):
@@ -218,14 +231,15 @@ def train(args: Namespace) -> None:
                 figures["latents_r2"] = agreement(student, teacher, seen)
             report.validated(done, {"size": validation.size, **figures})
         if done % args.sample_every == 0 or done == args.steps:
+            report.check()
             sample = averaged().to(device)
             if is_main:
-                shown = pixel_values[:8]
-                latents = None if teacher is None else teacher(shown)
-                report.sampled(done, sample_grid(sample, shown, latents))
+                originals = shown.to(device)
+                latents = None if teacher is None else teacher(originals)
+                report.sampled(done, sample_grid(sample, originals, done, latents))
         if done % args.save_every == 0 or done == args.steps:
             report.check()
-            save(done)
+            save(done, report=report.progress())
     report.close()
 
     core = averaged()
@@ -236,8 +250,9 @@ def train(args: Namespace) -> None:
             core.fold_latent_statistics(*latent_statistics(Codec(core), first_batches()))
         AutoencoderHieraTok.from_core(core).save_pretrained(args.output)
         HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(args.output)
+        record_training("train", args, accelerator, report, args.data, images)
     accelerator.end_training()
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_training(train, parse("train", argv))
+    return run_training(train, parse("train", argv), "hieratok reconstruct photo.jpg --model {}")

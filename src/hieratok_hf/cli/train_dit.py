@@ -23,7 +23,15 @@ from ..training.report import TrainingReport
 from ..training.sample_sheets import class_grid
 from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume
 from ..utils.choices import DIT_SIZES
-from .command_line import begin_training, check_batch, check_memory, check_steps, load_or_explain, run_training
+from .command_line import (
+    begin_training,
+    check_batch,
+    check_memory,
+    check_steps,
+    load_or_explain,
+    record_training,
+    run_training,
+)
 from .main import parse
 from .terminal import Problem, one_line
 
@@ -137,7 +145,8 @@ def train(args: Namespace) -> None:
     if state:
         training.restore(state)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=args.time_shift)
-    report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every)
+    progress = state["report"] if state else None
+    report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every, progress)
     accelerator.init_trackers("dit", {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)})
 
     def averaged() -> HieraTokDiTPipeline:
@@ -184,14 +193,17 @@ def train(args: Namespace) -> None:
             del pipe
         if done % args.save_every == 0 or done == args.steps:
             report.check()
-            training.save(args.output, done, args.keep, is_main, config=facts, options=options)
+            more = {"config": facts, "options": options, "report": report.progress()}
+            training.save(args.output, done, args.keep, is_main, **more)
     report.close()
 
     pipe = averaged()
     if is_main:
         export(pipe, args.output)
+        source = (args.data, images) if args.data else ([args.latents], cache)
+        record_training("train-dit", args, accelerator, report, *source)
     accelerator.end_training()
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_training(train, parse("train-dit", argv))
+    return run_training(train, parse("train-dit", argv), "hieratok generate --model {}")

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.saving import WEIGHTS_STEM
+from ..utils.choices import TRAINING_FILE
 from ..utils.files import read_json
+from ..utils.places import line
 from .describe import read_tensors
-from .results import TASKS, entry, line, report_results
+from .results import TASKS, entry, machine_line, report_results
 
-__all__ = ["card_for", "model_card"]
+__all__ = ["card_for", "license_of", "model_card"]
 
 _SPECIAL = re.compile(r"[]!\"#$&*<>@[\\^_`{|}~]|:(?=//)")  # to Markdown, within a line
 _SHOWN = 20  # classes by name
@@ -44,7 +47,7 @@ def model_card(
     Make a card from what a complete folder and reports of its evaluations tell.
 
     All that comes from JSON is escaped, and of places on a machine only the last name is told. Loading without the
-    package is shown if the code for it is in the folder.
+    package is shown if the code for it is in the folder. A `training.json` tells of the training what is not given.
 
     Args:
         folder (`Path`): A tokenizer, or a pipeline that holds one, as saved.
@@ -61,9 +64,11 @@ def model_card(
 
     Raises:
         OSError: A file of the folder is not there or cannot be read.
-        ValueError: The class in the folder is neither a tokenizer nor a pipeline, a name is no id, or a report is of
-            another model, lacks a key or has a value that is no figure; the message names it.
+        ValueError: The class in the folder is neither a tokenizer nor a pipeline, a name is no id, a report is of
+            another model, or it or `training.json` lacks a key or has a value of another kind; the message names it.
     """
+    own = _training(folder)
+    base_model, training, hardware = base_model or own[0], training or own[1], hardware or own[2]
     for name in (repo_id, *datasets, *([base_model] if base_model else [])):
         validate_repo_id(name)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
@@ -128,12 +133,8 @@ def card_for(folder: Path, **given: Any) -> ModelCard:
     fresh, path = model_card(folder, **given), folder / "README.md"
     if not path.is_file():
         return fresh
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # `ModelCard.load` takes the mark for text
-            card: Any = ModelCard(file.read())
-        index = (metadata_load(path) or {}).get("model-index") or []
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"The metadata of {str(path)!r} cannot be kept: {line(error)[:300]}") from error
+    card, head = _load(path)
+    index = head.get("model-index") or []
     if index and index != card.data.to_dict()["model-index"]:
         # huggingface_hub merges models and data sets, and drops what it does not know.
         card.data.eval_results = card.data.model_name = None
@@ -142,6 +143,45 @@ def card_for(folder: Path, **given: Any) -> ModelCard:
         if card.data.get(key) is None and not (index and key in ("eval_results", "model_name")):
             card.data[key] = value
     return card
+
+
+def license_of(folder: Path) -> str | None:
+    """
+    Find the licence that the README.md of a folder names, or else its `training.json`; `None` where neither does.
+
+    Raises:
+        OSError, ValueError: A file cannot be read.
+    """
+    path = folder / "README.md"
+    named = _load(path)[1].get("license") if path.is_file() else None
+    return named or (read_json(folder / TRAINING_FILE) or {}).get("license")
+
+
+def _load(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Read a card, and its metadata as they stand there."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # `ModelCard.load` takes the mark for text
+            return ModelCard(file.read()), dict(metadata_load(path) or {})
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"The metadata of {str(path)!r} cannot be kept: {line(error)[:300]}") from error
+
+
+def _training(folder: Path) -> tuple[str | None, str | None, str | None]:
+    """Tell by `training.json` the Hub id of the model that it went on from, of the training, and its environment."""
+    if (record := read_json(folder / TRAINING_FILE)) is None:
+        return None, None, None
+    kinds = {"command": str, "steps": int, "hours": Real, "data": dict, "parents": dict, "machine": dict, "seed": int}
+    command, steps, hours, data, parents, machine, seed = (
+        entry(record, key, kind, TRAINING_FILE) for key, kind in kinds.items()
+    )
+    count = f"{images:,} images" if isinstance(images := data.get("images"), int) else "a stream of images"
+    names = ", ".join(map(_text, entry(data, "names", list, TRAINING_FILE)))
+    of = "; ".join(f"{_text(option)} {_text(name)}" for option, name in parents.items()) or "none, from scratch"
+    training = f"{steps:,} steps of {_text(command)} with seed {seed} on {count}: {names}. Parents: {of}. "
+    training += f"All arguments are in `{TRAINING_FILE}`; the terms of the data were not recorded."
+    # A folder has lost its path, so a name with a slash is an id.
+    ids = [name for option in ("model", "transformer") if "/" in (name := str(parents.get(option, "")))]
+    return next(iter(ids), None), training, f"{hours:.3g} hours on {_text(machine_line(machine))}."
 
 
 def _tokenizer(folder: Path) -> tuple[list[tuple[str, str]], dict[str, Any], bool]:

@@ -15,7 +15,7 @@ from ..models.modeling_hieratok import HieraTokModel
 from ..models.saved_code import PIPELINE_CLASSES, to_json
 from ..models.saving import WEIGHTS_STEM, finish_save, index_for_transformers, link_or_copy, variant_of
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
-from ..utils.choices import QUANTIZER_FILE
+from ..utils.choices import QUANTIZER_FILE, TRAINING_FILE
 from ..utils.files import read_json
 from .card import card_for
 from .remote_code import add_remote_code
@@ -25,7 +25,7 @@ __all__ = ["add_card", "prepare_folder", "select_files"]
 
 # Anything else in a saved folder, such as states of a training, stays where it is.
 _PARTS = re.compile(
-    r"(config|model_index|preprocessor_config|scheduler_config)\.json|README\.md|LICEN[CS]E(\.md|\.txt)?"
+    rf"(config|model_index|preprocessor_config|scheduler_config)\.json|{re.escape(TRAINING_FILE)}|README\.md|LICEN[CS]E(\.md|\.txt)?"
     rf"|(model|{WEIGHTS_STEM})((\.[\w-]+)?(-\d{{5}}-of-\d{{5}})?\.safetensors|\.safetensors\.index(\.[\w-]+)?\.json)"
     rf"|{re.escape(QUANTIZER_FILE)}"
 )
@@ -36,8 +36,8 @@ def select_files(folder: str | os.PathLike[str]) -> tuple[dict[str, Path], list[
     """
     Tell the files of a saved folder that go to the Hub from those that stay.
 
-    Files are chosen by their whole names: configurations, weights in safetensors, `README.md`, a licence (`LICENSE` or
-    `LICENCE`, alone or as .md or .txt), and images that `README.md` shows.
+    Files are chosen by their whole names: configurations, weights in safetensors, `training.json`, `README.md`, a
+    licence (`LICENSE` or `LICENCE`, alone or as .md or .txt), and images that `README.md` shows.
 
     Returns:
         The places of the files that go, by their names relative to `folder`, and the names of all others.

@@ -8,7 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-__all__ = ["TASKS", "entry", "line", "report_results"]
+from ..utils.places import line, place
+
+__all__ = ["TASKS", "entry", "machine_line", "report_results"]
 
 # The Hub has no tag for images of named classes; such models stand under this one.
 TASKS = {"tokenizer": "image-to-image", "pipeline": "unconditional-image-generation"}
@@ -62,17 +64,17 @@ def report_results(
         figures = _of_tokenizer(report, settings, known, name)
     else:
         figures, rows = _of_generator(report, settings, known)
-    source = {"command": _command(kind, settings), "machine": _machine(entry(report, "machine", dict))}
+    source = {"command": _command(kind, settings), "machine": machine_line(entry(report, "machine", dict))}
     for figure in figures:
         figure.metric_args = source
     return figures, rows
 
 
-def entry(mapping: Any, key: str, kind: type) -> Any:
-    """Take what stands under a key, or raise a `ValueError` that names it unless it is of that type."""
+def entry(mapping: Any, key: str, kind: type, name: str = "results") -> Any:
+    """Take what stands under a key of `name`, or raise a `ValueError` that names both unless it is of that type."""
     value = mapping.get(key) if isinstance(mapping, Mapping) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"`results`: {key!r} must be of type {kind.__name__}, got {value!r}.")
+        raise ValueError(f"`{name}`: {key!r} must be of type {kind.__name__}, got {value!r}.")
     return value
 
 
@@ -97,11 +99,6 @@ def _pixels(height: str) -> str:
     return f"{height} pixels"
 
 
-def line(value: Any) -> str:
-    """Put text on one line, of characters that can be seen and written."""
-    return "".join(character for character in " ".join(str(value).split()) if character.isprintable())
-
-
 def _of_tokenizer(
     report: Mapping[str, Any], settings: Mapping[str, Any], known: Mapping[str, Any], name: str | None
 ) -> list[EvalResult]:
@@ -120,7 +117,7 @@ def _of_tokenizer(
         "psnr": ("psnr", "PSNR, dB"),
         "ssim": ("ssim", "SSIM"),
         "lpips": ("lpips", "LPIPS"),
-        "perceptual": ("perceptual_distance", f"perceptual distance over {_place(settings.get('perceptual_model'))}"),
+        "perceptual": ("perceptual_distance", f"perceptual distance over {place(settings.get('perceptual_model'))}"),
         "probe_accuracy": ("accuracy", "accuracy of a linear probe"),
     }
     sets = where
@@ -148,7 +145,7 @@ def _of_generator(
         guidance += f" with eta {eta:g}"
     config = f"{samples} samples at {size}x{size}, {steps} steps, guidance {guidance}, {dtype}"
     where = {"task_type": TASKS["pipeline"], "dataset_config": config}
-    judge = f"accuracy of {_place(settings.get('classifier'))}"
+    judge = f"accuracy of {place(settings.get('classifier'))}"
     kinds = {
         "class_accuracy": ("accuracy", f"{judge} among the classes of the model"),
         "top1_accuracy": ("accuracy", f"{judge} among all its labels"),
@@ -227,7 +224,7 @@ def _faces(model: Mapping[str, Any], where: Mapping[str, Any]) -> list[EvalResul
 
 
 def _dataset(data: Sequence[Any]) -> dict[str, str]:
-    name = ", ".join(map(_place, data))
+    name = ", ".join(map(place, data))
     return {"dataset_name": name, "dataset_type": re.sub(r"[^\w./-]+", "-", name)}
 
 
@@ -241,19 +238,11 @@ def _command(kind: str, settings: Mapping[str, Any]) -> str:
         if value is None or value is False or value == [] or key in told:
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
-        words += [f"--{line(key)}", *map(_place, values)]
+        words += [f"--{line(key)}", *map(place, values)]
     return shlex.join(words)
 
 
-def _machine(machine: Mapping[str, Any]) -> str:
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """Put what `describe_machine` of the commands tells on one line."""
     keys = ("cpu", "device", "torch", "threads", "processes")
     return ", ".join(f"{key} {line(machine.get(key, 'unknown'))}" for key in keys).removeprefix("cpu ")
-
-
-def _place(place: Any) -> str:
-    """Shorten a path that tells of the machine to its last part, of a shard to the folder's name and that."""
-    text = line(place)
-    parts = re.split(r"[/\\]+", text)
-    if ".." not in parts and not re.fullmatch(r"|~.*|.*:", parts[0]):
-        return text
-    return "/".join([part for part in parts if part not in ("", "..")][-2 if text.endswith(".tar") else -1 :])

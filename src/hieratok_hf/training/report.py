@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -62,37 +63,55 @@ class JsonLines:
 
 class TrainingReport:
     """
-    Show losses, averaged over all processes, on a progress bar, in `losses.jsonl` of a folder and in the accelerator's
-    tracker, from `first_step` to the last of `steps`, `every` so many: looking at a loss makes a GPU wait.
+    Show losses, averaged over all processes and the steps since the last record, on a progress bar, in `losses.jsonl`
+    of a folder and in the accelerator's tracker, from `first_step` to the last of `steps`, `every` so many: looking at
+    a loss makes a GPU wait. What `progress` gave of an earlier run, it goes on with.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, first_step: int, steps: int, every: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        first_step: int,
+        steps: int,
+        every: int,
+        progress: dict[str, Any] | None = None,
+    ):
         self.accelerator, self.folder, self.every, self.steps = accelerator, folder, every, steps
         is_main = accelerator.is_main_process
         self.records = JsonLines(folder / "losses.jsonl", first_step) if is_main else None
         self.figures = JsonLines(folder / "validation.jsonl", first_step) if is_main else None
         self.bar = tqdm(total=steps, initial=first_step, disable=not is_main, unit="step", dynamic_ncols=True)
-        self.sums: dict[str, Tensor] = {}
+        progress = progress or {}
+        self.sums: dict[str, Tensor] = {}  # sums over the parts of a step
+        self.window = {
+            name: torch.tensor(value, device=accelerator.device) for name, value in progress.get("sums", {}).items()
+        }
+        self.counts: Counter[str] = Counter(progress.get("counts", {}))
+        self.crop_sizes: list[str] = list(progress.get("crop_sizes", []))
         self.parts = self.images = 0
         self.skipped: set[str] = set()
         # Counted on the device, so that no step has to wait for its own loss.
         self.bad_step = torch.full((), -1, device=accelerator.device)
         self.start = time.perf_counter()
+        self.seconds_before = progress.get("seconds", 0.0)
 
     def add(self, losses: dict[str, Tensor], skipped: list[str]) -> None:
         """Take in the losses of one part of a step, and the reasons of images that were left out."""
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.parts += 1
         for reason in skipped:
             if reason not in self.skipped:
                 self.skipped.add(reason)
                 say(f"left out ({len(self.skipped)} so far): {reason}")
 
-    def end_step(self, step: int, norm: Any, count: int, learning_rate: float) -> None:
+    def end_step(
+        self, step: int, norm: Any, count: int, learning_rate: float, crop: tuple[int, int] | None = None
+    ) -> None:
         """
-        Close a step of `count` images whose gradient has the norm `norm` `()`; raises what `check` does, with a GPU
-        only when a record is due.
+        Close a step of `count` images, of the height and width `crop` in pixels, whose gradient has the norm `norm`
+        `()`; raises what `check` does, with a GPU only when a record is due.
         """
         finite = torch.isfinite(self.sums["loss"])
         if self.accelerator.scaler is None:  # a scaler of float16 tries scales until one does not overflow
@@ -100,20 +119,44 @@ class TrainingReport:
         self.bad_step = torch.where((self.bad_step < 0) & ~finite, step, self.bad_step)
         if self.bad_step.device.type == "cpu":
             self.check()
+        for name, value in self.sums.items():
+            self.window[name] = self.window.get(name, 0) + value / self.parts
+        self.counts.update(self.sums.keys())
+        self.sums, self.parts = {}, 0
+        if crop is not None:
+            self.crop_sizes = sorted({*self.crop_sizes, "x".join(map(str, crop))})
         self.images += count
         self.bar.update()
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
-            names = list(self.sums)
-            means = torch.stack([self.sums[name].float() for name in names]) / self.parts
-            means = self.accelerator.reduce(means, "mean").tolist()
-            record = {"step": step + 1, **dict(zip(names, means)), "norm": norm.item(), "lr": learning_rate}
+            means = {name: value / self.counts[name] for name, value in self._sums_of_window().items()}
+            record = {"step": step + 1, **means, "norm": norm.item(), "lr": learning_rate}
             self.check()
             speed = self.images / (time.perf_counter() - self.start)
             if self.records is not None:
-                self.records.write(record)
-            self.bar.set_postfix({"images/s": f"{speed:.1f}"} | {name: f"{record[name]:.4g}" for name in names})
+                self.records.write(
+                    {**record, **({"crop_sizes": " ".join(self.crop_sizes)} if self.crop_sizes else {})}
+                )
+            self.bar.set_postfix({"images/s": f"{speed:.1f}"} | {name: f"{x:.4g}" for name, x in means.items()})
             self.accelerator.log({**record, "images_per_second": speed}, step=step + 1)
-        self.sums, self.parts = {}, 0
+            self.window, self.crop_sizes = {}, []
+            self.counts.clear()
+
+    def _sums_of_window(self) -> dict[str, float]:
+        """Average the sums since the last record over all processes, which all call it."""
+        if not self.window:
+            return {}
+        means = self.accelerator.reduce(torch.stack(list(self.window.values())), "mean")
+        return dict(zip(self.window, means.tolist()))
+
+    @property
+    def seconds(self) -> float:
+        """Give the time since the training began, of all its runs."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def progress(self) -> dict[str, Any]:
+        """Give what a state keeps, for a report that goes on; all processes call it."""
+        window = {"sums": self._sums_of_window(), "counts": dict(self.counts), "crop_sizes": self.crop_sizes}
+        return {"seconds": self.seconds, **window}
 
     def validated(self, step: int, figures: dict[str, Any]) -> None:
         """Write the figures of a validation after `step` steps."""

@@ -47,6 +47,8 @@ _SCHEDULE = ("steps", "warmup_steps", "decay_steps")
 
 _PATTERN = "state-{:09d}.pt"
 _SCHEMA = {"step": int, "parts": list, "average": dict, "updates": int}
+# What a report of the training goes on with; a state from before it was kept has none.
+_PROGRESS = {"seconds": float, "sums": dict, "counts": dict, "crop_sizes": list}
 _LOCK = ".training.lock"
 _GLOB = "state-" + "[0-9]" * 9 + ".pt"
 
@@ -217,6 +219,8 @@ def latest_state(folder: Path) -> dict[str, Any]:
         not all(isinstance(part, dict) and part.keys() >= {"model", "optimizer"} for part in state["parts"])
         or state["step"] < 0
         or not isinstance(state.setdefault("config", {}), dict)
+        or not isinstance(progress := state.setdefault("report", {}), dict)
+        or not all(type(progress.get(key, kind())) is kind for key, kind in _PROGRESS.items())
         or not isinstance(options, dict)
         or not all(type(options.get(key)) is int for key in _SCHEDULE)
     ):

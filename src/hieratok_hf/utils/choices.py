@@ -15,6 +15,7 @@ __all__ = [
     "SHIPPED",
     "SIZES",
     "TOKEN_BITS",
+    "TRAINING_FILE",
 ]
 
 SHIPPED: tuple[str, ...] = ("hieratok-tiny", "hieratok-tiny-16x", "hieratok-dit-tiny")
@@ -109,6 +110,9 @@ TOKEN_BITS = range(1, 9)
 
 QUANTIZER_FILE = "quantizer.safetensors"
 """Name of the levels beside a model's weights, which either library passes over."""
+
+TRAINING_FILE = "training.json"
+"""Name of what a training was, beside the model that it made."""
 
 ARCHIVE_FITS = ("pad", "crop")
 """Ways to encode an image whose sides are no multiples of a latent's cell: continue its border, or cut it."""

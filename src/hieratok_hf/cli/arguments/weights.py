@@ -104,7 +104,8 @@ def add_push(parser: Parser) -> None:
     results = "reports by --json of `hieratok evaluate`, or of a pipeline by `hieratok evaluate-generation`"
     add("--results", type=Path, nargs="+", default=[], help=f"{results}; their figures go into the card")
     add("--result_name", help="the model among several of a report")
-    add("--license", default="apache-2.0", help="licence of the weights, the Hub's identifier")
+    text = "licence of the weights, the Hub's identifier, as mit; needed unless README.md or training.json names one"
+    add("--license", help=text)
     add("--base_model", help="Hub id of the model that training went on from")
     add("--datasets", nargs="+", default=[], help="Hub ids of the training data")
     add("--training", type=Path, help="a Markdown file about the training, for the card")
