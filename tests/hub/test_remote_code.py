@@ -206,7 +206,8 @@ generator.manual_seed(0)
 results["pipeline again"] = again(["tench"], num_inference_steps=2, generator=generator, output_type="pt").images
 diffusers.DiTPipeline(again.transformer, vae, diffusers.DDIMScheduler()).save_pretrained("other pipeline")
 other = diffusers.DiffusionPipeline.from_pretrained("other pipeline", **trust)
-results["other pipeline"] = other.vae(sample).sample.detach()
+with torch.no_grad():  # on processors of AMD, gradients are for another library's products
+    results["other pipeline"] = other.vae(sample).sample
 torch.save(results, "results.pt")
 assert "hieratok_hf" not in sys.modules
 """
