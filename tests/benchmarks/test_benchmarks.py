@@ -45,7 +45,7 @@ def test_the_table_of_sizes_is_what_is_counted(tmp_path, capsys):
 
 
 SCRIPTS = {"autoencoders": "bench_autoencoders", "cpu": "bench_cpu", "image_sizes": "bench_image_sizes"}
-SCRIPTS |= {"positions": "compare_positions"}
+SCRIPTS |= {"positions": "compare_positions", "teacher": "bench_teacher"}
 TABLES = sorted(path.stem for kind in SCRIPTS for path in RESULTS.glob(f"{kind}_*.json"))
 
 
