@@ -49,10 +49,10 @@ PROGRAMS = {
 IN_OPENVINO = {"float32": ("float32", "f32"), "bfloat16": ("float32", "bf16"), "int8": ("int8", "f32")}
 # What the operator of a kind is called, of which the time includes all that it calls.
 OPERATORS = {
-    "products": "aten::linear",
-    "attention": "aten::scaled_dot_product_attention",
-    "convolutions": "aten::conv2d",
-    "norms": "aten::rms_norm",
+    "products": ("aten::linear", "mkldnn::_linear_pointwise"),  # the second on processors of AMD
+    "attention": ("aten::scaled_dot_product_attention",),
+    "convolutions": ("aten::conv2d",),
+    "norms": ("aten::rms_norm",),
 }
 
 
@@ -162,7 +162,10 @@ def profile_part(core: HieraTokCore, part: str, dtype: str, rate: float, copied:
             call(x)
     events = {event.key: event for event in profiled.key_averages()}
     whole = sum(event.self_cpu_time_total for event in events.values())
-    shares = {kind: events[name].cpu_time_total / whole if name in events else 0.0 for kind, name in OPERATORS.items()}
+    shares = {
+        kind: sum(events[name].cpu_time_total for name in names if name in events) / whole
+        for kind, names in OPERATORS.items()
+    }
     shares["the rest"] = 1 - sum(shares.values())
     module = core.encoder if part == "encoder" else core.decoder
     weights = sum(parameter.numel() for parameter in module.parameters()) * getattr(torch, dtype).itemsize

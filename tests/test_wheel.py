@@ -30,8 +30,8 @@ cache --data images --output latents --size 32
 train-dit --latents latents --size dit-tiny --output dit --steps 2 --batch_size 2 --sample_steps 1
 convert checkpoint tuned/{state} converted --size hieratok-tiny
 export hieratok-tiny programs --format torch --parts decoder
-push tuned me/mine --dry_run
-push dit me/mine --dry_run
+push tuned me/mine --license mit --dry_run
+push dit me/mine --license mit --dry_run
 """
 PROGRAM = """
 import json, sys
