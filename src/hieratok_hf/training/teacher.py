@@ -14,7 +14,7 @@ from ..models.autoencoder_adapter import Codec
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.core import HieraTokCore
 from ..ops.pyramid import continue_border
-from ..utils.channel_statistics import add_sums
+from ..utils.channel_statistics import add_sums, channel_sums
 from ..utils.distributed import gather
 from .pca_init import latent_statistics
 
@@ -126,19 +126,19 @@ def agreement(core: HieraTokCore, teacher: LatentTeacher, batches: Iterable[Tens
         teacher (`LatentTeacher`): The teacher, with its statistics.
         batches (iterable of `torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1], on one device with both.
     """
-    sums: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for pixel_values in batches:
         theirs = teacher(pixel_values)
-        ours = core.encode(pixel_values).mode().float()
-        rows = [x.double().transpose(0, 1).flatten(1) for x in (theirs - ours, theirs)]  # each (C, B * h * w)
-        error, value = rows
-        more = {"error": error.square().sum(1), "sum": value.sum(1), "squares": value.square().sum(1)}
-        add_sums(sums, {name: x.cpu() for name, x in more.items()} | {"count": torch.tensor(value.shape[1])})
+        add_sums(errors, channel_sums(theirs - core.encode(pixel_values).mode()))
+        add_sums(values, channel_sums(theirs))
+    error: dict[str, Tensor] = {}
     total: dict[str, Tensor] = {}
-    for part in gather(sums):
-        add_sums(total, part)
+    for of_errors, of_values in gather((errors, values)):
+        add_sums(error, of_errors)
+        add_sums(total, of_values)
     spread = total["squares"] - total["sum"].square() / total["count"]
-    return float((1 - total["error"] / spread.clamp(min=1e-12)).mean())
+    return float((1 - error["squares"] / spread.clamp(min=1e-12)).mean())
 
 
 @torch.no_grad()
