@@ -103,6 +103,23 @@ def test_training_ends_in_a_folder_for_both_libraries(first):
     assert sheet.width > 4 * 64 + 6 and sheet.height > 2 * 64 + 2 and np.asarray(sheet).std() > 10
 
 
+def test_checkpointing_and_exports_on_the_way_change_nothing(first, tmp_path, monkeypatch):
+    seen, forward = set(), train_tokenizer.TokenizerTraining.forward
+
+    def watched(self, *inputs):
+        seen.update(block.gradient_checkpointing for block in (*self.core.encoder.blocks, *self.core.decoder.blocks))
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(train_tokenizer.TokenizerTraining, "forward", watched)
+    assert_close(run(tmp_path, "--gradient_checkpointing", "--export_every", 3), records(first), rel=1e-5)
+    assert seen == {True}
+    torch.testing.assert_close(weights_of(tmp_path), weights_of(first), rtol=1e-5, atol=1e-6)
+    early, late = (tmp_path / f"model-00000000{step}" for step in (3, 6))
+    torch.testing.assert_close(weights_of(late), weights_of(tmp_path), rtol=0, atol=0)
+    assert not torch.equal(weights_of(early)["core.encoder.head.weight"], weights_of(late)["core.encoder.head.weight"])
+    assert HieraTokModel.from_pretrained(early).config.scale_factors == (4, 2, 1)
+
+
 def test_sheets_show_the_same_images_every_time(tmp_path):
     held_out = tmp_path / "held out"
     held_out.mkdir()
@@ -309,13 +326,15 @@ def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, teacher, tm
     folder = tmp_path / "wider"
     AutoencoderKL.from_config({**wider, "latent_channels": 6}).save_pretrained(folder)
     more = ["--teacher", folder, "--model", first, "--crop_sizes", 32, "--latent_noise", 0.5]
-    whole = run(tmp_path / "whole", *more)
+    whole = run(tmp_path / "whole", *more, "--export_every", 2)
     with interrupted(train_tokenizer.TrainingLoss, "__call__", 5):
         forget_processes()
         assert train_tokenizer.main(arguments(tmp_path / "parts", *more)) == 130
     assert run(tmp_path / "parts", *more, "--resume") == whole
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
-    assert AutoencoderHieraTok.from_pretrained(tmp_path / "parts").config.latent_channels == 6
+    for exported in ("parts", "whole/model-000000002"):
+        config = AutoencoderHieraTok.from_pretrained(tmp_path / exported).config
+        assert (config.latent_channels, config.scaling_factor) == (6, wider.scaling_factor)
 
 
 def test_a_teacher_that_does_not_suit_is_named(first, teacher, tmp_path, capsys):

@@ -299,11 +299,14 @@ def add_training(
     optim("--accumulate", type=positive, default=1, help="parts that a step is computed in")
     optim("--mixed_precision", choices=("no", "bf16", "fp16"), help="precision; that of accelerate unless given")
     optim("--compile", action="store_true", help="compile the model")
+    optim("--gradient_checkpointing", action="store_true", help="save memory, not time")
     report = parser.add_argument_group("reports").add_argument
     report("--log_every", type=positive, default=50, help="steps between records of the losses")
     report("--sample_every", type=positive, default=sample_every, help="steps between samples")
     report("--save_every", type=positive, default=500, help="steps between states")
     report("--keep", type=positive, default=2, help="states to keep")
+    exports = "steps between exports of the averaged weights, each kept in a folder of --output; none unless given"
+    report("--export_every", type=positive, help=exports)
     report("--report_to", type=_tracker, help="a tracker of accelerate, as tensorboard")
     parser.needs(allow_changes="resume")
     return optim, report

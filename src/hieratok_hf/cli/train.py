@@ -1,8 +1,10 @@
 """Train a HieraTok tokenizer, from scratch or from weights that exist; alone, or under `accelerate launch`."""
 
+import copy
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,6 +145,8 @@ def train(args: Namespace) -> None:
         fitting = batches(plan(args.linear_steps, seed=args.seed))
         fit_linear_path(core, map(to_pixel_values, fitting), args.linear_steps, args.lr)
     core.encoder.requires_grad_(not args.freeze_encoder)
+    if args.gradient_checkpointing:
+        AutoencoderHieraTok.from_core(core).enable_gradient_checkpointing()
     first_step = state["step"] if state else 0
 
     vision: Any = None
@@ -169,7 +173,18 @@ def train(args: Namespace) -> None:
     training = TrainingState(core, trained, args.ema)
 
     def averaged() -> HieraTokCore:
-        return training.load_average(type(core)(core.config))
+        return training.load_average(HieraTokCore(copy.deepcopy(core.config))).to(device)
+
+    def export(folder: Path) -> None:
+        student = averaged()
+        if not is_main:
+            return
+        if teacher is not None:
+            teacher.hand_over(student)
+        elif not args.freeze_encoder:  # a generator of its latents must still fit the decoder
+            student.fold_latent_statistics(*latent_statistics(Codec(student), first_batches()))
+        AutoencoderHieraTok.from_core(student).save_pretrained(folder)
+        HieraTokImageProcessorPil(size_divisor=student.config.patch_size).save_pretrained(folder)
 
     if state:
         training.restore(state)
@@ -223,7 +238,7 @@ def train(args: Namespace) -> None:
 
         done = step + 1
         if args.validation_data and (done % args.validation_every == 0 or done == args.steps):
-            student = averaged().to(device)
+            student = averaged()
             codec = Codec(student) if teacher is None else TaughtCodec(student, teacher)
             figures = evaluate(codec, validation, measured)
             if teacher is not None:
@@ -232,24 +247,21 @@ def train(args: Namespace) -> None:
             report.validated(done, {"size": validation.size, **figures})
         if done % args.sample_every == 0 or done == args.steps:
             report.check()
-            sample = averaged().to(device)
+            sample = averaged()
             if is_main:
                 originals = shown.to(device)
                 latents = None if teacher is None else teacher(originals)
                 report.sampled(done, sample_grid(sample, originals, done, latents))
+        if args.export_every and done % args.export_every == 0:
+            report.check()
+            export(args.output / f"model-{done:09d}")
         if done % args.save_every == 0 or done == args.steps:
             report.check()
             save(done, report=report.progress())
     report.close()
 
-    core = averaged()
+    export(args.output)
     if is_main:
-        if teacher is not None:
-            teacher.cpu().hand_over(core)
-        elif not args.freeze_encoder:  # a generator of its latents must still fit the decoder
-            core.fold_latent_statistics(*latent_statistics(Codec(core), first_batches()))
-        AutoencoderHieraTok.from_core(core).save_pretrained(args.output)
-        HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(args.output)
         record_training("train", args, accelerator, report, args.data, images)
     accelerator.end_training()
 
