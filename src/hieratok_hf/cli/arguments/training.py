@@ -110,7 +110,7 @@ def add_train_dit(parser: Parser) -> None:
     data("--image_size", type=positive, default=256, help="side of the images in pixels, with --data")
     add_buckets(parser, data, "--image_size")
     parser.add_range(data, "--crop_scale", (1.0, 1.0), "range of crops, in shorter sides")
-    data("--class_names", nargs="+", help="names of the classes, one for each, or a JSON file")
+    data("--class_names", nargs="+", help="names of the classes, one for each, or a JSON file; those of the data unless given")
     data("--batch_size", type=positive, default=64, help="images a step, of all processes")
     data("--num_workers", type=whole(0, 1024), default=0, help="processes that read images, with --data")
     flow = parser.add_argument_group("flow matching").add_argument
