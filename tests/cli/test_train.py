@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from scripts import (
     records,
     run_training,
     save_vision_model,
+    usage_error,
 )
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
@@ -244,6 +246,48 @@ def test_accumulated_parts_are_one_step(tmp_path):
     whole, parts = run(tmp_path / "whole", *more), run(tmp_path / "parts", *more, "--accumulate", 2)
     assert [record["step"] for record in parts] == [record["step"] for record in whole]
     assert_close(parts[:1], whole[:1], "loss", "border", rel=1e-5)
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """A working directory with a module of losses, `pulls`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "pulls", raising=False)
+    lines = ["no_function = 3", "def black(images, targets): return (images + 1).abs().mean()"]
+    lines += ["def each(images, targets): return (images - targets).mean((1, 2, 3))"]
+    (tmp_path / "pulls.py").write_text("\n".join(lines))
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_a_loss_of_ones_own_acts_and_belongs_to_the_training(first, tmp_path, capsys):
+    loss = "pulls:black=10"
+    steps = run(tmp_path / "dark", "--loss", loss)
+    for record in steps:
+        assert 0 < record["pulls:black"] < record["loss"] / 10
+    (batch,) = training_loader(load_images(IMAGES), BatchPlan(8, (32,), 1))
+    light, dark = (
+        AutoencoderHieraTok.from_pretrained(folder)(to_pixel_values(batch)).sample.mean().item()
+        for folder in (first, tmp_path / "dark")
+    )
+    assert dark < light - 0.02
+    assert json.loads((tmp_path / "dark" / "training.json").read_text())["arguments"]["loss"] == [loss]
+    for more in ([], ["--loss", "pulls:black=5"]):
+        assert "--loss changed" in failure(capsys, tmp_path / "dark", "--resume", *more)
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_losses_that_cannot_be_are_named(tmp_path, capsys):
+    for name, message in (
+        ("missing.module:black", "No module named 'missing'"),
+        ("pulls:white", "no attribute 'white'"),
+        ("pulls:no_function", "not callable"),
+        ("pulls:each", "must give a scalar tensor, got one of shape (2,)"),
+    ):
+        told = failure(capsys, tmp_path / "new", "--loss", f"{name}=1")
+        assert f"--loss '{name}'" in told and message in told and not (tmp_path / "new").exists()
+    given = arguments(tmp_path / "new", "--loss", "a:b=1", "--loss", "a:b=2")
+    assert "--loss must name each function once" in usage_error(capsys, train_tokenizer.main, *given)
 
 
 def test_a_frozen_encoder_stays_as_it_is(first, tmp_path):

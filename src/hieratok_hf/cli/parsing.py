@@ -31,6 +31,7 @@ __all__ = [
     "add_training",
     "json_object",
     "make_parser",
+    "own_loss",
     "positive",
     "real",
     "seed",
@@ -90,6 +91,19 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"must be a JSON object, such as '{{\"qk_norm\": true}}', got {_short(text)}")
     return value
+
+
+def own_loss(text: str) -> str:
+    """Check a loss that is named as `module:function=weight`, for argparse; `ArgumentTypeError` of any other text."""
+    name, _, weight = text.partition("=")
+    module, _, function = name.partition(":")
+    try:
+        real()(weight)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"must be module:function=weight, got {_short(text)}: the weight {error}") from error
+    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ArgumentTypeError(f"must be module:function=weight, such as mine:edges=0.5, got {_short(text)}")
+    return text
 
 
 def _refuse_constant(name: str) -> NoReturn:

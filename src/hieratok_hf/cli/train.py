@@ -1,8 +1,11 @@
 """Train a HieraTok tokenizer, from scratch or from weights that exist; alone, or under `accelerate launch`."""
 
 import copy
+import importlib
+import os
+import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,18 @@ def load_teacher(name: str, size: int) -> tuple[Codec, dict[str, int]]:
     return codec, teacher_fields(codec, size)
 
 
+def load_loss(name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function of a module in this folder or the environment, tried on images, for which it must give a scalar."""
+    sys.path.insert(0, os.getcwd())
+    module, _, function = name.partition(":")
+    loss: Callable[[Tensor, Tensor], Tensor] = getattr(importlib.import_module(module), function)
+    found = loss(torch.zeros(2, 3, 64, 64, device=device), torch.ones(2, 3, 64, 64, device=device))
+    if not isinstance(found, Tensor) or found.ndim:
+        got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"it must give a scalar tensor, got {got}")
+    return loss
+
+
 def parameter_groups(model: TokenizerTraining, linear_factor: float) -> list[dict]:
     """The trained parameters, those of the linear path with a learning rate of their own."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -100,6 +115,11 @@ def train(args: Namespace) -> None:
     accelerator = begin_training(args, dynamic=False)
     device, is_main = accelerator.device, accelerator.is_main_process
     world = {"world_size": accelerator.num_processes, "rank": accelerator.process_index}
+
+    own: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {}
+    for text in args.loss:
+        name, _, weight = text.partition("=")
+        own[name] = load_or_explain(load_loss, "--loss", name, device), float(weight)
 
     teacher: LatentTeacher | None = None
     taught: dict[str, int] = {}
@@ -164,6 +184,7 @@ def train(args: Namespace) -> None:
         lpips=load_lpips().to(device) if args.lpips_weight else None,
         discriminator=discriminator,
         total=partial(accelerator.reduce, reduction="sum"),
+        own=own,
     )
     trained = [(model, optimizer)]
     if discriminator is not None:
