@@ -77,7 +77,7 @@ def load_teacher(name: str, size: int) -> tuple[Codec, dict[str, int]]:
 
 
 def load_loss(name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function of a module in this folder or the environment, tried on images, for which it must give a scalar."""
+    """Import a function of a module in this folder or the environment, and see that it gives a scalar of images."""
     sys.path.insert(0, os.getcwd())
     module, _, function = name.partition(":")
     loss: Callable[[Tensor, Tensor], Tensor] = getattr(importlib.import_module(module), function)
