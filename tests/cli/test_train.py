@@ -59,7 +59,7 @@ def first(tmp_path_factory):
 def arguments(output, *more):
     settings = "--crop_sizes 32 64 --batch_size 8 --steps 6 --warmup_steps 2 --decay_steps 2"
     schedule = "--log_every 1 --save_every 3 --statistics_batches 4 --ema 0.5"
-    scratch = [] if "--model" in more else ["--config", json.dumps(CONFIG), "--linear_steps", 20]
+    scratch = [] if "--model" in more else ["--config", json.dumps(CONFIG), "--linear_steps", 4]
     given = ["--data", IMAGES, "--output", output, *scratch]
     return list(map(str, [*given, *settings.split(), *schedule.split(), *more]))
 
@@ -220,7 +220,7 @@ def test_another_training_and_other_data_are_refused_in_a_folder_that_is_begun(t
 
 def test_two_processes_train_as_one_also_where_the_weights_are_sharded(tmp_path, vision_model):
     more = [*all_losses(vision_model), "--validation_data", IMAGES, "--validation_every", "3"]
-    more += ["--validation_fid", "--validation_size", "64"]
+    more += ["--validation_fid", "--validation_size", "64", "--linear_steps", 20]
     sharded = ["--steps", 3, "--crop_sizes", 32]
     runs = [{"arguments": arguments(tmp_path / "two", *more), "world": 2}]
     runs += [{"arguments": arguments(tmp_path / "sharded", *sharded), "world": 2, "environment": FSDP}]
@@ -317,34 +317,31 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(first, tmp_path, capsys
     assert "`downsampling` must be one of ['learned']" in message
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """An autoencoder of diffusers, trained for a few seconds, with statistics of its latents."""
+def make_teacher(**options):
+    """An autoencoder of diffusers with random weights and statistics of its latents."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     sizes = {"block_out_channels": (16, 16, 16), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
     torch.manual_seed(0)
-    vae = AutoencoderKL(**blocks, **sizes, scaling_factor=0.5, shift_factor=0.1)
-    optimizer = torch.optim.Adam(vae.parameters(), 3e-3)
-    for batch in training_loader(load_images(IMAGES), BatchPlan(8, (32,), 120)):
-        pixel_values = to_pixel_values(batch)
-        (vae(pixel_values).sample - pixel_values).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("teacher")
-    vae.eval().save_pretrained(folder)
-    return folder
+    return AutoencoderKL(**{**blocks, **sizes, **options}, scaling_factor=0.5, shift_factor=0.1)
 
 
 def psnr(images, targets):
     return -10 * torch.log10((images.clamp(-1, 1) - targets).square().mean() / 4).item()
 
 
-def test_it_learns_a_teachers_latents_and_speaks_them(teacher, tmp_path):
-    more = ["--teacher", teacher, "--steps", 160, "--decay_steps", 160, "--lr", 3e-3, "--ema", 0.9, "--log_every", 40]
+def test_it_learns_a_teachers_latents_and_speaks_them(tmp_path):
+    theirs, teacher = make_teacher(), tmp_path / "teacher"
+    optimizer = torch.optim.Adam(theirs.parameters(), 3e-3)
+    batches = list(map(to_pixel_values, training_loader(load_images(IMAGES), BatchPlan(4, (32,), 30))))
+    for pixel_values in 4 * batches:
+        (theirs(pixel_values).sample - pixel_values).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs.eval().save_pretrained(teacher)
+    more = ["--teacher", teacher, "--steps", 100, "--decay_steps", 100, "--lr", 3e-3, "--ema", 0.9, "--log_every", 25]
     more += ["--crop_sizes", 32, "--linear_lr_factor", 1, "--statistics_batches", 16, "--latent_jitter", 0.2]
-    more += ["--validation_data", IMAGES, "--save_every", 80]
+    more += ["--validation_data", IMAGES, "--save_every", 100]
     vae = train(tmp_path, *more)
-    theirs = AutoencoderKL.from_pretrained(teacher)
     assert (vae.config.patch_size, vae.config.latent_channels) == (4, 4)
     assert (vae.config.scaling_factor, vae.config.shift_factor) == (0.5, 0.1)
     assert records(tmp_path)[-1]["latents"] < records(tmp_path)[0]["latents"]
@@ -365,11 +362,9 @@ def test_it_learns_a_teachers_latents_and_speaks_them(teacher, tmp_path):
     assert "latents" not in records(tmp_path / "further")[0]
 
 
-def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, teacher, tmp_path):
-    wider = AutoencoderKL.from_pretrained(teacher).config
-    folder = tmp_path / "wider"
-    AutoencoderKL.from_config({**wider, "latent_channels": 6}).save_pretrained(folder)
-    more = ["--teacher", folder, "--model", first, "--crop_sizes", 32, "--latent_noise", 0.5]
+def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, tmp_path):
+    make_teacher(latent_channels=6).save_pretrained(tmp_path / "wider")
+    more = ["--teacher", tmp_path / "wider", "--model", first, "--crop_sizes", 32, "--latent_noise", 0.5]
     whole = run(tmp_path / "whole", *more, "--export_every", 2)
     with interrupted(train_tokenizer.TrainingLoss, "__call__", 5):
         forget_processes()
@@ -378,10 +373,12 @@ def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, teacher, tm
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
     for exported in ("parts", "whole/model-000000002"):
         config = AutoencoderHieraTok.from_pretrained(tmp_path / exported).config
-        assert (config.latent_channels, config.scaling_factor) == (6, wider.scaling_factor)
+        assert (config.latent_channels, config.scaling_factor) == (6, 0.5)
 
 
-def test_a_teacher_that_does_not_suit_is_named(first, teacher, tmp_path, capsys):
+def test_a_teacher_that_does_not_suit_is_named(first, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    make_teacher().save_pretrained(teacher)
     coarse = tmp_path / "coarse"
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=1, latent_channels=4).save_pretrained(coarse)
     for more, message in (
