@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     plan = BatchPlan(args.batch_size, (args.image_size,), args.steps, args.seed)
     losses = []
-    batches = iterate_encoded(codec, latent_shape, images, len(names), plan, crop_scale=(0.8, 1.0))
+    batches = iterate_encoded(codec, latent_shape, images, len(names), plan, crop_scale=(1.0, 1.0))
     for batch in tqdm(batches, total=args.steps, unit="step"):
         clean = batch["latents"].to(accelerator.device)  # (B, C, h, w), about standard normal
         labels = batch["labels"].to(accelerator.device)  # (B,)

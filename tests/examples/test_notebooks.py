@@ -98,3 +98,16 @@ def test_badges_open_the_notebooks_in_colab(tmp_path):
         badge, *others = nbformat.read(tmp_path / "examples" / "notebooks" / path.name, as_version=4).cells
         assert f"/github/me/new/blob/main/examples/notebooks/{path.name})" in badge.source
         assert others == nbformat.read(path, as_version=4).cells
+
+
+def test_the_documentation_has_the_figures_of_the_fine_tuning():
+    book = nbformat.read(EXAMPLES / "notebooks" / "04_fine_tune.ipynb", as_version=4)
+    told = [
+        output.text
+        for cell in book.cells
+        for output in cell.get("outputs", [])
+        if "fine-tuned:" in output.get("text", "")
+    ]
+    art, photographs = (re.findall(r"([\d.]+) dB, SSIM ([\d.]+)", text) for text in told)
+    for name, here, there in zip(("hieratok-tiny", "fine-tuned"), art, photographs, strict=True):
+        assert " | ".join([f"| {name}", *here, *there]) in (EXAMPLES.parent / "docs" / "training.md").read_text()
