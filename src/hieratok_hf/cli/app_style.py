@@ -21,7 +21,7 @@ CSS = """
 #pair div::after { content: "↔"; position: absolute; top: calc(50% - 16px); left: -15px; width: 32px; }
 #pair div::after { line-height: 32px; border-radius: 50%; background: #fff; color: #000; text-align: center; }
 #compare .pending { opacity: 0.4; }
-#examples .gallery { display: grid; grid-template-columns: repeat(4, 1fr); }
+#examples > .gallery { display: grid; grid-template-columns: repeat(4, 1fr); }
 #examples span { display: block; width: 100%; }
 #examples .container { width: 100%; height: auto; aspect-ratio: 4 / 3; }
 #examples .container img { width: 100%; height: 100%; object-fit: cover; }
