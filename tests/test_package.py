@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
+import torch
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
+from hieratok_hf import HieraTokDiTPipeline
 from hieratok_hf.hub.remote_code import remote_code
 
 ROOT = Path(__file__).parents[1]
@@ -121,10 +124,11 @@ def test_every_module_has_its_tests():
 def test_the_python_of_the_pages_runs(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    names = ("models", "generation", "attention", "latents")
+    monkeypatch.setattr(diffusers, "HieraTokDiTPipeline", None, raising=False)  # which a page sets
+    names = ("models", "generation", "attention", "latents", "training")
     pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in names)]
     blocks = [re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in pages]
-    (start, *load_and_generate), of_models, of_generation, of_attention, of_latents = blocks
+    (start, *load_and_generate), of_models, of_generation, of_attention, of_latents, of_training = blocks
 
     def run_blocks(*blocks):
         names = {}
@@ -145,11 +149,20 @@ def test_the_python_of_the_pages_runs(tmp_path, monkeypatch):
     assert (tmp_path / "hat.png").stat().st_size > 10_000
     assert names["latents"].shape == (1, 16, 32, 48) and names["image"].shape == (1, 3, 256, 384)
     assert names["preview"].shape == (1, 3, 64, 96)
+    assert names["tokens"].shape == (1, 1024, 128)
+    assert [maps.shape for maps in names["maps"]] == [(1, 128, 32, 48)] * 2
     names = run_blocks(*of_generation)
     assert [image.size for image in names["images"]] == [(128, 128)] * 2
     assert [len(names[name]) for name in ("shown", "edited", "between")] == [1, 1, 5]
+    assert type(names["pipe"]) is HieraTokDiTPipeline
     names = run_blocks(*of_attention)
     assert names["model"].config._attn_implementation == "hieratok_sdpa"
     assert {processor.backend for processor in names["vae"].attn_processors.values()} == {"sdpa"}
+    pixel_values = torch.linspace(-1, 1, 3 * 24 * 32).view(1, 3, 24, 32)
+    ours, theirs = (names[name](pixel_values).reconstruction for name in ("mine", "model"))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    names = run_blocks(*of_training)
+    distance, weight = names["objective"].distances["edges"]
+    assert weight == 0.5 and distance(pixel_values, pixel_values) == 0 < distance(-pixel_values, pixel_values)
     names = run_blocks(*of_latents)
     assert {path.name for path in Path(names["folder"]).glob("*.png")} == {"hat.png", "jacket.png"}

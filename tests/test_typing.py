@@ -36,10 +36,11 @@ pipe("church", generator=0)  # wrong
 """
 
 
-def test_mypy_finds_every_wrong_call(tmp_path):
+def test_mypy_finds_every_wrong_call(tmp_path, pytestconfig):
     pytest.importorskip("mypy")
     (tmp_path / "script.py").write_text(SCRIPT)
-    options = ["--strict", "--config-file", ROOT / "pyproject.toml", "--cache-dir", tmp_path / "cache"]
+    kept = pytestconfig.cache.mkdir("mypy")  # or every run of the tests would read all of torch again
+    options = ["--strict", "--config-file", ROOT / "pyproject.toml", "--cache-dir", kept]
     command = [sys.executable, "-m", "mypy", *options, "script.py"]
     environment = {**os.environ, "MYPYPATH": str(ROOT / "src")}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

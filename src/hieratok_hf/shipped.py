@@ -18,7 +18,7 @@ def pretrained(name: str) -> str:
     """
     Return the folder of weights that ship with the package, for all that takes no name of them.
 
-    The classes of this package take the names themselves, `AutoModel` and `DiffusionPipeline` take folders.
+    The classes of this package take the names themselves, `AutoModel` and others of the libraries take folders.
 
     `"hieratok-tiny"` and `"hieratok-tiny-16x"` are tokenizers that either library loads, and `"hieratok-dit-tiny"` is
     a `HieraTokDiTPipeline`.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import tree
 from latent_data import BROKEN, make_images, make_mixed_images, save_autoencoders, shards_in
+from local_data import write_shard
 from processes import kill_and_go_on
 from scripts import error_of, load_script, save_vision_model, usage_error, with_defaults
 
@@ -72,15 +73,34 @@ def test_killed_at_any_moment_every_row_is_there_once(space, tmp_path):
 def test_what_it_prints_and_writes(run, tmp_path, capsys):
     options = ["--shard_size", 5, "--dtype", "bfloat16", "--no_flips", "--max_images", 12, "--size", 16]
     assert run(tmp_path / "new" / "latents", *options) == 0
-    left_out, summary = capsys.readouterr().out.strip().splitlines()
+    left_out, summary, latents = capsys.readouterr().out.strip().splitlines()
     assert re.match(r"left out: '.*005\.png': cannot be decoded", left_out)
     assert re.fullmatch(r"11 images in '.*latents', 1 left out; 11 encoded now at \d+\.\d images/s", summary)
+    between = r"(-?\d+\.\d\d) to (-?\d+\.\d\d)"
+    what = "11 latents of 4 x 4 x 4 in bfloat16, their channels"
+    told = re.fullmatch(f"{what} of mean {between} and std {between}", latents)
+    values, _ = LatentCache(tmp_path / "new" / "latents").batch(range(11))
+    figures = [f(x) for x in (values.mean((0, 2, 3)), values.std((0, 2, 3))) for f in (min, max)]
+    assert list(map(float, told.groups())) == pytest.approx(list(map(float, figures)), abs=0.01)
     shards = shards_in(tmp_path / "new" / "latents").values()
     assert {(x["moments"].dtype, tuple(x["moments"].shape[1:]), len(x)) for x in shards} == {
         (torch.bfloat16, (8, 4, 4), 3)
     }
     assert run(tmp_path / "new" / "latents", *options) == 0
-    assert capsys.readouterr().out.endswith("0 encoded now at 0.0 images/s\n")
+    assert "0 encoded now at 0.0 images/s\n" in capsys.readouterr().out
+
+
+def test_a_cache_has_the_names_beside_the_shards_and_one_from_before_goes_on_without(run, tmp_path):
+    shard = write_shard(tmp_path / "a.tar", [0, 1, 3, 4])
+    for name in ("before", "after"):
+        assert run(tmp_path / name, "--data", shard, "--shard_size", 2, "--size", 16) == 0
+        (tmp_path / "meta.json").write_text('{"classes": ["hat", "jacket"]}')
+    before = tree(tmp_path / "before")
+    (tmp_path / "before" / "shard-00001.safetensors").unlink()
+    assert run(tmp_path / "before", "--data", shard, "--shard_size", 2, "--size", 16) == 0
+    assert tree(tmp_path / "before") == before
+    assert LatentCache(tmp_path / "before").class_names == []
+    assert LatentCache(tmp_path / "after").class_names == ["hat", "jacket"]
 
 
 def test_mixed_precision_is_recorded_and_close(run, space, tmp_path):

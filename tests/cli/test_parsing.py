@@ -14,6 +14,7 @@ from hieratok_hf.cli.parsing import (
     add_protocol,
     json_object,
     make_parser,
+    own_loss,
     positive,
     real,
     seed,
@@ -33,9 +34,14 @@ HUGE = "9" * 400
         (real(above=0, below=1), {"0.5": 0.5}, ["0", "1", "-1"]),
         (real(-math.inf), {"-1": -1}, ["nan", "inf"]),
         (real(0, 1), {"0": 0, "1": 1}, ["1.01"]),
+        (
+            own_loss,
+            {"a.b:c=0": "a.b:c=0"},
+            ["", "a", "a:b", "a=1", ":b=1", "a:=1", "a.:b=1", "a:b=nan", "a:b=-1", "a:b=1=2"],
+        ),
         (json_object, {'{"a": [1]}': {"a": [1]}}, ["[]", "3", "null", "{", "", '{"a": NaN}', "[" * 9999, f"[{HUGE}]"]),
     ],
-    ids=["positive", "whole", "seed", "real", "open", "any", "share", "json"],
+    ids=["positive", "whole", "seed", "real", "open", "any", "share", "loss", "json"],
 )
 def test_what_a_user_types_becomes_a_value_or_one_line(kind, taken, refused):
     assert {text: kind(text) for text in taken} == taken

@@ -95,20 +95,23 @@ def test_size_crops_at_most_that_much(run, tmp_path, capsys):
     assert "264 x 264" in lines[1] and "24 x 16" in lines[2]
 
 
-def test_the_sheet_holds_every_scale_and_the_figures_are_those_of_the_pixels(run, model, tmp_path, capsys):
+@pytest.mark.parametrize("whole", [[], ["--whole"]], ids=["tiles", "whole"])
+def test_the_sheet_holds_every_scale_and_the_figures_are_those_of_the_pixels(run, model, tmp_path, capsys, whole):
     arrays = {"a.png": noise(256, 320), "b.png": noise(33, 64, seed=1) // 2}
     paths = [save(tmp_path / name, array) for name, array in arrays.items()]
-    assert run(*paths, "--json", tmp_path / "new" / "figures.json") == 0
+    assert run(*paths, *whole, "--json", tmp_path / "new" / "figures.json") == 0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["figures.json"]
     report = json.loads((tmp_path / "new" / "figures.json").read_text())
     assert report["failures"] == {} and report["device"] == "cpu" and report["dtype"] == "float32"
 
     vae = AutoencoderHieraTok.from_pretrained(model)
+    if not whole:
+        vae.enable_tiling()
     processor = HieraTokImageProcessorPil(size_divisor=PATCH)
     for path, array, figures in zip(paths, arrays.values(), report["images"]):
         pixel_values = processor(Image.fromarray(array), return_tensors="pt").pixel_values
         with torch.no_grad():
-            scales = vae.core.decode_scales(vae.encode(pixel_values).latent_dist.mode())
+            scales = vae.decode(vae.encode(pixel_values).latent_dist.mode(), return_scales=True).scales
         height, width = pixel_values.shape[2:]
         output = tmp_path / "out" / f"{path.stem}_reconstruction.png"
         expected = {"image": str(path), "output": str(output), "width": width, "height": height, "compression": 12.0}
@@ -133,6 +136,17 @@ def test_the_sheet_holds_every_scale_and_the_figures_are_those_of_the_pixels(run
     assert head.split() == " ".join(script.HEADER).split() and len(head) == len(first) == len(second)
     assert f"{report['images'][0]['psnr_db']:.2f}" in first and "16 x 32 x 40" in first and "12.0x" in first
     assert f"{report['mean']['psnr_db']:.2f} dB" in mean and f"{report['mean']['ssim']:.4f}" in mean
+
+
+def test_a_model_of_larger_images_encodes_them_whole(run, model, tmp_path):
+    vae = AutoencoderHieraTok.from_pretrained(model)
+    vae.register_to_config(sample_size=512)
+    vae.save_pretrained(tmp_path / "large")
+    image, psnrs = save(tmp_path / "a.png", noise(256, 320)), []
+    for given in (["--model", tmp_path / "large"], ["--model", tmp_path / "large", "--whole"], []):
+        assert run(image, *given, "--json", tmp_path / "f.json", "--overwrite") == 0
+        psnrs.append(json.loads((tmp_path / "f.json").read_text())["mean"]["psnr_db"])
+    assert psnrs[0] == psnrs[1] != psnrs[2]
 
 
 def test_an_image_too_small_for_ssim_has_none(run, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from scripts import (
     records,
     run_training,
     save_vision_model,
+    usage_error,
 )
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokModel
@@ -57,7 +59,7 @@ def first(tmp_path_factory):
 def arguments(output, *more):
     settings = "--crop_sizes 32 64 --batch_size 8 --steps 6 --warmup_steps 2 --decay_steps 2"
     schedule = "--log_every 1 --save_every 3 --statistics_batches 4 --ema 0.5"
-    scratch = [] if "--model" in more else ["--config", json.dumps(CONFIG), "--linear_steps", 20]
+    scratch = [] if "--model" in more else ["--config", json.dumps(CONFIG), "--linear_steps", 4]
     given = ["--data", IMAGES, "--output", output, *scratch]
     return list(map(str, [*given, *settings.split(), *schedule.split(), *more]))
 
@@ -101,6 +103,23 @@ def test_training_ends_in_a_folder_for_both_libraries(first):
     sheet = Image.open(first / "samples" / "step-000000006.png")
     # The image and three scales side by side; the two images of the data below each other, and text around them.
     assert sheet.width > 4 * 64 + 6 and sheet.height > 2 * 64 + 2 and np.asarray(sheet).std() > 10
+
+
+def test_checkpointing_and_exports_on_the_way_change_nothing(first, tmp_path, monkeypatch):
+    seen, forward = set(), train_tokenizer.TokenizerTraining.forward
+
+    def watched(self, *inputs):
+        seen.update(block.gradient_checkpointing for block in (*self.core.encoder.blocks, *self.core.decoder.blocks))
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(train_tokenizer.TokenizerTraining, "forward", watched)
+    assert_close(run(tmp_path, "--gradient_checkpointing", "--export_every", 3), records(first), rel=1e-5)
+    assert seen == {True}
+    torch.testing.assert_close(weights_of(tmp_path), weights_of(first), rtol=1e-5, atol=1e-6)
+    early, late = (tmp_path / f"model-00000000{step}" for step in (3, 6))
+    torch.testing.assert_close(weights_of(late), weights_of(tmp_path), rtol=0, atol=0)
+    assert not torch.equal(weights_of(early)["core.encoder.head.weight"], weights_of(late)["core.encoder.head.weight"])
+    assert HieraTokModel.from_pretrained(early).config.scale_factors == (4, 2, 1)
 
 
 def test_sheets_show_the_same_images_every_time(tmp_path):
@@ -201,7 +220,7 @@ def test_another_training_and_other_data_are_refused_in_a_folder_that_is_begun(t
 
 def test_two_processes_train_as_one_also_where_the_weights_are_sharded(tmp_path, vision_model):
     more = [*all_losses(vision_model), "--validation_data", IMAGES, "--validation_every", "3"]
-    more += ["--validation_fid", "--validation_size", "64"]
+    more += ["--validation_fid", "--validation_size", "64", "--linear_steps", 20]
     sharded = ["--steps", 3, "--crop_sizes", 32]
     runs = [{"arguments": arguments(tmp_path / "two", *more), "world": 2}]
     runs += [{"arguments": arguments(tmp_path / "sharded", *sharded), "world": 2, "environment": FSDP}]
@@ -227,6 +246,48 @@ def test_accumulated_parts_are_one_step(tmp_path):
     whole, parts = run(tmp_path / "whole", *more), run(tmp_path / "parts", *more, "--accumulate", 2)
     assert [record["step"] for record in parts] == [record["step"] for record in whole]
     assert_close(parts[:1], whole[:1], "loss", "border", rel=1e-5)
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """A working directory with a module of losses, `pulls`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "pulls", raising=False)
+    lines = ["no_function = 3", "def black(images, targets): return (images + 1).abs().mean()"]
+    lines += ["def each(images, targets): return (images - targets).mean((1, 2, 3))"]
+    (tmp_path / "pulls.py").write_text("\n".join(lines))
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_a_loss_of_ones_own_acts_and_belongs_to_the_training(first, tmp_path, capsys):
+    loss = "pulls:black=10"
+    steps = run(tmp_path / "dark", "--loss", loss)
+    for record in steps:
+        assert 0 < record["pulls:black"] < record["loss"] / 10
+    (batch,) = training_loader(load_images(IMAGES), BatchPlan(8, (32,), 1))
+    light, dark = (
+        AutoencoderHieraTok.from_pretrained(folder)(to_pixel_values(batch)).sample.mean().item()
+        for folder in (first, tmp_path / "dark")
+    )
+    assert dark < light - 0.02
+    assert json.loads((tmp_path / "dark" / "training.json").read_text())["arguments"]["loss"] == [loss]
+    for more in ([], ["--loss", "pulls:black=5"]):
+        assert "--loss changed" in failure(capsys, tmp_path / "dark", "--resume", *more)
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_losses_that_cannot_be_are_named(tmp_path, capsys):
+    for name, message in (
+        ("missing.module:black", "No module named 'missing'"),
+        ("pulls:white", "no attribute 'white'"),
+        ("pulls:no_function", "not callable"),
+        ("pulls:each", "must give a scalar tensor, got one of shape (2,)"),
+    ):
+        told = failure(capsys, tmp_path / "new", "--loss", f"{name}=1")
+        assert f"--loss '{name}'" in told and message in told and not (tmp_path / "new").exists()
+    given = arguments(tmp_path / "new", "--loss", "a:b=1", "--loss", "a:b=2")
+    assert "--loss must name each function once" in usage_error(capsys, train_tokenizer.main, *given)
 
 
 def test_a_frozen_encoder_stays_as_it_is(first, tmp_path):
@@ -256,34 +317,31 @@ def test_fine_tuning_starts_from_the_weights_it_is_given(first, tmp_path, capsys
     assert "`downsampling` must be one of ['learned']" in message
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """An autoencoder of diffusers, trained for a few seconds, with statistics of its latents."""
+def make_teacher(**options):
+    """An autoencoder of diffusers with random weights and statistics of its latents."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     sizes = {"block_out_channels": (16, 16, 16), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
     torch.manual_seed(0)
-    vae = AutoencoderKL(**blocks, **sizes, scaling_factor=0.5, shift_factor=0.1)
-    optimizer = torch.optim.Adam(vae.parameters(), 3e-3)
-    for batch in training_loader(load_images(IMAGES), BatchPlan(8, (32,), 120)):
-        pixel_values = to_pixel_values(batch)
-        (vae(pixel_values).sample - pixel_values).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("teacher")
-    vae.eval().save_pretrained(folder)
-    return folder
+    return AutoencoderKL(**{**blocks, **sizes, **options}, scaling_factor=0.5, shift_factor=0.1)
 
 
 def psnr(images, targets):
     return -10 * torch.log10((images.clamp(-1, 1) - targets).square().mean() / 4).item()
 
 
-def test_it_learns_a_teachers_latents_and_speaks_them(teacher, tmp_path):
-    more = ["--teacher", teacher, "--steps", 160, "--decay_steps", 160, "--lr", 3e-3, "--ema", 0.9, "--log_every", 40]
+def test_it_learns_a_teachers_latents_and_speaks_them(tmp_path):
+    theirs, teacher = make_teacher(), tmp_path / "teacher"
+    optimizer = torch.optim.Adam(theirs.parameters(), 3e-3)
+    batches = list(map(to_pixel_values, training_loader(load_images(IMAGES), BatchPlan(4, (32,), 30))))
+    for pixel_values in 4 * batches:
+        (theirs(pixel_values).sample - pixel_values).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs.eval().save_pretrained(teacher)
+    more = ["--teacher", teacher, "--steps", 100, "--decay_steps", 100, "--lr", 3e-3, "--ema", 0.9, "--log_every", 25]
     more += ["--crop_sizes", 32, "--linear_lr_factor", 1, "--statistics_batches", 16, "--latent_jitter", 0.2]
-    more += ["--validation_data", IMAGES, "--save_every", 80]
+    more += ["--validation_data", IMAGES, "--save_every", 100]
     vae = train(tmp_path, *more)
-    theirs = AutoencoderKL.from_pretrained(teacher)
     assert (vae.config.patch_size, vae.config.latent_channels) == (4, 4)
     assert (vae.config.scaling_factor, vae.config.shift_factor) == (0.5, 0.1)
     assert records(tmp_path)[-1]["latents"] < records(tmp_path)[0]["latents"]
@@ -304,21 +362,23 @@ def test_it_learns_a_teachers_latents_and_speaks_them(teacher, tmp_path):
     assert "latents" not in records(tmp_path / "further")[0]
 
 
-def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, teacher, tmp_path):
-    wider = AutoencoderKL.from_pretrained(teacher).config
-    folder = tmp_path / "wider"
-    AutoencoderKL.from_config({**wider, "latent_channels": 6}).save_pretrained(folder)
-    more = ["--teacher", folder, "--model", first, "--crop_sizes", 32, "--latent_noise", 0.5]
-    whole = run(tmp_path / "whole", *more)
+def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, tmp_path):
+    make_teacher(latent_channels=6).save_pretrained(tmp_path / "wider")
+    more = ["--teacher", tmp_path / "wider", "--model", first, "--crop_sizes", 32, "--latent_noise", 0.5]
+    whole = run(tmp_path / "whole", *more, "--export_every", 2)
     with interrupted(train_tokenizer.TrainingLoss, "__call__", 5):
         forget_processes()
         assert train_tokenizer.main(arguments(tmp_path / "parts", *more)) == 130
     assert run(tmp_path / "parts", *more, "--resume") == whole
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
-    assert AutoencoderHieraTok.from_pretrained(tmp_path / "parts").config.latent_channels == 6
+    for exported in ("parts", "whole/model-000000002"):
+        config = AutoencoderHieraTok.from_pretrained(tmp_path / exported).config
+        assert (config.latent_channels, config.scaling_factor) == (6, 0.5)
 
 
-def test_a_teacher_that_does_not_suit_is_named(first, teacher, tmp_path, capsys):
+def test_a_teacher_that_does_not_suit_is_named(first, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    make_teacher().save_pretrained(teacher)
     coarse = tmp_path / "coarse"
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=1, latent_channels=4).save_pretrained(coarse)
     for more, message in (

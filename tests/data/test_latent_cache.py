@@ -120,6 +120,13 @@ def test_statistics_of_feature_maps_are_those_of_their_channels(space, stored):
         torch.testing.assert_close((mean.double(), std.double()), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_statistics_of_latents_are_those_that_a_generator_sees(space):
+    cache = LatentCache(space / "kl")
+    values = torch.cat([cache.batch(range(13), [side] * 13)[0] for side in (False, True)])
+    expected = values.mean((0, 2, 3)), values.std((0, 2, 3), correction=0)
+    torch.testing.assert_close(cache.latent_statistics(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_cache_knows_its_encoder(space):
     cache, kl = LatentCache(space / "kl"), tiny_kl()
     with torch.no_grad():

@@ -1,6 +1,8 @@
 """Tests of `local_images`: classes, splits, paths and links of folders, keys and labels of shards, fingerprints."""
 
+import json
 import os
+import shutil
 
 import datasets
 import pytest
@@ -8,7 +10,7 @@ from image_files import encoded, write_members
 from local_data import picture, refused, seen, write_folder, write_shard
 
 from hieratok_hf.data.image_dataset import Images, load_images
-from hieratok_hf.data.local_images import list_images
+from hieratok_hf.data.local_images import list_images, read_class_names
 
 pytestmark = pytest.mark.usefixtures("script_surroundings")
 KINDS = datasets.Features({"image": datasets.Image()})
@@ -172,3 +174,57 @@ def test_a_fingerprint_tells_data_from_other_data_wherever_it_lies(tmp_path):
         Images(of_hub[1].to_iterable_dataset(), "a").fingerprint
         == Images(of_hub[1].to_iterable_dataset(), "b").fingerprint
     )
+
+
+def test_names_of_a_file(tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps({"classes": ["a", "b"], "wnids": ["n1", "n2"]}))
+    assert read_class_names([str(path)]) == ["a", "b"]
+    path.write_text(json.dumps(["c", "d"]))
+    assert read_class_names([str(path)]) == ["c", "d"]
+    assert read_class_names(["e", "f"]) == ["e", "f"]
+    assert read_class_names(None) == []
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        read_class_names(["a", "b", "a"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_names_of_a_file_in_every_encoding_of_json(tmp_path, encoding):
+    path = tmp_path / "names.json"
+    path.write_bytes(json.dumps(["café", "猫"], ensure_ascii=False).encode(encoding))
+    assert read_class_names([str(path)]) == ["café", "猫"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "[]", "[1]", "not JSON", '{"classes": "ab"}', "", "[" * 10**5, "1" * 5000, '["caf\udce9"]', '[{"a": 1}]'],
+)
+def test_a_file_without_names_is_refused(tmp_path, content):
+    path = tmp_path / "names.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"names\.json"):
+        read_class_names([str(path)])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_shards_have_the_names_beside_them(tmp_path, streaming, caplog):
+    shards = [write_shard(tmp_path / name, [0, 4]) for name in ("a.tar", "b.tar")]
+    before = load_images(shards).fingerprint
+    (tmp_path / "meta.json").write_text('{"classes": ["x", "y", "z"]}')
+    for source in (shards, str(tmp_path), str(tmp_path / "*.tar")):
+        assert load_images(source, streaming=streaming).class_names == ["x", "y", "z"]
+    assert load_images(shards).fingerprint == before
+    (tmp_path / "other").mkdir()
+    other = write_shard(tmp_path / "other" / "c.tar", [2])
+    assert load_images([*shards, other]).class_names == [] and not caplog.messages
+    shutil.copy(tmp_path / "meta.json", tmp_path / "other")
+    assert load_images([*shards, other]).class_names == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("content", ['["x"]', '{"classes": ["x", "x"]}', "no JSON", '{"n": 3}'])
+def test_names_that_are_not_those_of_the_labels_are_passed_over_with_a_warning(tmp_path, content, caplog):
+    shard = write_shard(tmp_path / "a.tar", [0, 1])
+    (tmp_path / "meta.json").write_text(content)
+    assert load_images(shard).class_names == []
+    (message,) = caplog.messages
+    assert "meta.json" in message or "'x'" in message

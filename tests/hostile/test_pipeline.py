@@ -14,9 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny_pipelines import FLOW, make_pipeline
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokDiTPipeline
+from hieratok_hf.data.local_images import read_class_names
 from hieratok_hf.evaluation.generation import number_images
 from hieratok_hf.evaluation.metrics import border_steps, psnr, ssim
-from hieratok_hf.pipelines.class_names import label_ids, names_to_ids, read_class_names
+from hieratok_hf.pipelines.class_names import label_ids, names_to_ids
 
 NAN, INF = math.nan, math.inf
 LATENTS = torch.zeros(1, 4, 2, 2)

@@ -77,3 +77,17 @@ def test_another_model_is_left_as_it_is():
     model = torch.nn.Linear(2, 2)
     allow_any_grid(model)
     assert not model._forward_hooks
+
+
+def test_an_adapter_around_the_last_layer_acts_as_its_merged_weights(stock):
+    peft = pytest.importorskip("peft", reason="adapters are peft's")
+    model, latents = copy.deepcopy(stock), noise(2, 3, 4, 16)
+    allow_any_grid(model)
+    before = call(model, latents).sample
+    config = peft.LoraConfig(r=2, target_modules=["proj_out_2"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    with_adapter = call(adapted, latents).sample
+    assert (with_adapter - before).abs().max() > 0.1
+    with adapted.disable_adapter():
+        torch.testing.assert_close(call(adapted, latents).sample, before)
+    torch.testing.assert_close(call(adapted.merge_and_unload(), latents).sample, with_adapter, atol=1e-4, rtol=1e-4)

@@ -1,12 +1,10 @@
 """Classes by number or by name."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
-from hieratok_hf.pipelines.class_names import label_ids, label_shares, names_to_ids, read_class_names
+from hieratok_hf.pipelines.class_names import label_ids, label_shares, names_to_ids
 
 NAMES = names_to_ids({0: "tench, Tinca tinca", 1: "English_springer", 2: "church", 3: "French horn"})
 
@@ -88,33 +86,3 @@ def test_near_names_are_offered():
         label_ids("xyz", NAMES, 4)
     with pytest.raises(ValueError, match="it has no names"):
         label_ids("church", {}, 4)
-
-
-def test_names_of_a_file(tmp_path):
-    path = tmp_path / "meta.json"
-    path.write_text(json.dumps({"classes": ["a", "b"], "wnids": ["n1", "n2"]}))
-    assert read_class_names([str(path)]) == ["a", "b"]
-    path.write_text(json.dumps(["c", "d"]))
-    assert read_class_names([str(path)]) == ["c", "d"]
-    assert read_class_names(["e", "f"]) == ["e", "f"]
-    assert read_class_names(None) == []
-    with pytest.raises(ValueError, match="'a' is there twice"):
-        read_class_names(["a", "b", "a"])
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
-def test_names_of_a_file_in_every_encoding_of_json(tmp_path, encoding):
-    path = tmp_path / "names.json"
-    path.write_bytes(json.dumps(["café", "猫"], ensure_ascii=False).encode(encoding))
-    assert read_class_names([str(path)]) == ["café", "猫"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["{}", "[]", "[1]", "not JSON", '{"classes": "ab"}', "", "[" * 10**5, "1" * 5000, '["caf\udce9"]', '[{"a": 1}]'],
-)
-def test_a_file_without_names_is_refused(tmp_path, content):
-    path = tmp_path / "names.json"
-    path.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"names\.json"):
-        read_class_names([str(path)])

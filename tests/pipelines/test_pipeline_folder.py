@@ -2,6 +2,8 @@
 
 import json
 
+import diffusers
+import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 from helpers import tree
@@ -34,6 +36,17 @@ def test_its_class_loads_it_without_running_the_folder_s_code(tmp_path):
     assert not list((tmp_path / "again").rglob("*.py"))
     other = make_pipeline(seed=1).vae
     assert HieraTokDiTPipeline.from_pretrained(tmp_path, vae=other).vae is other
+
+
+def test_the_class_of_diffusers_loads_it_where_it_finds_ours(tmp_path, monkeypatch):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="HieraTokDiTPipeline"):  # or docs/generation.md may do without the line
+        DiffusionPipeline.from_pretrained(tmp_path)
+    monkeypatch.setattr(diffusers, "HieraTokDiTPipeline", HieraTokDiTPipeline, raising=False)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert (type(loaded), type(loaded.vae)) == (HieraTokDiTPipeline, AutoencoderHieraTok)
+    assert torch.equal(made(loaded), made(pipe))
 
 
 def test_a_pipeline_of_the_folder_s_code_keeps_it(tmp_path):

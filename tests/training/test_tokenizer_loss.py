@@ -124,6 +124,26 @@ def test_parts_of_weight_zero_are_not_computed():
     assert single.keys() == {"mse", "kl", "loss"}
 
 
+def test_losses_of_ones_own_count_with_their_weights():
+    core, pixel_values = random_core(kl_weight=0.0, coarse_weight=0.0), images(2, 3, 16, 16)
+    made = forward(core, pixel_values)[0]
+
+    def dark(reconstruction, targets):
+        assert reconstruction.dtype == targets.dtype == torch.float32
+        return (reconstruction + targets).square().mean((1, 2, 3))
+
+    losses = losses_of(core, LossWeights(), made=made, own={"dark": (dark, 0.5), "never": (Never(), 0)})
+    expected = (made[0][-1] + pixel_values).square().mean()
+    torch.testing.assert_close((losses["dark"], losses["loss"]), (expected, losses["l1"] + 0.5 * expected))
+    assert losses["dark"] > 1e-3 and "never" not in losses
+
+
+@pytest.mark.parametrize(("name", "weight"), [("kl", 1), ("loss", 1), ("dark", math.nan), ("dark", -1)])
+def test_a_loss_of_ones_own_with_a_wrong_name_or_weight_is_refused(name, weight):
+    with pytest.raises(ValueError, match=f"`own` .*'{name}' of weight {weight}"):
+        TrainingLoss(LossWeights(), own={name: (Lpips(), weight)})
+
+
 def test_coarser_scales_count_from_their_step_on_and_get_a_gradient_before():
     core = random_core(coarse_weight=0.5, kl_weight=0.0)
     for step, counts in ((0, 0), (4, 0), (5, 1), (6, 1)):

@@ -8,12 +8,22 @@ from datasets import disable_progress_bars as disable_data_progress_bars
 from tqdm import tqdm
 
 from ..data.image_dataset import load_images
+from ..data.latent_cache import LatentCache
 from ..data.latent_writer import write_latents
 from ..evaluation.vision_features import VisionFeatures
 from ..models.autoencoder_adapter import load_codec
 from .command_line import autocast, check_steps, device_of_process, find_size, load_or_explain, run_on_processes
 from .main import parse
 from .terminal import Problem, one_line, show_on
+
+
+def describe_latents(cache: LatentCache) -> str:
+    """Tell in a line how many latents there are, of what shape and dtype, and how their channels are distributed."""
+    shapes = ", ".join(" x ".join(map(str, shape)) for shape in cache.latent_shapes.values() or [cache.latent_shape])
+    told = [f"{x.min():.2f} to {x.max():.2f}" for x in cache.latent_statistics()]
+    mirrored = " and as many mirrored" if cache.flips else ""
+    kind = f"{len(cache)} latents{mirrored} of {shapes} in {cache.settings['dtype']}"
+    return f"{kind}, their channels of mean {told[0]} and std {told[1]}"
 
 
 def run(args: Namespace, state: PartialState) -> list[str]:
@@ -37,9 +47,12 @@ def run(args: Namespace, state: PartialState) -> list[str]:
         except (OSError, ValueError) as error:
             message = f"{args.model!r} and {images.source} to --output {str(args.output)!r}: {one_line(error)}"
             raise Problem(message) from error
+    if not state.is_main_process:
+        return []
     counts = f"{summary['images']} images in {str(args.output)!r}, {len(summary['skipped'])} left out"
     rate = f"{summary['encoded']} encoded now at {summary['encoded'] / max(summary['seconds'], 1e-9):.1f} images/s"
-    return [*(f"left out: {reason}" for reason in summary["skipped"].values()), f"{counts}; {rate}"]
+    lines = [*(f"left out: {reason}" for reason in summary["skipped"].values()), f"{counts}; {rate}"]
+    return [*lines, describe_latents(LatentCache(args.output))] if summary["images"] else lines
 
 
 def main(argv: list[str] | None = None) -> int:

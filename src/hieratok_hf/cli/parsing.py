@@ -31,6 +31,7 @@ __all__ = [
     "add_training",
     "json_object",
     "make_parser",
+    "own_loss",
     "positive",
     "real",
     "seed",
@@ -90,6 +91,19 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"must be a JSON object, such as '{{\"qk_norm\": true}}', got {_short(text)}")
     return value
+
+
+def own_loss(text: str) -> str:
+    """Check a loss that is named as `module:function=weight`, for argparse; `ArgumentTypeError` of any other text."""
+    name, _, weight = text.partition("=")
+    module, _, function = name.partition(":")
+    try:
+        real()(weight)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"must be module:function=weight, got {_short(text)}: the weight {error}") from error
+    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ArgumentTypeError(f"must be module:function=weight, such as mine:edges=0.5, got {_short(text)}")
+    return text
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -299,11 +313,14 @@ def add_training(
     optim("--accumulate", type=positive, default=1, help="parts that a step is computed in")
     optim("--mixed_precision", choices=("no", "bf16", "fp16"), help="precision; that of accelerate unless given")
     optim("--compile", action="store_true", help="compile the model")
+    optim("--gradient_checkpointing", action="store_true", help="save memory, not time")
     report = parser.add_argument_group("reports").add_argument
     report("--log_every", type=positive, default=50, help="steps between records of the losses")
     report("--sample_every", type=positive, default=sample_every, help="steps between samples")
     report("--save_every", type=positive, default=500, help="steps between states")
     report("--keep", type=positive, default=2, help="states to keep")
+    exports = "steps between exports of the averaged weights, each kept in a folder of --output; none unless given"
+    report("--export_every", type=positive, help=exports)
     report("--report_to", type=_tracker, help="a tracker of accelerate, as tensorboard")
     parser.needs(allow_changes="resume")
     return optim, report

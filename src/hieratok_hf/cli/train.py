@@ -1,8 +1,13 @@
 """Train a HieraTok tokenizer, from scratch or from weights that exist; alone, or under `accelerate launch`."""
 
+import copy
+import importlib
+import os
+import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +76,18 @@ def load_teacher(name: str, size: int) -> tuple[Codec, dict[str, int]]:
     return codec, teacher_fields(codec, size)
 
 
+def load_loss(name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Import a function of a module in this folder or the environment, and see that it gives a scalar of images."""
+    sys.path.insert(0, os.getcwd())
+    module, _, function = name.partition(":")
+    loss: Callable[[Tensor, Tensor], Tensor] = getattr(importlib.import_module(module), function)
+    found = loss(torch.zeros(2, 3, 64, 64, device=device), torch.ones(2, 3, 64, 64, device=device))
+    if not isinstance(found, Tensor) or found.ndim:
+        got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"it must give a scalar tensor, got {got}")
+    return loss
+
+
 def parameter_groups(model: TokenizerTraining, linear_factor: float) -> list[dict]:
     """The trained parameters, those of the linear path with a learning rate of their own."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -98,6 +115,11 @@ def train(args: Namespace) -> None:
     accelerator = begin_training(args, dynamic=False)
     device, is_main = accelerator.device, accelerator.is_main_process
     world = {"world_size": accelerator.num_processes, "rank": accelerator.process_index}
+
+    own: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {}
+    for text in args.loss:
+        name, _, weight = text.partition("=")
+        own[name] = load_or_explain(load_loss, "--loss", name, device), float(weight)
 
     teacher: LatentTeacher | None = None
     taught: dict[str, int] = {}
@@ -143,6 +165,8 @@ def train(args: Namespace) -> None:
         fitting = batches(plan(args.linear_steps, seed=args.seed))
         fit_linear_path(core, map(to_pixel_values, fitting), args.linear_steps, args.lr)
     core.encoder.requires_grad_(not args.freeze_encoder)
+    if args.gradient_checkpointing:
+        AutoencoderHieraTok.from_core(core).enable_gradient_checkpointing()
     first_step = state["step"] if state else 0
 
     vision: Any = None
@@ -160,6 +184,7 @@ def train(args: Namespace) -> None:
         lpips=load_lpips().to(device) if args.lpips_weight else None,
         discriminator=discriminator,
         total=partial(accelerator.reduce, reduction="sum"),
+        own=own,
     )
     trained = [(model, optimizer)]
     if discriminator is not None:
@@ -169,7 +194,18 @@ def train(args: Namespace) -> None:
     training = TrainingState(core, trained, args.ema)
 
     def averaged() -> HieraTokCore:
-        return training.load_average(type(core)(core.config))
+        return training.load_average(HieraTokCore(copy.deepcopy(core.config))).to(device)
+
+    def export(folder: Path) -> None:
+        student = averaged()
+        if not is_main:
+            return
+        if teacher is not None:
+            teacher.hand_over(student)
+        elif not args.freeze_encoder:  # a generator of its latents must still fit the decoder
+            student.fold_latent_statistics(*latent_statistics(Codec(student), first_batches()))
+        AutoencoderHieraTok.from_core(student).save_pretrained(folder)
+        HieraTokImageProcessorPil(size_divisor=student.config.patch_size).save_pretrained(folder)
 
     if state:
         training.restore(state)
@@ -223,7 +259,7 @@ def train(args: Namespace) -> None:
 
         done = step + 1
         if args.validation_data and (done % args.validation_every == 0 or done == args.steps):
-            student = averaged().to(device)
+            student = averaged()
             codec = Codec(student) if teacher is None else TaughtCodec(student, teacher)
             figures = evaluate(codec, validation, measured)
             if teacher is not None:
@@ -232,24 +268,21 @@ def train(args: Namespace) -> None:
             report.validated(done, {"size": validation.size, **figures})
         if done % args.sample_every == 0 or done == args.steps:
             report.check()
-            sample = averaged().to(device)
+            sample = averaged()
             if is_main:
                 originals = shown.to(device)
                 latents = None if teacher is None else teacher(originals)
                 report.sampled(done, sample_grid(sample, originals, done, latents))
+        if args.export_every and done % args.export_every == 0:
+            report.check()
+            export(args.output / f"model-{done:09d}")
         if done % args.save_every == 0 or done == args.steps:
             report.check()
             save(done, report=report.progress())
     report.close()
 
-    core = averaged()
+    export(args.output)
     if is_main:
-        if teacher is not None:
-            teacher.cpu().hand_over(core)
-        elif not args.freeze_encoder:  # a generator of its latents must still fit the decoder
-            core.fold_latent_statistics(*latent_statistics(Codec(core), first_batches()))
-        AutoencoderHieraTok.from_core(core).save_pretrained(args.output)
-        HieraTokImageProcessorPil(size_divisor=core.config.patch_size).save_pretrained(args.output)
         record_training("train", args, accelerator, report, args.data, images)
     accelerator.end_training()
 

@@ -13,9 +13,9 @@ from ..data.aspect_buckets import Buckets, buckets_of_sizes
 from ..data.image_dataset import load_images
 from ..data.latent_batches import iterate_cached, iterate_encoded
 from ..data.latent_cache import LatentCache, encoder_facts
+from ..data.local_images import read_class_names
 from ..data.training_batches import BatchPlan
 from ..models.autoencoder_adapter import load_codec
-from ..pipelines.class_names import read_class_names
 from ..shipped import resolve_model
 from ..training.alignment import BlockAlignment
 from ..training.flow_matching import VelocityTraining, dit_from_size, flow_draws

@@ -65,7 +65,12 @@ class Images(Dataset):
 
     @property
     def class_names(self) -> list[str]:
-        """Name the labels, where the data does."""
+        """Name the labels, where the data or a `meta.json` beside its tar shards does."""
+        first, *others = (list(part.classes) if part else [] for part in self.parts)
+        return self._feature_names or (first if all(names == first for names in others) else [])
+
+    @property
+    def _feature_names(self) -> list[str]:
         return list(getattr((self.dataset.features or {}).get(self.label), "names", None) or [])
 
     @functools.cached_property
@@ -75,7 +80,7 @@ class Images(Dataset):
         content of 1000 rows spread over all, of a stream from elsewhere of its first 16. Where the data lies and when
         its files were written does not count.
         """
-        digest = hashlib.sha256(repr(self.class_names).encode())
+        digest = hashlib.sha256(repr(self._feature_names).encode())  # a `meta.json` is none of the data
         for part in self.parts:
             images = self if part is None else Images(part.dataset, self.source)
             digest.update(f"{part and part.digest} {None if images.streaming else len(images)}".encode())

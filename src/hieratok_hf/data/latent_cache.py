@@ -29,7 +29,7 @@ FORMAT = 2  # of `cache.json` and the shards; a cache of another one is refused
 SETTINGS_FILE = "cache.json"
 FEATURE_DTYPE = "float16"
 
-_SAMPLED_SHARDS, _SAMPLED_IMAGES = 8, 1024  # for the statistics of the feature maps
+_SAMPLED_SHARDS, _SAMPLED_IMAGES = 8, 1024  # for statistics
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -353,15 +353,26 @@ class LatentCache(Dataset):
         Compute mean and standard deviation `(C,)`, float32, of the channels of each layer's maps, over about a
         thousand images of at most eight shards, with the mirrored ones.
         """
-        sums: list[dict[str, Tensor]] = [{} for _ in feature_names(self.settings)]
+        return self._statistics(self.features)
+
+    def latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Compute those of `feature_statistics` of the latents that `batch` gives; `ValueError` without images."""
+        if not len(self):
+            raise ValueError(f"{str(self.folder)!r} holds no images.")
+        return self._statistics(lambda indices, flipped: [self.batch(indices, flipped)[0]])[0]
+
+    def _statistics(self, read: Callable[[list[int], list[bool]], list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        sums: list[dict[str, Tensor]] = []
         filled = np.flatnonzero(np.diff(self._starts))
         shards = {*np.linspace(0, len(filled) - 1, _SAMPLED_SHARDS).astype(int).tolist()}
         for shard in filled[sorted(shards)].tolist():
             first, last = self._starts[shard], self._starts[shard + 1] - 1
             indices = {*np.linspace(first, last, _SAMPLED_IMAGES // len(shards)).astype(int).tolist()}
             for side in (False, True)[: 1 + self.flips]:
-                for layer, maps in zip(sums, self.features(sorted(indices), [side] * len(indices))):
-                    add_sums(layer, channel_sums(maps))
+                maps = read(sorted(indices), [side] * len(indices))
+                sums = sums or [{} for _ in maps]
+                for layer, values in zip(sums, maps):
+                    add_sums(layer, channel_sums(values))
         pairs = (channel_statistics(layer, correction=0) for layer in sums)
         return [(mean.float(), std.float()) for mean, std in pairs]
 

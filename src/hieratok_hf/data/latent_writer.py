@@ -242,6 +242,8 @@ def _settle(folder: Path, settings: Settings) -> tuple[Settings, str]:
         old = read_settings(folder) if path.exists() else None
         if old is not None and None in (old["rows"], settings["rows"]):  # of a stream known once it has ended
             old["rows"] = settings["rows"] = old["rows"] or settings["rows"]
+        if old is not None and [] in (old["classes"], settings["classes"]):  # shards were written with those of then
+            settings["classes"] = old["classes"]
         settle(path, "cache", old, settings)
         return settings, ""
     except ValueError as error:

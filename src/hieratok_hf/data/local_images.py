@@ -1,11 +1,13 @@
 """Lists of the images in folders and tar shards, which are read where they lie: no copy of them can be out of date."""
 
 import hashlib
+import json
 import logging
 import os
 import re
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..utils.images import IMAGE_SUFFIXES
@@ -13,7 +15,7 @@ from ..utils.images import IMAGE_SUFFIXES
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["LABELS", "Listing", "is_image", "list_folder", "list_images", "list_shards"]
+__all__ = ["LABELS", "Listing", "is_image", "list_folder", "list_images", "list_shards", "read_class_names"]
 
 LABELS = ("label", "labels", "cls", "class", "fine_label")
 """Names of columns and members that hold labels; the first that is there counts."""
@@ -30,12 +32,13 @@ _logger = logging.getLogger(__name__)
 class Listing(NamedTuple):
     """
     Rows of images that are not read yet: columns `image`, whose bytes are missing, and `label`, of tar shards also
-    `__url__`, `__offset__` and `__size__`, where the bytes lie; and a SHA-256 of the names below the folder, the sizes
-    and the labels of all rows.
+    `__url__`, `__offset__` and `__size__`, where the bytes lie; a SHA-256 of the names below the folder, the sizes and
+    the labels of all rows; and the names of the labels, where they are known.
     """
 
     dataset: "datasets.Dataset"
     digest: str
+    classes: Sequence[str]
 
 
 class _Image(NamedTuple):
@@ -135,13 +138,42 @@ def list_shards(paths: Sequence[str], split: str) -> Listing:
 
     A member's key is its name up to the first dot, as webdataset has it. Of a key with a member such as `key.png` that
     is the image; of one without, each image is one of its own. A label is the integer in a member that is named like
-    the image up to the last dot, else like its key. Nothing else is read.
+    the image up to the last dot, else like its key. The names of the labels are those of a `meta.json` beside the
+    shards, which `read_class_names` takes; one that cannot name all labels is passed over, and a warning says so.
+    Nothing else is read.
 
     Raises:
         ValueError: A shard is damaged or compressed, or a label is no integer of 64 bits; the message names it.
     """
     images = [image for path in paths for image in _shard_images(path)]
     return _listing(_choose({"train": images}, split), "")
+
+
+def read_class_names(given: Sequence[str] | None) -> list[str]:
+    """
+    Read the names of classes that are given themselves, or as the path of one JSON file: a list of names, or an object
+    with such a list under `classes`.
+
+    Raises:
+        ValueError: The file holds no such list, or a name is there twice.
+        OSError: The file cannot be read.
+    """
+    if not given:
+        return []
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"Class names must be a list of texts, got {given!r}.")
+    names: Any = list(given)
+    if len(given) == 1 and given[0].endswith(".json"):
+        try:
+            content = json.loads(Path(given[0]).read_bytes())  # which tells the encoding from the first bytes
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{given[0]!r} must hold JSON: {error}") from error
+        names = content.get("classes") if isinstance(content, dict) else content
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{given[0]!r} must hold a list of names, or an object with one under 'classes'.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Class names must differ, {twice[0]!r} is there twice.")
+    return names
 
 
 def _files_below(folder: str, suffixes: Collection[str]) -> Iterator[str]:
@@ -276,4 +308,21 @@ def _listing(images: list[_Image], folder: str, classes: list[str] | None = None
     for image in images:
         name = image.path if image.shard else os.path.relpath(image.path, folder)
         digest.update(repr((name, image.size, image.label)).encode())
-    return Listing(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), digest.hexdigest())
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return Listing(dataset, digest.hexdigest(), classes or _names_beside(images))
+
+
+def _names_beside(images: list[_Image]) -> list[str]:
+    """Read the names of the labels beside tar shards, `[]` where there are none, or others in each folder."""
+    labels = {image.label for image in images} - {None}
+    paths = {os.path.join(os.path.dirname(image.shard), "meta.json") for image in images if image.shard}
+    try:
+        found = [read_class_names([path]) if os.path.isfile(path) else [] for path in sorted(paths)]
+        if not labels or not found or any(names != found[0] for names in found):
+            return []
+        if found[0] and (beyond := labels - {*range(len(found[0]))}):
+            raise ValueError(f"{min(paths)!r} names {len(found[0])} classes, and a label is {max(beyond)}.")
+        return found[0]
+    except (OSError, ValueError) as error:
+        _logger.warning(f"The classes have no names: {' '.join(str(error).split())}")
+        return []

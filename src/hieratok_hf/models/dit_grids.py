@@ -19,8 +19,19 @@ def allow_any_grid(transformer: nn.Module) -> None:
     transformer = getattr(transformer, "_orig_mod", transformer)  # of `torch.compile`
     if isinstance(transformer, DiTTransformer2DModel) and not hasattr(transformer, "_allows_any_grid"):
         transformer._allows_any_grid = True
-        transformer.proj_out_2.register_forward_hook(_part_tokens)
+        _find_last_layer(transformer)
+        transformer.register_forward_pre_hook(_find_last_layer)
         transformer.register_forward_hook(_join_tokens, with_kwargs=True)
+
+
+def _find_last_layer(module: nn.Module, args: Any = None) -> None:
+    """Part the tokens of the layer that is the last now: an adapter may have been put around it, or taken off."""
+    last, handle = module.__dict__.get("_parted", (None, None))
+    if last is not module.proj_out_2:
+        if handle is not None:
+            handle.remove()
+        handle = module.proj_out_2.register_forward_hook(_part_tokens)
+        module.__dict__["_parted"] = (module.proj_out_2, handle)
 
 
 def _part_tokens(module: nn.Module, args: Any, tokens: Tensor) -> Tensor:

@@ -150,7 +150,8 @@ class TilingMixin(AutoencoderMixin):
         Encode and decode images larger than a tile in overlapping tiles, one at a time.
 
         Memory then grows with the image alone, and time with its pixels instead of their square.
-        Attention sees no further than a tile, so the result is close to that of the whole image, not equal to it.
+        Attention sees no further than a tile, so the result is close to that of the whole image, not equal to it: it
+        is better where the weights were trained to images of a tile's size, as those that ship with the package.
 
         Args:
             tile_sample_min_height, tile_sample_min_width (`int`, *optional*): Sides of a tile in pixels, multiples of

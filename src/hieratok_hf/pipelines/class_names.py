@@ -1,10 +1,8 @@
 """Find classes by number or by name, as people write them."""
 
 import difflib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from ..utils.numbers import real_number, whole_number
 
-__all__ = ["label_ids", "label_shares", "names_to_ids", "plain_name", "read_class_names"]
+__all__ = ["label_ids", "label_shares", "names_to_ids", "plain_name"]
 
 _SHOWN = 10
 
@@ -29,33 +27,6 @@ def names_to_ids(id2label: Mapping[int, str]) -> dict[str, int]:
             owners.setdefault(part.strip(), set()).add(key)
     unique = {name: min(keys) for name, keys in owners.items() if len(keys) == 1 or name in whole}
     return {name: whole.get(name, key) for name, key in unique.items() if name}
-
-
-def read_class_names(given: Sequence[str] | None) -> list[str]:
-    """
-    Read the names of classes that are given themselves, or as the path of one JSON file: a list of names, or an object
-    with such a list under `classes`.
-
-    Raises:
-        ValueError: The file holds no such list, or a name is there twice.
-        OSError: The file cannot be read.
-    """
-    if not given:
-        return []
-    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
-        raise ValueError(f"Class names must be a list of texts, got {given!r}.")
-    names: Any = list(given)
-    if len(given) == 1 and given[0].endswith(".json"):
-        try:
-            content = json.loads(Path(given[0]).read_bytes())  # which tells the encoding from the first bytes
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{given[0]!r} must hold JSON: {error}") from error
-        names = content.get("classes") if isinstance(content, dict) else content
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{given[0]!r} must hold a list of names, or an object with one under 'classes'.")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Class names must differ, {twice[0]!r} is there twice.")
-    return names
 
 
 def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[int]:

@@ -36,6 +36,7 @@ from .call_arguments import (
     take_latents,
 )
 from .class_names import label_ids, label_shares, names_to_ids
+from .lora_adapters import LoraAdaptersMixin
 from .noise_levels import PREDICTION_TYPES, NoiseLevel, noise_levels, prediction_type_of
 from .pipeline_folder import PipelineFolderMixin
 
@@ -50,7 +51,7 @@ _FROM_THE_FIRST = ("LMSDiscreteScheduler", "SASolverScheduler")
 _STREAMS: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
-class HieraTokDiTPipeline(PipelineFolderMixin):
+class HieraTokDiTPipeline(LoraAdaptersMixin, PipelineFolderMixin):
     """
     Generate images of named classes: a transformer denoises latents, a tokenizer decodes them.
 

@@ -1,7 +1,7 @@
 """Compute the loss of a tokenizer in training: its forward pass with noise, and the weighted sum of all losses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ __all__ = ["LossWeights", "TokenizerTraining", "TrainingLoss", "step_noise"]
 # Shape letters: B batch, H W pixels, C latent channels, h w latent grid.
 
 TrainingOutputs = tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None]
+
+_PARTS = ("loss", "kl", "coarse", "alignment", "latents", "adversarial", "adaptive_weight", "border", *PIXEL_LOSSES)
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,13 @@ class TrainingLoss:
         perceptual, lpips (`nn.Module`, *optional*): Distances of images; needed where their weight is not 0.
         discriminator (`nn.Module`, *optional*): Scores images; needed where `adversarial` is not 0.
         total (`Callable`, *optional*): Adds a tensor up over all processes.
+        own (`Mapping[str, tuple[Callable, float]]`, *optional*): Further losses by names of their own, each a function
+            of the reconstruction and the images in [-1, 1], both `(B, 3, H, W)` in float32, with its weight. The mean
+            of what a function gives counts.
 
     Raises:
-        ValueError: A part has a weight and nothing to compute it.
+        ValueError: A part has a weight and nothing to compute it, or one of `own` has a weight that is negative or not
+            finite, or the name of another part.
     """
 
     def __init__(
@@ -155,12 +161,21 @@ class TrainingLoss:
         lpips: nn.Module | None = None,
         discriminator: nn.Module | None = None,
         total: Callable[[Tensor], Tensor] = lambda x: x,
+        own: Mapping[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] | None = None,
     ):
         for name, module in (("perceptual", perceptual), ("lpips", lpips), ("adversarial", discriminator)):
             if (value := getattr(weights, name)) and module is None:
                 raise ValueError(f"The weight `{name}` must be 0 where nothing computes that part, got {value}.")
-        self.weights, self.perceptual, self.lpips = weights, perceptual, lpips
-        self.discriminator, self.total = discriminator, total
+        distances: dict[str, tuple[Any, float]] = {
+            "perceptual": (perceptual, weights.perceptual),
+            "lpips": (lpips, weights.lpips),
+        }
+        for name, (_, weight) in (own or {}).items():
+            if name in (*_PARTS, *distances) or not 0 <= weight < math.inf:
+                wanted = "have names of their own and finite weights, not negative"
+                raise ValueError(f"The losses of `own` must {wanted}, got {name!r} of weight {weight}.")
+        self.distances = {name: pair for name, pair in {**distances, **(own or {})}.items() if pair[1]}
+        self.weights, self.discriminator, self.total = weights, discriminator, total
 
     def is_adversarial(self, step: int) -> bool:
         """Tell whether the discriminator counts at a step, and learns."""
@@ -185,10 +200,9 @@ class TrainingLoss:
         if weights.border:
             parts["border"] = border_loss(image, config.patch_size)
             reconstruction = reconstruction + weights.border * parts["border"]
-        for name, module in (("perceptual", self.perceptual), ("lpips", self.lpips)):
-            if (weight := getattr(weights, name)) and module is not None:
-                parts[name] = module(image, pixel_values.float()).mean()
-                reconstruction = reconstruction + weight * parts[name]
+        for name, (function, weight) in self.distances.items():
+            parts[name] = function(image, pixel_values.float()).mean()
+            reconstruction = reconstruction + weight * parts[name]
         # A factor of 0 instead of leaving the coarse scales out: DDP waits for a gradient of every weight.
         loss = add_weighted(reconstruction, parts, config, factor=step >= weights.coarse_start)
         if aligned is not None:

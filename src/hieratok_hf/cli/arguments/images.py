@@ -16,6 +16,10 @@ def add_reconstruct(parser: Parser) -> None:
     add("--model", default="hieratok-tiny", help=TOKENIZER)
     add("--output", type=Path, default=Path("outputs"), help="folder for the sheets")
     add("--size", type=positive, help="cut at most SIZE x SIZE pixels out of the centre")
+    tiles = (
+        "encode whole images; those of more than 256 pixels go in overlapping tiles where a model was trained to 256"
+    )
+    add("--whole", action="store_true", help=tiles)
     add_device(parser)
     add_dtype(parser)
     add("--full", action="store_true", help=f"show panels at full size, not at most {LARGEST_PANEL} pixels")

@@ -21,6 +21,7 @@ from ..parsing import (
     add_device,
     add_training,
     json_object,
+    own_loss,
     positive,
     real,
     seed,
@@ -57,6 +58,8 @@ def add_train(parser: Parser) -> None:
     loss("--border_weight", type=real(), default=0.0, help="weight of the loss of seams between patches")
     loss("--perceptual_weight", type=real(), default=0.0, help="weight of the perceptual loss")
     loss("--lpips_weight", type=real(), default=0.0, help="weight of LPIPS; needs the package lpips")
+    own = "loss of your own with its weight, mine:edges=0.5 for the function edges in mine.py; may be given again"
+    loss("--loss", type=own_loss, action="append", default=[], metavar="MODULE:FUNCTION=WEIGHT", help=own)
     loss("--alignment_weight", type=real(), default=0.0, help="weight of the alignment with a vision model")
     loss("--adversarial_weight", type=real(), default=0.0, help="factor of the adaptive adversarial weight")
     loss("--adversarial_start", type=whole(0), default=0, help="step from which the discriminator counts")
@@ -79,6 +82,9 @@ def add_train(parser: Parser) -> None:
     parser.needs(adversarial_start="adversarial_weight", discriminator_lr="adversarial_weight")
 
     def check(args: Namespace) -> None:
+        names = [text.partition("=")[0] for text in args.loss]
+        if twice := [name for name in names if names.count(name) > 1]:
+            parser.error(f"--loss must name each function once, got {twice[0]} {len(twice)} times")
         if args.model and (args.size or args.config or args.linear_steps != parser.get_default("linear_steps")):
             parser.error("--size, --config and --linear_steps are for a training from scratch, without --model")
         if args.vision_model != DEFAULT_VISION_MODEL and not needs_vision_model(args):
@@ -110,7 +116,8 @@ def add_train_dit(parser: Parser) -> None:
     data("--image_size", type=positive, default=256, help="side of the images in pixels, with --data")
     add_buckets(parser, data, "--image_size")
     parser.add_range(data, "--crop_scale", (1.0, 1.0), "range of crops, in shorter sides")
-    data("--class_names", nargs="+", help="names of the classes, one for each, or a JSON file")
+    names = "names of the classes, one for each, or a JSON file; those of the data unless given"
+    data("--class_names", nargs="+", help=names)
     data("--batch_size", type=positive, default=64, help="images a step, of all processes")
     data("--num_workers", type=whole(0, 1024), default=0, help="processes that read images, with --data")
     flow = parser.add_argument_group("flow matching").add_argument
@@ -122,10 +129,8 @@ def add_train_dit(parser: Parser) -> None:
     flow("--alignment_weight", type=real(), default=0.0, help=aligned)
     flow("--alignment_block", type=positive, help="block whose output is aligned, counted from 1; the middle one")
     optim("--decay_steps", type=whole(0), default=0, help="steps of the cosine at the end")
-    optim("--gradient_checkpointing", action="store_true", help="save memory, not time")
     report("--sample_steps", type=positive, default=25, help="steps of the scheduler, for the samples")
     report("--guidance_scale", type=real(1), default=4.0, help="strength of the guidance of the samples")
-    report("--export_every", type=positive, help="steps between pipelines that are kept; none unless given")
     report("--export_dtype", choices=DTYPES, default="float32", help="dtype of the pipeline")
     encoded = ("split", "streaming", "image_size", "crop_scale", "num_workers", "aspect_buckets")
     parser.needs(**dict.fromkeys(encoded, "data"), alignment_block="alignment_weight")

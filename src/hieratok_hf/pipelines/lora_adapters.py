@@ -1,0 +1,113 @@
+"""LoRA (Hu et al., arXiv 2106.09685) for the transformer of a pipeline, by the methods that diffusers has for it."""
+
+import os
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
+from diffusers.loaders.peft import PeftAdapterMixin
+from torch import nn
+
+from ..models.saving import stage_folder
+
+__all__ = ["LoraAdaptersMixin"]
+
+_PEFT_PREFIX = "base_model.model."
+
+
+class LoraAdaptersMixin(SanaLoraLoaderMixin):
+    """
+    Load, mix, fuse and save adapters of `transformer`. Of the mixins of diffusers with these methods, that of Sana
+    knows a transformer and nothing else.
+    """
+
+    @property
+    def _lora_loadable_modules(self) -> list[str]:
+        """Return the names of the parts that can hold adapters, which a DiT can once one was loaded."""
+        return ["transformer"] if isinstance(getattr(self, "transformer", None), PeftAdapterMixin) else []
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Put an adapter around layers of the transformer: of `save_lora_weights`, or of peft's own `save_pretrained`.
+
+        `set_adapters`, `fuse_lora`, `unload_lora_weights` and the other methods of diffusers then act on it.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`): A folder, a file
+                or a Hub id of weights in the format of safetensors, or the weights themselves.
+            adapter_name (`str`, *optional*): The name by which `set_adapters` knows it; `default_0` and so on unless
+                given.
+            hotswap (`bool`, defaults to `False`): Whether to replace the weights of the adapter of that name.
+            kwargs: Further arguments of diffusers' `load_lora_weights`, as `weight_name` and `subfolder`.
+
+        Raises:
+            ValueError: The weights are not those of an adapter of this transformer, or the name is taken.
+            OSError: There is no such folder, file or repository.
+        """
+        let_adapters_in(self.transformer)
+        try:
+            super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, hotswap, **kwargs)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"The adapter does not fit this `transformer` ({reason}).") from error
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, torch.Tensor],
+        return_lora_metadata: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Read the weights of an adapter, each under `transformer.` and the name of its layer.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: As `load_lora_weights` takes it.
+            return_lora_metadata (`bool`, defaults to `False`): Whether to return a pair of weights and configuration.
+            kwargs: Further arguments of diffusers' method. Pickled files are refused.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        kwargs["use_safetensors"] = True
+        weights, metadata = super().lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        if any(_PEFT_PREFIX in name for name in weights):
+            if metadata is None and not isinstance(source, dict):
+                metadata = _read_peft_config(source, kwargs)
+            weights = {f"transformer.{name.partition(_PEFT_PREFIX)[2]}": tensor for name, tensor in weights.items()}
+        return (weights, metadata) if return_lora_metadata else weights
+
+    @classmethod
+    def save_lora_weights(cls, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """
+        Save the weights of an adapter, whole or not at all, for `load_lora_weights`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            args, kwargs: Arguments of diffusers' `save_lora_weights`: `transformer_lora_layers`, the weights as
+                `peft.get_peft_model_state_dict` gives them, and `transformer_lora_adapter_metadata`, the dictionary of
+                the adapter's configuration.
+        """
+        with stage_folder(save_directory) as stage:
+            super().save_lora_weights(stage, *args, **kwargs)
+
+
+def let_adapters_in(transformer: nn.Module) -> None:
+    """Give a model of diffusers that has no methods for adapters, as its DiT, those of the models that have them."""
+    transformer = getattr(transformer, "_orig_mod", transformer)  # of `torch.compile`
+    kind = type(transformer)
+    if not isinstance(transformer, PeftAdapterMixin):
+        transformer.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
+
+
+def _read_peft_config(source: str | os.PathLike[str], where: dict[str, Any]) -> dict[str, Any]:
+    """Read the configuration beside weights that peft saved, as diffusers keeps it in its files."""
+    from peft import LoraConfig
+
+    names = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+    config = LoraConfig.from_pretrained(os.fspath(source), **{name: where[name] for name in names if name in where})
+    return {f"transformer.{name}": value for name, value in config.to_dict().items()}
