@@ -33,7 +33,7 @@ from .app_views import MAX_BYTES, Photo, Refused, Views, make_views, read_photo
 from .command_line import load_or_explain
 from .generate import as_images, class_label, load_pipeline
 from .main import parse
-from .reconstruct import load_model
+from .reconstruct import enable_advised_tiling, load_model
 from .terminal import Problem, one_line, run_script
 
 IMAGES = Path(__file__).parents[1] / "page_images"
@@ -250,7 +250,7 @@ def run(args: Namespace) -> list[str]:
     for name in (args.model, *ABOUT_MODELS):
         if (shown := Path(name).name if Path(name).is_dir() else name) not in vaes:  # a path is nobody's business
             vaes[shown] = load_or_explain(load_model, "--model", name, args.device, "float32")
-            vaes[shown].enable_tiling()  # images above 256 pixels are the better for it, and made faster
+            enable_advised_tiling(vaes[shown])
     pipe = load_or_explain(load_pipeline, "--generator", args.generator, args.device, "float32")
     if not isinstance(pipe.vae, AutoencoderHieraTok):
         raise Problem(f"--generator {args.generator!r}: its {type(pipe.vae).__name__} decodes no previews")

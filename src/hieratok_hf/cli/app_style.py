@@ -23,8 +23,8 @@ CSS = """
 #compare .pending { opacity: 0.4; }
 #examples > .gallery { display: grid; grid-template-columns: repeat(4, 1fr); }
 #examples span { display: block; width: 100%; }
-#examples .container { width: 100%; height: auto; aspect-ratio: 4 / 3; }
-#examples .container img { width: 100%; height: 100%; object-fit: cover; }
+#examples .container { width: 100%; height: auto; aspect-ratio: 4 / 3; max-width: none; max-height: none; }
+#examples .container img { width: 100%; height: 100%; max-width: none; object-fit: cover; }
 #files { display: none; }
 #sides { display: flex; justify-content: space-between; gap: 16px; margin: 4px 0 8px; }
 #sides span:last-child { text-align: right; }
