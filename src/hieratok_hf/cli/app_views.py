@@ -12,6 +12,7 @@ from PIL import Image
 from .. import AutoencoderHieraTok, HieraTokImageProcessorPil
 from ..data.archive_shards import FILE_FORMATS, TOKENS_FORMAT, ImageRecord
 from ..evaluation.metrics import psnr
+from ..models.quantizing import LatentQuantizer
 from ..utils.images import ImageError, decode_image
 from .reconstruct import AMPLIFY, amplify_difference, encode_and_decode
 from .terminal import one_line
@@ -85,18 +86,23 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return HieraTokImageProcessorPil(size_divisor=1)(image, return_tensors="pt").pixel_values
 
 
-@torch.inference_mode()
-def count_stored_bytes(image: Image.Image, vae: AutoencoderHieraTok) -> tuple[int, str]:
+def count_stored_bytes(
+    latents: torch.Tensor, size: tuple[int, int], quantizer: LatentQuantizer | None
+) -> tuple[int, str]:
     """
     Count the bytes of the file that `hieratok encode` makes of an image alone, and name its options.
 
     They are integers of `BITS` bits, compressed, and of a model without levels for them float16.
+
+    Args:
+        latents: Latents `(1, C, h, w)`.
+        size: Width and height of the image.
+        quantizer: The levels of the model, if it has any.
     """
-    latents = vae.encode(to_pixels(image).to(vae.device, vae.dtype)).latent_dist.mode().cpu()  # (1, C, h, w)
-    record = ImageRecord("image.png", *image.size, (0, 0, *image.size))
-    if vae.quantizer is None:
-        return len(FILE_FORMATS["safetensors"].pack([record], [latents[0].half()])), ""
-    tokens = vae.quantizer.quantize(latents, BITS)[0].to(torch.uint8)
+    record = ImageRecord("image.png", *size, (0, 0, *size))
+    if quantizer is None:
+        return len(FILE_FORMATS["safetensors"].pack([record], [latents[0].cpu().half()])), ""
+    tokens = quantizer.quantize(latents, BITS)[0].cpu().to(torch.uint8)
     return len(FILE_FORMATS[TOKENS_FORMAT].pack([record], [tokens])), f" --bits {BITS}"
 
 
@@ -125,10 +131,10 @@ def make_views(photo: Photo, vae: AutoencoderHieraTok) -> Views:
         Refused: The model cannot take the image; the message has the name of its file.
     """
     try:
-        (*_, original), scales, figures = encode_and_decode(photo.image, vae)
+        (*_, original), scales, latents, figures = encode_and_decode(photo.image, vae)
     except ValueError as error:
         raise Refused(f"{photo.name!r}: {one_line(error)}") from error
-    stored, options = count_stored_bytes(original, vae)
+    stored, options = count_stored_bytes(latents, original.size, vae.quantizer)
     content, quality = find_jpeg(original, stored)
     jpeg = Image.open(io.BytesIO(content)).convert("RGB")
     told = f"JPEG of {in_kilobytes(len(content))}, quality {quality} of 100"
