@@ -113,14 +113,14 @@ def serve(folder: str) -> Iterator[tuple[subprocess.Popen, str]]:
 
 def ask(url: str, number: int, image: Image.Image) -> str:
     """Send an image and read what is shown of it, or generate two images where the number ends in 9."""
-    function, data = 2, [number % 10, 2, 4, 2.0, number, 1]
+    function, data = 3, [number % 10, number, False, 2, 4, 2.0, 1]
     if number % 10 != 9:
         file = io.BytesIO()
         image.save(file, "png")
         head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="{number}.png"\r\n\r\n'
         body = head.encode() + file.getvalue() + f"\r\n--{BOUNDARY}--\r\n".encode()
         (path,) = json.loads(post(f"{url}/upload", body, f"multipart/form-data; boundary={BOUNDARY}"))
-        function, data = 0, [{"path": path, "meta": {"_type": "gradio.FileData"}}]
+        function, data = 0, [{"path": path, "meta": {"_type": "gradio.FileData"}}, "hieratok-tiny"]
     session = f"s{time.monotonic_ns()}-{number}"
     event = {"data": data, "fn_index": function, "session_hash": session}
     post(f"{url}/queue/join?", json.dumps(event).encode(), "application/json")

@@ -1,6 +1,5 @@
 """Tests of `hieratok app` without a browser: what it shows, limits, messages, and the folder of the Space."""
 
-import argparse
 import os
 import re
 import shutil
@@ -14,20 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from image_files import noise, png, saved
-from PIL import Image
 from scripts import ROOT, error_of, load_script
 from tiny_pipelines import make_pipeline
 
-import hieratok_hf
-from hieratok_hf import example_image
 from hieratok_hf.evaluation.generation import number_images
 
 gr = pytest.importorskip("gradio", reason="it is a page of Gradio")
 pytest.importorskip("torchmetrics", reason="it computes the SSIM")
 
 EXAMPLES = ROOT / "examples"
-HAT = Path(example_image("hat"))
 
 
 @pytest.fixture(scope="module")
@@ -35,68 +29,10 @@ def app():
     return load_script("cli", "app")
 
 
-@pytest.fixture(scope="module")
-def vae():
-    return hieratok_hf.AutoencoderHieraTok.from_pretrained(hieratok_hf.pretrained("hieratok-tiny"))
-
-
-def test_figures_are_those_of_the_script(app, vae, tmp_path):
-    path = saved(tmp_path, Image.open(HAT).resize((203, 91)), "odd.png")
-    (original, reconstruction), gallery, table = app.reconstruct(str(path), vae)
-    script = load_script("cli", "reconstruct")
-    _, figures = script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))
-
-    rows = dict(re.fullmatch(r"\| (.*) \| (.*) \|", line).groups() for line in table.splitlines())
-    width, height = figures["width"], figures["height"]
-    assert original.size == reconstruction.size == (width, height) == (200, 88)
-    assert rows["PSNR"] == f"{figures['psnr_db']:.2f} dB" and rows["SSIM"] == f"{figures['ssim']:.4f}"
-    assert rows["compression"] == f"{figures['compression']:.1f}x fewer numbers" == "12.0x fewer numbers"
-    assert rows["latent"] == "16 x 11 x 25, 4,400 numbers" and rows["encoded"].startswith("200 x 88 pixels")
-
-    images, captions = zip(*gallery)
-    sizes = [(-(-25 // f) * 8, -(-11 // f) * 8) for f in vae.config.scale_factors]
-    made = zip(sizes, figures["scales_psnr_db"], strict=True)
-    scales = (f"scale {i}: {w} x {h}, {decibels:.1f} dB" for i, ((w, h), decibels) in enumerate(made, start=1))
-    assert captions == ("original", *scales, "difference x4")
-    assert {image.size for image in images} == {(width, height)}  # coarse ones are enlarged, not smoothed
-    assert len(np.unique(np.asarray(images[1]).reshape(-1, 3), axis=0)) <= np.prod(sizes[0])
-    levels = [np.asarray(x).astype(int) for x in (original, reconstruction)]
-    np.testing.assert_array_equal(images[-1], np.minimum(255, 4 * abs(levels[0] - levels[1])))
-    np.testing.assert_array_equal(images[-2], reconstruction)
-
-
-def test_large_images_are_shrunk_and_it_is_said(app, tmp_path):
-    path = saved(tmp_path, Image.open(HAT).resize((2 * app.MAX_SIDE, 512)), "wide.png")
-    image, size = app.read_image(str(path))
-    assert image.size == (app.MAX_SIDE, 256)
-    assert size == f"{2 * app.MAX_SIDE} x 512 pixels, shrunk to at most 768 a side"
-
-
-def test_files_that_cannot_be_used(app, vae, tmp_path):
-    whole = saved(tmp_path, Image.fromarray(noise(64, 64)), "whole.png").read_bytes()
-    files = {
-        "text.jpg": (b"no image", ["is no image"]),
-        "cut.png": (whole[:2000], ["cannot be decoded"]),
-        "huge.png": (png(8000, 6250, 8, 2), ["32 megapixels", "8000 x 6250"]),
-        "heavy.png": (whole + bytes(21 * 2**20), ["20 MB", "21.0 MB"]),
-        "slim.png": (saved(tmp_path, Image.fromarray(noise(7, 30)), "slim.png").read_bytes(), ["got 7 x 30"]),
-    }
-    for name, (content, expected) in files.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(app.Refused) as refusal:
-            app.reconstruct(str(tmp_path / name), vae)
-        message = str(refusal.value)
-        assert message.startswith(f"{name!r}: ") and all(part in message for part in expected)
-        assert str(tmp_path) not in message and "\n" not in message
-
-
-def test_a_missing_file_or_setting(app, vae):
-    with pytest.raises(app.Refused):
-        app.reconstruct(None, vae)
-    for missing in ("key", "seed"):
-        settings = {"key": 0, "count": 1, "steps": 2, "guidance": 1.0, "seed": 0, "scales": 1, missing: None}
+def test_a_missing_setting(app):
+    for key, seed in ((None, 0), (0, None)):
         with pytest.raises(app.Refused):
-            next(app.generate(**settings, pipe=make_pipeline(), lock=threading.Lock()))
+            next(app.generate(make_pipeline(), threading.Lock(), key, seed, 1, 2, 1.0, 1))
 
 
 def as_levels(images):
@@ -105,7 +41,7 @@ def as_levels(images):
 
 def test_previews_come_before_the_images_of_the_script(app):
     pipe, scales = make_pipeline(), 3
-    *previews, (images, line) = app.generate(pipe, threading.Lock(), 1, 3, 6, 2.0, 5, scales)
+    *previews, (images, line) = app.generate(pipe, threading.Lock(), 1, 5, 3, 6, 2.0, scales)
     settings = {"num_inference_steps": 6, "guidance_scale": 2.0, **app.GUIDANCE}
     expected = number_images(make_pipeline(), [1, 4, 7], 5, **settings).permute(0, 2, 3, 1).numpy()
     assert abs(as_levels(images) - expected.astype(int)).max() <= 1
@@ -119,23 +55,27 @@ def test_who_leaves_stops_the_pipeline(app):
     pipe, lock = make_pipeline(), threading.Lock()
     calls = []
     pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(time.sleep(0.01)))
-    visit = app.generate(pipe, lock, 0, 1, 100, 1.0, 0, 1)
+    visit = app.generate(pipe, lock, 0, 0, 1, 100, 1.0, 1)
     next(visit)
     visit.close()
     assert len(calls) < 50 and not lock.locked()
-    *_, (images, _) = app.generate(pipe, lock, 0, 1, 2, 1.0, 0, 1)
+    *_, (images, _) = app.generate(pipe, lock, 0, 0, 1, 2, 1.0, 1)
     assert len(images) == 1
 
 
 def test_two_visitors_get_their_own_images(app):
     pipe, lock = make_pipeline(), threading.Lock()
     with ThreadPoolExecutor(2) as threads:
-        visits = [(pipe, lock, key, 2, steps, 3.0, seed, 2) for key, steps, seed in ((0, 9, 1), (2, 5, 8))]
+        visits = [(pipe, lock, key, seed, 2, steps, 3.0, 2) for key, steps, seed in ((0, 9, 1), (2, 5, 8))]
         together = list(threads.map(lambda visit: list(app.generate(*visit))[-1], visits))
     for visit, (images, line) in zip(visits, together):
         alone, same_line = list(app.generate(*visit))[-1]
         np.testing.assert_array_equal(as_levels(images), as_levels(alone))
         assert line == same_line
+
+
+def build(app, pipe, folder):
+    return app.build({"tiny": pipe.vae}, pipe, str(folder / "sent"))
 
 
 # The most that a setting takes, and what is beyond its limits.
@@ -144,14 +84,15 @@ LIMITS = {
     "Images": (8, [0, 9]),
     "Guidance (1 is none)": (10, [0.5, 10.5]),
     "Seed": (7, [-1, 2**31]),
-    "Scales in the previews": (4, [0, 5]),
-    "Class": (2, [3, "tench"]),
+    "Details in the previews": (4, [0, 5]),
+    "Model": ("tiny", ["other"]),
+    "What to make": (2, [3, "tench"]),
 }
 
 
-def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(app, vae, tmp_path, monkeypatch):
+def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(app, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    page = app.build(vae, make_pipeline(), str(tmp_path / "sent"))
+    page = build(app, make_pipeline(), tmp_path)
     blocks = {block.label: block for block in page.blocks.values() if getattr(block, "label", None)}
     for label, (most, beyond) in LIMITS.items():
         assert blocks[label].preprocess(most) == most
@@ -159,11 +100,19 @@ def test_the_server_holds_visitors_to_the_limits_and_keeps_to_itself(app, vae, t
             with pytest.raises(gr.Error):
                 blocks[label].preprocess(value)
     assert page.analytics_enabled is False and page.delete_cache == (app.SWEEP_EVERY, app.KEEP_FILES)
-    assert sorted(fn.concurrency_limit for fn in page.fns.values()) == [1, app.AT_ONCE, app.AT_ONCE]
+    at_work = [fn for fn in page.fns.values() if fn.fn is not None]
+    assert sorted(fn.concurrency_limit for fn in at_work) == [1, *[app.AT_ONCE] * 3]
     assert {fn.api_visibility for fn in page.fns.values()} == {"private"}
     assert page._queue.max_size == app.WAITING
-    pipe = make_pipeline({"scale_factors": (1,)})
-    assert app.build(pipe.vae, pipe, str(tmp_path / "sent")).config["components"]
+
+
+def test_classes_that_look_good_come_first(app, tmp_path, monkeypatch):
+    pipe = make_pipeline()
+    first, second, third = (app.class_label(pipe, key) for key in range(3))
+    monkeypatch.setattr(app, "FIRST_CLASSES", (third, "none of these", second))
+    page = build(app, pipe, tmp_path)
+    (classes,) = (block.choices for block in page.blocks.values() if isinstance(block, gr.Dropdown))
+    assert classes == [(third, 2), (second, 1), (first, 0)]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tests of the page of `hieratok app` in a browser: results, live previews, messages, privacy."""
+"""Tests of the page of `hieratok app` in a browser: results, layout, live previews, messages, privacy."""
 
 import argparse
 import io
@@ -17,16 +17,25 @@ import numpy as np
 import pytest
 from image_files import noise, png, saved
 from PIL import Image
-from scripts import ROOT, load_script
+from scripts import ROOT
 
 import hieratok_hf
 from hieratok_hf import HieraTokDiTPipeline
+from hieratok_hf.cli.reconstruct import load_model, reconstruct
 from hieratok_hf.evaluation.generation import number_images
 
 pytest.importorskip("gradio", reason="it is a page of Gradio")
 pytest.importorskip("torchmetrics", reason="it computes the SSIM")
 
 
+WATCH_DIMMING = """() => {
+    const look = () => {
+        const faint = getComputedStyle(document.querySelector("#compare .html-container")).opacity < 0.7;
+        window.dimmed ||= faint && document.querySelector("#compare [data-testid=status-tracker]").innerText;
+        requestAnimationFrame(look);
+    };
+    look();
+}"""
 PATIENCE = 60_000  # milliseconds, for machines with other work
 OBSERVER = """() => {
     window.seen = [];
@@ -134,7 +143,7 @@ def visitor(site, browser):
 def page(site, visitor):
     page = visitor.new_page()
     page.goto(site.url)
-    page.wait_for_selector("#scales img")
+    page.wait_for_selector("#compare img")
     yield page
     page.close()
 
@@ -150,10 +159,9 @@ def result(page, name):
     return {row.locator("td, th").first.inner_text(): row.locator("td, th").last.inner_text() for row in rows}
 
 
-def hat(folder, name, side):
-    return saved(
-        folder, Image.open(ROOT / "src" / "hieratok_hf" / "example_images" / "hat.webp").resize((side, side)), name
-    )
+def otter(folder, name, size):
+    image = Image.open(ROOT / "src" / "hieratok_hf" / "page_images" / "animal.webp")
+    return saved(folder, image.resize(size), name)
 
 
 def choose(page, label, value):
@@ -165,32 +173,95 @@ def fetched(page, source):
     return Image.open(io.BytesIO(page.request.get(source).body()))
 
 
+def shown_right(page):
+    return page.locator("#pair img").first.get_attribute("src")
+
+
 def test_upload_and_reconstruct(page, tmp_path):
-    path = hat(tmp_path, "photo.png", 512)
+    path = otter(tmp_path, "photo.png", (768, 512))
+    page.evaluate(WATCH_DIMMING)
     start = time.perf_counter()
     upload(page, path)
     rows = result(page, "photo.png")
     seconds = time.perf_counter() - start
-    script = load_script("cli", "reconstruct")
-    vae = script.load_model("hieratok-tiny", "cpu", "float32")
-    _, figures = script.reconstruct(path, vae, argparse.Namespace(size=None, full=False))
-    assert rows["photo.png"] == "512 x 512 pixels"
-    assert rows["PSNR"] == f"{figures['psnr_db']:.2f} dB" and rows["SSIM"] == f"{figures['ssim']:.4f}"
-    assert rows["latent"] == "16 x 64 x 64, 65,536 numbers" and rows["compression"] == "12.0x fewer numbers"
+    print(f"{seconds:.1f} s from the upload of 768x512 pixels to the result")
+    assert page.evaluate("window.dimmed"), "nothing told that work went on"
+    vae = load_model("hieratok-tiny", "cpu", "float32")
+    vae.enable_tiling()
+    _, figures = reconstruct(path, vae, argparse.Namespace(size=None, full=False))
+    assert rows["photo.png"] == "768 x 512 pixels"
+    assert rows["Likeness (PSNR)"].startswith(f"{figures['psnr_db']:.2f} dB")
+    assert rows["What is kept"] == "16 x 64 x 96 = 98,304 numbers" and rows["Fewer numbers"] == "12.0 times"
 
-    original, reconstruction = (fetched(page, x.get_attribute("src")) for x in page.locator("#slider img").all())
+    made, original = (fetched(page, x.get_attribute("src")) for x in page.locator("#pair img").all())
     np.testing.assert_array_equal(original, Image.open(path))
-    error = np.square(np.asarray(original).astype(int) - np.asarray(reconstruction)).mean()
+    error = np.square(np.asarray(original).astype(int) - np.asarray(made)).mean()
     assert 10 * np.log10(255**2 / error) == pytest.approx(figures["psnr_db"], abs=1e-3)
-    assert page.locator("#scales img").count() == 6
-
-    page.locator("#examples img, #examples button").last.click()
-    assert result(page, "jacket.webp")["jacket.webp"] == "256 x 256 pixels"
     assert seconds < 20, f"{seconds:.1f} s from the upload to the result"
+
+    # Another model makes another image of the same photograph, which is no longer on the server's disk.
+    before = shown_right(page)
+    page.get_by_label("hieratok-tiny-16x").check()
+    page.wait_for_selector("#figures :text('16 x 32 x 48')")
+    page.wait_for_function("(before) => document.querySelector('#pair img').src !== before", arg=before)
+    assert result(page, "photo.png")["Fewer numbers"] == "48.0 times"
+    page.get_by_label("hieratok-tiny:").check()
+
+    page.locator("#examples button").last.click()
+    assert result(page, "text.webp")["text.webp"] == "768 x 512 pixels"
+
+
+def test_what_stands_on_the_right_and_how_large_it_is(page):
+    images = {}
+    for label in page.locator("#right label").all():
+        label.click()
+        caption = label.inner_text().strip().split(" of that")[0]
+        page.wait_for_selector(f"#sides span:last-child:has-text('{caption}')")
+        images[caption] = shown_right(page)
+    assert {"reconstruction", "JPEG", "what is lost"} < images.keys() and len(set(images.values())) == 6
+    page.get_by_label("Zoom").focus()
+    width = page.locator("#pair").bounding_box()["width"]
+    page.keyboard.press("End")
+    assert page.locator("#pair").bounding_box()["width"] == pytest.approx(4 * width, rel=0.02)
+    page.keyboard.press("Home")
+    page.get_by_label("Slide").focus()
+    page.keyboard.press("End")
+    style = "() => getComputedStyle(document.querySelector('#pair img:last-of-type')).clipPath"
+    assert page.evaluate(style) == "inset(0px 0% 0px 0px)"
+    page.locator("#pair").click(position={"x": width / 4, "y": 20})
+    assert float(page.get_by_label("Slide").input_value()) == pytest.approx(25, abs=1)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_control_is_reachable_on_phones_and_desks(site, visitor, width, theme):
+    page = visitor.new_page()
+    page.set_viewport_size({"width": width, "height": 844})
+    page.goto(f"{site.url}/?__theme={theme}")
+    page.wait_for_selector("#compare img")
+    assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    for tab in ("Reconstruct", "Generate"):
+        page.get_by_role("tab", name=tab).click()
+        if tab == "Generate":
+            page.get_by_role("button", name="More settings").click()
+            page.wait_for_selector("text=Guidance")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        controls = page.locator("input:visible, button:visible:not([tabindex='-1'])").all()
+        assert len(controls) > 8
+        for control in controls:
+            control.scroll_into_view_if_needed()
+            box = control.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width + 1, control.evaluate("x => x.outerHTML")
+    page.get_by_role("tab", name="Reconstruct").click()
+    tops = [page.locator(name).bounding_box()["y"] for name in ("#compare", "#right", "#figures")]
+    assert tops == sorted(tops)
+    page.close()
 
 
 def test_previews_arrive_before_the_images(page):
     page.get_by_role("tab", name="Generate").click()
+    page.get_by_role("button", name="More settings").click()
+    page.get_by_label("Another seed").uncheck()
     choose(page, "Seed", 7)
     choose(page, "number input for Steps", 20)
     choose(page, "number input for Images", 2)
@@ -212,7 +283,7 @@ def test_previews_arrive_before_the_images(page):
     pipe = HieraTokDiTPipeline.from_pretrained(hieratok_hf.pretrained("hieratok-dit-tiny"))
     pipe.set_progress_bar_config(disable=True)
     guidance = {"guidance_scale": 8.0, "guidance_eta": 0.5, "guidance_interval": (0.3, 1.0)}
-    expected = number_images(pipe, [0, 10], 7, num_inference_steps=20, **guidance)
+    expected = number_images(pipe, [4, 14], 7, num_inference_steps=20, **guidance)
     shown = np.stack([np.asarray(image).astype(int) for image in images])
     assert abs(shown - expected.permute(0, 2, 3, 1).numpy()).max() <= 2
 
@@ -226,14 +297,14 @@ def test_files_that_cannot_be_used_are_named_with_the_reason(page, tmp_path):
         upload(page, tmp_path / name)
         page.wait_for_selector(f"#message:has-text('{name}')")
         assert f"'{name}': {reason}" in page.inner_text("#message")
-        assert not page.is_visible("#slider")  # nothing stands there that could be taken for its result
+        assert not page.is_visible("#pair")  # nothing stands there that could be taken for its result
     (tmp_path / "heavy.png").write_bytes(whole + bytes(21 * 2**20))
     upload(page, tmp_path / "heavy.png")
     page.wait_for_selector(".toast-body:has-text('heavy.png')")
     assert "exceed the maximum allowed size of 20" in page.inner_text(".toast-body")
     upload(page, tmp_path / "whole.png")
     assert result(page, "whole.png")["whole.png"] == "64 x 64 pixels"
-    assert page.is_visible("#slider") and not page.is_visible("#message")
+    assert page.is_visible("#pair") and not page.is_visible("#message")
 
 
 STRANGE = "/etc/hostname"
@@ -247,7 +318,7 @@ def server_paths(text, temporary):
 
 def test_the_page_keeps_to_itself(page, site, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
-    for path in (hat(tmp_path, "photo.png", 256), tmp_path / "notes.txt"):
+    for path in (otter(tmp_path, "photo.png", (256, 256)), tmp_path / "notes.txt"):
         upload(page, path)
         page.wait_for_selector(f"#figures :text-is('{path.name}'), #message:has-text('{path.name}')")
     page.get_by_role("tab", name="Generate").click()

@@ -21,7 +21,7 @@ from tiny_pipelines import make_pipeline
 gr = pytest.importorskip("gradio", reason="it is a page of Gradio")
 pytest.importorskip("torchmetrics", reason="it computes the SSIM")
 
-BOUNDARY = "frontier"
+BOUNDARY, MODEL = "frontier", "hieratok-tiny"
 FORM = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 JSON = {"Content-Type": "application/json"}
 
@@ -137,7 +137,7 @@ def test_a_file_is_shown_or_refused_in_words_and_gone(page, name, content, said)
     status, text = page.send(name, content)
     assert status == 200
     (path,) = json.loads(text)
-    answers = page.call(0, file_at(path))
+    answers = page.call(0, file_at(path), MODEL)
     assert '"success":true' in answers and "Traceback" not in answers
     assert ("cannot be used" in answers) == bool(said) and said in answers
     assert not list((page.folder / "sent").rglob("*.*"))
@@ -150,8 +150,8 @@ def test_nobody_gets_what_somebody_sent(page):
         for door in ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/file/"):
             assert page.ask(door + urllib.parse.quote(path))[0] in (403, 404)
     # One that is read leaves the other, of the same name and content, where it is.
-    assert all("cannot be used" not in page.call(0, file_at(path)) for path in paths)
-    again = page.call(0, file_at(paths[0]))
+    assert all("cannot be used" not in page.call(0, file_at(path), MODEL) for path in paths)
+    again = page.call(0, file_at(paths[0]), MODEL)
     assert '"success":true' not in again or "cannot be used" in again
 
 
@@ -160,23 +160,23 @@ FOREIGN = ["/etc/passwd", 7, {"path": 7}, *map(file_at, ("/etc/passwd", "", "htt
 
 @pytest.mark.parametrize("data", FOREIGN, ids=repr)
 def test_what_is_no_file_that_was_sent_is_not_read(page, data):
-    answers = page.call(0, data)
+    answers = page.call(0, data, MODEL)
     assert '"success":true' not in answers and "root:" not in answers and str(page.folder) not in answers
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        ["x", 1, 2, 1.0, 0, 1],
-        [0, 10**9, 2, 1.0, 0, 1],
-        [0, 1, 10**9, 1.0, 0, 1],
-        [0, 1, 2],
-        [None] * 6,
-        [{}] * 6,
+        ["x", 0, False, 1, 2, 1.0, 1],
+        [0, 0, False, 10**9, 2, 1.0, 1],
+        [0, 0, False, 1, 10**9, 1.0, 1],
+        [0, 0, False, 1],
+        [None] * 7,
+        [{}] * 7,
     ],
     ids=str,
 )
 def test_settings_beyond_the_limits_make_nothing(page, settings):
-    answers = page.call(2, *settings)
+    answers = page.call(3, *settings)
     assert '"success":true' not in answers or "Nothing was made" in answers
     assert "image.png" not in answers and "Traceback" not in answers

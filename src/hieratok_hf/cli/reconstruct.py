@@ -79,8 +79,14 @@ def has_ssim() -> bool:
 @torch.inference_mode()
 def encode_and_decode(
     image: Image.Image, vae: AutoencoderHieraTok, size: int | None = None
-) -> tuple[list[Image.Image], list[Image.Image], dict[str, Any]]:
-    """Return the encoded image at the size of every scale, coarse to fine, the decoded images, and the figures."""
+) -> tuple[list[Image.Image], list[Image.Image], torch.Tensor, dict[str, Any]]:
+    """
+    Encode an image and decode it.
+
+    Returns:
+        The encoded image at the size of every scale, coarse to fine; the decoded images; the latents `(1, C, h, w)`;
+        and the figures.
+    """
     processor = HieraTokImageProcessorPil(size_divisor=vae.spatial_compression_ratio)
     if size:
         crop_size = {"height": min(size, image.height), "width": min(size, image.width)}
@@ -108,7 +114,7 @@ def encode_and_decode(
     first, second = (
         [cast(Image.Image, processor.postprocess(pixels)[0]) for pixels in scales] for scales in (originals, decoded)
     )
-    return first, second, figures
+    return first, second, latents, figures
 
 
 def amplify_difference(first: Image.Image, second: Image.Image) -> Image.Image:
@@ -118,7 +124,7 @@ def amplify_difference(first: Image.Image, second: Image.Image) -> Image.Image:
 
 def reconstruct(path: Path, vae: AutoencoderHieraTok, args: Namespace) -> tuple[Image.Image, dict[str, Any]]:
     """The sheet and the figures of one image."""
-    originals, decoded, figures = encode_and_decode(open_image(path), vae, args.size)
+    originals, decoded, _, figures = encode_and_decode(open_image(path), vae, args.size)
     rows = [
         [
             (f"original: {original.width} x {original.height}", original),
