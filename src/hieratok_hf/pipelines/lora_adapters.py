@@ -1,6 +1,7 @@
 """LoRA (Hu et al., arXiv 2106.09685) for the transformer of a pipeline, by the methods that diffusers has for it."""
 
 import os
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -106,8 +107,8 @@ def let_adapters_in(transformer: nn.Module) -> None:
 
 def _read_peft_config(source: str | os.PathLike[str], where: dict[str, Any]) -> dict[str, Any]:
     """Read the configuration beside weights that peft saved, as diffusers keeps it in its files."""
-    from peft import LoraConfig
-
+    # No import that transformers can see: where peft is missing, it would refuse the package's code from the Hub.
+    peft = import_module("peft")
     names = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-    config = LoraConfig.from_pretrained(os.fspath(source), **{name: where[name] for name in names if name in where})
+    config = peft.LoraConfig.from_pretrained(os.fspath(source), **{name: where[name] for name in names if name in where})
     return {f"transformer.{name}": value for name, value in config.to_dict().items()}
