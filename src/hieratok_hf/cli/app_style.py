@@ -9,7 +9,8 @@ LIMITS = f"""Files of up to {MAX_BYTES / 2**20:.0f} MB and {MAX_PIXELS / 1e6:.0f
 more than {MAX_SIDE} pixels is made smaller first. Your file is removed once it is read, and shown to nobody else; the
 image stays in memory for about an hour, for the other model."""
 ABOUT_MODELS = {"hieratok-tiny": "more details", "hieratok-tiny-16x": "smaller files, fewer details"}
-# Generated images have few pixels: they are shown as they are, not smoothed.
+# Generated images have few pixels: they are shown as they are, not smoothed. While something is made, nothing else can
+# be asked for, which might be ready before it and be replaced by it.
 CSS = """
 #window { overflow: auto; max-height: 80vh; border-radius: 8px; }
 #pair { position: relative; width: calc(100% * var(--zoom)); cursor: ew-resize; touch-action: pan-y pinch-zoom; }
@@ -21,6 +22,7 @@ CSS = """
 #pair div::after { content: "↔"; position: absolute; top: calc(50% - 16px); left: -15px; width: 32px; }
 #pair div::after { line-height: 32px; border-radius: 50%; background: #fff; color: #000; text-align: center; }
 #compare .pending { opacity: 0.4; }
+body:has(#compare .pending) :is(#file, #examples, #model) { pointer-events: none; opacity: 0.4; }
 #examples > .gallery { display: grid; grid-template-columns: repeat(4, 1fr); }
 #examples span { display: block; width: 100%; }
 #examples .container { width: 100%; height: auto; aspect-ratio: 4 / 3; max-width: none; max-height: none; }
