@@ -110,5 +110,6 @@ def _read_peft_config(source: str | os.PathLike[str], where: dict[str, Any]) -> 
     # No import that transformers can see: where peft is missing, it would refuse the package's code from the Hub.
     peft = import_module("peft")
     names = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-    config = peft.LoraConfig.from_pretrained(os.fspath(source), **{name: where[name] for name in names if name in where})
+    given = {name: where[name] for name in names if name in where}
+    config = peft.LoraConfig.from_pretrained(os.fspath(source), **given)
     return {f"transformer.{name}": value for name, value in config.to_dict().items()}
