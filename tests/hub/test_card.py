@@ -207,7 +207,7 @@ def test_a_hostile_training_stays_text(tokenizer, tmp_path):
     hostile = {"command": HOSTILE, "data": {"names": [HOSTILE]}, "parents": {HOSTILE: HOSTILE}}
     hostile["machine"] = dict.fromkeys(("cpu", "torch", "device"), HOSTILE)
     (folder / "training.json").write_text(json.dumps({**RECORD, **hostile}))
-    card = model_card(folder, repo_id="me/tok")
+    card = model_card(folder, repo_id="me/tok", license="apache-2.0")
     assert yaml.safe_load(card.data.to_yaml())["license"] == "apache-2.0" and "base_model" not in card.data.to_dict()
     markdown = pytest.importorskip("markdown_it", reason="it renders Markdown as the Hub does")
     tokens = markdown.MarkdownIt("gfm-like", {"linkify": False}).parse(card.text)
@@ -228,7 +228,7 @@ def test_hostile_names_stay_names(pipeline, tmp_path):
     report["settings"] |= {"classifier": HOSTILE, "reference": [HOSTILE, "---"], HOSTILE: HOSTILE, "fid_size": HOSTILE}
     report |= {f"{x}_per_class": [1, 1, 1] for x in ("images", "class_accuracy", "top1_accuracy")}
     report[f"FD-{HOSTILE}"] = 1.5
-    card = model_card(folder, repo_id="me/dit", results=[report])
+    card = model_card(folder, repo_id="me/dit", results=[report], license="apache-2.0")
     card.save(tmp_path / "README.md")
     head = metadata_load(tmp_path / "README.md")
     assert head["license"] == "apache-2.0" and head == yaml.safe_load(card.data.to_yaml())
@@ -291,7 +291,7 @@ def test_figures_that_huggingface_hub_would_merge_are_kept(shipped):
     results = [{**result, "dataset": {"type": "d", "name": name}} for name in ("first", "second")]
     index = [{"name": name, "results": results} for name in "ab"]
     (shipped / "README.md").write_text(f"---\n{yaml.safe_dump({'model-index': index})}---\n# Mine\n")
-    card = card_for(shipped, repo_id="me/tok", results=[recorded("trade_off")])
+    card = card_for(shipped, repo_id="me/tok", results=[recorded("trade_off")], license="apache-2.0")
     card.save(shipped / "README.md")
     head = metadata_load(shipped / "README.md")
     assert head["model-index"] == index and head["license"] == "apache-2.0"
@@ -325,7 +325,8 @@ def test_folders_of_other_classes_are_refused(kind, name, request, tmp_path):
 
 def test_the_repository_s_own_card_has_the_figures_that_are_recorded():
     card = ModelCard.load(CARD)
-    same = model_card(SHIPPED["hieratok-tiny"], repo_id="hieratok-tiny", results=[recorded("trade_off")])
+    given = {"results": [recorded("trade_off")], "license": "apache-2.0"}
+    same = model_card(SHIPPED["hieratok-tiny"], repo_id="hieratok-tiny", **given)
     assert card.data.eval_results == same.data.eval_results and card.data.model_name == "hieratok-tiny"
     for key in ("license", "library_name", "pipeline_tag", "tags"):
         assert card.data.get(key) == same.data.get(key)
@@ -336,3 +337,11 @@ def test_the_repository_s_own_card_has_the_figures_that_are_recorded():
         assert f"`{name}`" in card.text
     count = int(cells(same)["parameters"][0].split()[0].replace(",", ""))
     assert f"{count / 1e6:.1f} M parameters in float32" in card.text
+
+
+def test_a_licence_is_not_assumed(tokenizer, tmp_path):
+    folder = shutil.copytree(tokenizer, tmp_path / "model")
+    card = model_card(folder, repo_id="me/tok")
+    assert "license" not in yaml.safe_load(card.data.to_yaml()) and "licence of the weights | not stated" in card.text
+    (folder / "training.json").write_text(json.dumps({**RECORD, "license": "mit"}))
+    assert model_card(folder, repo_id="me/tok").data.license == "mit"

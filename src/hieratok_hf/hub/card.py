@@ -39,7 +39,7 @@ def model_card(
     result_name: str | None = None,
     base_model: str | None = None,
     datasets: Sequence[str] = (),
-    license: str = "apache-2.0",
+    license: str | None = None,
     training: str | None = None,
     hardware: str | None = None,
 ) -> ModelCard:
@@ -58,7 +58,8 @@ def model_card(
         result_name (`str`, *optional*): The model among several of a report; that of its `--model` unless given.
         base_model (`str`, *optional*): Hub id of the model that training went on from.
         datasets (`Sequence[str]`): Hub ids of the training data.
-        license (`str`, defaults to `"apache-2.0"`): Licence of the weights, by the Hub's identifier.
+        license (`str`, *optional*): Licence of the weights, by the Hub's identifier; that of `license_of` unless it is
+            given, and where there is none, the card says that it is not stated.
         training, hardware (`str`, *optional*): Markdown, put in as it is: the training, its data and their terms; what
             it ran on and for how long. Where there is none, the card says that it was not recorded.
 
@@ -71,7 +72,8 @@ def model_card(
     base_model, training, hardware = base_model or own[0], training or own[1], hardware or own[2]
     for name in (repo_id, *datasets, *([base_model] if base_model else [])):
         validate_repo_id(name)
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+    license = license or license_of(folder)
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(f"`license` must be an identifier of the Hub, such as 'apache-2.0', got {license!r}.")
     kind = "pipeline" if (folder / "model_index.json").is_file() else "tokenizer"
     try:
@@ -110,7 +112,7 @@ def model_card(
         repo_id=repo_id,
         is_pipeline=kind == "pipeline",
         has_code=has_code,
-        sizes=_table([("", ""), *facts, ("licence of the weights", license)]),
+        sizes=_table([("", ""), *facts, ("licence of the weights", license or "not stated")]),
         training=training,
         figures=_table([("", "value", "of"), *(tuple(map(_text, row)) for row in rows)]) if figures else "",
         sources=list(sources),
