@@ -72,7 +72,7 @@ def model_card(
     base_model, training, hardware = base_model or own[0], training or own[1], hardware or own[2]
     for name in (repo_id, *datasets, *([base_model] if base_model else [])):
         validate_repo_id(name)
-    license = license or license_of(folder)
+    license = license_of(folder) if license is None else license
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(f"`license` must be an identifier of the Hub, such as 'apache-2.0', got {license!r}.")
     kind = "pipeline" if (folder / "model_index.json").is_file() else "tokenizer"
