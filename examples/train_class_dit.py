@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
@@ -21,7 +20,7 @@ from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_batches import iterate_encoded
 from hieratok_hf.data.training_batches import BatchPlan
 from hieratok_hf.models.autoencoder_adapter import load_codec
-from hieratok_hf.training.flow_matching import dit_from_size
+from hieratok_hf.training.flow_matching import VelocityTraining, dit_from_size
 from hieratok_hf.training.state import learning_rate_factor
 
 
@@ -55,9 +54,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     sizes = {"num_layers": args.layers, "num_attention_heads": args.heads, "attention_head_dim": 48}
     channels, side, _ = latent_shape
     transformer = dit_from_size("dit-tiny", in_channels=channels, sample_size=side, num_classes=len(names), **sizes)
-    # It stays in evaluation mode: in training, every block of diffusers' DiT drops labels by itself.
     optimizer = torch.optim.AdamW(transformer.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    model, optimizer = accelerator.prepare(VelocityTraining(transformer).train(), optimizer)
     average = EMAModel(transformer.parameters(), decay=args.ema)
 
     plan = BatchPlan(args.batch_size, (args.image_size,), args.steps, args.seed)
@@ -68,13 +66,11 @@ def main(argv: list[str] | None = None) -> list[float]:
         labels = batch["labels"].to(accelerator.device)  # (B,)
         noise = torch.randn_like(clean)
         times = torch.randn(len(clean), device=clean.device).sigmoid()  # (B,), 0 for clean
-        noisy = torch.lerp(clean, noise, times[:, None, None, None])
         # The label after the last is that of no class, which guidance needs.
         dropped = torch.rand(len(clean), device=clean.device) < 0.1
         labels = labels.masked_fill(dropped, len(names))
 
-        velocity = model(noisy, timestep=1000 * times, class_labels=labels).sample
-        loss = F.mse_loss(velocity, noise - clean)
+        loss = model(clean, noise, times, labels)["loss"]  # of the velocity, noise - clean, at the times between them
 
         for group in optimizer.param_groups:
             group["lr"] = args.lr * learning_rate_factor(batch["step"], args.steps, args.steps // 20, decay=args.steps)

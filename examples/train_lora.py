@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -20,6 +19,7 @@ from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.data.latent_batches import iterate_encoded
 from hieratok_hf.data.training_batches import BatchPlan
 from hieratok_hf.models.autoencoder_adapter import Codec
+from hieratok_hf.training.flow_matching import VelocityTraining
 from hieratok_hf.training.state import learning_rate_factor
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear"]
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     adapted = get_peft_model(pipe.transformer, config)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    model, optimizer = accelerator.prepare(adapted, optimizer)
+    model, optimizer = accelerator.prepare(VelocityTraining(adapted), optimizer)
 
     codec = Codec(pipe.vae)
     image_size = pipe.transformer.config.sample_size * pipe.vae.spatial_compression_ratio
@@ -72,12 +72,10 @@ def main(argv: list[str] | None = None) -> list[float]:
         labels = batch["labels"].to(accelerator.device)  # (B,)
         noise = torch.randn_like(clean)
         times = torch.randn(len(clean), device=clean.device).sigmoid()  # (B,), 0 for clean
-        noisy = torch.lerp(clean, noise, times[:, None, None, None])
         dropped = torch.rand(len(clean), device=clean.device) < 0.1  # for guidance
         labels = labels.masked_fill(dropped, pipe.num_classes)
 
-        velocity = model(noisy, timestep=1000 * times, class_labels=labels).sample
-        loss = F.mse_loss(velocity, noise - clean)
+        loss = model(clean, noise, times, labels)["loss"]  # of the velocity, noise - clean, at the times between them
 
         for group in optimizer.param_groups:
             group["lr"] = args.lr * learning_rate_factor(batch["step"], args.steps, args.steps // 20, decay=args.steps)
