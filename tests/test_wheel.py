@@ -13,6 +13,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SIDES = [(40, 64), (65, 48), (64, 64), (96, 33), (50, 50)]
+# The compiler takes seconds for each block of an exported program.
+ONE_BLOCK = {"encoder_num_layers": 1, "decoder_num_layers": 1}
 COMMANDS = """
 reconstruct images --output sheets --json sheets/figures.json
 evaluate --data images --size 32 --no_fid --no_ssim --json evaluation.json
@@ -29,7 +31,8 @@ train --model hieratok-tiny --data images --output tuned --steps 20 --batch_size
 cache --data images --output latents --size 32
 train-dit --latents latents --size dit-tiny --output dit --steps 2 --batch_size 2 --sample_steps 1
 convert checkpoint tuned/{state} converted --size hieratok-tiny
-export hieratok-tiny programs --format torch --parts decoder
+train --config {config} --data images --output small --steps 1 --batch_size 2 --crop_sizes 32 --linear_steps 0
+export small programs --format torch --parts decoder
 push tuned me/mine --license mit --dry_run
 push dit me/mine --license mit --dry_run
 """
@@ -63,7 +66,7 @@ def test_every_command_works_from_the_wheel_alone(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 255, (*SIDES[index % 5], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.{['png', 'jpg'][index % 3 == 0]}")
-    commands = [line.split() for line in COMMANDS.format(state="state-000000020.pt").strip().splitlines()]
+    commands = [line.split() for line in COMMANDS.format(state="state-000000020.pt", config=json.dumps(ONE_BLOCK, separators=(",", ":"))).strip().splitlines()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path / "site")}
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "datasets"), "ACCELERATE_USE_CPU": "true"}
     given = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
@@ -75,5 +78,5 @@ def test_every_command_works_from_the_wheel_alone(tmp_path):
     assert there == back and len(back) == 20
     assert {path.name for path in work.iterdir()} == {
         *("images", "sheets", "evaluation.json", "archive", "preview.png", "back", "generated.png"),
-        *("tuned", "latents", "dit", "converted", "programs"),
+        *("tuned", "latents", "dit", "converted", "small", "programs"),
     }

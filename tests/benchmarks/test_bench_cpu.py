@@ -11,7 +11,7 @@ from hieratok_hf import AutoencoderHieraTok
 def test_ways_are_timed_beside_the_plain_one_and_time_is_divided(bench, monkeypatch, tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="ONNX programs need onnxruntime")
     pytest.importorskip("onnxscript", reason="export to ONNX needs onnxscript")
-    core = random_core(scale_factors=(1,), encoder_num_layers=1, decoder_num_layers=1, sample_size=32)
+    core = random_core(scale_factors=(1,), encoder_num_layers=1, decoder_num_layers=1, patch_size=8, sample_size=32)
     AutoencoderHieraTok.from_core(core).save_pretrained(tmp_path / "model")
     data = write_folder(tmp_path / "data", cat=[1, 2])
     monkeypatch.setattr(bench, "PROGRAMS", {"int8": bench.PROGRAMS["int8"]})
