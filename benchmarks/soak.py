@@ -69,13 +69,13 @@ def training(count: int) -> dict[str, Any]:
     return {"steps": count, **watch.figures()}
 
 
-def page(count: int) -> dict[str, Any]:
+def page(count: int, largest: int = 512) -> dict[str, Any]:
     """Send the page requests of eight visitors at a time, nine of ten with an image, and look at it from outside."""
     draw, watch = random.Random(0), MemoryWatch()
     photographs = [open_image(path) for path in sorted(BUNDLED.glob("*.webp"))]
     with tempfile.TemporaryDirectory() as folder, serve(folder) as (process, url), ThreadPoolExecutor(8) as visitors:
         for _ in range(10):
-            sides = [(draw.randint(64, 512), draw.randint(64, 512)) for _ in range(count // 10)]
+            sides = [(draw.randint(64, largest), draw.randint(64, largest)) for _ in range(count // 10)]
             images = [draw.choice(photographs).resize(size) for size in sides]
             answers = list(visitors.map(lambda pair: ask(url, *pair), enumerate(images)))
             if wrong := [answer for answer in answers if '"success":true' not in answer or "cannot be used" in answer]:
