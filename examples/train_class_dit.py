@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     codec = load_codec(args.vae, accelerator.device)
     images = load_images(args.data)
     names = images.class_names
+    if not names:
+        raise SystemExit(f"--data must have a folder for each class, {args.data} has images without one")
     latent_shape = codec.latent_shape(args.image_size)
 
     sizes = {"num_layers": args.layers, "num_attention_heads": args.heads, "attention_head_dim": 48}

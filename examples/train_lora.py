@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     pipe = HieraTokDiTPipeline.from_pretrained(args.generator).to(accelerator.device)
     images = load_images(args.data)
     names = images.class_names
+    if not names:
+        raise SystemExit(f"--data must have a folder for each class, {args.data} has images without one")
     if len(names) > pipe.num_classes:
         raise SystemExit(f"--data has {len(names)} classes, --generator {args.generator!r} has {pipe.num_classes}")
 

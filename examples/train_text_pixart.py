@@ -63,8 +63,10 @@ def main(argv: list[str] | None = None) -> list[float]:
     rows = load_dataset(args.data, split="train")
     if "text" in rows.column_names:
         captions = rows["text"]
-    else:
+    elif "label" in rows.column_names:
         captions = [f"a photo of a {rows.features['label'].int2str(label)}" for label in rows["label"]]
+    else:
+        raise SystemExit(f"--data must have a metadata.jsonl or a folder for each class, {args.data!r} has neither")
     known = ["", *dict.fromkeys(captions)]  # the empty caption is what guidance starts from
     encode = {"do_classifier_free_guidance": False, "max_sequence_length": args.tokens}
     embeddings, masks, *_ = pipe.encode_prompt(known, **encode)  # (K, L, D) and (K, L)
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     samples = pipe(prompts * 2, num_inference_steps=25, **call).images
     make_image_grid(samples, 2, len(prompts)).save(Path(args.output) / "samples.png")
     print(f"loss {losses[0]:.3f} at first, {sum(losses[-50:]) / len(losses[-50:]):.3f} at last")
-    print(f"PixArtSigmaPipeline.from_pretrained({args.output!r}) makes images of prompts, as samples.png")
+    print(f"PixArtSigmaPipeline.from_pretrained({args.output!r}), after `import hieratok_hf`, makes images of prompts")
     return losses
 
 

@@ -66,7 +66,12 @@ def test_every_command_works_from_the_wheel_alone(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 255, (*SIDES[index % 5], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.{['png', 'jpg'][index % 3 == 0]}")
-    commands = [line.split() for line in COMMANDS.format(state="state-000000020.pt", config=json.dumps(ONE_BLOCK, separators=(",", ":"))).strip().splitlines()]
+    commands = [
+        line.split()
+        for line in COMMANDS.format(state="state-000000020.pt", config=json.dumps(ONE_BLOCK, separators=(",", ":")))
+        .strip()
+        .splitlines()
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path / "site")}
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "datasets"), "ACCELERATE_USE_CPU": "true"}
     given = [sys.executable, "-c", PROGRAM, json.dumps(commands)]

@@ -117,7 +117,18 @@ def test_other_ways_are_compared_with_the_peaks_of_their_dtypes_and_tiles_with_t
     monkeypatch.setitem(bench.MODELS, "hieratok-tiny", ("one block", lambda pixels: AutoencoderHieraTok(**small)))
     times |= {"small eager": 3.0, "small, tiles eager": 2.0}
     ours = [f"hieratok-tiny, {way}" for way in ("bfloat16", "onnxruntime int8", "tiles")]
-    given = ["--sizes", "64", "--directions", "encode", "--eager", "--json", "--models", *ours, "small", "small, tiles"]
+    given = [
+        "--sizes",
+        "64",
+        "--directions",
+        "encode",
+        "--eager",
+        "--json",
+        "--models",
+        *ours,
+        "small",
+        "small, tiles",
+    ]
     assert bench.main([*SMALL, *given]) == 0
     report = report_in(tmp_path / "results")
     flops = bench.count("hieratok-tiny", 64, 1)["encode"]

@@ -27,6 +27,7 @@ def test_a_dry_run_prints_the_plan_and_sends_nothing(hub_here, push, saved, caps
     size = (saved / WEIGHTS).stat().st_size
     assert printed.startswith("6 files, ") and "to org/name in one commit" in printed
     assert f"{size:,}  {WEIGHTS}" in printed and "left out: log.jsonl" in printed and "nothing was sent" in printed
+    assert "  license: mit\n" in printed and "  # name\n" in printed  # the card
     assert not hub_here.requests
 
 

@@ -132,7 +132,9 @@ def test_the_sheet_holds_every_scale_and_the_figures_are_those_of_the_pixels(run
     for key in ("psnr_db", "ssim"):
         assert report["mean"][key] == pytest.approx(np.mean([x[key] for x in report["images"]]))
 
-    head, first, second, mean = capsys.readouterr().out.splitlines()
+    head, first, second, mean, *notes = capsys.readouterr().out.splitlines()
+    assert whole or "in tiles of 256x256 pixels" in notes[0]
+    assert len(notes) == (not whole)
     assert head.split() == " ".join(script.HEADER).split() and len(head) == len(first) == len(second)
     assert f"{report['images'][0]['psnr_db']:.2f}" in first and "16 x 32 x 40" in first and "12.0x" in first
     assert f"{report['mean']['psnr_db']:.2f} dB" in mean and f"{report['mean']['ssim']:.4f}" in mean

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,8 @@ def test_checkpointing_and_exports_on_the_way_change_nothing(first, tmp_path, mo
     torch.testing.assert_close(weights_of(late), weights_of(tmp_path), rtol=0, atol=0)
     assert not torch.equal(weights_of(early)["core.encoder.head.weight"], weights_of(late)["core.encoder.head.weight"])
     assert HieraTokModel.from_pretrained(early).config.scale_factors == (4, 2, 1)
+    told = [json.loads((folder / "training.json").read_text())["steps"] for folder in (early, late, tmp_path)]
+    assert told == [3, 6, 6]
 
 
 def test_sheets_show_the_same_images_every_time(tmp_path):
@@ -135,6 +138,35 @@ def test_sheets_show_the_same_images_every_time(tmp_path):
         assert (first == second).all()
         if more:
             assert (first[:side] == 50).all() and (first[-side:] == 200).all()
+
+
+def test_held_out_images_are_the_split_validation_where_there_is_one(tmp_path, capsys):
+    image = Image.effect_noise((64, 64), 50).convert("RGB")
+    for split in ("train", "validation", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        image.save(tmp_path / "data" / split / f"{split}.png")
+
+    def told(name, *given):
+        given = ["--steps", 2, "--data", tmp_path / "data", "--warmup_steps", 9, "--validation_data", *given]
+        run(tmp_path / name, *given, "--validation_size", 32)
+        return capsys.readouterr().out
+
+    names, load = [], train_tokenizer.load_images
+
+    def watched(*given, **options):
+        images = load(*given, **options)
+        names.append([row["name"] for row in images])
+        return images
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer, "load_images", watched)
+        printed = [told("split", tmp_path / "data"), told("named", tmp_path / "data", "--validation_split", "test")]
+        printed.append(told("same", tmp_path / "data" / "train"))
+    found = [held_out for (held_out,) in names]
+    train, validation, test = (f"{split}.png" for split in ("train", "validation", "test"))
+    assert [Path(name).name for name in found] == [train, validation, train, test, train, train]
+    assert [("the very images" in text) for text in printed] == [False, False, True]
+    assert all("note: --warmup_steps 9" in text for text in printed)
 
 
 def test_what_the_training_was_lies_beside_the_model(first, tmp_path):

@@ -40,6 +40,17 @@ def test_a_dit_by_classes(recipe):
     assert pipe("hat", num_inference_steps=2).images[0].size == (16, 16)
 
 
+@pytest.mark.parametrize("name", ["train_class_dit", "train_text_pixart", "train_lora"])
+def test_images_without_classes_are_refused(name, tmp_path):
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (24, 16)).save(tmp_path / "flat" / "0.png")
+    encoder = ["--text_encoder", save_text_encoder(tmp_path / "t5", ["a"])] if name == "train_text_pixart" else []
+    given = ["--data", tmp_path / "flat", "--output", tmp_path / "out", *encoder]
+    with pytest.raises(SystemExit, match=r"--data must have .*a folder for each class"):
+        load_script("examples", name).main(list(map(str, given)))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("described", [False, True], ids=["folders", "metadata.jsonl"])
 def test_a_pixart_by_text(recipe, tmp_path, described):
     data, columns = CLOTHING / "train", 10

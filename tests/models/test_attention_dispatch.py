@@ -153,10 +153,17 @@ def test_a_registered_backend_heeds_the_scale_and_must_keep_the_shape(mine, scal
         scale_causal_attention(*tokens, layout, backend="mine", return_weights=True)
 
 
+def test_of_two_functions_of_a_name_the_later_counts():
+    tokens, layout = torch.rand(1, 2, 5, 8), PyramidLayout.from_grid(2, 2, (2, 1))
+    for factor in (2, 3):
+        register_attention_backend("mine", lambda query, key, value, layout, factor=factor: factor * value)
+    assert torch.equal(scale_causal_attention(tokens, tokens, tokens, layout, backend="mine"), 3 * tokens)
+
+
 @pytest.mark.parametrize(
-    "name", ["mine", "auto", "eager", "hieratok_sdpa", "_native_math", "flash_attention_2", "", "a b", 3]
+    "name", ["auto", "eager", "hieratok_sdpa", "_native_math", "flash_attention_2", "", "a b", 3]
 )
-def test_a_name_that_is_taken_or_none_is_refused(mine, name):
+def test_a_name_that_is_taken_or_none_is_refused(name):
     with pytest.raises(ValueError, match="`name`"):
         register_attention_backend(name, len)
     with pytest.raises(ValueError, match="`function`"):

@@ -82,6 +82,18 @@ def tree_of(pipe, folder):
     return tree(folder)
 
 
+def test_a_pipeline_with_adapters_is_saved_once_they_are_in_its_weights(pipe, trained, expected, tmp_path):
+    pipe.load_lora_weights(save_as("diffusers", trained, tmp_path / "lora"))
+    for merge in (lambda: None, pipe.fuse_lora):
+        merge()
+        with pytest.raises(ValueError, match="`transformer` has adapters"):
+            pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(generate(HieraTokDiTPipeline.from_pretrained(tmp_path / "saved")), expected)
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing(pipe, base, trained, tmp_path):
     layers = peft.get_peft_model_state_dict(trained)
     wrong = {name: x[:, :3] if "lora_A" in name else x for name, x in layers.items()}

@@ -8,7 +8,7 @@ from PIL import Image
 
 from hieratok_hf.data.image_dataset import load_images
 from hieratok_hf.training import sample_sheets
-from hieratok_hf.training.sample_sheets import first_images, label_sheet, sample_grid
+from hieratok_hf.training.sample_sheets import images_for_sheet, label_sheet, sample_grid
 from hieratok_hf.utils.images import ImageError
 
 GAP = 2
@@ -85,16 +85,18 @@ def test_text_stands_around_the_sheet_and_not_on_it():
         assert beside[row * 34 : row * 34 + 32].min() < 128
 
 
-def test_the_first_images_are_centre_cropped_and_broken_ones_left_out(tmp_path):
-    for row in range(4):
+def test_images_from_all_over_the_data_are_centre_cropped_and_broken_ones_left_out(tmp_path):
+    for row in range(5):
         levels = np.full((20, 30, 3), 255, dtype=np.uint8)
         levels[:, 5:25] = 50 * row
         Image.fromarray(levels).save(tmp_path / f"{row}.png")
-    (tmp_path / "1.png").write_bytes(b"broken")
-    found = first_images(load_images(str(tmp_path)), 8, count=3)
-    torch.testing.assert_close(found[:, 0, 4, 4], torch.tensor([0.0, 100.0]) / 127.5 - 1)
+    (tmp_path / "2.png").write_bytes(b"broken")
+    found = images_for_sheet(load_images(str(tmp_path)), 8, count=3)
+    torch.testing.assert_close(found[:, 0, 4, 4], torch.tensor([0.0, 200.0]) / 127.5 - 1)
     assert found.shape == (2, 3, 8, 8)
-    for row in range(4):
+    streamed = images_for_sheet(load_images(str(tmp_path), streaming=True), 8, count=3)
+    torch.testing.assert_close(streamed[:, 0, 4, 4], torch.tensor([0.0, 50.0]) / 127.5 - 1)
+    for row in range(5):
         (tmp_path / f"{row}.png").write_bytes(b"broken")
     with pytest.raises(ImageError, match="no image"):
-        first_images(load_images(str(tmp_path)), 8)
+        images_for_sheet(load_images(str(tmp_path)), 8)

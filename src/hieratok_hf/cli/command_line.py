@@ -6,6 +6,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -138,10 +139,14 @@ def begin_training(args: Namespace, dynamic: bool | None = None) -> Accelerator:
         project_dir=args.output,
     )
     torch.manual_seed(args.seed)
+    if args.warmup_steps > args.steps:
+        reached = f"{args.steps / args.warmup_steps:.0%} of --lr"
+        accelerator.print(f"note: --warmup_steps {args.warmup_steps} are more than --steps: only {reached} is reached")
     return accelerator
 
 
 def record_training(
+    folder: Path,
     command: str,
     args: Namespace,
     accelerator: Accelerator,
@@ -149,12 +154,14 @@ def record_training(
     names: list[Any],
     data: Images | LatentCache,
 ) -> None:
-    """Write what the training by a command was, with the data of these names, beside its model."""
+    """Write what the training by a command was so far, with the data of these names, beside the model in a folder."""
     is_stream = isinstance(data, Images) and data.streaming
     found = {"names": list(map(str, names)), "images": None if is_stream else len(data)}
     machine = describe_machine(accelerator.device, accelerator.num_processes)
     facts = {**found, "fingerprint": data.fingerprint}
-    write_record(args.output, f"hieratok {command}", options_of(vars(args)), facts, report.seconds, machine)
+    write_record(
+        folder, f"hieratok {command}", options_of(vars(args)), facts, report.steps_taken, report.seconds, machine
+    )
 
 
 def run_training(train: Callable[[Namespace], None], args: Namespace, next_command: str = "hieratok info {}") -> int:

@@ -49,10 +49,12 @@ def run(args: Namespace) -> list[str]:
                     add_card(stage, args.repo_id, args.tags, **card)
                 paths = {path.relative_to(stage).as_posix(): path for path in stage.rglob("*") if path.is_file()}
                 sizes = {name: path.stat().st_size for name, path in sorted(paths.items())}
+                readme = paths["README.md"].read_text(encoding="utf-8") if "README.md" in paths else ""
             lines = [f"{len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB, to {args.repo_id} in one commit:"]
             lines += [f"  {size:>12,}  {name}" for name, size in sizes.items()]
             left_out = [line for line in left_out if line.removeprefix("  left out: ") not in sizes]  # written anew
-            return [*lines, *left_out, "the folder passes its load test; nothing was sent"]
+            shown = ["", "README.md:", *(f"  {line}".rstrip() for line in readme.splitlines()), ""] if readme else []
+            return [*lines, *left_out, *shown, "the folder passes its load test; nothing was sent"]
         names = ("private", "token", "revision", "create_pr", "commit_message", "tags")
         options = {name: getattr(args, name) for name in names}
         told = push_folder(folder, args.repo_id, card=card, remote_code=not args.no_code, **options)

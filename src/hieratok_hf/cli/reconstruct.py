@@ -240,6 +240,10 @@ def run(args: Namespace) -> tuple[list[str], int]:
         if exact := sum(math.isinf(figures["psnr_db"]) for figures in results):
             means += f" (PSNR without {exact} equal to the original)" if exact < len(results) else ""
         lines = [table(results), f"mean of {len(results)}: {means}; sheets in {str(args.output)!r}"]
+        largest = max(max(figures["width"], figures["height"]) for figures in results)
+        if vae.use_tiling and largest > vae.tile_sample_min_height:
+            side = vae.tile_sample_min_height
+            lines.append(f"note: in tiles of {side}x{side} pixels, the size of its training; --whole goes without")
         if not has_ssim():
             lines.append(f"note: {missing_extra('SSIM', 'torchmetrics')}")
     tell_failures(failures)

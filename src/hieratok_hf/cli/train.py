@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import AutoencoderHieraTok, HieraTokConfig, HieraTokCore, HieraTokImageProcessorPil
 from ..data.aspect_buckets import buckets_of_sizes
-from ..data.image_dataset import load_images
+from ..data.image_dataset import Images, load_images
 from ..data.training_batches import BatchPlan, to_pixel_values, training_loader
 from ..evaluation.image_sets import FrechetDistance
 from ..evaluation.perceptual import PerceptualDistance, load_lpips
@@ -26,7 +26,7 @@ from ..training.alignment import LatentAlignment
 from ..training.discriminator import PatchDiscriminator, discriminator_hinge_loss
 from ..training.pca_init import fit_linear_path, latent_statistics, start_from_principal_components
 from ..training.report import TrainingReport
-from ..training.sample_sheets import first_images, sample_grid
+from ..training.sample_sheets import images_for_sheet, sample_grid
 from ..training.state import TrainingState, learning_rate_factor, options_of, state_to_resume
 from ..training.teacher import LatentTeacher, TaughtCodec, agreement, start_from_teacher, teacher_fields
 from ..training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
@@ -74,6 +74,17 @@ def load_teacher(name: str, size: int) -> tuple[Codec, dict[str, int]]:
     """The autoencoder, and the fields that images of `size` show it to ask for."""
     codec = load_codec(name, load_quantizer=False)
     return codec, teacher_fields(codec, size)
+
+
+def load_held_out(args: Namespace) -> Images:
+    """The images of `--validation_data`, of the split `validation` where it has one and no other is asked for."""
+    split = args.validation_split or "validation"
+    try:
+        return load_images(args.validation_data, split=split)
+    except ValueError:
+        if args.validation_split:
+            raise
+    return load_images(args.validation_data)
 
 
 def load_loss(name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -206,6 +217,7 @@ def train(args: Namespace) -> None:
             student.fold_latent_statistics(*latent_statistics(Codec(student), first_batches()))
         AutoencoderHieraTok.from_core(student).save_pretrained(folder)
         HieraTokImageProcessorPil(size_divisor=student.config.patch_size).save_pretrained(folder)
+        record_training(folder, "train", args, accelerator, report, args.data, images)
 
     if state:
         training.restore(state)
@@ -216,19 +228,21 @@ def train(args: Namespace) -> None:
     report = TrainingReport(accelerator, args.output, first_step, args.steps, args.log_every, progress)
     accelerator.init_trackers("tokenizer", {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)})
     if args.validation_data:
-        held_out = load_images(args.validation_data, split=args.validation_split)
+        held_out = load_held_out(args)
+        if held_out.fingerprint == images.fingerprint:
+            accelerator.print("note: --validation_data has the very images that --data has, so it shows nothing new")
         size = args.validation_size or core.config.sample_size
         check_batch("--validation_size", args.batch_size, size)
         if size % core.config.patch_size:
             raise ValueError(f"--validation_size must be a multiple of {core.config.patch_size}, got {size}.")
         validation = EvaluationBatches(held_out, size, args.batch_size)
-        shown = first_images(held_out, size)
+        shown = images_for_sheet(held_out, size)
         frechet = None
         if args.validation_fid:
             frechet = FrechetDistance(vision, size=args.fid_size, same_targets=True, device=device)
         measured = ReconstructionMetrics(ssim=False, frechet=frechet, device=device)
     else:
-        shown = first_images(images, largest)
+        shown = images_for_sheet(images, largest)
 
     for batch in batches(steps, first_step=first_step):
         step, last_part = batch["step"], batch["part"] + 1 == args.accumulate
@@ -282,8 +296,6 @@ def train(args: Namespace) -> None:
     report.close()
 
     export(args.output)
-    if is_main:
-        record_training("train", args, accelerator, report, args.data, images)
     accelerator.end_training()
 
 

@@ -157,6 +157,8 @@ def train(args: Namespace) -> None:
         # Its own `to` warns of parts to be kept in float32, of which there are none.
         torch.nn.Module.to(pipe.transformer, getattr(torch, args.export_dtype))
         pipe.save_pretrained(folder)
+        source = (args.data, images) if args.data else ([args.latents], cache)
+        record_training(folder, "train-dit", args, accelerator, report, *source)
 
     draws = partial(flow_draws, args.seed, mean=args.time_mean, std=args.time_std, shift=args.time_shift)
     for batch in batches(plan, first_step):
@@ -200,8 +202,6 @@ def train(args: Namespace) -> None:
     pipe = averaged()
     if is_main:
         export(pipe, args.output)
-        source = (args.data, images) if args.data else ([args.latents], cache)
-        record_training("train-dit", args, accelerator, report, *source)
     accelerator.end_training()
 
 

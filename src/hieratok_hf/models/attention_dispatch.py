@@ -53,7 +53,8 @@ def register_attention_backend(name: str, function: AttentionFunction) -> None:
     `attn_implementation` of `HieraTokModel`. `"auto"` never chooses it.
 
     Args:
-        name (`str`): A name that no attention of this package, transformers or diffusers has.
+        name (`str`): A name that no attention of this package, transformers or diffusers has. Of two functions of one
+            name the later counts.
         function (`Callable[[Tensor, Tensor, Tensor, PyramidLayout], Tensor]`): A function of the query, key and value,
             each of shape `(B, A, N, d)`, and the layout. It returns the attended values `(B, A, N, d)`, and multiplies
             scores by `d ** -0.5`; for another `scale` it is given a query that makes up for it.
@@ -76,7 +77,7 @@ def register_attention_backend(name: str, function: AttentionFunction) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"`name` must be an identifier, got {name!r}.")
     taken = {*ATTENTION_BACKENDS, *ATTENTION_IMPLEMENTATIONS, *DIFFUSERS_BACKENDS, *ALL_ATTENTION_FUNCTIONS}
-    if name in taken:
+    if name in taken - REGISTERED_BACKENDS.keys():
         raise ValueError(f"`name` must be a new one, got {name!r}, which is taken.")
     if not callable(function):
         raise ValueError(f"`function` must be callable, got {function!r}.")

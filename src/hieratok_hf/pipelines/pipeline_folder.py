@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ..models.core import has_adapters
 from ..models.saved_code import OWN_CODE
 from ..models.saving import HubUploadMixin, load_whole, name_in_errors
 from ..shipped import resolve_model
@@ -120,10 +121,14 @@ class PipelineFolderMixin(HubUploadMixin, DiffusionPipeline):
         folder keeps that code.
 
         Raises:
-            ValueError: `save_directory` names no folder.
+            ValueError: `save_directory` names no folder, or a part has adapters, which a saved pipeline cannot keep.
         """
         if not is_main_process:
             return
+        for name in ("transformer", "vae"):
+            if has_adapters(getattr(self, name)):
+                ways = "`save_lora_weights` saves them alone, `fuse_lora` and `unload_lora_weights` put them into it"
+                raise ValueError(f"`{name}` has adapters, which a saved pipeline cannot keep: {ways}.")
         with self._stage_and_push(save_directory, kwargs) as stage:
             super().save_pretrained(stage, *args, **kwargs)
 

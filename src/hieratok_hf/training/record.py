@@ -23,6 +23,7 @@ def write_record(
     command: str,
     arguments: Mapping[str, Any],
     data: Mapping[str, Any],
+    steps: int,
     seconds: float,
     machine: Mapping[str, Any],
 ) -> None:
@@ -36,6 +37,7 @@ def write_record(
         command (`str`): The command, such as `"hieratok train"`.
         arguments (`Mapping`): Its arguments, as `options_of` gives them.
         data (`Mapping`): `names`, the number of `images`, `None` of a stream, and the `fingerprint`.
+        steps (`int`): Steps that were taken.
         seconds (`float`): Time of the training, of all runs that it was resumed in.
         machine (`Mapping`): The machine of the last run, as the commands describe it.
 
@@ -50,7 +52,7 @@ def write_record(
         "versions": {name: version(name) for name in _PACKAGES},
         "machine": machine,
         "hours": round(seconds / 3600, 4),
-        "steps": told["steps"],
+        "steps": steps,
         "seed": told["seed"],
         "parents": {name: told[name] for name in PARENTS if told.get(name) is not None},
     }

@@ -90,6 +90,7 @@ class TrainingReport:
         self.counts: Counter[str] = Counter(progress.get("counts", {}))
         self.crop_sizes: list[str] = list(progress.get("crop_sizes", []))
         self.parts = self.images = 0
+        self.steps_taken = first_step
         self.skipped: set[str] = set()
         # Counted on the device, so that no step has to wait for its own loss.
         self.bad_step = torch.full((), -1, device=accelerator.device)
@@ -126,6 +127,7 @@ class TrainingReport:
         if crop is not None:
             self.crop_sizes = sorted({*self.crop_sizes, "x".join(map(str, crop))})
         self.images += count
+        self.steps_taken = step + 1
         self.bar.update()
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
             means = {name: value / self.counts[name] for name, value in self._sums_of_window().items()}

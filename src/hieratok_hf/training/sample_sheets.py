@@ -1,6 +1,7 @@
 """Sheets of images to look at while a model trains: those that a tokenizer makes of others, or a generator."""
 
 import math
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
@@ -9,23 +10,23 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.image_dataset import Images, decode_ahead
+from ..data.image_dataset import Images, Row, decode_ahead
 from ..evaluation.metrics import psnr
 from ..models.core import HieraTokCore
 from ..pipelines.pipeline_hieratok_dit import HieraTokDiTPipeline
 from ..utils.images import ImageError, from_uint8, to_uint8
 
-__all__ = ["class_grid", "first_images", "label_sheet", "sample_grid"]
+__all__ = ["class_grid", "images_for_sheet", "label_sheet", "sample_grid"]
 
 _GAP = 2
 
 
-def first_images(images: Images, size: int, count: int = 8) -> Tensor:
+def images_for_sheet(images: Images, size: int, count: int = 8) -> Tensor:
     """
-    Load the first `count` images, `(count, 3, size, size)` in [-1, 1], centre-cropped, without those among them that
-    cannot be decoded; `ImageError` where no image of the data can.
+    Load `count` images from all over the data, and the first of a stream, `(count, 3, size, size)` in [-1, 1],
+    centre-cropped, without those among them that cannot be decoded; `ImageError` where no image of the data can.
     """
-    rows = enumerate(images)
+    rows = enumerate(images) if images.streaming else _spread(images, count)
     decoded = decode_ahead(iter(lambda: list(islice(rows, count)), []), (size, size), threads=4)
     for batch in decoded:
         if len(batch["levels"]):
@@ -65,6 +66,14 @@ def class_grid(
     generator = torch.Generator().manual_seed(seed)
     images = pipe(labels, steps, guidance_scale, generator=generator, output_type="pt").images
     return _sheet((2 * images - 1).unflatten(0, (rows, -1)))
+
+
+def _spread(images: Images, count: int) -> Iterator[tuple[int, Row]]:
+    """Give all rows with their indices, `count` at a time from all over the data, which may be sorted by class."""
+    step = -(-len(images) // count)
+    for first in range(step):
+        for index in range(first, len(images), step):
+            yield index, images[index]
 
 
 def label_sheet(sheet: Image.Image, title: str, rows: list[str], columns: list[str]) -> Image.Image:

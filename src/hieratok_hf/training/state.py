@@ -262,8 +262,6 @@ def state_to_resume(
     if options is None or before is None:
         return state
     before = _with_real_places(before)
-    if state["step"] >= options["steps"]:
-        say(f"{str(folder)!r} has taken all {options['steps']} steps: its model is written anew")
     changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
     # A state from before there was an option was trained with what it switches on switched off.
     changed = [name for name in changed if name in before or options[name]]
@@ -281,6 +279,8 @@ def state_to_resume(
             "(--data: other images; --steps, --decay_steps: other learning rates of steps that were taken): give what "
             "it was begun with, or add --allow_changes."
         )
+    if state["step"] >= options["steps"]:
+        say(f"{str(folder)!r} has taken all {options['steps']} steps: its model is written anew")
     return state
 
 

@@ -72,7 +72,7 @@ def add_train(parser: Parser) -> None:
     statistics = "batches for the start and for the statistics of the latents"
     report("--statistics_batches", type=positive, default=64, help=statistics)
     report("--validation_data", nargs="+", help="images to measure on while training")
-    report("--validation_split", default="train", help="split of --validation_data")
+    report("--validation_split", help="split of --validation_data; validation where it has one, train elsewhere")
     report("--validation_size", type=positive, help="side of the middle squares; the model's own unless given")
     report("--validation_fid", action="store_true", help="measure a Fréchet distance over --vision_model too")
     report("--fid_size", type=positive, help="side that images get for the vision model; its own unless given")
