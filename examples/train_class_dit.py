@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     sizes = {"num_layers": args.layers, "num_attention_heads": args.heads, "attention_head_dim": 48}
     channels, side, _ = latent_shape
     transformer = dit_from_size("dit-tiny", in_channels=channels, sample_size=side, num_classes=len(names), **sizes)
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # or the training would be in vain
     optimizer = torch.optim.AdamW(transformer.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     model, optimizer = accelerator.prepare(VelocityTraining(transformer).train(), optimizer)
     average = EMAModel(transformer.parameters(), decay=args.ema)
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     pipe = HieraTokDiTPipeline(codec.model, transformer, FlowMatchEulerDiscreteScheduler(), dict(enumerate(names)))
     pipe.save_pretrained(args.output)
     generator = torch.Generator().manual_seed(args.seed)
-    samples = pipe(names * 2, 25, args.guidance_scale, generator=generator).images
+    samples = pipe(list(range(len(names))) * 2, 25, args.guidance_scale, generator=generator).images
     make_image_grid(samples, 2, len(names)).save(Path(args.output) / "samples.png")
     print(f"loss {losses[0]:.3f} at first, {sum(losses[-50:]) / len(losses[-50:]):.3f} at last")
     print(f'HieraTokDiTPipeline.from_pretrained({args.output!r})("{names[0]}").images makes more like samples.png')

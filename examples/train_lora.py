@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LAYERS)
     adapted = get_peft_model(pipe.transformer, config)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # or the training would be in vain
     optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     model, optimizer = accelerator.prepare(VelocityTraining(adapted), optimizer)
 

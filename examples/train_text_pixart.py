@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     views = torch.cat([pixel_values, pixel_values.flip(3)]).split(args.batch_size)
     latents = torch.cat([vae.encode(x).latent_dist.mode() for x in views])  # (2 N, C, h, w), about standard normal
 
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # or the training would be in vain
     optimizer = torch.optim.AdamW(transformer.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     average = EMAModel(transformer.parameters(), decay=args.ema)

@@ -38,11 +38,11 @@ for scales in "8 4 2 1" 1; do
         --output "$folder/tokenizer" --resume --steps "$steps" --batch_size "$batch" --lr 1e-4 --ema 0.999 \
         --warmup_steps $((steps / 20)) --decay_steps "$steps" --num_workers "$workers" "${losses[@]}" "${compile[@]}"
     "$bin/python" -m hieratok_hf evaluate --model "$folder/tokenizer" --data "$data"/val-*.tar \
-        --json "$folder/rfid.json" "${fid[@]}"
+        --json "$folder/rfid.json" --overwrite "${fid[@]}"
     "$bin/python" -m hieratok_hf cache --model "$folder/tokenizer" --data "$data"/train-*.tar --output "$folder/latents"
     "${launch[@]}" train-dit "${dit_size[@]}" --latents "$folder/latents" --vae "$folder/tokenizer" \
         --output "$folder/dit" --resume --steps "$dit_steps" --batch_size "$dit_batch" --lr 2e-4 --ema 0.9999 \
         "${compile[@]}"
     "$bin/python" -m hieratok_hf evaluate-generation --model "$folder/dit" --samples "$samples" --guidance_scale 1 \
-        --reference "$data"/val-*.tar --json "$folder/gfid.json" "${fid[@]}"
+        --reference "$data"/val-*.tar --json "$folder/gfid.json" --overwrite "${fid[@]}"
 done

@@ -147,8 +147,8 @@ def test_held_out_images_are_the_split_validation_where_there_is_one(tmp_path, c
         image.save(tmp_path / "data" / split / f"{split}.png")
 
     def told(name, *given):
-        given = ["--steps", 2, "--data", tmp_path / "data", "--warmup_steps", 9, "--validation_data", *given]
-        run(tmp_path / name, *given, "--validation_size", 32)
+        given = ["--steps", 2, "--warmup_steps", 9, "--validation_data", *given]
+        run(tmp_path / name, "--data", tmp_path / "data", *given, "--validation_size", 32)
         return capsys.readouterr().out
 
     names, load = [], train_tokenizer.load_images
@@ -161,7 +161,7 @@ def test_held_out_images_are_the_split_validation_where_there_is_one(tmp_path, c
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tokenizer, "load_images", watched)
         printed = [told("split", tmp_path / "data"), told("named", tmp_path / "data", "--validation_split", "test")]
-        printed.append(told("same", tmp_path / "data" / "train"))
+        printed.append(told("same", tmp_path / "data" / "train", "--data", tmp_path / "data" / "train"))
     found = [held_out for (held_out,) in names]
     train, validation, test = (f"{split}.png" for split in ("train", "validation", "test"))
     assert [Path(name).name for name in found] == [train, validation, train, test, train, train]
@@ -181,6 +181,9 @@ def test_what_the_training_was_lies_beside_the_model(first, tmp_path):
     assert (record["parents"], record["steps"], record["seed"]) == ({"model": "first"}, 4, 0)
     state = latest_state(tmp_path / "mine")
     assert 0 < state["report"]["seconds"] <= record["hours"] * 3600 + 0.2
+    other = shutil.copytree(tmp_path / "mine", tmp_path / "other")
+    AutoencoderHieraTok.from_pretrained(first).save_pretrained(other)
+    assert not (other / "training.json").exists()  # it is another's now
     run(tmp_path / "mine", *more, 5, "--decay_steps", 0, "--resume")
     assert latest_state(tmp_path / "mine")["report"]["seconds"] > state["report"]["seconds"]
 
@@ -288,6 +291,10 @@ def in_folder(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "pulls", raising=False)
     lines = ["no_function = 3", "def black(images, targets): return (images + 1).abs().mean()"]
     lines += ["def each(images, targets): return (images - targets).mean((1, 2, 3))"]
+    lines += ["def leaves(images, targets): raise SystemExit('bye')"]
+    lines += ["def free(images, targets): return (images - targets).detach().mean()"]
+    lines += ["def small(images, targets): return (images - targets.add_(1))[:, :, 63].mean()"]
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)")
     (tmp_path / "pulls.py").write_text("\n".join(lines))
 
 
@@ -314,10 +321,15 @@ def test_losses_that_cannot_be_are_named(tmp_path, capsys):
         ("missing.module:black", "No module named 'missing'"),
         ("pulls:white", "no attribute 'white'"),
         ("pulls:no_function", "not callable"),
-        ("pulls:each", "must give a scalar tensor, got one of shape (2,)"),
+        ("pulls:each", "must give a scalar tensor of real numbers, got torch.float32 of shape (2,)"),
+        ("pulls:leaves", "bye"),
+        ("pulls:free", "must give a tensor with a gradient"),
+        ("ends:ends", "SystemExit(3)"),
     ):
         told = failure(capsys, tmp_path / "new", "--loss", f"{name}=1")
         assert f"--loss '{name}'" in told and message in told and not (tmp_path / "new").exists()
+    told = failure(capsys, tmp_path / "new", "--loss", "pulls:small=1", "--crop_sizes", 32)
+    assert "--loss 'pulls:small' failed on images of shape (8, 3, 32, 32)" in told
     given = arguments(tmp_path / "new", "--loss", "a:b=1", "--loss", "a:b=2")
     assert "--loss must name each function once" in usage_error(capsys, train_tokenizer.main, *given)
 

@@ -160,9 +160,7 @@ def test_of_two_functions_of_a_name_the_later_counts():
     assert torch.equal(scale_causal_attention(tokens, tokens, tokens, layout, backend="mine"), 3 * tokens)
 
 
-@pytest.mark.parametrize(
-    "name", ["auto", "eager", "hieratok_sdpa", "_native_math", "flash_attention_2", "", "a b", 3]
-)
+@pytest.mark.parametrize("name", ["auto", "eager", "hieratok_sdpa", "_native_math", "flash_attention_2", "", "a b", 3])
 def test_a_name_that_is_taken_or_none_is_refused(name):
     with pytest.raises(ValueError, match="`name`"):
         register_attention_backend(name, len)

@@ -10,7 +10,14 @@ NAMES = names_to_ids({0: "tench, Tinca tinca", 1: "English_springer", 2: "church
 
 
 def test_every_synonym_has_the_number_of_its_class():
-    assert NAMES == {"tench": 0, "Tinca tinca": 0, "English_springer": 1, "church": 2, "French horn": 3}
+    synonyms = {"tench": 0, "Tinca tinca": 0, "English_springer": 1, "church": 2, "French horn": 3}
+    assert {**synonyms, "tench, Tinca tinca": 0} == NAMES
+    assert names_to_ids({0: "boot, shoe", 1: "shoe", 2: "boot, hat"}) == {
+        "boot, shoe": 0,
+        "shoe": 1,
+        "boot, hat": 2,
+        "hat": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -69,12 +76,13 @@ def test_what_is_no_class_is_refused(given):
 
 def test_names_that_differ_in_case_alone_are_kept_apart():
     names = names_to_ids({0: "Cardigan, Cardigan Welsh corgi", 1: "cardigan", 2: "crane", 3: "crane, machine"})
-    assert names == {"Cardigan": 0, "Cardigan Welsh corgi": 0, "cardigan": 1, "crane": 2, "machine": 3}
+    wholes = {"Cardigan, Cardigan Welsh corgi": 0, "crane, machine": 3}
+    assert names == {**wholes, "Cardigan": 0, "Cardigan Welsh corgi": 0, "cardigan": 1, "crane": 2, "machine": 3}
     assert label_ids(["Cardigan", "cardigan", "crane", "Crane"], names, 4) == [0, 1, 2, 2]
     with pytest.raises(ValueError, match=r"'CARDIGAN' is the name of several classes: \[0, 1\]; give a number"):
         label_ids("CARDIGAN", names, 4)
     # What two classes share, and neither is called by, names none of them.
-    assert names_to_ids({0: "a, shared", 1: "b, shared"}) == {"a": 0, "b": 1}
+    assert names_to_ids({0: "a, shared", 1: "b, shared"}) == {"a, shared": 0, "a": 0, "b, shared": 1, "b": 1}
 
 
 def test_near_names_are_offered():

@@ -97,15 +97,48 @@ def test_a_pipeline_with_adapters_is_saved_once_they_are_in_its_weights(pipe, tr
 def test_what_does_not_fit_is_refused_and_changes_nothing(pipe, base, trained, tmp_path):
     layers = peft.get_peft_model_state_dict(trained)
     wrong = {name: x[:, :3] if "lora_A" in name else x for name, x in layers.items()}
+    named = {f"transformer.{name.removeprefix('base_model.model.')}": x for name, x in layers.items()}
+    first, *others = named
+    half = {name: named[name] for name in others}
     torch.save(layers, tmp_path / "adapter.bin")
     torch.save(Bomb(tmp_path / "sprung"), tmp_path / "pytorch_lora_weights.bin")
     for weights, kind, told in (
-        (wrong, ValueError, "does not fit this `transformer`"),
-        ({"vae.weight": torch.zeros(2, 2)}, ValueError, "lora"),
+        (wrong, ValueError, "cannot be loaded into this `transformer`"),
+        ({"vae.weight": torch.zeros(2, 2)}, ValueError, "'vae.weight'"),
+        ({}, ValueError, "got none"),
+        (half, ValueError, r"two matrices .*lacks lora_A"),
+        ({**named, first: named[first] * torch.nan}, ValueError, "finite"),
+        ({name.replace(".to_q", ".to_z"): x for name, x in named.items()}, ValueError, r"to_z', which is no layer"),
+        ({name.replace("A.weight", "A.default.weight"): x for name, x in layers.items()}, ValueError, "default"),
         (tmp_path, OSError, "pytorch_lora_weights.safetensors"),
         (tmp_path / "none", (OSError, ValueError), "weight_name|none"),
     ):
         with pytest.raises(kind, match=told):
             pipe.load_lora_weights(weights)
+    for options, told in (
+        ({"weight_name": "adapter.bin"}, "`weight_name`"),
+        ({"adapter_name": "a.b"}, "`adapter_name`"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            pipe.load_lora_weights(tmp_path, **options)
+    with pytest.raises(ValueError, match="`safe_serialization`"):
+        pipe.save_lora_weights(tmp_path / "saved", layers, safe_serialization=False)
     assert not (tmp_path / "sprung").exists()
     assert torch.equal(generate(pipe), generate(base))
+
+
+def test_a_transformer_in_a_wrapper_is_refused_and_one_that_is_compiled_in_place_follows(
+    pipe, trained, expected, tmp_path
+):
+    folder, transformer = save_as("diffusers", trained, tmp_path), pipe.transformer
+    pipe.transformer = torch.compile(transformer, backend="eager")
+    for act in (lambda: pipe.load_lora_weights(folder), pipe.unload_lora_weights, pipe.disable_lora):
+        with pytest.raises(ValueError, match=r"`transformer` .*pipe.transformer.compile"):
+            act()
+    pipe.transformer = transformer
+    untouched = generate(pipe)
+    transformer.compile(backend="eager")
+    pipe.load_lora_weights(folder)
+    torch.testing.assert_close(generate(pipe), expected, atol=1e-4, rtol=1e-4)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(generate(pipe), untouched, atol=1e-4, rtol=1e-4)

@@ -51,6 +51,8 @@ def load_or_explain(load: Callable[..., Any], option: str, name: Any, *more: Any
     """Return `load(name, ...)`, or raise a `Problem` that names the option."""
     try:
         return load(name, *more, **options)
+    except Problem:
+        raise
     except Exception as error:  # the libraries, safetensors, the Hub and torch raise many types
         raise Problem(f"{option} {name!r} cannot be loaded: {one_line(error)}") from error
 

@@ -41,7 +41,7 @@ from .command_line import (
     run_training,
 )
 from .main import parse
-from .terminal import one_line
+from .terminal import Problem, one_line
 
 
 def load_core(args: Namespace, taught: dict[str, int]) -> HieraTokCore:
@@ -91,12 +91,29 @@ def load_loss(name: str, device: torch.device) -> Callable[[Tensor, Tensor], Ten
     """Import a function of a module in this folder or the environment, and see that it gives a scalar of images."""
     sys.path.insert(0, os.getcwd())
     module, _, function = name.partition(":")
-    loss: Callable[[Tensor, Tensor], Tensor] = getattr(importlib.import_module(module), function)
-    found = loss(torch.zeros(2, 3, 64, 64, device=device), torch.ones(2, 3, 64, 64, device=device))
-    if not isinstance(found, Tensor) or found.ndim:
-        got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"it must give a scalar tensor, got {got}")
-    return loss
+    try:
+        loss: Callable[[Tensor, Tensor], Tensor] = getattr(importlib.import_module(module), function)
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise ValueError(f"its module ends with {error!r}") from error
+
+    def checked(image: Tensor, target: Tensor) -> Tensor:
+        try:
+            found = loss(image, target.clone())  # which others look at too
+        except (Exception, SystemExit) as error:
+            raise Problem(
+                f"--loss {name!r} failed on images of shape {tuple(image.shape)}: {one_line(error)}"
+            ) from error
+        if not isinstance(found, Tensor) or found.ndim or not found.is_floating_point():
+            kind = (
+                f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            )
+            raise Problem(f"--loss {name!r} must give a scalar tensor of real numbers, got {kind}")
+        return found
+
+    image = torch.zeros(2, 3, 64, 64, device=device, requires_grad=True)
+    if not checked(image, torch.ones_like(image)).requires_grad:
+        raise Problem(f"--loss {name!r} must give a tensor with a gradient of the image, got one without")
+    return checked
 
 
 def parameter_groups(model: TokenizerTraining, linear_factor: float) -> list[dict]:

@@ -15,7 +15,7 @@ from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 
-from ..utils.choices import QUANTIZER_FILE
+from ..utils.choices import QUANTIZER_FILE, TRAINING_FILE
 from ..utils.files import name_when_full, read_json
 from .configuration_hieratok import HieraTokConfig, complete_saved, pipeline_hint
 from .saved_code import OWN_CODE, add_code, to_json
@@ -270,15 +270,16 @@ def _stamps(folder: Path) -> set[tuple[Path, int, int]]:
 def stale_weights(there: Iterable[AnyPath], written: Iterable[AnyPath]) -> list[AnyPath]:
     """
     Find what a save which wrote `written` makes obsolete: weights beside it of the same variant, and levels of latents
-    beside weights that have none.
+    and the record of a training beside weights, or a pipeline, that have none.
     """
     there, new = list(there), set(written)
     weights = {path for path in new if _WEIGHTS.fullmatch(path.name)}
     replaced = {(path.parent, variant_of(path.name)) for path in weights}
     others = [path for path in there if _WEIGHTS.fullmatch(path.name) and path not in weights]
     stale = [path for path in others if (path.parent, variant_of(path.name)) in replaced]
-    folders = {path.parent for path in weights}
-    return stale + [x for x in there if x.name == QUANTIZER_FILE and x not in new and x.parent in folders]
+    folders = {path.parent for path in new if path in weights or path.name == "model_index.json"}
+    facts = [path for path in there if path.name in (QUANTIZER_FILE, TRAINING_FILE) and path not in new]
+    return stale + [path for path in facts if path.parent in folders]
 
 
 def variant_of(name: str) -> str:

@@ -17,16 +17,15 @@ _SHOWN = 10
 
 def names_to_ids(id2label: Mapping[int, str]) -> dict[str, int]:
     """
-    Map every synonym of every class to its number; one that two classes share only if it is the whole name of one.
-    Commas divide synonyms.
+    Map the whole name of every class to its number, and every synonym that no other class has. Commas divide synonyms.
     """
     whole = {value.strip(): key for key, value in id2label.items()}
     owners: dict[str, set[int]] = {}
     for key, value in id2label.items():
         for part in value.split(","):
             owners.setdefault(part.strip(), set()).add(key)
-    unique = {name: min(keys) for name, keys in owners.items() if len(keys) == 1 or name in whole}
-    return {name: whole.get(name, key) for name, key in unique.items() if name}
+    unique = {name: min(keys) for name, keys in owners.items() if len(keys) == 1}
+    return {name: key for name, key in {**unique, **whole}.items() if name}
 
 
 def label_ids(labels: Any, names: Mapping[str, int], num_classes: int) -> list[int]:

@@ -1,6 +1,7 @@
 """LoRA (Hu et al., arXiv 2106.09685) for the transformer of a pipeline, by the methods that diffusers has for it."""
 
 import os
+import re
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..models.saving import stage_folder
 __all__ = ["LoraAdaptersMixin"]
 
 _PEFT_PREFIX = "base_model.model."
+_KEY = re.compile(r"transformer\.(?P<layer>.+)\.lora_(?P<kind>A\.weight|B\.weight|B\.bias|magnitude_vector)")
 
 
 class LoraAdaptersMixin(SanaLoraLoaderMixin):
@@ -25,7 +27,9 @@ class LoraAdaptersMixin(SanaLoraLoaderMixin):
     @property
     def _lora_loadable_modules(self) -> list[str]:
         """Return the names of the parts that can hold adapters, which a DiT can once one was loaded."""
-        return ["transformer"] if isinstance(getattr(self, "transformer", None), PeftAdapterMixin) else []
+        transformer = getattr(self, "transformer", None)
+        _check_is_plain(transformer)
+        return ["transformer"] if isinstance(transformer, PeftAdapterMixin) else []
 
     def load_lora_weights(
         self,
@@ -48,15 +52,23 @@ class LoraAdaptersMixin(SanaLoraLoaderMixin):
             kwargs: Further arguments of diffusers' `load_lora_weights`, as `weight_name` and `subfolder`.
 
         Raises:
-            ValueError: The weights are not those of an adapter of this transformer, or the name is taken.
+            ValueError: The weights are not those of an adapter of this transformer, or no safetensors; or the name is
+                taken or cannot be one; or the transformer is wrapped by `torch.compile`.
             OSError: There is no such folder, file or repository.
         """
-        let_adapters_in(self.transformer)
+        if not isinstance(transformer := self.transformer, nn.Module):
+            raise ValueError(f"`transformer` must be a model to load an adapter into it, got {transformer!r}.")
+        if adapter_name is not None and not re.fullmatch(r"[^.]+", adapter_name):
+            raise ValueError(f"`adapter_name` must be a name without dots, got {adapter_name!r}.")
+        _check_is_plain(transformer)
+        let_adapters_in(transformer)
         try:
             super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, hotswap, **kwargs)
-        except RuntimeError as error:
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of peft, safetensors, json and torch
             reason = str(error).splitlines()[-1].strip()
-            raise ValueError(f"The adapter does not fit this `transformer` ({reason}).") from error
+            raise ValueError(f"The adapter cannot be loaded into this `transformer` ({reason}).") from error
 
     @classmethod
     def lora_state_dict(
@@ -72,15 +84,36 @@ class LoraAdaptersMixin(SanaLoraLoaderMixin):
             pretrained_model_name_or_path_or_dict: As `load_lora_weights` takes it.
             return_lora_metadata (`bool`, defaults to `False`): Whether to return a pair of weights and configuration.
             kwargs: Further arguments of diffusers' method. Pickled files are refused.
+
+        Raises:
+            ValueError: They are no whole adapter of a transformer in safetensors: there are none, a name is another, a
+                layer has one of its two matrices, or a number is not finite.
         """
         source = pretrained_model_name_or_path_or_dict
         kwargs["use_safetensors"] = True
+        if not str(name := kwargs.get("weight_name") or ".safetensors").endswith(".safetensors"):
+            raise ValueError(f"`weight_name` must be that of a file of safetensors, got {name!r}.")
         weights, metadata = super().lora_state_dict(source, return_lora_metadata=True, **kwargs)
         if any(_PEFT_PREFIX in name for name in weights):
             if metadata is None and not isinstance(source, dict):
                 metadata = _read_peft_config(source, kwargs)
-            weights = {f"transformer.{name.partition(_PEFT_PREFIX)[2]}": tensor for name, tensor in weights.items()}
+            parted = ((name, *name.partition(_PEFT_PREFIX)[1:]) for name in weights)
+            weights = {f"transformer.{layer}" if peft else name: weights[name] for name, peft, layer in parted}
+        _check_weights(weights)
         return (weights, metadata) if return_lora_metadata else weights
+
+    @classmethod
+    def load_lora_into_transformer(
+        cls, state_dict: dict[str, torch.Tensor], transformer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """
+        Put the weights of `lora_state_dict` around layers of a `transformer`, with further arguments of diffusers'
+        method; `ValueError` for weights of a layer that it does not have.
+        """
+        layers = {name.removesuffix(".base_layer") for name, _ in transformer.named_modules()}
+        if strange := sorted({_layer_of(name) for name in state_dict} - layers):
+            raise ValueError(f"The adapter has weights of {strange[0]!r}, which is no layer of this `transformer`.")
+        super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
 
     @classmethod
     def save_lora_weights(cls, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -93,13 +126,41 @@ class LoraAdaptersMixin(SanaLoraLoaderMixin):
                 `peft.get_peft_model_state_dict` gives them, and `transformer_lora_adapter_metadata`, the dictionary of
                 the adapter's configuration.
         """
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("`safe_serialization` must be True, got False: pickled files cannot be loaded again.")
         with stage_folder(save_directory) as stage:
             super().save_lora_weights(stage, *args, **kwargs)
 
 
+def _check_is_plain(transformer: Any) -> None:
+    """Raise `ValueError` for what `torch.compile` returned, in which diffusers would not find the adapters."""
+    if hasattr(transformer, "_orig_mod"):
+        way = "`pipe.transformer.compile()` compiles it where it is"
+        raise ValueError(f"`transformer` must not be wrapped by `torch.compile` for adapters: {way}.")
+
+
+def _layer_of(name: str) -> str:
+    """Read the layer in the name of a weight."""
+    match = _KEY.fullmatch(name)
+    if match is None:
+        raise ValueError(f"The adapter must have weights as 'transformer.LAYER.lora_A.weight', got {name!r}.")
+    return match["layer"]
+
+
+def _check_weights(weights: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` unless they are those of a whole adapter."""
+    if not weights:
+        raise ValueError("The adapter must have weights, got none.")
+    for name, tensor in weights.items():
+        layer = _layer_of(name)
+        if absent := [x for x in "AB" if f"transformer.{layer}.lora_{x}.weight" not in weights]:
+            raise ValueError(f"The adapter must have two matrices for each layer, {layer!r} lacks lora_{absent[0]}.")
+        if not tensor.isfinite().all():
+            raise ValueError(f"The adapter must have finite weights, {name!r} has others.")
+
+
 def let_adapters_in(transformer: nn.Module) -> None:
     """Give a model of diffusers that has no methods for adapters, as its DiT, those of the models that have them."""
-    transformer = getattr(transformer, "_orig_mod", transformer)  # of `torch.compile`
     kind = type(transformer)
     if not isinstance(transformer, PeftAdapterMixin):
         transformer.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
