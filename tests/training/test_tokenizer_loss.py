@@ -10,9 +10,11 @@ from transformers import ViTConfig, ViTModel
 
 from hieratok_hf.evaluation.perceptual import PerceptualDistance
 from hieratok_hf.evaluation.vision_features import VisionFeatures
+from hieratok_hf.models.autoencoder_adapter import Codec
 from hieratok_hf.models.losses import border_loss, image_pyramid
 from hieratok_hf.training.alignment import LatentAlignment
 from hieratok_hf.training.discriminator import PatchDiscriminator
+from hieratok_hf.training.teacher import LatentTeacher
 from hieratok_hf.training.tokenizer_loss import LossWeights, TokenizerTraining, TrainingLoss, step_noise
 
 
@@ -43,17 +45,16 @@ class Never(nn.Module):
         raise AssertionError("a part of weight 0 was computed")
 
 
-def forward(core, pixel_values, alignment=None, latent_noise=0.0, mix=0.3, latent_jitter=0.0):
-    model = TokenizerTraining(core, alignment, latent_noise, latent_jitter)
+def forward(core, pixel_values, alignment=None, latent_noise=0.0, mix=0.3, latent_jitter=0.0, **options):
+    model = TokenizerTraining(core, alignment, latent_noise, latent_jitter, **options)
     batch, _, height, width = pixel_values.shape
     normal = noise(2, batch, core.config.latent_channels, height // 4, width // 4)
     return model(pixel_values, normal, torch.full((batch, 1, 1, 1), mix)), normal
 
 
 def losses_of(core, weights, step=0, made=None, **modules):
-    pixel_values = images(2, 3, 16, 16)
-    made = forward(core, pixel_values)[0] if made is None else made
-    return TrainingLoss(weights, **modules)(core.config, pixel_values, made, step)
+    made = forward(core, images(2, 3, 16, 16))[0] if made is None else made
+    return TrainingLoss(weights, **modules)(core.config, made, step)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +63,10 @@ def losses_of(core, weights, step=0, made=None, **modules):
 )
 def test_the_forward_pass_is_the_tokenizers_with_the_noise_it_is_given(vision, latent_noise, latent_jitter, mix):
     core, pixel_values, alignment = random_core(), images(2, 3, 16, 12), LatentAlignment(4, vision)
-    (made, moments, aligned, _), normal = forward(core, pixel_values, alignment, latent_noise, mix, latent_jitter)
+    (made, moments, aligned, _, targets), normal = forward(core, pixel_values, alignment, latent_noise, mix, latent_jitter)
     posterior = core.encode(pixel_values)
     assert torch.equal(moments, core.encode_moments(pixel_values)[0])
+    assert targets is pixel_values
     latents = posterior.mean + (0.5 * posterior.logvar).exp() * normal[0]
     torch.testing.assert_close(aligned, alignment(latents, pixel_values))  # it sees them without noise
     if latent_noise:
@@ -74,12 +76,29 @@ def test_the_forward_pass_is_the_tokenizers_with_the_noise_it_is_given(vision, l
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("teacher_images", [False, True])
+def test_with_a_teacher_the_decoder_learns_the_images_or_what_the_teacher_makes_of_the_noisy_latents(teacher_images):
+    core, theirs, pixel_values = random_core(), random_core(seed=1), images(2, 3, 16, 12)
+    teacher = LatentTeacher(Codec(theirs), 4)
+    teacher.measure([pixel_values])
+    options = {"teacher": teacher, "teacher_images": teacher_images}
+    (made, moments, _, distance, targets), normal = forward(core, pixel_values, None, 0.5, 0.6, 0.3, **options)
+    own, mean, std = theirs.encode(pixel_values).mode(), teacher.mean[:, None, None], teacher.std[:, None, None]
+    noisy = 0.4 * (own - mean) / std + (0.6 * 0.5 + 0.3 * 0.6**4) * normal[1]
+    expected = theirs.decode(noisy * std + mean) if teacher_images else pixel_values
+    torch.testing.assert_close(targets, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made[-1], core.decode(noisy), atol=1e-5, rtol=1e-5)
+    assert moments is None and distance > 0 and not targets.requires_grad
+    losses = TrainingLoss(LossWeights("mse"))(core.config, (made, moments, None, distance, targets), 0)
+    torch.testing.assert_close(losses["mse"], (made[-1] - expected).square().mean())
+
+
 @pytest.mark.parametrize("pixel", ["l1", "mse", "charbonnier"])
 def test_every_part_counts_with_its_weight(vision, discriminator, pixel):
     core = random_core(kl_weight=0.3, coarse_weight=0.7)
     alignment, perceptual = LatentAlignment(4, vision), PerceptualDistance(vision)
     pixel_values = images(2, 3, 16, 16)
-    made, moments, aligned, _ = whole = forward(core, pixel_values, alignment)[0]
+    made, moments, aligned, *_ = whole = forward(core, pixel_values, alignment)[0]
     weights = LossWeights(pixel, border=0.8, perceptual=0.2, lpips=1.5, alignment=0.4, adversarial=0.6)
     modules = {"perceptual": perceptual, "lpips": Lpips(), "discriminator": discriminator}
     losses = losses_of(core, weights, made=whole, **modules)
@@ -190,7 +209,7 @@ def every_part(core, vision, discriminator):
 def test_gradients_reach_every_trained_parameter(vision, discriminator, overrides):
     core = random_core(**overrides).train()
     model, objective, inputs = every_part(core, vision, discriminator)
-    objective(core.config, inputs[0], model(*inputs), 0)["loss"].backward()
+    objective(core.config, model(*inputs), 0)["loss"].backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert "alignment.projection.weight" in trained and not [name for name in trained if "features" in name]
     for name, parameter in trained.items():
@@ -203,11 +222,11 @@ def test_gradients_reach_every_trained_parameter(vision, discriminator, override
 def test_losses_are_float32_under_autocast(vision, discriminator):
     core = random_core().train()
     model, objective, inputs = every_part(core, vision, discriminator)
-    expected = objective(core.config, inputs[0], model(*inputs), 0)
+    expected = objective(core.config, model(*inputs), 0)
     with torch.autocast("cpu", torch.bfloat16):
         made = model(*inputs)
         assert made[0][-1].dtype == torch.bfloat16
-        losses = objective(core.config, inputs[0], made, 0)
+        losses = objective(core.config, made, 0)
     losses["loss"].backward()
     assert all(p.grad.isfinite().all() for p in core.parameters())
     for name, value in losses.items():

@@ -201,7 +201,7 @@ def train(args: Namespace) -> None:
     if needs_vision_model(args):
         vision = load_or_explain(VisionFeatures.from_pretrained, "--vision_model", args.vision_model).to(device)
     alignment = LatentAlignment(core.config.latent_channels, vision) if args.alignment_weight else None
-    model = TokenizerTraining(core, alignment, args.latent_noise, args.latent_jitter, teacher)
+    model = TokenizerTraining(core, alignment, args.latent_noise, args.latent_jitter, teacher, args.teacher_images)
     groups = parameter_groups(model, args.linear_lr_factor)
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -270,13 +270,13 @@ def train(args: Namespace) -> None:
         noise, mix = step_noise(batch, core.config, args.seed)
         with accelerator.accumulate(*(module for module, _ in trained)):
             outputs = model(pixel_values, noise.to(device), mix.to(device))
-            losses = objective(core.config, pixel_values, outputs, step)
+            losses = objective(core.config, outputs, step)
             accelerator.backward(losses["loss"])
             norm = accelerator.clip_grad_norm_(model.parameters(), args.clip) if last_part else None
             optimizer.step()
             optimizer.zero_grad()
             if discriminator is not None and objective.is_adversarial(step):
-                scores = discriminator(torch.cat([pixel_values, outputs[0][-1].detach()]))
+                scores = discriminator(torch.cat([outputs[-1], outputs[0][-1].detach()]))
                 losses["discriminator"] = discriminator_hinge_loss(*scores.chunk(2))
                 accelerator.backward(losses["discriminator"])
                 discriminator_optimizer.step()

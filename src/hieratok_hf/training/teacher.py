@@ -79,6 +79,13 @@ class LatentTeacher(nn.Module):
         return (latents - self.mean[:, None, None]) / self.std[:, None, None]
 
     @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalised `latents` `(B, C, h, w)` to the autoencoder's images `(B, 3, H, W)`, in their dtype."""
+        with torch.autocast(latents.device.type, enabled=False):
+            own = latents.to(self.mean) * self.std[:, None, None] + self.mean[:, None, None]
+            return self.codec.decode(own).to(latents)
+
+    @torch.no_grad()
     def take_in(self, core: HieraTokCore) -> None:
         """Let a tokenizer of the teacher's own latents, as `hand_over` leaves it, work on normalised ones."""
         core.fold_latent_statistics(self.mean, self.std)

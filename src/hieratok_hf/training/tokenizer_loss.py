@@ -23,7 +23,7 @@ __all__ = ["LossWeights", "TokenizerTraining", "TrainingLoss", "step_noise"]
 
 # Shape letters: B batch, H W pixels, C latent channels, h w latent grid.
 
-TrainingOutputs = tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None]
+TrainingOutputs = tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None, Tensor]
 
 _PARTS = ("loss", "kl", "coarse", "alignment", "latents", "adversarial", "adaptive_weight", "border", *PIXEL_LOSSES)
 
@@ -76,6 +76,8 @@ class TokenizerTraining(nn.Module):
             power of its `mix`, so that half of them stay nearly exact.
         teacher (`LatentTeacher`, *optional*): Gives the latents that the encoder, unless it is frozen, learns and that
             the decoder reads.
+        teacher_images (`bool`, defaults to `False`): Whether the decoder learns to make what the teacher makes of the
+            same latents, with their noise, instead of the images that they come from.
     """
 
     # What accelerate's FSDP wraps one by one, with `--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP`.
@@ -88,15 +90,17 @@ class TokenizerTraining(nn.Module):
         latent_noise: float = 0.0,
         latent_jitter: float = 0.0,
         teacher: LatentTeacher | None = None,
+        teacher_images: bool = False,
     ):
         super().__init__()
-        self.core, self.alignment, self.teacher = core, alignment, teacher
+        self.core, self.alignment, self.teacher, self.teacher_images = core, alignment, teacher, teacher_images
         self.latent_noise, self.latent_jitter = latent_noise, latent_jitter
 
     def forward(self, pixel_values: Tensor, noise: Tensor, mix: Tensor) -> TrainingOutputs:
         """
         Encode, add noise and decode: the images of all scales; the moments `(B, 2C, h, w)`, if their distribution
-        counts, which a teacher's does not; the alignment loss; and the mean squared distance to a teacher's latents.
+        counts, which a teacher's does not; the alignment loss; the mean squared distance to a teacher's latents; and
+        the images `(B, 3, H, W)` that the finest scale should be.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
@@ -120,7 +124,10 @@ class TokenizerTraining(nn.Module):
         if self.latent_jitter:
             decoded = decoded + mix**4 * self.latent_jitter * noise[1]
         aligned = self.alignment(latents, pixel_values) if self.alignment is not None else None
-        return self.core.decode_scales(decoded), moments, aligned, distance
+        targets = pixel_values
+        if self.teacher is not None and self.teacher_images:
+            targets = self.teacher.decode(decoded)
+        return self.core.decode_scales(decoded), moments, aligned, distance, targets
 
 
 def step_noise(batch: dict[str, Any], config: HieraTokConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -181,27 +188,24 @@ class TrainingLoss:
         """Tell whether the discriminator counts at a step, and learns."""
         return self.weights.adversarial > 0 and step >= self.weights.adversarial_start
 
-    def __call__(
-        self, config: HieraTokConfig, pixel_values: Tensor, outputs: TrainingOutputs, step: int
-    ) -> dict[str, Tensor]:
+    def __call__(self, config: HieraTokConfig, outputs: TrainingOutputs, step: int) -> dict[str, Tensor]:
         """
         Compute the parts by name, each a scalar, and their sum `loss`.
 
         Args:
             config (`HieraTokConfig`): The tokenizer's configuration.
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): The images that `TokenizerTraining` was given.
-            outputs (`tuple`): What it returned.
+            outputs (`tuple`): What `TokenizerTraining` returned.
             step (`int`): Step of the training, from 0.
         """
-        weights, (images, moments, aligned, distance) = self.weights, outputs
-        parts = tokenizer_losses(images, pixel_values, moments, config, weights.pixel)
+        weights, (images, moments, aligned, distance, targets) = self.weights, outputs
+        parts = tokenizer_losses(images, targets, moments, config, weights.pixel)
         image = images[-1].float()
         reconstruction = parts[weights.pixel]
         if weights.border:
             parts["border"] = border_loss(image, config.patch_size)
             reconstruction = reconstruction + weights.border * parts["border"]
         for name, (function, weight) in self.distances.items():
-            parts[name] = function(image, pixel_values.float()).mean()
+            parts[name] = function(image, targets.float()).mean()
             reconstruction = reconstruction + weight * parts[name]
         # A factor of 0 instead of leaving the coarse scales out: DDP waits for a gradient of every weight.
         loss = add_weighted(reconstruction, parts, config, factor=step >= weights.coarse_start)

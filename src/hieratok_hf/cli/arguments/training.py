@@ -41,6 +41,7 @@ def add_train(parser: Parser) -> None:
     model("--scale_factors", type=positive, nargs="+", help="scales, as 8 4 2 1; the model's own unless given")
     model("--downsampling", choices=DOWNSAMPLING, help="way to coarser scales; the model's own unless given")
     model("--teacher", help="autoencoder whose latents to learn: a folder or Hub id, also of a pipeline")
+    model("--teacher_images", action="store_true", help="learn to decode as the teacher does, also latents with noise")
     model("--freeze_encoder", "--decoder_only", action="store_true", help="train the decoder alone")
     model("--linear_steps", type=whole(0), default=600, help="steps of the linear path alone, from scratch")
     data = parser.add_argument_group("data").add_argument
@@ -79,6 +80,7 @@ def add_train(parser: Parser) -> None:
     report("--validation_every", type=positive, default=1000, help="steps between measurements")
     validation = ("validation_every", "validation_fid", "validation_size", "validation_split")
     parser.needs(**dict.fromkeys(validation, "validation_data"), fid_size="validation_fid")
+    parser.needs(teacher_images="teacher")
     parser.needs(adversarial_start="adversarial_weight", discriminator_lr="adversarial_weight")
 
     def check(args: Namespace) -> None:
