@@ -84,7 +84,7 @@ LIMITS = {
     "Images": (8, [0, 9]),
     "Guidance (1 is none)": (10, [0.5, 10.5]),
     "Seed": (7, [-1, 2**31]),
-    "Details in the previews": (4, [0, 5]),
+    "Scales of the previews": (4, [0, 5]),
     "Model": ("tiny", ["other"]),
     "What to make": (2, [3, "tench"]),
 }

@@ -40,7 +40,8 @@ def test_views_and_figures_are_those_of_the_script(vae, tmp_path):
     assert (figures["width"], figures["height"]) == (200, 88) and rows["`odd.png`"] == "203 x 91 pixels"
     assert rows["Likeness (PSNR)"].startswith(f"{figures['psnr_db']:.2f} dB")
     assert rows["Likeness (SSIM)"].startswith(f"{figures['ssim']:.4f}")
-    assert rows["What is kept"] == "16 x 11 x 25 = 4,400 numbers" and rows["Image"].startswith("200 x 88 pixels")
+    assert rows["What is kept"] == "16 x 11 x 25 = 4,400 numbers"
+    assert rows["What is given"] == "3 x 88 x 200 = 52,800 numbers"
     assert rows["Fewer numbers"] == f"{figures['compression']:.1f} times" == "12.0 times"
 
     views, captions = zip(*images)
@@ -49,8 +50,8 @@ def test_views_and_figures_are_those_of_the_script(vae, tmp_path):
     finest, *coarse = reversed(figures["scales_psnr_db"])
     assert f"{finest:.1f} dB" in captions[1] and captions[2].startswith("JPEG of ")
     sizes = [(-(-25 // f) * 8, -(-11 // f) * 8) for f in reversed(vae.config.scale_factors[:-1])]
-    for view, caption, size, decibels in zip(views[4:], captions[4:], sizes, coarse, strict=True):
-        assert caption.startswith(f"{size[0]} x {size[1]} pixels, {decibels:.1f} dB")
+    for scale, view, caption, size, decibels in zip((3, 2, 1), views[4:], captions[4:], sizes, coarse, strict=True):
+        assert caption.startswith(f"scale {scale} of 4: {size[0]} x {size[1]} pixels, {decibels:.1f} dB")
         assert len(np.unique(np.asarray(view).reshape(-1, 3), axis=0)) <= np.prod(size)  # enlarged, not smoothed
     original, reconstruction, lost = (np.asarray(views[index]).astype(int) for index in (0, 1, 3))
     np.testing.assert_array_equal(lost, np.minimum(255, 4 * abs(original - reconstruction)))

@@ -227,7 +227,12 @@ def build(vaes: dict[str, AutoencoderHieraTok], pipe: HieraTokDiTPipeline, uploa
                         gr.Slider(1, MAX_IMAGES, value=first["count"], step=1, precision=0, label="Images"),
                         gr.Slider(1, MAX_STEPS, value=first["steps"], step=1, precision=0, label="Steps"),
                         gr.Slider(1.0, MAX_GUIDANCE, value=first["guidance"], step=0.1, label="Guidance (1 is none)"),
-                        gr.Radio(scales, value=first["scales"], label="Details in the previews"),
+                        gr.Radio(
+                            scales,
+                            value=first["scales"],
+                            label="Scales of the previews",
+                            info="With more of them, previews have more pixels.",
+                        ),
                     ]
             with gr.Column(scale=2, min_width=320):
                 status = gr.Markdown(line, elem_id="status")

@@ -148,18 +148,20 @@ def make_views(photo: Photo, vae: AutoencoderHieraTok) -> Views:
         (jpeg, "JPEG of that size", f"{told}, {psnr(to_pixels(jpeg), to_pixels(original)).item():.1f} dB"),
         (amplify_difference(original, reconstruction), "what is lost", f"what is lost, {AMPLIFY} times as strong"),
     ]
-    for image, decibels in zip(reversed(coarse), reversed(coarse_psnr)):
-        size = f"{image.width} x {image.height} pixels"
+    for scale in range(len(coarse), 0, -1):
+        image, decibels = coarse[scale - 1], coarse_psnr[scale - 1]
+        name = f"scale {scale} of {len(scales)}: {image.width} x {image.height} pixels"
         # A browser would smooth what it enlarges.
         enlarged = image.resize(original.size, Image.Resampling.NEAREST)
-        views.append((enlarged, size, f"{size}, {decibels:.1f} dB to the original of that size"))
+        views.append((enlarged, name, f"{name}, {decibels:.1f} dB to the original of that size"))
+    given = 3 * original.width * original.height
     channels, height, width = figures["latent_shape"]
     rows = {
         f"`{photo.name}`": photo.size,
         "-": "-",  # what is above this is the head of the table
         "Likeness (PSNR)": f"{figures['psnr_db']:.2f} dB, more is better",
         "Likeness (SSIM)": "-" if figures["ssim"] is None else f"{figures['ssim']:.4f}, 1 is the same",
-        "Image": f"{original.width} x {original.height} pixels, {3 * original.width * original.height:,} numbers",
+        "What is given": f"3 x {original.height} x {original.width} = {given:,} numbers",
         "What is kept": f"{channels} x {height} x {width} = {channels * height * width:,} numbers",
         "Fewer numbers": f"{figures['compression']:.1f} times",
         "Size of the file": f"{in_kilobytes(stored)}, by `hieratok encode{options}`",
