@@ -125,6 +125,7 @@ def launched(app, monkeypatch):
         assert Path(calls[-1]["folder"]).is_dir()
         if settings["server_port"] == 80:
             raise OSError("Cannot find empty port in range: 80-80.")
+        demo.local_url = f"http://127.0.0.1:{settings['server_port']}/"
 
     monkeypatch.setattr(gr.Blocks, "launch", launch)
     monkeypatch.setattr(app.signal, "signal", lambda number, handler: handlers.update({number: handler}))
@@ -134,6 +135,7 @@ def launched(app, monkeypatch):
 
 def test_main_serves_this_machine_alone_and_leaves_no_files(app, launched, monkeypatch, capsys):
     assert app.main(["--port", "7861"]) == 0
+    assert capsys.readouterr().out == "The page is at http://127.0.0.1:7861/\n"
     (settings,) = launched
     assert settings["server_name"] is None and settings["server_port"] == 7861
     assert settings["max_file_size"] == app.MAX_BYTES

@@ -333,7 +333,8 @@ def test_the_page_keeps_to_itself(page, site, tmp_path):
     page.wait_for_function("() => window.told.split('process_completed').length - 1 >= 3")
     texts = [page.evaluate("window.told")]
     assert str(temporary) in texts[0]  # names of files, by which the page asks for them
-    assert "Traceback" not in site.log.read_text()
+    log = site.log.read_text()
+    assert f"The page is at {site.url}/" in log and "share" not in log and "Traceback" not in log
     foreign = {"path": STRANGE, "meta": {"_type": "gradio.FileData"}}
     stranger = json.dumps({"data": [foreign], "fn_index": 0, "session_hash": "x"}).encode()
     texts += [text for _, text in (site.get("/config"), site.get("/gradio_api/info"), site.get("/"))]

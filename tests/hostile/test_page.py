@@ -63,10 +63,9 @@ class Page:
 
         def launched(demo, **settings):
             self.demo = demo
-            launch(demo, **settings, prevent_thread_lock=True, quiet=True)
+            launch(demo, **settings)
             self.url, self.folder = demo.local_url.rstrip("/"), Path(os.environ["GRADIO_TEMP_DIR"]).parent
             running.set()
-            demo.block_thread()
 
         pipe = make_pipeline()
         monkeypatch.setattr(app, "load_model", lambda *_: pipe.vae)

@@ -34,7 +34,7 @@ from .command_line import load_or_explain
 from .generate import as_images, class_label, load_pipeline
 from .main import parse
 from .reconstruct import enable_advised_tiling, load_model
-from .terminal import Problem, one_line, run_script
+from .terminal import Problem, end, one_line, run_script
 
 IMAGES = Path(__file__).parents[1] / "page_images"
 MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE, MAX_SEED = 100, 8, 10.0, 2**31 - 1
@@ -271,8 +271,8 @@ def run(args: Namespace) -> list[str]:
                 shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)  # the server would wait for its visitors
 
-        for end in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(end, leave)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, leave)
         sent, shown = (os.path.join(folder, name) for name in ("sent", "shown"))
         os.mkdir(sent)
         os.environ["GRADIO_TEMP_DIR"] = shown
@@ -284,9 +284,12 @@ def run(args: Namespace) -> list[str]:
         settings["footer_links"] = ["gradio", "settings"]
         off = ("share", "show_error", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")
         try:
-            page.launch(**settings, **dict.fromkeys(off, False))
+            # Gradio's own words advise what this command has no option for.
+            page.launch(**settings, **dict.fromkeys(off, False), quiet=True, prevent_thread_lock=True)
         except OSError as error:
             raise Problem(f"--host and --port: {one_line(error)}") from error
+        end([f"The page is at {page.local_url}"])
+        page.block_thread()
     return []
 
 
