@@ -241,6 +241,8 @@ def build(vaes: dict[str, AutoencoderHieraTok], pipe: HieraTokDiTPipeline, uploa
             # The pipeline keeps the state of a call, so that one call goes on at a time.
             made_by = {"concurrency_limit": 1, "show_progress_on": generated, "api_visibility": "private"}
             button.click(of_class, [key, seed, another, *more], [generated, status, seed], **made_by)
+            # Who types a seed wants that one.
+            seed.input(None, None, another, js="() => false", api_visibility="private")
         changes = [demo.load, gallery.change, right.change]
         gr.on(changes, None, [gallery, right], pair, js=COMPARE, api_visibility="private")
     return demo.queue(max_size=WAITING)
