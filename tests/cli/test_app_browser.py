@@ -48,6 +48,27 @@ OBSERVER = """() => {
         characterData: true});
 }"""
 
+# By each text that is seen, the least contrast with what is behind it.
+CONTRASTS = """() => {
+    const read = (color) => color.match(/[\\d.]+/g).map(Number);
+    const over = ([r, g, b, a = 1], below) => [r, g, b].map((level, i) => a * level + (1 - a) * below[i]);
+    const linear = (level) => level <= 10 ? level / 3294.6 : ((level / 255 + 0.055) / 1.055) ** 2.4;
+    const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) + 0.05;
+    const found = {}, texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const text = texts.currentNode.data.trim(), own = texts.currentNode.parentElement;
+        if (!text || !own.checkVisibility({visibilityProperty: true}) || !own.getClientRects().length) continue;
+        const behind = [];
+        for (let x = own; x; x = x.parentElement) behind.unshift(getComputedStyle(x));
+        const back = behind.reduce((below, style) => over(read(style.backgroundColor), below), [255, 255, 255]);
+        const opacity = behind.reduce((product, style) => product * style.opacity, 1);
+        const [r, g, b, a = 1] = read(getComputedStyle(own).color);
+        const [less, more] = [light(back), light(over([r, g, b, a * opacity], back))].sort((x, y) => x - y);
+        found[text] = Math.min(found[text] ?? 21, more / less);
+    }
+    return found;
+}"""
+
 # The page gives up its streams before their ends: they are read as they come.
 LISTENER = """
     window.told = "";
@@ -234,11 +255,12 @@ def test_what_stands_on_the_right_and_how_large_it_is(page):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_every_control_is_reachable_on_phones_and_desks(site, visitor, width, theme):
+def test_every_control_is_reachable_and_every_text_readable_on_phones_and_desks(site, visitor, width, theme):
     page = visitor.new_page()
     page.set_viewport_size({"width": width, "height": 844})
     page.goto(f"{site.url}/?__theme={theme}")
     page.wait_for_selector("#compare img")
+    page.add_style_tag(content="* { transition: none !important; }")  # colours would be on their way
     assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
     for tab in ("Reconstruct", "Generate"):
         page.get_by_role("tab", name=tab).click()
@@ -248,6 +270,10 @@ def test_every_control_is_reachable_on_phones_and_desks(site, visitor, width, th
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         controls = page.locator("input:visible, button:visible:not([tabindex='-1'])").all()
         assert len(controls) > 8
+        contrasts = page.evaluate(CONTRASTS)
+        assert {"Reconstruct", "Settings", "Built with Gradio"} < contrasts.keys()
+        assert ("The same seed makes the same images." in contrasts) == (tab == "Generate")
+        assert {text: ratio for text, ratio in contrasts.items() if ratio < 4.5} == {}
         for control in controls:
             control.scroll_into_view_if_needed()
             box = control.bounding_box()

@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse
 from .. import AutoencoderHieraTok, HieraTokDiTPipeline
 from ..evaluation.generation import number_images
 from ..utils.memory import limit_arenas, release_memory
-from .app_style import ABOUT_MODELS, COMPARE, CSS, HANDLES, INTRODUCTION, LIMITS
+from .app_style import ABOUT_MODELS, COLOURS, COMPARE, CSS, HANDLES, INTRODUCTION, LIMITS
 from .app_views import MAX_BYTES, Photo, Refused, Views, make_views, read_photo
 from .command_line import load_or_explain
 from .generate import as_images, class_label, load_pipeline
@@ -281,6 +281,7 @@ def run(args: Namespace) -> list[str]:
         page = build(vaes, pipe, sent)
         os.environ["GRADIO_TEMP_DIR"] = sent
         settings = {"server_name": args.host, "server_port": args.port, "max_file_size": MAX_BYTES, "css": CSS}
+        settings["theme"] = gr.themes.Default().set(**COLOURS)
         settings |= {"allowed_paths": [shown], "state_session_capacity": KEEP_VISITORS}
         settings["app_kwargs"] = {"middleware": [Middleware(KeepUploads, folder=sent)]}
         settings["footer_links"] = ["gradio", "settings"]

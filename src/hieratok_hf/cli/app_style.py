@@ -9,9 +9,19 @@ LIMITS = f"""Files of up to {MAX_BYTES / 2**20:.0f} MB and {MAX_PIXELS / 1e6:.0f
 more than {MAX_SIDE} pixels is made smaller first. Your file is removed once it is read, and shown to nobody else; the
 image stays in memory for about an hour, for the other model."""
 ABOUT_MODELS = {"hieratok-tiny": "more details", "hieratok-tiny-16x": "smaller files, fewer details"}
+# Gradio's own text in these colours is too pale to be read with ease.
+COLOURS = {
+    "body_text_color_subdued": "*neutral_500",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+}
 # Generated images have few pixels: they are shown as they are, not smoothed. While something is made, nothing else can
 # be asked for, which might be ready before it and be replaced by it.
 CSS = """
+body:not(.dark) [role=tab].selected { color: var(--primary-700); }
+footer .show-api-divider { display: none !important; }
 #window { overflow: auto; max-height: 80vh; border-radius: 8px; }
 #pair { position: relative; width: calc(100% * var(--zoom)); cursor: ew-resize; touch-action: pan-y pinch-zoom; }
 #pair.enlarged { touch-action: auto; image-rendering: pixelated; }
@@ -21,6 +31,8 @@ CSS = """
 #pair div { box-shadow: 0 0 3px #000; pointer-events: none; }
 #pair div::after { content: "↔"; position: absolute; top: calc(50% - 16px); left: -15px; width: 32px; }
 #pair div::after { line-height: 32px; border-radius: 50%; background: #fff; color: #000; text-align: center; }
+#compare .progress-text { position: static; order: 1; transform: none; border-radius: 4px; }
+#compare .progress-text { background: var(--block-background-fill); }
 #compare .pending { opacity: 0.4; }
 body:has(#compare .pending) :is(#file, #examples, #model) { pointer-events: none; opacity: 0.4; }
 #examples > .gallery { display: grid; grid-template-columns: repeat(4, 1fr); }
