@@ -68,6 +68,17 @@ CONTRASTS = """() => {
     }
     return found;
 }"""
+# Where the centre of the view is in the images, and where the divider and its handle are in the view: 0 to 1.
+VIEW = """() => {
+    const view = document.querySelector("#window"), box = view.getBoundingClientRect();
+    const divider = document.querySelector("#pair div").getBoundingClientRect();
+    return {
+        centre: [(view.scrollLeft + view.clientWidth / 2) / view.scrollWidth,
+                 (view.scrollTop + view.clientHeight / 2) / view.scrollHeight],
+        divider: (divider.left + 1 - box.left) / view.clientWidth,
+        size: [box.width, box.height],
+    };
+}"""
 
 # The page gives up its streams before their ends: they are read as they come.
 LISTENER = """
@@ -240,17 +251,68 @@ def test_what_stands_on_the_right_and_how_large_it_is(page):
         page.wait_for_selector(f"#sides span:last-child:has-text('{caption}')")
         images[caption] = shown_right(page)
     assert {"reconstruction", "JPEG", "what is lost"} < images.keys() and len(set(images.values())) == 6
-    page.get_by_label("Zoom").focus()
-    width = page.locator("#pair").bounding_box()["width"]
-    page.keyboard.press("End")
-    assert page.locator("#pair").bounding_box()["width"] == pytest.approx(4 * width, rel=0.02)
-    page.keyboard.press("Home")
-    page.get_by_label("Slide").focus()
-    page.keyboard.press("End")
-    style = "() => getComputedStyle(document.querySelector('#pair img:last-of-type')).clipPath"
-    assert page.evaluate(style) == "inset(0px 0% 0px 0px)"
-    page.locator("#pair").click(position={"x": width / 4, "y": 20})
-    assert float(page.get_by_label("Slide").input_value()) == pytest.approx(25, abs=1)
+
+
+def seen_halves(page):
+    """The columns of the view left and right of a narrow strip in its middle."""
+    page.mouse.move(0, 0)
+    shot = np.asarray(Image.open(io.BytesIO(page.locator("#view").screenshot())).convert("RGB")).astype(int)
+    half = shot.shape[1] // 2
+    return shot[20:-20, 20 : half - 40], shot[20:-20, half + 40 : -20]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_zoom_keeps_the_view_its_centre_and_the_divider(page, width):
+    page.set_viewport_size({"width": width, "height": 844})
+    page.get_by_label("what is lost").check()
+    page.wait_for_selector("#sides span:last-child:has-text('what is lost')")
+    zoom, slide = page.get_by_label("Zoom"), page.get_by_label("Slide")
+    first = page.evaluate(VIEW)
+    wide = page.locator("#pair").bounding_box()["width"]
+
+    def check(centre, at=0.5):
+        page.wait_for_function("() => [...document.querySelectorAll('#view img')].every((x) => x.complete)")
+        page.wait_for_timeout(100)  # what scrolling asks for is done in the next frame
+        now = page.evaluate(VIEW)
+        assert now["size"] == first["size"]
+        assert now["centre"] == pytest.approx(centre, abs=0.01) and now["divider"] == pytest.approx(at, abs=0.01)
+
+    for factor in (1, 1.5, 2, 4):
+        zoom.fill(str(factor))
+        assert page.locator("#pair").bounding_box()["width"] == pytest.approx(factor * wide, rel=0.02)
+        check([0.5, 0.5])
+
+    zoom.fill("2")
+    page.evaluate("""() => {
+        const view = document.querySelector("#window");
+        view.scrollTo(0.1 * view.scrollWidth, 0.4 * view.scrollHeight);
+    }""")
+    check([0.35, 0.65])
+    zoom.fill("4")
+    check([0.35, 0.65])
+    page.get_by_label("JPEG").check()
+    page.wait_for_selector("#sides span:last-child:has-text('JPEG')")
+    check([0.35, 0.65])
+    page.get_by_label("what is lost").check()
+    page.wait_for_selector("#sides span:last-child:has-text('what is lost')")
+    check([0.35, 0.65])
+
+    both = seen_halves(page)
+    slide.press("End")
+    check([0.35, 0.65], 1)
+    original = seen_halves(page)
+    slide.press("Home")
+    check([0.35, 0.65], 0)
+    lost = seen_halves(page)
+    assert all(abs(a - b).mean() > 10 for a, b in zip(original, lost))
+    np.testing.assert_array_equal(both[0], original[0])
+    np.testing.assert_array_equal(both[1], lost[1])
+
+    page.locator("#view").click(position={"x": first["size"][0] / 4, "y": 20})
+    assert float(slide.input_value()) == pytest.approx(25, abs=1)
+    check([0.35, 0.65], 0.25)
+    zoom.fill("1")
+    check([0.5, 0.5], 0.25)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -289,6 +351,8 @@ def test_previews_arrive_before_the_images(page):
     page.get_by_role("button", name="More settings").click()
     assert page.get_by_label("Another seed").is_checked()
     choose(page, "Seed", 7)
+    page.wait_for_selector("input[type=checkbox]:not(:checked)")  # the seed that is typed is the one that is wanted
+    assert not page.get_by_label("Another seed").is_checked()
     choose(page, "number input for Steps", 20)
     choose(page, "number input for Images", 2)
     page.evaluate(OBSERVER)
@@ -376,5 +440,3 @@ def test_the_page_keeps_to_itself(page, site, tmp_path):
 
     site.stop()
     assert not site.temporary and site.files_elsewhere() == site.at_first  # caches of libraries
-    page.wait_for_selector("input[type=checkbox]:not(:checked)")  # the seed that is typed is the one that is wanted
-    assert not page.get_by_label("Another seed").is_checked()
