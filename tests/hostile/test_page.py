@@ -127,6 +127,17 @@ def test_what_was_sent_to_no_end_does_not_stay(page):
     assert (page.folder / "sent" / "young").exists() and not Path(unread).exists()
 
 
+def test_a_request_deletes_no_file_but_the_one_that_it_sent(page):
+    mine, other = (Path(json.loads(page.send(f"{name}.png", WHOLE)[1])[0]) for name in ("mine", "other"))
+    for path in (mine.parent, mine.parent.parent, mine.parent / ".." / "..", mine.parent / "missing.png"):
+        told = page.call(0, file_at(str(path)), MODEL)
+        assert '"success":false' in told and mine.exists() and other.exists(), path
+    assert (page.folder / "shown").exists()
+    assert '"success":true' in page.call(0, file_at(str(mine)), MODEL)
+    assert not mine.exists() and other.exists()
+    other.unlink()
+
+
 def file_at(path):
     return {"path": path, "meta": {"_type": "gradio.FileData"}}
 

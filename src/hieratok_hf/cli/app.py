@@ -169,6 +169,15 @@ def build(vaes: dict[str, AutoencoderHieraTok], pipe: HieraTokDiTPipeline, uploa
         values |= {message: gr.update(visible=False), column: gr.update(visible=True), table: views.table}
         return {**values, gallery: views.images, right: gr.update(choices=views.choices)}
 
+    def path_of(sent: Any) -> str | None:
+        """The place of a file that was sent; a request may name any other, such as the folder of all."""
+        if sent is None:
+            return None
+        path = Path(sent.path)
+        if path.parent.parent != Path(uploads) or not path.is_file():
+            raise gr.Error("What was named is no file that was sent.")
+        return str(path)
+
     def of_upload(path: str | None, model: str) -> dict[Any, Any]:
         try:
             return show(lambda: read_photo(path), model)
@@ -198,7 +207,7 @@ def build(vaes: dict[str, AutoencoderHieraTok], pipe: HieraTokDiTPipeline, uploa
                 last = gr.State(photo, time_to_live=KEEP_FILES)
                 file = gr.File(label="An image of yours", height=120, elem_id="file")
                 file.GRADIO_CACHE = uploads  # it stays where it was sent to
-                file.preprocess = lambda sent: sent and sent.path  # Gradio's own leaves an empty file for each
+                file.preprocess = path_of  # Gradio's own leaves an empty file for each
                 message = gr.Markdown(visible=False, elem_id="message")
                 thumbnails = {"components": [gr.Image(visible=False)], "samples": [[path] for path in examples]}
                 choice = gr.Dataset(**thumbnails, type="index", label="Or one of these", elem_id="examples")
