@@ -216,9 +216,24 @@ def test_labels_of_shards_have_the_names_beside_them(tmp_path, streaming, caplog
     assert load_images(shards).fingerprint == before
     (tmp_path / "other").mkdir()
     other = write_shard(tmp_path / "other" / "c.tar", [2])
-    assert load_images([*shards, other]).class_names == [] and not caplog.messages
+    assert not caplog.messages
+    for source, unnamed in (([*shards, other], "c.tar"), (str(tmp_path), "meta.json")):
+        caplog.clear()
+        assert load_images(source, streaming=streaming).class_names == []
+        (message,) = caplog.messages
+        assert str(tmp_path / "other" / unnamed) in message
     shutil.copy(tmp_path / "meta.json", tmp_path / "other")
     assert load_images([*shards, other]).class_names == ["x", "y", "z"]
+
+
+def test_folders_of_shards_that_name_a_label_differently_are_refused(tmp_path):
+    for name, names in (("one", ["x", "y"]), ("two", ["y", "x"])):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "a.tar", [0, 1])
+        (tmp_path / name / "meta.json").write_text(json.dumps(names))
+    for source in (str(tmp_path), [str(tmp_path / "one"), str(tmp_path / "two")]):
+        with pytest.raises(ValueError, match=r"one.*two.* must name label 0 alike, got 'x' and 'y'"):
+            load_images(source)
 
 
 @pytest.mark.parametrize("content", ['["x"]', '{"classes": ["x", "x"]}', "no JSON", '{"n": 3}'])

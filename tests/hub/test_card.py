@@ -339,6 +339,20 @@ def test_the_repository_s_own_card_has_the_figures_that_are_recorded():
     assert f"{count / 1e6:.1f} M parameters in float32" in card.text
 
 
+@pytest.mark.parametrize("name", ["README.md", "training.json"])
+def test_a_licence_is_lowered_and_one_that_is_none_is_refused_with_its_file(shipped, name):
+    def write(license):
+        text = json.dumps({**RECORD, "license": license})
+        (shipped / name).write_text(f"---\n{text}\n---\n# Mine\n" if name == "README.md" else text)
+
+    write("Apache-2.0")
+    assert card_for(shipped, repo_id="me/tok").data.license == "apache-2.0"
+    for value in (["mit", "apache-2.0"], 5, "no licence"):
+        write(value)
+        with pytest.raises(ValueError, match=rf"`license` of .*{name}.*got {re.escape(repr(value))}\.$"):
+            card_for(shipped, repo_id="me/tok")
+
+
 def test_a_licence_is_not_assumed(tokenizer, tmp_path):
     folder = shutil.copytree(tokenizer, tmp_path / "model")
     card = model_card(folder, repo_id="me/tok")

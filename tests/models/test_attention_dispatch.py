@@ -140,17 +140,30 @@ def test_a_registered_backend_serves_by_its_name_everywhere(vae, mine, tmp_path)
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_a_registered_backend_heeds_the_scale_and_must_keep_the_shape(mine, scale):
+def test_a_registered_backend_heeds_the_scale(mine, scale):
     layout = PyramidLayout.from_grid(3, 5, (2, 1))
     tokens = [noise(2, 2, layout.num_tokens, 8, seed=seed) for seed in range(3)]
     expected = scale_causal_attention(*tokens, layout, backend="reference", scale=scale)
     found = scale_causal_attention(*tokens, layout, backend="mine", scale=scale)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    register_attention_backend("short", lambda query, key, value, layout: value[:, :, 1:])
-    with pytest.raises(ValueError, match="short"):
-        scale_causal_attention(*tokens, layout, backend="short")
     with pytest.raises(ValueError, match="mine"):
         scale_causal_attention(*tokens, layout, backend="mine", return_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("attend", "got"),
+    [
+        (lambda value: value[:, :, 1:], r"\(1, 2, 4, 8\)"),
+        (lambda value: value.double(), "float64"),
+        (lambda value: (value, None), "tuple"),
+        (lambda value: None, "NoneType"),
+    ],
+)
+def test_what_a_registered_backend_returns_is_refused_by_its_name_unless_it_is_as_the_query(attend, got):
+    register_attention_backend("wrong", lambda query, key, value, layout: attend(value))
+    tokens, layout = torch.rand(1, 2, 5, 8), PyramidLayout.from_grid(2, 2, (2, 1))
+    with pytest.raises(ValueError, match=rf"`backend='wrong'` must return .*float32, got .*{got}"):
+        scale_causal_attention(tokens, tokens, tokens, layout, backend="wrong")
 
 
 def test_of_two_functions_of_a_name_the_later_counts():

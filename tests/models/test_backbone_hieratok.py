@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import images, random_core, tiny
 from huggingface_hub import HfApi
-from transformers import AutoBackbone
+from transformers import AutoBackbone, AutoModel
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokBackbone, HieraTokConfig, HieraTokModel
 
@@ -72,6 +72,24 @@ def test_only_what_was_chosen_is_saved_and_it_troubles_no_other_class(tmp_path, 
     assert HieraTokModel.from_pretrained(tmp_path).config.out_features == ["stage1"]
     AutoencoderHieraTok.from_pretrained(tmp_path)
     assert not caplog.records and not recwarn.list
+
+
+def test_a_backbone_does_not_pass_for_a_whole_model(folder):
+    backbone = HieraTokBackbone.from_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="`save_directory`"):
+        backbone.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    alone = folder / "alone"
+    backbone.save_pretrained(alone)
+    backbone.save_pretrained(alone)
+    saved = json.loads((alone / "config.json").read_text())
+    assert saved["architectures"] == ["HieraTokBackbone"] and not {"_class_name", "_diffusers_version"} & saved.keys()
+    for load in (HieraTokModel.from_pretrained, AutoencoderHieraTok.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"alone.*got a backbone"):
+            load(alone)
+    HieraTokModel.from_pretrained(folder).save_pretrained(alone)
+    AutoencoderHieraTok.from_pretrained(alone)
 
 
 @pytest.mark.parametrize("chosen", [{"out_features": ["stage9"]}, {"out_indices": [9]}, {"out_features": "stage1"}])

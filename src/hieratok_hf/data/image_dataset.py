@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from ..utils.extras import missing_extra
 from ..utils.images import ImageError, centre_crop, decode_image, encode_image, open_image, read_size
 from ..utils.npz import read_npz
-from .local_images import LABELS, Listing, list_folder, list_shards
+from .local_images import LABELS, Listing, common_names, list_folder, list_shards
 
 __all__ = ["Images", "Row", "SampleSet", "decode_ahead", "load_images", "image_of"]
 
@@ -204,7 +204,7 @@ def load_images(source: str | Sequence[str], *, split: str = "train", streaming:
     Raises:
         ImportError: The package `datasets` is not installed.
         ValueError: There is nothing at a source, it holds no images or not this split, a shard is damaged, a label of
-            one is no integer of 64 bits, or sources do not go together.
+            one is no integer of 64 bits, or sources do not go together or name a label differently.
     """
     try:
         import datasets
@@ -248,7 +248,10 @@ def load_images(source: str | Sequence[str], *, split: str = "train", streaming:
         joined = datasets.concatenate_datasets([part.dataset for part in parts])
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{label} do not go together: {' '.join(str(error).split())}") from error
-    return Images(joined, label, [part.parts[0] for part in parts])
+    images = Images(joined, label, [part.parts[0] for part in parts])
+    if not images._feature_names:
+        common_names({part.source: part.class_names for part in parts})
+    return images
 
 
 def _list_local(name: str, split: str) -> Listing | None:

@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,16 @@ from ..utils.images import IMAGE_SUFFIXES
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["LABELS", "Listing", "is_image", "list_folder", "list_images", "list_shards", "read_class_names"]
+__all__ = [
+    "LABELS",
+    "Listing",
+    "common_names",
+    "is_image",
+    "list_folder",
+    "list_images",
+    "list_shards",
+    "read_class_names",
+]
 
 LABELS = ("label", "labels", "cls", "class", "fine_label")
 """Names of columns and members that hold labels; the first that is there counts."""
@@ -79,7 +89,7 @@ def list_folder(folder: str, split: str) -> Listing | None:
     Raises:
         OSError: A folder in it cannot be read.
         ValueError: There is no such split, splits lie beside other folders, images beside shards, a shard is
-            compressed, or a name is not UTF-8.
+            compressed, a label is named differently in two folders of shards, or a name is not UTF-8.
     """
     images, shards = (list(_files_below(folder, kinds)) for kinds in (IMAGE_SUFFIXES, (".tar", ".tgz", ".gz")))
     if packed := [path for path in shards if path.lower().endswith((".tgz", ".tar.gz"))]:
@@ -143,7 +153,8 @@ def list_shards(paths: Sequence[str], split: str) -> Listing:
     Nothing else is read.
 
     Raises:
-        ValueError: A shard is damaged or compressed, or a label is no integer of 64 bits; the message names it.
+        ValueError: A shard is damaged or compressed, or a label is no integer of 64 bits, or is named differently in
+            two folders; the message names it.
     """
     images = [image for path in paths for image in _shard_images(path)]
     return _listing(_choose({"train": images}, split), "")
@@ -312,17 +323,40 @@ def _listing(images: list[_Image], folder: str, classes: list[str] | None = None
     return Listing(dataset, digest.hexdigest(), classes or _names_beside(images))
 
 
+def common_names(named: Mapping[str, list[str]]) -> list[str]:
+    """
+    Take the names of the classes that all sources give, `[]` and a warning where only some give any.
+
+    Raises:
+        ValueError: Two sources give a label different names.
+    """
+    known = {source: names for source, names in named.items() if names}
+    first, common = next(iter(known.items()), ("", []))
+    for source, names in known.items():
+        for label, (expected, name) in enumerate(zip_longest(common, names)):
+            if name != expected:
+                raise ValueError(f"{first} and {source} must name label {label} alike, got {expected!r} and {name!r}.")
+    unnamed = [source for source in named if source not in known]
+    if known and unnamed:
+        _logger.warning(f"The classes have no names: {first} has some and {unnamed[0]} none.")
+    return [] if unnamed else common
+
+
 def _names_beside(images: list[_Image]) -> list[str]:
-    """Read the names of the labels beside tar shards, `[]` where there are none, or others in each folder."""
+    """Read the names of the labels beside tar shards, `[]` where there are none or not in each folder."""
     labels = {image.label for image in images} - {None}
+    if not labels:
+        return []
     paths = {os.path.join(os.path.dirname(image.shard), "meta.json") for image in images if image.shard}
     try:
-        found = [read_class_names([path]) if os.path.isfile(path) else [] for path in sorted(paths)]
-        if not labels or not found or any(names != found[0] for names in found):
-            return []
-        if found[0] and (beyond := labels - {*range(len(found[0]))}):
-            raise ValueError(f"{min(paths)!r} names {len(found[0])} classes, and a label is {max(beyond)}.")
-        return found[0]
+        found = {repr(path): read_class_names([path]) if os.path.isfile(path) else [] for path in sorted(paths)}
     except (OSError, ValueError) as error:
         _logger.warning(f"The classes have no names: {' '.join(str(error).split())}")
         return []
+    names = common_names(found)
+    if names and (beyond := labels - {*range(len(names))}):
+        _logger.warning(
+            f"The classes have no names: {min(found)} names {len(names)} classes, and a label is {max(beyond)}."
+        )
+        return []
+    return names

@@ -72,9 +72,7 @@ def model_card(
     base_model, training, hardware = base_model or own[0], training or own[1], hardware or own[2]
     for name in (repo_id, *datasets, *([base_model] if base_model else [])):
         validate_repo_id(name)
-    license = license_of(folder) if license is None else license
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
-        raise ValueError(f"`license` must be an identifier of the Hub, such as 'apache-2.0', got {license!r}.")
+    license = license_of(folder) if license is None else _identifier(license)
     kind = "pipeline" if (folder / "model_index.json").is_file() else "tokenizer"
     try:
         facts, known, has_code = (_pipeline if kind == "pipeline" else _tokenizer)(folder)
@@ -126,8 +124,8 @@ def card_for(folder: Path, **given: Any) -> ModelCard:
     """
     Make the card of a folder by `model_card`, which takes the arguments, unless a README.md is there.
 
-    That one keeps its text and all metadata that it has, in their order, and gets what is missing of the rest;
-    comments in its YAML are lost.
+    That one keeps its text and all metadata that it has, in their order, and gets what is missing of the rest; the
+    licence is lowered, and comments in its YAML are lost.
 
     Raises:
         OSError, ValueError: As `model_card`, or the README.md cannot be read or has metadata that cannot be kept.
@@ -136,6 +134,7 @@ def card_for(folder: Path, **given: Any) -> ModelCard:
     if not path.is_file():
         return fresh
     card, head = _load(path)
+    card.data["license"] = _license_in(head, path)
     index = head.get("model-index") or []
     if index and index != card.data.to_dict()["model-index"]:
         # huggingface_hub merges models and data sets, and drops what it does not know.
@@ -151,12 +150,28 @@ def license_of(folder: Path) -> str | None:
     """
     Find the licence that the README.md of a folder names, or else its `training.json`; `None` where neither does.
 
+    It is in lower case, as the Hub's identifiers are.
+
     Raises:
-        OSError, ValueError: A file cannot be read.
+        OSError, ValueError: A file cannot be read, or its licence is no identifier.
     """
-    path = folder / "README.md"
-    named = _load(path)[1].get("license") if path.is_file() else None
-    return named or (read_json(folder / TRAINING_FILE) or {}).get("license")
+    readme, record = folder / "README.md", folder / TRAINING_FILE
+    named = _license_in(_load(readme)[1], readme) if readme.is_file() else None
+    return named or _license_in(read_json(record) or {}, record)
+
+
+def _license_in(metadata: Mapping[str, Any], path: Path) -> str | None:
+    """Take the licence from the metadata of a file; `None` where it is empty."""
+    named = metadata.get("license")
+    if named is None or named == "":
+        return None
+    return _identifier(named.lower() if isinstance(named, str) else named, f" of {str(path)!r}")
+
+
+def _identifier(license: Any, where: str = "") -> str:
+    if not isinstance(license, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError(f"`license`{where} must be an identifier of the Hub, such as 'apache-2.0', got {license!r}.")
+    return license
 
 
 def _load(path: Path) -> tuple[Any, dict[str, Any]]:

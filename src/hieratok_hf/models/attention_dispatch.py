@@ -56,8 +56,8 @@ def register_attention_backend(name: str, function: AttentionFunction) -> None:
         name (`str`): A name that no attention of this package, transformers or diffusers has. Of two functions of one
             name the later counts.
         function (`Callable[[Tensor, Tensor, Tensor, PyramidLayout], Tensor]`): A function of the query, key and value,
-            each of shape `(B, A, N, d)`, and the layout. It returns the attended values `(B, A, N, d)`, and multiplies
-            scores by `d ** -0.5`; for another `scale` it is given a query that makes up for it.
+            each of shape `(B, A, N, d)`, and the layout. It returns the attended values `(B, A, N, d)` in their
+            dtype, and multiplies scores by `d ** -0.5`; for another `scale` it is given a query that makes up for it.
 
     Raises:
         ValueError: The name is taken or no identifier, or the function cannot be called.

@@ -311,9 +311,9 @@ class AutoencoderHieraTok(
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
-            ValueError: It is of another architecture, an index of the weights names a file outside of the folder, the
-                name is a size without trained weights, or the weights lack a tensor, which diffusers would leave
-                random, or one of another shape was ignored and has no storage.
+            ValueError: It is of another architecture or a backbone alone, an index of the weights names a file outside
+                of the folder, the name is a size without trained weights, or the weights lack a tensor, which
+                diffusers would leave random, or one of another shape was ignored and has no storage.
         """
         pretrained_model_name_or_path = resolve_model(pretrained_model_name_or_path)
         if is_offline_mode():  # in spite of which diffusers asks the Hub for the list of shards

@@ -1,5 +1,7 @@
 """Give the encoder to transformers as a backbone, whose feature maps detectors and segmenters are built on."""
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutput
 from .configuration_hieratok import HieraTokConfig
 from .core import HieraTokCore
 from .modeling_hieratok import HieraTokPreTrainedModel, can_return_tuple, capture_both_sides
+from .saving import WEIGHTS_STEM
 
 if TYPE_CHECKING:
     filter_output_hidden_states = can_return_tuple  # transformers' own has no types
@@ -50,6 +53,8 @@ class HieraTokBackbone(BackboneMixin, HieraTokPreTrainedModel):
     def __init__(self, config: HieraTokConfig):
         config.set_output_features_output_indices(config.out_features, config.out_indices)
         super().__init__(config)
+        for name in ("_class_name", "_diffusers_version", "auto_map"):  # of the whole model that it was read from
+            config.__dict__.pop(name, None)
         self.num_features = [config.encoder_hidden_size] * len(config.stage_names)
         self.core = HieraTokCore(config)
         # No parameter stays without a gradient, which training in several processes refuses.
@@ -81,6 +86,17 @@ class HieraTokBackbone(BackboneMixin, HieraTokPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """
+        Save the encoder alone as `PreTrainedModel.save_pretrained` does, for this class to load.
+
+        Raises:
+            ValueError: `save_directory` holds a whole model, whose weights would no longer fit its `config.json`.
+        """
+        if any(Path(save_directory).glob(f"{WEIGHTS_STEM}*")):
+            raise ValueError(f"`save_directory` must not hold a whole model, got {str(save_directory)!r}, which does.")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @capture_both_sides  # the last hidden state stays what it is before the norm
     def _encode(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:

@@ -156,8 +156,8 @@ class HieraTokPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: There is no such folder or repository, or no network to reach it; the message says what to do.
-            ValueError: It is of another architecture, an index of the weights names a file outside of the folder, or
-                the name is a size without trained weights.
+            ValueError: It is of another architecture or a backbone alone, an index of the weights names a file outside
+                of the folder, or the name is a size without trained weights.
         """
         pretrained_model_name_or_path = resolve_model(pretrained_model_name_or_path)
         if kwargs.get("subfolder", "") is None:  # diffusers has it as the default, transformers fails at it
@@ -169,7 +169,7 @@ class HieraTokPreTrainedModel(PreTrainedModel):
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
 
         def load_checked() -> Any:
-            check_kind(folder, needs_config=kwargs.get("config") is None)
+            check_kind(folder, kwargs.get("config") is None, needs_decoder=issubclass(cls, TokensMixin))
             check_indices(folder)
             loaded = load()
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # beside the info that was asked for

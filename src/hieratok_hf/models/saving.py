@@ -21,6 +21,7 @@ from .configuration_hieratok import HieraTokConfig, complete_saved, pipeline_hin
 from .saved_code import OWN_CODE, add_code, to_json
 
 __all__ = [
+    "BACKBONE",
     "WEIGHTS_STEM",
     "HubUploadMixin",
     "check_indices",
@@ -38,6 +39,9 @@ __all__ = [
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """How names of weights begin: diffusers looks for no other, and transformers takes any that an index of its names."""
+
+BACKBONE = "HieraTokBackbone"
+"""The class in the `architectures` of a `config.json` whose weights are the encoder alone."""
 
 _TRANSFORMERS_STEM = "model"
 _WEIGHTS = re.compile(rf"({_TRANSFORMERS_STEM}|{WEIGHTS_STEM})([.-].*)?\.(safetensors|bin)(\.index(\..*)?\.json)?")
@@ -314,13 +318,13 @@ def name_in_errors(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def check_kind(folder: Path, needs_config: bool = True) -> None:
+def check_kind(folder: Path, needs_config: bool = True, needs_decoder: bool = True) -> None:
     """
     Check the `config.json` of a folder before a library reads it, and leave what is no folder to the libraries.
 
     Raises:
         OSError: There is none, or it is no JSON object.
-        ValueError: It is that of another architecture.
+        ValueError: It is that of another architecture, or of a backbone where a decoder is needed.
     """
     path = folder / "config.json"
     if path.is_file():
@@ -328,7 +332,12 @@ def check_kind(folder: Path, needs_config: bool = True) -> None:
             values = read_json(path)
         except (ValueError, RecursionError) as error:
             raise OSError(f"{str(path)!r} must be a JSON object: {error}") from error
-        complete_saved(values or {})
+        made_for = complete_saved(values or {}).get("architectures")
+        if needs_decoder and made_for == [BACKBONE]:
+            raise ValueError(
+                f"{str(folder)!r} must hold a whole model, got a backbone, without a decoder: load it by {BACKBONE}, "
+                f"or pass the whole model's folder, of which {BACKBONE}.from_pretrained takes what it needs."
+            )
     elif folder.is_dir() and needs_config:
         raise OSError(f"{str(folder)!r} has no config.json{pipeline_hint(folder)}.")
 

@@ -160,7 +160,7 @@ def scale_causal_attention(
 
     Raises:
         ValueError: The backend is unknown, shapes or dtypes disagree, a backend that was named cannot serve, or one
-            that was registered returns another shape.
+            that was registered returns no tensor or one of another shape or dtype.
 
     Example:
 
@@ -220,10 +220,11 @@ def scale_causal_attention(
     if backend in REGISTERED_BACKENDS:
         scaled = query if scale == usual_scale else query * (scale / usual_scale)
         attended = REGISTERED_BACKENDS[backend](scaled, key, value, layout)
-        if attended.shape != query.shape:
-            raise ValueError(
-                f"`backend={backend!r}` must return the shape {tuple(query.shape)}, got {tuple(attended.shape)}."
-            )
+        is_tensor = isinstance(attended, Tensor)
+        if not is_tensor or attended.shape != query.shape or attended.dtype != query.dtype:
+            expected = f"a tensor of shape {tuple(query.shape)} and {query.dtype}"
+            got = f"{tuple(attended.shape)} and {attended.dtype}" if is_tensor else type(attended).__name__
+            raise ValueError(f"`backend={backend!r}` must return {expected}, got {got}.")
         return attended
     if backend == "sdpa_mask":
         mask = scale_causal_mask(layout, query.device)
