@@ -37,7 +37,8 @@ STUDENT = {"qk_norm": True, "linear_path": 3, "output_conv": True, "learned_posi
 STUDENT |= {"encoder_hidden_size": 96, "encoder_num_layers": 3, "encoder_num_heads": 3}
 STUDENT |= {"decoder_hidden_size": 96, "decoder_num_layers": 3, "decoder_num_heads": 3}
 DENOISER = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 4, "patch_size": 2}
-OPTIONS = "--crop_scale 1 1 --lr 2e-3 --ema 0.99 --linear_lr_factor 1 --latent_jitter 0.2 --pixel_loss mse"
+OPTIONS = "--crop_scale 1 1 --lr 2e-3 --ema 0.99 --linear_lr_factor 1 --pixel_loss mse "
+OPTIONS += "--teacher_images --latent_jitter 0.5 --latent_noise 0.5"
 
 
 def batches(data: str, steps: int, seed: int = 0) -> Iterator[dict[str, Any]]:

@@ -63,7 +63,9 @@ def losses_of(core, weights, step=0, made=None, **modules):
 )
 def test_the_forward_pass_is_the_tokenizers_with_the_noise_it_is_given(vision, latent_noise, latent_jitter, mix):
     core, pixel_values, alignment = random_core(), images(2, 3, 16, 12), LatentAlignment(4, vision)
-    (made, moments, aligned, _, targets), normal = forward(core, pixel_values, alignment, latent_noise, mix, latent_jitter)
+    (made, moments, aligned, _, targets), normal = forward(
+        core, pixel_values, alignment, latent_noise, mix, latent_jitter
+    )
     posterior = core.encode(pixel_values)
     assert torch.equal(moments, core.encode_moments(pixel_values)[0])
     assert targets is pixel_values
