@@ -125,6 +125,9 @@ class LoraAdaptersMixin(SanaLoraLoaderMixin):
             args, kwargs: Arguments of diffusers' `save_lora_weights`: `transformer_lora_layers`, the weights as
                 `peft.get_peft_model_state_dict` gives them, and `transformer_lora_adapter_metadata`, the dictionary of
                 the adapter's configuration.
+
+        Raises:
+            ValueError: `safe_serialization` is `False`, or `save_directory` names no folder.
         """
         if not kwargs.get("safe_serialization", True):
             raise ValueError("`safe_serialization` must be True, got False: pickled files cannot be loaded again.")
