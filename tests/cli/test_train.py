@@ -409,6 +409,7 @@ def test_it_learns_a_teachers_latents_and_speaks_them(tmp_path):
 def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, tmp_path):
     make_teacher(latent_channels=6).save_pretrained(tmp_path / "wider")
     more = ["--teacher", tmp_path / "wider", "--model", first, "--crop_sizes", 32, "--latent_noise", 0.5]
+    more += ["--teacher_images"]
     whole = run(tmp_path / "whole", *more, "--export_every", 2)
     with interrupted(train_tokenizer.TrainingLoss, "__call__", 5):
         forget_processes()
@@ -435,6 +436,8 @@ def test_a_teacher_that_does_not_suit_is_named(first, tmp_path, capsys):
     with pytest.raises(SystemExit):
         failure(capsys, tmp_path / "new", "--teacher", teacher, "--kl_weight", 1)
     assert "--kl_weight" in capsys.readouterr().err
+    given = arguments(tmp_path / "new", "--teacher_images")
+    assert "--teacher" in usage_error(capsys, train_tokenizer.main, *given)
 
 
 def test_the_tracker_gets_losses_and_samples(tmp_path):
