@@ -366,7 +366,8 @@ def make_teacher(**options):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     sizes = {"block_out_channels": (16, 16, 16), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
     torch.manual_seed(0)
-    return AutoencoderKL(**{**blocks, **sizes, **options}, scaling_factor=0.5, shift_factor=0.1)
+    statistics = {"scaling_factor": 0.5, "shift_factor": 0.1}
+    return AutoencoderKL(**{**blocks, **sizes, **statistics, **options})
 
 
 def psnr(images, targets):
@@ -406,7 +407,7 @@ def test_it_learns_a_teachers_latents_and_speaks_them(tmp_path):
     assert "latents" not in records(tmp_path / "further")[0]
 
 
-def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, tmp_path):
+def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, tmp_path, capsys):
     make_teacher(latent_channels=6).save_pretrained(tmp_path / "wider")
     more = ["--teacher", tmp_path / "wider", "--model", first, "--crop_sizes", 32, "--latent_noise", 0.5]
     more += ["--teacher_images"]
@@ -416,6 +417,8 @@ def test_with_a_teacher_it_goes_on_as_if_nothing_had_happened(first, tmp_path):
         assert train_tokenizer.main(arguments(tmp_path / "parts", *more)) == 130
     assert run(tmp_path / "parts", *more, "--resume") == whole
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+    make_teacher(latent_channels=6, scaling_factor=0.9).save_pretrained(tmp_path / "wider")  # another at its place
+    assert "--teacher changed" in failure(capsys, tmp_path / "parts", *more, "--resume")
     for exported in ("parts", "whole/model-000000002"):
         config = AutoencoderHieraTok.from_pretrained(tmp_path / exported).config
         assert (config.latent_channels, config.scaling_factor) == (6, 0.5)

@@ -168,6 +168,18 @@ def test_an_interrupted_run_leaves_the_next_ones_alone(interruption):
         shown.clear()
 
 
+def test_an_error_while_showing_ends_the_watch_of_its_run():
+    pipe, swap = make_pipeline("SD")
+
+    def show(images, step):
+        raise LookupError
+
+    previewer = HieraTokPreviewer(pipe.vae, every=2, show=show)
+    with pytest.raises(LookupError):
+        run(pipe, swap, callback_on_step_end=previewer)
+    assert "step" not in vars(pipe.scheduler) and not pipe.unet._forward_pre_hooks
+
+
 def test_guidance_and_batches_give_an_image_each():
     pipe, swap = make_pipeline("DiT")
     previewer = HieraTokPreviewer(pipe.vae)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hieratok_hf import AutoencoderHieraTok, HieraTokCore
 from hieratok_hf.models.autoencoder_adapter import Codec
+from hieratok_hf.training import teacher as teacher_module
 from hieratok_hf.training.teacher import (
     LatentTeacher,
     TaughtCodec,
@@ -125,6 +126,28 @@ def test_a_linear_teacher_is_met_by_the_linear_path(downsampling):
         for x in batches():
             decoded = TaughtCodec(core, teacher).decode(teacher(x))
             assert (decoded - x).square().mean() < 0.01 * x.square().mean()
+
+
+def test_of_large_patches_the_decoders_path_alone_is_fitted(monkeypatch):
+    monkeypatch.setattr(teacher_module, "_MOST_SOURCES", 3 * 12**2 - 1)
+    core = HieraTokCore(tiny(latent_channels=48)).init_weights()
+    before = core.encoder.linear_path.weight.clone()
+    linear, seen = LatentTeacher(Codec(Linear()), 48), [images(8, 3, 32, 32, seed=seed) for seed in range(60)]
+    start_from_teacher(core, linear, lambda: seen, pretrained=False)
+    assert torch.equal(core.encoder.linear_path.weight, before)
+    decoded = core.decode(linear(seen[0]))
+    assert (decoded - seen[0]).square().mean() < 0.01 * seen[0].square().mean()
+    mixed = LatentTeacher(Codec(Mixed(core)), 6)
+    mixed.measure(seen[:2])
+    assert not translate_latents(core, mixed, seen[:2]).encoder.linear_path.weight.any()
+
+
+def test_a_fingerprint_tells_weights_and_statistics_apart():
+    model = Mixed(random_core())
+    first, again = (LatentTeacher(Codec(Mixed(random_core())), 6).fingerprint for _ in range(2))
+    model.config.scaling_factor = 0.4
+    other = LatentTeacher(Codec(Mixed(random_core(seed=1))), 6).fingerprint
+    assert first == again and len({first, other, LatentTeacher(Codec(model), 6).fingerprint}) == 3
 
 
 @pytest.mark.parametrize("linear_path", [0, 3])

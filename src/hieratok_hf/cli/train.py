@@ -156,6 +156,7 @@ def train(args: Namespace) -> None:
         codec, taught = load_or_explain(load_teacher, "--teacher", args.teacher, min(args.crop_sizes))
         codec.model.to(device)
         teacher = LatentTeacher(codec, taught["latent_channels"])
+        options["teacher"] = teacher.fingerprint  # wherever it lies
     core = load_core(args, taught)
     for name, value in taught.items():
         # Other channels than those of trained weights are what these are translated to.

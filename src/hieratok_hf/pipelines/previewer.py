@@ -101,7 +101,7 @@ class HieraTokPreviewer:
 
     @contextmanager
     def watch(self, pipe: Any) -> Iterator["HieraTokPreviewer"]:
-        """Show the steps of all calls of a pipeline within it."""
+        """Show the steps of all calls of a pipeline within it, by the scheduler that it has at the start."""
         self._attach(pipe)
         try:
             yield self
@@ -115,7 +115,7 @@ class HieraTokPreviewer:
         prediction_type_of(scheduler)
         if not hasattr(scheduler.step, "looks"):
             scheduler.step = _with_looks(scheduler.step)
-        step, look = scheduler.step, partial(self._look, pipe)
+        step, look = scheduler.step, partial(self._look_once, pipe)
         step.looks.append(look)
 
         def leave() -> None:
@@ -135,6 +135,15 @@ class HieraTokPreviewer:
     def _detach(self) -> None:
         self._hooks.close()
         self._watched = self._timesteps = self._places = None
+
+    def _look_once(self, pipe: Any, *given: Any) -> None:
+        """Look, and no more in a run that an error ends, of which no callback comes to the last step."""
+        try:
+            self._look(pipe, *given)
+        except BaseException:
+            if self._timesteps is not None:
+                self._detach()
+            raise
 
     @torch.no_grad()
     def _look(self, pipe: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> None:

@@ -3,6 +3,7 @@ Learn the latents of another autoencoder, so that generators of its latents spea
 TAESD's (github.com/madebyollin/taesd), of which the encoder regresses to the latents and the decoder reads them.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = ["LatentTeacher", "TaughtCodec", "agreement", "start_from_teacher", "t
 
 _SILENT_LOGVAR = -30.0  # the least that diffusers' distribution has
 _RIDGE = 1e-4
+_MOST_SOURCES = 8192  # of least squares, whose matrix grows with their square and whose time with their cube
 
 
 def teacher_fields(teacher: Codec, size: int) -> dict[str, int]:
@@ -64,6 +66,14 @@ class LatentTeacher(nn.Module):
         self.__dict__["codec"] = codec
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
+
+    @property
+    def fingerprint(self) -> str:
+        """Give the SHA-256 of the autoencoder's weights and of what scales its latents, in hexadecimal digits."""
+        digest = hashlib.sha256(repr(self.codec.statistics).encode())
+        for name, value in sorted(self.codec.model.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def measure(self, batches: Iterable[Tensor]) -> None:
         """Measure the statistics over images `(B, 3, H, W)` in [-1, 1]."""
@@ -161,7 +171,7 @@ def start_from_teacher(
         batches (`Callable`): Gives images `(B, 3, H, W)` in [-1, 1], the same at each call.
         pretrained (`bool`): Whether the tokenizer has been trained. One that explains anything of the teacher's
             latents stays as it is, one of other latents goes through `translate_latents`. Of a random one the linear
-            path is fitted, if it has one.
+            path is fitted, if it has one, in the encoder up to patches of 16 pixels for a path of three patches.
 
     Returns:
         The tokenizer to go on with, with the teacher's number of channels.
@@ -201,7 +211,7 @@ def translate_latents(core: HieraTokCore, teacher: LatentTeacher, batches: Itera
         latents = teacher(pixel_values).flatten(2)
         moments, features = core.encode_moments(pixel_values)
         sources = [features.transpose(1, 2)]
-        if core.config.linear_path:
+        if _fits_pixels(core):
             sources.append(_pixels_around(core, pixel_values))
         _add_products(encoding, torch.cat(sources, dim=1), latents)
         _add_products(decoding, latents, moments.chunk(2, dim=1)[0].flatten(2))
@@ -211,7 +221,7 @@ def translate_latents(core: HieraTokCore, teacher: LatentTeacher, batches: Itera
     copied.encoder.head.weight[channels:] = copied.encoder.head.bias[channels:] = 0
     if core.config.linear_path:
         path = copied.encoder.linear_path.weight
-        path.copy_(weight[:, width:].view_as(path))
+        path.copy_(weight[:, width:].view_as(path) if _fits_pixels(core) else torch.zeros_like(path))
     weight, bias = _solve(decoding)
     pairs = [(core.decoder.embed, copied.decoder.embed)]
     for name in ("coarse_embed", "linear_path"):
@@ -231,12 +241,14 @@ def _fit_linear_path(core: HieraTokCore, teacher: LatentTeacher, batches: Iterab
     for pixel_values in batches:
         latents = teacher(pixel_values)
         cells_around = continue_border(latents, *[side // 2] * 4)
-        _add_products(encoding, _pixels_around(core, pixel_values), latents.flatten(2))
+        if _fits_pixels(core):
+            _add_products(encoding, _pixels_around(core, pixel_values), latents.flatten(2))
         _add_products(decoding, F.unfold(cells_around, side), F.pixel_unshuffle(pixel_values, size).flatten(2))
-    weight, bias = _solve(encoding)
-    encoder.linear_path.weight.copy_(weight.view_as(encoder.linear_path.weight))
-    encoder.head.weight[:channels] = 0
-    encoder.head.bias[:channels] = bias
+    if encoding:
+        weight, bias = _solve(encoding)
+        encoder.linear_path.weight.copy_(weight.view_as(encoder.linear_path.weight))
+        encoder.head.weight[:channels] = 0
+        encoder.head.bias[:channels] = bias
     # A decoded patch has its colours last.
     weight, bias = (x.unflatten(0, (-1, size**2)).transpose(0, 1).flatten(0, 1) for x in _solve(decoding))
     decoder.linear_path[-1].weight.copy_(weight.view_as(decoder.linear_path[-1].weight))
@@ -245,6 +257,11 @@ def _fit_linear_path(core: HieraTokCore, teacher: LatentTeacher, batches: Iterab
     decoder.head.bias.zero_()
     for i in range(len(config.scale_factors) - 1):
         decoder.init_coarse_path(i)
+
+
+def _fits_pixels(core: HieraTokCore) -> bool:
+    """Tell whether the encoder's linear path has few enough weights a channel for least squares."""
+    return 0 < core.config.in_channels * (core.config.linear_path * core.config.patch_size) ** 2 <= _MOST_SOURCES
 
 
 def _pixels_around(core: HieraTokCore, pixel_values: Tensor) -> Tensor:
