@@ -116,7 +116,7 @@ def test_other_ways_are_compared_with_the_peaks_of_their_dtypes_and_tiles_with_t
     small = tiny(encoder_num_layers=1, decoder_num_layers=1, scale_factors=(1,), sample_size=64).model_fields
     monkeypatch.setitem(bench.MODELS, "hieratok-tiny", ("one block", lambda pixels: AutoencoderHieraTok(**small)))
     times |= {"small eager": 3.0, "small, tiles eager": 2.0}
-    ours = [f"hieratok-tiny, {way}" for way in ("bfloat16", "onnxruntime int8", "tiles")]
+    ours = [f"hieratok-tiny, {way}" for way in ("bfloat16", "onnxruntime", "onnxruntime int8", "tiles")]
     given = [
         "--sizes",
         "64",
@@ -134,7 +134,7 @@ def test_other_ways_are_compared_with_the_peaks_of_their_dtypes_and_tiles_with_t
     flops = bench.count("hieratok-tiny", 64, 1)["encode"]
     rows = {row["model"]: row for row in report["rows"]}
     assert rows["small, tiles"]["times_as_fast"] == rows["small"]["times_as_fast"] == {"eager": 1}
-    for name, dtype in zip(ours, (torch.bfloat16, torch.int8, torch.float32)):
+    for name, dtype in zip(ours, (torch.bfloat16, torch.float32, torch.int8, torch.float32)):
         assert rows[name]["times_as_fast"] == {"eager": 2 if "tiles" in name else 3}
         assert rows[name]["share_of_the_peak"]["eager"] == round(flops / RATES[dtype], 4)
 

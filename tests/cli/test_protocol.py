@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("datasets", reason="images are read through it")
 
-from hieratok_hf.cli.protocol import compare_with_protocol, digest_tensors
+from hieratok_hf.cli.protocol import compare_with_protocol
+from hieratok_hf.data.latent_cache import digest_of
 
 
 def network(seed=0):
@@ -17,7 +18,7 @@ def network(seed=0):
 
 
 def digest(model):
-    return digest_tensors(model.state_dict())
+    return digest_of(model.state_dict().items())
 
 
 def test_a_hash_tells_weights_apart_and_not_where_they_come_from():

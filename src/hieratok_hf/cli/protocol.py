@@ -7,9 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.image_dataset import Images
+from ..data.latent_cache import digest_of
 from ..evaluation.faces import SAME_PERSON, SQUARE_SIZE, FaceDistances
 from ..evaluation.image_sets import FrechetDistance
 from ..evaluation.text import PAGE_SIZE, TextReading
@@ -17,7 +18,7 @@ from ..utils.files import read_json
 from .outputs import as_written
 from .parsing import OUTPUT_OPTIONS
 
-__all__ = ["compare_with_protocol", "describe_faces", "describe_protocol", "describe_text", "digest_tensors"]
+__all__ = ["compare_with_protocol", "describe_faces", "describe_protocol", "describe_text"]
 
 _LIBRARIES = ("hieratok_hf", "torch", "numpy", "pillow", "diffusers", "transformers", "torchmetrics", "torch-fidelity")
 # What may differ although nothing else does, and what is not compared but read by people.
@@ -69,7 +70,7 @@ def describe_protocol(
         "command": f"hieratok {command}",
         "options": {k: value for k, value in options.items() if not (value is None or value is False or value == [])},
         "data": read,
-        "reference_statistics": digest_tensors(statistics) if statistics else None,
+        "reference_statistics": digest_of(statistics.items()) if statistics else None,
         "crop": "the largest square in the middle",
         "size": size,
         "resize": resize,
@@ -85,14 +86,14 @@ def describe_protocol(
         "guidance": None,
         **facts,
         "versions": {name: _version(name) for name in _LIBRARIES},
-        "weights": {name: digest_tensors(model.state_dict()) for name, model in weights.items()},
+        "weights": {name: digest_of(model.state_dict().items()) for name, model in weights.items()},
     }
 
 
 def describe_text(text: TextReading) -> dict[str, Any]:
     """Describe what was read of `--text`, and by what; nothing of it is random."""
     return {
-        "pages": digest_tensors({f"{height} px": pages.levels for height, pages in text.pages.items()}),
+        "pages": digest_of((f"{height} px", pages.levels) for height, pages in text.pages.items()),
         "page_size": PAGE_SIZE,
         "lines": len(next(iter(text.pages.values())).lines),
         "characters": "without spaces",
@@ -110,15 +111,6 @@ def describe_faces(faces: FaceDistances) -> dict[str, Any]:
         "networks": {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
         "versions": {name: _version(name) for name in ("dlib-bin", "face_recognition_models")},
     }
-
-
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Take a SHA-256 of names, dtypes, shapes and values, as of a model's weights whatever files they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def compare_with_protocol(args: Namespace, report: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from ..utils.choices import LATENT_DTYPES, LATENT_KINDS
 from .aspect_buckets import Buckets, Shape
 from .manifests import Settings, checksum_of, is_count, is_number, is_text, read_manifest
 
-__all__ = ["LatentCache", "encoder_facts"]
+__all__ = ["LatentCache", "digest_of", "encoder_facts"]
 
 # Shape letters: B batch, C channels of a latent or of a feature map, h w its grid.
 
@@ -202,7 +202,7 @@ def read_tensor(path: Path, name: str, checksums: dict[str, str]) -> Tensor:
 
 
 def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Take a SHA-256 of named tensors."""
+    """Take a SHA-256 of names, dtypes, shapes and values, as of a model's weights whatever files they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(weights, key=lambda pair: pair[0]):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

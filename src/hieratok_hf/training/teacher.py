@@ -3,7 +3,6 @@ Learn the latents of another autoencoder, so that generators of its latents spea
 TAESD's (github.com/madebyollin/taesd), of which the encoder regresses to the latents and the decoder reads them.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.latent_cache import digest_of
 from ..models.autoencoder_adapter import Codec
 from ..models.configuration_hieratok import HieraTokConfig
 from ..models.core import HieraTokCore
@@ -70,10 +70,8 @@ class LatentTeacher(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Give the SHA-256 of the autoencoder's weights and of what scales its latents, in hexadecimal digits."""
-        digest = hashlib.sha256(repr(self.codec.statistics).encode())
-        for name, value in sorted(self.codec.model.state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        statistics = {name: torch.tensor(value) for name, value in self.codec.statistics.items()}
+        return digest_of([*self.codec.model.state_dict().items(), *statistics.items()])
 
     def measure(self, batches: Iterable[Tensor]) -> None:
         """Measure the statistics over images `(B, 3, H, W)` in [-1, 1]."""
